@@ -1,0 +1,61 @@
+# The few commands of the project; `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+# Several processes on one machine: without this each would start one thread per core.
+export OMP_NUM_THREADS ?= 1
+
+# Did the user name an interpreter, or is PYTHON the default above?
+PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint test quickstart clean
+
+help:
+	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
+	@echo "make quickstart   install, prepare a small corpus, train on two CPU processes"
+	@echo "make test         install, lint, the whole test suite (PYTEST_ARGS=... goes to pytest)"
+	@echo "make lint         install, ruff and mypy"
+	@echo "make clean        remove caches and build leftovers; data/ and runs/ stay"
+
+# An existing environment is kept unless the user names an interpreter of another version: `make test` after
+# `make install PYTHON=python3.12` must not rebuild it with the default python3.
+install:
+	@version() { "$$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }; \
+	have=; [ ! -f $(VENV)/pyvenv.cfg ] || have=$$(version $(BIN)/python); \
+	wanted=$$(version $(PYTHON)); \
+	if [ -z "$$have" ] || { [ -n "$(PYTHON_IS_CHOSEN)" ] && [ "$$have" != "$$wanted" ]; }; then \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	        echo "PYTHON=$(PYTHON) is $${wanted:-no working Python}; 3.11 or later is needed: make install PYTHON=python3.11" >&2; \
+	        exit 1; }; \
+	    [ -f $(VENV)/pyvenv.cfg ] || [ -z "$$(ls -A $(VENV) 2>/dev/null)" ] || { \
+	        echo "$(VENV) exists and is not a whole virtual environment; remove it or set VENV=..." >&2; exit 1; }; \
+	    echo "creating $(VENV) with Python $$wanted"; \
+	    rm -f $(STAMP) && $(PYTHON) -m venv --clear $(VENV) || exit 1; \
+	fi
+	@if [ ! -f $(STAMP) ] || [ pyproject.toml -nt $(STAMP) ]; then \
+	    $(BIN)/python -m pip install --disable-pip-version-check -e '.[test]' && touch $(STAMP); \
+	fi
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quickstart: install data/quickstart/val/index.json
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megatron_depthattn.train configs/quickstart.yaml
+
+data/quickstart/val/index.json: | install
+	$(BIN)/python tools/prepare_data.py --input builtin:python-stdlib --tokenizer train-bpe:2048 \
+	    --sequence-length 256 --output data/quickstart
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find megatron_depthattn launch tools tests -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

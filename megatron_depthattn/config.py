@@ -1,0 +1,234 @@
+"""The run's config: every key, its default and its meaning.
+
+    python -m megatron_depthattn.train CONFIG.yaml [OVERLAY.yaml ...] [a.b=c ...]
+
+The dotted path of a field is its key. Later wins: the defaults below < the files named under `base:` in a
+YAML (a path or a list, relative to it) < that YAML < overlays < `a.b=c`. `validate` refuses, from integers
+alone and before anything is built, what cannot run.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_depthattn import strict_config
+from megatron_depthattn.config_check import Sizes, validate
+
+__all__ = ["RunConfig", "Sizes", "config_keys", "load_config", "save_config", "to_dict", "validate"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunDirConfig:
+    dir: str = ""
+    """Folder of the run: config.yaml, log.txt, metrics.jsonl, checkpoints/, tensorboard/. Required."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the samples."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class EngineConfig:
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    """Who owns gradients and optimizer."""
+    zero_stage: int = 0
+    """DeepSpeed's ZeRO stage, 0 to 3; 0 with the Megatron engine."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class DepthConfig:
+    enabled: bool = True
+    """Mix each layer's value with its sources' values; false: the vanilla model, with the same weights."""
+    stride: int | None = None
+    """Layers 0, stride, 2·stride, ... are sources of every later layer; null: half the (effective) layers."""
+    recent_window: int = 0
+    """This many layers just before a layer are its sources as well."""
+    op: Literal["lean", "reference"] = "lean"
+    """Code of the mix: lean recomputes its intermediates in backward, reference is the fp32 definition."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelConfig:
+    num_layers: int = 8
+    """Decoder layers that hold weights."""
+    hidden_size: int = 192
+    """Width of the residual stream."""
+    num_attention_heads: int = 6
+    """Query heads."""
+    num_query_groups: int = 2
+    """Key/value heads; divides num_attention_heads."""
+    kv_channels: int = 32
+    """Size of one head; heads times this need not equal hidden_size."""
+    ffn_hidden_size: int = 512
+    """Inner width of the SwiGLU block."""
+    vocab_size: int = 4096
+    """Rows of the embedding and of the output layer; at least the tokenizer's, padding rows included."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the exported model declares, in tokens."""
+    rotary_base: float = 10000.0
+    """RoPE theta."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in every RMSNorm (q and k norms included; those are always on)."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation, the same at every depth."""
+    tie_embeddings: bool = False
+    """Use the embedding's weight as the output layer's."""
+    num_loops: int = 1
+    """Times the stack of layers is run with the same weights."""
+    spec: Literal["local", "te"] = "local"
+    """Whose layers: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU)."""
+    depth_attention: DepthConfig = field(default_factory=DepthConfig)
+
+
+@dataclass(kw_only=True, frozen=True)
+class ParallelConfig:
+    tensor: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    virtual_pipeline: int = 1
+    """Chunks of layers held by each stage (interleaved schedule); 1: the plain 1F1B schedule."""
+    context: int = 1
+    """Ranks that share each sequence."""
+    sequence: bool = False
+    """Sequence parallel: norms and residuals keep 1/tensor of the positions."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class PrecisionConfig:
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations in forward and backward; the optimizer keeps fp32 copies."""
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """FP8 recipe of the linear layers; null: none."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class RecomputeConfig:
+    granularity: Literal["selective", "full"] | None = None
+    """Recomputed in backward: selective, core attention; full, whole layers; null, nothing."""
+    method: Literal["uniform", "block"] | None = None
+    """With full: every group of num_layers layers (uniform) or the first num_layers of a chunk (block)."""
+    num_layers: int | None = None
+    """With full: layers of a group (uniform) or recomputed layers of a chunk (block)."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class DataConfig:
+    path: str = ""
+    """Folder with train/ and val/ MDS shards, local or a remote URL. Required to train."""
+    cache: str | None = None
+    """Local folder of each node into which remote shards are copied; null: none, for a local path."""
+    sequence_length: int = 256
+    """Tokens of a sample that the model reads."""
+    shuffle: bool = True
+    """Visit the samples in an order drawn from run.seed; false: in the order they are stored."""
+    num_workers: int = 1
+    """Loader processes of each rank that reads data; 0: read in the training process."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainConfig:
+    steps: int = 200
+    """Optimizer steps of the whole run; the learning rate's schedule ends here."""
+    global_batch_size: int = 16
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch_size: int = 4
+    """Sequences of one forward pass of one model replica."""
+    stop_after: int | None = None
+    """Save and stop after this many steps of this process; null: run to train.steps."""
+    eval_interval: int | None = None
+    """Steps between evaluations on the val split; null: never."""
+    eval_batches: int = 8
+    """Global batches of one evaluation."""
+    log_interval: int = 10
+    """Steps between lines on the console; metrics.jsonl has every step."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-3
+    """Highest learning rate, reached at the end of the warmup."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the cosine, as a fraction of lr."""
+    warmup_ratio: float = 0.02
+    """Fraction of train.steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay; norm weights are excluded."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
+    eps: float = 1e-8
+    """AdamW's addend to the denominator."""
+    grad_clip: float = 1.0
+    """Largest L2 norm of the whole gradient; 0: no clipping."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class CheckpointConfig:
+    dir: str | None = None
+    """Folder of the step folders; null: <run.dir>/checkpoints."""
+    interval: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int | None = 2
+    """Newest complete checkpoints kept; null: all."""
+    load: str | None = None
+    """null: start fresh; latest: the run's newest complete one, fresh if there is none; or a step folder."""
+    async_save: bool = False
+    """Write in the background while training goes on."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunConfig:
+    """All settings of a run. Frozen: derive a variant with `dataclasses.replace`."""
+
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """`checkpoint.dir`, or its default below the run's folder."""
+        return self.checkpoint.dir or str(Path(self.run.dir) / "checkpoints")
+
+
+def config_keys() -> tuple[str, ...]:
+    """Every dotted key, in the order of the sections."""
+    return tuple(strict_config.leaf_types(RunConfig))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, then the arguments: those that end in .yaml are overlays, the others are `a.b=c`.
+
+    `a.b=c` wins over every file wherever it stands. Raises ValueError for a missing or malformed file, an
+    unknown key or a value of the wrong type.
+    """
+    overlays = [argument for argument in overrides if _is_overlay(argument)]
+    layers = [layer for file in (path, *overlays) for layer in strict_config.read_yaml(file)]
+    layers.append(strict_config.parse_overrides([argument for argument in overrides if not _is_overlay(argument)]))
+    return strict_config.build(RunConfig, layers)
+
+
+def _is_overlay(argument: str) -> bool:
+    # A key has no slash, a folder may have '=': 'data.path=x.yaml' sets a key, 'runs/lr=1/c.yaml' is a file.
+    return argument.endswith((".yaml", ".yml")) and ("=" not in argument or "/" in argument.partition("=")[0])
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain dict of every key."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write every key as YAML that `load_config` reads back to an equal config."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")

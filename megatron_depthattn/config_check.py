@@ -1,0 +1,329 @@
+"""Which configs can run in a world of a given size: integers in, sizes or a refusal out.
+
+Every refusal says what was given, why it is refused and what to set. Checked here, before processes talk to
+each other, because the same mistakes found later are a hang, or an assertion inside Megatron on one rank.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
+    from megatron_depthattn.config import RunConfig
+
+
+@dataclass(kw_only=True, frozen=True)
+class Sizes:
+    """What a config and a world size fix together."""
+
+    data_parallel_size: int
+    """Model replicas."""
+    num_microbatches: int
+    """Forward passes of one replica in one optimizer step."""
+    layers_per_chunk: int
+    """Layers of one pipeline chunk; a stage holds parallel.virtual_pipeline chunks."""
+
+
+def validate(config: "RunConfig", world_size: int, *, needs_data: bool = True) -> Sizes:
+    """Sizes of `config` on `world_size` ranks, or ValueError.
+
+    `needs_data=False` skips data.path and run.dir, for tools that size a run without starting it.
+    """
+    _check_ranges(config)
+    _check_available(config)
+    if needs_data:
+        _check_paths(config)
+    _check_model(config)
+    layers_per_chunk = _check_pipeline(config)
+    _check_recompute(config, layers_per_chunk)
+    data_parallel_size = _check_world(config, world_size)
+    _check_sequence(config)
+    num_microbatches = _check_batch(config, data_parallel_size)
+    return Sizes(
+        data_parallel_size=data_parallel_size,
+        num_microbatches=num_microbatches,
+        layers_per_chunk=layers_per_chunk,
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _neighbours(value: int, step: int) -> str:
+    """The multiples of `step` on both sides of `value`, for 'set one of these'."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _check_ranges(config: "RunConfig") -> None:
+    model, parallel, train, optimizer = config.model, config.parallel, config.train, config.optimizer
+    at_least_one = {
+        "model.num_layers": model.num_layers,
+        "model.hidden_size": model.hidden_size,
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups,
+        "model.kv_channels": model.kv_channels,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.vocab_size": model.vocab_size,
+        "model.num_loops": model.num_loops,
+        "model.depth_attention.stride": model.depth_attention.stride,
+        "parallel.tensor": parallel.tensor,
+        "parallel.pipeline": parallel.pipeline,
+        "parallel.virtual_pipeline": parallel.virtual_pipeline,
+        "parallel.context": parallel.context,
+        "recompute.num_layers": config.recompute.num_layers,
+        "data.sequence_length": config.data.sequence_length,
+        "train.steps": train.steps,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.stop_after": train.stop_after,
+        "train.eval_interval": train.eval_interval,
+        "train.eval_batches": train.eval_batches,
+        "train.log_interval": train.log_interval,
+        "checkpoint.interval": config.checkpoint.interval,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for key, count in at_least_one.items():
+        _require(count is None or count >= 1, f"{key} is {count}; set 1 or more")
+    at_least_zero = {
+        "run.seed": config.run.seed,
+        "model.depth_attention.recent_window": model.depth_attention.recent_window,
+        "model.init_std": model.init_std,
+        "data.num_workers": config.data.num_workers,
+        "optimizer.lr": optimizer.lr,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "optimizer.grad_clip": optimizer.grad_clip,
+    }
+    for key, number in at_least_zero.items():
+        _require(number >= 0, f"{key} is {number}; set 0 or more")
+    above_zero = {
+        "model.rotary_base": model.rotary_base,
+        "model.norm_epsilon": model.norm_epsilon,
+        "optimizer.eps": optimizer.eps,
+    }
+    for key, number in above_zero.items():
+        _require(number > 0, f"{key} is {number}; set a number above 0")
+    fractions = {
+        "optimizer.min_lr_ratio": (optimizer.min_lr_ratio, True),
+        "optimizer.warmup_ratio": (optimizer.warmup_ratio, True),
+        "optimizer.beta1": (optimizer.beta1, False),
+        "optimizer.beta2": (optimizer.beta2, False),
+    }
+    for key, (number, one_is_valid) in fractions.items():
+        _require(
+            0 <= number < 1 or (one_is_valid and number == 1),
+            f"{key} is {number}; set a number from 0 to 1{'' if one_is_valid else ', 1 excluded'}",
+        )
+
+
+def _check_available(config: "RunConfig") -> None:
+    engine, precision = config.engine, config.precision
+    _require(
+        0 <= engine.zero_stage <= 3,
+        f"engine.zero_stage is {engine.zero_stage}; ZeRO has stages 0, 1, 2 and 3",
+    )
+    if engine.name == "deepspeed":
+        _require(
+            config.parallel.pipeline == 1,
+            f"engine.name=deepspeed with parallel.pipeline={config.parallel.pipeline}: DeepSpeed's engine "
+            "does not run Megatron's pipeline schedules; set parallel.pipeline=1 or engine.name=megatron",
+        )
+        raise ValueError("engine.name=deepspeed is not available yet in this version; set engine.name=megatron")
+    _require(
+        engine.zero_stage == 0,
+        f"engine.zero_stage is {engine.zero_stage} with engine.name=megatron, which has no ZeRO stages; "
+        "set engine.zero_stage=0 (its optimizer's state is always sharded over the data-parallel ranks)",
+    )
+    _require(
+        config.model.num_loops == 1,
+        f"model.num_loops is {config.model.num_loops}: looped models are not available yet in this version; "
+        "set model.num_loops=1",
+    )
+    _require(
+        not config.checkpoint.async_save,
+        "checkpoint.async_save is not available yet in this version; set checkpoint.async_save=false",
+    )
+    if precision.fp8 is not None:
+        _require(
+            config.model.spec == "te",
+            f"precision.fp8={precision.fp8} with model.spec={config.model.spec}: only TransformerEngine's "
+            "layers compute in FP8; set model.spec=te or precision.fp8=null",
+        )
+        _require(
+            precision.dtype == "bf16",
+            f"precision.fp8={precision.fp8} with precision.dtype={precision.dtype}: what is not in FP8 "
+            "runs in bf16; set precision.dtype=bf16",
+        )
+        raise ValueError(f"precision.fp8={precision.fp8} is not available yet in this version; set precision.fp8=null")
+
+
+def _check_paths(config: "RunConfig") -> None:
+    path = config.data.path
+    _require(
+        bool(path),
+        "data.path is not set: the run has nothing to read; set it to the folder or URL that "
+        "tools/prepare_data.py --output wrote, such as data.path=data/quickstart",
+    )
+    _require(
+        "://" not in path or config.data.cache is not None,
+        f"data.path is the remote {path} and data.cache is null, so shards have nowhere to go; "
+        "set data.cache to a local folder of each node",
+    )
+    _require(
+        bool(config.run.dir),
+        "run.dir is not set: the run has nowhere to write; set a folder, such as run.dir=runs/first",
+    )
+
+
+def _check_model(config: "RunConfig") -> None:
+    model, tensor = config.model, config.parallel.tensor
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    _require(
+        heads % groups == 0,
+        f"model.num_attention_heads is {heads} and model.num_query_groups is {groups}: every key/value "
+        f"head serves the same number of query heads; set num_query_groups to one of {_divisors(heads)}",
+    )
+    _require(
+        model.kv_channels % 2 == 0,
+        f"model.kv_channels is {model.kv_channels}: RoPE turns pairs of channels; set an even number",
+    )
+    _require(
+        groups % tensor == 0 or tensor % groups == 0,
+        f"parallel.tensor is {tensor} and model.num_query_groups is {groups}: a rank holds whole key/value "
+        "heads, or ranks share one evenly; set parallel.tensor to a divisor or a multiple of "
+        "num_query_groups",
+    )
+    for key, size in {
+        "model.num_attention_heads": heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.vocab_size": model.vocab_size,
+    }.items():
+        _require(
+            size % tensor == 0,
+            f"{key} is {size}, which parallel.tensor={tensor} does not divide: each tensor-parallel rank "
+            f"holds an equal share; set {key}={_neighbours(size, tensor)}, or another parallel.tensor",
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _check_pipeline(config: "RunConfig") -> int:
+    stages, chunks, layers = (
+        config.parallel.pipeline,
+        config.parallel.virtual_pipeline,
+        config.model.num_layers,
+    )
+    _require(
+        chunks == 1 or stages > 1,
+        f"parallel.virtual_pipeline is {chunks} with parallel.pipeline=1: chunks are interleaved over "
+        "several stages; set parallel.virtual_pipeline=1 or parallel.pipeline=2 or more",
+    )
+    parts = stages * chunks
+    _require(
+        layers % parts == 0,
+        f"model.num_layers is {layers}, which is not a multiple of {parts} (parallel.pipeline={stages} times "
+        f"parallel.virtual_pipeline={chunks}): every chunk holds the same number of layers; "
+        f"set model.num_layers={_neighbours(layers, parts)}, or other stages",
+    )
+    return layers // parts
+
+
+def _check_recompute(config: "RunConfig", layers_per_chunk: int) -> None:
+    granularity, method, num_layers = (
+        config.recompute.granularity,
+        config.recompute.method,
+        config.recompute.num_layers,
+    )
+    if granularity != "full":
+        shown = "null" if granularity is None else granularity
+        _require(
+            method is None and num_layers is None,
+            f"recompute.granularity is {shown} with recompute.method={method or 'null'} and "
+            f"recompute.num_layers={'null' if num_layers is None else num_layers}: these two belong to "
+            "full recompute; set both to null, or recompute.granularity=full",
+        )
+        return
+    if method is None or num_layers is None:
+        raise ValueError(
+            "recompute.granularity=full needs recompute.method and recompute.num_layers; "
+            "set recompute.method=uniform recompute.num_layers=1 to keep only each layer's input"
+        )
+    _require(
+        num_layers <= layers_per_chunk,
+        f"recompute.num_layers is {num_layers}, but a pipeline chunk holds {layers_per_chunk} layers; "
+        f"set recompute.num_layers from 1 to {layers_per_chunk}",
+    )
+    _require(
+        method == "block" or layers_per_chunk % num_layers == 0,
+        f"recompute.num_layers is {num_layers}, which does not divide the {layers_per_chunk} layers of a "
+        f"pipeline chunk: uniform recompute cuts a chunk into equal groups; set it to one of {_divisors(layers_per_chunk)}",
+    )
+
+
+def _check_world(config: "RunConfig", world_size: int) -> int:
+    parallel = config.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    _require(
+        world_size >= 1 and world_size % replica == 0,
+        f"the world has {world_size} ranks, which is not a multiple of {replica} "
+        f"(parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline} times "
+        f"parallel.context={parallel.context}), the ranks of one model replica; start "
+        f"{_neighbours(world_size, replica)} ranks, or set another layout",
+    )
+    return world_size // replica
+
+
+def _check_sequence(config: "RunConfig") -> None:
+    parallel, length = config.parallel, config.data.sequence_length
+    longest = config.model.max_position_embeddings
+    _require(
+        longest >= length,
+        f"data.sequence_length is {length}, more than model.max_position_embeddings={longest}; "
+        f"set model.max_position_embeddings={length} or a shorter data.sequence_length",
+    )
+    pieces = 2 * parallel.context
+    _require(
+        parallel.context == 1 or length % pieces == 0,
+        f"data.sequence_length is {length}, which is not a multiple of {pieces}: with "
+        f"parallel.context={parallel.context} each rank holds two equal pieces of the sequence, so that "
+        f"causal work is even; set data.sequence_length={_neighbours(length, pieces)}",
+    )
+    if parallel.sequence:
+        _require(
+            parallel.tensor > 1,
+            "parallel.sequence=true with parallel.tensor=1: sequence parallel splits positions over the "
+            "tensor-parallel ranks; set parallel.sequence=false or parallel.tensor=2 or more",
+        )
+        shares = parallel.tensor * pieces if parallel.context > 1 else parallel.tensor
+        _require(
+            length % shares == 0,
+            f"data.sequence_length is {length}, which is not a multiple of {shares}: with "
+            f"parallel.sequence=true every one of {parallel.tensor} tensor-parallel ranks holds an equal "
+            f"share of the positions; set data.sequence_length={_neighbours(length, shares)} or "
+            "parallel.sequence=false",
+        )
+
+
+def _check_batch(config: "RunConfig", data_parallel_size: int) -> int:
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    per_pass = micro * data_parallel_size
+    _require(
+        batch % per_pass == 0,
+        f"train.global_batch_size is {batch}, which is not a multiple of {per_pass} "
+        f"(train.micro_batch_size={micro} times {data_parallel_size} data-parallel replicas): every "
+        "replica runs the same number of microbatches; set "
+        f"train.global_batch_size={_neighbours(batch, per_pass)}, or another train.micro_batch_size",
+    )
+    num_microbatches = batch // per_pass
+    _require(
+        chunks == 1 or num_microbatches % stages == 0,
+        f"a step has {num_microbatches} microbatches, which is not a multiple of "
+        f"parallel.pipeline={stages}: the interleaved schedule (parallel.virtual_pipeline={chunks}) takes "
+        "them in groups of one per stage; set "
+        f"train.global_batch_size={_neighbours(batch, per_pass * stages)} or parallel.virtual_pipeline=1",
+    )
+    return num_microbatches

@@ -1,0 +1,103 @@
+"""Self-attention that reads a value mixed over depth.
+
+The seam is ``SelfAttention.get_query_key_value_tensors``: there q, k and v exist apart, normed, before RoPE and
+before the inference cache. What it returns in place of v reaches core attention, packed sequences and every cache
+without further work. Scores are the same before and after RoPE, because query and key of one token are turned by
+the same rotation.
+
+Shape suffixes: S positions, B micro-batch, H query heads and G key/value heads of this rank, D head size, T tensor
+ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_depthattn.ops import depth_mix
+
+
+class Source(NamedTuple):
+    """What a layer leaves to later layers: its key before RoPE and its mixed value, each ``[S, B, G, D]``."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
+class DepthCall:
+    """One call's envelope from a layer to its self-attention and back.
+
+    ``TransformerLayer`` hands ``attention_bias`` to self-attention untouched, under every Megatron-Core version
+    supported, so the envelope rides there and nothing is ever left on a module (a tensor left there inside a
+    recomputed forward would have no gradient). A bias proper stays possible: it travels inside.
+    """
+
+    sources: Mapping[int, Source]
+    attention_bias: Tensor | None = None
+    made: list[Source] = field(default_factory=list)
+
+
+class DepthSelfAttention(SelfAttention):
+    """Megatron's self-attention with the depth mix between the QKV projection and everything after it."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, attention_bias: DepthCall, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's, with the call's envelope in ``attention_bias``."""
+        # key_value_states is Megatron's argument for cross-attention; self-attention passes it on to the method
+        # below unread.
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            key_value_states=attention_bias,
+            attention_bias=attention_bias.attention_bias,
+            **kwargs,
+        )
+
+    def get_query_key_value_tensors(  # type: ignore[override]
+        self, hidden_states: Tensor, key_value_states: DepthCall, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[S, B, H, D]``, key ``[S, B, G, D]`` and the mixed value ``[S, B, G, D]``.
+
+        Key and mixed value also go into the envelope, as this layer's source.
+        """
+        call = key_value_states
+        query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
+        if call.sources:
+            value = depth_mix(
+                self.group_queries(query),
+                [source.key for source in call.sources.values()],
+                [source.value for source in call.sources.values()],
+                key,
+                value,
+                self.hidden_size_per_attention_head**-0.5,
+                implementation=self.config.depth_attention_op,
+            )
+        call.made.append(Source(key, value))
+        return query, key, value
+
+    def group_queries(self, query_SBHD: Tensor) -> Tensor:
+        """The query heads whose mean scores each key/value head of this rank.
+
+        With at least as many key/value heads as tensor ranks these are the rank's own heads. With fewer, a group's
+        heads are spread over ``T / G`` neighbouring ranks that all hold the same key/value head: their means are
+        gathered, so that every rank scores with the mean over the whole group. The gather's backward sums what the
+        ranks contribute.
+
+        Returns ``[S, B, H, D]``, or ``[S, B, 1, D]`` (the mean itself) when groups are spread.
+        """
+        num_groups = self.config.num_query_groups
+        if num_groups >= self.world_size:
+            return query_SBHD
+        sequence, batch, _, head_size = query_SBHD.shape
+        ranks_per_group = self.world_size // num_groups
+        first = self.tp_group.rank() // ranks_per_group * ranks_per_group
+        means = all_gather_last_dim_from_tensor_parallel_region(query_SBHD.mean(dim=2), group=self.tp_group)
+        means_SBTD = means.view(sequence, batch, self.world_size, head_size)
+        return means_SBTD[:, :, first : first + ranks_per_group].mean(dim=2, keepdim=True)

@@ -1,0 +1,86 @@
+"""The Qwen3-style decoder of the released models: RMSNorm, no biases, per-head q/k norm, RoPE, SwiGLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_depthattn.model.layer_specs import depth_attention_block_spec
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+
+VOCAB_MULTIPLE = 128
+"""The embedding is padded to a multiple of this, whatever the layout, so that a checkpoint has one shape everywhere."""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding for ``vocab_size`` tokens."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def qwen3_style_config(**overrides: Any) -> DepthAttentionConfig:
+    """A ``DepthAttentionConfig`` with the decoder style of the released models; ``overrides`` are its other fields.
+
+    Fusions that compile at first use are off: they change nothing but speed, and TransformerEngine brings its own.
+    """
+    style: dict[str, Any] = {
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+    return DepthAttentionConfig(**(style | overrides))
+
+
+def build_gpt_model(
+    config: DepthAttentionConfig,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    rotary_base: float = 10000,
+    tie_embeddings: bool = False,
+    backend: str = "local",
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """One pipeline chunk of the decoder; without pipelining the whole model.
+
+    Args:
+        vocab_size: tokens of the tokenizer; padded to a multiple of ``VOCAB_MULTIPLE``.
+        max_sequence_length: positions that RoPE is prepared for.
+        pre_process: this chunk holds the embedding.
+        post_process: this chunk holds the final norm and the output layer.
+        vp_stage: the chunk's virtual pipeline stage; None without interleaving.
+
+    Raises:
+        ValueError: the padded vocabulary cannot be split over the tensor ranks.
+    """
+    rows = padded_vocab_size(vocab_size)
+    if rows % config.tensor_model_parallel_size:
+        raise ValueError(
+            f"parallel.tensor={config.tensor_model_parallel_size} does not divide the padded vocabulary of {rows} rows "
+            f"(vocab_size={vocab_size} padded to a multiple of {VOCAB_MULTIPLE}): set parallel.tensor to a power "
+            "of two."
+        )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=depth_attention_block_spec(config, backend, vp_stage),
+        vocab_size=rows,
+        max_sequence_length=max_sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=rotary_base,
+        vp_stage=vp_stage,
+    )

@@ -1,0 +1,69 @@
+"""Initial weights that depend on the seed and on each parameter's name, and on nothing else.
+
+Megatron draws weights in the order in which a rank builds them, so the same seed gives another model under another
+layout. Here every parameter has a generator of its own, seeded by its name in the whole model, and every tensor
+rank draws the whole tensor and keeps its share. The same seed is the same model under every tensor, pipeline and
+virtual pipeline layout.
+
+The rule is that of the released models: normal with one standard deviation for every matrix, no scaling with depth,
+norms at one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+
+def named_parameters_of_the_whole_model(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """``(name, parameter)`` of a chunk, with layers named by their index in the whole model."""
+    first_layer = model.decoder.layers[0].layer_number - 1
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + first_layer)
+        yield ".".join(parts), parameter
+
+
+@torch.no_grad()
+def initialize_weights(model: GPTModel, *, seed: int, init_std: float) -> None:
+    """Fill a chunk's parameters in place.
+
+    Args:
+        model: a pipeline chunk, before it is wrapped for data parallel.
+        seed: the run's seed.
+        init_std: standard deviation of every matrix.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in named_parameters_of_the_whole_model(model):
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        if model.share_embeddings_and_output_weights and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
+        split = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+        shape = list(parameter.shape)
+        if split >= 0:
+            shape[split] *= size
+        generator = torch.Generator(device=parameter.device).manual_seed(_seed_of(name, seed))
+        whole = torch.empty(shape, device=parameter.device).normal_(0.0, init_std, generator=generator)
+        parameter.copy_(_share(whole, name, split, rank, size))
+
+
+def _share(whole: Tensor, name: str, split: int, rank: int, size: int) -> Tensor:
+    """This rank's part of a whole tensor, cut the way Megatron reads it."""
+    if split < 0 or size == 1:
+        return whole
+    if name.endswith("linear_fc1.weight"):  # SwiGLU: gate and up are halves of one matrix, each split by itself
+        return torch.cat([half.chunk(size, dim=split)[rank] for half in whole.chunk(2, dim=0)], dim=0)
+    return whole.chunk(size, dim=split)[rank]
+
+
+def _seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

@@ -1,0 +1,1 @@
+"""Process groups, the pipeline payload and the CPU runtime."""

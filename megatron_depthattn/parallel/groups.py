@@ -1,0 +1,49 @@
+"""Process groups: torch.distributed, then Megatron's model-parallel groups over it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up; a lost peer is an error, not a hang."""
+
+
+def initialize_distributed(environment: LaunchEnvironment, timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
+    """Join the world (NCCL on GPUs, gloo elsewhere) and return this process's device."""
+    on_cpu = enter_cpu_runtime()
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", environment.local_rank)
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    backend = "gloo" if on_cpu else "nccl"
+    if environment.launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def initialize_model_parallel(
+    *, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, seed: int = 1234
+) -> None:
+    """Build Megatron's groups for this layout over the world that was joined, and seed its random number trackers."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down() -> None:
+    """Leave Megatron's groups and the world."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

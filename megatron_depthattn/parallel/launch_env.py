@@ -1,0 +1,36 @@
+"""The only place that reads environment variables: what torchrun (or nobody) says about this process."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class LaunchEnvironment(NamedTuple):
+    """This process's place among all processes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launched: bool
+    """Whether a launcher set the variables; without one this is a world of one."""
+
+
+def launch_environment() -> LaunchEnvironment:
+    """Read torchrun's variables.
+
+    Raises:
+        ValueError: some of them are set and others are not: guessing would start worlds that never meet.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) == len(names):
+        return LaunchEnvironment(rank=0, world_size=1, local_rank=0, launched=False)
+    if missing:
+        raise ValueError(
+            f"the environment sets some of torchrun's variables but not {', '.join(missing)}: start the program "
+            "with torchrun, "
+            "or unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a world of one."
+        )
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names[:3])
+    return LaunchEnvironment(rank, world_size, local_rank, launched=True)

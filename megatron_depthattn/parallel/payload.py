@@ -1,0 +1,69 @@
+"""What a pipeline stage hands to the next: one fresh tensor with named parts.
+
+Megatron's schedules send one tensor per hop, free its memory after the send, and run backward from it alone.
+Sources that travelled beside the hidden state would lose their gradient without a word, and a view would keep its
+memory. So the parts are concatenated along the last dimension into a tensor of their own, and the names, widths and
+offsets live here, in one place, from which packing, unpacking, the message's size and the memory estimate follow.
+
+Shape suffixes: S rows (sequence, or its share under sequence parallel), B micro-batch, W width.
+
+Under sequence parallel the hidden state holds 1/t of the positions while a source holds all positions of 1/t of the
+heads. The element counts match, so a source travels as ``[S, B, t * w]``: a reshape, no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HIDDEN = "hidden"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Named parts of one message and their widths in elements, in sending order."""
+
+    widths: Mapping[str, int]
+
+    @property
+    def width(self) -> int:
+        """Width W of the whole message: numbers per row."""
+        return sum(self.widths.values())
+
+    def pack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate ``parts`` to one new tensor ``[S, B, W]``.
+
+        The first part fixes S and B; every other part may have any shape with ``S * B * width`` elements.
+        """
+        if parts.keys() != self.widths.keys():
+            raise ValueError(f"payload holds the parts {list(self.widths)}, was given {list(parts)}")
+        rows, batch = next(iter(parts.values())).shape[:2]
+        return torch.cat([parts[name].reshape(rows, batch, width) for name, width in self.widths.items()], dim=-1)
+
+    def unpack(self, message_SBW: Tensor) -> dict[str, Tensor]:
+        """The parts of a message as ``[S, B, width]`` views, by name."""
+        if message_SBW.size(-1) != self.width:
+            raise ValueError(
+                f"a message of width {message_SBW.size(-1)} arrived where {dict(self.widths)} (together "
+                f"{self.width}) was "
+                "expected: sender and receiver hold different source plans."
+            )
+        return dict(zip(self.widths, message_SBW.split(list(self.widths.values()), dim=-1), strict=True))
+
+
+def depth_payload(sources: tuple[int, ...], *, hidden_width: int, source_width: int) -> Payload:
+    """The message of a Depth-Attention edge: the hidden state, then key and mixed value of every live source.
+
+    Args:
+        sources: layers whose key and value cross the edge.
+        hidden_width: numbers per row of the hidden state.
+        source_width: numbers per row of one key (a value has the same).
+    """
+    widths = {HIDDEN: hidden_width}
+    for layer in sources:
+        widths[f"key.{layer}"] = source_width
+        widths[f"value.{layer}"] = source_width
+    return Payload(widths)

@@ -1,0 +1,178 @@
+"""Strict layering of settings into a frozen dataclass: defaults < YAML files < `a.b=c`.
+
+The tree of a config is its dataclass, so nothing is declared twice: the dotted keys, their types and their
+defaults are read from the fields. Each value remembers where it came from, because "unknown key" is only
+useful with the file to open. OmegaConf reads the text (its loader takes `1e-3` as a number, which plain YAML
+1.1 does not) and resolves `${a.b}`; the checks are ours.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+BASE_KEY = "base"
+COMMAND_LINE = "the command line"
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+class Layer(NamedTuple):
+    """Settings of one origin: `values` maps dotted keys to what was written there."""
+
+    source: str
+    values: dict[str, Any]
+
+
+def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type annotation for every leaf of a dataclass of dataclasses, in field order."""
+    leaves: dict[str, Any] = {}
+    for name, annotation in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+            leaves |= leaf_types(annotation, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = annotation
+    return leaves
+
+
+def read_yaml(path: str | Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
+    """Layers of a YAML, weakest first: those of the files under `base:` (relative to it), then its own."""
+    path = Path(path)
+    if not path.is_file():
+        named_in = f" (named under '{BASE_KEY}' in {_including[-1]})" if _including else ""
+        raise ValueError(f"config file {path}{named_in} does not exist; give the path of a YAML file")
+    if path.resolve() in (seen.resolve() for seen in _including):
+        chain = " -> ".join(str(seen) for seen in (*_including, path))
+        raise ValueError(f"{path} includes itself through '{BASE_KEY}': {chain}; remove one of these entries")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {_show(content)} at its top level; it must hold 'section: {{key: value}}'")
+    bases = content.pop(BASE_KEY, None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"'{BASE_KEY}' in {path} is {_show(bases)}; give one YAML path or a list of them")
+    layers = [layer for base in bases for layer in read_yaml(path.parent / base, (*_including, path))]
+    return [*layers, Layer(str(path), _flatten(content))]
+
+
+def parse_overrides(arguments: Sequence[str]) -> Layer:
+    """`a.b=c` arguments as one layer; values are read as YAML, so `null`, `true` and `1e-3` work."""
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals or not key:
+            raise ValueError(f"argument '{argument}' is neither a .yaml file nor key=value, such as train.steps=100")
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"the value in argument '{argument}' is not valid YAML; quote it") from error
+        assert isinstance(parsed, dict)
+        values |= _flatten(parsed)
+    return Layer(COMMAND_LINE, values)
+
+
+def build(cls: type[T], layers: Sequence[Layer]) -> T:
+    """Merge `layers`, weakest first, over the defaults of `cls`; ValueError for unknown keys, wrong types."""
+    leaves = leaf_types(cls)
+    merged = _flatten(dataclasses.asdict(cls()))  # type: ignore[call-overload]
+    sources = dict.fromkeys(merged, f"the defaults of {cls.__name__}")
+    for layer in layers:
+        for key, value in layer.values.items():
+            if key in leaves:
+                merged[key], sources[key] = value, layer.source
+            elif not (value is None and _is_section(key, leaves)):  # 'train:' with every line commented out
+                raise ValueError(_unknown_key(key, layer.source, leaves))
+    tree = OmegaConf.create()
+    for key, value in merged.items():
+        OmegaConf.update(tree, key, value, merge=False)
+    try:
+        nested = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        origin = f"{error.full_key} (from {sources.get(str(error.full_key))})"
+        raise ValueError(f"{origin} cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(nested, dict)
+    return _construct(cls, nested, sources, "")
+
+
+def _construct(cls: type[T], nested: Mapping[Any, Any], sources: Mapping[str, str], prefix: str) -> T:
+    arguments: dict[str, Any] = {}
+    for name, annotation in typing.get_type_hints(cls).items():
+        key = prefix + name
+        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+            arguments[name] = _construct(annotation, nested[name], sources, f"{key}.")
+        else:
+            arguments[name] = _checked(nested[name], annotation, key, sources[key])
+    return cls(**arguments)
+
+
+def _checked(value: Any, annotation: Any, key: str, source: str) -> Any:
+    is_union = typing.get_origin(annotation) in (
+        typing.Union,
+        types.UnionType,
+    )  # Literal | None is the former
+    options = typing.get_args(annotation) if is_union else (annotation,)
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if isinstance(value, str) and value in typing.get_args(option):
+                return value
+        elif option is float and type(value) is int:
+            return float(value)
+        elif type(value) is option:  # not isinstance: a bool is an int, and `true` is no layer count
+            return value
+    raise ValueError(f"{key} is {_show(value)} (from {source}); expected {_describe(options)}")
+
+
+def _describe(options: Sequence[Any]) -> str:
+    names: list[str] = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            names.append("one of " + ", ".join(typing.get_args(option)))
+        elif option is not types.NoneType:
+            names.append(_TYPE_NAMES[option])
+    return " or ".join([*names, "null"] if types.NoneType in options else names)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    kinds = {str: "string ", list: "list ", dict: "section ", int: "integer ", float: "number "}
+    return f"{kinds.get(type(value), '')}{value!r}"
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = None if value == {} else value
+    return flat
+
+
+def _is_section(key: str, leaves: Mapping[str, Any]) -> bool:
+    return any(leaf.startswith(key + ".") for leaf in leaves)
+
+
+def _unknown_key(key: str, source: str, leaves: Mapping[str, Any]) -> str:
+    if _is_section(key, leaves):
+        inside = ", ".join(leaf for leaf in leaves if leaf.startswith(key + "."))
+        return f"'{key}' in {source} is a section and takes no value; set one of {inside}"
+    nearest = difflib.get_close_matches(key, leaves, n=1, cutoff=0.0)[0]
+    # The right name in the wrong section ('train.lr') is a commoner slip than a wrong name in the right one.
+    same_name = [leaf for leaf in leaves if leaf.rpartition(".")[2] == key.rpartition(".")[2]]
+    if same_name:
+        nearest = difflib.get_close_matches(key, same_name, n=1, cutoff=0.0)[0]
+    return f"unknown key '{key}' in {source}; the nearest valid key is '{nearest}'"

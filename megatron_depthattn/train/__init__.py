@@ -1,0 +1,1 @@
+"""The training stack over the model: build, step, checkpoint, report, loop."""

@@ -1,0 +1,121 @@
+"""From the run's config to Megatron objects: the one place where our keys become Megatron's fields."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+
+from megatron_depthattn.config import RunConfig
+from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.initialization import initialize_weights
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+
+Chunks = list[DistributedDataParallel]
+
+
+def transformer_config(config: RunConfig) -> DepthAttentionConfig:
+    """The model's and layout's config in Megatron's terms."""
+    model, parallel, depth = config.model, config.parallel, config.model.depth_attention
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    return qwen3_style_config(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_std,
+        depth_attention=depth.enabled,
+        depth_attention_stride=depth.stride,
+        depth_attention_recent_window=depth.recent_window,
+        depth_attention_op=depth.op,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=config.precision.dtype == "bf16",
+        recompute_granularity=config.recompute.granularity,
+        recompute_method=config.recompute.method,
+        recompute_num_layers=config.recompute.num_layers,
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        # The loss is a sum over tokens, divided once by the tokens of the whole global batch: equal under every layout.
+        calculate_per_token_loss=True,
+    )
+
+
+def build_model(config: RunConfig, device: torch.device) -> Chunks:
+    """This rank's pipeline chunks, initialised, in data-parallel wrappers."""
+    megatron = transformer_config(config)
+    num_chunks = config.parallel.virtual_pipeline
+    rank, stages = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    chunks = []
+    for index in range(num_chunks):
+        model = build_gpt_model(
+            megatron,
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.max_position_embeddings,
+            rotary_base=config.model.rotary_base,
+            tie_embeddings=config.model.tie_embeddings,
+            backend=config.model.spec,
+            pre_process=rank == 0 and index == 0,
+            post_process=rank == stages - 1 and index == num_chunks - 1,
+            vp_stage=index if num_chunks > 1 else None,
+        ).to(device)
+        initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
+        half = Float16Module(megatron, model) if megatron.bf16 else model
+        chunks.append(DistributedDataParallel(megatron, ddp, half, disable_bucketing=index > 0))
+    hooks = get_model_config(chunks[0])
+    assert all(get_model_config(chunk) is hooks for chunk in chunks), (
+        "every chunk must share the config that holds the hooks"
+    )
+    hooks.finalize_model_grads_func = finalize_model_grads
+    return chunks
+
+
+def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over all chunks (Megatron's distributed optimizer) and its cosine schedule, counted in steps."""
+    settings, steps = config.optimizer, config.train.steps
+    bf16 = config.precision.dtype == "bf16"
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.lr * settings.min_lr_ratio,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.grad_clip,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        chunks,  # Megatron's default overrides keep weight decay off one-dimensional parameters: the norms
+    )
+    get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
+    warmup = min(round(settings.warmup_ratio * steps), steps - 1)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

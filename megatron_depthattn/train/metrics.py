@@ -1,0 +1,78 @@
+"""A step's numbers, in the units of their names."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+
+from megatron_depthattn.config import RunConfig
+from megatron_depthattn.model.flops import ForwardFlops, forward_flops_per_token
+from megatron_depthattn.model.gpt import padded_vocab_size
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.train.checkpoint import Progress
+from megatron_depthattn.train.step import StepResult
+
+PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense bf16 peak of a device by the name that CUDA gives it, from the vendor's data sheets; others have no MFU."""
+
+
+def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardFlops:
+    """Operations of one token's forward pass under this config."""
+    model = config.model
+    return forward_flops_per_token(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+        vocab_size=padded_vocab_size(model.vocab_size),
+        sequence_length=config.data.sequence_length,
+        plan=megatron.source_plan if megatron.depth_attention else None,
+    )
+
+
+class Meter:
+    """Turns steps into the records of metrics.jsonl.
+
+    Args:
+        flops: operations of one token's forward pass; backward counts as two more.
+        tokens_per_step: tokens of a global batch.
+        world_size: devices that share them.
+    """
+
+    def __init__(self, flops: ForwardFlops, tokens_per_step: int, world_size: int) -> None:
+        self._tokens = tokens_per_step
+        self._tflops_per_device = 3 * flops.total * tokens_per_step / world_size / 1e12
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self._peak = next((peak for part, peak in PEAK_TFLOPS_BF16.items() if part in name), None)
+
+    def record(
+        self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, data_seconds: float
+    ) -> dict[str, Any]:
+        """One line of metrics.jsonl; ``eval_loss`` is filled in by the steps that evaluate."""
+        tflops = self._tflops_per_device / seconds
+        return {
+            "step": progress.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": progress.consumed_tokens,
+            "samples": progress.consumed_samples,
+            "step_seconds": seconds,
+            "data_seconds": data_seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self._peak if self._peak else None,
+            "memory_gb": peak_memory_gb(),
+            "eval_loss": None,
+        }
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held, in 10^9 bytes: the allocator's peak on a GPU, resident memory on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,111 @@
+"""What a run tells, from rank 0: log.txt and the console for people, metrics.jsonl as the record, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_depthattn.config import RunConfig
+
+METRICS = "metrics.jsonl"
+
+
+class Reporter:
+    """Writes a run's record; on ranks other than 0 every method does nothing.
+
+    Args:
+        config: for the run's folder and the steps between lines on the console.
+        is_writer: whether this process writes.
+        first_step: steps already done; what the files say about later ones (of a run that was cut off) is dropped.
+        last_step: the step at which the run ends, for the ETA.
+    """
+
+    def __init__(self, config: RunConfig, *, is_writer: bool, first_step: int, last_step: int) -> None:
+        self.is_writer = is_writer
+        self.last_step, self.log_interval = last_step, config.train.log_interval
+        if not is_writer:
+            return
+        run_dir = Path(config.run.dir)
+        _drop_steps_after(run_dir / METRICS, first_step)
+        self._metrics: TextIO = (run_dir / METRICS).open("a", encoding="utf-8")
+        self._log: TextIO = (run_dir / "log.txt").open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._progress = _progress_bar() if sys.stdout.isatty() else None
+        self._task = self._progress.add_task("train", total=last_step, completed=first_step) if self._progress else None
+        self._started, self._first_step = time.monotonic(), first_step
+
+    def lines(self, texts: Iterable[str]) -> None:
+        """Lines for people, on the console and in log.txt."""
+        if not self.is_writer:
+            return
+        for text in texts:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            if self._progress:
+                self._progress.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
+        self._log.flush()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One step's numbers; ``None`` values are kept in the record and left out of the curves."""
+        if not self.is_writer:
+            return
+        step = metrics["step"]
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            if name != "step" and value is not None:
+                self._tensorboard.add_scalar(name, value, step)
+        if self._progress and self._task is not None:
+            if not self._progress.live.is_started:
+                self._progress.start()
+            self._progress.update(self._task, completed=step, description=f"loss {metrics['loss']:.3f}")
+        if step % self.log_interval == 0 or step == self.last_step or metrics["eval_loss"] is not None:
+            self.lines([self._text(metrics)])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.is_writer:
+            if self._progress:
+                self._progress.stop()
+            self._tensorboard.close()
+            self._metrics.close()
+            self._log.close()
+
+    def _text(self, metrics: dict[str, Any]) -> str:
+        step = metrics["step"]
+        seconds_per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        remaining = round(seconds_per_step * (self.last_step - step))
+        held_out = "" if metrics["eval_loss"] is None else f"held-out {metrics['eval_loss']:.4f} | "
+        return (
+            f"step {step}/{self.last_step} | loss {metrics['loss']:.4f} | {held_out}"
+            f"grad norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | {metrics['tokens_per_second']:,.0f} tokens/s | "
+            f"eta {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}"
+        )
+
+
+def _drop_steps_after(path: Path, step: int) -> None:
+    """Keep the record's lines up to ``step``: a resumed run writes the later ones again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if len(kept) < len(lines):
+            path.write_text("".join(kept), encoding="utf-8")
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stdout),
+    )

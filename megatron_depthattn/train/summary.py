@@ -1,0 +1,109 @@
+"""What a run says about itself when it starts and when it ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_depthattn.config import RunConfig
+from megatron_depthattn.model.flops import ForwardFlops, parameter_count
+from megatron_depthattn.model.gpt import padded_vocab_size
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.parallel.agreement import describe_hops
+from megatron_depthattn.train.checkpoint import Progress
+from megatron_depthattn.train.metrics import peak_memory_gb
+
+
+def opening_lines(
+    config: RunConfig, megatron: DepthAttentionConfig, flops: ForwardFlops, world_size: int, resume_from: Path | None
+) -> list[str]:
+    """The model, the layout, what every pipeline hop costs, and where the run starts."""
+    model, parallel = config.model, config.parallel
+    return [
+        f"model: {parameters(config) / 1e6:.1f} M parameters, {model.num_layers} layers x {model.hidden_size}, "
+        f"{model.num_attention_heads} heads / {model.num_query_groups} KV heads, {config.precision.dtype}",
+        depth_line(megatron, flops),
+        f"layout: {world_size} ranks = data {world_size // (parallel.tensor * parallel.pipeline * parallel.context)} x "
+        f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
+        f"pipeline {parallel.pipeline} ({parallel.virtual_pipeline} chunks a stage)",
+        *hop_lines(config, megatron),
+        f"start: {resume_from or 'from initial weights'}",
+    ]
+
+
+def depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
+    """Depth-Attention's settings and arithmetic in one line."""
+    if not megatron.depth_attention:
+        return "depth attention: off (vanilla)"
+    plan = megatron.source_plan
+    everyone = sorted({source for layer in range(plan.num_layers) for source in plan.sources(layer)})
+    return (
+        f"depth attention: stride {plan.stride}, recent window {plan.recent_window}; layers {everyone} are sources; "
+        f"{100 * flops.mix / flops.total:.3f} % of the forward arithmetic"
+    )
+
+
+def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
+    """One line per pipeline edge; none without pipelining or without Depth-Attention."""
+    if not megatron.depth_attention:
+        return []
+    tensor = config.parallel.tensor
+    return describe_hops(
+        megatron.source_plan,
+        hidden_size=config.model.hidden_size // (tensor if config.parallel.sequence else 1),
+        source_size=2 * max(1, config.model.num_query_groups // tensor) * config.model.kv_channels,
+        tokens=config.train.micro_batch_size * config.data.sequence_length // config.parallel.context,
+        bytes_per_element=2 if config.precision.dtype == "bf16" else 4,
+    )
+
+
+def parameters(config: RunConfig) -> int:
+    """Weights of the whole model, embedding and padding rows included."""
+    model = config.model
+    return parameter_count(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+        vocab_size=padded_vocab_size(model.vocab_size),
+        tie_embeddings=model.tie_embeddings,
+    )
+
+
+class Cost:
+    """What this process's part of the run has cost and brought, for the closing lines."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._step_seconds = 0.0
+        self._steps = 0
+        self._held_out: list[tuple[int, float]] = []
+
+    def add_step(self, seconds: float) -> None:
+        """Count one training step."""
+        self._steps += 1
+        self._step_seconds += seconds
+
+    def add_held_out(self, step: int, loss: float) -> None:
+        """Remember a held-out loss, in nats per token."""
+        self._held_out.append((step, loss))
+
+    def closing_lines(self, config: RunConfig, progress: Progress, world_size: int) -> list[str]:
+        """What was trained, what it cost, what it brought and what to try next."""
+        if not self._steps:
+            return [f"nothing to do: {config.run.dir} is at step {progress.step}; set train.steps higher to go on"]
+        tokens = self._steps * config.train.global_batch_size * config.data.sequence_length
+        lines = [
+            f"trained {self._steps} steps to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
+            f"{world_size} ranks in {time.monotonic() - self._started:.0f} s ({tokens / self._step_seconds:,.0f} tokens/s in steps), "
+            f"peak memory {peak_memory_gb():.2f} GB on rank 0"
+        ]
+        if self._held_out:
+            (first, before), (last, after) = self._held_out[0], self._held_out[-1]
+            lines.append(
+                f"held-out loss: {before:.4f} at step {first}, {after:.4f} at step {last} (nats per token; "
+                f"down {before - after:.2f})"
+            )
+        return [*lines, f"record: {config.run.dir}/metrics.jsonl; curves: tensorboard --logdir {config.run.dir}"]

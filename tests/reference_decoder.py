@@ -1,0 +1,182 @@
+"""A plain fp64 decoder with Depth-Attention, written from the method's definition alone (arXiv:2606.05014).
+
+It is the oracle for whole models: it shares no code with the package, and nothing in it is fast or clever.
+With Depth-Attention off it is the Qwen3 architecture; weights have Hugging Face's names and orientation
+(`model.layers.0.self_attn.q_proj.weight` is [out, in]).
+
+Shapes: b batch, s positions, H query heads, G key/value heads, d head size, E hidden size, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def depth_sources(layer: int, stride: int, window: int) -> list[int]:
+    """Source layers of `layer`: the earlier multiples of `stride`, and the last `window` earlier layers."""
+    return [i for i in range(layer) if i % stride == 0 or i >= layer - window]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x divided by its root mean square over the last dimension, times `weight`."""
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rope(x: Tensor, theta: float) -> Tensor:
+    """Rotate x [b, s, heads, d]: at position p, elements (i, i + d/2) turn by the angle p * theta^(-2i/d)."""
+    half = x.shape[-1] // 2
+    positions = torch.arange(x.shape[1], dtype=x.dtype)
+    frequencies = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=x.dtype)
+    angles = torch.outer(positions, frequencies)[:, None, :]  # [s, 1, d / 2]
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat(
+        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1
+    )
+
+
+def depth_mix(q: Tensor, k: Tensor, v: Tensor, sources: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """vmix [b, s, G, d] from q [b, s, H, d], own k, v [b, s, G, d] and the (k, vmix) of each source layer."""
+    num_kv_heads, head_dim = k.shape[2:]
+    group = q.shape[2] // num_kv_heads
+    candidates = [*sources, (k, v)]
+    mixed_heads = []
+    for j in range(num_kv_heads):
+        qbar = q[:, :, j * group : (j + 1) * group].mean(dim=2)  # [b, s, d]
+        scores = [(qbar * key[:, :, j]).sum(dim=-1) / math.sqrt(head_dim) for key, _ in candidates]
+        weights = torch.softmax(torch.stack(scores), dim=0)  # [n + 1, b, s]
+        values = torch.stack([value[:, :, j] for _, value in candidates])  # [n + 1, b, s, d]
+        mixed_heads.append((weights[..., None] * values).sum(dim=0))
+    return torch.stack(mixed_heads, dim=2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q [b, s, H, d] over k and v [b, s, G, d], each position on itself and the earlier ones."""
+    num_heads, head_dim = q.shape[2:]
+    group = num_heads // k.shape[2]
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(diagonal=1)
+    outputs = []
+    for h in range(num_heads):
+        scores = q[:, :, h] @ k[:, :, h // group].transpose(1, 2) / math.sqrt(head_dim)  # [b, s, s]
+        outputs.append(scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v[:, :, h // group])
+    return torch.stack(outputs, dim=2)
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    gated = x @ gate.T
+    return (gated * torch.sigmoid(gated) * (x @ up.T)) @ down.T
+
+
+def decoder_logits(
+    weights: Mapping[str, Tensor],
+    tokens: Tensor,
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float,
+    eps: float,
+    stride: int | None = None,
+    window: int = 0,
+    depth_attention: bool = True,
+    tied: bool = False,
+    num_loops: int = 1,
+) -> Tensor:
+    """Logits [b, s, V] in fp64 for tokens [b, s], differentiable with respect to `weights`.
+
+    Args:
+        weights: parameters under Hugging Face Qwen3 names, in any float dtype; computed with in fp64.
+        tokens: token ids [b, s], positions counted from 0, no padding.
+        num_layers: decoder layers with weights of their own.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads G; query head h reads key/value head h // (H / G).
+        head_dim: size of a head, d.
+        rope_theta: base of the rotary frequencies.
+        eps: added to the mean square in every norm.
+        stride: multiples of it are sources of every later layer; None: half of the (effective) layers.
+        window: this many layers just before a layer are its sources as well.
+        depth_attention: False for the vanilla decoder.
+        tied: use the embedding in place of `lm_head.weight`.
+        num_loops: runs of the stack with the same weights; the layer index counts on through all of them.
+    """
+    weights = {name: weight.double() for name, weight in weights.items()}
+    b, s = tokens.shape
+    num_effective_layers = num_loops * num_layers
+    if stride is None:
+        stride = max(1, num_effective_layers // 2)
+
+    memory: list[tuple[Tensor, Tensor]] = []  # (k, vmix) of every effective layer so far
+    x = weights["model.embed_tokens.weight"][tokens]
+    for layer in range(num_effective_layers):
+        prefix = f"model.layers.{layer % num_layers}."
+        own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        normed = rms_norm(x, own["input_layernorm.weight"], eps)
+        q = (normed @ own["self_attn.q_proj.weight"].T).reshape(b, s, num_heads, head_dim)
+        k = (normed @ own["self_attn.k_proj.weight"].T).reshape(b, s, num_kv_heads, head_dim)
+        v = (normed @ own["self_attn.v_proj.weight"].T).reshape(b, s, num_kv_heads, head_dim)
+        q = rope(rms_norm(q, own["self_attn.q_norm.weight"], eps), rope_theta)
+        k = rope(rms_norm(k, own["self_attn.k_norm.weight"], eps), rope_theta)
+        if depth_attention:
+            v = depth_mix(q, k, v, [memory[i] for i in depth_sources(layer, stride, window)])
+        memory.append((k, v))
+        attended = causal_attention(q, k, v).reshape(b, s, num_heads * head_dim)
+        x = x + attended @ own["self_attn.o_proj.weight"].T
+        normed = rms_norm(x, own["post_attention_layernorm.weight"], eps)
+        x = x + swiglu(normed, own["mlp.gate_proj.weight"], own["mlp.up_proj.weight"], own["mlp.down_proj.weight"])
+    x = rms_norm(x, weights["model.norm.weight"], eps)
+    return x @ weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of -log p(label) in nats; logits [b, s, V]; labels [b, s], at t the token that follows token t."""
+    label_logits = logits.gather(-1, labels[..., None]).squeeze(-1)
+    return (logits.logsumexp(dim=-1) - label_logits).mean()
+
+
+def random_weights(
+    seed: int,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    vocab_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    tied: bool = False,
+) -> dict[str, Tensor]:
+    """fp64 weights for `decoder_logits`: projections that keep the size of their input, norms in [0.5, 1.5).
+
+    Norm weights away from one make a norm that is missing, doubled, shared or in the wrong place show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def projection(out_features: int, in_features: int) -> Tensor:
+        weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64)
+        return weight / math.sqrt(in_features)
+
+    def norm(size: int) -> Tensor:
+        return 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
+
+    weights = {"model.embed_tokens.weight": projection(vocab_size, hidden_size)}
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            prefix + "input_layernorm.weight": norm(hidden_size),
+            prefix + "self_attn.q_proj.weight": projection(num_heads * head_dim, hidden_size),
+            prefix + "self_attn.k_proj.weight": projection(num_kv_heads * head_dim, hidden_size),
+            prefix + "self_attn.v_proj.weight": projection(num_kv_heads * head_dim, hidden_size),
+            prefix + "self_attn.o_proj.weight": projection(hidden_size, num_heads * head_dim),
+            prefix + "self_attn.q_norm.weight": norm(head_dim),
+            prefix + "self_attn.k_norm.weight": norm(head_dim),
+            prefix + "post_attention_layernorm.weight": norm(hidden_size),
+            prefix + "mlp.gate_proj.weight": projection(ffn_hidden_size, hidden_size),
+            prefix + "mlp.up_proj.weight": projection(ffn_hidden_size, hidden_size),
+            prefix + "mlp.down_proj.weight": projection(hidden_size, ffn_hidden_size),
+        }
+    weights["model.norm.weight"] = norm(hidden_size)
+    if not tied:
+        weights["lm_head.weight"] = projection(vocab_size, hidden_size)
+    return weights

@@ -1,0 +1,395 @@
+"""The config's surface, its layering, its refusals, and every YAML that ships."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_depthattn.config import RunConfig, config_keys, load_config, save_config, to_dict, validate
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIZES = {"quickstart": 2, "360m": 8, "1.5b": 64, "3b": 64}  # name -> ranks of a plausible run
+OVERLAYS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS)
+
+# Growing the surface is a decision: it shows up as a change of this list.
+KEYS = [
+    "run.dir",
+    "run.seed",
+    "engine.name",
+    "engine.zero_stage",
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "model.ffn_hidden_size",
+    "model.vocab_size",
+    "model.max_position_embeddings",
+    "model.rotary_base",
+    "model.norm_epsilon",
+    "model.init_std",
+    "model.tie_embeddings",
+    "model.num_loops",
+    "model.spec",
+    "model.depth_attention.enabled",
+    "model.depth_attention.stride",
+    "model.depth_attention.recent_window",
+    "model.depth_attention.op",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.context",
+    "parallel.sequence",
+    "precision.dtype",
+    "precision.fp8",
+    "recompute.granularity",
+    "recompute.method",
+    "recompute.num_layers",
+    "data.path",
+    "data.cache",
+    "data.sequence_length",
+    "data.shuffle",
+    "data.num_workers",
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.stop_after",
+    "train.eval_interval",
+    "train.eval_batches",
+    "train.log_interval",
+    "optimizer.lr",
+    "optimizer.min_lr_ratio",
+    "optimizer.warmup_ratio",
+    "optimizer.weight_decay",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.eps",
+    "optimizer.grad_clip",
+    "checkpoint.dir",
+    "checkpoint.interval",
+    "checkpoint.keep",
+    "checkpoint.load",
+    "checkpoint.async_save",
+]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A config of defaults that validates on one rank."""
+    return write(tmp_path / "base.yaml", "run: {dir: out}\ndata: {path: shards}\n")
+
+
+# ---------------------------------------------------------------------------------------------- surface
+
+
+def test_surface_is_frozen():
+    assert sorted(config_keys()) == sorted(KEYS)
+
+
+def test_every_field_has_a_docstring():
+    """The line under a field is its documentation; a field without one is undocumented."""
+    import ast
+    import inspect
+
+    from megatron_depthattn import config
+
+    for section in ast.parse(inspect.getsource(config)).body:
+        if isinstance(section, ast.ClassDef) and section.name != "RunConfig":
+            for field, following in zip(section.body, [*section.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) != "depth_attention":
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert documented, f"{section.name}.{ast.unparse(field.target)} has no docstring"
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().train.steps = 3  # type: ignore[misc]
+
+
+# --------------------------------------------------------------------------------------------- layering
+
+
+def test_later_layers_win(tmp_path):
+    write(tmp_path / "a.yaml", "train: {steps: 1, micro_batch_size: 1, global_batch_size: 1}")
+    write(tmp_path / "sub" / "b.yaml", "base: [../a.yaml]\ntrain: {micro_batch_size: 2, global_batch_size: 2}")
+    overlay = write(tmp_path / "c.yaml", "train: {global_batch_size: 3}")
+    config = load_config(tmp_path / "sub" / "b.yaml", ["train.log_interval=4", str(overlay)])
+    assert config.train.steps == 1
+    assert config.train.micro_batch_size == 2
+    assert config.train.global_batch_size == 3
+    assert config.train.log_interval == 4
+    assert load_config(tmp_path / "sub" / "b.yaml", ["train.steps=9", str(overlay)]).train.steps == 9
+    assert config.train.eval_batches == RunConfig().train.eval_batches
+
+
+def test_command_line_wins_over_an_overlay_named_after_it(tmp_path, base):
+    overlay = write(tmp_path / "c.yaml", "train: {steps: 3}")
+    assert load_config(base, ["train.steps=9", str(overlay)]).train.steps == 9
+
+
+def test_a_single_base_is_a_plain_path(tmp_path, base):
+    child = write(tmp_path / "child.yaml", "base: base.yaml\nmodel:\n")  # an empty section sets nothing
+    assert load_config(child) == load_config(base)
+
+
+def test_base_cycle_is_refused(tmp_path):
+    write(tmp_path / "a.yaml", "base: b.yaml")
+    write(tmp_path / "b.yaml", "base: a.yaml")
+    with pytest.raises(ValueError, match=r"a\.yaml includes itself .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_missing_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
+        load_config(tmp_path / "nowhere.yaml")
+    child = write(tmp_path / "child.yaml", "base: gone.yaml")
+    with pytest.raises(ValueError, match=r"gone\.yaml \(named under 'base' in .*child\.yaml\) does not exist"):
+        load_config(child)
+
+
+@pytest.mark.parametrize("text", ["train: {steps: 1", "train: {steps: 1}\ntrain: {steps: 2}", "- 1", "base: 3"])
+def test_malformed_files_are_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        load_config(write(tmp_path / "bad.yaml", text))
+
+
+def test_a_run_folder_may_contain_an_equals_sign(tmp_path, base):
+    overlay = write(tmp_path / "lr=1e-3" / "config.yaml", "train: {steps: 3}")
+    assert load_config(base, [str(overlay)]).train.steps == 3
+    assert load_config(base, ["data.path=odd.yaml"]).data.path == "odd.yaml"
+
+
+def test_references_between_keys_are_resolved(base):
+    assert load_config(base, ["checkpoint.dir=${run.dir}/saved"]).checkpoint.dir == "out/saved"
+    with pytest.raises(ValueError, match=r"checkpoint\.dir \(from the command line\) cannot be resolved"):
+        load_config(base, ["checkpoint.dir=${run.folder}/saved"])
+
+
+def test_checkpoint_dir_defaults_below_the_run(base):
+    assert load_config(base).checkpoint_dir == "out/checkpoints"
+    assert load_config(base, ["checkpoint.dir=elsewhere"]).checkpoint_dir == "elsewhere"
+
+
+def test_round_trip(tmp_path):
+    config = load_config(CONFIGS / "3b.yaml", ["optimizer.eps=1e-9", "model.depth_attention.stride=null"])
+    save_config(config, tmp_path / "run" / "config.yaml")
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    assert to_dict(config)["model"]["depth_attention"]["stride"] is None
+
+
+# ---------------------------------------------------------------------------------------- keys and types
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("model.num_layer", "model.num_layers"),
+        ("model.depth_atention.stride", "model.depth_attention.stride"),
+        ("train.lr", "optimizer.lr"),
+        ("paralel.tensor", "parallel.tensor"),
+        ("train.steps.count", "train.steps"),
+    ],
+)
+def test_unknown_key_names_source_and_nearest(tmp_path, base, key, nearest):
+    message = "unknown key '{}' in {}; the nearest valid key is '{}'"
+    with pytest.raises(ValueError) as raised:
+        load_config(base, [f"{key}=1"])
+    assert str(raised.value) == message.format(key, "the command line", nearest)
+    nested = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(key.split(".")))
+    overlay = write(tmp_path / "typo.yaml", nested.rstrip("\n") + " 1")
+    with pytest.raises(ValueError) as raised:
+        load_config(base, [str(overlay)])
+    assert str(raised.value) == message.format(key, overlay, nearest)
+
+
+def test_a_section_takes_no_value(base):
+    with pytest.raises(ValueError, match=r"'precision' in the command line is a section .*precision\.dtype"):
+        load_config(base, ["precision=bf16"])
+
+
+@pytest.mark.parametrize("argument", ["train.steps", "=3", "--steps", "data.path={"])
+def test_malformed_arguments_are_refused(base, argument):
+    with pytest.raises(ValueError, match=f"argument '{argument}'"):
+        load_config(base, [argument])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("train.steps=many", "train.steps is string 'many' (from the command line); expected an integer"),
+        ("train.steps=1.5", "train.steps is number 1.5 (from the command line); expected an integer"),
+        ("train.steps=true", "train.steps is true (from the command line); expected an integer"),
+        ("train.steps=null", "train.steps is null (from the command line); expected an integer"),
+        ("train.steps=[1]", "train.steps is list [1] (from the command line); expected an integer"),
+        ("optimizer.lr=fast", "optimizer.lr is string 'fast' (from the command line); expected a number"),
+        ("data.shuffle=1", "data.shuffle is integer 1 (from the command line); expected true or false"),
+        ("data.cache=3", "data.cache is integer 3 (from the command line); expected a string or null"),
+        ("engine.name=jax", "engine.name is string 'jax' (from the command line); expected one of megatron, "
+         "deepspeed"),
+        ("precision.fp8=e4m3", "precision.fp8 is string 'e4m3' (from the command line); expected one of "
+         "delayed, tensorwise, blockwise, mxfp8 or null"),
+        ("model.spec=null", "model.spec is null (from the command line); expected one of local, te"),
+        ("run.dir=???", "run.dir (from the command line) cannot be resolved: Missing mandatory value: dir"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_refused(base, argument, message):
+    with pytest.raises(ValueError) as raised:
+        load_config(base, [argument])
+    assert str(raised.value) == message
+
+
+def test_numbers_as_people_write_them(tmp_path, base):
+    overlay = write(tmp_path / "lr.yaml", "optimizer: {lr: 1e-3, eps: 1E-8, grad_clip: 1}\nmodel.rotary_base: 5e5")
+    config = load_config(base, [str(overlay), "optimizer.weight_decay=1e-1"])
+    assert config.optimizer.lr == 0.001
+    assert config.optimizer.eps == 1e-8
+    assert type(config.optimizer.grad_clip) is float
+    assert config.optimizer.weight_decay == 0.1
+    assert config.model.rotary_base == 500000.0
+
+
+# ---------------------------------------------------------------------------------------------- validate
+
+
+def test_sizes(base):
+    config = load_config(base, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2",
+                                "train.global_batch_size=32"])  # fmt: skip
+    sizes = validate(config, 8)
+    assert (sizes.data_parallel_size, sizes.num_microbatches, sizes.layers_per_chunk) == (2, 4, 2)
+
+
+REFUSALS = [
+    (1, "model.num_layers=0", "model.num_layers is 0; set 1 or more"),
+    (1, "train.stop_after=0", "train.stop_after is 0; set 1 or more"),
+    (1, "optimizer.lr=-1", "optimizer.lr is -1.0; set 0 or more"),
+    (1, "model.norm_epsilon=0", "model.norm_epsilon is 0.0; set a number above 0"),
+    (1, "optimizer.lr=.nan", "optimizer.lr is nan; set 0 or more"),
+    (1, "optimizer.beta2=1", "optimizer.beta2 is 1.0; set a number from 0 to 1, 1 excluded"),
+    (1, "optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio is 1.5; set a number from 0 to 1"),
+    (1, "engine.zero_stage=4", "engine.zero_stage is 4; ZeRO has stages 0, 1, 2 and 3"),
+    (1, "engine.zero_stage=1", "set engine.zero_stage=0 and, to shard the optimizer's state,"),
+    (1, "engine.name=deepspeed", "engine.name=deepspeed is not available yet in this version"),
+    (2, "engine.name=deepspeed parallel.pipeline=2", "set parallel.pipeline=1 or engine.name=megatron"),
+    (1, "model.num_loops=2", "looped models are not available yet in this version; set model.num_loops=1"),
+    (1, "precision.fp8=delayed", "set model.spec=te or precision.fp8=null"),
+    (1, "precision.fp8=delayed model.spec=te", "set precision.dtype=bf16"),
+    (1, "data.path=''", "data.path is not set: the run has nothing to read"),
+    (1, "run.dir=''", "run.dir is not set: the run has nowhere to write"),
+    (1, "data.path=s3://bucket/shards", "set data.cache to a local folder of each node"),
+    (1, "model.num_query_groups=4", "set num_query_groups to one of 1, 2, 3, 6"),
+    (1, "model.kv_channels=33", "model.kv_channels is 33: RoPE turns pairs of channels; set an even number"),
+    (3, "parallel.tensor=3", "set parallel.tensor to a divisor or a multiple of num_query_groups"),
+    (4, "parallel.tensor=4", "model.num_attention_heads is 6, which parallel.tensor=4 does not divide"),
+    (2, "parallel.tensor=2 model.vocab_size=4097", "set model.vocab_size=4096 or 4098"),
+    (2, "parallel.tensor=2 model.ffn_hidden_size=511", "set model.ffn_hidden_size=510 or 512"),
+    (1, "parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline=2 or more"),
+    (3, "parallel.pipeline=3", "model.num_layers is 8, which is not a multiple of 3"),
+    (3, "parallel.pipeline=3", "set model.num_layers=6 or 9, or other stages"),
+    (2, "parallel.pipeline=2 parallel.virtual_pipeline=3", "set model.num_layers=6 or 12, or other stages"),
+    (1, "recompute.method=uniform", "these two belong to full recompute; set both to null"),
+    (1, "recompute.granularity=selective recompute.num_layers=1", "recompute.granularity is selective with"),
+    (1, "recompute.granularity=full", "set recompute.method=uniform recompute.num_layers=1"),
+    (2, "recompute.granularity=full recompute.method=uniform recompute.num_layers=5 parallel.pipeline=2",
+     "set recompute.num_layers from 1 to 4"),
+    (3, "parallel.pipeline=2", "the world has 3 ranks, which is not a multiple of 2"),
+    (3, "parallel.pipeline=2", "start 2 or 4 ranks"),
+    (1, "parallel.pipeline=2", "start 2 ranks"),
+    (1, "data.sequence_length=4096", "set model.max_position_embeddings=4096 or a shorter"),
+    (2, "parallel.context=2 data.sequence_length=254", "set data.sequence_length=252 or 256"),
+    (1, "parallel.sequence=true", "set parallel.sequence=false or parallel.tensor=2 or more"),
+    (2, "parallel.sequence=true parallel.tensor=2 data.sequence_length=255",
+     "set data.sequence_length=254 or 256"),
+    (4, "parallel.sequence=true parallel.tensor=2 parallel.context=2 data.sequence_length=252",
+     "set data.sequence_length=248 or 256 or parallel.sequence=false"),
+    (3, "", "train.global_batch_size is 16, which is not a multiple of 12"),
+    (3, "", "set train.global_batch_size=12 or 24"),
+    (4, "train.global_batch_size=8", "set train.global_batch_size=16, or another train.micro_batch_size"),
+    (2, "parallel.pipeline=2 parallel.virtual_pipeline=2 train.global_batch_size=12",
+     "set train.global_batch_size=8 or 16 or parallel.virtual_pipeline=1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world_size", "arguments", "message"), REFUSALS)
+def test_refusals_say_what_to_set(base, world_size, arguments, message):
+    config = load_config(base, arguments.split())
+    with pytest.raises(ValueError) as raised:
+        validate(config, world_size)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments"),
+    [
+        (1, ""),
+        (1, "precision.fp8=mxfp8 model.spec=te precision.dtype=bf16"),
+        (1, "recompute.granularity=full recompute.method=block recompute.num_layers=8"),
+        (
+            6,
+            "parallel.tensor=6 model.vocab_size=4098 model.ffn_hidden_size=516",
+        ),  # three ranks share a KV head
+        (1, "data.path=s3://bucket/shards data.cache=cache"),
+        (4, "parallel.sequence=true parallel.tensor=2 parallel.context=2"),
+    ],
+)
+def test_controls_pass(base, world_size, arguments):
+    validate(load_config(base, arguments.split()), world_size)
+
+
+def test_sizing_needs_no_paths():
+    validate(load_config(CONFIGS / "3b.yaml"), 64, needs_data=False)
+    with pytest.raises(ValueError, match=r"data\.path is not set"):
+        validate(load_config(CONFIGS / "3b.yaml"), 64)
+
+
+# ------------------------------------------------------------------------------------------ shipped YAMLs
+
+
+def test_every_size_is_listed():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SIZES)
+    assert len(OVERLAYS) >= 10
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_load_and_validate(name):
+    sizes = validate(load_config(CONFIGS / f"{name}.yaml", ["data.path=shards"]), SIZES[name])
+    assert sizes.num_microbatches >= 1
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("name", ["360m", "3b"])
+def test_overlays_load_and_validate(name, overlay):
+    plain = load_config(CONFIGS / f"{name}.yaml", ["data.path=shards", "precision.dtype=fp32"])
+    config = load_config(CONFIGS / f"{name}.yaml", [str(overlay), "data.path=shards"])
+    assert to_dict(config) != to_dict(plain), "the overlay changes nothing"
+    assert validate(config, 64).data_parallel_size >= 8
+
+
+def test_vanilla_changes_one_key():
+    plain, vanilla = (
+        to_dict(load_config(CONFIGS / "360m.yaml", overlays))
+        for overlays in ([], [str(CONFIGS / "methods/vanilla.yaml")])
+    )
+    plain["model"]["depth_attention"]["enabled"] = False
+    assert plain == vanilla
+
+
+@pytest.mark.parametrize(
+    ("name", "with_embeddings", "without"),
+    [("360m", 426.3e6, 360.8e6), ("1.5b", 1.344e9, None), ("3b", 2.748e9, None)],
+)
+def test_parameter_counts_are_the_released_ones(name, with_embeddings, without):
+    model = load_config(CONFIGS / f"{name}.yaml").model
+    heads, groups, head = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    attention = model.hidden_size * head * (2 * heads + 2 * groups) + 2 * head  # q, o, k, v and the two norms
+    mlp = 3 * model.hidden_size * model.ffn_hidden_size
+    body = model.num_layers * (attention + mlp + 2 * model.hidden_size) + model.hidden_size
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    assert body + embeddings == pytest.approx(with_embeddings, rel=2e-4)
+    if without is not None:
+        assert body == pytest.approx(without, rel=2e-4)

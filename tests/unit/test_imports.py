@@ -1,0 +1,252 @@
+"""The four rules of the tree, read from the source with `ast`: nothing is imported, nothing is run.
+
+Each rule is a function from (file, source text) to complaints. The last tests feed every rule a snippet that
+breaks it, so that a rule which no longer sees anything fails.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+PACKAGE = "megatron_depthattn"
+ROOT = Path(__file__).parents[2]
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 80
+
+# Files whose mistakes would be silent: functions of integers and shapes, testable without processes. What
+# each may import besides the standard library; names inside the package are full module names.
+PURE = {
+    "config.py": {"omegaconf", "yaml", f"{PACKAGE}.strict_config", f"{PACKAGE}.config_check"},
+    "strict_config.py": {"omegaconf", "yaml"},
+    "config_check.py": {f"{PACKAGE}.config"},  # for type checkers only
+    "model/source_plan.py": {"torch"},
+    "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
+    "data/order.py": {"numpy"},
+}
+# What a whole folder may import. Triton is torch's own kernel language and comes with it on GPU machines.
+ALLOWED_IN_FOLDER = {
+    "ops": {"torch", "triton", f"{PACKAGE}.ops"},
+    "hf": {"torch", "transformers", "safetensors", f"{PACKAGE}.hf"},
+}
+FORBIDDEN_IN_FOLDER = {"model": {f"{PACKAGE}.train", f"{PACKAGE}.data", f"{PACKAGE}.hf"}}
+DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
+NEVER_IN_PACKAGE = {"tools", "launch", "tests"}
+PATCHING_FILE = "parallel/cpu_runtime.py"
+ENVIRONMENT_FILE = "parallel/launch_env.py"
+
+Rule = Callable[[str, str], list[str]]
+
+
+def imports(file: str, text: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import in the source of package file `file`, wherever it stands.
+
+    `from a import b` yields `a.b`: b may be a module, and a rule about `a` holds for `a.b` as well.
+    """
+    package = [PACKAGE, *PurePosixPath(file).parts[:-1]]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in DYNAMIC_IMPORTS:
+            yield from ((node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant))
+
+
+def within(module: str, parents: set[str]) -> bool:
+    return any(module == parent or module.startswith(parent + ".") for parent in parents)
+
+
+def only(file: str, text: str, allowed: set[str]) -> list[str]:
+    allowed = allowed | set(sys.stdlib_module_names)
+    found = [(line, module) for line, module in imports(file, text) if not within(module, allowed)]
+    return [f"{file}:{line} imports {module}" for line, module in found]
+
+
+def rule_pure_files(file: str, text: str) -> list[str]:
+    return only(file, text, PURE[file]) if file in PURE else []
+
+
+def rule_folders(file: str, text: str) -> list[str]:
+    folder = file.partition("/")[0]
+    complaints = only(file, text, ALLOWED_IN_FOLDER[folder]) if folder in ALLOWED_IN_FOLDER else []
+    forbidden = FORBIDDEN_IN_FOLDER.get(folder, set())
+    return complaints + [
+        f"{file}:{line} imports {module}" for line, module in imports(file, text) if within(module, forbidden)
+    ]
+
+
+def rule_arrows_point_into_the_package(file: str, text: str) -> list[str]:
+    return [
+        f"{file}:{line} imports {module}" for line, module in imports(file, text) if within(module, NEVER_IN_PACKAGE)
+    ]
+
+
+def rule_package_inits_import_nothing(file: str, text: str) -> list[str]:
+    """Importing a pure module runs the `__init__.py` above it: that one must be as pure."""
+    return only(file, text, set()) if file == "__init__.py" else []
+
+
+def rule_no_monkeypatching(file: str, text: str) -> list[str]:
+    """Nothing imported from torch or Megatron has an attribute or item set, by assignment or `setattr`."""
+    if file == PATCHING_FILE:
+        return []
+    tree = ast.parse(text)
+    foreign: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [a for a in node.names if within(a.name, {"torch", "megatron"})]
+            foreign |= {a.asname or a.name.partition(".")[0] for a in names}
+        elif isinstance(node, ast.ImportFrom) and within(node.module or "", {"torch", "megatron"}) and not node.level:
+            foreign |= {a.asname or a.name for a in node.names}
+    complaints = []
+    for node in ast.walk(tree):
+        owner: ast.expr | None = None
+        if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            owner = node
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr", "patch.object"):
+            owner = node.args[0]
+        if owner is None or ast.unparse(owner).startswith("torch.backends."):  # torch's own documented switches
+            continue
+        root = owner
+        while isinstance(root, ast.Attribute | ast.Subscript):
+            root = root.value
+        if isinstance(root, ast.Name) and root.id in foreign:  # what a function returns is not the library's
+            complaints.append(f"{file}:{owner.lineno} sets {ast.unparse(owner)}; only {PATCHING_FILE} patches")
+    return complaints
+
+
+def rule_environment_is_read_in_one_place(file: str, text: str) -> list[str]:
+    if file == ENVIRONMENT_FILE:
+        return []
+    names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+    complaints = []
+    for node in ast.walk(ast.parse(text)):
+        if (isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) == "os") or (
+            isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names}
+        ):
+            complaints.append(f"{file}:{node.lineno} touches the environment; only {ENVIRONMENT_FILE} does")
+    return complaints
+
+
+def rule_sizes(file: str, text: str) -> list[str]:
+    lines = text.count("\n")
+    complaints = [f"{file} has {lines} lines, over {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                complaints.append(f"{file}:{node.lineno} {node.name} has {length} lines, over {MAX_FUNCTION_LINES}")
+    return complaints
+
+
+RULES: list[Rule] = [
+    rule_pure_files,
+    rule_folders,
+    rule_arrows_point_into_the_package,
+    rule_package_inits_import_nothing,
+    rule_no_monkeypatching,
+    rule_environment_is_read_in_one_place,
+    rule_sizes,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds(rule):
+    files = sorted((ROOT / PACKAGE).rglob("*.py"))
+    assert files, f"no source found below {ROOT / PACKAGE}"
+    complaints = [c for path in files for c in rule(path.relative_to(ROOT / PACKAGE).as_posix(), path.read_text())]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_pure_files_exist(file):
+    """A renamed file would silently drop out of the rule that guards it."""
+    assert (ROOT / PACKAGE / file).is_file()
+
+
+LONG_FUNCTION = "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
+BREAKS = [
+    (rule_pure_files, "config.py", "import torch"),
+    (rule_pure_files, "strict_config.py", "from megatron_depthattn import config"),
+    (rule_pure_files, "model/source_plan.py", "def f():\n    from megatron.core import parallel_state"),
+    (rule_pure_files, "model/source_plan.py", "import numpy"),
+    (rule_pure_files, "parallel/payload.py", "from ..model.layer import Layer"),
+    (rule_pure_files, "parallel/payload.py", "import importlib\nimportlib.import_module('megatron.core')"),
+    (rule_pure_files, "data/order.py", "import torch"),
+    (rule_folders, "ops/lean.py", "from megatron.core import tensor_parallel"),
+    (rule_folders, "ops/lean.py", "from ..model import source_plan"),
+    (rule_folders, "ops/lean.py", "import torchvision"),  # a prefix of a permitted name is another package
+    (rule_folders, "hf/modeling.py", "import megatron.core"),
+    (rule_folders, "hf/modeling.py", "from megatron_depthattn.model import source_plan"),
+    (rule_folders, "model/gpt.py", "from megatron_depthattn import train"),
+    (rule_folders, "model/gpt.py", "from ..data.order import order"),
+    (rule_folders, "model/gpt.py", "if TYPE_CHECKING:\n    from megatron_depthattn.hf import names"),
+    (rule_arrows_point_into_the_package, "train/loop.py", "import tools.prepare_data"),
+    (rule_arrows_point_into_the_package, "train/loop.py", "from tests import helpers"),
+    (rule_arrows_point_into_the_package, "train/loop.py", "from launch import slurm"),
+    (rule_package_inits_import_nothing, "__init__.py", "from .model import gpt"),
+    (rule_no_monkeypatching, "model/gpt.py", "import torch\ntorch.cuda.synchronize = lambda: None"),
+    (rule_no_monkeypatching, "model/gpt.py", "import torch.cuda as c\nx, c.device = 1, 2"),
+    (rule_no_monkeypatching, "model/gpt.py", "from megatron.core import parallel_state as ps\nps._X = 1"),
+    (rule_no_monkeypatching, "model/gpt.py", "from torch import Tensor\nsetattr(Tensor, 'cuda', None)"),
+    (rule_no_monkeypatching, "model/gpt.py", "from torch import Tensor\ndel Tensor.cuda"),
+    (rule_no_monkeypatching, "model/gpt.py", "import torch\ntorch.cuda.table['x'] = 1"),
+    (rule_environment_is_read_in_one_place, "train/loop.py", "import os\nos.environ['RANK']"),
+    (rule_environment_is_read_in_one_place, "train/loop.py", "import os\nos.getenv('RANK')"),
+    (rule_environment_is_read_in_one_place, "train/loop.py", "from os import environ"),
+    (rule_sizes, "train/loop.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    (rule_sizes, "train/loop.py", LONG_FUNCTION),
+]
+KEEPS = [
+    (
+        rule_pure_files,
+        "config.py",
+        "import yaml, dataclasses\nfrom megatron_depthattn.config_check import validate",
+    ),
+    (rule_pure_files, "model/layer.py", "import megatron.core"),
+    (
+        rule_folders,
+        "ops/lean.py",
+        "import math\nimport torch.nn.functional as F\nfrom .reference import depth_mix",
+    ),
+    (rule_folders, "model/gpt.py", "from megatron_depthattn.config import RunConfig\nfrom ..ops import lean"),
+    (rule_arrows_point_into_the_package, "train/loop.py", "from megatron_depthattn.train import step"),
+    (rule_package_inits_import_nothing, "model/__init__.py", "import torch"),
+    (rule_no_monkeypatching, PATCHING_FILE, "import torch\ntorch.cuda.synchronize = None"),
+    (rule_no_monkeypatching, "train/loop.py", "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True"),
+    (
+        rule_no_monkeypatching,
+        "train/loop.py",
+        "import torch\nclass A:\n    def f(self):\n        self.x[torch.a] = 1",
+    ),
+    (
+        rule_no_monkeypatching,
+        "train/loop.py",
+        "from megatron.core.utils import get_config\nget_config(1).hook = 2",
+    ),
+    (rule_environment_is_read_in_one_place, ENVIRONMENT_FILE, "import os\nos.environ['RANK']"),
+    (rule_sizes, "train/loop.py", "x = 1\n" * MAX_FILE_LINES),
+]
+
+
+def _rule_id(value):
+    return value.__name__ if callable(value) else None
+
+
+@pytest.mark.parametrize(("rule", "file", "snippet"), BREAKS, ids=_rule_id)
+def test_control_is_flagged(rule, file, snippet):
+    assert rule(file, snippet)
+
+
+@pytest.mark.parametrize(("rule", "file", "snippet"), KEEPS, ids=_rule_id)
+def test_control_passes(rule, file, snippet):
+    assert not rule(file, snippet)
+
+
+def test_every_rule_has_a_control():
+    assert {rule for rule, _, _ in BREAKS} == set(RULES)

@@ -1,0 +1,218 @@
+"""The Megatron model in fp32 against the independent fp64 decoder: logits and every gradient.
+
+Shapes: b batch, s positions, H query heads, G key/value heads, d head size, E hidden size, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_depthattn.model.gpt import build_gpt_model, padded_vocab_size, qwen3_style_config
+from tests.reference_decoder import decoder_logits, mean_cross_entropy, random_weights
+
+pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 6, 4, 8
+HIDDEN, FFN, VOCAB, SEQUENCE = 32, 48, 97, 17
+LOGIT_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-4
+MEGATRON_NAMES = {
+    "embed_tokens.weight": "embedding.word_embeddings.weight",
+    "norm.weight": "decoder.final_layernorm.weight",
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+    "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+    "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
+    "lm_head.weight": "output_layer.weight",
+}
+
+
+def interleaved_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows as Megatron reads them: for every KV head its query heads, then its key, then its value."""
+    num_groups = k.shape[0] // HEAD_DIM
+    groups = zip(q.chunk(num_groups), k.chunk(num_groups), v.chunk(num_groups), strict=True)
+    return torch.cat([rows for group in groups for rows in group])
+
+
+def concatenated_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The wrong order: a control."""
+    return torch.cat([q, k, v])
+
+
+def to_megatron(weights: Mapping[str, Tensor], qkv=interleaved_qkv) -> dict[str, Tensor]:
+    """Weights (or gradients: the mapping only moves numbers) from Hugging Face's names to Megatron's."""
+    weights = dict(weights)
+    mapped = {}
+    for layer in range(NUM_LAYERS):
+        old, new = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        parts = [weights.pop(f"{old}self_attn.{name}_proj.weight") for name in "qkv"]
+        mapped[new + "self_attention.linear_qkv.weight"] = qkv(*parts)
+        mapped[new + "mlp.linear_fc1.weight"] = torch.cat(
+            [weights.pop(f"{old}mlp.{n}_proj.weight") for n in ("gate", "up")]
+        )
+        for name in [name for name in weights if name.startswith(old)]:
+            mapped[new + MEGATRON_NAMES[name.removeprefix(old)]] = weights.pop(name)
+    return mapped | {MEGATRON_NAMES[name.removeprefix("model.")]: weight for name, weight in weights.items()}
+
+
+def build(num_kv_heads: int, *, stride: int, window: int, tied: bool = False, **overrides) -> GPTModel:
+    config = qwen3_style_config(
+        num_layers=NUM_LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=NUM_HEADS,
+        num_query_groups=num_kv_heads,
+        kv_channels=HEAD_DIM,
+        ffn_hidden_size=FFN,
+        layernorm_epsilon=1e-6,
+        depth_attention_stride=stride,
+        depth_attention_recent_window=window,
+        **overrides,
+    )
+    return build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE, tie_embeddings=tied)
+
+
+def load(model: GPTModel, weights: dict[str, Tensor]) -> None:
+    """Every parameter is written exactly once; rows of the padding get large numbers, which must not matter."""
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                parameters[name].fill_(99.0)
+                parameters[name][:VOCAB].copy_(weight)
+            else:
+                parameters[name].copy_(weight)
+
+
+def megatron_logits(model: GPTModel, tokens: Tensor) -> Tensor:
+    """[b, s, V], without the padding."""
+    logits = model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
+    assert logits.shape == (*tokens.shape, padded_vocab_size(VOCAB)) and logits.dtype == torch.float32
+    return logits[..., :VOCAB]
+
+
+def weights_of(num_kv_heads: int, *, tied: bool = False) -> dict[str, Tensor]:
+    return random_weights(
+        0,
+        num_layers=NUM_LAYERS,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=FFN,
+        vocab_size=VOCAB,
+        num_heads=NUM_HEADS,
+        num_kv_heads=num_kv_heads,
+        head_dim=HEAD_DIM,
+        tied=tied,
+    )
+
+
+def reference_logits(weights: Mapping[str, Tensor], tokens: Tensor, num_kv_heads: int, **options) -> Tensor:
+    shape = {"num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "num_kv_heads": num_kv_heads, "head_dim": HEAD_DIM}
+    return decoder_logits(weights, tokens, **shape, rope_theta=10000.0, eps=1e-6, **options)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(VOCAB, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=lambda g: f"gqa{NUM_HEADS // g}")
+@pytest.mark.parametrize("stride", [1, 2, NUM_LAYERS // 2, NUM_LAYERS])
+@pytest.mark.parametrize("window", [0, 1, 2])
+@torch.no_grad()
+def test_logits(num_kv_heads, stride, window, tokens, record_property):
+    weights = weights_of(num_kv_heads)
+    expected = reference_logits(weights, tokens, num_kv_heads, stride=stride, window=window)
+    model = build(num_kv_heads, stride=stride, window=window)
+    load(model, to_megatron(weights))
+    for op in ("lean", "reference"):
+        model.config.depth_attention_op = op
+        error = (megatron_logits(model, tokens) - expected).abs().max().item()
+        record_property(f"logit_error_{op}", error)
+        assert error < LOGIT_TOLERANCE, op
+    # Without Depth-Attention the function is another one, so the comparison above can fail.
+    vanilla = reference_logits(weights, tokens, num_kv_heads, depth_attention=False)
+    assert (megatron_logits(model, tokens) - vanilla).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("op", ["lean", "reference"])
+@torch.no_grad()
+def test_logits_with_tied_embeddings(op, tokens, record_property):
+    weights = weights_of(2, tied=True)
+    expected = reference_logits(weights, tokens, 2, stride=2, window=1, tied=True)
+    model = build(2, stride=2, window=1, tied=True, depth_attention_op=op)
+    load(model, to_megatron(weights))
+    error = (megatron_logits(model, tokens) - expected).abs().max().item()
+    record_property("logit_error", error)
+    assert error < LOGIT_TOLERANCE
+
+
+@torch.no_grad()
+def test_depth_attention_switched_off_is_the_vanilla_decoder(tokens):
+    weights = weights_of(2)
+    model = build(2, stride=2, window=1, depth_attention=False)
+    load(model, to_megatron(weights))
+    logits = megatron_logits(model, tokens)
+    assert (logits - reference_logits(weights, tokens, 2, depth_attention=False)).abs().max() < LOGIT_TOLERANCE
+    assert (logits - reference_logits(weights, tokens, 2, stride=2, window=1)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@torch.no_grad()
+def test_control_another_order_of_the_qkv_rows_fails(num_kv_heads, tokens):
+    weights = weights_of(num_kv_heads)
+    expected = reference_logits(weights, tokens, num_kv_heads, stride=2)
+    model = build(num_kv_heads, stride=2, window=0)
+    load(model, to_megatron(weights, qkv=concatenated_qkv))
+    assert (megatron_logits(model, tokens) - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_control_another_plan_fails(tokens):
+    """Neighbouring strides and windows are told apart: the grid above does not pass by accident."""
+    weights = weights_of(2)
+    plans = list(itertools.product((1, 2, 3), (0, 1, 2)))
+    logits = [reference_logits(weights, tokens, 2, stride=stride, window=window) for stride, window in plans]
+    for (one, a), (other, b) in itertools.combinations(zip(plans, logits, strict=True), 2):
+        same = one[0] == other[0] == 1  # a window adds nothing to every earlier layer
+        assert same or (a - b).abs().max() > 1e-2, (one, other)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=lambda g: f"gqa{NUM_HEADS // g}")
+@pytest.mark.parametrize(("stride", "window"), [(1, 0), (2, 1), (NUM_LAYERS // 2, 0)])
+@pytest.mark.parametrize("op", ["lean", "reference"])
+def test_gradients(num_kv_heads, stride, window, op, tokens, record_property):
+    """Every parameter: d loss / d weight, relative to the norm of the gradient."""
+    check_gradients(tokens, record_property, num_kv_heads, stride=stride, window=window, op=op, tied=False)
+
+
+def test_gradients_with_tied_embeddings(tokens, record_property):
+    check_gradients(tokens, record_property, 2, stride=2, window=1, op="lean", tied=True)
+
+
+def check_gradients(tokens, record_property, num_kv_heads, *, stride, window, op, tied):
+    labels = tokens.roll(-1, dims=1)
+    weights = {name: weight.requires_grad_() for name, weight in weights_of(num_kv_heads, tied=tied).items()}
+    options = {"stride": stride, "window": window, "tied": tied}
+    mean_cross_entropy(reference_logits(weights, tokens, num_kv_heads, **options), labels).backward()
+    expected = to_megatron({name: weight.grad for name, weight in weights.items()})
+
+    model = build(num_kv_heads, stride=stride, window=window, tied=tied, depth_attention_op=op)
+    load(model, to_megatron({name: weight.detach() for name, weight in weights.items()}))
+    mean_cross_entropy(megatron_logits(model, tokens), labels).backward()
+
+    errors = {}
+    for name, parameter in model.named_parameters():
+        reference = expected[name]
+        gradient = parameter.grad[: len(reference)].double()
+        assert not parameter.grad[len(reference) :].any(), f"{name}: gradient in rows of the padding"
+        assert reference.norm() > 1e-6, f"{name}: nothing to compare"
+        errors[name] = ((gradient - reference).norm() / reference.norm()).item()
+    worst = max(errors, key=errors.__getitem__)
+    record_property("gradient_error", errors[worst])
+    assert errors[worst] < GRADIENT_TOLERANCE, (worst, errors[worst])

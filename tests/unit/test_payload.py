@@ -1,0 +1,101 @@
+"""The pipeline message: its parts come back as they were put in, their gradients too, and it is a tensor of its own.
+
+Shapes: S positions, B micro-batch, E hidden size, G key/value heads of a rank, D head size, T tensor ranks.
+"""
+
+import re
+
+import pytest
+import torch
+
+from megatron_depthattn.parallel.payload import HIDDEN, Payload, depth_payload
+
+S, B, E, G, D, T = 12, 3, 20, 2, 4, 2
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def parts_of(sources: tuple[int, ...], *, rows: int) -> dict[str, torch.Tensor]:
+    """A hidden state with ``rows`` rows, and sources of all S positions."""
+    parts = {HIDDEN: normal(rows, B, E, seed=1)}
+    for layer in sources:
+        parts[f"key.{layer}"] = normal(S, B, G, D, seed=2 * layer + 2)
+        parts[f"value.{layer}"] = normal(S, B, G, D, seed=2 * layer + 3)
+    return parts
+
+
+def test_widths_order_and_offsets():
+    payload = depth_payload((0, 4), hidden_width=E, source_width=G * D)
+    assert dict(payload.widths) == {HIDDEN: E, "key.0": 8, "value.0": 8, "key.4": 8, "value.4": 8}
+    assert list(payload.widths) == [HIDDEN, "key.0", "value.0", "key.4", "value.4"]
+    assert payload.width == E + 4 * 8
+    message = torch.arange(payload.width).expand(2, 1, -1)
+    assert [int(part[0, 0, 0]) for part in payload.unpack(message).values()] == [0, 20, 28, 36, 44]
+
+
+@pytest.mark.parametrize("sources", [(), (0,), (0, 3, 5)])
+@pytest.mark.parametrize("tensor_ranks", [1, T], ids=["plain", "sequence-parallel"])
+def test_round_trip(sources, tensor_ranks):
+    """Under sequence parallel a source [S, B, G, D] travels as rows [S/T, B, T*G*D], the rows of the hidden state."""
+    rows = S // tensor_ranks
+    payload = depth_payload(sources, hidden_width=E, source_width=tensor_ranks * G * D)
+    parts = parts_of(sources, rows=rows)
+    message = payload.pack(parts)
+    assert message.shape == (rows, B, payload.width)
+    back = payload.unpack(message)
+    assert list(back) == list(parts)
+    for name, part in parts.items():
+        assert back[name].shape == (rows, B, payload.widths[name])
+        assert torch.equal(back[name].reshape(part.shape), part)
+
+
+@pytest.mark.parametrize("sources", [(), (0, 3)])
+def test_message_is_fresh_memory(sources):
+    """The schedules free the message after sending it, which must not touch what it was made of; nor keep it alive."""
+    parts = parts_of(sources, rows=S)
+    message = depth_payload(sources, hidden_width=E, source_width=G * D).pack(parts)
+    assert message._base is None and message.is_contiguous()
+    assert message.untyped_storage().nbytes() == message.numel() * message.element_size()
+    own = message.untyped_storage().data_ptr()
+    assert all(part.untyped_storage().data_ptr() != own for part in parts.values())
+
+
+@pytest.mark.parametrize("tensor_ranks", [1, T], ids=["plain", "sequence-parallel"])
+def test_gradients_reach_exactly_their_part(tensor_ranks):
+    sources = (1, 2)
+    payload = depth_payload(sources, hidden_width=E, source_width=tensor_ranks * G * D)
+    parts = parts_of(sources, rows=S // tensor_ranks)
+    upstream = {name: normal(*part.shape, seed=100 + i).detach() for i, (name, part) in enumerate(parts.items())}
+    # As across a hop: the receiver's message is a leaf, and its gradient is what the sender's backward starts from.
+    sent = payload.pack(parts)
+    received = sent.detach().requires_grad_()
+    back = payload.unpack(received)
+    sum((back[name].reshape(part.shape) * upstream[name]).sum() for name, part in parts.items()).backward()
+    sent.backward(received.grad)
+    for name, part in parts.items():
+        assert torch.equal(part.grad, upstream[name]), name
+
+
+def test_one_parts_gradient_leaves_the_others_alone():
+    payload = depth_payload((0,), hidden_width=E, source_width=G * D)
+    parts = parts_of((0,), rows=S)
+    payload.unpack(payload.pack(parts))["value.0"].sum().backward()
+    assert torch.equal(parts["value.0"].grad, torch.ones(S, B, G, D, dtype=torch.float64))
+    assert not parts[HIDDEN].grad.any() and not parts["key.0"].grad.any()
+
+
+def test_wrong_width_is_refused():
+    payload = Payload({HIDDEN: 4, "key.0": 2})
+    with pytest.raises(ValueError, match=re.escape("a message of width 7 arrived")) as error:
+        payload.unpack(torch.zeros(1, 1, 7))
+    assert "{'hidden': 4, 'key.0': 2} (together 6)" in str(error.value)
+    assert "different source plans" in str(error.value)
+
+
+@pytest.mark.parametrize("names", [[HIDDEN], [HIDDEN, "key.0", "key.1"], [HIDDEN, "key.1"]])
+def test_wrong_parts_are_refused(names):
+    with pytest.raises(ValueError, match=re.escape("payload holds the parts ['hidden', 'key.0']")) as error:
+        Payload({HIDDEN: 4, "key.0": 2}).pack({name: torch.zeros(1, 1, 4) for name in names})
+    assert str(names) in str(error.value)

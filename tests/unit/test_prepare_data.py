@@ -1,0 +1,375 @@
+"""Preparing a corpus: the stored samples are the tokenised documents, cut; refusals; repeatability."""
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from streaming.base.compression import decompress
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_depthattn.data import documents, prepare
+from megatron_depthattn.data.documents import CorpusCounts, corpus_files, is_validation, read_documents
+from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
+from megatron_depthattn.data.tokenizer import load_tokenizer, pieces
+
+ROOT = Path(__file__).parents[2]
+LENGTH = 16
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "épsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "火山",
+    "iota",
+    "λ",
+    "kappa\tmu",
+    "nu\n",
+    "xi",
+]
+
+
+def write_corpus(folder: Path, num_documents: int = 60) -> None:
+    """Text files in sub-folders, with every kind that is passed over or repaired."""
+    rng = np.random.default_rng(0)
+    for i in range(num_documents):
+        path = folder / f"d{i % 3}" / f"{i:03}{('', '.txt', '.py', '.weird')[i % 4]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(" ".join(rng.choice(WORDS, int(rng.integers(5, 80)))) + f" {i}")
+    (folder / "literal.txt").write_text("before <|endoftext|> after <|padding|> end " * 4)
+    (folder / "latin1.txt").write_bytes("déjà vu, naïve ".encode("latin-1") * 5)
+    (folder / "binary").write_bytes(b"\x7fELF\0\0 text after")
+    (folder / "late.bin").write_bytes(b"a" * 70_000 + b"\0")
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text(" \n\n")
+    lines = [json.dumps({"text": f"line {i} " + "delta " * i, "url": "x"}) for i in range(12)]
+    (folder / "lines.jsonl").write_text("\n".join([*lines, "", json.dumps({"text": ""})]))
+
+
+def settings(inputs: Path | str, output: Path, **changes: object) -> PrepareSettings:
+    values = {"tokenizer": "train-bpe:300", "sequence_length": LENGTH, "validation_fraction": 0.25} | changes
+    return PrepareSettings(inputs=(str(inputs),), output=output, **values)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(folder of documents, prepared folder); small shards, so that there are several."""
+    source, output = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("out") / "corpus"
+    write_corpus(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "SHARD_BYTES", 2048)
+        patch.setattr(documents, "BATCH_BYTES", 1000)  # samples across the ends of batches
+        prepare_corpus(settings(source, output))
+    return source, output
+
+
+def read_shards(split: Path, dtype: str = "uint16") -> np.ndarray:
+    """All samples of a split, [samples, N + 1], straight from the files: count, offsets, data."""
+    samples = []
+    for shard in json.loads((split / "index.json").read_text())["shards"]:
+        raw = decompress("zstd", (split / shard["zip_data"]["basename"]).read_bytes())
+        count = int(np.frombuffer(raw, np.uint32, 1)[0])
+        offsets = np.frombuffer(raw, np.uint32, count + 1, offset=4)
+        samples += [np.frombuffer(raw[a:b], dtype) for a, b in itertools.pairwise(offsets)]
+    return np.stack(samples)
+
+
+def expected_documents(source: Path) -> list[str]:
+    """The documents in the walk's order: a folder's files by name, then its folders by name."""
+    names = ["latin1.txt", "lines.jsonl", "literal.txt"]
+    files = [source / n for n in names] + sorted(p for d in ("d0", "d1", "d2") for p in (source / d).iterdir())
+    texts: list[str] = []
+    for file in files:
+        if file.suffix == ".jsonl":
+            texts += [json.loads(line)["text"] for line in file.read_text().splitlines() if line]
+        else:
+            texts.append(file.read_bytes().decode("utf-8", errors="replace"))
+    return [text for text in texts if text]
+
+
+def split_streams(source: Path, output: Path) -> dict[str, list[int]]:
+    """Each split's token stream by direct tokenisation, one document at a time."""
+    tokenizer = Tokenizer.from_file(str(output / "tokenizer" / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    streams: dict[str, list[int]] = {"train": [], "val": []}
+    for text in expected_documents(source):
+        data = (source / "latin1.txt").read_bytes() if "\ufffd" in text else text.encode()
+        split = "val" if is_validation(data, 0.25) else "train"
+        streams[split] += [*tokenizer.encode(text, add_special_tokens=False).ids, 0]
+    return streams
+
+
+def test_shards_hold_the_documents_joined_by_eos_and_cut(corpus: tuple[Path, Path]) -> None:
+    source, output = corpus
+    manifest = json.loads((output / "manifest.json").read_text())
+    for split, stream in split_streams(source, output).items():
+        stored = read_shards(output / split)
+        num_samples = (len(stream) - 1) // LENGTH
+        expected = [stream[i * LENGTH : i * LENGTH + LENGTH + 1] for i in range(num_samples)]
+        assert stored.tolist() == expected
+        counts = manifest["splits"][split]
+        assert counts["tokens"] == len(stream)
+        assert counts["samples"] == num_samples
+        assert counts["dropped_tail_tokens"] == len(stream) - 1 - num_samples * LENGTH
+    assert len(json.loads((output / "train" / "index.json").read_text())["shards"]) > 1
+
+
+def test_every_token_is_predicted_exactly_once(corpus: tuple[Path, Path]) -> None:
+    source, output = corpus
+    for split, stream in split_streams(source, output).items():
+        labels = read_shards(output / split)[:, 1:].ravel().tolist()
+        assert labels == stream[1 : len(labels) + 1]
+        assert len(stream) - 1 - len(labels) < LENGTH
+
+
+def test_documents_come_back_as_text(corpus: tuple[Path, Path]) -> None:
+    """EOS appears at ends of documents only, though one document spells it out."""
+    source, output = corpus
+    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
+    texts = set(expected_documents(source))
+    for split in ("train", "val"):
+        samples = read_shards(output / split)
+        stream = np.concatenate([samples[:, :-1].ravel(), samples[-1, -1:]])
+        ends = np.flatnonzero(stream == tokenizer.eos_token_id)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        for a, b in zip(starts, ends, strict=True):
+            assert tokenizer.decode(stream[a:b], clean_up_tokenization_spaces=False) in texts
+
+
+def test_manifest_counts_what_was_passed_over(corpus: tuple[Path, Path]) -> None:
+    source, output = corpus
+    manifest = json.loads((output / "manifest.json").read_text())
+    documents = expected_documents(source)
+    assert manifest["skipped"] == {"binary_files_skipped": 2, "empty_documents": 3}
+    counts = manifest["splits"].values()
+    assert sum(c["documents"] for c in counts) == len(documents)
+    assert sum(c["documents_with_replaced_utf8"] for c in counts) == 1
+    files = [p for p in source.rglob("*") if p.is_file() and p.suffix != ".jsonl"]
+    text_bytes = sum(p.stat().st_size for p in files if p.name not in {"binary", "late.bin", "blank.txt"})
+    lines = [json.loads(line)["text"] for line in (source / "lines.jsonl").read_text().splitlines() if line]
+    assert sum(c["bytes"] for c in counts) == text_bytes + sum(map(len, lines))
+    assert manifest["sequence_length"] == LENGTH
+    assert manifest["vocab_size"] == 300
+    assert manifest["settings"]["input"] == [str(source)]
+
+
+def test_the_saved_tokenizer_is_the_trained_one(corpus: tuple[Path, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(corpus[1] / "tokenizer")
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
+    assert (tokenizer.bos_token_id, tokenizer.pad_token, tokenizer.pad_token_id) == (0, "<|padding|>", 1)
+    assert tokenizer.encode("x<|endoftext|>")[-1] == 0  # in use, unlike in preparation, it is a special token
+    text = "déjà 火 \x01\n\t  λ"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_preparing_twice_gives_the_same_bytes(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = corpus
+    outputs = [tmp_path / "a", tmp_path / "b"]
+    for output in outputs:
+        prepare_corpus(settings(source, output))
+    for file in sorted(p.relative_to(outputs[0]) for p in outputs[0].rglob("*") if p.is_file()):
+        assert (outputs[0] / file).read_bytes() == (outputs[1] / file).read_bytes(), file
+
+
+def test_the_split_does_not_depend_on_order(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    source, output = corpus
+    files = sorted(str(p) for p in (source / "d0").iterdir())
+    found = []
+    for name, inputs in (("a", files), ("b", files[::-1])):
+        values = {"tokenizer": str(output / "tokenizer"), "sequence_length": 8, "validation_fraction": 0.25}
+        prepare_corpus(PrepareSettings(inputs=tuple(inputs), output=tmp_path / name, **values))
+        found.append(json.loads((tmp_path / name / "manifest.json").read_text())["splits"])
+    assert [found[0][s]["bytes"] for s in found[0]] == [found[1][s]["bytes"] for s in found[1]]
+    assert found[0]["val"]["documents"] > 0
+
+
+def test_repeat_is_a_no_op_and_other_settings_are_refused(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = corpus
+    output = tmp_path / "out"
+    assert not prepare_corpus(settings(source, output)).already_prepared
+    shard = output / "train" / "shard.00000.mds.zstd"
+    stamp = shard.stat().st_mtime_ns
+    assert prepare_corpus(settings(source, output)).already_prepared
+    assert shard.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="sequence_length 16, not 32: choose another folder or pass --overwrite"):
+        prepare_corpus(settings(source, output, sequence_length=32))
+    replaced = prepare_corpus(settings(source, output, sequence_length=32, overwrite=True))
+    assert replaced.manifest["sequence_length"] == 32
+    assert read_shards(output / "train").shape[1] == 33
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_changed_corpus_is_noticed(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text", 30)
+    prepare_corpus(settings(tmp_path / "text", tmp_path / "out"))
+    (tmp_path / "text" / "new.txt").write_text("more")
+    with pytest.raises(ValueError, match="corpus_files_sha256"):
+        prepare_corpus(settings(tmp_path / "text", tmp_path / "out"))
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a prepared corpus"):
+        prepare_corpus(settings(corpus[0], tmp_path, overwrite=True))
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_interrupted_preparation_leaves_nothing(
+    corpus: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: prepare.SplitWriter) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.SplitWriter, "finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(settings(corpus[0], tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_max_bytes_cuts_at_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("é" * 100)
+    (tmp_path / "b.txt").write_text("later")
+    files = corpus_files([str(tmp_path)])
+    for limit, size in ((51, 50), (50, 50), (200, 200), (203, 203), (1, 0)):
+        assert sum(map(len, read_documents(files, limit, CorpusCounts()))) == size
+    assert len(list(read_documents(files, 51, CorpusCounts()))) == 1
+
+
+def test_a_long_document_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_depthattn.data.tokenizer.PIECE_CHARACTERS", 10)
+    text = "one two\nthree four five six seven\n\nend"
+    parts = list(pieces(text))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 10
+    assert parts[0] == "one two\n"
+
+
+def word_tokenizer(num_words: int) -> Tokenizer:
+    vocab = {f"w{i}": i for i in range(num_words)} | {"[UNK]": num_words}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def test_a_given_tokenizer_with_a_large_vocabulary(tmp_path: Path) -> None:
+    fast = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(70_000), eos_token="</s>")
+    fast.save_pretrained(tmp_path / "tok")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a").write_text(" ".join(f"w{i}" for i in range(69_000, 69_100)))
+    for name, given in (("folder", tmp_path / "tok"), ("file", tmp_path / "tok" / "tokenizer.json")):
+        output = tmp_path / name
+        changes = {"tokenizer": str(given), "validation_fraction": 0.0}
+        manifest = prepare_corpus(settings(tmp_path / "text", output, **changes)).manifest
+        assert (manifest["token_dtype"], manifest["vocab_size"]) == ("uint32", 70_002)
+        assert read_shards(output / "train", "uint32")[:, :-1].ravel().tolist() == list(range(69_000, 69_096))
+        assert not (output / "val").exists()
+        assert AutoTokenizer.from_pretrained(output / "tokenizer").eos_token == "</s>"
+
+
+def test_a_bare_tokenizer_file_needs_a_known_eos(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    word_tokenizer(10).save(str(file))
+    with pytest.raises(ValueError, match="no end-of-sequence token: set eos_token"):
+        load_tokenizer(str(file))
+    tokenizer = word_tokenizer(10)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(file))
+    assert load_tokenizer(str(file)).eos_token == "</s>"
+
+
+def test_the_builtin_corpus_is_the_standard_library() -> None:
+    names = {file.name for file in corpus_files(["builtin:python-stdlib"])}
+    assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= names
+    assert not [n for n in names if "site-packages" in n or "/test/" in n or not n.endswith(".py")]
+
+
+REFUSED = {
+    "missing input": ({"inputs": ("/no/such/file",)}, "--input /no/such/file does not exist"),
+    "unknown builtin": ({"inputs": ("builtin:web",)}, "the builtin corpus is builtin:python-stdlib"),
+    "no input": ({"inputs": ()}, "no --input given"),
+    "small vocabulary": ({"tokenizer": "train-bpe:100"}, "integer of at least 258"),
+    "vocabulary in words": ({"tokenizer": "train-bpe:8k"}, "integer of at least 258"),
+    "missing tokenizer": ({"tokenizer": "/no/tok"}, "--tokenizer /no/tok does not exist"),
+    "sequence length": ({"sequence_length": 0}, "--sequence-length 0: set at least 1"),
+    "fraction": ({"validation_fraction": 1.5}, r"set a number in \[0, 1\)"),
+    "max bytes": ({"max_bytes": 0}, "--max-bytes 0: set at least 1"),
+    "empty val": (
+        {"validation_fraction": 1e-9},
+        "the val split got 0 documents.*--validation-fraction, or 0",
+    ),
+    "long sequence": (
+        {"sequence_length": 100_000},
+        "one sample needs 100001: give more text or set a smaller",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_say_what_to_set(case: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    changes, message = REFUSED[case]
+    values = vars(settings(corpus[0], tmp_path / "out")) | changes
+    with pytest.raises(ValueError, match=message):
+        prepare_corpus(PrepareSettings(**values))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_inputs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz is compressed or columnar.*expand it"):
+        corpus_files([str(tmp_path / "a.jsonl.gz")])
+    with pytest.raises(ValueError, match=r"--output .* lies inside --input"):
+        prepare_corpus(settings(tmp_path, tmp_path / "out"))
+    (tmp_path / "a.jsonl.gz").unlink()
+    (tmp_path / "b.bin").write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"holds no text \(1 binary files"):
+        prepare_corpus(settings(tmp_path, tmp_path.with_name("elsewhere")))
+    (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{"content": "no"}\n')
+    with pytest.raises(ValueError, match=r'c\.jsonl, line 2 is not a JSON object with a string field "text"'):
+        list(read_documents(corpus_files([str(tmp_path)]), None, CorpusCounts()))
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools" / "prepare_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(source: Path, output: Path) -> list[str]:
+    given = {"--input": source, "--tokenizer": "train-bpe:300", "--sequence-length": 16, "--output": output}
+    return [str(part) for pair in given.items() for part in pair] + ["--validation-fraction", "0.25"]
+
+
+def test_tool_prints_counts_and_repeats(
+    tool: ModuleType, corpus: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main(command(corpus[0], tmp_path / "out")) == 0
+    first = capsys.readouterr()
+    assert "2 binary files, 3 empty documents" in first.out
+    assert "tokens/s" in first.out
+    assert "tokenising" in first.err
+    assert tool.main(command(corpus[0], tmp_path / "out")) == 0
+    assert capsys.readouterr().out.startswith("already prepared")
+
+
+def test_tool_fails_with_one_line(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = command(tmp_path / "missing", tmp_path / "out")
+    program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --input {tmp_path / 'missing'} does not exist")

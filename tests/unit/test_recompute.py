@@ -1,0 +1,181 @@
+"""Recomputing activations changes nothing but memory; and what Depth-Attention keeps for backward is bf16.
+
+Shapes: s positions, b batch, H query heads, G key/value heads, d head size.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_depthattn.model.attention import Source
+from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.initialization import initialize_weights
+
+pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
+
+VOCAB, SEQUENCE, BATCH = 128, 24, 2
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 4, 2, 8
+Q_SHAPE = (SEQUENCE, BATCH, NUM_HEADS, HEAD_DIM)
+KV_SHAPE = (SEQUENCE, BATCH, NUM_KV_HEADS, HEAD_DIM)
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "selective": {"recompute_granularity": "selective"},
+    "uniform-1": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "uniform-2": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    "uniform-3": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3},
+    "block-2": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+}
+
+
+def build(**overrides: Any) -> GPTModel:
+    config = qwen3_style_config(
+        num_layers=NUM_LAYERS,
+        hidden_size=32,
+        num_attention_heads=NUM_HEADS,
+        num_query_groups=NUM_KV_HEADS,
+        kv_channels=HEAD_DIM,
+        ffn_hidden_size=48,
+        **overrides,
+    )
+    model = build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE)
+    initialize_weights(model, seed=3, init_std=0.2)
+    return model.train()
+
+
+def loss_of(model: GPTModel) -> Tensor:
+    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(1))
+    return model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, labels=tokens.roll(-1, dims=1)).mean()
+
+
+def loss_and_gradients(model: GPTModel) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = loss_of(model)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("window", [0, 1])
+@pytest.mark.parametrize("op", ["lean", "reference"])
+def test_every_recompute_mode_gives_the_same_loss_and_gradients(stride, window, op, record_property):
+    """The loss to the bit. Gradients to 1e-6: a source's gradient is summed over its readers in another order."""
+    plan = {"depth_attention_stride": stride, "depth_attention_recent_window": window, "depth_attention_op": op}
+    loss, gradients = loss_and_gradients(build(**plan))
+    for mode, options in RECOMPUTE.items():
+        other_loss, other_gradients = loss_and_gradients(build(**plan, **options))
+        assert torch.equal(loss, other_loss), mode
+        errors = {
+            name: ((other_gradients[name] - gradient).norm() / gradient.norm()).item()
+            for name, gradient in gradients.items()
+        }
+        worst = max(errors, key=errors.__getitem__)
+        record_property(f"gradient_{mode}", errors[worst])
+        if mode == "selective":
+            assert errors[worst] == 0, (mode, worst)
+        assert errors[worst] < 1e-6, (mode, worst, errors[worst])
+
+
+def test_control_the_gradient_through_sources_is_far_above_the_tolerance():
+    """Were a recompute mode to drop the depth path's gradient, the test above would see it."""
+    _, gradients = loss_and_gradients(build(depth_attention_stride=2))
+    model = build(depth_attention_stride=2)
+    for layer in model.decoder.layers:
+        layer._open = lambda context: {i: Source(*(t.detach() for t in pair)) for i, pair in (context or {}).items()}
+    _, detached = loss_and_gradients(model)
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert (gradients[name] - detached[name]).norm() / gradients[name].norm() > 1e-2
+
+
+@pytest.mark.parametrize("mode", RECOMPUTE)
+@torch.no_grad()
+def test_evaluation_under_a_recompute_setting(mode):
+    assert torch.equal(
+        loss_of(build(depth_attention_stride=2).eval()),
+        loss_of(build(depth_attention_stride=2, **RECOMPUTE[mode]).eval()),
+    )
+
+
+class Saved:
+    """What autograd saved during one forward: kinds of tensors, and bytes of the storages behind them."""
+
+    def __init__(self, **overrides: Any) -> None:
+        model = build(bf16=True, params_dtype=torch.bfloat16, **overrides)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        tensors: list[Tensor] = []  # holds them, so that no address is used twice
+
+        def pack(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.loss = loss_of(model)
+        distinct = {
+            (t.data_ptr(), t.dtype, tuple(t.shape), t.stride()): t
+            for t in tensors
+            if t.untyped_storage().data_ptr() not in own
+        }
+        self.kinds = Counter((t.dtype, tuple(t.shape)) for t in distinct.values())
+        self.bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(("stride", "window"), [(1, 0), (2, 1), (3, 0)])
+def test_the_mix_keeps_its_bf16_inputs_and_nothing_in_fp32(stride, window, record_property):
+    vanilla = Saved(depth_attention=False)
+    lean = Saved(depth_attention_stride=stride, depth_attention_recent_window=window)
+    more = lean.kinds - vanilla.kinds
+    less = vanilla.kinds - lean.kinds
+    assert set(more) <= {(torch.bfloat16, Q_SHAPE), (torch.bfloat16, KV_SHAPE)}, more
+    assert not less, less
+    # Per layer with sources: its q, k and v before RoPE. Per layer that is read: its k and mixed value.
+    numbers = {Q_SHAPE: NUM_HEADS, KV_SHAPE: NUM_KV_HEADS}
+    upper_bound = NUM_LAYERS * 2 * HEAD_DIM * SEQUENCE * BATCH * (NUM_HEADS + 3 * NUM_KV_HEADS)
+    assert 0 < lean.bytes - vanilla.bytes <= upper_bound
+    record_property("tensors", sum(more.values()))
+    record_property("tensor_bytes", sum(2 * HEAD_DIM * SEQUENCE * BATCH * numbers[s] * n for (_, s), n in more.items()))
+    record_property("storage_bytes", lean.bytes - vanilla.bytes)
+    record_property("vanilla_bytes", vanilla.bytes)
+
+    reference = Saved(
+        depth_attention_stride=stride, depth_attention_recent_window=window, depth_attention_op="reference"
+    )
+    in_fp32 = [kind for kind in (reference.kinds - vanilla.kinds) if kind[0] is torch.float32]
+    record_property("reference_storage_bytes", reference.bytes - vanilla.bytes)
+    assert in_fp32, "the control: plain autograd keeps fp32 intermediates"
+    assert reference.bytes > lean.bytes
+
+
+def tensors_within(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors_within(inner)
+    elif isinstance(value, list | tuple | set):
+        for inner in value:
+            yield from tensors_within(inner)
+
+
+@pytest.mark.parametrize("options", [{}, RECOMPUTE["selective"], RECOMPUTE["uniform-2"]], ids=str)
+def test_nothing_is_left_on_the_modules(options):
+    model = build(depth_attention_stride=1, **options)
+    registries = ("_parameters", "_buffers", "_modules")
+
+    def attributes() -> dict[str, set[str]]:
+        return {
+            path: {name for name in vars(module) if name not in registries}
+            for path, module in model.decoder.layers.named_modules()
+        }
+
+    before = attributes()
+    loss = loss_of(model)
+    for stage in ("forward", "backward"):
+        assert attributes() == before, stage
+        for path, module in model.decoder.layers.named_modules():
+            for name in before[path]:
+                assert not list(tensors_within(vars(module)[name])), f"{path}.{name} after {stage}"
+            assert not list(module.buffers(recurse=False)), path
+        if stage == "forward":
+            loss.backward()

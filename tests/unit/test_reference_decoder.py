@@ -1,0 +1,195 @@
+"""The oracle for whole models, itself checked: against transformers' Qwen3, by hand, and by invariances."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.reference_decoder import (
+    decoder_logits,
+    depth_sources,
+    mean_cross_entropy,
+    random_weights,
+    rms_norm,
+)
+
+VOCAB_SIZE = 97
+SHAPE = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+NUMERIC = {"rope_theta": 10000.0, "eps": 1e-5}
+
+
+def make_weights(seed: int = 0, *, tied: bool = False, **shape: int) -> dict[str, Tensor]:
+    return random_weights(seed, **(SHAPE | shape), hidden_size=48, ffn_hidden_size=80, vocab_size=VOCAB_SIZE, tied=tied)
+
+
+def make_tokens(b: int = 2, s: int = 33) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (b, s), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(weights: dict[str, Tensor], tokens: Tensor, **options: Any) -> Tensor:
+    return decoder_logits(weights, tokens, **(SHAPE | NUMERIC | options))
+
+
+class NoFloat32(TorchFunctionMode):
+    """Qwen3 in transformers computes norms, RoPE and softmax in fp32 by name; here that name means fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widen(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(widen, args), **{name: widen(x) for name, x in (kwargs or {}).items()})
+
+
+def transformers_logits(
+    weights: dict[str, Tensor],
+    tokens: Tensor,
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float,
+    eps: float,
+    tied: bool,
+) -> Tensor:
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope_theta=rope_theta,
+        rms_norm_eps=eps,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+    with NoFloat32(), torch.no_grad():
+        model = Qwen3ForCausalLM(config).double().eval()
+        loaded = model.load_state_dict(weights, strict=False)
+        assert loaded.missing_keys == (["lm_head.weight"] if tied else [])
+        assert loaded.unexpected_keys == []
+        logits = model(tokens, use_cache=False).logits
+    assert logits.dtype == torch.float64
+    return logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_vanilla_decoder_is_qwen3(num_kv_heads: int, tied: bool) -> None:
+    shape = SHAPE | {"num_kv_heads": num_kv_heads}
+    weights, tokens = make_weights(tied=tied, num_kv_heads=num_kv_heads), make_tokens()
+    expected = transformers_logits(weights, tokens, **shape, **NUMERIC, tied=tied)
+    vanilla = logits_of(weights, tokens, num_kv_heads=num_kv_heads, depth_attention=False, tied=tied)
+    assert (vanilla - expected).abs().max() < 1e-10
+    # Control: the comparison sees Depth-Attention.
+    mixed = logits_of(weights, tokens, num_kv_heads=num_kv_heads, tied=tied)
+    assert (mixed - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "stride", "window", "expected"),
+    [
+        (4, 2, 0, [[], [0], [0], [0, 2]]),
+        (4, 1, 0, [[], [0], [0, 1], [0, 1, 2]]),
+        (4, 4, 0, [[], [0], [0], [0]]),
+        (4, 99, 0, [[], [0], [0], [0]]),
+        (4, 4, 1, [[], [0], [0, 1], [0, 2]]),
+        (5, 3, 2, [[], [0], [0, 1], [0, 1, 2], [0, 2, 3]]),
+        (6, 2, 1, [[], [0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]]),
+        (3, 9, 9, [[], [0], [0, 1]]),
+    ],
+)
+def test_sources_by_hand(num_layers: int, stride: int, window: int, expected: list[list[int]]) -> None:
+    assert [depth_sources(layer, stride, window) for layer in range(num_layers)] == expected
+
+
+def test_long_stride_leaves_layer_zero_as_the_only_source() -> None:
+    weights, tokens = make_weights(), make_tokens()
+    only_first = logits_of(weights, tokens, stride=4)
+    assert torch.equal(only_first, logits_of(weights, tokens, stride=1000))
+    assert not torch.allclose(only_first, logits_of(weights, tokens, stride=2))
+    assert not torch.allclose(only_first, logits_of(weights, tokens, stride=4, window=1))
+
+
+def test_default_stride_is_half_the_effective_layers() -> None:
+    weights, tokens = make_weights(), make_tokens()
+    assert torch.equal(logits_of(weights, tokens), logits_of(weights, tokens, stride=2))
+    assert torch.equal(logits_of(weights, tokens, num_loops=2), logits_of(weights, tokens, num_loops=2, stride=4))
+
+
+def test_one_layer_has_no_source_and_is_vanilla() -> None:
+    weights, tokens = make_weights(num_layers=1), make_tokens()
+    mixed = logits_of(weights, tokens, num_layers=1)
+    assert torch.equal(mixed, logits_of(weights, tokens, num_layers=1, depth_attention=False))
+
+
+@pytest.mark.parametrize("mixed_sources", [True, False])
+def test_three_layers_by_hand(mixed_sources: bool) -> None:
+    """One token attends to itself alone, so attention returns its value; zero queries make all weights equal.
+
+    Layer 2 must average layer 1's mixed value. The variant that averages its original one is the control.
+    """
+    shape = {"num_layers": 3, "num_heads": 1, "num_kv_heads": 1}
+    weights, token = make_weights(**shape), torch.tensor([[5]])
+    for layer in range(3):
+        weights[f"model.layers.{layer}.self_attn.q_norm.weight"].zero_()
+
+    eps = NUMERIC["eps"]
+    x = weights["model.embed_tokens.weight"][5]
+    originals: list[Tensor] = []
+    sources: list[Tensor] = []
+    for layer in range(3):
+        own = {name.split(f"layers.{layer}.")[-1]: weight for name, weight in weights.items()}
+        v = own["self_attn.v_proj.weight"] @ rms_norm(x, own["input_layernorm.weight"], eps)
+        vmix = sum([*(sources if mixed_sources else originals), v]) / (layer + 1)
+        originals.append(v)
+        sources.append(vmix)
+        x = x + own["self_attn.o_proj.weight"] @ vmix
+        normed = rms_norm(x, own["post_attention_layernorm.weight"], eps)
+        gate, up = own["mlp.gate_proj.weight"] @ normed, own["mlp.up_proj.weight"] @ normed
+        x = x + own["mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up)
+    by_hand = weights["lm_head.weight"] @ rms_norm(x, weights["model.norm.weight"], eps)
+
+    error = (logits_of(weights, token, stride=1, **shape)[0, 0] - by_hand).abs().max()
+    assert error < 1e-12 if mixed_sources else error > 1e-2
+
+
+def test_later_tokens_do_not_change_earlier_logits() -> None:
+    """Why cached decoding equals a full forward."""
+    weights, tokens = make_weights(), make_tokens()
+    full = logits_of(weights, tokens, stride=1)
+    torch.testing.assert_close(logits_of(weights, tokens[:, :11], stride=1), full[:, :11])
+
+
+def test_loops_are_the_unrolled_model() -> None:
+    weights, tokens = make_weights(), make_tokens()
+    unrolled = dict(weights)
+    for name, weight in weights.items():
+        if name.startswith("model.layers."):
+            layer, rest = name.removeprefix("model.layers.").split(".", 1)
+            unrolled[f"model.layers.{int(layer) + 4}.{rest}"] = weight
+    looped = logits_of(weights, tokens, num_loops=2, stride=3, window=1)
+    assert torch.equal(looped, logits_of(unrolled, tokens, num_layers=8, stride=3, window=1))
+    assert not torch.allclose(looped, logits_of(weights, tokens, stride=3, window=1))
+
+
+def test_gradients_reach_every_weight() -> None:
+    weights, tokens = make_weights(), make_tokens(1, 9)
+    for weight in weights.values():
+        weight.requires_grad_()
+    loss = mean_cross_entropy(logits_of(weights, tokens[:, :-1], stride=1), tokens[:, 1:])
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in weights.values())
+
+
+def test_mean_cross_entropy_is_torchs() -> None:
+    logits, labels = logits_of(make_weights(), make_tokens()), make_tokens().flip(0)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(mean_cross_entropy(logits, labels), expected)

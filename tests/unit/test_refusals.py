@@ -1,0 +1,237 @@
+"""Everything that the model and its process groups refuse, and that each refusal says what, why and what to do.
+
+Megatron's fields come and go between versions, and its own checks come first: what a constructor does with a
+field is pinned per field below, so that nothing passes unseen.
+"""
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_depthattn.model.core_attention import AllGatherAttention
+from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.layer_specs import depth_attention_layer_spec
+from megatron_depthattn.model.transformer_config import REFUSALS, DepthAttentionConfig
+from megatron_depthattn.parallel import agreement
+from megatron_depthattn.parallel.launch_env import launch_environment
+
+PIPELINED = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+INTERLEAVED = PIPELINED | {
+    "virtual_pipeline_model_parallel_size": 2,
+    "overlap_p2p_comm": True,
+    "batch_p2p_comm": False,
+}
+REFUSED_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
+    # field: the value that is refused, and what else it takes for that
+    "fused_single_qkv_rope": (True, {}),
+    "multi_latent_attention": (True, {}),
+    "mtp_num_layers": (1, {}),
+    "num_moe_experts": (4, {}),
+    "overlap_moe_expert_parallel_comm": (True, {}),
+    "experimental_attention_variant": ("gated_delta_net", {}),
+    "attention_output_gate": (True, {}),
+    "heterogeneous_block_specs": (True, {}),
+    "softmax_scale": (0.25, {}),
+    "yarn_rotary_scaling_factor": (4.0, {}),
+    "cuda_graph_impl": ("local", {}),
+    "enable_cuda_graph": (True, {}),
+    "external_cuda_graph": (True, {}),
+    "cpu_offloading": (True, {}),
+    "fine_grained_activation_offloading": (True, {}),
+    "distribute_saved_activations": (True, {}),
+    "fp32_residual_connection": (True, PIPELINED),
+    "overlap_p2p_comm": (False, INTERLEAVED),
+    "batch_p2p_comm": (True, INTERLEAVED),
+}
+NOT_IN_MEGATRON = {"yarn_rotary_scaling_factor"}
+"""Fields that ``TransformerConfig`` has in none of the supported versions: set as an attribute, or by a subclass."""
+
+
+def config_of(**overrides: Any) -> DepthAttentionConfig:
+    shape = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+    return qwen3_style_config(**(shape | overrides))
+
+
+def test_the_table_is_covered():
+    assert [refusal.field for refusal in REFUSALS] == list(REFUSED_VALUES)
+    fields = set(DepthAttentionConfig.__dataclass_fields__)
+    missing = {refusal.field for refusal in REFUSALS} - fields
+    assert missing == NOT_IN_MEGATRON, f"of {len(REFUSALS)} refused fields, this Megatron-Core lacks {sorted(missing)}"
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+def test_refusal(refusal):
+    """Set on a config that is fine without it, past Megatron's own checks."""
+    value, others = REFUSED_VALUES[refusal.field]
+    config = config_of(**others)
+    config.validate()
+    setattr(config, refusal.field, value)
+    with pytest.raises(ValueError) as error:
+        config.validate()
+    assert str(error.value) == (f"Depth-Attention refuses {refusal.field}={value!r}: {refusal.reason} {refusal.remedy}")
+    assert refusal.reason.endswith(".") and refusal.remedy.endswith(".")
+
+
+REFUSED_BY_MEGATRON_FIRST = {
+    "overlap_moe_expert_parallel_comm",
+    "experimental_attention_variant",
+    "fine_grained_activation_offloading",
+}
+"""Alone, these trip one of Megatron's own assertions about what else they need."""
+TRANSLATED_BY_MEGATRON = {"enable_cuda_graph": "cuda_graph_impl", "external_cuda_graph": "cuda_graph_impl"}
+"""Old names of another field: the constructor's message names the new one."""
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+def test_the_constructor_never_accepts_a_refused_field(refusal):
+    value, others = REFUSED_VALUES[refusal.field]
+    named = TRANSLATED_BY_MEGATRON.get(refusal.field, refusal.field)
+    kind, message = ValueError, f"Depth-Attention refuses {named}="
+    if refusal.field in NOT_IN_MEGATRON:
+        kind, message = TypeError, f"unexpected keyword argument '{refusal.field}'"
+    elif refusal.field in REFUSED_BY_MEGATRON_FIRST:
+        kind, message = AssertionError, ""
+    with pytest.raises(kind, match=message):
+        config_of(**(others | {refusal.field: value}))
+
+
+def test_enclosing_conditions_are_needed():
+    """What is refused only in company is fine alone."""
+    config_of(fp32_residual_connection=True)
+    config_of(overlap_p2p_comm=False, batch_p2p_comm=True)
+    config_of(**PIPELINED, overlap_p2p_comm=False, batch_p2p_comm=True)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"depth_attention_stride": 1, "depth_attention_recent_window": 2, "depth_attention_op": "reference"},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"context_parallel_size": 2},
+        PIPELINED,
+        INTERLEAVED,
+        {"recompute_granularity": "selective"},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"bf16": True, "params_dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_control_supported_configs_validate(layout):
+    config = config_of(**layout)
+    config.validate()
+    assert config.variable_seq_lengths is (config.pipeline_model_parallel_size > 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"softmax_scale": 0.25},
+        {"attention_output_gate": True},
+        {"heterogeneous_block_specs": True},
+        {"fp32_residual_connection": True, **PIPELINED},
+        INTERLEAVED | {"overlap_p2p_comm": False, "batch_p2p_comm": True},
+        {"depth_attention_op": "no such op"},
+        {"depth_attention_stride": 0},
+        {"depth_attention_recent_window": -1},
+    ],
+    ids=str,
+)
+def test_a_vanilla_config_is_refused_nothing(fields):
+    assert not config_of(depth_attention=False, **fields).variable_seq_lengths
+    with pytest.raises(ValueError):
+        config_of(depth_attention=True, **fields)
+
+
+def test_unknown_op():
+    with pytest.raises(ValueError, match=re.escape("depth_attention_op is 'fast'; the implementations are ['lean', ")):
+        config_of(depth_attention_op="fast")
+
+
+@pytest.mark.parametrize(("field", "value"), [("depth_attention_stride", 0), ("depth_attention_recent_window", -1)])
+def test_impossible_plans(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}; .* set it to"):
+        config_of(**{field: value})
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=re.escape("backend is 'cuda'; the layer specs are 'local' and 'te'.")):
+        depth_attention_layer_spec(config_of(), "cuda")
+
+
+@pytest.mark.parametrize("depth_attention", [True, False])
+def test_local_backend_has_rms_norm_only(depth_attention):
+    config = config_of(normalization="LayerNorm", depth_attention=depth_attention)
+    with pytest.raises(
+        ValueError, match="normalization is 'LayerNorm': the local layer spec has RMSNorm only"
+    ) as error:
+        depth_attention_layer_spec(config)
+    assert "Set normalization='RMSNorm'" in str(error.value)
+
+
+def test_tensor_parallel_must_divide_the_padded_vocabulary():
+    config = config_of(hidden_size=48, num_attention_heads=6, num_query_groups=3, tensor_model_parallel_size=3)
+    with pytest.raises(
+        ValueError, match="parallel.tensor=3 does not divide the padded vocabulary of 128 rows"
+    ) as error:
+        build_gpt_model(config, vocab_size=100, max_sequence_length=8)
+    assert "vocab_size=100" in str(error.value) and "power of two" in str(error.value)
+
+
+def test_attention_mask_under_context_parallel(megatron_world_of_one):
+    model = build_gpt_model(config_of(), vocab_size=100, max_sequence_length=8)
+    attention = model.decoder.layers[0].self_attention.core_attention
+    assert isinstance(attention, AllGatherAttention)
+    query, key = torch.zeros(4, 1, 4, 8), torch.zeros(4, 1, 2, 8)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    attention(query, key, key, mask)  # alone, a mask is fine
+    attention.cp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with pytest.raises(ValueError, match="an attention mask was given under context parallel") as error:
+        attention(query, key, key, mask)
+    assert "Pass attention_mask=None." in str(error.value)
+
+
+def test_pipelined_inference(megatron_world_of_one):
+    model = build_gpt_model(config_of(), vocab_size=100, max_sequence_length=8).eval()
+    layer = model.decoder.layers[0]
+    layer.config.pipeline_model_parallel_size = 2
+    with pytest.raises(ValueError, match="inference was called with pipeline_model_parallel_size=2") as error:
+        layer(torch.zeros(4, 1, 32), inference_context=object())
+    assert "one pipeline stage" in str(error.value)
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("missing", list(TORCHRUN))
+def test_partial_torchrun_environment(missing, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ValueError, match=f"some of torchrun's variables but not {missing}: start the program") as error:
+        launch_environment()
+    assert "or unset RANK" in str(error.value)
+
+
+def test_whole_and_absent_torchrun_environments(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert launch_environment() == (3, 8, 1, True)
+    for name in TORCHRUN:
+        monkeypatch.delenv(name)
+    assert launch_environment() == (0, 1, 0, False)
+
+
+def test_ranks_that_disagree(megatron_world_of_one, monkeypatch):
+    agreement.check_same_on_all_ranks("source plans", "abc")
+
+    def all_gather_object(received: list[str], own: str) -> None:
+        received[:] = [own, own, "other"]
+
+    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(agreement.dist, "all_gather_object", all_gather_object)
+    with pytest.raises(ValueError, match="ranks hold different source plans: rank 0 has abc, but {2: 'other'}"):
+        agreement.check_same_on_all_ranks("source plans", "abc")

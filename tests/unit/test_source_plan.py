@@ -1,0 +1,196 @@
+"""The source plan: against the definition transcribed, against brute force, and against numbers worked out by hand."""
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+import torch
+
+from megatron_depthattn.model.gpt import qwen3_style_config
+from megatron_depthattn.model.source_plan import SourcePlan, default_stride, hop_bytes
+
+PLANS = [
+    SourcePlan(num_layers, stride, window)
+    for num_layers in (1, 2, 3, 5, 8, 12, 13)
+    for stride in (1, 2, 3, 4, 6, 8, 12, 20)
+    for window in (0, 1, 2, 3, 20)
+]
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+
+
+def defined_sources(layer: int, stride: int, window: int) -> set[int]:
+    """S(l) = { i < l : i mod stride == 0 }  ∪  { i : l - window <= i < l }, with layers counted from 0."""
+    return {i for i in range(layer) if i % stride == 0} | {i for i in range(layer - window, layer) if i >= 0}
+
+
+def live_by_brute_force(plan: SourcePlan, layer: int) -> set[int]:
+    return {
+        i
+        for i in range(layer)
+        if any(i in defined_sources(m, plan.stride, plan.recent_window) for m in range(layer, plan.num_layers))
+    }
+
+
+def some_cuts(num_layers: int) -> list[tuple[int, ...]]:
+    """A few ways to cut the layers: not at all, everywhere, in the middle, unevenly."""
+    cuts = {(0,), tuple(range(num_layers)), (0, num_layers // 2), (0, 1, num_layers - 1)}
+    return sorted(
+        cut for cut in cuts if len(set(cut)) == len(cut) and cut[-1] < num_layers and list(cut) == sorted(cut)
+    )
+
+
+def test_sources_and_live_sets_follow_the_definition():
+    for plan in PLANS:
+        for layer in range(plan.num_layers):
+            assert plan.sources(layer) == tuple(sorted(defined_sources(layer, plan.stride, plan.recent_window))), plan
+        for layer in range(plan.num_layers + 1):
+            assert plan.live(layer) == tuple(sorted(live_by_brute_force(plan, layer))), plan
+        assert plan.sources(0) == plan.live(0) == plan.live(plan.num_layers) == ()
+
+
+def test_what_a_layer_keeps_is_enough_and_nothing_more():
+    """Walk the layers as the model does: hold live(l), read S(l), add l, keep live(l + 1)."""
+    for plan in PLANS:
+        held: set[int] = set()
+        for layer in range(plan.num_layers):
+            assert held >= set(plan.sources(layer)), f"{plan}: a source was dropped too early"
+            for source in held:
+                readers = range(layer, plan.num_layers)
+                assert any(source in plan.sources(r) for r in readers), f"{plan}: {source} is held, nobody reads it"
+            assert set(plan.live(layer + 1)) <= held | {layer}
+            held = set(plan.live(layer + 1))
+        assert held == set()
+
+
+@pytest.mark.parametrize("num_layers", sorted({plan.num_layers for plan in PLANS}))
+def test_edges_of_every_cut(num_layers):
+    plans = [plan for plan in PLANS if plan.num_layers == num_layers]
+    for plan, cut in itertools.product(plans, some_cuts(num_layers)):
+        cut_plan = dataclasses.replace(plan, chunk_starts=cut)
+        ends = [start - 1 for start in cut[1:]]
+        assert [layer for layer in range(plan.num_layers) if cut_plan.enters_chunk(layer)] == list(cut[1:])
+        assert [layer for layer in range(plan.num_layers) if cut_plan.leaves_chunk(layer)] == ends
+        assert cut_plan.edges() == tuple(tuple(sorted(live_by_brute_force(plan, start))) for start in cut[1:])
+
+
+def test_sources_of_a_small_model_by_hand():
+    plan = SourcePlan(num_layers=8, stride=3, recent_window=2, chunk_starts=(0, 3, 6))
+    expected = [(), (0,), (0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4), (0, 3, 4, 5), (0, 3, 5, 6)]
+    assert [plan.sources(layer) for layer in range(8)] == expected
+    assert plan.edges() == ((0, 1, 2), (0, 3, 4, 5))
+
+
+@pytest.mark.parametrize(("num_layers", "stride"), [(48, 24), (32, 16), (7, 3), (3, 1), (2, 1), (1, 1)])
+def test_default_stride_is_half_the_layers(num_layers, stride):
+    assert default_stride(num_layers) == stride
+    assert qwen3_style_config(num_layers=num_layers, **SMALL).source_plan.stride == stride
+    if num_layers % 2 == 0:
+        plan = SourcePlan(num_layers, stride)
+        assert max(len(plan.sources(layer)) for layer in range(num_layers)) == min(2, num_layers - 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "remedy"),
+    [
+        ({"stride": 0}, "depth_attention_stride is 0", "set it to 1 or more"),
+        ({"stride": -2}, "depth_attention_stride is -2", "set it to 1 or more"),
+        ({"recent_window": -1}, "depth_attention_recent_window is -1", "set it to 0 or more"),
+        ({"chunk_starts": ()}, "cuts 4 layers at []", "use fewer pipeline or virtual stages"),
+        ({"chunk_starts": (1, 2)}, "cuts 4 layers at [1, 2]", "use fewer pipeline or virtual stages"),
+        ({"chunk_starts": (0, 2, 2)}, "cuts 4 layers at [0, 2, 2]", "use fewer pipeline or virtual stages"),
+        ({"chunk_starts": (0, 3, 2)}, "cuts 4 layers at [0, 3, 2]", "use fewer pipeline or virtual stages"),
+        ({"chunk_starts": (0, 4)}, "cuts 4 layers at [0, 4]", "use fewer pipeline or virtual stages"),
+    ],
+)
+def test_impossible_plans_are_refused(fields, given, remedy):
+    with pytest.raises(ValueError, match=re.escape(given)) as error:
+        SourcePlan(**({"num_layers": 4, "stride": 2} | fields))
+    assert remedy in str(error.value)
+
+
+def test_digest_tells_plans_apart():
+    plan = SourcePlan(num_layers=8, stride=4, recent_window=1, chunk_starts=(0, 4))
+    others = [{"num_layers": 9}, {"stride": 3}, {"recent_window": 0}, {"chunk_starts": (0, 3)}, {"chunk_starts": (0,)}]
+    digests = [plan.digest(), *(dataclasses.replace(plan, **other).digest() for other in others)]
+    assert len(set(digests)) == len(digests)
+    assert SourcePlan(8, 4, 1, (0, 4)).digest() == plan.digest()
+    assert {field.name for field in dataclasses.fields(SourcePlan)} == {name for other in others for name in other}
+
+
+def test_hop_bytes_of_the_3b_model():
+    """48 layers on 4 stages, stride 24: source 0 crosses every edge, source 24 the last one only.
+
+    Per token: hidden 2048, one source 2 * 8 * 64 = 1024. 2048 tokens in bf16 (4096 bytes per number a token).
+    """
+    plan = SourcePlan(num_layers=48, stride=24, chunk_starts=(0, 12, 24, 36))
+    assert plan.edges() == ((0,), (0,), (0, 24))
+    sizes = hop_bytes(plan, hidden_size=2048, source_size=1024, tokens=2048, bytes_per_element=2)
+    assert list(sizes) == [12 * 2**20, 12 * 2**20, 16 * 2**20]  # vanilla: 8 MiB
+    no_cut = dataclasses.replace(plan, chunk_starts=(0,))
+    assert list(hop_bytes(no_cut, hidden_size=2048, source_size=1024, tokens=2048, bytes_per_element=2)) == []
+
+
+def test_hop_bytes_of_every_earlier_layer():
+    plan = SourcePlan(num_layers=6, stride=1, chunk_starts=(0, 2, 5))
+    assert list(hop_bytes(plan, hidden_size=10, source_size=3, tokens=7, bytes_per_element=4)) == [
+        7 * 4 * (10 + 2 * 3),
+        7 * 4 * (10 + 5 * 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "starts"),
+    [
+        ({"pipeline_model_parallel_size": 1}, (0,)),
+        ({"pipeline_model_parallel_size": 4}, (0, 2, 4, 6)),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "overlap_p2p_comm": True,
+                "batch_p2p_comm": False,
+            },
+            (0, 2, 4, 6),
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 3,
+                "num_layers_in_first_pipeline_stage": 1,
+                "num_layers_in_last_pipeline_stage": 3,
+            },
+            (0, 1, 5),
+        ),
+    ],
+    ids=["one", "even", "virtual", "uneven"],
+)
+def test_chunk_starts_are_where_megatron_places_the_layers(layout, starts):
+    config = qwen3_style_config(num_layers=8, **SMALL, pipeline_dtype=torch.float32, **layout)
+    assert config.source_plan.chunk_starts == starts
+
+
+@pytest.mark.xfail(
+    raises=ValueError, strict=True, reason="Megatron's functions ignore pp_rank when pipeline_model_parallel_layout is set: every stage looks like ours",
+)
+def test_chunk_starts_of_an_explicit_layout(megatron_world_of_one):
+    config = qwen3_style_config(
+        num_layers=8,
+        **SMALL,
+        pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=3,
+        pipeline_model_parallel_layout="Ettt|tttt|tL",
+    )
+    assert config.source_plan.chunk_starts == (0, 3, 7)
+
+
+def test_a_chunk_without_layers_is_refused():
+    with pytest.raises(ValueError, match="needs every chunk to hold at least one layer") as error:
+        qwen3_style_config(
+            num_layers=2,
+            **SMALL,
+            pipeline_dtype=torch.float32,
+            pipeline_model_parallel_size=4,
+            account_for_embedding_in_pipeline_split=True,
+            account_for_loss_in_pipeline_split=True,
+        )
+    assert "[0, 1, 1, 0] layers" in str(error.value)

@@ -1,0 +1,121 @@
+"""Depth-Attention switched off, or without a source, is Megatron's own model: to the bit, forward and backward."""
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from torch import Tensor
+
+from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.initialization import initialize_weights
+from megatron_depthattn.model.layer import DepthAttentionLayer
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+
+pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
+
+VOCAB, SEQUENCE = 128, 24
+
+
+def config_of(**overrides) -> DepthAttentionConfig:
+    shape = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
+    return qwen3_style_config(**(shape | {"ffn_hidden_size": 48} | overrides))
+
+
+def ours(**overrides) -> GPTModel:
+    tied = overrides.pop("tied", False)
+    model = build_gpt_model(config_of(**overrides), vocab_size=VOCAB, max_sequence_length=SEQUENCE, tie_embeddings=tied)
+    initialize_weights(model, seed=3, init_std=0.2)
+    return model
+
+
+def stock(weights_of: GPTModel, **overrides) -> GPTModel:
+    """Megatron's model with Megatron's spec, as its own training script builds it; nothing of the package but values."""
+    tied = overrides.pop("tied", False)
+    model = GPTModel(
+        config=config_of(depth_attention=False, **overrides),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True),
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+        rotary_base=10000,
+    )
+    with torch.no_grad():
+        for (name, own), (other_name, other) in zip(
+            model.named_parameters(), weights_of.named_parameters(), strict=True
+        ):
+            assert name == other_name
+            own.copy_(other)
+    return model
+
+
+def loss_and_gradients(model: GPTModel) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens = torch.randint(VOCAB, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(SEQUENCE).expand_as(tokens)
+    loss = model(tokens, positions, None, labels=tokens.roll(-1, dims=1)).mean()
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_bit_equal(one: GPTModel, other: GPTModel) -> None:
+    (loss, gradients), (other_loss, other_gradients) = loss_and_gradients(one), loss_and_gradients(other)
+    assert torch.equal(loss, other_loss)
+    assert gradients.keys() == other_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, other_gradients[name]), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_switched_off_is_megatrons_own_model(tied, dtype):
+    precision = {"params_dtype": dtype, "bf16": dtype is torch.bfloat16, "tied": tied}
+    model = ours(depth_attention=False, **precision)
+    assert_bit_equal(model, stock(weights_of=model, **precision))
+
+
+def test_control_switched_on_is_another_model():
+    model = ours()
+    loss, gradients = loss_and_gradients(model)
+    vanilla_loss, vanilla_gradients = loss_and_gradients(stock(weights_of=model))
+    assert abs(loss - vanilla_loss) > 1e-4
+    assert all(not torch.equal(gradients[name], vanilla_gradients[name]) for name in gradients)
+
+
+def test_a_model_of_one_layer_has_no_source_and_is_vanilla():
+    model = ours(num_layers=1)
+    assert isinstance(model.decoder.layers[0], DepthAttentionLayer)
+    assert_bit_equal(model, stock(weights_of=model, num_layers=1))
+
+
+def test_the_first_layer_is_a_vanilla_layer_and_the_second_is_not():
+    """With a stride of all layers and no window every later layer has one source, layer 0; layer 0 has none."""
+    model = ours(depth_attention_stride=4)
+    vanilla = stock(weights_of=model)
+    hidden = torch.randn(SEQUENCE, 2, 32, generator=torch.Generator().manual_seed(2))
+    rope = model.rotary_pos_emb(SEQUENCE)
+    outputs, gradients, sources = [], [], None
+    for layer in (model.decoder.layers[0], vanilla.decoder.layers[0]):
+        own = hidden.clone().requires_grad_()
+        output, context = layer(own, None, rotary_pos_emb=rope)
+        sources = sources or context
+        output.square().sum().backward()
+        outputs.append(output.detach())
+        gradients.append(own.grad)
+    assert torch.equal(*outputs) and torch.equal(*gradients)
+    assert list(sources) == [0]
+
+    second, _ = model.decoder.layers[1](outputs[0], None, context=sources, rotary_pos_emb=rope)
+    vanilla_second, _ = vanilla.decoder.layers[1](outputs[0], None, rotary_pos_emb=rope)
+    assert (second - vanilla_second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_have_the_names_and_shapes_of_the_vanilla_model(tied):
+    model = ours(tied=tied)
+    vanilla = stock(weights_of=model, tied=tied)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in vanilla.named_parameters()}
+    assert list(model.state_dict()) == list(vanilla.state_dict())
+    per_layer = [name for name in shapes if name.startswith("decoder.layers.0.")]
+    assert len(per_layer) == 8 and len(shapes) == 4 * 8 + (2 if tied else 3)
