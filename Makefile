@@ -13,12 +13,13 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test quickstart clean
+.PHONY: help install lint test parity-full quickstart clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
 	@echo "make quickstart   install, prepare a small corpus, train on two CPU processes"
 	@echo "make test         install, lint, the whole test suite (PYTEST_ARGS=... goes to pytest)"
+	@echo "make parity-full  every parity case for ten steps (about half an hour on two cores)"
 	@echo "make lint         install, ruff and mypy"
 	@echo "make clean        remove caches and build leftovers; data/ and runs/ stay"
 
@@ -49,12 +50,15 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+parity-full: install
+	DEPTHATTN_PARITY=full $(BIN)/python -m pytest -s tests/parallel
+
 quickstart: install data/quickstart/val/index.json
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megatron_depthattn.train configs/quickstart.yaml
 
 data/quickstart/val/index.json: | install
 	$(BIN)/python tools/prepare_data.py --input builtin:python-stdlib --tokenizer train-bpe:2048 \
-	    --sequence-length 256 --output data/quickstart
+	    --sequence-length 256 --validation-fraction 0.03 --output data/quickstart
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

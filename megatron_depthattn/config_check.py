@@ -197,7 +197,6 @@ def _check_model(config: "RunConfig") -> None:
     for key, size in {
         "model.num_attention_heads": heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.vocab_size": model.vocab_size,
     }.items():
         _require(
             size % tensor == 0,
@@ -259,7 +258,8 @@ def _check_recompute(config: "RunConfig", layers_per_chunk: int) -> None:
     _require(
         method == "block" or layers_per_chunk % num_layers == 0,
         f"recompute.num_layers is {num_layers}, which does not divide the {layers_per_chunk} layers of a "
-        f"pipeline chunk: uniform recompute cuts a chunk into equal groups; set it to one of {_divisors(layers_per_chunk)}",
+        f"pipeline chunk: uniform recompute cuts a chunk into equal groups; "
+        f"set it to one of {_divisors(layers_per_chunk)}",
     )
 
 

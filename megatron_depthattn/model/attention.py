@@ -69,6 +69,8 @@ class DepthSelfAttention(SelfAttention):
         """
         call = key_value_states
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
+        # A view of the fused projection, saved for backward, would keep all of it alive: (H + 2G) D numbers for G D.
+        value = value.contiguous()
         if call.sources:
             value = depth_mix(
                 self.group_queries(query),

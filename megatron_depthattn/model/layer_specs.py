@@ -44,8 +44,7 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
         backend: ``local`` (plain torch modules, any device) or ``te`` (TransformerEngine, GPU).
 
     Raises:
-        ValueError: unknown backend, or a norm that the local backend does not have.
-        ImportError: ``te`` without TransformerEngine.
+        ValueError: unknown backend, ``te`` without TransformerEngine, or a norm that the local backend does not have.
     """
     if backend == "local":
         spec = _local_spec(config)
@@ -83,7 +82,7 @@ def _transformer_engine_spec(config: DepthAttentionConfig) -> ModuleSpec:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "the TransformerEngine layer spec was asked for, but transformer_engine cannot be imported here "
             f"({error}). Install transformer-engine[pytorch], or set model.spec=local."
         ) from error

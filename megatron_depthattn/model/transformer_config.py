@@ -88,8 +88,8 @@ def pipeline_chunk_starts(config: TransformerConfig) -> tuple[int, ...]:
 
 def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> int:
     layout = config.pipeline_model_parallel_layout
-    if layout is not None:  # get_num_layers_to_build ignores its pp_rank here and answers for this process
-        return layout.get_num_layers_to_build(LayerType.decoder, vp_stage or 0, pp_rank)
+    if layout is not None:  # Megatron's own count answers for this process only, whatever rank it is asked about
+        return layout.layout[pp_rank][vp_stage or 0].count(LayerType.decoder)
     return get_num_layers_to_build(config, vp_stage, pp_rank)
 
 

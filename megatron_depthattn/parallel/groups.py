@@ -30,7 +30,13 @@ def initialize_distributed(environment: LaunchEnvironment, timeout: timedelta = 
 
 
 def initialize_model_parallel(
-    *, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, seed: int = 1234
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    context: int = 1,
+    seed: int = 1234,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> None:
     """Build Megatron's groups for this layout over the world that was joined, and seed its random number trackers."""
     parallel_state.initialize_model_parallel(
@@ -38,6 +44,7 @@ def initialize_model_parallel(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         context_parallel_size=context,
+        distributed_timeout_minutes=round(timeout.total_seconds() / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

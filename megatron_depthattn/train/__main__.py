@@ -7,8 +7,12 @@ import logging
 import sys
 import warnings
 
-# What Megatron-Core says at import when optional packages are absent; none of them is used on the local backend.
-warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+# What Megatron-Core and torch say, on every rank, about optional packages and themselves; none of it is about the run.
+_NOISE = (
+    "Apex|Transformer Engine",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+)
 
 
 def main() -> int:
@@ -17,7 +21,7 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
     arguments = parser.parse_args()
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    _silence_noise()
 
     from megatron_depthattn.config import load_config
     from megatron_depthattn.parallel.launch_env import launch_environment
@@ -33,6 +37,14 @@ def main() -> int:
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _silence_noise() -> None:
+    """Before torch and Megatron-Core are imported, so that a user's first lines are about the run."""
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", message=f".*({pattern})")
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this module again

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -87,8 +88,8 @@ class Reporter:
         held_out = "" if metrics["eval_loss"] is None else f"held-out {metrics['eval_loss']:.4f} | "
         return (
             f"step {step}/{self.last_step} | loss {metrics['loss']:.4f} | {held_out}"
-            f"grad norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | {metrics['tokens_per_second']:,.0f} tokens/s | "
-            f"eta {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}"
+            f"grad norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s | eta {timedelta(seconds=remaining)}"
         )
 
 

@@ -72,6 +72,15 @@ def parameters(config: RunConfig) -> int:
     )
 
 
+_NEXT = (
+    "what to try next (each is one key; give every run its own run.dir):",
+    "  longer             train.steps=600 with the same run.dir and checkpoint.load=latest",
+    "  without the mix    model.depth_attention.enabled=false",
+    "  every layer reads every earlier one   model.depth_attention.stride=1",
+    "  another layout     parallel.pipeline=1 parallel.tensor=2 parallel.sequence=true",
+)
+
+
 class Cost:
     """What this process's part of the run has cost and brought, for the closing lines."""
 
@@ -97,8 +106,8 @@ class Cost:
         tokens = self._steps * config.train.global_batch_size * config.data.sequence_length
         lines = [
             f"trained {self._steps} steps to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
-            f"{world_size} ranks in {time.monotonic() - self._started:.0f} s ({tokens / self._step_seconds:,.0f} tokens/s in steps), "
-            f"peak memory {peak_memory_gb():.2f} GB on rank 0"
+            f"{world_size} ranks in {time.monotonic() - self._started:.0f} s "
+            f"({tokens / self._step_seconds:,.0f} tokens/s in steps), peak memory {peak_memory_gb():.2f} GB on rank 0"
         ]
         if self._held_out:
             (first, before), (last, after) = self._held_out[0], self._held_out[-1]
@@ -106,4 +115,9 @@ class Cost:
                 f"held-out loss: {before:.4f} at step {first}, {after:.4f} at step {last} (nats per token; "
                 f"down {before - after:.2f})"
             )
-        return [*lines, f"record: {config.run.dir}/metrics.jsonl; curves: tensorboard --logdir {config.run.dir}"]
+        return [
+            *lines,
+            f"record: {config.run.dir}/metrics.jsonl; curves: tensorboard --logdir {config.run.dir}",
+            "",
+            *_NEXT,
+        ]

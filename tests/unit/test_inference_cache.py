@@ -26,7 +26,7 @@ def build(**overrides) -> GPTModel:
         **overrides,
     )
     model = build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE)
-    initialize_weights(model, seed=3, init_std=0.2)
+    initialize_weights(model, seed=3, init_std=0.1)
     return model.eval()
 
 

@@ -60,26 +60,20 @@ def loss_and_gradients(model: GPTModel) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("window", [0, 1])
 @pytest.mark.parametrize("op", ["lean", "reference"])
-def test_every_recompute_mode_gives_the_same_loss_and_gradients(stride, window, op, record_property):
-    """The loss to the bit. Gradients to 1e-6: a source's gradient is summed over its readers in another order."""
+def test_every_recompute_mode_gives_the_same_loss_and_gradients(stride, window, op):
+    """To the bit: recomputing repeats the same operations, and gradients of a source are summed in the same order."""
     plan = {"depth_attention_stride": stride, "depth_attention_recent_window": window, "depth_attention_op": op}
     loss, gradients = loss_and_gradients(build(**plan))
     for mode, options in RECOMPUTE.items():
         other_loss, other_gradients = loss_and_gradients(build(**plan, **options))
         assert torch.equal(loss, other_loss), mode
-        errors = {
-            name: ((other_gradients[name] - gradient).norm() / gradient.norm()).item()
-            for name, gradient in gradients.items()
-        }
-        worst = max(errors, key=errors.__getitem__)
-        record_property(f"gradient_{mode}", errors[worst])
-        if mode == "selective":
-            assert errors[worst] == 0, (mode, worst)
-        assert errors[worst] < 1e-6, (mode, worst, errors[worst])
+        for name, gradient in gradients.items():
+            assert gradient.any(), name
+            assert torch.equal(gradient, other_gradients[name]), (mode, name)
 
 
-def test_control_the_gradient_through_sources_is_far_above_the_tolerance():
-    """Were a recompute mode to drop the depth path's gradient, the test above would see it."""
+def test_control_the_gradient_through_sources_is_not_small():
+    """Were a recompute mode to drop the gradient of the depth path, the test above would see it."""
     _, gradients = loss_and_gradients(build(depth_attention_stride=2))
     model = build(depth_attention_stride=2)
     for layer in model.decoder.layers:
@@ -129,12 +123,15 @@ def test_the_mix_keeps_its_bf16_inputs_and_nothing_in_fp32(stride, window, recor
     less = vanilla.kinds - lean.kinds
     assert set(more) <= {(torch.bfloat16, Q_SHAPE), (torch.bfloat16, KV_SHAPE)}, more
     assert not less, less
-    # Per layer with sources: its q, k and v before RoPE. Per layer that is read: its k and mixed value.
+    # A layer with sources keeps q, k (both before RoPE) and v; a layer that is read, its k and mixed value. v is a
+    # view of the whole QKV projection, whose memory it keeps alive: (H + 2G) * d a token in place of G * d.
     numbers = {Q_SHAPE: NUM_HEADS, KV_SHAPE: NUM_KV_HEADS}
-    upper_bound = NUM_LAYERS * 2 * HEAD_DIM * SEQUENCE * BATCH * (NUM_HEADS + 3 * NUM_KV_HEADS)
-    assert 0 < lean.bytes - vanilla.bytes <= upper_bound
+    bytes_per_head = 2 * HEAD_DIM * SEQUENCE * BATCH
+    projection = NUM_HEADS + 2 * NUM_KV_HEADS
+    assert sum(more.values()) <= 4 * NUM_LAYERS
+    assert 0 < lean.bytes - vanilla.bytes <= NUM_LAYERS * bytes_per_head * (NUM_HEADS + 2 * NUM_KV_HEADS + projection)
     record_property("tensors", sum(more.values()))
-    record_property("tensor_bytes", sum(2 * HEAD_DIM * SEQUENCE * BATCH * numbers[s] * n for (_, s), n in more.items()))
+    record_property("tensor_bytes", sum(bytes_per_head * numbers[shape] * n for (_, shape), n in more.items()))
     record_property("storage_bytes", lean.bytes - vanilla.bytes)
     record_property("vanilla_bytes", vanilla.bytes)
 

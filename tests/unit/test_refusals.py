@@ -175,7 +175,7 @@ def test_local_backend_has_rms_norm_only(depth_attention):
 def test_tensor_parallel_must_divide_the_padded_vocabulary():
     config = config_of(hidden_size=48, num_attention_heads=6, num_query_groups=3, tensor_model_parallel_size=3)
     with pytest.raises(
-        ValueError, match="parallel.tensor=3 does not divide the padded vocabulary of 128 rows"
+        ValueError, match=r"parallel\.tensor=3 does not divide the padded vocabulary of 128 rows"
     ) as error:
         build_gpt_model(config, vocab_size=100, max_sequence_length=8)
     assert "vocab_size=100" in str(error.value) and "power of two" in str(error.value)
@@ -233,5 +233,5 @@ def test_ranks_that_disagree(megatron_world_of_one, monkeypatch):
 
     monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(agreement.dist, "all_gather_object", all_gather_object)
-    with pytest.raises(ValueError, match="ranks hold different source plans: rank 0 has abc, but {2: 'other'}"):
+    with pytest.raises(ValueError, match=r"ranks hold different source plans: rank 0 has abc, but \{2: 'other'\}"):
         agreement.check_same_on_all_ranks("source plans", "abc")

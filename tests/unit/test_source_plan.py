@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_depthattn.model.gpt import qwen3_style_config
 from megatron_depthattn.model.source_plan import SourcePlan, default_stride, hop_bytes
@@ -167,24 +169,40 @@ def test_hop_bytes_of_every_earlier_layer():
 def test_chunk_starts_are_where_megatron_places_the_layers(layout, starts):
     config = qwen3_style_config(num_layers=8, **SMALL, pipeline_dtype=torch.float32, **layout)
     assert config.source_plan.chunk_starts == starts
+    stages = range(config.pipeline_model_parallel_size)
+    virtual_stages = range(config.virtual_pipeline_model_parallel_size or 1)
+    if len(stages) > 1:
+        interleaved = len(virtual_stages) > 1
+        offsets = [
+            get_transformer_layer_offset(config, v if interleaved else None, p) for v in virtual_stages for p in stages
+        ]
+        assert tuple(offsets) == starts
 
 
-@pytest.mark.xfail(
-    raises=ValueError, strict=True, reason="Megatron's functions ignore pp_rank when pipeline_model_parallel_layout is set: every stage looks like ours",
+@pytest.mark.parametrize(
+    ("stages", "virtual", "layout", "starts"),
+    [(3, 1, "Ettt|tttt|tL", (0, 3, 7)), (2, 2, "Ett|t|t|ttttL", (0, 2, 3, 4))],
+    ids=["stages", "virtual"],
 )
-def test_chunk_starts_of_an_explicit_layout(megatron_world_of_one):
+def test_chunk_starts_of_an_explicit_layout(stages, virtual, layout, starts, megatron_world_of_one, monkeypatch):
+    """The same on every rank: this process is stage 0 throughout."""
+    if virtual > 1:  # Megatron's layout object asks its global state, not the config, whether there are virtual stages
+        monkeypatch.setattr(parallel_state, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", virtual)
     config = qwen3_style_config(
         num_layers=8,
         **SMALL,
         pipeline_dtype=torch.float32,
-        pipeline_model_parallel_size=3,
-        pipeline_model_parallel_layout="Ettt|tttt|tL",
+        pipeline_model_parallel_size=stages,
+        pipeline_model_parallel_layout=layout,
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
     )
-    assert config.source_plan.chunk_starts == (0, 3, 7)
+    assert (config.virtual_pipeline_model_parallel_size or 1) == virtual
+    assert config.source_plan.chunk_starts == starts
 
 
 def test_a_chunk_without_layers_is_refused():
-    with pytest.raises(ValueError, match="needs every chunk to hold at least one layer") as error:
+    with pytest.raises(ValueError, match="every chunk must hold at least one layer") as error:
         qwen3_style_config(
             num_layers=2,
             **SMALL,
@@ -193,4 +211,4 @@ def test_a_chunk_without_layers_is_refused():
             account_for_embedding_in_pipeline_split=True,
             account_for_loss_in_pipeline_split=True,
         )
-    assert "[0, 1, 1, 0] layers" in str(error.value)
+    assert "cuts 2 layers at [0, 0, 1, 2]" in str(error.value)

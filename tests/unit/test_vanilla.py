@@ -29,7 +29,7 @@ def ours(**overrides) -> GPTModel:
 
 
 def stock(weights_of: GPTModel, **overrides) -> GPTModel:
-    """Megatron's model with Megatron's spec, as its own training script builds it; nothing of the package but values."""
+    """Megatron's model with Megatron's spec, built as its own script does; nothing of the package but values."""
     tied = overrides.pop("tied", False)
     model = GPTModel(
         config=config_of(depth_attention=False, **overrides),

@@ -1,0 +1,134 @@
+"""``python -m megatron_depthattn.train`` as a user runs it: record, resume, other layouts, refusals."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.commands import must_succeed, python, torchrun
+
+METRICS = {
+    *("step", "loss", "grad_norm", "lr", "tokens", "samples", "step_seconds", "data_seconds", "tokens_per_second"),
+    *("tflops_per_device", "mfu", "memory_gb", "eval_loss"),
+}
+SAME_EVERYWHERE = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "eval_loss")
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trajectory(run_dir: Path) -> list[tuple]:
+    return [tuple(record[name] for name in SAME_EVERYWHERE) for record in records(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    must_succeed(python("-m", "megatron_depthattn.train", config_file, f"run.dir={run_dir}"))
+    return run_dir
+
+
+def test_run_directory(undisturbed: Path):
+    steps = records(undisturbed)
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert all(set(record) == METRICS for record in steps)
+    assert all(record["mfu"] is None for record in steps), "there is no MFU on CPU"
+    assert [record["step"] for record in steps if record["eval_loss"] is not None] == [6, 12]
+    assert steps[-1]["samples"] == 96
+    assert steps[-1]["tokens"] == 96 * 32
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.2
+    assert steps[0]["lr"] > 0, "the first step is not wasted at learning rate 0"
+    assert steps[-1]["lr"] == pytest.approx(5e-4, rel=1e-6), "the last step is at min_lr_ratio"
+    saved = yaml.safe_load((undisturbed / "config.yaml").read_text())
+    assert saved["model"]["depth_attention"]["recent_window"] == 1
+    assert (undisturbed / "checkpoints/latest").read_text().strip() == "step_00000012"
+    assert any((undisturbed / "tensorboard").iterdir())
+    log = (undisturbed / "log.txt").read_text()
+    assert "depth attention: stride 2" in log
+    assert "held-out loss:" in log
+    assert "step 12/12" in log
+
+
+def test_resumed_run_is_bit_equal(undisturbed: Path, config_file: Path, tmp_path: Path):
+    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path / 'run'}", "checkpoint.load=latest")
+    must_succeed(python(*command, "train.stop_after=4"))
+    assert len(records(tmp_path / "run")) == 4
+    must_succeed(python(*command))
+    stopped = [row[:-1] for row in trajectory(tmp_path / "run")]  # the stop itself evaluates once more
+    assert stopped == [row[:-1] for row in trajectory(undisturbed)]
+    assert trajectory(tmp_path / "run")[-1] == trajectory(undisturbed)[-1]
+    done = must_succeed(python(*command))
+    assert "nothing to do" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["parallel.pipeline=2", "parallel.tensor=2 parallel.sequence=true", "parallel.context=2", "parallel.tensor=1"],
+)
+def test_resume_under_another_layout(undisturbed: Path, config_file: Path, tmp_path: Path, layout: str):
+    """Two processes continue what one process began; the record is that of one process throughout."""
+    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path / 'run'}", "checkpoint.load=latest")
+    must_succeed(python(*command, "train.stop_after=4"))
+    output = must_succeed(torchrun(2, *command, *layout.split())).stdout
+    if "pipeline=2" in layout:
+        assert "hop 0 -> 1:" in output
+    for ours, theirs in zip(records(tmp_path / "run"), records(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_vanilla_is_one_key_away(undisturbed: Path, config_file: Path, tmp_path: Path):
+    key = "model.depth_attention.enabled=false"
+    output = must_succeed(python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", key)).stdout
+    assert "off (vanilla)" in output
+    assert records(tmp_path)[-1]["loss"] != records(undisturbed)[-1]["loss"]
+
+
+def test_bf16_trains(undisturbed: Path, config_file: Path, tmp_path: Path):
+    must_succeed(python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", "precision.dtype=bf16"))
+    for ours, theirs in zip(records(tmp_path), records(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+
+
+def test_non_finite_stops_before_the_optimizer(config_file: Path, tmp_path: Path):
+    """A learning rate that blows the weights up: the step whose loss is not finite changes and saves nothing."""
+    settings = ("optimizer.lr=1e30", "optimizer.warmup_ratio=0", "checkpoint.interval=1", "optimizer.grad_clip=0")
+    result = python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", *settings)
+    assert result.returncode == 1
+    assert "not finite, so the optimizer was not stepped" in result.stderr
+    steps = records(tmp_path)
+    assert all(math.isfinite(record["loss"]) for record in steps)
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == f"step_{len(steps):08d}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.num_layer=3"], "model.num_layers"),
+        (["parallel.pipeline=2"], "start 2 ranks"),
+        (["data.path=nowhere"], "nowhere"),
+        (["data.sequence_length=16"], "sequence_length"),
+        (["model.vocab_size=256"], "model.vocab_size=384"),
+        (["checkpoint.load=nowhere/step_00000001"], "holds no complete checkpoint"),
+        (["precision.fp8=delayed", "precision.dtype=bf16", "model.spec=te"], "precision.fp8=null"),
+        (["model.spec=te"], "transformer_engine cannot be imported"),
+    ],
+)
+def test_refusals_are_one_line(config_file: Path, tmp_path: Path, settings: list[str], message: str):
+    result = python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", *settings)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_finished_run_is_not_overwritten(undisturbed: Path, config_file: Path):
+    before = trajectory(undisturbed)
+    result = python("-m", "megatron_depthattn.train", config_file, f"run.dir={undisturbed}")
+    assert result.returncode == 1
+    assert "checkpoint.load=latest" in result.stderr
+    assert trajectory(undisturbed) == before

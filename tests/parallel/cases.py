@@ -1,0 +1,184 @@
+"""What the parity campaign runs: the layouts, the jobs of each world, and the small model they share.
+
+A job is one thing a world of processes does and leaves one result for; the tests assert on results. By default
+every layout runs every stride and window, and every kind of recompute, for one loss and gradient, and ten steps at
+one stride and window; ``DEPTHATTN_PARITY=full`` in the environment runs ten steps everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+from megatron_depthattn.config import (
+    DataConfig,
+    DepthConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+STEPS, SAVE_AFTER = 10, 5
+SEQUENCE_LENGTH = 32
+FULL = os.environ.get("DEPTHATTN_PARITY") == "full"
+
+# Two key/value heads, so that four tensor ranks have to share them; heads times head size is not the hidden size.
+MODEL = ModelConfig(
+    num_layers=8,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_query_groups=2,
+    kv_channels=16,
+    ffn_hidden_size=128,
+    vocab_size=250,
+    max_position_embeddings=64,
+    init_std=0.1,
+)
+# Micro-batches of two rows: with one row a mixed-up order of positions and rows would go unnoticed.
+TRAIN = TrainConfig(steps=20, global_batch_size=8, micro_batch_size=2)
+# Adam's first steps are nearly lr * sign(gradient), also where the gradient is nothing but rounding. With eps near
+# the size of a small gradient and a warm-up, what ten steps add to the rounding of one stays below the bound.
+OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_ratio=0.5, eps=1e-5)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes, and what they share out."""
+
+    world_size: int
+    parallel: ParallelConfig
+
+    @property
+    def layers_per_chunk(self) -> int:
+        return MODEL.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline)
+
+
+def _layout(world_size: int, **parallel: int | bool) -> Layout:
+    return Layout(world_size, ParallelConfig(**parallel))
+
+
+# The optimizer's state is sharded over the data-parallel ranks in all of them; there is no other mode.
+LAYOUTS = {
+    "single": _layout(1),
+    "dp2": _layout(2),
+    "tp2": _layout(2, tensor=2),
+    "tp2+sp": _layout(2, tensor=2, sequence=True),
+    "cp2": _layout(2, context=2),
+    "pp2": _layout(2, pipeline=2),
+    "pp2xvpp2": _layout(2, pipeline=2, virtual_pipeline=2),
+    "tp4": _layout(4, tensor=4),
+    "tp4+sp": _layout(4, tensor=4, sequence=True),
+    "pp4": _layout(4, pipeline=4),
+    "pp4xvpp2": _layout(4, pipeline=4, virtual_pipeline=2),
+    "tp2xpp2+sp": _layout(4, tensor=2, pipeline=2, sequence=True),
+    "tp2xcp2+sp": _layout(4, tensor=2, context=2, sequence=True),
+    "cp2xpp2": _layout(4, context=2, pipeline=2),
+    "dp2xpp2": _layout(4, pipeline=2),
+    "dp2xtp2": _layout(4, tensor=2),
+}
+
+RECOMPUTE = {
+    "none": RecomputeConfig(),
+    "selective": RecomputeConfig(granularity="selective"),
+    "uniform1": RecomputeConfig(granularity="full", method="uniform", num_layers=1),
+    "uniform2": RecomputeConfig(granularity="full", method="uniform", num_layers=2),
+    "block1": RecomputeConfig(granularity="full", method="block", num_layers=1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a layout. All start from the same weights."""
+
+    layout: str
+    stride: int = 2
+    window: int = 1
+    recompute: str = "none"
+    steps: int = STEPS
+    sabotage: str = ""
+    """A deliberate mistake (see worker.py); the result must violate the bounds."""
+    save: bool = False
+    """Save weights, optimizer and schedule after SAVE_AFTER steps."""
+    resume: str = ""
+    """Layout of the saving job to go on from, in place of the common weights."""
+    agreement: bool = False
+    """Only call ``check_same_on_all_ranks``."""
+
+    @property
+    def name(self) -> str:
+        parts = [self.layout, f"stride{self.stride}", f"window{self.window}", self.recompute]
+        parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
+        parts += [f"from-{self.resume}"] * bool(self.resume)
+        return "-".join(parts)
+
+    @property
+    def reference(self) -> Job:
+        """The single-process job whose losses and gradients are the truth."""
+        return REFERENCES[self.stride, self.window]
+
+    def config(self) -> RunConfig:
+        depth = DepthConfig(stride=self.stride, recent_window=self.window)
+        return RunConfig(
+            model=dataclasses.replace(MODEL, depth_attention=depth),
+            parallel=LAYOUTS[self.layout].parallel,
+            recompute=RECOMPUTE[self.recompute],
+            data=DataConfig(sequence_length=SEQUENCE_LENGTH),
+            train=TRAIN,
+            optimizer=OPTIMIZER,
+        )
+
+
+SPACINGS = [(stride, window) for stride in (1, 2, MODEL.num_layers // 2) for window in (0, 1)]
+REFERENCES = {(stride, window): Job(layout="single", stride=stride, window=window) for stride, window in SPACINGS}
+
+
+def _parity_of(layout: str) -> list[Job]:
+    jobs = []
+    if layout != "single":
+        for stride, window in SPACINGS:
+            steps = STEPS if FULL or (stride, window) == (2, 1) else 1
+            jobs.append(Job(layout=layout, stride=stride, window=window, steps=steps))
+    for name, recompute in RECOMPUTE.items():
+        if name != "none" and (recompute.num_layers or 0) <= LAYOUTS[layout].layers_per_chunk:
+            jobs.append(Job(layout=layout, recompute=name, steps=STEPS if FULL else 1))
+    return jobs
+
+
+PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
+
+CONTROLS = [
+    Job(layout="pp2", steps=2, sabotage="payload_gradient_dropped"),
+    Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),
+    Job(layout="pp2", steps=2, sabotage="two_sources_swapped"),
+    Job(layout="tp4", steps=2, sabotage="mean_query_of_own_heads"),
+    Job(layout="tp4+sp", steps=2, sabotage="mean_query_of_own_heads"),
+    Job(layout="tp2+sp", steps=2, sabotage="norms_not_reduced"),
+    Job(layout="single", recompute="uniform1", steps=2, sabotage="context_gradient_dropped"),
+]
+
+AGREEMENT = Job(layout="tp4", agreement=True)
+
+# Saved with the optimizer under one layout, continued under others; and under the same one, bit for bit.
+SAVES = [Job(layout=layout, save=True) for layout in ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2")]
+RESUMES = [
+    Job(layout=to, resume=saved)
+    for saved, targets in {
+        "single": ("single", "dp2", "tp4", "pp4"),
+        "tp2xpp2+sp": ("tp2xpp2+sp", "single", "dp2", "cp2", "pp2xvpp2", "tp4", "pp4", "dp2xpp2"),
+        "pp4xvpp2": ("pp4xvpp2", "tp2xpp2+sp"),
+        "dp2": ("dp2",),
+    }.items()
+    for to in targets
+]
+
+
+def needs(job: Job) -> list[Job]:
+    """Jobs whose results or files this one, or the test of it, reads."""
+    if job.agreement:
+        return []
+    saver = [save for save in SAVES if save.layout == job.resume]
+    return [job.reference] * (job != job.reference) + saver

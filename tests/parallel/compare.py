@@ -1,0 +1,54 @@
+"""The comparison that every parity case passes and every control fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+BOUND = 1e-5
+"""Relative, for the loss of every step and for the gradient of every parameter; fp32 rounds at 6e-8."""
+
+
+def relative_errors(gradients: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> dict[str, float]:
+    """``||g - g_ref|| / ||g_ref||`` of every parameter.
+
+    Raises:
+        ValueError: other parameters or shapes than the reference's, or a reference of zero, which would show nothing.
+    """
+    shapes, expected = ({name: tuple(g.shape) for name, g in side.items()} for side in (gradients, references))
+    if shapes != expected:
+        odd = set(shapes.items()) ^ set(expected.items())
+        raise ValueError(f"parameters differ from the reference's: {sorted(odd)}")
+    if zeros := [name for name, reference in references.items() if not reference.any()]:
+        raise ValueError(f"the reference gradient of {zeros} is zero")
+    errors = {}
+    for name, reference in references.items():
+        exact = reference.double()
+        errors[name] = float((gradients[name].double() - exact).norm() / exact.norm())
+    return errors
+
+
+def worst_loss_error(losses: Sequence[float], references: Sequence[float]) -> float:
+    """The largest relative error of the steps that were run."""
+    return max(abs(loss - reference) / abs(reference) for loss, reference in zip(losses, references, strict=False))
+
+
+def worst_gradient_error(result: Mapping[str, Any]) -> float:
+    """The largest over parameters, copies of one parameter on several ranks included."""
+    return max(*result["gradient_errors"].values(), *result["copy_errors"].values(), 0.0)
+
+
+def violations(result: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+    """What is out of bounds, one line each."""
+    found = []
+    for step, (loss, expected) in enumerate(zip(result["losses"], reference["losses"], strict=False)):
+        if not abs(loss - expected) <= BOUND * abs(expected):
+            found.append(f"loss of step {step}: {loss!r}, single process {expected!r}")
+    for kind in ("gradient_errors", "copy_errors"):
+        for name, error in result.get(kind, {}).items():
+            if not (math.isfinite(error) and error <= BOUND):
+                found.append(f"{kind} of {name}: {error:.2e}")
+    return found

@@ -1,0 +1,96 @@
+"""Start a world of processes with torchrun, work off jobs in it, and never leave a process behind."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.parallel.cases import Job
+
+REPOSITORY = Path(__file__).parents[2]
+STALL_SECONDS = 240
+"""A world that finishes no job for this long is stopped. A job takes seconds; the machine may be busy."""
+MAX_WORLDS = 4
+"""Worlds started for one list of jobs before the rest are given up: every failing job costs one."""
+
+
+def run_jobs(folder: Path, world_size: int, jobs: Sequence[Job]) -> None:
+    """Leave a NAME.json or a NAME.error in ``folder`` for every job."""
+    for attempt in range(MAX_WORLDS):
+        todo = [job for job in jobs if not _is_done(folder, job)]
+        if not todo:
+            return
+        log = folder / f"world{world_size}-{jobs[0].name}-{attempt}.log"
+        ending = _run_world(folder, world_size, todo, log)
+        tail = f"the world of {world_size} {ending}\n{log}:\n{log.read_text(errors='replace')[-4000:]}"
+        left = [job for job in todo if not _is_done(folder, job)]
+        if left and not any((folder / f"{job.name}.error").exists() for job in todo):
+            _fail(folder, left[0], tail)  # the one that was running
+    for job in jobs:
+        if not _is_done(folder, job):
+            _fail(folder, job, f"not run: {MAX_WORLDS} worlds were stopped by the jobs before it")
+
+
+def _is_done(folder: Path, job: Job) -> bool:
+    return any((folder / f"{job.name}.{kind}").exists() for kind in ("json", "error"))
+
+
+def _fail(folder: Path, job: Job, reason: str) -> None:
+    (folder / f"{job.name}.error").write_text(reason)
+
+
+def _run_world(folder: Path, world_size: int, jobs: Sequence[Job], log: Path) -> str:
+    """Run one world to its end; how it ended, in words."""
+    listing = log.with_suffix(".jobs.json")
+    listing.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    command = [*torchrun, "-m", "tests.parallel.worker", str(folder), str(listing)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    try:
+        done, since = 0, time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.2)
+            now_done = sum(_is_done(folder, job) for job in jobs)
+            if now_done > done:
+                done, since = now_done, time.monotonic()
+            if time.monotonic() - since > STALL_SECONDS:
+                return f"was stopped: no job finished for {STALL_SECONDS} s"
+        return f"ended with exit code {process.returncode}"
+    finally:
+        _stop(process)
+
+
+def _end_with_parent() -> None:
+    """In the child: be terminated when pytest is gone, were it killed. torchrun then stops its workers."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask torchrun to stop its workers (they have sessions of their own), then end its group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=45)  # torchrun gives its workers 30 s
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,58 @@
+"""The main result: every layout computes what one process computes, and the comparison notices when it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel.cases import AGREEMENT, CONTROLS, LAYOUTS, PARITY, RESUMES, SAVE_AFTER, Job, needs
+from tests.parallel.compare import BOUND, violations, worst_gradient_error, worst_loss_error
+
+# Whichever test comes first to a world waits for all of its jobs.
+pytestmark = pytest.mark.timeout(3600)
+
+
+def by_name(jobs: list[Job]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("job", jobs, ids=[job.name for job in jobs])
+
+
+@by_name(PARITY)
+def test_losses_and_gradients_are_those_of_one_process(campaign, job):
+    result, reference = campaign.result(job), campaign.result(job.reference)
+    assert len(result["losses"]) == job.steps
+    assert result["gradient_errors"].keys() == reference["gradient_errors"].keys()
+    assert not violations(result, reference)
+
+
+@by_name([job for job in PARITY if LAYOUTS[job.layout].parallel.pipeline > 1])
+def test_every_hop_carries_the_predicted_bytes(campaign, job):
+    hops = campaign.result(job)["hop_bytes"]
+    parallel = LAYOUTS[job.layout].parallel
+    assert len(hops) == parallel.pipeline * parallel.virtual_pipeline - 1
+    assert all(set(sent) == {predicted} and sent for predicted, *sent in hops.values()), hops
+
+
+@by_name(CONTROLS)
+def test_a_deliberate_mistake_is_noticed(campaign, job):
+    result, reference = campaign.result(job), campaign.result(job.reference)
+    loss, gradient = worst_loss_error(result["losses"], reference["losses"]), worst_gradient_error(result)
+    assert violations(result, reference)
+    assert max(loss, gradient) > 1000 * BOUND
+
+
+@by_name(RESUMES)
+def test_a_resumed_run_goes_on_like_the_undisturbed_one(campaign, job):
+    saved = next(save for save in needs(job) if save.save)
+    resumed, undisturbed = campaign.result(job), campaign.result(saved)
+    following = {key: undisturbed[key][SAVE_AFTER:] for key in ("losses", "grad_norms")}
+    if job.layout == job.resume:
+        assert {key: resumed[key] for key in following} == following  # to the last bit
+    else:
+        assert len(resumed["losses"]) == len(following["losses"])
+        assert not violations(resumed, following)
+
+
+@by_name([AGREEMENT])
+def test_ranks_that_disagree_all_raise(campaign, job):
+    messages = campaign.result(job)["messages"]
+    assert len(messages) == LAYOUTS[job.layout].world_size
+    assert all(message and "{3: 'odd'}" in message for message in messages), messages

@@ -1,0 +1,334 @@
+"""One rank of a world that works off a list of jobs; started by launch.py with torchrun.
+
+    python -m torch.distributed.run ... -m tests.parallel.worker FOLDER JOBS.json
+
+``FOLDER`` holds the results (NAME.json, written by rank 0), the references' gradients (NAME.pt) and the
+checkpoints. A rank that fails writes NAME.error and dies: ranks may be out of step by then, so the launcher starts
+the rest of the jobs in a new world.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_depthattn.config import validate
+from megatron_depthattn.data.order import batch_positions
+from megatron_depthattn.model.attention import DepthSelfAttention, Source
+from megatron_depthattn.model.initialization import named_parameters_of_the_whole_model
+from megatron_depthattn.model.layer import DepthAttentionLayer, Sources
+from megatron_depthattn.model.norm import RMSNorm
+from megatron_depthattn.model.source_plan import hop_bytes
+from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
+from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
+from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
+from megatron_depthattn.train.checkpoint import Progress, load_checkpoint, save_checkpoint, step_folder
+from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
+from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
+from tests.parallel.compare import relative_errors
+
+SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
+PATIENCE = timedelta(minutes=2)
+
+
+def main(folder: Path, jobs: list[Job]) -> None:
+    device = initialize_distributed(launch_environment(), timeout=PATIENCE)
+    layout = ""
+    for job in jobs:
+        try:
+            if layout != job.layout:  # new groups only when needed: Megatron leaves the old ones open
+                parallel_state.destroy_model_parallel()
+                parallel = dataclasses.asdict(job.config().parallel)
+                del parallel["sequence"]
+                initialize_model_parallel(**parallel)
+                layout = job.layout
+            start = time.monotonic()
+            with sabotage(job.sabotage):
+                result = agreement() if job.agreement else work(job, folder, device)
+            if dist.get_rank() == 0:
+                result["seconds"] = time.monotonic() - start
+                write(folder / f"{job.name}.json", json.dumps(result))
+        except BaseException:
+            error = f"rank {dist.get_rank()} of {dist.get_world_size()}:\n{traceback.format_exc()}"
+            if not (folder / f"{job.name}.error").exists():  # the first tells why; the others lose their peer
+                write(folder / f"{job.name}.error", error)
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)  # not through Megatron's and gloo's exit handlers: they would wait for the other ranks
+    dist.barrier()
+    shut_down()
+
+
+def write(path: Path, text: str) -> None:
+    """All at once: the launcher looks for the file while this writes."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.rename(path)
+
+
+def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Losses and gradient norms of the job's steps and, from the common weights, the first step's gradients."""
+    config = job.config()
+    validate(config, dist.get_world_size(), needs_data=False)
+    chunks = build_model(config, device)
+    optimizer, scheduler = build_optimizer(config, chunks)
+    result: dict[str, Any] = {}
+    first = 0
+    if job.resume:
+        saved = step_folder(folder / f"checkpoint-{job.resume}", SAVE_AFTER)
+        progress = load_checkpoint(saved, chunks, optimizer, scheduler)
+        assert progress == progress_after(SAVE_AFTER)
+        first = progress.step
+    else:
+        load_checkpoint(common_weights(folder, chunks), chunks)
+        with recorded_hops(chunks) as hops:
+            first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
+        whole_gradients, result = gather_gradients(chunks), {"hop_bytes": hop_result(job, chunks, hops)}
+        if whole_gradients is not None:
+            result |= compare_gradients(job, folder, *whole_gradients)
+        if job.steps == 1:
+            return result | {"losses": [first_loss], "grad_norms": []}
+    result["losses"], result["grad_norms"] = [], []
+    for step in range(first, job.steps):
+        scheduler.step(1)
+        done = train_step(chunks, optimizer, microbatches(step), SHAPE)
+        result["losses"].append(done.loss)
+        result["grad_norms"].append(done.grad_norm)
+        if job.save and step + 1 == SAVE_AFTER:
+            directory = folder / f"checkpoint-{job.layout}"
+            save_checkpoint(directory, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={})
+    return result
+
+
+def progress_after(step: int) -> Progress:
+    samples = step * TRAIN.global_batch_size
+    return Progress(step, samples, samples * SEQUENCE_LENGTH)
+
+
+def common_weights(folder: Path, chunks: Chunks) -> Path:
+    """The checkpoint that every job starts from; the first job of the first world, a single process, writes it."""
+    weights = step_folder(folder / "weights", 0)
+    if not weights.exists():
+        assert dist.get_world_size() == 1
+        with torch.no_grad():  # norms at one would hide a norm that is applied twice, or not at all
+            generator = torch.Generator().manual_seed(0)
+            for parameter in chunks[0].parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        save_checkpoint(folder / "weights", Progress(), chunks, None, None, config={})
+    return weights
+
+
+def microbatches(step: int) -> list[Microbatch]:
+    """This data-parallel rank's rows of a global batch that is a function of the step alone."""
+    generator = torch.Generator().manual_seed(step)
+    size = (TRAIN.global_batch_size, SEQUENCE_LENGTH + 1)
+    rows = torch.randint(0, MODEL.vocab_size, size, generator=generator)
+    positions = batch_positions(
+        step * TRAIN.global_batch_size,
+        global_batch_size=TRAIN.global_batch_size,
+        micro_batch_size=TRAIN.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    mine = [rows[torch.from_numpy(row - step * TRAIN.global_batch_size)] for row in positions]
+    return [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in mine]
+
+
+# ---- gradients
+
+
+def gather_gradients(chunks: Chunks) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    """On rank 0 every parameter's whole gradient, and how far its copies on other ranks are from it; else None."""
+    mine: dict[str, tuple[Tensor, int]] = {}
+    for chunk, model in zip(chunks, unwrap_model(chunks), strict=True):
+        for group in chunk.bucket_groups:
+            for bucket in group.buckets:  # reduce-scattered: every data-parallel rank holds its share of a bucket
+                shares = group.intra_distributed_optimizer_instance_group
+                own = bucket.grad_data.chunk(shares.size())[shares.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=shares)
+        for name, parameter in named_parameters_of_the_whole_model(model):
+            split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
+            mine[name] = parameter.main_grad.clone(), split
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(
+        (parallel_state.get_tensor_model_parallel_rank(), mine), gathered if dist.get_rank() == 0 else None
+    )
+    if dist.get_rank() > 0:
+        return None
+    shards: dict[str, dict[int, tuple[Tensor, int]]] = {}
+    spread: dict[str, float] = {}
+    for tensor_rank, gradients in gathered:
+        for name, (gradient, split) in gradients.items():
+            by_rank = shards.setdefault(name, {})
+            copy_of = 0 if split < 0 and by_rank else tensor_rank
+            if copy_of in by_rank:
+                spread |= {name: max(spread.get(name, 0.0), distance(gradient, by_rank[copy_of][0]))}
+            else:
+                by_rank[copy_of] = gradient, split
+    return {name: whole(name, by_rank) for name, by_rank in shards.items()}, spread
+
+
+def whole(name: str, by_rank: dict[int, tuple[Tensor, int]]) -> Tensor:
+    """The whole gradient of tensor ranks' shares."""
+    pieces, split = [by_rank[rank][0] for rank in sorted(by_rank)], by_rank[min(by_rank)][1]
+    if len(pieces) == 1:
+        return pieces[0]
+    if name.endswith("linear_fc1.weight"):  # a share holds its part of the gate, then its part of up
+        halves = [piece.chunk(2, dim=split) for piece in pieces]
+        return torch.cat([half[i] for i in range(2) for half in halves], dim=split)
+    return torch.cat(pieces, dim=split)
+
+
+def distance(gradient: Tensor, reference: Tensor) -> float:
+    return float((gradient - reference).norm() / reference.norm())
+
+
+def compare_gradients(job: Job, folder: Path, gradients: dict[str, Tensor], spread: dict[str, float]) -> dict[str, Any]:
+    """Relative errors against the reference's file, which the reference itself writes."""
+    file = folder / f"{job.reference.name}.pt"
+    if job == job.reference:
+        torch.save(gradients, file)
+    return {"gradient_errors": relative_errors(gradients, torch.load(file)), "copy_errors": spread}
+
+
+# ---- pipeline messages
+
+
+@contextlib.contextmanager
+def recorded_hops(chunks: Chunks) -> Iterator[dict[int, set[int]]]:
+    """Sizes in bytes of the tensors that leave each chunk, by the index of the layer that follows."""
+    hops: dict[int, set[int]] = {}
+
+    def record(model: Any, _: Any, output: Tensor) -> None:
+        if not model.post_process:
+            after = model.decoder.layers[-1].layer_number
+            hops.setdefault(after, set()).add(output.numel() * output.element_size())
+
+    hooks = [model.register_forward_hook(record) for model in unwrap_model(chunks)]
+    yield hops
+    for hook in hooks:
+        hook.remove()
+
+
+def hop_result(job: Job, chunks: Chunks, hops: dict[int, set[int]]) -> dict[str, list[int]] | None:
+    """On rank 0, for every edge by the layer after it: the predicted bytes, then every size that any rank sent."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(hops, gathered if dist.get_rank() == 0 else None)
+    if dist.get_rank() > 0:
+        return None
+    model = unwrap_model(chunks)[0]
+    plan, parallel = model.config.source_plan, job.config().parallel
+    heads = model.decoder.layers[0].self_attention.num_query_groups_per_partition
+    shares = parallel.tensor if parallel.sequence else 1
+    predicted = hop_bytes(
+        plan,
+        hidden_size=MODEL.hidden_size,
+        # Under sequence parallel a rank has fewer tokens, and a source all positions of fewer heads.
+        source_size=2 * heads * shares * MODEL.kv_channels,
+        tokens=TRAIN.micro_batch_size * SEQUENCE_LENGTH // (shares * parallel.context),
+        bytes_per_element=4,
+    )
+    return {
+        str(start): [size, *sorted(set().union(*(hops.get(start, set()) for hops in gathered)))]
+        for start, size in zip(plan.chunk_starts[1:], predicted, strict=True)
+    }
+
+
+# ---- agreement
+
+
+def agreement() -> dict[str, Any]:
+    """What ``check_same_on_all_ranks`` says on every rank when all agree, and when the last rank does not."""
+    check_same_on_all_ranks("plans", "same")
+    try:
+        check_same_on_all_ranks("plans", "odd" if dist.get_rank() == dist.get_world_size() - 1 else "same")
+        message = None
+    except ValueError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return {"messages": messages}
+
+
+# ---- deliberate mistakes
+
+
+def sabotage(name: str) -> Any:
+    """A context in which the named mistake is made."""
+    return SABOTAGES[name]() if name else contextlib.nullcontext()
+
+
+def _detached(sources: Sources) -> Sources:
+    return {index: Source(*(tensor.detach() for tensor in source)) for index, source in sources.items()}
+
+
+def _payload_gradient_dropped() -> Any:
+    unpack = DepthAttentionLayer._unpack
+
+    def wrong(self: Any, message: Tensor) -> tuple[Tensor, Sources]:
+        hidden_states, sources = unpack(self, message)
+        return hidden_states, _detached(sources)
+
+    return mock.patch.object(DepthAttentionLayer, "_unpack", wrong)
+
+
+def _context_gradient_dropped() -> Any:
+    open_context = DepthAttentionLayer._open
+    return mock.patch.object(DepthAttentionLayer, "_open", lambda self, context: _detached(open_context(self, context)))
+
+
+def _two_sources_swapped() -> Any:
+    """The first and the last: a layer that reads both mixes the same set, and only layers that read one notice."""
+    unpack = DepthAttentionLayer._unpack
+
+    def wrong(self: Any, message: Tensor) -> tuple[Tensor, Sources]:
+        hidden_states, sources = unpack(self, message)
+        first, last = min(sources), max(sources)
+        assert first != last
+        return hidden_states, sources | {first: sources[last], last: sources[first]}
+
+    return mock.patch.object(DepthAttentionLayer, "_unpack", wrong)
+
+
+def _mean_query_of_own_heads() -> Any:
+    return mock.patch.object(DepthSelfAttention, "group_queries", lambda self, query: query)
+
+
+def _norms_not_reduced() -> Any:
+    init = RMSNorm.__init__
+
+    def wrong(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, config, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    return mock.patch.object(RMSNorm, "__init__", wrong)
+
+
+SABOTAGES = {
+    "payload_gradient_dropped": _payload_gradient_dropped,
+    "context_gradient_dropped": _context_gradient_dropped,
+    "two_sources_swapped": _two_sources_swapped,
+    "mean_query_of_own_heads": _mean_query_of_own_heads,
+    "norms_not_reduced": _norms_not_reduced,
+}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Job(**job) for job in json.loads(Path(sys.argv[2]).read_text())])
