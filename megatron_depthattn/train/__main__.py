@@ -23,20 +23,31 @@ def main() -> int:
     arguments = parser.parse_args()
     _silence_noise()
 
-    from megatron_depthattn.config import load_config
+    from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.parallel.launch_env import launch_environment
+
+    rank = 0
+    try:  # the config first: a mistake in it is told before torch is imported
+        environment = launch_environment()
+        rank = environment.rank
+        config = load_config(arguments.config, arguments.overrides)
+        validate(config, environment.world_size)
+    except ValueError as error:
+        return _fail(error, rank)
+
     from megatron_depthattn.train.loop import train
     from megatron_depthattn.train.step import NonFiniteError
 
-    rank = 0
     try:
-        environment = launch_environment()
-        rank = environment.rank
-        train(load_config(arguments.config, arguments.overrides), environment)
+        train(config, environment)
     except (ValueError, NonFiniteError) as error:
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        return 1
+        return _fail(error, rank)
     return 0
+
+
+def _fail(error: Exception, rank: int) -> int:
+    print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _silence_noise() -> None:

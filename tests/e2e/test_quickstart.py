@@ -1,0 +1,47 @@
+"""``make quickstart``, its own commands and its own config, with data and run directory elsewhere."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.e2e.commands import REPOSITORY, must_succeed, run
+
+
+def commands_of_quickstart() -> list[list[str]]:
+    """What the Makefile would run after the installation, as words."""
+    shown = subprocess.run(
+        ["make", "--always-make", "--dry-run", "quickstart"],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    ).stdout.replace("\\\n", " ")
+    lines = [
+        line for line in shown.splitlines() if "tools/prepare_data.py" in line or "megatron_depthattn.train" in line
+    ]
+    return [shlex.split(line) for line in lines]
+
+
+def with_this_interpreter(command: list[str]) -> list[str]:
+    program, *arguments = command
+    launcher = ["-m", "torch.distributed.run"] if program.endswith("torchrun") else []
+    return [sys.executable, *launcher, *arguments]
+
+
+def test_quickstart_learns(tmp_path: Path):
+    prepare, train = commands_of_quickstart()
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    prepare[prepare.index("data/quickstart")] = str(data)
+    must_succeed(run(with_this_interpreter(prepare), seconds=240))
+    assert "--nproc_per_node" in train
+    assert "2" in train
+    settings = [f"data.path={data}", f"run.dir={run_dir}"]
+    output = must_succeed(run([*with_this_interpreter(train), *settings], seconds=900)).stdout
+    assert "hop 0 -> 1:" in output
+    assert "what to try next" in output
+    losses = [json.loads(line)["eval_loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    first = float(output.split("held-out loss: ")[1].split()[0])
+    assert first - losses[-1] >= 2.0
