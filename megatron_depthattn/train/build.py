@@ -117,5 +117,8 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
         end_wd=settings.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        # A resumed run follows its own config, not that of the run that saved the checkpoint.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
     return optimizer, scheduler

@@ -167,11 +167,16 @@ def _allocate_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Megatron's loader copies every state tensor of a parameter, but does not store torch Adam's step among them.
+    """Load moments and step counts; learning rate, decay and betas stay those of this run's config.
 
+    Megatron's loader copies every state tensor of a parameter, but does not store torch Adam's step among them.
     So the step leaves the state between the two halves of the load, and comes back from the parameter group, where
     Megatron does store it.
     """
+    settings = [
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
     adams = _torch_adams(optimizer)
     hooks = [adam.register_load_state_dict_post_hook(_drop_step) for adam in adams]
     optimizer.load_state_dict(state)
@@ -180,6 +185,8 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     for adam in adams:
         for parameter_state in adam.state.values():
             parameter_state["step"] = torch.tensor(float(adam.param_groups[0]["step"]))
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def _drop_step(adam: torch.optim.Optimizer) -> None:

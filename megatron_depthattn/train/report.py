@@ -49,8 +49,8 @@ class Reporter:
             return
         for text in texts:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            if self._progress:
-                self._progress.console.print(text, markup=False, highlight=False)
+            if self._progress:  # keeps the bar below the line
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(text, flush=True)
         self._log.flush()
@@ -71,6 +71,9 @@ class Reporter:
             self._progress.update(self._task, completed=step, description=f"loss {metrics['loss']:.3f}")
         if step % self.log_interval == 0 or step == self.last_step or metrics["eval_loss"] is not None:
             self.lines([self._text(metrics)])
+        if self._progress and step == self.last_step:
+            self._progress.stop()
+            self._progress = None
 
     def close(self) -> None:
         """Flush and close everything."""

@@ -64,6 +64,17 @@ def test_resumed_run_is_bit_equal(undisturbed: Path, config_file: Path, tmp_path
     assert "nothing to do" in done.stdout
 
 
+def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
+    """More steps, another learning rate and decay than the run that saved: the closing lines advise the first."""
+    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", "checkpoint.load=latest")
+    must_succeed(python(*command, "train.stop_after=4"))
+    must_succeed(python(*command, "train.steps=24", "train.stop_after=2", "optimizer.lr=1e-3"))
+    resumed = records(tmp_path)[-1]
+    assert resumed["step"] == 6
+    # No warm-up step at 2 % of 24; cosine from 1e-3 to 1e-4 over 24 steps.
+    assert resumed["lr"] == pytest.approx(1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * 6 / 24)), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "layout",
     ["parallel.pipeline=2", "parallel.tensor=2 parallel.sequence=true", "parallel.context=2", "parallel.tensor=1"],
@@ -87,10 +98,15 @@ def test_vanilla_is_one_key_away(undisturbed: Path, config_file: Path, tmp_path:
     assert records(tmp_path)[-1]["loss"] != records(undisturbed)[-1]["loss"]
 
 
-def test_bf16_trains(undisturbed: Path, config_file: Path, tmp_path: Path):
-    must_succeed(python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", "precision.dtype=bf16"))
-    for ours, theirs in zip(records(tmp_path), records(undisturbed), strict=True):
+def test_bf16_trains_and_resumes_bit_equal(undisturbed: Path, config_file: Path, tmp_path: Path):
+    """The optimizer's fp32 master weights are part of the checkpoint: a resume from the bf16 ones would differ."""
+    command = ("-m", "megatron_depthattn.train", config_file, "precision.dtype=bf16", "checkpoint.load=latest")
+    must_succeed(python(*command, f"run.dir={tmp_path / 'whole'}"))
+    for ours, theirs in zip(records(tmp_path / "whole"), records(undisturbed), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+    must_succeed(python(*command, f"run.dir={tmp_path / 'cut'}", "train.stop_after=6"))
+    must_succeed(python(*command, f"run.dir={tmp_path / 'cut'}"))
+    assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
 
 
 def test_non_finite_stops_before_the_optimizer(config_file: Path, tmp_path: Path):

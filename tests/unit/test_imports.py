@@ -23,6 +23,7 @@ PURE = {
     "strict_config.py": {"omegaconf", "yaml"},
     "config_check.py": {f"{PACKAGE}.config"},  # for type checkers only
     "model/source_plan.py": {"torch"},
+    "model/flops.py": {f"{PACKAGE}.model.source_plan"},
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
     "data/order.py": {"numpy"},
 }
