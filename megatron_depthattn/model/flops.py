@@ -1,4 +1,4 @@
-"""Floating-point operations and weights, counted from the shapes; a multiplication with its addition counts as two.
+"""Weights and floating-point operations, counted from the shapes; a multiplication with its addition counts as two.
 
 Pure: integers in, integers out. The mix has a line of its own, so that its price can be read off.
 """
@@ -12,7 +12,7 @@ from megatron_depthattn.model.source_plan import SourcePlan
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Operations of one token's forward pass through the whole model."""
+    """Operations of one token's forward pass through the whole model; a training step costs three times as much."""
 
     projections: int
     """QKV, attention output and SwiGLU matrices of all layers."""
@@ -28,54 +28,57 @@ class ForwardFlops:
         return self.projections + self.attention + self.logits + self.mix
 
 
-def forward_flops_per_token(
-    *,
-    num_layers: int,
-    hidden_size: int,
-    num_attention_heads: int,
-    num_query_groups: int,
-    kv_channels: int,
-    ffn_hidden_size: int,
-    vocab_size: int,
-    sequence_length: int,
-    plan: SourcePlan | None,
-) -> ForwardFlops:
-    """Count one forward pass; a training step costs three times as much (backward is two), recompute not included.
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """What weights and operations follow from, in Megatron's names."""
 
-    Args:
-        vocab_size: rows of the output layer that are computed, padding included.
-        plan: the source plan; None for a vanilla model.
-    """
-    query, key_value = num_attention_heads * kv_channels, num_query_groups * kv_channels
-    matrices = hidden_size * (query + 2 * key_value) + query * hidden_size + 3 * hidden_size * ffn_hidden_size
-    # A query at position t sees t + 1 keys: (s + 1) / 2 on average, for the scores and again for the values.
-    attention = 2 * query * (sequence_length + 1)
-    mix = 0
-    if plan is not None:
-        for layer in range(num_layers):
-            if candidates := len(plan.sources(layer)):
-                mix += query + 4 * key_value * (candidates + 1)
-    return ForwardFlops(
-        projections=2 * num_layers * matrices,
-        attention=num_layers * attention,
-        logits=2 * hidden_size * vocab_size,
-        mix=mix,
-    )
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    ffn_hidden_size: int
+    vocab_size: int
+    """Rows of the embedding and of the output layer, padding included."""
+    tie_embeddings: bool = False
 
+    @property
+    def _query_size(self) -> int:
+        return self.num_attention_heads * self.kv_channels
 
-def parameter_count(
-    *,
-    num_layers: int,
-    hidden_size: int,
-    num_attention_heads: int,
-    num_query_groups: int,
-    kv_channels: int,
-    ffn_hidden_size: int,
-    vocab_size: int,
-    tie_embeddings: bool,
-) -> int:
-    """Weights of the decoder; Depth-Attention adds none."""
-    query, key_value = num_attention_heads * kv_channels, num_query_groups * kv_channels
-    matrices = hidden_size * (query + 2 * key_value) + query * hidden_size + 3 * hidden_size * ffn_hidden_size
-    norms = 2 * hidden_size + 2 * kv_channels
-    return num_layers * (matrices + norms) + hidden_size + vocab_size * hidden_size * (1 if tie_embeddings else 2)
+    @property
+    def _key_size(self) -> int:
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def _matrix_weights(self) -> int:
+        """Weights of one layer's matrices."""
+        attention = self.hidden_size * (2 * self._query_size + 2 * self._key_size)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the decoder; Depth-Attention adds none."""
+        norms = 2 * self.hidden_size + 2 * self.kv_channels
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (self._matrix_weights + norms) + self.hidden_size + embeddings
+
+    def forward_flops(self, sequence_length: int, plan: SourcePlan | None) -> ForwardFlops:
+        """Operations of one token's forward pass; recompute is not counted.
+
+        Args:
+            sequence_length: positions of a sequence, for the average length of causal attention.
+            plan: the source plan; None for a vanilla model.
+        """
+        mix = 0
+        if plan is not None:
+            for layer in range(self.num_layers):
+                if num_sources := len(plan.sources(layer)):
+                    mix += self._query_size + 4 * self._key_size * (num_sources + 1)
+        return ForwardFlops(
+            projections=2 * self.num_layers * self._matrix_weights,
+            # A query at position t sees t + 1 keys, (s + 1) / 2 on average, for the scores and again for the values.
+            attention=self.num_layers * 2 * self._query_size * (sequence_length + 1),
+            logits=2 * self.hidden_size * self.vocab_size,
+            mix=mix,
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_depthattn.config import RunConfig
-from megatron_depthattn.model.flops import ForwardFlops, forward_flops_per_token
+from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
 from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.train.checkpoint import Progress
@@ -18,10 +18,10 @@ PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 """Dense bf16 peak of a device by the name that CUDA gives it, from the vendor's data sheets; others have no MFU."""
 
 
-def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardFlops:
-    """Operations of one token's forward pass under this config."""
+def decoder_shape(config: RunConfig) -> DecoderShape:
+    """The config's model as the counters see it."""
     model = config.model
-    return forward_flops_per_token(
+    return DecoderShape(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -29,9 +29,14 @@ def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardF
         kv_channels=model.kv_channels,
         ffn_hidden_size=model.ffn_hidden_size,
         vocab_size=padded_vocab_size(model.vocab_size),
-        sequence_length=config.data.sequence_length,
-        plan=megatron.source_plan if megatron.depth_attention else None,
+        tie_embeddings=model.tie_embeddings,
     )
+
+
+def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardFlops:
+    """Operations of one token's forward pass under this config."""
+    plan = megatron.source_plan if megatron.depth_attention else None
+    return decoder_shape(config).forward_flops(config.data.sequence_length, plan)
 
 
 class Meter:

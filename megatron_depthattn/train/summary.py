@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 
 from megatron_depthattn.config import RunConfig
-from megatron_depthattn.model.flops import ForwardFlops, parameter_count
-from megatron_depthattn.model.gpt import padded_vocab_size
+from megatron_depthattn.model.flops import ForwardFlops
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import describe_hops
 from megatron_depthattn.train.checkpoint import Progress
-from megatron_depthattn.train.metrics import peak_memory_gb
+from megatron_depthattn.train.metrics import decoder_shape, peak_memory_gb
 
 
 def opening_lines(
@@ -20,8 +19,9 @@ def opening_lines(
     """The model, the layout, what every pipeline hop costs, and where the run starts."""
     model, parallel = config.model, config.parallel
     return [
-        f"model: {parameters(config) / 1e6:.1f} M parameters, {model.num_layers} layers x {model.hidden_size}, "
-        f"{model.num_attention_heads} heads / {model.num_query_groups} KV heads, {config.precision.dtype}",
+        f"model: {decoder_shape(config).parameters / 1e6:.1f} M parameters, {model.num_layers} layers x "
+        f"{model.hidden_size}, {model.num_attention_heads} heads / {model.num_query_groups} KV heads, "
+        f"{config.precision.dtype}",
         depth_line(megatron, flops),
         f"layout: {world_size} ranks = data {world_size // (parallel.tensor * parallel.pipeline * parallel.context)} x "
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
@@ -54,21 +54,6 @@ def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
         source_size=2 * max(1, config.model.num_query_groups // tensor) * config.model.kv_channels,
         tokens=config.train.micro_batch_size * config.data.sequence_length // config.parallel.context,
         bytes_per_element=2 if config.precision.dtype == "bf16" else 4,
-    )
-
-
-def parameters(config: RunConfig) -> int:
-    """Weights of the whole model, embedding and padding rows included."""
-    model = config.model
-    return parameter_count(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        ffn_hidden_size=model.ffn_hidden_size,
-        vocab_size=padded_vocab_size(model.vocab_size),
-        tie_embeddings=model.tie_embeddings,
     )
 
 

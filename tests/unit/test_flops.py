@@ -1,0 +1,63 @@
+"""The counters against the model that is really built, against torch's own counter, and against the published sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_depthattn.config import load_config
+from megatron_depthattn.model.flops import DecoderShape
+from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.source_plan import SourcePlan
+from megatron_depthattn.train.metrics import decoder_shape
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 16,
+    "ffn_hidden_size": 80,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model(megatron_world_of_one, tied):
+    model = build_gpt_model(qwen3_style_config(**SHAPE), vocab_size=200, max_sequence_length=32, tie_embeddings=tied)
+    counted = DecoderShape(**SHAPE, vocab_size=256, tie_embeddings=tied).parameters
+    assert counted == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_matrix_operations_are_those_that_torch_counts(megatron_world_of_one):
+    """Torch counts the matrix products; the local attention computes the whole square, so twice the causal half."""
+    sequence = 32
+    model = build_gpt_model(qwen3_style_config(**SHAPE), vocab_size=256, max_sequence_length=sequence)
+    tokens = torch.zeros(2, sequence, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, None, None)
+    ours = DecoderShape(**SHAPE, vocab_size=256).forward_flops(sequence, None)
+    square = ours.attention * 2 * sequence // (sequence + 1)
+    assert counter.get_total_flops() == tokens.numel() * (ours.projections + ours.logits + square)
+
+
+def test_mix_is_counted_by_hand():
+    """Layer 1 reads layer 0, layers 2 and 3 read 0 and, for 3, also 2: group means, then scores and sums over depth."""
+    plan = SourcePlan(num_layers=4, stride=2)
+    flops = DecoderShape(**SHAPE, vocab_size=256).forward_flops(32, plan)
+    candidates = [2, 2, 3]
+    assert flops.mix == sum(6 * 16 + 4 * 2 * 16 * n for n in candidates)
+    assert DecoderShape(**SHAPE, vocab_size=256).forward_flops(32, None).mix == 0
+
+
+@pytest.mark.parametrize(("name", "millions"), [("360m", 426.3), ("1.5b", 1344), ("3b", 2748)])
+def test_released_sizes(name, millions):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    shape = decoder_shape(config)
+    assert shape.parameters / 1e6 == pytest.approx(millions, rel=5e-4)
+    stride = config.model.depth_attention.stride
+    assert stride is not None
+    plan = SourcePlan(num_layers=config.model.num_layers, stride=stride)
+    flops = shape.forward_flops(config.data.sequence_length, plan)
+    assert flops.mix / flops.total < 2e-4
