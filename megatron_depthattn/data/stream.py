@@ -43,6 +43,7 @@ from megatron_depthattn.data.order import SampleSequence, micro_batches, num_mic
 MANIFEST_NAME = "manifest.json"
 TOKEN_COLUMN = "tokens"
 DOWNLOAD_TIMEOUT_SECONDS = 120.0
+LOCK_TIMEOUT_SECONDS = 300.0
 _REMOTE = 1  # streaming's state of a shard that is not here yet
 
 
@@ -106,8 +107,12 @@ def _open_shards(path: str, split: str, cache: str | None) -> StreamingDataset:
     if get_world_size() > 1 and not torch.distributed.is_initialized():
         raise ValueError("the data set was opened before torch.distributed: call init_process_group first")
     remote = path if cache is not None else None
-    # The lock is per machine and user: streaming picks shared-memory names by looking for free ones.
-    lock = FileLock(Path(tempfile.gettempdir(), f"megatron_depthattn_streaming_{os.getuid()}.lock"))
+    # The lock is per machine and user: streaming picks shared-memory names by looking for free ones. It is held
+    # over streaming's own barriers, so two jobs that share several nodes could wait for each other: hence the time
+    # limit.
+    lock = FileLock(
+        Path(tempfile.gettempdir(), f"megatron_depthattn_streaming_{os.getuid()}.lock"), timeout=LOCK_TIMEOUT_SECONDS
+    )
     with lock if get_local_rank() == 0 else nullcontext():
         barrier()
         if remote is not None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
@@ -100,6 +101,8 @@ class DepthSelfAttention(SelfAttention):
         sequence, batch, _, head_size = query_SBHD.shape
         ranks_per_group = self.world_size // num_groups
         first = self.tp_group.rank() // ranks_per_group * ranks_per_group
-        means = all_gather_last_dim_from_tensor_parallel_region(query_SBHD.mean(dim=2), group=self.tp_group)
+        # In fp32 like the mean that the op takes by itself, so that bf16 scores do not depend on the layout.
+        mean_SBD = query_SBHD.mean(dim=2, dtype=torch.promote_types(query_SBHD.dtype, torch.float32))
+        means = all_gather_last_dim_from_tensor_parallel_region(mean_SBD, group=self.tp_group)
         means_SBTD = means.view(sequence, batch, self.world_size, head_size)
         return means_SBTD[:, :, first : first + ranks_per_group].mean(dim=2, keepdim=True)

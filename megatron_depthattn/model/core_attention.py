@@ -40,6 +40,12 @@ class AllGatherAttention(DotProductAttention):
     ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        if config.window_size is not None and pg_collection.cp.size() > 1:
+            raise ValueError(
+                f"window_size={config.window_size} with context_parallel_size={config.context_parallel_size}: "
+                "Megatron's local softmax would replace the mask of the gathered sequence. Set window_size=None or "
+                "context_parallel_size=1."
+            )
         self_contained = copy.copy(config)
         self_contained.context_parallel_size = 1  # each rank computes complete rows: plain attention from here on
         super().__init__(self_contained, layer_number, *args, pg_collection=pg_collection, **kwargs)

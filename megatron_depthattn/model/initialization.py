@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and on each parameter's name, and on nothing else.
+"""Initial weights that depend on the seed, each parameter's name and the kind of device, and on nothing else.
 
 Megatron draws weights in the order in which a rank builds them, so the same seed gives another model under another
 layout. Here every parameter has a generator of its own, seeded by its name in the whole model, and every tensor
@@ -20,7 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 
-def named_parameters_of_the_whole_model(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+def globally_named_parameters(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
     """``(name, parameter)`` of a chunk, with layers named by their index in the whole model."""
     first_layer = model.decoder.layers[0].layer_number - 1
     for name, parameter in model.named_parameters():
@@ -41,7 +41,7 @@ def initialize_weights(model: GPTModel, *, seed: int, init_std: float) -> None:
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in named_parameters_of_the_whole_model(model):
+    for name, parameter in globally_named_parameters(model):
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue

@@ -20,8 +20,7 @@ class DepthAttentionConfig(TransformerConfig):
     """A ``TransformerConfig`` whose layers attend over depth.
 
     All of Megatron's fields keep their meaning; with ``depth_attention=False`` the model is Megatron's own.
-    Construction raises ``ValueError`` for every combination in which the result would be wrong or was never tried
-    (see ``REFUSALS``).
+    Construction raises ``ValueError`` for every combination in ``REFUSALS``, with the reason and what to set.
     """
 
     depth_attention: bool = True
@@ -174,6 +173,20 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda config, value: value is not None,
         "YaRN scales q and k inside RoPE; the mix runs before RoPE and would use another temperature.",
         "Remove yarn_rotary_scaling_factor, or extend the context with a larger rotary base.",
+    ),
+    Refusal("fp8", _is_set, "FP8 layers have not been tried with sources yet.", "Set fp8=None."),
+    Refusal("fp4", _is_set, "FP4 layers have not been tried with sources yet.", "Set fp4=None."),
+    Refusal(
+        "overlap_p2p_comm_warmup_flush",
+        _pipelined,
+        "it posts receives before their shapes are known, and messages differ in width from edge to edge.",
+        "Set overlap_p2p_comm_warmup_flush=False.",
+    ),
+    Refusal(
+        "use_ring_exchange_p2p",
+        _pipelined,
+        "the ring exchange does not ask for message shapes, and messages differ in width from edge to edge.",
+        "Set use_ring_exchange_p2p=False.",
     ),
     Refusal(
         "cuda_graph_impl",

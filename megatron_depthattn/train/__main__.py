@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import os
 import sys
+import traceback
 import warnings
 
 # What Megatron-Core and torch say, on every rank, about optional packages and themselves; none of it is about the run.
@@ -41,13 +44,28 @@ def main() -> int:
     try:
         train(config, environment)
     except (ValueError, NonFiniteError) as error:
-        return _fail(error, rank)
-    return 0
+        _fail(error, rank)
+    except Exception:
+        traceback.print_exc()
+    else:
+        return 0
+    if environment.world_size > 1:
+        _leave_at_once()
+    return 1
 
 
 def _fail(error: Exception, rank: int) -> int:
     print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
     return 1
+
+
+def _leave_at_once() -> None:
+    """Exit handlers would wait for ranks that may wait for this one; once it is gone, the launcher ends the others."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _silence_noise() -> None:

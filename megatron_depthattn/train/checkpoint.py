@@ -8,6 +8,7 @@ dropout; the order of samples is a function of seed and position), so there is n
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
+from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.train.build import Chunks
 
 LATEST = "latest"
@@ -54,7 +56,7 @@ def resolve_checkpoint(load: str | None, directory: Path) -> Path | None:
             return None
         folder = directory / pointer.read_text().strip()
     else:
-        folder = Path(load)
+        folder = Path(load) if Path(load).exists() else directory / load
     if not (folder / "metadata.json").exists():
         raise ValueError(
             f"checkpoint.load={load}: {folder} holds no complete checkpoint. Name a step folder (step_00000100), "
@@ -97,16 +99,30 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(aside), content_metadata=_saved_metadata())
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        pointer = directory / f".{LATEST}.part"
-        pointer.write_text(final.name + "\n")
-        pointer.rename(directory / LATEST)
-        if keep is not None:
-            for old in sorted(directory.glob("step_????????"))[:-keep]:
-                shutil.rmtree(old)
+        _publish(aside, final, keep)
     dist.barrier()
     return final
+
+
+def _publish(aside: Path, final: Path, keep: int | None) -> None:
+    """Give a complete folder its name, let ``latest`` name it, and drop what is old or was abandoned."""
+    replaced = final.with_name(f".{final.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    aside.rename(final)
+    pointer = final.with_name(f".{LATEST}.part")
+    with pointer.open("w") as file:
+        file.write(final.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    pointer.rename(final.with_name(LATEST))
+    shutil.rmtree(replaced, ignore_errors=True)
+    folders = sorted(final.parent.glob("step_????????"))
+    here = folders.index(final)
+    # Steps beyond this one belong to a branch that a resume from an earlier step has left.
+    for folder in folders[here + 1 :] + (folders[: max(0, here + 1 - keep)] if keep is not None else []):
+        shutil.rmtree(folder)
 
 
 def load_checkpoint(
@@ -114,17 +130,27 @@ def load_checkpoint(
     chunks: Chunks,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    *,
+    config: dict[str, Any] | None = None,
 ) -> Progress:
     """Load a step folder that was saved under any layout into this one's chunks, optimizer and scheduler.
 
+    Args:
+        config: this run's config, to be compared with the one that saved: the weights of two models that compute
+        different
+            functions can have the same names and shapes.
+
     Raises:
-        ValueError: the checkpoint has no optimizer state and one was asked for.
-        RuntimeError: a weight is missing or has another shape (Megatron names it).
+        ValueError: the checkpoint is of another model or of other data, or holds no optimizer state and one was
+        asked for. RuntimeError: a weight is missing or has another shape (Megatron names it).
     """
     common = dist_checkpointing.load_common_state_dict(str(folder))
+    if config is not None:
+        _check_same_run(folder, common["config"], config)
     if scheduler is not None and "scheduler" not in common:
         raise ValueError(
-            f"{folder} holds weights only, no optimizer state: start a new run from it with checkpoint.load=null."
+            f"{folder} holds weights only, no optimizer state: training can only go on from a checkpoint of a "
+            "training run."
         )
     if optimizer is not None:
         _allocate_state(optimizer)
@@ -139,11 +165,40 @@ def load_checkpoint(
     return Progress(**common["progress"])
 
 
+def _check_same_run(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse to go on with another function of the same weights, or with positions of another order of samples."""
+    before, now = _fixed_in_a_run(saved), _fixed_in_a_run(ours)
+    differences = [
+        f"{key} (was {before.get(key)}, is {value})" for key, value in now.items() if before.get(key) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} belongs to a run with other settings: {', '.join(differences)}. Set them as they were, or "
+            "start a "
+            "new run: another run.dir with checkpoint.load=null."
+        )
+
+
+def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run may not change, by their keys; how things are computed may change."""
+    model = dict(config["model"])
+    depth = model.pop("depth_attention")
+    stride = depth["stride"] or default_stride(model["num_layers"] * model["num_loops"])
+    fixed = {f"model.{key}": value for key, value in model.items() if key not in ("spec", "max_position_embeddings")}
+    fixed["model.depth_attention.enabled"] = depth["enabled"]
+    if depth["enabled"]:
+        fixed["model.depth_attention.stride"] = stride
+        fixed["model.depth_attention.recent_window"] = depth["recent_window"]
+    for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
+        fixed[f"{section}.{key}"] = config[section][key]
+    return fixed
+
+
 def _saved_metadata() -> dict[str, Any]:
     """How Megatron lays tensors out: per-parameter optimizer state, and layers by their number in the whole model."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "non_homogeneous_layers": True,
         "chained_optim_avoid_prefix": True,
     }

@@ -10,6 +10,9 @@ from megatron_depthattn.data.order import SampleSequence
 from megatron_depthattn.data.stream import TokenDataset, TokenLoader, build_loader, sample_order
 from megatron_depthattn.train.step import Microbatch
 
+SAMPLE_IDS = "sample_ids"
+"""Key of a microbatch that says which samples it holds; for logs, not for the device."""
+
 
 class GlobalBatches:
     """This rank's microbatches of one global batch after another, from a split of the prepared corpus.
@@ -75,7 +78,8 @@ class GlobalBatches:
             return [{}] * self._sizes.num_microbatches
         batches = [next(self._loader) for _ in range(self._sizes.num_microbatches)]
         return [
-            {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()} for batch in batches
+            {name: tensor.to(self._device) if name != SAMPLE_IDS else tensor for name, tensor in batch.items()}
+            for batch in batches
         ]
 
     def close(self) -> None:

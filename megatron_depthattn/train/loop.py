@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_depthattn.config import RunConfig, save_config, to_dict, validate
+from megatron_depthattn.config import RunConfig, to_dict, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
@@ -27,7 +28,7 @@ from megatron_depthattn.train.checkpoint import (
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.metrics import Meter, forward_flops
 from megatron_depthattn.train.report import Reporter
-from megatron_depthattn.train.step import run_microbatches, train_step
+from megatron_depthattn.train.step import NonFiniteError, run_microbatches, train_step
 from megatron_depthattn.train.summary import Cost, opening_lines
 
 
@@ -41,19 +42,21 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
     sizes = validate(config, environment.world_size)
     device = initialize_distributed(environment)
     _initialize_layout(config)
-    resume_from = _prepare_run_directory(config, is_writer=environment.rank == 0)
     megatron = transformer_config(config)
     _check_agreement(config, megatron)
+    resume_from = _starting_point(config)
 
     chunks = build_model(config, device)
     optimizer, scheduler = build_optimizer(config, chunks)
-    progress = load_checkpoint(resume_from, chunks, optimizer, scheduler) if resume_from else Progress()
+    progress = Progress()
+    if resume_from:
+        progress = load_checkpoint(resume_from, chunks, optimizer, scheduler, config=to_dict(config))
     last_step = _last_step(config, progress)
     batches = GlobalBatches(config, sizes, device, split="train", consumed_samples=progress.consumed_samples)
     held_out = GlobalBatches(config, sizes, device, split="val") if config.train.eval_interval else None
 
     flops = forward_flops(config, megatron)
-    meter = Meter(flops, config.train.global_batch_size * config.data.sequence_length, environment.world_size)
+    meter = Meter(config, flops, environment.world_size)
     report = Reporter(config, is_writer=environment.rank == 0, first_step=progress.step, last_step=last_step)
     report.lines(opening_lines(config, megatron, flops, environment.world_size, resume_from))
     cost = Cost()
@@ -65,6 +68,8 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
         scheduler.step(increment=1)
         result = train_step(chunks, optimizer, batches.next(), _microbatch_shape(config))
         progress = _advance(progress, config)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the optimizer's kernels belong to this step
         seconds = time.monotonic() - started
         cost.add_step(seconds)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
@@ -102,7 +107,10 @@ def evaluate(config: RunConfig, chunks: Chunks, held_out: GlobalBatches) -> floa
     ]
     for chunk in chunks:
         chunk.train()
-    return sum(losses) / num_batches
+    loss = sum(losses) / num_batches
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")
+    return loss
 
 
 def _initialize_layout(config: RunConfig) -> None:
@@ -116,24 +124,34 @@ def _initialize_layout(config: RunConfig) -> None:
     )
 
 
-def _prepare_run_directory(config: RunConfig, *, is_writer: bool) -> Path | None:
-    """Save the resolved config; returns the checkpoint to start from.
+def _starting_point(config: RunConfig) -> Path | None:
+    """The checkpoint to start from, as rank 0 sees the folder: all ranks must start from the same step.
 
     Raises:
-        ValueError: the folder holds a run and the config does not say to continue it.
+        ValueError: on all ranks, if there is no such checkpoint, or if the run would overwrite another one.
     """
-    run_dir, checkpoints = Path(config.run.dir), Path(config.checkpoint_dir)
-    resume_from = resolve_checkpoint(config.checkpoint.load, checkpoints)
-    if resume_from is None and (checkpoints / LATEST).exists():
+    found: list[Path | ValueError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = _find_checkpoint(config)
+        except ValueError as error:
+            found[0] = error
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]
+
+
+def _find_checkpoint(config: RunConfig) -> Path | None:
+    checkpoints = Path(config.checkpoint_dir)
+    folder = resolve_checkpoint(config.checkpoint.load, checkpoints)
+    continues = folder is not None and folder.resolve().parent == checkpoints.resolve()
+    if (checkpoints / LATEST).exists() and not continues:
         raise ValueError(
             f"{checkpoints} holds the checkpoints of a run that would be overwritten: set checkpoint.load=latest to "
             "continue it, or another run.dir."
         )
-    dist.barrier()  # every rank has looked before rank 0 writes
-    if is_writer:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-    return resume_from
+    return folder
 
 
 def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:

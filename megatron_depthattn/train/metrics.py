@@ -6,6 +6,7 @@ import resource
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
@@ -43,22 +44,27 @@ class Meter:
     """Turns steps into the records of metrics.jsonl.
 
     Args:
-        flops: operations of one token's forward pass; backward counts as two more.
-        tokens_per_step: tokens of a global batch.
-        world_size: devices that share them.
+        config: for the tokens of a step, and for the peak that MFU is a fraction of (bf16's; other precisions have
+        none). flops: operations of one token's forward pass; backward counts as two more. world_size: devices that
+        share them.
     """
 
-    def __init__(self, flops: ForwardFlops, tokens_per_step: int, world_size: int) -> None:
-        self._tokens = tokens_per_step
-        self._tflops_per_device = 3 * flops.total * tokens_per_step / world_size / 1e12
+    def __init__(self, config: RunConfig, flops: ForwardFlops, world_size: int) -> None:
+        self._tokens = config.train.global_batch_size * config.data.sequence_length
+        self._tflops_per_device = 3 * flops.total * self._tokens / world_size / 1e12
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self._peak = next((peak for part, peak in PEAK_TFLOPS_BF16.items() if part in name), None)
+        peaks = PEAK_TFLOPS_BF16 if config.precision.dtype == "bf16" else {}
+        self._peak = next((peak for part, peak in peaks.items() if part in name), None)
 
     def record(
         self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, data_seconds: float
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; ``eval_loss`` is filled in by the steps that evaluate."""
+        """One line of metrics.jsonl; call on all ranks. ``eval_loss`` is filled in by the steps that evaluate.
+
+        Data wait and memory are those of the rank that has most of them.
+        """
         tflops = self._tflops_per_device / seconds
+        data_seconds, memory_gb = largest_of_all_ranks(data_seconds, peak_memory_gb())
         return {
             "step": progress.step,
             "loss": result.loss,
@@ -71,9 +77,17 @@ class Meter:
             "tokens_per_second": self._tokens / seconds,
             "tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
-            "memory_gb": peak_memory_gb(),
+            "memory_gb": memory_gb,
             "eval_loss": None,
         }
+
+
+def largest_of_all_ranks(*values: float) -> list[float]:
+    """For each value the largest that any rank has."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def peak_memory_gb() -> float:

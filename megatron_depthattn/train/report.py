@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config import RunConfig, save_config
 
 METRICS = "metrics.jsonl"
 
@@ -35,6 +35,8 @@ class Reporter:
         if not is_writer:
             return
         run_dir = Path(config.run.dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
         _drop_steps_after(run_dir / METRICS, first_step)
         self._metrics: TextIO = (run_dir / METRICS).open("a", encoding="utf-8")
         self._log: TextIO = (run_dir / "log.txt").open("a", encoding="utf-8")

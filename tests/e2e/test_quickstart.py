@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.commands import REPOSITORY, must_succeed, run
 
 
@@ -31,6 +33,7 @@ def with_this_interpreter(command: list[str]) -> list[str]:
     return [sys.executable, *launcher, *arguments]
 
 
+@pytest.mark.timeout(1200)
 def test_quickstart_learns(tmp_path: Path):
     prepare, train = commands_of_quickstart()
     data, run_dir = tmp_path / "data", tmp_path / "run"

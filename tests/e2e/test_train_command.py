@@ -77,7 +77,12 @@ def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "layout",
-    ["parallel.pipeline=2", "parallel.tensor=2 parallel.sequence=true", "parallel.context=2", "parallel.tensor=1"],
+    [
+        "parallel.pipeline=2 parallel.virtual_pipeline=2",
+        "parallel.tensor=2 parallel.sequence=true",
+        "parallel.context=2",
+        "parallel.tensor=1",
+    ],
 )
 def test_resume_under_another_layout(undisturbed: Path, config_file: Path, tmp_path: Path, layout: str):
     """Two processes continue what one process began; the record is that of one process throughout."""
@@ -118,6 +123,26 @@ def test_non_finite_stops_before_the_optimizer(config_file: Path, tmp_path: Path
     steps = records(tmp_path)
     assert all(math.isfinite(record["loss"]) for record in steps)
     assert (tmp_path / "checkpoints/latest").read_text().strip() == f"step_{len(steps):08d}"
+
+
+def test_tied_embeddings_over_two_stages(config_file: Path, tmp_path: Path):
+    """Both ends of the pipeline hold the embedding: same initial weights, and gradients summed over the two copies."""
+    command = ("-m", "megatron_depthattn.train", config_file, "model.tie_embeddings=true", "train.stop_after=6")
+    must_succeed(python(*command, f"run.dir={tmp_path / 'one'}"))
+    must_succeed(torchrun(2, *command, f"run.dir={tmp_path / 'two'}", "parallel.pipeline=2"))
+    for ours, theirs in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_resume_refuses_another_model(undisturbed: Path, config_file: Path):
+    """The weights would load; the function would be another one."""
+    before = trajectory(undisturbed)
+    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={undisturbed}", "checkpoint.load=latest")
+    result = python(*command, "model.depth_attention.stride=1", "train.steps=24")
+    assert result.returncode == 1
+    assert "model.depth_attention.stride (was 2, is 1)" in result.stderr
+    assert trajectory(undisturbed) == before
 
 
 @pytest.mark.parametrize(

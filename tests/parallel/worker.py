@@ -31,7 +31,7 @@ from torch import Tensor
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.model.attention import DepthSelfAttention, Source
-from megatron_depthattn.model.initialization import named_parameters_of_the_whole_model
+from megatron_depthattn.model.initialization import globally_named_parameters
 from megatron_depthattn.model.layer import DepthAttentionLayer, Sources
 from megatron_depthattn.model.norm import RMSNorm
 from megatron_depthattn.model.source_plan import hop_bytes
@@ -163,7 +163,7 @@ def gather_gradients(chunks: Chunks) -> tuple[dict[str, Tensor], dict[str, float
                 shares = group.intra_distributed_optimizer_instance_group
                 own = bucket.grad_data.chunk(shares.size())[shares.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=shares)
-        for name, parameter in named_parameters_of_the_whole_model(model):
+        for name, parameter in globally_named_parameters(model):
             split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
             mine[name] = parameter.main_grad.clone(), split
     gathered: list[Any] = [None] * dist.get_world_size()

@@ -8,8 +8,8 @@ from torch import Tensor
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import (
     _share,
+    globally_named_parameters,
     initialize_weights,
-    named_parameters_of_the_whole_model,
 )
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -33,7 +33,7 @@ def build(num_layers: int = 4, *, depth_attention: bool = True, **options) -> GP
 
 def values(model: GPTModel, seed: int = 1, init_std: float = STD) -> dict[str, Tensor]:
     initialize_weights(model, seed=seed, init_std=init_std)
-    return {name: parameter.detach().clone() for name, parameter in named_parameters_of_the_whole_model(model)}
+    return {name: parameter.detach().clone() for name, parameter in globally_named_parameters(model)}
 
 
 def assert_equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_depthattn.model.core_attention import AllGatherAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
@@ -36,6 +37,10 @@ REFUSED_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "heterogeneous_block_specs": (True, {}),
     "softmax_scale": (0.25, {}),
     "yarn_rotary_scaling_factor": (4.0, {}),
+    "fp8": ("hybrid", {}),
+    "fp4": ("e2m1", {}),
+    "overlap_p2p_comm_warmup_flush": (True, INTERLEAVED),
+    "use_ring_exchange_p2p": (True, PIPELINED),
     "cuda_graph_impl": ("local", {}),
     "enable_cuda_graph": (True, {}),
     "external_cuda_graph": (True, {}),
@@ -192,6 +197,14 @@ def test_attention_mask_under_context_parallel(megatron_world_of_one):
     with pytest.raises(ValueError, match="an attention mask was given under context parallel") as error:
         attention(query, key, key, mask)
     assert "Pass attention_mask=None." in str(error.value)
+
+
+def test_sliding_window_under_context_parallel(megatron_world_of_one):
+    config = config_of(window_size=(4, 0))
+    build_gpt_model(config, vocab_size=100, max_sequence_length=8)  # alone, a window is fine
+    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1), cp=SimpleNamespace(size=lambda: 2))
+    with pytest.raises(ValueError, match="Set window_size=None or context_parallel_size=1"):
+        AllGatherAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
 
 
 def test_pipelined_inference(megatron_world_of_one):
