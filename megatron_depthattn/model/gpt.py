@@ -67,9 +67,8 @@ def build_gpt_model(
     rows = padded_vocab_size(vocab_size)
     if rows % config.tensor_model_parallel_size:
         raise ValueError(
-            f"parallel.tensor={config.tensor_model_parallel_size} does not divide the padded vocabulary of {rows} rows "
-            f"(vocab_size={vocab_size} padded to a multiple of {VOCAB_MULTIPLE}): set parallel.tensor to a power "
-            "of two."
+            f"tensor_model_parallel_size={config.tensor_model_parallel_size} does not divide the padded vocabulary of "
+            f"{rows} rows (vocab_size={vocab_size} padded to a multiple of {VOCAB_MULTIPLE}): set a power of two."
         )
     return GPTModel(
         config=config,

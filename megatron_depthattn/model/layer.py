@@ -122,6 +122,5 @@ class DepthAttentionLayer(TransformerLayer):
                 "inference was called with "
                 f"pipeline_model_parallel_size={self.config.pipeline_model_parallel_size}: Megatron's "
                 "inference buffers have room for the hidden state only, not for sources. Load the checkpoint "
-                "with one pipeline "
-                "stage."
+                "with one pipeline stage."
             )

@@ -38,9 +38,8 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
     """The spec of one decoder layer.
 
     Args:
-        config: decides on q/k norm and on Depth-Attention; with ``depth_attention=False`` the result is Megatron's
-        own spec
-            (with norms and core attention that also run under sequence and context parallel).
+        config: decides on q/k norm and on Depth-Attention; with ``depth_attention=False`` the result is Megatron's own
+            spec, with norms and core attention that also run under sequence and context parallel.
         backend: ``local`` (plain torch modules, any device) or ``te`` (TransformerEngine, GPU).
 
     Raises:
@@ -66,8 +65,7 @@ def _local_spec(config: DepthAttentionConfig) -> ModuleSpec:
     if config.normalization != "RMSNorm":
         raise ValueError(
             f"normalization is {config.normalization!r}: the local layer spec has RMSNorm only. Set "
-            "normalization='RMSNorm' or "
-            "use the TransformerEngine backend."
+            "normalization='RMSNorm' or use the TransformerEngine backend."
         )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     attention: Any = spec.submodules.self_attention.submodules

@@ -22,11 +22,11 @@ class SourcePlan:
     """The sources of every layer and what crosses every pipeline edge.
 
     Attributes:
-        num_layers: layers of the whole model. stride: every ``stride``-th layer (0, stride, 2*stride, ...) is a
-        source of all later layers. recent_window: the last ``recent_window`` layers are sources as well.
+        num_layers: layers of the whole model.
+        stride: every ``stride``-th layer (0, stride, 2*stride, ...) is a source of all later layers.
+        recent_window: the last ``recent_window`` layers are sources as well.
         chunk_starts: index of the first layer of every pipeline chunk, in model order; ``(0,)`` without pipelining.
-        With
-            interleaving there is one entry per virtual stage.
+            With interleaving there is one entry per virtual stage.
     """
 
     num_layers: int
@@ -52,8 +52,7 @@ class SourcePlan:
         ):
             raise ValueError(
                 f"the pipeline cuts {self.num_layers} layers at {list(starts)}: every chunk must hold at least "
-                "one layer; "
-                "use fewer pipeline or virtual stages, or more layers."
+                "one layer; use fewer pipeline or virtual stages, or more layers."
             )
 
     def sources(self, layer: int) -> tuple[int, ...]:

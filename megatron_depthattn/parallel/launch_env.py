@@ -29,8 +29,7 @@ def launch_environment() -> LaunchEnvironment:
     if missing:
         raise ValueError(
             f"the environment sets some of torchrun's variables but not {', '.join(missing)}: start the program "
-            "with torchrun, "
-            "or unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a world of one."
+            "with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a world of one."
         )
     rank, world_size, local_rank = (int(os.environ[name]) for name in names[:3])
     return LaunchEnvironment(rank, world_size, local_rank, launched=True)

@@ -48,8 +48,7 @@ class Payload:
         if message_SBW.size(-1) != self.width:
             raise ValueError(
                 f"a message of width {message_SBW.size(-1)} arrived where {dict(self.widths)} (together "
-                f"{self.width}) was "
-                "expected: sender and receiver hold different source plans."
+                f"{self.width}) was expected: sender and receiver hold different source plans."
             )
         return dict(zip(self.widths, message_SBW.split(list(self.widths.values()), dim=-1), strict=True))
 

@@ -59,9 +59,8 @@ def resolve_checkpoint(load: str | None, directory: Path) -> Path | None:
         folder = Path(load) if Path(load).exists() else directory / load
     if not (folder / "metadata.json").exists():
         raise ValueError(
-            f"checkpoint.load={load}: {folder} holds no complete checkpoint. Name a step folder (step_00000100), "
-            "or set "
-            "checkpoint.load=latest or null."
+            f"checkpoint.load={load}: {folder} holds no complete checkpoint. Name a step folder "
+            "(step_00000100), or set checkpoint.load=latest or null."
         )
     return folder
 
@@ -137,12 +136,11 @@ def load_checkpoint(
 
     Args:
         config: this run's config, to be compared with the one that saved: the weights of two models that compute
-        different
-            functions can have the same names and shapes.
+            different functions can have the same names and shapes.
 
     Raises:
-        ValueError: the checkpoint is of another model or of other data, or holds no optimizer state and one was
-        asked for. RuntimeError: a weight is missing or has another shape (Megatron names it).
+        ValueError: the checkpoint is of another model or of other data, or holds no optimizer state to go on with.
+        RuntimeError: a weight is missing or has another shape (Megatron names it).
     """
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if config is not None:
@@ -173,9 +171,8 @@ def _check_same_run(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -
     ]
     if differences:
         raise ValueError(
-            f"{folder} belongs to a run with other settings: {', '.join(differences)}. Set them as they were, or "
-            "start a "
-            "new run: another run.dir with checkpoint.load=null."
+            f"{folder} belongs to a run with other settings: {', '.join(differences)}. Set them as they were, "
+            "or start a new run: another run.dir with checkpoint.load=null."
         )
 
 

@@ -44,9 +44,9 @@ class Meter:
     """Turns steps into the records of metrics.jsonl.
 
     Args:
-        config: for the tokens of a step, and for the peak that MFU is a fraction of (bf16's; other precisions have
-        none). flops: operations of one token's forward pass; backward counts as two more. world_size: devices that
-        share them.
+        config: for the tokens of a step, and for the peak that MFU is a fraction of (bf16 only).
+        flops: operations of one token's forward pass; backward counts as two more.
+        world_size: devices that share them.
     """
 
     def __init__(self, config: RunConfig, flops: ForwardFlops, world_size: int) -> None:

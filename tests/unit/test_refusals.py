@@ -180,7 +180,7 @@ def test_local_backend_has_rms_norm_only(depth_attention):
 def test_tensor_parallel_must_divide_the_padded_vocabulary():
     config = config_of(hidden_size=48, num_attention_heads=6, num_query_groups=3, tensor_model_parallel_size=3)
     with pytest.raises(
-        ValueError, match=r"parallel\.tensor=3 does not divide the padded vocabulary of 128 rows"
+        ValueError, match=r"tensor_model_parallel_size=3 does not divide the padded vocabulary of 128 rows"
     ) as error:
         build_gpt_model(config, vocab_size=100, max_sequence_length=8)
     assert "vocab_size=100" in str(error.value) and "power of two" in str(error.value)
