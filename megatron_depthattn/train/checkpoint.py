@@ -225,10 +225,13 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     So the step leaves the state between the two halves of the load, and comes back from the parameter group, where
     Megatron does store it.
     """
-    settings = [
-        {key: value for key, value in group.items() if key not in ("params", "step")}
+    settings = {
+        group["wd_mult"]: {key: value for key, value in group.items() if key not in ("params", "step")}
         for group in optimizer.param_groups
-    ]
+    }
+    # Before the load: megatron-core 0.19 finds a parameter group by its learning rates, among other settings.
+    for group in state["optimizer"]["param_groups"]:
+        group.update(settings[group["wd_mult"]])
     adams = _torch_adams(optimizer)
     hooks = [adam.register_load_state_dict_post_hook(_drop_step) for adam in adams]
     optimizer.load_state_dict(state)
@@ -237,8 +240,6 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     for adam in adams:
         for parameter_state in adam.state.values():
             parameter_state["step"] = torch.tensor(float(adam.param_groups[0]["step"]))
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
 
 
 def _drop_step(adam: torch.optim.Optimizer) -> None:
