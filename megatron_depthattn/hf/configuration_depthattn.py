@@ -1,0 +1,102 @@
+"""Configuration of a Qwen3-style decoder with Depth-Attention (arXiv:2606.05014), for transformers 4.57 and 5.
+
+This file ships inside every exported folder, beside ``modeling_depthattn.py``. It needs nothing but transformers.
+"""
+
+from typing import Any
+
+from transformers import Qwen3Config
+
+# Always written to config.json, also where they equal a default: other programs read them there.
+DEPTH_KEYS = (
+    "use_depth_attention",
+    "depth_attention_stride",
+    "depth_attention_recent_window",
+    "depth_attention_k_norm_after_rope",
+    "num_loops",
+)
+
+
+class DepthAttnConfig(Qwen3Config):
+    """Qwen3's configuration and the settings of Depth-Attention.
+
+    Counting effective layers from 0 (``num_loops * num_hidden_layers`` of them), layer ``e`` reads the layers ``i < e``
+    with ``i % depth_attention_stride == 0`` or ``i >= e - depth_attention_recent_window``.
+
+    Args:
+        use_depth_attention: mix values over depth; False: a vanilla decoder (looped if ``num_loops > 1``).
+        depth_attention_stride: every stride-th layer is a source of all later layers; None: half the effective layers.
+        depth_attention_recent_window: this many layers just before a layer are its sources as well.
+        depth_attention_k_norm_after_rope: normalise keys after the rotary embedding (queries before), as the
+            checkpoints released with the paper do; False: both before, as Qwen3 does. Needs ``use_depth_attention``.
+        num_loops: times the stack of layers is run, with the same weights; each pass has its own cache slots.
+        kwargs: Qwen3's own settings.
+
+    Raises:
+        ValueError: a setting is out of range, or asks for what this model cannot compute.
+    """
+
+    model_type = "depthattn"
+    # Sources cross from any layer to any later one: a pipeline that hands on hidden states alone would lose them.
+    base_model_pp_plan = None
+
+    def __init__(
+        self,
+        use_depth_attention: bool = True,
+        depth_attention_stride: int | None = None,
+        depth_attention_recent_window: int = 0,
+        depth_attention_k_norm_after_rope: bool = False,
+        num_loops: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
+        rope = kwargs.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            kwargs.setdefault("rope_theta", rope["rope_theta"])
+            if rope.get("rope_type", "default") != "default":
+                kwargs.setdefault("rope_scaling", rope)
+        super().__init__(**kwargs)
+        if num_loops < 1:
+            raise ValueError(f"num_loops={num_loops} must be at least 1")
+        self.use_depth_attention = use_depth_attention
+        self.num_loops = num_loops
+        self.depth_attention_stride = (
+            depth_attention_stride if depth_attention_stride is not None else max(1, self.num_effective_layers // 2)
+        )
+        self.depth_attention_recent_window = depth_attention_recent_window
+        self.depth_attention_k_norm_after_rope = depth_attention_k_norm_after_rope
+        self._check_depth_attention()
+
+    @property
+    def num_effective_layers(self) -> int:
+        """Layers that a token passes: ``num_loops`` times those that hold weights. Each has its own cache slot."""
+        return self.num_loops * self.num_hidden_layers
+
+    def depth_sources(self, layer: int) -> list[int]:
+        """The effective layers whose keys and mixed values ``layer`` reads, in ascending order."""
+        if not self.use_depth_attention:
+            return []
+        stride, window = self.depth_attention_stride, self.depth_attention_recent_window
+        return [i for i in range(layer) if i % stride == 0 or i >= layer - window]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What ``save_pretrained`` writes: what differs from the defaults, and all of ``DEPTH_KEYS``."""
+        return {**super().to_diff_dict(), **{key: getattr(self, key) for key in DEPTH_KEYS}}
+
+    def _check_depth_attention(self) -> None:
+        if self.depth_attention_stride < 1:
+            raise ValueError(f"depth_attention_stride={self.depth_attention_stride} must be at least 1, or null")
+        if self.depth_attention_recent_window < 0:
+            raise ValueError(f"depth_attention_recent_window={self.depth_attention_recent_window} must be at least 0")
+        if self.depth_attention_k_norm_after_rope and not self.use_depth_attention:
+            raise ValueError("depth_attention_k_norm_after_rope=true needs use_depth_attention=true")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}: a group of query heads shares one depth mix"
+            )
+        if any(kind != "full_attention" for kind in self.layer_types):
+            raise ValueError("sliding-window layers are not supported: set use_sliding_window=false")
+
+
+__all__ = ["DepthAttnConfig"]

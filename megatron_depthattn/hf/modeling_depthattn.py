@@ -1,0 +1,350 @@
+"""A Qwen3-style decoder with Depth-Attention (arXiv:2606.05014), for transformers 4.57 and 5.
+
+Before a layer attends over the sequence, its query attends over the keys of earlier layers at the same token and mixes
+their values into the value that self-attention reads. The weights have Qwen3's names and shapes. The key/value cache
+holds each layer's key and *mixed* value: a token is mixed once, when it is written, so decoding with a cache computes
+what one pass over the whole sequence computes, and the cache has a vanilla decoder's size.
+
+It ships inside every exported folder and needs torch and transformers only.
+
+Shapes: b batch, t new tokens, s cached and new tokens, H query heads, G key/value heads, d head size, n sources.
+A *source* is the pair (key after the rotary embedding, mixed value) of an earlier layer, each [b, G, t, d]: the very
+tensors that the layer writes to the cache. Sources are positional tensor arguments and results of a layer, so gradients
+flow through them under both kinds of gradient checkpointing.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3ForCausalLM,
+    Qwen3MLP,
+    Qwen3PreTrainedModel,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_depthattn import DepthAttnConfig
+
+# transformers renamed and dropped arguments of this function between 4.57 and 5.
+_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+
+
+@dataclass
+class DepthAttnModelOutput(BaseModelOutputWithPast):
+    """Adds ``depth_weights``: per effective layer the weights [b, G, t, n + 1] of its sources and, last, of itself."""
+
+    depth_weights: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DepthAttnCausalLMOutput(CausalLMOutputWithPast):
+    """Adds ``depth_weights``, as in ``DepthAttnModelOutput``."""
+
+    depth_weights: tuple[Tensor, ...] | None = None
+
+
+def depth_mix(
+    query: Tensor, key: Tensor, value: Tensor, sources: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Mix a layer's value with its sources' mixed values, in fp32 from score to sum.
+
+    Query and keys are turned by the same rotation, so their products are those before the rotary embedding.
+
+    Args:
+        query: [b, H, t, d]. The H / G heads of a group are averaged.
+        key: [b, G, t, d].
+        value: [b, G, t, d].
+        sources: key and mixed value of each source in turn: k_0, v_0, k_1, v_1, ...
+        scale: factor of the scores.
+
+    Returns:
+        The mixed value [b, G, t, d] in ``value``'s type, and the weights [b, G, t, n + 1] in fp32 (fp64 for fp64).
+    """
+    precise = torch.promote_types(value.dtype, torch.float32)
+    mean_query = query.unflatten(1, (key.shape[1], -1)).to(precise).mean(dim=2)
+    scores = [(mean_query * k.to(precise)).sum(dim=-1) for k in (*sources[0::2], key)]
+    weights = (torch.stack(scores, dim=-1) * scale).softmax(dim=-1)
+    mixed = weights[..., -1, None] * value.to(precise)
+    for i, source_value in enumerate(sources[1::2]):
+        mixed = mixed + weights[..., i, None] * source_value.to(precise)
+    return mixed.to(value.dtype), weights
+
+
+class DepthAttnAttention(Qwen3Attention):
+    """Qwen3's attention, reading a value that was mixed over depth first."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *sources: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        cache_slot: int | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """Attend from ``hidden_states`` [b, t, hidden].
+
+        Args:
+            sources: k_0, v_0, k_1, v_1, ... of the source layers, each [b, G, t, d]; none: vanilla attention.
+            cache_slot: the cache's layer to read and write; None: this layer's own index.
+            kwargs: handed to the attention function.
+
+        Returns:
+            Output [b, t, hidden], this layer's source (key, mixed value), the attention weights where the attention
+            function gives them, and the depth weights [b, G, t, n + 1].
+        """
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        cos, sin = position_embeddings
+        if self.config.depth_attention_k_norm_after_rope:
+            query, key = apply_rotary_pos_emb(query, key.transpose(1, 2), cos, sin)
+            key = self.k_norm(key)
+        else:
+            query, key = apply_rotary_pos_emb(query, self.k_norm(key).transpose(1, 2), cos, sin)
+        if sources:
+            value, depth_weights = depth_mix(query, key, value, sources, self.scaling)
+        else:
+            depth_weights = key.new_ones((*key.shape[:-1], 1), dtype=torch.promote_types(key.dtype, torch.float32))
+
+        all_keys, all_values = key, value
+        if past_key_values is not None:
+            slot = self.layer_idx if cache_slot is None else cache_slot
+            placement = {"sin": sin, "cos": cos, "cache_position": cache_position}  # transformers 5 ignores it
+            all_keys, all_values = past_key_values.update(key, value, slot, placement)
+
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.attention_dropout if self.training else 0.0
+        output, attention_weights = attend(
+            self, query, all_keys, all_values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        return output, key, value, attention_weights, depth_weights
+
+
+class DepthAttnDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block of attention and SwiGLU; ``forward`` takes the sources it reads and returns its own."""
+
+    def __init__(self, config: DepthAttnConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = DepthAttnAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, *sources: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """As ``DepthAttnAttention.forward``, with the block's output [b, t, hidden] first."""
+        attended, *rest = self.self_attn(self.input_layernorm(hidden_states), *sources, **kwargs)
+        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, *rest
+
+
+class DepthAttnPreTrainedModel(Qwen3PreTrainedModel):
+    """Loading, initialisation and the features that transformers may use."""
+
+    config_class = DepthAttnConfig
+    config: DepthAttnConfig
+    _no_split_modules = ["DepthAttnDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = None  # this model collects its outputs itself
+    _pp_plan = None  # see DepthAttnConfig.base_model_pp_plan
+
+
+class DepthAttnModel(DepthAttnPreTrainedModel):
+    """The decoder without its output layer."""
+
+    def __init__(self, config: DepthAttnConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DepthAttnDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
+        if self.rotary_emb.attention_scaling != 1.0 and config.use_depth_attention:
+            raise ValueError(
+                f"rope type {self.rotary_emb.rope_type!r} scales queries and keys, which would change the weights over "
+                "depth: take one without attention scaling"
+            )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_depth_weights: bool = False,
+        **kwargs: Any,
+    ) -> DepthAttnModelOutput:
+        """Run all effective layers over ``input_ids`` [b, t] or ``inputs_embeds`` [b, t, hidden].
+
+        Args:
+            output_depth_weights: also return each effective layer's weights over its sources and itself.
+            kwargs: handed to every layer's attention function.
+
+        Raises:
+            ValueError: not exactly one of both inputs; attention weights asked of a function that does not give them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True: {config._attn_implementation!r} attention gives no weights; load the model "
+                "with attn_implementation='eager'"
+            )
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
+        if past_key_values is not None:
+            _add_cache_slots(past_key_values, config.num_effective_layers)
+        placement = self._placement(hidden_states, attention_mask, position_ids, cache_position, past_key_values)
+
+        all_hidden_states, attentions, depth_weights = [], [], []
+        live: dict[int, tuple[Tensor, Tensor]] = {}  # the sources that a later layer still reads, by effective layer
+        for index in range(config.num_effective_layers):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states, key, mixed_value, attention_weights, weights = self.layers[index % len(self.layers)](
+                hidden_states,
+                *(tensor for source in config.depth_sources(index) for tensor in live[source]),
+                cache_slot=index,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **placement,
+                **kwargs,
+            )
+            live[index] = key, mixed_value
+            live = {i: live[i] for i in config.depth_sources(index + 1)}
+            attentions.append(attention_weights)
+            depth_weights.append(weights)
+
+        hidden_states = self.norm(hidden_states)
+        return DepthAttnModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            depth_weights=tuple(depth_weights) if output_depth_weights else None,
+        )
+
+    def _placement(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        position_ids: Tensor | None,
+        cache_position: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> dict[str, Any]:
+        """Where the tokens stand and what they may read, as every layer takes it."""
+        if cache_position is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+        if position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
+        if isinstance(attention_mask, dict):
+            mask = attention_mask["full_attention"]  # `generate` has made it already
+        else:
+            arguments = {"config": self.config, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            arguments |= {"position_ids": position_ids, "cache_position": cache_position}
+            arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
+            mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
+        return {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
+            "cache_position": cache_position,
+        }
+
+
+def _add_cache_slots(cache: Cache, num_slots: int) -> None:
+    """Give ``cache`` a slot for each effective layer: transformers makes one for each layer that holds weights."""
+    if cache.layer_class_to_replicate is not None:
+        return  # it grows by itself
+    while len(cache.layers) < num_slots:
+        first = cache.layers[0]
+        size = {"max_cache_len": first.max_cache_len} if hasattr(first, "max_cache_len") else {}
+        cache.layers.append(type(first)(**size))
+
+
+class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
+    """The decoder with its output layer."""
+
+    _tied_weights_keys = Qwen3ForCausalLM._tied_weights_keys
+    _tp_plan = Qwen3ForCausalLM._tp_plan
+
+    def __init__(self, config: DepthAttnConfig) -> None:
+        super().__init__(config)
+        self.model = DepthAttnModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> DepthAttnCausalLMOutput:
+        """As ``DepthAttnModel.forward``, with logits and, given ``labels`` [b, t] (-100: ignored), the loss in nats.
+
+        ``logits_to_keep``: compute the logits of the last so many positions (0: of all), or of these positions.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache_position, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return DepthAttnCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            depth_weights=outputs.depth_weights,
+        )
+
+
+__all__ = ["DepthAttnForCausalLM", "DepthAttnModel", "DepthAttnPreTrainedModel"]
