@@ -18,7 +18,7 @@ import yaml
 from megatron_depthattn import strict_config
 from megatron_depthattn.config_check import Sizes, validate
 
-__all__ = ["RunConfig", "Sizes", "config_keys", "load_config", "save_config", "to_dict", "validate"]
+__all__ = ["RunConfig", "Sizes", "config_keys", "from_dict", "load_config", "save_config", "to_dict", "validate"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -226,6 +226,15 @@ def _is_overlay(argument: str) -> bool:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain dict of every key."""
     return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], source: str) -> RunConfig:
+    """The config of a nested dict, as `to_dict` gives it; `source` names it in errors.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    return strict_config.build(RunConfig, [strict_config.layer(source, values)])
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

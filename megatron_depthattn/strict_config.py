@@ -32,6 +32,11 @@ class Layer(NamedTuple):
     values: dict[str, Any]
 
 
+def layer(source: str, tree: Mapping[Any, Any]) -> Layer:
+    """The layer of a nested mapping."""
+    return Layer(source, _flatten(tree))
+
+
 def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> type annotation for every leaf of a dataclass of dataclasses, in field order."""
     leaves: dict[str, Any] = {}
@@ -63,7 +68,7 @@ def read_yaml(path: str | Path, _including: tuple[Path, ...] = ()) -> list[Layer
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"'{BASE_KEY}' in {path} is {_show(bases)}; give one YAML path or a list of them")
     layers = [layer for base in bases for layer in read_yaml(path.parent / base, (*_including, path))]
-    return [*layers, Layer(str(path), _flatten(content))]
+    return [*layers, layer(str(path), content)]
 
 
 def parse_overrides(arguments: Sequence[str]) -> Layer:

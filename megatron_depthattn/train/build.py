@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -53,6 +54,28 @@ def transformer_config(config: RunConfig) -> DepthAttentionConfig:
     )
 
 
+def build_chunk(
+    config: RunConfig,
+    megatron: DepthAttentionConfig,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """One pipeline chunk, its weights not set yet; by default the whole model."""
+    return build_gpt_model(
+        megatron,
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.model.max_position_embeddings,
+        rotary_base=config.model.rotary_base,
+        tie_embeddings=config.model.tie_embeddings,
+        backend=config.model.spec,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+    )
+
+
 def build_model(config: RunConfig, device: torch.device) -> Chunks:
     """This rank's pipeline chunks, initialised, in data-parallel wrappers."""
     megatron = transformer_config(config)
@@ -61,13 +84,9 @@ def build_model(config: RunConfig, device: torch.device) -> Chunks:
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunks = []
     for index in range(num_chunks):
-        model = build_gpt_model(
+        model = build_chunk(
+            config,
             megatron,
-            vocab_size=config.model.vocab_size,
-            max_sequence_length=config.model.max_position_embeddings,
-            rotary_base=config.model.rotary_base,
-            tie_embeddings=config.model.tie_embeddings,
-            backend=config.model.spec,
             pre_process=rank == 0 and index == 0,
             post_process=rank == stages - 1 and index == num_chunks - 1,
             vp_stage=index if num_chunks > 1 else None,

@@ -10,59 +10,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.train.build import Chunks
-
-LATEST = "latest"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come; everything about data order follows from it."""
-
-    step: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-
-
-def step_folder(directory: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies."""
-    return directory / f"step_{step:08d}"
-
-
-def resolve_checkpoint(load: str | None, directory: Path) -> Path | None:
-    """The step folder that ``checkpoint.load`` means; None: start fresh.
-
-    Raises:
-        ValueError: a folder was named that holds no checkpoint, or ``latest`` names one that is gone.
-    """
-    if load is None:
-        return None
-    if load == LATEST:
-        pointer = directory / LATEST
-        if not pointer.exists():
-            return None
-        folder = directory / pointer.read_text().strip()
-    else:
-        folder = Path(load) if Path(load).exists() else directory / load
-    if not (folder / "metadata.json").exists():
-        raise ValueError(
-            f"checkpoint.load={load}: {folder} holds no complete checkpoint. Name a step folder "
-            "(step_00000100), or set checkpoint.load=latest or null."
-        )
-    return folder
+from megatron_depthattn.train.step_folders import LATEST, SAVED_METADATA, Progress, step_folder
 
 
 def save_checkpoint(
@@ -90,12 +56,12 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)  # what an interrupted save left
         aside.mkdir(parents=True)
     dist.barrier()
-    state = _sharded_state(chunks, optimizer, is_loading=False)
+    state = _sharded_state(unwrap_model(chunks), optimizer, is_loading=False)
     state["progress"] = asdict(progress)
     state["config"] = config
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(state, str(aside), content_metadata=_saved_metadata())
+    dist_checkpointing.save(state, str(aside), content_metadata=dict(SAVED_METADATA))
     dist.barrier()
     if dist.get_rank() == 0:
         _publish(aside, final, keep)
@@ -134,28 +100,31 @@ def load_checkpoint(
 ) -> Progress:
     """Load a step folder that was saved under any layout into this one's chunks, optimizer and scheduler.
 
+    A folder without optimizer state (an imported model) gives its weights to a new run, which starts at step 0; that
+    run may choose its own data, seed and Depth-Attention.
+
     Args:
         config: this run's config, to be compared with the one that saved: the weights of two models that compute
             different functions can have the same names and shapes.
 
     Raises:
-        ValueError: the checkpoint is of another model or of other data, or holds no optimizer state to go on with.
+        ValueError: the checkpoint is of another model or of other data.
         RuntimeError: a weight is missing or has another shape (Megatron names it).
     """
     common = dist_checkpointing.load_common_state_dict(str(folder))
+    has_run = "scheduler" in common
     if config is not None:
-        _check_same_run(folder, common["config"], config)
-    if scheduler is not None and "scheduler" not in common:
-        raise ValueError(
-            f"{folder} holds weights only, no optimizer state: training can only go on from a checkpoint of a "
-            "training run."
-        )
+        settings = _fixed_in_a_run if has_run else _fixed_by_weights
+        _check_same(folder, settings(common["config"]), settings(config))
+    if not has_run:
+        load_weights(folder, unwrap_model(chunks))
+        if optimizer is not None:
+            optimizer.reload_model_params()
+        return Progress()
     if optimizer is not None:
         _allocate_state(optimizer)
-    state = _sharded_state(chunks, optimizer, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    for index, model in enumerate(unwrap_model(chunks)):
-        model.load_state_dict(loaded[f"model{index}"])
+    loaded = _load(folder, _sharded_state(unwrap_model(chunks), optimizer, is_loading=True))
+    _set_weights(unwrap_model(chunks), loaded)
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
     if scheduler is not None:
@@ -163,9 +132,29 @@ def load_checkpoint(
     return Progress(**common["progress"])
 
 
-def _check_same_run(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+def load_weights(folder: Path, models: Sequence[torch.nn.Module]) -> None:
+    """Load the weights alone, of a step folder that was saved under any layout, into this rank's bare models."""
+    _set_weights(models, _load(folder, _sharded_state(models, None, is_loading=True)))
+
+
+def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Fill ``state`` from the folder, but for FP8 scaling state that it does not hold: the modules keep their own."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    _, state = extract_matching_values(
+        state, lambda value: isinstance(value, ShardedObject) and value.unique_key not in stored
+    )
+    return dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+
+
+def _set_weights(models: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for index, model in enumerate(models):
+        keys = model.load_state_dict(loaded[f"model{index}"], strict=False)
+        lost = [key for key in keys.missing_keys if not key.endswith("_extra_state")] + keys.unexpected_keys
+        assert not lost, f"Megatron loaded other weights than it asked for: {lost}"
+
+
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on with another function of the same weights, or with positions of another order of samples."""
-    before, now = _fixed_in_a_run(saved), _fixed_in_a_run(ours)
     differences = [
         f"{key} (was {before.get(key)}, is {value})" for key, value in now.items() if before.get(key) != value
     ]
@@ -176,29 +165,25 @@ def _check_same_run(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -
         )
 
 
+def _fixed_by_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings without which the weights are of another model, by their keys."""
+    free = ("spec", "max_position_embeddings", "init_std", "num_loops", "depth_attention")
+    return {f"model.{key}": value for key, value in config["model"].items() if key not in free}
+
+
 def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a resumed run may not change, by their keys; how things are computed may change."""
-    model = dict(config["model"])
-    depth = model.pop("depth_attention")
-    stride = depth["stride"] or default_stride(model["num_layers"] * model["num_loops"])
-    fixed = {f"model.{key}": value for key, value in model.items() if key not in ("spec", "max_position_embeddings")}
+    model, depth = config["model"], config["model"]["depth_attention"]
+    fixed = _fixed_by_weights(config)
+    fixed |= {f"model.{key}": model[key] for key in ("init_std", "num_loops")}
     fixed["model.depth_attention.enabled"] = depth["enabled"]
     if depth["enabled"]:
+        stride = depth["stride"] or default_stride(model["num_layers"] * model["num_loops"])
         fixed["model.depth_attention.stride"] = stride
         fixed["model.depth_attention.recent_window"] = depth["recent_window"]
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]
     return fixed
-
-
-def _saved_metadata() -> dict[str, Any]:
-    """How Megatron lays tensors out: per-parameter optimizer state, and layers by their number in the whole model."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "non_homogeneous_layers": True,
-        "chained_optim_avoid_prefix": True,
-    }
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
@@ -247,10 +232,13 @@ def _drop_step(adam: torch.optim.Optimizer) -> None:
         parameter_state.pop("step", None)
 
 
-def _sharded_state(chunks: Chunks, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _saved_metadata() | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+def _sharded_state(
+    models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = SAVED_METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {
-        f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(unwrap_model(chunks))
+        f"model{index}": model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for index, model in enumerate(models)
     }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)

@@ -18,17 +18,12 @@ from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, transformer_config
-from megatron_depthattn.train.checkpoint import (
-    LATEST,
-    Progress,
-    load_checkpoint,
-    resolve_checkpoint,
-    save_checkpoint,
-)
+from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.metrics import Meter, forward_flops
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.step import NonFiniteError, run_microbatches, train_step
+from megatron_depthattn.train.step_folders import LATEST, Progress, resolve_checkpoint
 from megatron_depthattn.train.summary import Cost, opening_lines
 
 
@@ -58,7 +53,8 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
     flops = forward_flops(config, megatron)
     meter = Meter(config, flops, environment.world_size)
     report = Reporter(config, is_writer=environment.rank == 0, first_step=progress.step, last_step=last_step)
-    report.lines(opening_lines(config, megatron, flops, environment.world_size, resume_from))
+    start = f"{resume_from}, at step {progress.step}" if resume_from else "from initial weights"
+    report.lines(opening_lines(config, megatron, flops, environment.world_size, start))
     cost = Cost()
     if held_out and progress.step == 0:
         cost.add_held_out(0, evaluate(config, chunks, held_out))

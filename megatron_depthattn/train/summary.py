@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.model.flops import ForwardFlops
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import describe_hops
-from megatron_depthattn.train.checkpoint import Progress
 from megatron_depthattn.train.metrics import decoder_shape, peak_memory_gb
+from megatron_depthattn.train.step_folders import Progress
 
 
 def opening_lines(
-    config: RunConfig, megatron: DepthAttentionConfig, flops: ForwardFlops, world_size: int, resume_from: Path | None
+    config: RunConfig, megatron: DepthAttentionConfig, flops: ForwardFlops, world_size: int, start: str
 ) -> list[str]:
     """The model, the layout, what every pipeline hop costs, and where the run starts."""
     model, parallel = config.model, config.parallel
@@ -27,7 +26,7 @@ def opening_lines(
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
         f"pipeline {parallel.pipeline} ({parallel.virtual_pipeline} chunks a stage)",
         *hop_lines(config, megatron),
-        f"start: {resume_from or 'from initial weights'}",
+        f"start: {start}",
     ]
 
 

@@ -39,8 +39,9 @@ from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import Progress, load_checkpoint, save_checkpoint, step_folder
+from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
+from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
 from tests.parallel.compare import relative_errors
 

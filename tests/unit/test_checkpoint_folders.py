@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_depthattn.train.checkpoint import _publish, resolve_checkpoint, step_folder
+from megatron_depthattn.train.checkpoint import _publish
+from megatron_depthattn.train.step_folders import resolve_checkpoint, step_folder
 
 
 def publish(directory: Path, step: int, keep: int | None = None, content: str = "") -> None:

@@ -1,0 +1,120 @@
+"""A Hugging Face model folder: read tensor by tensor, written shard by shard, complete or not there."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+class HFFolder:
+    """The weights of a Hugging Face folder in safetensors files.
+
+    Raises:
+        ValueError: the folder, its config.json, its index or one of its files is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{folder} is no Hugging Face model folder: it has no {CONFIG}")
+        self.config: dict[str, Any] = _read_json(folder / CONFIG)
+        index = _read_json(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else None
+        if index is None and not (folder / SINGLE_FILE).is_file():
+            raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX}: save the model as safetensors")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._files: dict[str, Path] = {}
+        for name in sorted(set(index.values())) if index is not None else [SINGLE_FILE]:
+            self._add_file(folder / name)
+        promised = set(index) if index is not None else set(self.shapes)
+        if promised != set(self.shapes):
+            names = ", ".join(sorted(promised ^ set(self.shapes))[:3])
+            raise ValueError(f"{folder}: {INDEX} and the files beside it disagree about {names}")
+
+    def _add_file(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, and {INDEX} names it")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 not a dict
+                    part = file.get_slice(name)
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = _DTYPES[part.get_dtype()]
+                    self._files[name] = path
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path} holds tensors of type {error}, which this stack does not import") from error
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own: pages of a mapped file would count as the process's memory.
+
+        Raises:
+            ValueError: its bytes cannot be read.
+        """
+        try:
+            with safe_open(self._files[name], framework="pt") as file:
+                return file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._files[name]}: cannot read {name}: {error}") from error
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@contextmanager
+def complete_folder(output: Path, *, num_bytes: int, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes ``output`` when the block ends well, and is removed when it does not.
+
+    Args:
+        num_bytes: about what will be written; refused before anything is, if the disk has less.
+        overwrite: replace an existing folder, after the new one is complete.
+
+    Raises:
+        ValueError: ``output`` exists, or the disk is too small or fills up.
+    """
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: give another output, or --overwrite to replace it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < num_bytes:
+        raise ValueError(f"{output.parent} has {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB are needed")
+    aside = output.with_name(f".{output.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
+    try:
+        aside.mkdir()
+        yield aside
+        replaced = output.with_name(f".{output.name}.old")
+        if output.exists():
+            output.rename(replaced)
+        aside.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{output} could not be written, and nothing is left of it: {reason}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as Hugging Face's files are: indented, with a final newline."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return content

@@ -1,0 +1,82 @@
+"""A Megatron step folder as a mapping from names to tensors: no process groups, one tensor in memory at a time.
+
+Both sides are torch's distributed checkpoint format, which stores every tensor under its name in the whole model with
+its shape, whatever the layout that saved it. Megatron adds `common.pt` (what is not a tensor) and `metadata.json`.
+"""
+
+import functools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_depthattn.train.step_folders import COMMON, LATEST
+
+
+class MegatronCheckpoint:
+    """The weights of one step folder.
+
+    Args:
+        folder: a step folder, or a folder of checkpoints with a `latest` file.
+
+    Raises:
+        ValueError: the folder holds no complete checkpoint of a run of this package.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if (folder / LATEST).is_file():
+            folder = folder / (folder / LATEST).read_text().strip()
+        if not (folder / "metadata.json").is_file() or not (folder / COMMON).is_file():
+            raise ValueError(
+                f"{folder} is no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
+            )
+        self.folder = folder
+        self._reader = _Reader(folder)
+        try:
+            stored = self._reader.read_metadata().state_dict_metadata
+            self.common: dict[str, Any] = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+            raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
+        if "config" not in self.common:
+            raise ValueError(f"{folder} does not say which model it holds: its {COMMON} has no 'config'")
+        self.weights: dict[str, TensorStorageMetadata] = {
+            name: entry
+            for name, entry in stored.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        }
+        """Shape and dtype of every weight, by Megatron's name. Optimizer state and FP8 scaling state are no weights."""
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, gathered from the shards that were saved.
+
+        Raises:
+            ValueError: the file that holds it is missing, truncated or damaged.
+        """
+        entry = self.weights[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        except (CheckpointException, Exception) as error:  # the first is no Exception; damage raises anything
+            files = {info.relative_path for index, info in self._reader.storage_data.items() if index.fqn == name}
+            raise ValueError(
+                f"{self.folder}: cannot read {name} from {', '.join(sorted(files)) or 'its file'}, which is missing or "
+                "damaged: take another step folder"
+            ) from error
+        return tensor
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, reading the metadata once instead of once a tensor."""
+
+    @functools.cache  # noqa: B019 one reader lives as long as its checkpoint
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return super().read_metadata(*args, **kwargs)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

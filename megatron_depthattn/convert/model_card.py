@@ -1,0 +1,104 @@
+"""The README.md of an exported folder: what the model is, what it was trained on, how far, and how to use it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.hf.model_config import needs_model_files
+
+
+def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_bytes: int) -> str:
+    """Markdown with Hugging Face's front matter; every figure comes from the checkpoint or its run's records.
+
+    Args:
+        config: the exported config.json.
+        num_bytes: size of the exported weights.
+    """
+    run: dict[str, Any] = checkpoint.common["config"]
+    custom = needs_model_files(run["model"])
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [config["model_type"]]}
+    trust = ", trust_remote_code=True" if custom else ""
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {Path(run.get('run', {}).get('dir') or checkpoint.folder.name).name}",
+        _summary(config, custom),
+        _table("Shape", _shape(config, num_bytes)),
+        _table("Training", _training(checkpoint, run)),
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+        f"## Made by\n\n```bash\npython tools/convert_checkpoint.py to-hf --checkpoint {checkpoint.folder} "
+        "--output HF_DIR\npython tools/convert_checkpoint.py verify "
+        f"--checkpoint {checkpoint.folder} --model HF_DIR\n```",
+        f"## Run config\n\n```yaml\n{yaml.safe_dump(run, sort_keys=False)}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(config: Mapping[str, Any], custom: bool) -> str:
+    if not custom:
+        return "A Qwen3 decoder, loaded by transformers without custom code."
+    loops = f" Its layers are run {config['num_loops']} times with the same weights." if config["num_loops"] > 1 else ""
+    if not config["use_depth_attention"]:
+        return f"A Qwen3-style decoder.{loops}"
+    return (
+        "A Qwen3-style decoder with Depth-Attention (arXiv:2606.05014): every layer mixes the values of earlier layers "
+        f"at the same token into its own.{loops} The code beside the weights runs with transformers 4.57 and 5; "
+        "decoding with a cache is exact, and the cache has a vanilla decoder's size."
+    )
+
+
+def _shape(config: Mapping[str, Any], num_bytes: int) -> dict[str, Any]:
+    parameters = num_bytes // {"float32": 4, "float64": 8}.get(config["torch_dtype"], 2)
+    keys = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    keys += ["intermediate_size", "vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings"]
+    keys += ["torch_dtype", "depth_attention_stride", "depth_attention_recent_window", "num_loops"]
+    return {"parameters": f"{parameters:,}"} | {key: config[key] for key in keys if key in config}
+
+
+def _training(checkpoint: MegatronCheckpoint, run: Mapping[str, Any]) -> dict[str, Any]:
+    progress = checkpoint.common.get("progress", {})
+    facts: dict[str, Any] = {"steps": progress.get("step", 0), "tokens seen": f"{progress.get('consumed_tokens', 0):,}"}
+    if "imported_from" in checkpoint.common:
+        facts["imported from"] = checkpoint.common["imported_from"]
+    data = run.get("data", {}).get("path")
+    if data:
+        facts |= {"data": data, "sequence length": run["data"]["sequence_length"]} | _corpus(Path(data))
+    return facts | _losses(checkpoint, progress.get("step", 0))
+
+
+def _corpus(data: Path) -> dict[str, Any]:
+    manifest = data / "manifest.json"
+    if not manifest.is_file():
+        return {}
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    train, inputs = content["splits"]["train"], ", ".join(content["settings"]["input"])
+    return {"corpus": f"{inputs}: {train['documents']:,} documents, {train['tokens']:,} tokens"}
+
+
+def _losses(checkpoint: MegatronCheckpoint, step: int) -> dict[str, Any]:
+    """The last losses in nats per token that the run had recorded when it saved this checkpoint."""
+    record = checkpoint.folder.parent.parent / "metrics.jsonl"
+    if not record.is_file():
+        return {}
+    found: dict[str, Any] = {}
+    for line in record.read_text(encoding="utf-8").splitlines():
+        metrics = json.loads(line)
+        if metrics["step"] <= step:
+            names = {"loss": "training loss", "eval_loss": "held-out loss"}
+            found |= {
+                f"{name} (nats per token, step {metrics['step']})": f"{metrics[key]:.4f}"
+                for key, name in names.items()
+                if metrics.get(key) is not None
+            }
+    latest = {name.partition(" (")[0]: (name, value) for name, value in found.items()}
+    return dict(latest.values())
+
+
+def _table(title: str, facts: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"## {title}\n\n| | |\n|---|---|\n{rows}"

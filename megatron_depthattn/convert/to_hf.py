@@ -1,0 +1,138 @@
+"""Export: a Megatron step folder to a Hugging Face folder that loads without this package."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from megatron_depthattn import hf
+from megatron_depthattn.convert.hf_folder import CONFIG, INDEX, complete_folder, write_json
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.convert.model_card import model_card
+from megatron_depthattn.hf.model_config import needs_model_files, to_hf_config
+from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
+
+MODEL_FILES = ("configuration_depthattn.py", "modeling_depthattn.py")
+MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
+TOKENIZER = "tokenizer"
+
+
+def export(
+    checkpoint: MegatronCheckpoint, output: Path, *, tokenizer: Path | None = None, overwrite: bool = False
+) -> list[str]:
+    """Write ``output`` from the checkpoint: weights, config, model files, tokenizer, generation config, model card.
+
+    Every tensor keeps its dtype and its bits. The folder appears when it is complete and not before.
+
+    Args:
+        tokenizer: a tokenizer folder; None: the one beside the checkpoint or in the run's data folder.
+
+    Returns:
+        What the user should know: lines about what was left out.
+
+    Raises:
+        ValueError: a tensor is missing, left over, not finite or of the wrong shape; the output exists or cannot be
+            written; the tokenizer does not load or does not fit the model.
+    """
+    model = checkpoint.common["config"]["model"]
+    groups = megatron_groups(checkpoint)
+    found = tokenizer or find_tokenizer(checkpoint)
+    special_tokens, loaded = {}, None
+    if found:
+        loaded = _load_tokenizer(found, model["vocab_size"])
+        special_tokens = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    dtype = checkpoint.weights[groups[0].megatron].properties.dtype
+    config = to_hf_config(model, dtype=str(dtype).removeprefix("torch."), special_tokens=special_tokens)
+
+    num_bytes = sum(_num_bytes(checkpoint, group) for group in groups)
+    with complete_folder(output, num_bytes=num_bytes, overwrite=overwrite) as folder:
+        write_json(folder / CONFIG, config)
+        _write_weights(checkpoint, groups, folder)
+        if needs_model_files(model):
+            for name in MODEL_FILES:
+                shutil.copyfile(Path(hf.__path__[0]) / name, folder / name)
+        if loaded is not None:
+            loaded.save_pretrained(folder)
+        GenerationConfig(**special_tokens).save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(checkpoint, config, num_bytes), encoding="utf-8")
+    return [] if found else ["no tokenizer was found beside the checkpoint or in the run's data: give --tokenizer DIR"]
+
+
+def megatron_groups(checkpoint: MegatronCheckpoint) -> list[WeightGroup]:
+    """The weights of the model that the checkpoint's config describes.
+
+    Raises:
+        ValueError: the checkpoint holds others.
+    """
+    groups = weight_groups(ModelShape.from_model_section(checkpoint.common["config"]["model"]))
+    check_weights(
+        checkpoint.folder,
+        {group.megatron: group.megatron_shape for group in groups},
+        {name: tuple(entry.size) for name, entry in checkpoint.weights.items()},
+        frozenset(group.megatron for group in groups if group.has_vocabulary_rows),
+    )
+    return groups
+
+
+def hf_tensors(checkpoint: MegatronCheckpoint, groups: list[WeightGroup]) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor with its name, one Megatron tensor in memory at a time.
+
+    Raises:
+        ValueError: a value is not finite, or a file cannot be read.
+    """
+    for group in groups:
+        tensor = checkpoint.read(group.megatron)
+        for name, part in zip(group.hf, group.split(tensor), strict=True):
+            if not torch.isfinite(part).all():
+                raise ValueError(f"{checkpoint.folder}: {group.megatron} has values that are not finite")
+            yield name, part
+
+
+def find_tokenizer(checkpoint: MegatronCheckpoint) -> Path | None:
+    """The tokenizer's folder beside an imported checkpoint, or in the data folder of the run that saved it."""
+    data = checkpoint.common["config"].get("data", {}).get("path") or ""
+    places = [checkpoint.folder / TOKENIZER, Path(data) / TOKENIZER]
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
+def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer {folder} has no tokenizer.json: give a Hugging Face tokenizer folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(f"tokenizer {folder} has ids up to {largest}, the model's vocabulary has {vocab_size}")
+    return tokenizer
+
+
+def _num_bytes(checkpoint: MegatronCheckpoint, group: WeightGroup) -> int:
+    rows, *rest = group.megatron_shape
+    return rows * (rest[0] if rest else 1) * checkpoint.weights[group.megatron].properties.dtype.itemsize
+
+
+def _write_weights(checkpoint: MegatronCheckpoint, groups: list[WeightGroup], folder: Path) -> None:
+    """Safetensors files of at most ``MAX_SHARD_BYTES``, and an index if there are several."""
+    plan = split_state_dict_into_shards_factory(
+        {group.megatron: group for group in groups},
+        get_storage_size=lambda group: _num_bytes(checkpoint, group),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD_BYTES,
+    )
+    by_name = {group.megatron: group for group in groups}
+    weight_map: dict[str, str] = {}
+    for filename, names in plan.filename_to_tensors.items():
+        # Views of larger tensors would be refused: two parts of one Megatron tensor share its memory.
+        tensors = {
+            name: part.clone() for name, part in hf_tensors(checkpoint, [by_name[megatron] for megatron in names])
+        }
+        save_file(tensors, folder / filename, metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG, folder / filename)  # safetensors makes files that only their owner reads
+        weight_map |= dict.fromkeys(tensors, filename)
+        del tensors  # before the next file's are read
+    if len(plan.filename_to_tensors) > 1:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})

@@ -1,0 +1,130 @@
+"""Between the `model` section of a run's config and a Hugging Face config.json: pure dictionaries, both ways."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Section = dict[str, Any]
+
+SAME_MEANING = {
+    # our key: Hugging Face's
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rotary_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_depthattn.DepthAttnConfig",
+    "AutoModel": "modeling_depthattn.DepthAttnModel",
+    "AutoModelForCausalLM": "modeling_depthattn.DepthAttnForCausalLM",
+}
+MODEL_TYPES = ("depthattn", "qwen3", "llama")
+# What the released checkpoints carry and nothing reads, below whatever prefix.
+UNUSED_IN_RELEASED = ("lm_head_layernorm.weight",)
+
+
+def needs_model_files(model: Mapping[str, Any]) -> bool:
+    """Whether transformers' own Qwen3 cannot compute this model."""
+    return model["depth_attention"]["enabled"] or model["num_loops"] > 1
+
+
+def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mapping[str, int | None]) -> Section:
+    """config.json of a model section.
+
+    Args:
+        dtype: of the weights, as torch names it ("bfloat16").
+        special_tokens: bos_token_id, eos_token_id, pad_token_id; None where there is none.
+    """
+    depth = model["depth_attention"]
+    config: Section = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **{theirs: model[ours] for ours, theirs in SAME_MEANING.items()},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_scaling": None,
+        "use_sliding_window": False,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        **special_tokens,
+    }
+    if needs_model_files(model):
+        effective_layers = model["num_layers"] * model["num_loops"]
+        config |= {
+            "architectures": ["DepthAttnForCausalLM"],
+            "auto_map": AUTO_MAP,
+            "model_type": "depthattn",
+            "use_depth_attention": depth["enabled"],
+            "depth_attention_stride": depth["stride"] or max(1, effective_layers // 2),
+            "depth_attention_recent_window": depth["recent_window"],
+            "depth_attention_k_norm_after_rope": False,
+            "num_loops": model["num_loops"],
+        }
+    return config
+
+
+def to_model_section(config: Mapping[str, Any]) -> Section:
+    """The model section that a config.json describes: one of our exports, a Qwen3, or a released checkpoint.
+
+    Raises:
+        ValueError: the model is of another kind, or has parts that this stack cannot train.
+    """
+    _check_is_trainable(config)
+    config = {"use_depth_attention": False, "depth_attention_recent_window": 0, "num_loops": 1, **config}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    filled = {
+        # transformers' defaults where config.json is silent
+        "head_dim": config["hidden_size"] // config["num_attention_heads"] if config["model_type"] == "llama" else 128,
+        "num_key_value_heads": config["num_attention_heads"],
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+    } | {key: value for key, value in config.items() if value is not None}
+    section: Section = {ours: filled[theirs] for ours, theirs in SAME_MEANING.items()}
+    section["rotary_base"] = float(section["rotary_base"])
+    return section | {
+        "num_loops": config["num_loops"],
+        "depth_attention": {
+            "enabled": bool(config["use_depth_attention"]),
+            "stride": config.get("depth_attention_stride"),
+            "recent_window": config["depth_attention_recent_window"],
+        },
+    }
+
+
+def normalises_keys_after_rope(config: Mapping[str, Any]) -> bool:
+    """Whether keys are normalised after the rotary embedding: the released checkpoints, and ours made from them."""
+    return config["model_type"] == "llama" or bool(config.get("depth_attention_k_norm_after_rope"))
+
+
+def _check_is_trainable(config: Mapping[str, Any]) -> None:
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"model_type={kind!r} cannot be imported: this stack trains {', '.join(MODEL_TYPES)}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    refusals = {
+        "use_qk_norm: Llama models without q and k norms": kind == "llama" and not config.get("use_qk_norm"),
+        "attention_bias=true": bool(config.get("attention_bias")),
+        "mlp_bias=true": bool(config.get("mlp_bias")),
+        f"hidden_act={config.get('hidden_act')!r} (only silu)": config.get("hidden_act", "silu") != "silu",
+        "use_sliding_window=true": bool(config.get("use_sliding_window")),
+        f"rope type {rope_type!r} (only default)": rope_type != "default",
+        "scale_embeds=true": bool(config.get("scale_embeds")),
+    }
+    refused = [text for text, applies in refusals.items() if applies]
+    if refused:
+        raise ValueError(f"config.json asks for what this stack cannot train: {'; '.join(refused)}")
+    needed = ["max_position_embeddings", "rms_norm_eps", "vocab_size", "intermediate_size"]
+    needed += ["hidden_size", "num_hidden_layers", "num_attention_heads"]
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise ValueError(f"config.json does not say {', '.join(missing)}")
