@@ -13,13 +13,14 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test parity-full quickstart clean
+.PHONY: help install lint test parity-full convert-3b quickstart clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
-	@echo "make quickstart   install, prepare a small corpus, train on two CPU processes"
+	@echo "make quickstart   install, prepare a small corpus, train on two CPU processes, export to Hugging Face, generate"
 	@echo "make test         install, lint, the whole test suite (PYTEST_ARGS=... goes to pytest)"
 	@echo "make parity-full  every parity case for ten steps (about half an hour on two cores)"
+	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make lint         install, ruff and mypy"
 	@echo "make clean        remove caches and build leftovers; data/ and runs/ stay"
 
@@ -53,8 +54,14 @@ test: lint
 parity-full: install
 	DEPTHATTN_PARITY=full $(BIN)/python -m pytest -s tests/parallel
 
+convert-3b: install
+	$(BIN)/python -m pytest -s tests/large/test_convert_3b.py
+
 quickstart: install data/quickstart/val/index.json
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megatron_depthattn.train configs/quickstart.yaml
+	$(BIN)/python tools/convert_checkpoint.py to-hf --checkpoint runs/quickstart/checkpoints --output runs/quickstart/hf --overwrite
+	$(BIN)/python tools/convert_checkpoint.py verify --checkpoint runs/quickstart/checkpoints --model runs/quickstart/hf
+	$(BIN)/python tools/generate.py --model runs/quickstart/hf --prompt 'def __init__(self' --max-new-tokens 60
 
 data/quickstart/val/index.json: | install
 	$(BIN)/python tools/prepare_data.py --input builtin:python-stdlib --tokenizer train-bpe:2048 \

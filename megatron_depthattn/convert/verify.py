@@ -1,10 +1,13 @@
 """Does a Hugging Face folder hold the model of a step folder? Weights, logits, and decoding with a cache."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_depthattn.config import ParallelConfig, RecomputeConfig, from_dict
@@ -91,15 +94,24 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor) -> Tensor:
         precision=dataclasses.replace(saved.precision, dtype="fp32", fp8=None),
         recompute=RecomputeConfig(),
     )
-    initialize_distributed(launch_environment())
-    try:
-        initialize_model_parallel()
+    with _world_of_one(), torch.no_grad():
         model = build_chunk(config, transformer_config(config))
         load_weights(checkpoint.folder, [model])
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        with torch.no_grad():
-            logits: Tensor = model.eval()(tokens, positions, None)
-        return logits[..., : config.model.vocab_size].clone()
+        logits: Tensor = model.eval()(tokens, positions, None)
+    return logits[..., : config.model.vocab_size].clone()
+
+
+@contextmanager
+def _world_of_one() -> Iterator[None]:
+    """Megatron's groups in this process alone; those that a caller has made are used and left."""
+    if dist.is_initialized():
+        yield
+        return
+    initialize_distributed(launch_environment())
+    try:
+        initialize_model_parallel()
+        yield
     finally:
         shut_down()
 

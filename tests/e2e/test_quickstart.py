@@ -21,10 +21,7 @@ def commands_of_quickstart() -> list[list[str]]:
         text=True,
         timeout=30,
     ).stdout.replace("\\\n", " ")
-    lines = [
-        line for line in shown.splitlines() if "tools/prepare_data.py" in line or "megatron_depthattn.train" in line
-    ]
-    return [shlex.split(line) for line in lines]
+    return [shlex.split(line) for line in shown.splitlines() if "tools/" in line or "megatron_depthattn.train" in line]
 
 
 def with_this_interpreter(command: list[str]) -> list[str]:
@@ -34,8 +31,8 @@ def with_this_interpreter(command: list[str]) -> list[str]:
 
 
 @pytest.mark.timeout(1200)
-def test_quickstart_learns(tmp_path: Path):
-    prepare, train = commands_of_quickstart()
+def test_quickstart_learns_and_exports(tmp_path: Path):
+    prepare, train, *on_its_folder = commands_of_quickstart()
     data, run_dir = tmp_path / "data", tmp_path / "run"
     prepare[prepare.index("data/quickstart")] = str(data)
     must_succeed(run(with_this_interpreter(prepare), seconds=240))
@@ -48,3 +45,19 @@ def test_quickstart_learns(tmp_path: Path):
     losses = [json.loads(line)["eval_loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     first = float(output.split("held-out loss: ")[1].split()[0])
     assert first - losses[-1] >= 2.0
+
+    export, verify, generate = (
+        [word.replace("runs/quickstart", str(run_dir)) for word in with_this_interpreter(command)]
+        for command in on_its_folder
+    )
+    must_succeed(run(export, seconds=120))
+    checks = must_succeed(run(verify, seconds=120)).stdout
+    assert checks.count(" ok ") == 4
+    prompt = generate[generate.index("--prompt") + 1]
+    text = must_succeed(run(generate, seconds=120)).stdout
+    assert text.startswith(prompt)
+    assert len(text.strip()) > len(prompt)
+    data_and_model = ["--model", run_dir / "hf", "--data", data, "--max-samples", "64", "--json", tmp_path / "e.json"]
+    must_succeed(run([sys.executable, "tools/evaluate.py", *data_and_model], seconds=240))
+    # the same samples as the run's own held-out loss: 4 global batches of 16
+    assert abs(json.loads((tmp_path / "e.json").read_text())["loss"] - losses[-1]) <= 1e-4

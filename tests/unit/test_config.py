@@ -9,7 +9,7 @@ from megatron_depthattn.config import RunConfig, config_keys, load_config, save_
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"quickstart": 2, "360m": 8, "1.5b": 64, "3b": 64}  # name -> ranks of a plausible run
-OVERLAYS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS)
+OVERLAYS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent not in (CONFIGS, CONFIGS / "lm_eval"))
 
 # Growing the surface is a decision: it shows up as a change of this list.
 KEYS = [

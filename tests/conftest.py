@@ -1,4 +1,4 @@
-"""What several unit tests need: one process with Megatron's groups."""
+"""What several tests need: one process with Megatron's groups."""
 
 from collections.abc import Iterator
 

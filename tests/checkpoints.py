@@ -1,0 +1,77 @@
+"""Random Megatron checkpoints for tests of the converter: written by torch alone, names spelt out here."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 3, 32, 4, 2, 8, 48
+
+
+def model_section(**changes: Any) -> dict[str, Any]:
+    """The `model` section of a run's config."""
+    depth = {"enabled": True, "stride": 2, "recent_window": 1, "op": "lean"} | changes.pop("depth_attention", {})
+    section = {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_query_groups": KV_HEADS,
+        "kv_channels": HEAD_DIM,
+        "ffn_hidden_size": FFN,
+        "vocab_size": 301,
+        "max_position_embeddings": 64,
+        "rotary_base": 5000.0,
+        "norm_epsilon": 1e-5,
+        "init_std": 0.02,
+        "tie_embeddings": False,
+        "num_loops": 1,
+        "spec": "local",
+    }
+    return section | changes | {"depth_attention": depth}
+
+
+def random_weights(model: dict[str, Any], padded_vocab: int = 384) -> dict[str, Tensor]:
+    """Every weight of the model under Megatron's names, in fp32."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator)
+        return values * 0.2 + 1.0 if len(shape) == 1 else values * 0.2  # norm weights around one
+
+    query, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    weights = {"embedding.word_embeddings.weight": random(padded_vocab, HIDDEN)}
+    for layer in range(model["num_layers"]):
+        prefix = f"decoder.layers.{layer}."
+        weights |= {
+            prefix + "self_attention.linear_qkv.layer_norm_weight": random(HIDDEN),
+            prefix + "self_attention.linear_qkv.weight": random(query + 2 * kv, HIDDEN),
+            prefix + "self_attention.q_layernorm.weight": random(HEAD_DIM),
+            prefix + "self_attention.k_layernorm.weight": random(HEAD_DIM),
+            prefix + "self_attention.linear_proj.weight": random(HIDDEN, query),
+            prefix + "mlp.linear_fc1.layer_norm_weight": random(HIDDEN),
+            prefix + "mlp.linear_fc1.weight": random(2 * FFN, HIDDEN),
+            prefix + "mlp.linear_fc2.weight": random(HIDDEN, FFN),
+        }
+    weights["decoder.final_layernorm.weight"] = random(HIDDEN)
+    if not model["tie_embeddings"]:
+        weights["output_layer.weight"] = random(padded_vocab, HIDDEN)
+    return weights
+
+
+def write_checkpoint(folder: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> Path:
+    """A step folder with these weights, FP8 scaling state and optimizer state; returns it."""
+    folder.mkdir(parents=True)
+    others: dict[str, Any] = {
+        "decoder.layers.0.self_attention.linear_qkv._extra_state/shard_0_1": io.BytesIO(b"fp8"),
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(HIDDEN),
+    }
+    dcp.save({**weights, **others}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    progress = {"step": 7, "consumed_samples": 14, "consumed_tokens": 896}
+    torch.save({"config": {"model": model}, "progress": progress}, folder / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    (folder / "metadata.json").write_text(json.dumps(backends))
+    return folder

@@ -1,0 +1,199 @@
+"""Checkpoints trained under parallel layouts, through the converter's commands and into other layouts."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.convert.verify import megatron_logits
+from megatron_depthattn.hf.loading import load_causal_lm
+from tests.e2e.commands import must_succeed, python, torchrun
+from tests.reference_decoder import decoder_logits
+from tools.convert_checkpoint import main
+
+pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
+
+BF16_BOUND = 0.08  # of the largest logit: eight bits of mantissa, in weights and activations of four layers
+TOOL = "tools/convert_checkpoint.py"
+STEP = "checkpoints/step_00000002"
+SHORT = ["train.steps=2", "train.eval_interval=null", "run.seed=3", "model.init_std=0.3"]  # logits of order one
+
+LAYOUTS = {
+    "tp2": (2, ["parallel.tensor=2", "model.vocab_size=391"]),
+    "pp2-tied": (2, ["parallel.pipeline=2", "model.tie_embeddings=true", "model.depth_attention.stride=3"]),
+    "tp2-pp2-bf16": (
+        4,
+        [
+            *("parallel.tensor=2", "parallel.pipeline=2", "precision.dtype=bf16"),
+            *("model.vocab_size=397", "model.depth_attention.recent_window=2"),
+        ],
+    ),
+}
+
+
+class Exported(NamedTuple):
+    """A trained step folder and its export."""
+
+    step: Path
+    hf: Path
+    config: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def exported(config_file: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Trains under a layout and exports, once for each layout."""
+    made: dict[str, Exported] = {}
+
+    def make(layout: str) -> Exported:
+        if layout not in made:
+            folder = tmp_path_factory.mktemp(layout)
+            ranks, settings = LAYOUTS[layout]
+            train = ("-m", "megatron_depthattn.train", config_file, f"run.dir={folder / 'run'}", *SHORT, *settings)
+            must_succeed(torchrun(ranks, *train))
+            step, hf = folder / "run" / STEP, folder / "hf"
+            assert convert("to-hf", "--checkpoint", step, "--output", hf) == 0
+            made[layout] = Exported(step, hf, json.loads((hf / "config.json").read_text()))
+        return made[layout]
+
+    return make
+
+
+def convert(*arguments: str | Path) -> int:
+    """The command's exit code, run in this process: starting Python and Megatron takes longer than converting."""
+    return main([str(word) for word in arguments])
+
+
+def tokens_for(config: dict[str, Any]) -> torch.Tensor:
+    return torch.randint(config["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(4))
+
+
+def reference(exported: Exported) -> torch.Tensor:
+    config = exported.config
+    return decoder_logits(
+        load_file(exported.hf / "model.safetensors"),
+        tokens_for(config),
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        rope_theta=config["rope_theta"],
+        eps=config["rms_norm_eps"],
+        stride=config["depth_attention_stride"],
+        window=config["depth_attention_recent_window"],
+        tied=config["tie_word_embeddings"],
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_hf_and_reference_agree(exported, layout: str):
+    made = exported(layout)
+    tokens, expected = tokens_for(made.config), reference(made)
+    largest = expected.abs().max().item()
+    assert largest > 0.5, "logits near zero would agree by themselves"
+    with torch.no_grad():
+        ours = load_causal_lm(made.hf, dtype=torch.float32)(tokens).logits
+        rounded = load_causal_lm(made.hf, dtype=torch.bfloat16)(tokens).logits
+    megatron = megatron_logits(MegatronCheckpoint(made.step), tokens)
+    errors = [(logits - expected).abs().max().item() for logits in (ours, megatron, rounded)]
+    print(f"{layout}: HF {errors[0]:.1e}, Megatron {errors[1]:.1e}, HF bf16 {errors[2]:.1e}, largest {largest:.1f}")
+    assert errors[0] <= 1e-4
+    assert errors[1] <= 1e-4
+    assert errors[2] <= BF16_BOUND * largest
+
+
+def test_verify_passes_as_a_command(exported):
+    made = exported("tp2-pp2-bf16")
+    output = must_succeed(python(TOOL, "verify", "--checkpoint", made.step, "--model", made.hf)).stdout
+    assert output.count(" ok ") == 4
+    assert "FAILED" not in output
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2-tied"])
+def test_verify_passes(exported, layout: str):
+    made = exported(layout)
+    assert convert("verify", "--checkpoint", made.step, "--model", made.hf) == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "failing"),
+    [("swapped keys", "weights, name by name"), ("another stride", "logits, Megatron and Hugging Face")],
+)
+def test_verify_fails_for_another_model(
+    exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, failing: str
+):
+    made = exported("tp2")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    tensors, config = load_file(made.hf / "model.safetensors"), dict(made.config)
+    if damage == "swapped keys":
+        names = [f"model.layers.{layer}.self_attn.k_proj.weight" for layer in (1, 2)]
+        tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+    else:
+        config["depth_attention_stride"] = 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert convert("verify", "--checkpoint", made.step, "--model", folder) == 1
+    assert [line for line in capsys.readouterr().out.splitlines() if failing in line and "FAILED" in line]
+
+
+def test_an_import_trains_under_another_layout_from_the_same_bits(exported, config_file: Path, tmp_path: Path):
+    """tp2 x pp2 -> Hugging Face -> pp4: a step too small to change a bit shows what pp4 had loaded."""
+    made = exported("tp2-pp2-bf16")
+    imported = tmp_path / "imported"
+    assert convert("from-hf", "--model", made.hf, "--output", imported) == 0
+    model = yaml.safe_load((imported / "model.yaml").read_text())["model"]
+    assert model["depth_attention"] == {"enabled": True, "stride": 2, "recent_window": 2}
+    settings = ["parallel.pipeline=4", "precision.dtype=bf16", "optimizer.lr=1e-30", f"run.dir={tmp_path / 'run'}"]
+    train = ("-m", "megatron_depthattn.train", config_file, imported / "model.yaml", f"checkpoint.load={imported}")
+    output = must_succeed(torchrun(4, *train, *settings, "train.steps=1", "train.eval_interval=null", "run.seed=8"))
+    assert f"start: {imported}, at step 0" in output.stdout
+    before, after = MegatronCheckpoint(made.step), MegatronCheckpoint(tmp_path / "run/checkpoints")
+    assert before.weights.keys() == after.weights.keys()
+    for name in before.weights:
+        rows = 397 if "word_embeddings" in name or "output_layer" in name else None
+        assert torch.equal(before.read(name)[:rows], after.read(name)[:rows]), name
+
+
+def test_an_import_of_another_shape_is_refused(exported, config_file: Path, tmp_path: Path):
+    made = exported("tp2")
+    imported = tmp_path / "imported"
+    assert convert("from-hf", "--model", made.hf, "--output", imported) == 0
+    settings = [f"checkpoint.load={imported}", f"run.dir={tmp_path / 'run'}", "train.steps=1"]
+    result = python("-m", "megatron_depthattn.train", config_file, *settings, "model.rotary_base=77")
+    assert result.returncode == 1
+    assert "model.rotary_base (was 10000.0, is 77.0)" in result.stderr
+    assert "model.vocab_size (was 391, is 384)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to-hf", "--checkpoint", "nowhere", "--output", "{tmp}/hf"], "nowhere is no complete checkpoint"),
+        (["from-hf", "--model", "nowhere", "--output", "{tmp}/step"], "nowhere is no Hugging Face model folder"),
+        (["to-hf", "--checkpoint", "{step}", "--output", "{hf}"], "exists: give another output"),
+        (["verify", "--checkpoint", "{step}", "--model", "{tmp}"], "is no Hugging Face model folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    made = exported("tp2")
+    assert convert(*[word.format(tmp=tmp_path, step=made.step, hf=made.hf) for word in arguments]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1, errors
+
+
+def test_model_card_tells_what_the_run_recorded(exported):
+    made = exported("tp2")
+    card = (made.hf / "README.md").read_text()
+    metrics = [json.loads(line) for line in (made.step.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    assert f"| training loss (nats per token, step 2) | {metrics[1]['loss']:.4f} |" in card
+    assert f"| tokens seen | {2 * 8 * 32} |" in card
+    parameters = sum(tensor.numel() for tensor in load_file(made.hf / "model.safetensors").values())
+    assert f"| parameters | {parameters:,} |" in card

@@ -1,0 +1,171 @@
+"""The table between Megatron's and Hugging Face's names: each name once, shapes right, numbers where they belong."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_depthattn.config import load_config, to_dict
+from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
+from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
+from tests.checkpoints import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, model_section, random_weights
+
+
+def groups_of(**changes) -> list[WeightGroup]:
+    return weight_groups(ModelShape.from_model_section(model_section(**changes)))
+
+
+def group_named(end: str) -> WeightGroup:
+    return next(group for group in groups_of() if group.megatron.endswith(end))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_name_stands_for_one_tensor_of_transformers_qwen3(tied: bool):
+    section = model_section(tie_embeddings=tied, depth_attention={"enabled": False})
+    config = to_hf_config(section, dtype="float32", special_tokens={})
+    with torch.device("meta"):
+        parameters = dict(Qwen3ForCausalLM(Qwen3Config(**config)).named_parameters())
+    ours = [item for group in groups_of(tie_embeddings=tied) for item in group.hf.items()]
+    assert Counter(ours) == Counter((name, tuple(parameter.shape)) for name, parameter in parameters.items())
+
+
+def test_every_megatron_name_stands_once_and_has_its_shape():
+    model = model_section()
+    weights = random_weights(model, padded_vocab=301)
+    assert {group.megatron: group.megatron_shape for group in groups_of()} == {
+        name: tuple(weight.shape) for name, weight in weights.items()
+    }
+
+
+@pytest.mark.parametrize("group", groups_of()[:10], ids=lambda group: group.megatron)
+def test_merge_undoes_split(group: WeightGroup):
+    tensor = torch.randn(group.megatron_shape)
+    parts = group.split(tensor)
+    assert [tuple(part.shape) for part in parts] == list(group.hf.values())
+    assert torch.equal(group.merge(parts), tensor)
+
+
+def test_query_key_value_rows_are_interleaved_by_group():
+    group = group_named("layers.0.self_attention.linear_qkv.weight")
+    fused = torch.arange(group.megatron_shape[0], dtype=torch.float32)[:, None].expand(-1, HIDDEN).clone()
+    rows: dict[str, list[int]] = {"q": [], "k": [], "v": []}
+    heads = (["q"] * (HEADS // KV_HEADS) + ["k", "v"]) * KV_HEADS  # Megatron's order
+    for head, kind in enumerate(heads):
+        rows[kind] += range(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+    for part, kind in zip(group.split(fused), "qkv", strict=True):
+        assert part[:, 0].tolist() == rows[kind]
+    naive = fused.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM])
+    assert not torch.equal(group.split(fused)[0], naive[0]), "control: cutting the rows in order is another model"
+
+
+def test_gate_is_the_upper_half_of_fc1():
+    fused = torch.cat([torch.zeros(FFN, HIDDEN), torch.ones(FFN, HIDDEN)])
+    gate, up = group_named("layers.0.mlp.linear_fc1.weight").split(fused)
+    assert gate.max() == 0
+    assert up.min() == 1
+
+
+def test_padding_rows_are_cut():
+    group = group_named("word_embeddings.weight")
+    (rows,) = group.split(torch.randn(384, HIDDEN))
+    assert rows.shape == (301, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": None}, "a is missing"),
+        ({"c": (2,)}, "c is left over"),
+        ({"a": (4, 3)}, r"a is \[4, 3\] and should be \[4, 2\]"),
+        ({"b": (4,)}, r"b is \[4\] and should be \[3\]"),
+        ({"a": (5, 2)}, r"a is \[5, 2\] and should be \[4, 2\]"),
+    ],
+)
+def test_other_weights_are_refused(change: dict, message: str):
+    expected = {"a": (4, 2), "b": (3,), "padded": (3, 2)}
+    found = {name: shape for name, shape in ({**expected, "padded": (8, 2)} | change).items() if shape}
+    with pytest.raises(ValueError, match=message):
+        check_weights("here", expected, found, frozenset({"padded"}))
+
+
+def test_padding_is_no_other_shape():
+    check_weights("here", {"padded": (3, 2)}, {"padded": (8, 2)}, frozenset({"padded"}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_loops": 2},
+        {"tie_embeddings": True, "depth_attention": {"stride": 3, "recent_window": 0}},
+        {"depth_attention": {"enabled": False, "stride": None, "recent_window": 0}},
+    ],
+)
+def test_config_survives_the_way_there_and_back(changes: dict):
+    section = model_section(**changes)
+    returned = to_model_section(to_hf_config(section, dtype="bfloat16", special_tokens={"eos_token_id": 0}))
+    del section["spec"], section["depth_attention"]["op"]
+    assert returned == section
+
+
+def test_half_the_effective_layers_is_written_out():
+    config = to_hf_config(
+        model_section(num_layers=8, num_loops=3, depth_attention={"stride": None}), dtype="float32", special_tokens={}
+    )
+    assert config["depth_attention_stride"] == 12
+
+
+def test_vanilla_is_a_plain_qwen3():
+    section = model_section(depth_attention={"enabled": False})
+    config = to_hf_config(section, dtype="float32", special_tokens={})
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert "auto_map" not in config
+    assert AutoConfig.for_model(**config).head_dim == HEAD_DIM
+
+
+RELEASED = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "head_dim": 64,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 50304,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "use_qk_norm": True,
+    "use_depth_attention": True,
+    "depth_attention_stride": 24,
+    "depth_attention_recent_window": 0,
+}
+
+
+def test_released_3b_is_the_shipped_3b_config():
+    shipped = to_dict(load_config(Path(__file__).parents[2] / "configs/3b.yaml"))["model"]
+    imported = to_model_section(RELEASED | {"initializer_range": 0.01, "rope_theta": 10000.0})
+    del shipped["spec"], shipped["depth_attention"]["op"]
+    shipped["depth_attention"]["stride"] = shipped["depth_attention"]["stride"] or 24
+    assert imported == shipped
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' cannot be imported"),
+        ({"use_qk_norm": False}, "Llama models without q and k norms"),
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window=true"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"scale_embeds": True}, "scale_embeds=true"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"rms_norm_eps": None}, "does not say rms_norm_eps"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(change: dict, message: str):
+    config = {key: value for key, value in (RELEASED | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        to_model_section(config)

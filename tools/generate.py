@@ -1,0 +1,125 @@
+"""Continue a prompt with an exported model; the text appears as it is made."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, load_tokenizer, pick_device, read_config
+
+
+def check_room(tokens: torch.Tensor, new: int, model: PreTrainedModel) -> None:
+    """Refuse tokens [1, t] that the model does not know, or has no room for together with ``new`` more."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length, largest = tokens.shape[1], int(tokens.max())
+    if positions is not None and length + new > positions:
+        raise ValueError(
+            f"the prompt's {length} tokens and {new} new ones are more than the model's {positions} positions "
+            f"(max_position_embeddings): shorten the prompt or set a smaller --max-new-tokens"
+        )
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the prompt has token {largest} and the model's vocab_size is {model.config.vocab_size}: the tokenizer "
+            "in the folder belongs to another model"
+        )
+
+
+def generation_settings(
+    given: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """What the command line asks for, and the end of text; nothing else of the folder's own settings is used."""
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    first_end = end[0] if isinstance(end, list) else end
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end
+    settings: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
+    if given.temperature > 0:
+        # transformers' own default is the 50 likeliest tokens.
+        settings |= {"do_sample": True, "temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
+    return GenerationConfig(**settings)
+
+
+def generate(given: argparse.Namespace) -> None:
+    """Load, check, and print the prompt and its continuation."""
+    check(given)
+    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    device = pick_device(given.device)
+    read_config(given.model)  # a wrong folder is refused as such, not for lack of a tokenizer
+    tokenizer = load_tokenizer(given.model)
+    # As training text is encoded: without special tokens.
+    tokens = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], dtype=torch.long, device=device)
+    if not tokens.numel():
+        raise ValueError("the prompt is empty: give --prompt some text to continue")
+    model = load_causal_lm(given.model, DTYPES[given.dtype]).to(device)
+    check_room(tokens, given.max_new_tokens, model)
+    # Set on the model, not handed to `generate`, which would fill its gaps from the folder's own settings.
+    model.generation_config = generation_settings(given, model, tokenizer)
+    torch.manual_seed(given.seed)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    with torch.inference_mode():
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer)
+
+
+def check(given: argparse.Namespace) -> None:
+    """Refuse options out of range."""
+    if given.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {given.max_new_tokens}: set at least 1")
+    if not given.temperature >= 0:
+        raise ValueError(f"--temperature {given.temperature}: set 0 (the likeliest token each time) or more")
+    if not 0 < given.top_p <= 1:
+        raise ValueError(f"--top-p {given.top_p}: set a number in (0, 1]; 1 keeps every token")
+    if given.top_k < 0:
+        raise ValueError(f"--top-k {given.top_k}: set at least 1, or 0 to keep every token")
+    if given.temperature == 0 and (given.top_p < 1 or given.top_k > 0):
+        raise ValueError("--top-p and --top-k choose among sampled tokens: set --temperature above 0 as well")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="a Hugging Face model folder")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="the text to continue; - reads it from standard input, its last line end included",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="stop after N (default 128)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token each time (the default); above 0 samples, the flatter the higher",
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: from all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default 0)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the type in config.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 when the text is out, 1 with one line on stderr when it cannot be, 130 on Ctrl-C."""
+    given = parse_arguments(arguments)
+    try:
+        generate(given)
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as out of memory
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
