@@ -28,7 +28,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     from_hf = verbs.add_parser("from-hf", help="import a Hugging Face folder as a step folder to start a run from")
     from_hf.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder with safetensors")
     from_hf.add_argument("--output", type=Path, required=True, metavar="STEP_DIR", help="folder to make")
-    for verb in (to_hf, from_hf):
+    adopt = verbs.add_parser("adopt", help="make a released checkpoint loadable: same weights, our model files")
+    adopt.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder in the released layout")
+    adopt.add_argument("--output", type=Path, required=True, metavar="HF_DIR", help="folder to make")
+    for verb in (to_hf, from_hf, adopt):
         verb.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     prove = verbs.add_parser("verify", help="compare weights, logits and cached decoding; exit code 1 if one differs")
     prove.add_argument("--checkpoint", type=Path, required=True, metavar="STEP_DIR", help=step)
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning)  # what torch and Megatron say about themselves
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        return {"to-hf": _to_hf, "from-hf": _from_hf, "verify": _verify}[given.verb](given)
+        return {"to-hf": _to_hf, "from-hf": _from_hf, "adopt": _adopt, "verify": _verify}[given.verb](given)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -61,6 +64,13 @@ def _from_hf(given: argparse.Namespace) -> int:
     notes = import_checkpoint(HFFolder(given.model), given.output, overwrite=given.overwrite)
     start = f"start a run from it: CONFIG.yaml {given.output / MODEL_YAML} checkpoint.load={given.output}"
     return _wrote(given.output, [*notes, start])
+
+
+def _adopt(given: argparse.Namespace) -> int:
+    from megatron_depthattn.convert.adopt import adopt
+
+    adopt(HFFolder(given.model), given.output, overwrite=given.overwrite)
+    return _wrote(given.output, [])
 
 
 def _wrote(output: Path, notes: list[str]) -> int:

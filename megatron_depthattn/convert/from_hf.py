@@ -39,14 +39,13 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
             the wrong shape; the output exists or cannot be written.
     """
     model = to_model_section(source.config)
-    groups = weight_groups(ModelShape.from_model_section(model))
-    _check_weights(source, groups, model)
+    groups = hf_groups(source, model)
     meta = {group.megatron: _meta(source, group) for group in groups}
     by_name = {group.megatron: group for group in groups}
 
     def produce(name: str) -> Tensor:
         group = by_name[name]
-        merged = group.merge([_read_finite(source, part) for part in group.hf])
+        merged = group.merge([read_finite(source, part) for part in group.hf])
         padding = meta[name].shape[0] - merged.shape[0]
         return torch.nn.functional.pad(merged, (0, 0, 0, padding)) if padding else merged
 
@@ -59,13 +58,17 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
         (folder / MODEL_YAML).write_text(yaml.safe_dump({"model": model}, sort_keys=False), encoding="utf-8")
         if (source.folder / "tokenizer.json").is_file():
             (folder / TOKENIZER).mkdir()
-            for name in TOKENIZER_FILES:
-                if (source.folder / name).is_file():
-                    shutil.copyfile(source.folder / name, folder / TOKENIZER / name)
+            copy_tokenizer(source.folder, folder / TOKENIZER)
     return _differences(source, model)
 
 
-def _check_weights(source: HFFolder, groups: list[WeightGroup], model: Mapping[str, Any]) -> None:
+def hf_groups(source: HFFolder, model: Mapping[str, Any]) -> list[WeightGroup]:
+    """The weights of ``model``.
+
+    Raises:
+        ValueError: the folder holds others.
+    """
+    groups = weight_groups(ModelShape.from_model_section(model))
     unused = RECOMPUTED + (UNUSED_IN_RELEASED if source.config["model_type"] == "llama" else ())
     found = {name: shape for name, shape in source.shapes.items() if not name.endswith(unused)}
     if model["tie_embeddings"] and OUTPUT in found:
@@ -73,6 +76,14 @@ def _check_weights(source: HFFolder, groups: list[WeightGroup], model: Mapping[s
             raise ValueError(f"{source.folder}: {OUTPUT} differs from {EMBEDDING}, and config.json says they are tied")
         del found[OUTPUT]
     check_weights(source.folder, {name: shape for group in groups for name, shape in group.hf.items()}, found)
+    return groups
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what there is of a tokenizer's files."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _meta(source: HFFolder, group: WeightGroup) -> Tensor:
@@ -86,7 +97,8 @@ def _meta(source: HFFolder, group: WeightGroup) -> Tensor:
     return torch.empty((rows, *rest), dtype=dtypes.pop(), device="meta")
 
 
-def _read_finite(source: HFFolder, name: str) -> Tensor:
+def read_finite(source: HFFolder, name: str) -> Tensor:
+    """A tensor of the folder; ValueError if a value is not finite."""
     tensor = source.read(name)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{source.folder}: {name} has values that are not finite")

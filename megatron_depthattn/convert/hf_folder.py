@@ -1,17 +1,23 @@
 """A Hugging Face model folder: read tensor by tensor, written shard by shard, complete or not there."""
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_depthattn import hf
+
+MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -67,6 +73,10 @@ class HFFolder:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self._files[name]}: cannot read {name}: {error}") from error
 
+    def num_bytes(self, name: str) -> int:
+        """Size of a tensor."""
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
+
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -103,6 +113,39 @@ def complete_folder(output: Path, *, num_bytes: int, overwrite: bool = False) ->
         raise ValueError(f"{output} could not be written, and nothing is left of it: {reason}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_weights(
+    folder: Path, sizes: Mapping[str, int], produce: Callable[[str], Iterable[tuple[str, Tensor]]]
+) -> None:
+    """Write safetensors files of at most ``MAX_SHARD_BYTES`` and, if there are several, their index.
+
+    Args:
+        sizes: bytes of each unit: tensors that are made together and stay in one file.
+        produce: names and tensors of a unit; called once for each, in order.
+    """
+    plan = split_state_dict_into_shards_factory(
+        dict(sizes),  # type: ignore[arg-type] # sizes stand for the tensors
+        get_storage_size=lambda num_bytes: num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD_BYTES,
+    )
+    weight_map: dict[str, str] = {}
+    for filename, units in plan.filename_to_tensors.items():
+        # copies: safetensors refuses tensors that share memory, such as the parts of one Megatron tensor
+        tensors = {name: tensor.clone() for unit in units for name, tensor in produce(unit)}
+        save_file(tensors, folder / filename, metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG, folder / filename)  # safetensors makes files that only their owner reads
+        weight_map |= dict.fromkeys(tensors, filename)
+        del tensors  # before the next file's are made
+    if len(plan.filename_to_tensors) > 1:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
+
+
+def copy_model_files(folder: Path) -> None:
+    """Put the code of Depth-Attention beside the weights, so that they load without this package."""
+    for name in ("configuration_depthattn.py", "modeling_depthattn.py"):
+        shutil.copyfile(Path(hf.__path__[0]) / name, folder / name)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,24 +1,18 @@
 """Export: a Megatron step folder to a Hugging Face folder that loads without this package."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from megatron_depthattn import hf
-from megatron_depthattn.convert.hf_folder import CONFIG, INDEX, complete_folder, write_json
+from megatron_depthattn.convert.hf_folder import CONFIG, complete_folder, copy_model_files, write_json, write_weights
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
 from megatron_depthattn.hf.model_config import needs_model_files, to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 
-MODEL_FILES = ("configuration_depthattn.py", "modeling_depthattn.py")
-MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
 TOKENIZER = "tokenizer"
 
 
@@ -49,13 +43,14 @@ def export(
     dtype = checkpoint.weights[groups[0].megatron].properties.dtype
     config = to_hf_config(model, dtype=str(dtype).removeprefix("torch."), special_tokens=special_tokens)
 
-    num_bytes = sum(_num_bytes(checkpoint, group) for group in groups)
+    by_name = {group.megatron: group for group in groups}
+    sizes = {name: _num_bytes(checkpoint, group) for name, group in by_name.items()}
+    num_bytes = sum(sizes.values())
     with complete_folder(output, num_bytes=num_bytes, overwrite=overwrite) as folder:
         write_json(folder / CONFIG, config)
-        _write_weights(checkpoint, groups, folder)
+        write_weights(folder, sizes, lambda name: hf_tensors(checkpoint, [by_name[name]]))
         if needs_model_files(model):
-            for name in MODEL_FILES:
-                shutil.copyfile(Path(hf.__path__[0]) / name, folder / name)
+            copy_model_files(folder)
         if loaded is not None:
             loaded.save_pretrained(folder)
         GenerationConfig(**special_tokens).save_pretrained(folder)
@@ -113,26 +108,3 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 def _num_bytes(checkpoint: MegatronCheckpoint, group: WeightGroup) -> int:
     rows, *rest = group.megatron_shape
     return rows * (rest[0] if rest else 1) * checkpoint.weights[group.megatron].properties.dtype.itemsize
-
-
-def _write_weights(checkpoint: MegatronCheckpoint, groups: list[WeightGroup], folder: Path) -> None:
-    """Safetensors files of at most ``MAX_SHARD_BYTES``, and an index if there are several."""
-    plan = split_state_dict_into_shards_factory(
-        {group.megatron: group for group in groups},
-        get_storage_size=lambda group: _num_bytes(checkpoint, group),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=MAX_SHARD_BYTES,
-    )
-    by_name = {group.megatron: group for group in groups}
-    weight_map: dict[str, str] = {}
-    for filename, names in plan.filename_to_tensors.items():
-        # Views of larger tensors would be refused: two parts of one Megatron tensor share its memory.
-        tensors = {
-            name: part.clone() for name, part in hf_tensors(checkpoint, [by_name[megatron] for megatron in names])
-        }
-        save_file(tensors, folder / filename, metadata={"format": "pt"})
-        shutil.copymode(folder / CONFIG, folder / filename)  # safetensors makes files that only their owner reads
-        weight_map |= dict.fromkeys(tensors, filename)
-        del tensors  # before the next file's are read
-    if len(plan.filename_to_tensors) > 1:
-        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})

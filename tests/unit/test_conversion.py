@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_depthattn.convert import to_hf
+from megatron_depthattn.convert import hf_folder
+from megatron_depthattn.convert.adopt import adopt
 from megatron_depthattn.convert.from_hf import import_checkpoint
 from megatron_depthattn.convert.hf_folder import HFFolder, complete_folder
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
@@ -38,7 +39,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def reference(tensors: dict[str, torch.Tensor], model: dict) -> torch.Tensor:
+def reference(tensors: dict[str, torch.Tensor], model: dict, **options) -> torch.Tensor:
     depth = model["depth_attention"]
     return decoder_logits(
         tensors,
@@ -54,6 +55,7 @@ def reference(tensors: dict[str, torch.Tensor], model: dict) -> torch.Tensor:
         depth_attention=depth["enabled"],
         tied=model["tie_embeddings"],
         num_loops=model["num_loops"],
+        **options,
     )
 
 
@@ -144,10 +146,31 @@ def test_released_layout_is_imported(tmp_path: Path):
     assert all(torch.equal(before[name], after[name]) for name in after)
 
 
+def test_released_layout_runs_in_transformers_as_it_was_trained(tmp_path: Path):
+    """Keys are normalised after the rotary embedding there: the exact function, not the one Megatron goes on with."""
+    folder = released(tmp_path)
+    adopt(HFFolder(folder), tmp_path / "adopted")
+    model, weights = model_section(), tensors_of(folder)
+    assert tensors_of(tmp_path / "adopted").keys() == weights.keys() - {"lm_head_layernorm.weight"}
+    with torch.no_grad():
+        logits = load_causal_lm(tmp_path / "adopted", dtype=torch.float32)(TOKENS).logits
+    before, after = (reference(weights, model, k_norm_after_rope=after) for after in (False, True))
+    bound = 1e-4 * max(1, after.abs().max())
+    assert (logits - after).abs().max() <= bound
+    assert (before - after).abs().max() > 100 * bound, "control: the two orders are different functions"
+
+
+def test_only_released_checkpoints_are_adopted(tmp_path: Path):
+    made = make(tmp_path)
+    export(MegatronCheckpoint(made.folder), made.output)
+    with pytest.raises(ValueError, match="model_type='depthattn', not the released layout"):
+        adopt(HFFolder(made.output), tmp_path / "adopted")
+
+
 def test_large_weights_are_sharded_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = make(tmp_path)
     export(MegatronCheckpoint(made.folder), tmp_path / "whole")
-    monkeypatch.setattr(to_hf, "MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr(hf_folder, "MAX_SHARD_BYTES", 40_000)
     export(MegatronCheckpoint(made.folder), made.output)
     index = json.loads((made.output / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2

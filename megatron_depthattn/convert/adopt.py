@@ -1,0 +1,43 @@
+"""A released checkpoint as a folder that transformers runs: the same weights with our model files."""
+
+from pathlib import Path
+
+from megatron_depthattn.convert.from_hf import copy_tokenizer, hf_groups, read_finite
+from megatron_depthattn.convert.hf_folder import (
+    CONFIG,
+    HFFolder,
+    complete_folder,
+    copy_model_files,
+    write_json,
+    write_weights,
+)
+from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
+
+
+def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:
+    """Write ``output`` from a checkpoint in the released layout.
+
+    Unlike an import, this keeps the order in which the released code normalises keys, and so the exact function.
+
+    Raises:
+        ValueError: the checkpoint is no released one, or does not hold the model that it describes; the output exists
+            or cannot be written.
+    """
+    kind = source.config.get("model_type")
+    if kind != "llama":
+        raise ValueError(
+            f"{source.folder} has model_type={kind!r}, not the released layout: transformers loads it as it is"
+        )
+    model = to_model_section(source.config)
+    if not model["depth_attention"]["enabled"]:
+        raise ValueError(f"{source.folder} has use_depth_attention=false: there is nothing to adopt")
+    names = [name for group in hf_groups(source, model) for name in group.hf]
+    special_tokens = {f"{part}_token_id": source.config.get(f"{part}_token_id") for part in ("bos", "eos", "pad")}
+    dtype = str(source.dtypes[names[0]]).removeprefix("torch.")
+    config = to_hf_config(model, dtype=dtype, special_tokens=special_tokens)
+    sizes = {name: source.num_bytes(name) for name in names}
+    with complete_folder(output, num_bytes=sum(sizes.values()), overwrite=overwrite) as folder:
+        write_json(folder / CONFIG, config | {"depth_attention_k_norm_after_rope": True})
+        write_weights(folder, sizes, lambda name: [(name, read_finite(source, name))])
+        copy_model_files(folder)
+        copy_tokenizer(source.folder, folder)
