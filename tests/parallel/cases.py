@@ -2,7 +2,8 @@
 
 A job is one thing a world of processes does and leaves one result for; the tests assert on results. By default
 every layout runs every stride and window, and every kind of recompute, for one loss and gradient, and ten steps at
-one stride and window; ``DEPTHATTN_PARITY=full`` in the environment runs ten steps everywhere.
+one stride and window; the products of layouts in ``REPEATED`` run that one and one kind of recompute.
+``DEPTHATTN_PARITY=full`` in the environment runs everything, ten steps everywhere.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ LAYOUTS = {
     "dp2xtp2": _layout(4, tensor=2),
 }
 
+# What these add to the layouts that they are made of is how the groups are laid out: two cases show that.
+REPEATED = ("tp4+sp", "tp2xcp2+sp", "cp2xpp2", "dp2xpp2", "dp2xtp2")
+
 RECOMPUTE = {
     "none": RecomputeConfig(),
     "selective": RecomputeConfig(granularity="selective"),
@@ -137,6 +141,8 @@ REFERENCES = {(stride, window): Job(layout="single", stride=stride, window=windo
 
 
 def _parity_of(layout: str) -> list[Job]:
+    if layout in REPEATED and not FULL:
+        return [Job(layout=layout), Job(layout=layout, recompute="uniform1", steps=1)]
     jobs = []
     if layout != "single":
         for stride, window in SPACINGS:
