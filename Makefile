@@ -61,7 +61,7 @@ quickstart: install data/quickstart/val/index.json
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megatron_depthattn.train configs/quickstart.yaml
 	$(BIN)/python tools/convert_checkpoint.py to-hf --checkpoint runs/quickstart/checkpoints --output runs/quickstart/hf --overwrite
 	$(BIN)/python tools/convert_checkpoint.py verify --checkpoint runs/quickstart/checkpoints --model runs/quickstart/hf
-	$(BIN)/python tools/generate.py --model runs/quickstart/hf --prompt 'def __init__(self' --max-new-tokens 60
+	$(BIN)/python tools/generate.py --model runs/quickstart/hf --prompt 'def __init__(self' --max-new-tokens 60 --temperature 0.8
 
 data/quickstart/val/index.json: | install
 	$(BIN)/python tools/prepare_data.py --input builtin:python-stdlib --tokenizer train-bpe:2048 \

@@ -36,19 +36,23 @@ def rope(x: Tensor, theta: float) -> Tensor:
     )
 
 
-def depth_mix(q: Tensor, k: Tensor, v: Tensor, sources: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """vmix [b, s, G, d] from q [b, s, H, d], own k, v [b, s, G, d] and the (k, vmix) of each source layer."""
+def depth_mix(q: Tensor, k: Tensor, v: Tensor, sources: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """vmix [b, s, G, d] from q [b, s, H, d], own k, v [b, s, G, d] and the (k, vmix) of each of n source layers.
+
+    Also returns the weights [b, s, G, n + 1], the layer's own last.
+    """
     num_kv_heads, head_dim = k.shape[2:]
     group = q.shape[2] // num_kv_heads
     candidates = [*sources, (k, v)]
-    mixed_heads = []
+    mixed_heads, weights_of_heads = [], []
     for j in range(num_kv_heads):
         qbar = q[:, :, j * group : (j + 1) * group].mean(dim=2)  # [b, s, d]
         scores = [(qbar * key[:, :, j]).sum(dim=-1) / math.sqrt(head_dim) for key, _ in candidates]
         weights = torch.softmax(torch.stack(scores), dim=0)  # [n + 1, b, s]
         values = torch.stack([value[:, :, j] for _, value in candidates])  # [n + 1, b, s, d]
         mixed_heads.append((weights[..., None] * values).sum(dim=0))
-    return torch.stack(mixed_heads, dim=2)
+        weights_of_heads.append(weights.movedim(0, -1))
+    return torch.stack(mixed_heads, dim=2), torch.stack(weights_of_heads, dim=2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,6 +87,8 @@ def decoder_logits(
     depth_attention: bool = True,
     tied: bool = False,
     num_loops: int = 1,
+    k_norm_after_rope: bool = False,
+    depth_weights: list[Tensor] | None = None,
 ) -> Tensor:
     """Logits [b, s, V] in fp64 for tokens [b, s], differentiable with respect to `weights`.
 
@@ -100,6 +106,8 @@ def decoder_logits(
         depth_attention: False for the vanilla decoder.
         tied: use the embedding in place of `lm_head.weight`.
         num_loops: runs of the stack with the same weights; the layer index counts on through all of them.
+        k_norm_after_rope: normalise keys after the rotary embedding, as the released checkpoints do.
+        depth_weights: an empty list to fill with each (effective) layer's weights [b, s, G, n + 1] over depth.
     """
     weights = {name: weight.double() for name, weight in weights.items()}
     b, s = tokens.shape
@@ -117,9 +125,15 @@ def decoder_logits(
         k = (normed @ own["self_attn.k_proj.weight"].T).reshape(b, s, num_kv_heads, head_dim)
         v = (normed @ own["self_attn.v_proj.weight"].T).reshape(b, s, num_kv_heads, head_dim)
         q = rope(rms_norm(q, own["self_attn.q_norm.weight"], eps), rope_theta)
-        k = rope(rms_norm(k, own["self_attn.k_norm.weight"], eps), rope_theta)
+        k_norm = own["self_attn.k_norm.weight"]
+        if k_norm_after_rope:
+            k = rms_norm(rope(k, rope_theta), k_norm, eps)
+        else:
+            k = rope(rms_norm(k, k_norm, eps), rope_theta)
         if depth_attention:
-            v = depth_mix(q, k, v, [memory[i] for i in depth_sources(layer, stride, window)])
+            v, mix = depth_mix(q, k, v, [memory[i] for i in depth_sources(layer, stride, window)])
+            if depth_weights is not None:
+                depth_weights.append(mix)
         memory.append((k, v))
         attended = causal_attention(q, k, v).reshape(b, s, num_heads * head_dim)
         x = x + attended @ own["self_attn.o_proj.weight"].T

@@ -50,11 +50,11 @@ class DepthAttnConfig(Qwen3Config):
         **kwargs: Any,
     ) -> None:
         # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
-        rope = kwargs.get("rope_parameters")
-        if isinstance(rope, dict) and "rope_theta" in rope:
+        rope = kwargs.get("rope_parameters") or {}
+        if "rope_theta" in rope:
             kwargs.setdefault("rope_theta", rope["rope_theta"])
-            if rope.get("rope_type", "default") != "default":
-                kwargs.setdefault("rope_scaling", rope)
+        if rope.get("rope_type", "default") != "default":
+            kwargs["rope_scaling"] = kwargs.get("rope_scaling") or rope
         super().__init__(**kwargs)
         if num_loops < 1:
             raise ValueError(f"num_loops={num_loops} must be at least 1")

@@ -15,6 +15,7 @@ _NOISE = (
     "Apex|Transformer Engine",
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
+    "`load_state_dict` is deprecated",
 )
 
 

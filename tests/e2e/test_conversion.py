@@ -174,9 +174,12 @@ def test_an_import_of_another_shape_is_refused(exported, config_file: Path, tmp_
     ("arguments", "message"),
     [
         (["to-hf", "--checkpoint", "nowhere", "--output", "{tmp}/hf"], "nowhere is no complete checkpoint"),
-        (["from-hf", "--model", "nowhere", "--output", "{tmp}/step"], "nowhere is no Hugging Face model folder"),
+        (["from-hf", "--model", "nowhere", "--output", "{tmp}/step"], "model folder nowhere does not exist: give"),
         (["to-hf", "--checkpoint", "{step}", "--output", "{hf}"], "exists: give another output"),
-        (["verify", "--checkpoint", "{step}", "--model", "{tmp}"], "is no Hugging Face model folder"),
+        (
+            ["verify", "--checkpoint", "{step}", "--model", "{tmp}"],
+            "has no config.json: give a Hugging Face model",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -180,6 +180,27 @@ def test_loops_are_the_unrolled_model() -> None:
     assert not torch.allclose(looped, logits_of(weights, tokens, stride=3, window=1))
 
 
+def test_order_of_key_norm_and_rope_is_seen_where_norm_weights_differ_in_a_rotated_pair() -> None:
+    """A rotation keeps a key's length, so with all norm weights one both orders are the same function."""
+    weights, tokens = make_weights(), make_tokens()
+    before, after = (logits_of(weights, tokens, k_norm_after_rope=late) for late in (False, True))
+    assert (before - after).abs().max() > 1e-2
+    for name, weight in weights.items():
+        if name.endswith("k_norm.weight"):
+            weight.fill_(1.0)
+    before, after = (logits_of(weights, tokens, k_norm_after_rope=late) for late in (False, True))
+    torch.testing.assert_close(before, after)
+
+
+def test_depth_weights_are_one_row_for_each_kv_head() -> None:
+    weights, tokens = make_weights(), make_tokens()
+    depth_weights: list[Tensor] = []
+    logits_of(weights, tokens, stride=2, window=1, depth_weights=depth_weights)
+    assert [tuple(w.shape) for w in depth_weights] == [(*tokens.shape, 2, n) for n in (1, 2, 3, 3)]
+    for layer in depth_weights:
+        torch.testing.assert_close(layer.sum(dim=-1), torch.ones_like(layer[..., 0]))
+
+
 def test_gradients_reach_every_weight() -> None:
     weights, tokens = make_weights(), make_tokens(1, 9)
     for weight in weights.values():
