@@ -11,9 +11,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from megatron_depthattn.convert.hf_folder import HFFolder
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
+from megatron_depthattn.hf.weights_folder import HFFolder
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,8 +42,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; 0, or 1 after one line (or, for `verify`, a table) that says why."""
     given = parse_arguments(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning)  # what torch and Megatron say about themselves
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # what torch and Megatron say about themselves
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return {"to-hf": _to_hf, "from-hf": _from_hf, "adopt": _adopt, "verify": _verify}[given.verb](given)
     except ValueError as error:

@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, load_tokenizer, pick_device, read_config
+from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, load_tokenizer, pick_device
+from megatron_depthattn.hf.weights_folder import HFFolder
 
 
 def check_room(tokens: torch.Tensor, new: int, model: PreTrainedModel) -> None:
@@ -49,7 +50,7 @@ def generate(given: argparse.Namespace) -> None:
     check(given)
     prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
     device = pick_device(given.device)
-    read_config(given.model)  # a wrong folder is refused as such, not for lack of a tokenizer
+    HFFolder(given.model)  # a wrong folder is refused as such, not for lack of a tokenizer
     tokenizer = load_tokenizer(given.model)
     # As training text is encoded: without special tokens.
     tokens = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], dtype=torch.long, device=device)

@@ -3,15 +3,9 @@
 from pathlib import Path
 
 from megatron_depthattn.convert.from_hf import copy_tokenizer, hf_groups, read_finite
-from megatron_depthattn.convert.hf_folder import (
-    CONFIG,
-    HFFolder,
-    complete_folder,
-    copy_model_files,
-    write_json,
-    write_weights,
-)
+from megatron_depthattn.convert.hf_folder import complete_folder, copy_model_files, write_json, write_weights
 from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
+from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder
 
 
 def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:

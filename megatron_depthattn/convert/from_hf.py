@@ -11,11 +11,12 @@ import yaml
 from torch import Tensor
 
 from megatron_depthattn.config import RunConfig, to_dict
-from megatron_depthattn.convert.hf_folder import HFFolder, complete_folder
+from megatron_depthattn.convert.hf_folder import complete_folder
 from megatron_depthattn.convert.megatron_writer import write_megatron_checkpoint
 from megatron_depthattn.convert.to_hf import TOKENIZER
 from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_keys_after_rope, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
+from megatron_depthattn.hf.weights_folder import HFFolder, some_names
 from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.train.step_folders import Progress
 
@@ -66,7 +67,7 @@ def hf_groups(source: HFFolder, model: Mapping[str, Any]) -> list[WeightGroup]:
     """The weights of ``model``.
 
     Raises:
-        ValueError: the folder holds others.
+        ValueError: the folder holds others, or one that is not of floating-point numbers.
     """
     groups = weight_groups(ModelShape.from_model_section(model))
     unused = RECOMPUTED + (UNUSED_IN_RELEASED if source.config["model_type"] == "llama" else ())
@@ -76,6 +77,11 @@ def hf_groups(source: HFFolder, model: Mapping[str, Any]) -> list[WeightGroup]:
             raise ValueError(f"{source.folder}: {OUTPUT} differs from {EMBEDDING}, and config.json says they are tied")
         del found[OUTPUT]
     check_weights(source.folder, {name: shape for group in groups for name, shape in group.hf.items()}, found)
+    if others := found.keys() - source.dtypes.keys():
+        raise ValueError(
+            f"{source.folder} holds {some_names(others)} in another type than F64, F32, BF16, F16: save the model in "
+            "one of these"
+        )
     return groups
 
 

@@ -1,84 +1,22 @@
-"""A Hugging Face model folder: read tensor by tensor, written shard by shard, complete or not there."""
+"""Writing a Hugging Face model folder: shard by shard, complete or not there."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_depthattn import hf
+from megatron_depthattn.hf.weights_folder import CONFIG, INDEX
 
 MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
-CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-
-
-class HFFolder:
-    """The weights of a Hugging Face folder in safetensors files.
-
-    Raises:
-        ValueError: the folder, its config.json, its index or one of its files is missing or damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"{folder} is no Hugging Face model folder: it has no {CONFIG}")
-        self.config: dict[str, Any] = _read_json(folder / CONFIG)
-        index = _read_json(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else None
-        if index is None and not (folder / SINGLE_FILE).is_file():
-            raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX}: save the model as safetensors")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._files: dict[str, Path] = {}
-        for name in sorted(set(index.values())) if index is not None else [SINGLE_FILE]:
-            self._add_file(folder / name)
-        promised = set(index) if index is not None else set(self.shapes)
-        if promised != set(self.shapes):
-            names = ", ".join(sorted(promised ^ set(self.shapes))[:3])
-            raise ValueError(f"{folder}: {INDEX} and the files beside it disagree about {names}")
-
-    def _add_file(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, and {INDEX} names it")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 not a dict
-                    part = file.get_slice(name)
-                    self.shapes[name] = tuple(part.get_shape())
-                    self.dtypes[name] = _DTYPES[part.get_dtype()]
-                    self._files[name] = path
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from error
-        except KeyError as error:
-            raise ValueError(f"{path} holds tensors of type {error}, which this stack does not import") from error
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own: pages of a mapped file would count as the process's memory.
-
-        Raises:
-            ValueError: its bytes cannot be read.
-        """
-        try:
-            with safe_open(self._files[name], framework="pt") as file:
-                return file.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self._files[name]}: cannot read {name}: {error}") from error
-
-    def num_bytes(self, name: str) -> int:
-        """Size of a tensor."""
-        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @contextmanager
@@ -151,13 +89,3 @@ def copy_model_files(folder: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as Hugging Face's files are: indented, with a final newline."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object")
-    return content

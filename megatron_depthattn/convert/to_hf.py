@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from megatron_depthattn.convert.hf_folder import CONFIG, complete_folder, copy_model_files, write_json, write_weights
+from megatron_depthattn.convert.hf_folder import complete_folder, copy_model_files, write_json, write_weights
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
 from megatron_depthattn.hf.model_config import needs_model_files, to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
+from megatron_depthattn.hf.weights_folder import CONFIG
 
 TOKENIZER = "tokenizer"
 

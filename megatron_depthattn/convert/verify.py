@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_depthattn.config import ParallelConfig, RecomputeConfig, from_dict
-from megatron_depthattn.convert.hf_folder import HFFolder
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import hf_tensors, megatron_groups
 from megatron_depthattn.hf.loading import load_causal_lm
+from megatron_depthattn.hf.weights_folder import HFFolder
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_chunk, transformer_config
@@ -69,7 +69,7 @@ def _weights(checkpoint: MegatronCheckpoint, folder: HFFolder) -> Check:
         names.add(name)
         if name not in folder.shapes:
             wrong.append(f"{name} is missing")
-        elif folder.dtypes[name] != tensor.dtype or not torch.equal(folder.read(name), tensor):
+        elif folder.dtypes.get(name) != tensor.dtype or not torch.equal(folder.read(name), tensor):
             wrong.append(f"{name} differs")
     wrong += [f"{name} is left over" for name in sorted(folder.shapes.keys() - names)]
     result = (

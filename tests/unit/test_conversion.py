@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from megatron_depthattn.convert import hf_folder
 from megatron_depthattn.convert.adopt import adopt
 from megatron_depthattn.convert.from_hf import import_checkpoint
-from megatron_depthattn.convert.hf_folder import HFFolder, complete_folder
+from megatron_depthattn.convert.hf_folder import complete_folder
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm
+from megatron_depthattn.hf.weights_folder import HFFolder
 from tests.checkpoints import HEAD_DIM, HIDDEN, LAYERS, model_section, random_weights, write_checkpoint
 from tests.reference_decoder import decoder_logits
 
@@ -288,12 +289,6 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-def remove_a_shard(folder: Path) -> None:
-    names = list(tensors_of(folder))
-    weight_map = dict.fromkeys(names, "model.safetensors") | {names[0]: "model-2.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
 def change_config(**changes):
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text()) | changes
@@ -313,11 +308,7 @@ def change_tensors(**changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "model.safetensors is truncated or damaged"),
-        (remove_a_shard, "model-2.safetensors is missing"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "save the model as safetensors"),
-        (lambda folder: (folder / "config.json").unlink(), "is no Hugging Face model folder"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (truncate, r"model.safetensors does not load \(.* cut short or damaged; copy or export"),
         (change_config(intermediate_size=64), r"gate_proj.weight is \[48, 32\] and should be \[64, 32\]"),
         (change_config(num_hidden_layers=4), "model.layers.3.input_layernorm.weight is missing"),
         (change_config(num_hidden_layers=2), "model.layers.2.input_layernorm.weight is left over"),
@@ -325,7 +316,10 @@ def change_tensors(**changes):
         (change_config(tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens.weight"),
         (change_tensors(model__norm__weight=None), "model.norm.weight is missing"),
         (change_tensors(model__norm__weight=torch.full((HIDDEN,), torch.inf)), "model.norm.weight has values that are"),
-        (change_tensors(model__norm__weight=torch.ones(HIDDEN, dtype=torch.int8)), "which this stack does not import"),
+        (
+            change_tensors(model__norm__weight=torch.ones(HIDDEN, dtype=torch.int8)),
+            "model.norm.weight in another type than F64",
+        ),
     ],
 )
 def test_import_refuses_damaged_folders_and_leaves_nothing(tmp_path: Path, damage, message: str):
