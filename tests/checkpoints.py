@@ -3,10 +3,12 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 3, 32, 4, 2, 8, 48
@@ -75,3 +77,15 @@ def write_checkpoint(folder: Path, model: dict[str, Any], weights: dict[str, Ten
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     (folder / "metadata.json").write_text(json.dumps(backends))
     return folder
+
+
+def make(tmp_path: Path, dtype: torch.dtype = torch.float32, **changes) -> SimpleNamespace:
+    """A random step folder, its weights by name, and where an export of it goes."""
+    model = model_section(**changes)
+    weights = {name: weight.to(dtype) for name, weight in random_weights(model).items()}
+    folder = write_checkpoint(tmp_path / "step_00000007", model, weights)
+    return SimpleNamespace(folder=folder, model=model, weights=weights, output=tmp_path / "hf")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -2,8 +2,16 @@
 
 from pathlib import Path
 
-from megatron_depthattn.convert.from_hf import copy_tokenizer, hf_groups, read_finite
-from megatron_depthattn.convert.hf_folder import complete_folder, copy_model_files, write_json, write_weights
+from megatron_depthattn.convert.complete_folder import complete_folder
+from megatron_depthattn.convert.from_hf import hf_groups, read_finite
+from megatron_depthattn.convert.hf_writer import (
+    GENERATION_CONFIG,
+    copy_files,
+    model_files,
+    tokenizer_files,
+    write_json,
+    write_weights,
+)
 from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder
 
@@ -30,8 +38,10 @@ def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:
     dtype = str(source.dtypes[names[0]]).removeprefix("torch.")
     config = to_hf_config(model, dtype=dtype, special_tokens=special_tokens)
     sizes = {name: source.num_bytes(name) for name in names}
-    with complete_folder(output, num_bytes=sum(sizes.values()), overwrite=overwrite) as folder:
+    with complete_folder(
+        output, marker=CONFIG, source=source.folder, num_bytes=sum(sizes.values()), overwrite=overwrite
+    ) as folder:
         write_json(folder / CONFIG, config | {"depth_attention_k_norm_after_rope": True})
         write_weights(folder, sizes, lambda name: [(name, read_finite(source, name))])
-        copy_model_files(folder)
-        copy_tokenizer(source.folder, folder)
+        files = [source.folder / GENERATION_CONFIG, *tokenizer_files(source.folder), *model_files()]
+        copy_files(files, folder)

@@ -1,7 +1,6 @@
 """Import: a Hugging Face folder to a Megatron step folder that a run can start from, under any layout."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import yaml
 from torch import Tensor
 
 from megatron_depthattn.config import RunConfig, to_dict
-from megatron_depthattn.convert.hf_folder import complete_folder
+from megatron_depthattn.convert.complete_folder import complete_folder
+from megatron_depthattn.convert.hf_writer import GENERATION_CONFIG, copy_files, tokenizer_files
 from megatron_depthattn.convert.megatron_writer import write_megatron_checkpoint
 from megatron_depthattn.convert.to_hf import TOKENIZER
 from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_keys_after_rope, to_model_section
@@ -22,7 +22,7 @@ from megatron_depthattn.train.step_folders import Progress
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MODEL_YAML = "model.yaml"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+NO_TOKENIZER = "{} has no tokenizer: data for this model needs one"
 RECOMPUTED = ("rotary_emb.inv_freq",)  # old checkpoints carry what the model computes itself
 
 
@@ -54,13 +54,16 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
     run["model"]["depth_attention"] = to_dict(RunConfig())["model"]["depth_attention"] | model["depth_attention"]
     common = {"progress": dataclasses.asdict(Progress()), "config": run, "imported_from": str(source.folder)}
     num_bytes = sum(tensor.nbytes for tensor in meta.values())
-    with complete_folder(output, num_bytes=num_bytes, overwrite=overwrite) as folder:
+    tokenizer = tokenizer_files(source.folder)
+    with complete_folder(
+        output, marker="metadata.json", source=source.folder, num_bytes=num_bytes, overwrite=overwrite
+    ) as folder:
         write_megatron_checkpoint(folder, meta, produce, common)
         (folder / MODEL_YAML).write_text(yaml.safe_dump({"model": model}, sort_keys=False), encoding="utf-8")
-        if (source.folder / "tokenizer.json").is_file():
-            (folder / TOKENIZER).mkdir()
-            copy_tokenizer(source.folder, folder / TOKENIZER)
-    return _differences(source, model)
+        (folder / TOKENIZER).mkdir()
+        copy_files(tokenizer, folder / TOKENIZER)
+        copy_files([source.folder / GENERATION_CONFIG], folder)
+    return [*_differences(source, model), *([] if tokenizer else [NO_TOKENIZER.format(source.folder)])]
 
 
 def hf_groups(source: HFFolder, model: Mapping[str, Any]) -> list[WeightGroup]:
@@ -72,7 +75,7 @@ def hf_groups(source: HFFolder, model: Mapping[str, Any]) -> list[WeightGroup]:
     groups = weight_groups(ModelShape.from_model_section(model))
     unused = RECOMPUTED + (UNUSED_IN_RELEASED if source.config["model_type"] == "llama" else ())
     found = {name: shape for name, shape in source.shapes.items() if not name.endswith(unused)}
-    if model["tie_embeddings"] and OUTPUT in found:
+    if model["tie_embeddings"] and {OUTPUT, EMBEDDING} <= found.keys():
         if not torch.equal(source.read(OUTPUT), source.read(EMBEDDING)):
             raise ValueError(f"{source.folder}: {OUTPUT} differs from {EMBEDDING}, and config.json says they are tied")
         del found[OUTPUT]
@@ -83,13 +86,6 @@ def hf_groups(source: HFFolder, model: Mapping[str, Any]) -> list[WeightGroup]:
             "one of these"
         )
     return groups
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy what there is of a tokenizer's files."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def _meta(source: HFFolder, group: WeightGroup) -> Tensor:

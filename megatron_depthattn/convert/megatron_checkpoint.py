@@ -1,10 +1,12 @@
 """A Megatron step folder as a mapping from names to tensors: no process groups, one tensor in memory at a time.
 
 Both sides are torch's distributed checkpoint format, which stores every tensor under its name in the whole model with
-its shape, whatever the layout that saved it. Megatron adds `common.pt` (what is not a tensor) and `metadata.json`.
+its shape, whatever the layout that saved it. Like every file that torch unpickles, a step folder can hold code: convert
+only what you trust.
 """
 
 import functools
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_depthattn.train.step_folders import COMMON, LATEST
+
+COMMON_ENTRY = "common_state/shard_0_1"
 
 
 class MegatronCheckpoint:
@@ -31,7 +35,7 @@ class MegatronCheckpoint:
     def __init__(self, folder: Path) -> None:
         if (folder / LATEST).is_file():
             folder = folder / (folder / LATEST).read_text().strip()
-        if not (folder / "metadata.json").is_file() or not (folder / COMMON).is_file():
+        if not (folder / "metadata.json").is_file():
             raise ValueError(
                 f"{folder} is no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
             )
@@ -39,8 +43,8 @@ class MegatronCheckpoint:
         self._reader = _Reader(folder)
         try:
             stored = self._reader.read_metadata().state_dict_metadata
-            self.common: dict[str, Any] = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+            self.common: dict[str, Any] = self._read_common()
+        except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
             raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
         if "config" not in self.common:
             raise ValueError(f"{folder} does not say which model it holds: its {COMMON} has no 'config'")
@@ -50,6 +54,15 @@ class MegatronCheckpoint:
             if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
         }
         """Shape and dtype of every weight, by Megatron's name. Optimizer state and FP8 scaling state are no weights."""
+
+    def _read_common(self) -> dict[str, Any]:
+        """What is no tensor: megatron-core 0.16 has a file for it, 0.19 one more entry beside the tensors."""
+        if (self.folder / COMMON).is_file():
+            return torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
+        entry: dict[str, Any] = {COMMON_ENTRY: io.BytesIO()}
+        dcp.load(entry, storage_reader=self._reader, no_dist=True)
+        entry[COMMON_ENTRY].seek(0)
+        return torch.load(entry[COMMON_ENTRY], map_location="cpu", weights_only=True)[0]
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, gathered from the shards that were saved.

@@ -19,6 +19,8 @@ def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_by
         num_bytes: size of the exported weights.
     """
     run: dict[str, Any] = checkpoint.common["config"]
+    if "imported_from" in checkpoint.common:
+        run = {"model": run["model"]}  # the rest are defaults that trained nothing
     custom = needs_model_files(run["model"])
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [config["model_type"]]}
     trust = ", trust_remote_code=True" if custom else ""
@@ -30,7 +32,7 @@ def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_by
         _table("Training", _training(checkpoint, run)),
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n```',
         f"## Made by\n\n```bash\npython tools/convert_checkpoint.py to-hf --checkpoint {checkpoint.folder} "
         "--output HF_DIR\npython tools/convert_checkpoint.py verify "
         f"--checkpoint {checkpoint.folder} --model HF_DIR\n```",
@@ -80,23 +82,20 @@ def _corpus(data: Path) -> dict[str, Any]:
     return {"corpus": f"{inputs}: {train['documents']:,} documents, {train['tokens']:,} tokens"}
 
 
-def _losses(checkpoint: MegatronCheckpoint, step: int) -> dict[str, Any]:
+def _losses(checkpoint: MegatronCheckpoint, step: int) -> dict[str, str]:
     """The last losses in nats per token that the run had recorded when it saved this checkpoint."""
     record = checkpoint.folder.parent.parent / "metrics.jsonl"
-    if not record.is_file():
-        return {}
-    found: dict[str, Any] = {}
-    for line in record.read_text(encoding="utf-8").splitlines():
-        metrics = json.loads(line)
-        if metrics["step"] <= step:
-            names = {"loss": "training loss", "eval_loss": "held-out loss"}
-            found |= {
-                f"{name} (nats per token, step {metrics['step']})": f"{metrics[key]:.4f}"
-                for key, name in names.items()
-                if metrics.get(key) is not None
-            }
-    latest = {name.partition(" (")[0]: (name, value) for name, value in found.items()}
-    return dict(latest.values())
+    latest: dict[str, tuple[int, float]] = {}
+    for line in record.read_text(encoding="utf-8").splitlines() if record.is_file() else []:
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            continue  # the run is writing it, or was killed while it did
+        for kind in ("loss", "eval_loss"):
+            if metrics.get("step", step + 1) <= step and metrics.get(kind) is not None:
+                latest[kind] = metrics["step"], metrics[kind]
+    names = {"loss": "training loss", "eval_loss": "held-out loss"}
+    return {f"{names[kind]} (nats per token, step {at})": f"{loss:.4f}" for kind, (at, loss) in latest.items()}
 
 
 def _table(title: str, facts: Mapping[str, Any]) -> str:

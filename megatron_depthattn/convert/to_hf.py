@@ -5,11 +5,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
-from megatron_depthattn.convert.hf_folder import complete_folder, copy_model_files, write_json, write_weights
+from megatron_depthattn.convert.complete_folder import complete_folder
+from megatron_depthattn.convert.hf_writer import (
+    GENERATION_CONFIG,
+    copy_files,
+    model_files,
+    tokenizer_files,
+    write_json,
+    write_weights,
+)
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
+from megatron_depthattn.hf.loading import load_tokenizer
 from megatron_depthattn.hf.model_config import needs_model_files, to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.weights_folder import CONFIG
@@ -37,25 +46,26 @@ def export(
     model = checkpoint.common["config"]["model"]
     groups = megatron_groups(checkpoint)
     found = tokenizer or find_tokenizer(checkpoint)
-    special_tokens, loaded = {}, None
-    if found:
-        loaded = _load_tokenizer(found, model["vocab_size"])
-        special_tokens = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    special_tokens = _check_tokenizer(found, model["vocab_size"]) if found else {}
     dtype = checkpoint.weights[groups[0].megatron].properties.dtype
     config = to_hf_config(model, dtype=str(dtype).removeprefix("torch."), special_tokens=special_tokens)
 
     by_name = {group.megatron: group for group in groups}
     sizes = {name: _num_bytes(checkpoint, group) for name, group in by_name.items()}
     num_bytes = sum(sizes.values())
-    with complete_folder(output, num_bytes=num_bytes, overwrite=overwrite) as folder:
+    card = model_card(checkpoint, config, num_bytes)
+    with complete_folder(
+        output, marker=CONFIG, source=checkpoint.folder, num_bytes=num_bytes, overwrite=overwrite
+    ) as folder:
         write_json(folder / CONFIG, config)
         write_weights(folder, sizes, lambda name: hf_tensors(checkpoint, [by_name[name]]))
         if needs_model_files(model):
-            copy_model_files(folder)
-        if loaded is not None:
-            loaded.save_pretrained(folder)
+            copy_files(model_files(), folder)
+        if found:
+            copy_files(tokenizer_files(found), folder)
         GenerationConfig(**special_tokens).save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(checkpoint, config, num_bytes), encoding="utf-8")
+        copy_files([checkpoint.folder / GENERATION_CONFIG], folder)  # an imported model brings its own
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return [] if found else ["no tokenizer was found beside the checkpoint or in the run's data: give --tokenizer DIR"]
 
 
@@ -91,19 +101,18 @@ def hf_tensors(checkpoint: MegatronCheckpoint, groups: list[WeightGroup]) -> Ite
 
 def find_tokenizer(checkpoint: MegatronCheckpoint) -> Path | None:
     """The tokenizer's folder beside an imported checkpoint, or in the data folder of the run that saved it."""
-    data = checkpoint.common["config"].get("data", {}).get("path") or ""
-    places = [checkpoint.folder / TOKENIZER, Path(data) / TOKENIZER]
-    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    data = checkpoint.common["config"].get("data", {}).get("path")
+    places = [checkpoint.folder / TOKENIZER, *([Path(data) / TOKENIZER] if data else [])]
+    return next((place for place in places if tokenizer_files(place)), None)
 
 
-def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"tokenizer {folder} has no tokenizer.json: give a Hugging Face tokenizer folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def _check_tokenizer(folder: Path, vocab_size: int) -> dict[str, int | None]:
+    """Its special tokens' ids, by their keys in config.json."""
+    tokenizer = load_tokenizer(folder)
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(f"tokenizer {folder} has ids up to {largest}, the model's vocabulary has {vocab_size}")
-    return tokenizer
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
 
 def _num_bytes(checkpoint: MegatronCheckpoint, group: WeightGroup) -> int:

@@ -1,25 +1,29 @@
-"""Does a Hugging Face folder hold the model of a step folder? Weights, logits, and decoding with a cache."""
+"""Does a Hugging Face folder hold the model of a step folder? Weights, config, code, logits, decoding with a cache."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_depthattn.config import ParallelConfig, RecomputeConfig, from_dict
+from megatron_depthattn.convert.hf_writer import model_files
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import hf_tensors, megatron_groups
 from megatron_depthattn.hf.loading import load_causal_lm
+from megatron_depthattn.hf.model_config import AUTO_MAP, normalises_keys_after_rope, to_hf_config, to_model_section
 from megatron_depthattn.hf.weights_folder import HFFolder
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_chunk, transformer_config
 from megatron_depthattn.train.checkpoint import load_weights
 
+LOGITS, DEPTH_SWITCH = "logits, Megatron and Hugging Face", "depth_attention.enabled"
 LOGITS_BOUND, CACHE_BOUND = 1e-4, 1e-5
 BATCH, POSITIONS, CHUNK = 2, 64, 5
 
@@ -35,7 +39,7 @@ class Check:
 
 
 def verify(checkpoint: MegatronCheckpoint, model: Path) -> list[Check]:
-    """Compare the two; all arithmetic in fp32 on the CPU, so the bounds mean the same for every checkpoint.
+    """Compare the two; all arithmetic in fp32, so the bounds mean the same for every checkpoint.
 
     Logits are of 2 x 64 random tokens (fewer if the model takes fewer); differences are absolute, and relative to the
     largest logit where that is above 1.
@@ -44,18 +48,19 @@ def verify(checkpoint: MegatronCheckpoint, model: Path) -> list[Check]:
         ValueError: one of the two cannot be read.
     """
     folder = HFFolder(model)
-    checks = [_weights(checkpoint, folder)]
+    section = checkpoint.common["config"]["model"]
+    checks = [_weights(checkpoint, folder), _config(section, folder), *_model_files(folder)]
     if not checks[0].passed:
         return checks
-    section = checkpoint.common["config"]["model"]
     length = min(POSITIONS, section["max_position_embeddings"])
     tokens = torch.randint(section["vocab_size"], (BATCH, length), generator=torch.Generator().manual_seed(0))
-    expected = megatron_logits(checkpoint, tokens) if section["num_loops"] == 1 else None
     exported = load_causal_lm(model, dtype=torch.float32).eval()
     with torch.no_grad():
         full = exported(tokens, use_cache=False).logits
-        if expected is not None:
-            checks.append(_difference("logits, Megatron and Hugging Face", full, expected, LOGITS_BOUND))
+        if section["num_loops"] == 1:
+            checks.append(_difference(LOGITS, full, megatron_logits(checkpoint, tokens), LOGITS_BOUND))
+        else:
+            checks.append(Check(LOGITS, "not compared: Megatron runs no looped model yet", "", passed=True))
         for chunk in (1, CHUNK):
             cached = _cached(exported, tokens, chunk)
             checks.append(_difference(f"cached decoding, chunks of {chunk}", cached, full, CACHE_BOUND))
@@ -78,6 +83,33 @@ def _weights(checkpoint: MegatronCheckpoint, folder: HFFolder) -> Check:
     return Check("weights, name by name", result, "bit-equal", not wrong)
 
 
+def _config(section: Mapping[str, Any], folder: HFFolder) -> Check:
+    """The settings that decide what the weights compute."""
+    ours = to_model_section(to_hf_config(section, dtype="", special_tokens={}))
+    theirs = to_model_section(folder.config)
+    ours["depth_attention"] |= {"k_norm_after_rope": False}
+    theirs["depth_attention"] |= {"k_norm_after_rope": normalises_keys_after_rope(folder.config)}
+    for one in (ours, theirs):
+        one |= {f"depth_attention.{key}": value for key, value in one.pop("depth_attention").items()}
+    # a Qwen3's config.json says nothing of how it was initialised or could be mixed
+    free = {"init_std"} | ({key for key in ours if "." in key} - {DEPTH_SWITCH} if not ours[DEPTH_SWITCH] else set())
+    wrong = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if key not in free and theirs[key] != ours[key]]
+    return Check("config", "; ".join(wrong) or "same model", "equal", not wrong)
+
+
+def _model_files(folder: HFFolder) -> list[Check]:
+    """Whether the folder's code, which others run, is this package's, which is run here."""
+    if folder.config["model_type"] != "depthattn":
+        return []
+    wrong = [file.name for file in model_files() if not _same_bytes(file, folder.folder / file.name)]
+    wrong += ["auto_map"] if folder.config.get("auto_map") != AUTO_MAP else []
+    return [Check("model files", f"{', '.join(wrong)} differ" if wrong else "this version's", "equal", not wrong)]
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
 def _difference(name: str, actual: Tensor, expected: Tensor, bound: float) -> Check:
     scale = max(1.0, expected.abs().max().item())
     difference = (actual - expected).abs().max().item() / scale
@@ -95,11 +127,12 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor) -> Tensor:
         recompute=RecomputeConfig(),
     )
     with _world_of_one(), torch.no_grad():
-        model = build_chunk(config, transformer_config(config))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Megatron's groups are
+        model = build_chunk(config, transformer_config(config)).to(device)
         load_weights(checkpoint.folder, [model])
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        logits: Tensor = model.eval()(tokens, positions, None)
-    return logits[..., : config.model.vocab_size].clone()
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        logits: Tensor = model.eval()(tokens.to(device), positions, None)
+    return logits[..., : config.model.vocab_size].cpu()
 
 
 @contextmanager

@@ -50,7 +50,6 @@ def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mappin
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "rope_scaling": None,
         "use_sliding_window": False,
         "use_cache": True,
         "torch_dtype": dtype,
@@ -83,7 +82,6 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
     filled = {
         # transformers' defaults where config.json is silent
         "head_dim": config["hidden_size"] // config["num_attention_heads"] if config["model_type"] == "llama" else 128,
-        "num_key_value_heads": config["num_attention_heads"],
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
         "rope_theta": rope.get("rope_theta", 10000.0),
@@ -124,7 +122,7 @@ def _check_is_trainable(config: Mapping[str, Any]) -> None:
     if refused:
         raise ValueError(f"config.json asks for what this stack cannot train: {'; '.join(refused)}")
     needed = ["max_position_embeddings", "rms_norm_eps", "vocab_size", "intermediate_size"]
-    needed += ["hidden_size", "num_hidden_layers", "num_attention_heads"]
+    needed += ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
     missing = [key for key in needed if key not in config]
     if missing:
         raise ValueError(f"config.json does not say {', '.join(missing)}")

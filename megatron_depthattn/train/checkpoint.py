@@ -30,6 +30,8 @@ from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.step_folders import LATEST, SAVED_METADATA, Progress, step_folder
 
+_MIXING = ("model.num_loops", *(f"model.depth_attention.{key}" for key in ("enabled", "stride", "recent_window")))
+
 
 def save_checkpoint(
     directory: Path,
@@ -130,6 +132,19 @@ def load_checkpoint(
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
     return Progress(**common["progress"])
+
+
+def changed_function(folder: Path, config: dict[str, Any]) -> list[str]:
+    """How this run mixes otherwise than the model whose weights alone it starts from, one line a setting."""
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    if "scheduler" in common:
+        return []  # a resumed run, which may not
+    before, now = _fixed_in_a_run(common["config"]), _fixed_in_a_run(config)
+    return [
+        f"note: {key} is {now.get(key)}; the weights come from a model with {before.get(key)}"
+        for key in _MIXING
+        if before.get(key) != now.get(key)
+    ]
 
 
 def load_weights(folder: Path, models: Sequence[torch.nn.Module]) -> None:

@@ -18,7 +18,7 @@ from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, transformer_config
-from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
+from megatron_depthattn.train.checkpoint import changed_function, load_checkpoint, save_checkpoint
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.metrics import Meter, forward_flops
 from megatron_depthattn.train.report import Reporter
@@ -55,6 +55,7 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> None:
     report = Reporter(config, is_writer=environment.rank == 0, first_step=progress.step, last_step=last_step)
     start = f"{resume_from}, at step {progress.step}" if resume_from else "from initial weights"
     report.lines(opening_lines(config, megatron, flops, environment.world_size, start))
+    report.lines(changed_function(resume_from, to_dict(config)) if resume_from else [])
     cost = Cost()
     if held_out and progress.step == 0:
         cost.add_held_out(0, evaluate(config, chunks, held_out))

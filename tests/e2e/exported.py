@@ -14,13 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_depthattn.hf import configuration_depthattn, modeling_depthattn
 from megatron_depthattn.hf.configuration_depthattn import DepthAttnConfig
+from megatron_depthattn.hf.model_config import AUTO_MAP
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.e2e.commands import REPOSITORY
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_depthattn.DepthAttnConfig",
-    "AutoModelForCausalLM": "modeling_depthattn.DepthAttnForCausalLM",
-}
 
 
 def export(folder: Path, tokenizer: PreTrainedTokenizerBase | None, **settings: Any) -> DepthAttnForCausalLM:

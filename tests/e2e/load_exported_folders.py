@@ -23,11 +23,11 @@ def main(cache: str, *folders: str) -> None:
 def result_of(folder: str) -> dict[str, object]:
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    stored = load_file(Path(folder) / "model.safetensors")
+    stored = {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
     parameters = dict(model.named_parameters())
     assert parameters.keys() == stored.keys()
     assert all(torch.equal(parameters[name], tensor) for name, tensor in stored.items())
@@ -36,6 +36,7 @@ def result_of(folder: str) -> dict[str, object]:
         return {
             "logits": model(tokens).logits.tolist(),
             "generated": model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist(),
+            "tokens": AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("a few words")["input_ids"],
             "class": f"{type(model).__module__}.{type(model).__name__}",
         }
 

@@ -1,19 +1,20 @@
 """An exported folder works where there is only torch and transformers, of either version; and so do tests/hf."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_depthattn import hf
-from megatron_depthattn.hf.model_config import AUTO_MAP
+from megatron_depthattn.convert import hf_writer
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.convert.to_hf import export
+from megatron_depthattn.data.tokenizer import train_bpe
+from megatron_depthattn.hf.loading import load_causal_lm, load_tokenizer
+from tests.checkpoints import model_section, random_weights, write_checkpoint
 from tests.e2e.clean_environment import CleanEnvironment
 from tests.e2e.commands import must_succeed, run
-from tests.hf.models import DENSE, largest, make_model
-
-SETTINGS = [DENSE | {"num_loops": 2}, {"tie_word_embeddings": True}]
+from tests.hf.models import largest
 
 
 @pytest.fixture(scope="session")
@@ -28,33 +29,38 @@ def transformers_5(tmp_path_factory) -> CleanEnvironment:
     return CleanEnvironment.build(folder, "transformers>=5,<6", "safetensors", "pytest")
 
 
-def export(model, folder: Path) -> Path:
-    """A folder as the export writes it: weights, config.json and the model's two files."""
-    model.save_pretrained(folder)
-    for name in ("configuration_depthattn.py", "modeling_depthattn.py"):
-        shutil.copy(Path(hf.__file__).with_name(name), folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
-    return folder
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What the converter writes: looped, in several files; tied, in one; each with a tokenizer."""
+    monkeypatch.setattr(hf_writer, "MAX_SHARD_BYTES", 60_000)
+    train_bpe(iter([b"a few words, and a few more words"]), 300).save_pretrained(tmp_path / "tokenizer")
+    made = []
+    for settings in ({"num_loops": 2}, {"tie_embeddings": True, "num_layers": 1}):
+        model = model_section(**settings)
+        step = write_checkpoint(tmp_path / f"step{len(made)}", model, random_weights(model))
+        made.append(tmp_path / f"hf{len(made)}")
+        export(MegatronCheckpoint(step), made[-1], tokenizer=tmp_path / "tokenizer")
+    assert (made[0] / "model.safetensors.index.json").exists()
+    return made
 
 
 @pytest.mark.parametrize("version", [4, 5])
 @torch.no_grad()
-def test_exported_folder_loads_without_the_project(version, request, tmp_path):
+def test_exported_folder_loads_without_the_project(version, request, tmp_path, folders):
     environment = request.getfixturevalue(f"transformers_{version}")
-    models = [make_model(**settings) for settings in SETTINGS]
-    folders = [export(model, tmp_path / str(i)) for i, model in enumerate(models)]
     # -I: neither the folder of the script nor PYTHONPATH leads to the project.
     script = Path(__file__).with_name("load_exported_folders.py")
     command = [environment.python, "-I", script, tmp_path / "cache", *folders]
     result = json.loads(must_succeed(run(command, seconds=120, cwd=tmp_path)).stdout)
     assert result["transformers"].startswith(f"{version}.")
     tokens = torch.arange(3, 14)[None]
-    for model, there in zip(models, result["models"], strict=True):
+    for folder, there in zip(folders, result["models"], strict=True):
         assert there["class"].startswith("transformers_modules.") and there["class"].endswith(".DepthAttnForCausalLM")
+        model = load_causal_lm(folder)
         assert largest(torch.tensor(there["logits"]) - model(tokens).logits) < 1e-5
         here = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
         assert there["generated"] == here.tolist()
+        assert there["tokens"] == load_tokenizer(folder)("a few words")["input_ids"]
 
 
 def test_model_tests_pass_under_transformers_5(transformers_5):

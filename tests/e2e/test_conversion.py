@@ -1,6 +1,7 @@
 """Checkpoints trained under parallel layouts, through the converter's commands and into other layouts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def test_megatron_hf_and_reference_agree(exported, layout: str):
 def test_verify_passes_as_a_command(exported):
     made = exported("tp2-pp2-bf16")
     output = must_succeed(python(TOOL, "verify", "--checkpoint", made.step, "--model", made.hf)).stdout
-    assert output.count(" ok ") == 4
+    assert output.count(" ok ") == 6
     assert "FAILED" not in output
 
 
@@ -121,24 +122,31 @@ def test_verify_passes(exported, layout: str):
 
 @pytest.mark.parametrize(
     ("damage", "failing"),
-    [("swapped keys", "weights, name by name"), ("another stride", "logits, Megatron and Hugging Face")],
+    [
+        ("swapped keys", ["weights, name by name"]),
+        ("another stride", ["config", "logits, Megatron and Hugging Face"]),
+        ("other code", ["model files"]),
+    ],
 )
 def test_verify_fails_for_another_model(
-    exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, failing: str
+    exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, failing: list[str]
 ):
     made = exported("tp2")
     folder = tmp_path / "hf"
-    folder.mkdir()
+    shutil.copytree(made.hf, folder)
     tensors, config = load_file(made.hf / "model.safetensors"), dict(made.config)
     if damage == "swapped keys":
         names = [f"model.layers.{layer}.self_attn.k_proj.weight" for layer in (1, 2)]
         tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
-    else:
+    elif damage == "another stride":
         config["depth_attention_stride"] = 1
+    else:
+        (folder / "modeling_depthattn.py").unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     assert convert("verify", "--checkpoint", made.step, "--model", folder) == 1
-    assert [line for line in capsys.readouterr().out.splitlines() if failing in line and "FAILED" in line]
+    failed = [line.split("\u2502")[1].strip() for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert failed == failing
 
 
 def test_an_import_trains_under_another_layout_from_the_same_bits(exported, config_file: Path, tmp_path: Path):

@@ -52,7 +52,7 @@ def test_quickstart_learns_and_exports(tmp_path: Path):
     )
     must_succeed(run(export, seconds=120))
     checks = must_succeed(run(verify, seconds=120)).stdout
-    assert checks.count(" ok ") == 4
+    assert checks.count(" ok ") == 6
     prompt = generate[generate.index("--prompt") + 1]
     text = must_succeed(run(generate, seconds=120)).stdout
     assert text.startswith(prompt)

@@ -1,0 +1,67 @@
+"""Write a Hugging Face model folder: the weights file by file, and what lies beside them."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_depthattn import hf
+from megatron_depthattn.hf.weights_folder import CONFIG, INDEX
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map*", "added_tokens*", "chat_template*", "vocab.*", "merges.txt")
+GENERATION_CONFIG = "generation_config.json"
+MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
+
+
+def write_weights(
+    folder: Path, sizes: Mapping[str, int], produce: Callable[[str], Iterable[tuple[str, Tensor]]]
+) -> None:
+    """Write safetensors files of at most ``MAX_SHARD_BYTES`` (a larger tensor has its own) and, for several, an index.
+
+    Args:
+        sizes: bytes of each unit: tensors that are made together and stay in one file.
+        produce: names and tensors of a unit; called once for each, in order.
+    """
+    plan = split_state_dict_into_shards_factory(
+        dict(sizes),  # type: ignore[arg-type] # sizes stand for the tensors
+        get_storage_size=lambda num_bytes: num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD_BYTES,
+    )
+    weight_map: dict[str, str] = {}
+    for filename, units in plan.filename_to_tensors.items():
+        # copies: safetensors refuses tensors that share memory, such as the parts of one Megatron tensor
+        tensors = {name: tensor.clone() for unit in units for name, tensor in produce(unit)}
+        save_file(tensors, folder / filename, metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG, folder / filename)  # safetensors makes files that only their owner reads
+        weight_map |= dict.fromkeys(tensors, filename)
+        del tensors  # before the next file's are made
+    if len(plan.filename_to_tensors) > 1:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
+
+
+def model_files() -> list[Path]:
+    """The code of Depth-Attention, which lies beside the weights so that they load without this package."""
+    return [Path(hf.__path__[0]) / name for name in ("configuration_depthattn.py", "modeling_depthattn.py")]
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy those that exist, under their names."""
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """A tokenizer's files in a model folder or a folder of its own."""
+    return sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as Hugging Face's files are: indented, with a final newline."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
