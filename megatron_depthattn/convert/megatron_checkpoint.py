@@ -61,8 +61,11 @@ class MegatronCheckpoint:
             return torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
         entry: dict[str, Any] = {COMMON_ENTRY: io.BytesIO()}
         dcp.load(entry, storage_reader=self._reader, no_dist=True)
-        entry[COMMON_ENTRY].seek(0)
-        return torch.load(entry[COMMON_ENTRY], map_location="cpu", weights_only=True)[0]
+        stored = entry[COMMON_ENTRY]
+        if isinstance(stored, io.BytesIO):
+            stored.seek(0)
+            stored = torch.load(stored, map_location="cpu", weights_only=True)
+        return stored[0]
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, gathered from the shards that were saved.
