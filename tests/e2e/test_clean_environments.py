@@ -26,7 +26,7 @@ def transformers_4(tmp_path_factory) -> CleanEnvironment:
 @pytest.fixture(scope="session")
 def transformers_5(tmp_path_factory) -> CleanEnvironment:
     folder = tmp_path_factory.mktemp("transformers_5")
-    return CleanEnvironment.build(folder, "transformers>=5,<6", "safetensors", "pytest")
+    return CleanEnvironment.build(folder, "transformers>=5,<6", "safetensors")
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_exported_folder_loads_without_the_project(version, request, tmp_path, f
 
 
 def test_model_tests_pass_under_transformers_5(transformers_5):
-    # For one test: transformers refuses tensor parallelism without it. The model files do not need it.
-    transformers_5.install("--no-deps", "accelerate", "psutil")
+    # pytest with what it needs; and for one test accelerate, without which transformers refuses tensor parallelism.
+    transformers_5.install("--no-deps", "pytest", "pluggy", "iniconfig", "pygments", "accelerate", "psutil")
     options = ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-q"]
     result = must_succeed(run([transformers_5.python, "-m", "pytest", *options, "tests/hf"], seconds=280))
     summary = result.stdout.strip().splitlines()[-1]
