@@ -83,7 +83,7 @@ LAYOUTS = {
 }
 
 # One of each kind. What their multiples and products add is how the groups are laid out: three cases show that.
-THOROUGH = ("single", "tp2+sp", "cp2", "pp2", "pp2xvpp2")
+THOROUGH = ("single", "tp2+sp", "pp2", "pp2xvpp2")
 
 RECOMPUTE = {
     "none": RecomputeConfig(),
@@ -175,7 +175,7 @@ RESUMES = [
     Job(layout=to, resume=saved)
     for saved, targets in {
         "single": ("single", "dp2", "tp4", "pp4"),
-        "tp2xpp2+sp": ("tp2xpp2+sp", "single", "dp2", "cp2", "pp2xvpp2", "tp4", "pp4", "dp2xpp2"),
+        "tp2xpp2+sp": ("tp2xpp2+sp", "single", "cp2", "pp2xvpp2", *(("dp2", "tp4", "pp4", "dp2xpp2") if FULL else ())),
         "pp4xvpp2": ("pp4xvpp2", "tp2xpp2+sp"),
         "dp2": ("dp2",),
     }.items()
