@@ -50,8 +50,9 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
         padding = meta[name].shape[0] - merged.shape[0]
         return torch.nn.functional.pad(merged, (0, 0, 0, padding)) if padding else merged
 
-    run = to_dict(RunConfig()) | {"model": to_dict(RunConfig())["model"] | model}
-    run["model"]["depth_attention"] = to_dict(RunConfig())["model"]["depth_attention"] | model["depth_attention"]
+    run = to_dict(RunConfig())
+    depth = run["model"]["depth_attention"] | model["depth_attention"]
+    run["model"] |= model | {"depth_attention": depth}
     common = {"progress": dataclasses.asdict(Progress()), "config": run, "imported_from": str(source.folder)}
     num_bytes = sum(tensor.nbytes for tensor in meta.values())
     tokenizer = tokenizer_files(source.folder)

@@ -1,5 +1,6 @@
 """Export: a Megatron step folder to a Hugging Face folder that loads without this package."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,5 +117,4 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> dict[str, int | None]:
 
 
 def _num_bytes(checkpoint: MegatronCheckpoint, group: WeightGroup) -> int:
-    rows, *rest = group.megatron_shape
-    return rows * (rest[0] if rest else 1) * checkpoint.weights[group.megatron].properties.dtype.itemsize
+    return math.prod(group.megatron_shape) * checkpoint.weights[group.megatron].properties.dtype.itemsize

@@ -1,6 +1,7 @@
 """Does a Hugging Face folder hold the model of a step folder? Weights, config, code, logits, decoding with a cache."""
 
 import dataclasses
+import filecmp
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def verify(checkpoint: MegatronCheckpoint, model: Path) -> list[Check]:
         return checks
     length = min(POSITIONS, section["max_position_embeddings"])
     tokens = torch.randint(section["vocab_size"], (BATCH, length), generator=torch.Generator().manual_seed(0))
-    exported = load_causal_lm(model, dtype=torch.float32).eval()
+    exported = load_causal_lm(model, dtype=torch.float32)
     with torch.no_grad():
         full = exported(tokens, use_cache=False).logits
         if section["num_loops"] == 1:
@@ -101,13 +102,11 @@ def _model_files(folder: HFFolder) -> list[Check]:
     """Whether the folder's code, which others run, is this package's, which is run here."""
     if folder.config["model_type"] != "depthattn":
         return []
-    wrong = [file.name for file in model_files() if not _same_bytes(file, folder.folder / file.name)]
+    names = [file.name for file in model_files()]
+    _, differing, unreadable = filecmp.cmpfiles(model_files()[0].parent, folder.folder, names, shallow=False)
+    wrong = differing + unreadable
     wrong += ["auto_map"] if folder.config.get("auto_map") != AUTO_MAP else []
     return [Check("model files", f"{', '.join(wrong)} differ" if wrong else "this version's", "equal", not wrong)]
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _difference(name: str, actual: Tensor, expected: Tensor, bound: float) -> Check:
