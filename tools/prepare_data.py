@@ -1,38 +1,39 @@
 """Turn text into a tokenised corpus: MDS shards of train and val, the tokenizer, a manifest with counts."""
 
 import argparse
-import os
+import signal
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from megatron_depthattn.data.documents import BUILTIN_STDLIB
+from megatron_depthattn.data.encode_pool import WorkerDiedError
 from megatron_depthattn.data.prepare import Prepared, PrepareSettings, Progress, prepare_corpus
 from megatron_depthattn.data.tokenizer import TRAIN_BPE
+from megatron_depthattn.data.unfinished import unfinished_folder
 
 PLAIN_LINE_SECONDS = 10.0
 
 
 class ProgressReport:
-    """A bar on a terminal, a line every few seconds elsewhere; both on stderr."""
+    """A bar on a terminal, a line every few seconds elsewhere; both on stderr, with throughput and time left."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        text = TextColumn("{task.description}")
-        tokens = TextColumn("{task.fields[tokens]:,} tokens")
-        self._bar = (
-            Bar(text, BarColumn(), tokens, TimeRemainingColumn(), console=console) if console.is_terminal else None
-        )
-        self._task = self._bar.add_task("reading", total=None, tokens=0) if self._bar else None
-        self._next_line = 0.0
+        self._console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+        self._bar = Bar(*columns, console=self._console) if self._console.is_terminal else None
+        self._task = self._bar.add_task("reading", total=None, figures="") if self._bar else None
         self._phase = ""
+        self._phase_start = self._next_line = 0.0
+        self._first: Progress | None = None
+        """The phase's first report: rates and time left count from it, not from what an earlier process did."""
 
     def __enter__(self) -> "ProgressReport":
         if self._bar:
@@ -46,18 +47,42 @@ class ProgressReport:
             self._bar.stop()
 
     def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        is_new = progress.phase != self._phase
+        if is_new or self._first is None:
+            self._phase, self._phase_start, self._first = progress.phase, now, progress
+        if progress.message:
+            self._console.print(progress.message, highlight=False, soft_wrap=True, markup=False)
+        figures = self._figures(progress, self._first, now - self._phase_start)
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task,
                 description=progress.phase,
                 completed=progress.done_bytes,
                 total=progress.total_bytes,
-                tokens=progress.tokens,
+                figures=figures,
             )
-        elif progress.phase != self._phase or time.monotonic() >= self._next_line:
-            self._phase, self._next_line = progress.phase, time.monotonic() + PLAIN_LINE_SECONDS
-            done, total = progress.done_bytes / 1e6, progress.total_bytes / 1e6
-            print(f"{progress.phase}: {done:.1f} of {total:.1f} MB, {progress.tokens:,} tokens", file=sys.stderr)
+        elif is_new or now >= self._next_line:
+            self._next_line = now + PLAIN_LINE_SECONDS
+            print(f"{progress.phase}: {figures}", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _figures(progress: Progress, first: Progress, seconds: float) -> str:
+        figures = [f"{progress.done_bytes / 1e6:,.1f} of {progress.total_bytes / 1e6:,.1f} MB"]
+        if progress.tokens:
+            figures.append(f"{progress.tokens:,} tokens")
+        new_bytes = progress.done_bytes - first.done_bytes
+        if new_bytes > 0 and seconds > 0:
+            left = (progress.total_bytes - progress.done_bytes) * seconds / new_bytes
+            figures.append(f"{(progress.tokens - first.tokens) / seconds:,.0f} tokens/s")
+            figures.append(f"{duration(left)} left")
+        return ", ".join(figures)
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def summary(output: Path, prepared: Prepared) -> str:
@@ -72,13 +97,18 @@ def summary(output: Path, prepared: Prepared) -> str:
             f"({count['dropped_tail_tokens']:,} tokens dropped, "
             f"{count['documents_with_replaced_utf8']:,} documents with invalid UTF-8 replaced)"
         )
+    formats = manifest["sources"]["formats"].items()
+    read = ", ".join(f"{of['files']:,} {name} ({of['bytes'] / 1e6:.1f} MB)" for name, of in formats)
+    lines.append(f"  files      {read}")
     skipped = manifest["skipped"]
     lines.append(
         f"  skipped    {skipped['binary_files_skipped']:,} binary files, {skipped['empty_documents']:,} empty documents"
     )
+    shown = {"binary_files_skipped", "empty_documents"}
+    lines += [f"  {'':<10} {n:,} {name.replace('_', ' ')}" for name, n in skipped.items() if n and name not in shown]
     if not prepared.already_prepared:
-        tokens = sum(count["tokens"] for count in manifest["splits"].values())
-        lines.append(f"  took       {prepared.seconds:.1f} s, {tokens / prepared.seconds:,.0f} tokens/s")
+        seconds, tokens = prepared.seconds, prepared.new_tokens
+        lines.append(f"  took       {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
     return "\n".join(lines)
 
 
@@ -90,8 +120,9 @@ def parse_arguments(arguments: list[str] | None) -> PrepareSettings:
         nargs="+",
         required=True,
         metavar="PATH",
-        help=f"text files (a document each), .jsonl files (a document per line, field 'text'), folders "
-        f"(every text file below them), or {BUILTIN_STDLIB} (the source of this Python's standard library)",
+        help="files or folders (every file below them): text (a document each), .jsonl or .json lines (a document per "
+        "line), each also as .gz or .zst; .parquet, .arrow, .feather (a document per row); or "
+        f"{BUILTIN_STDLIB} (the source of this Python's standard library)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -109,29 +140,48 @@ def parse_arguments(arguments: list[str] | None) -> PrepareSettings:
         metavar="F",
         help="share of the documents for the val split, chosen by hash (default 0.01; 0: no val split)",
     )
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field or column that holds the text (default text)"
+    )
+    parser.add_argument(
+        "--on-corrupt",
+        choices=("error", "skip"),
+        default="error",
+        help="a damaged file or record is an error (default), or is counted and what precedes it in the file is kept",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="encoding processes (default: the cores available)")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="read at most this many bytes of text")
-    parser.add_argument("--overwrite", action="store_true", help="prepare again even if DIR holds a corpus")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="prepare again even if DIR holds a corpus, or unfinished work with other settings",
+    )
     given = vars(parser.parse_args(arguments))
     return PrepareSettings(inputs=tuple(given.pop("input")), **given)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 when the corpus is there, 1 with one line on stderr when it cannot be, 130 on Ctrl-C."""
+    """Exit code: 0 when the corpus is there, 1 with one line on stderr when it cannot be, 130 when interrupted."""
     settings = parse_arguments(arguments)
     try:
         with ProgressReport() as report:
             prepared = prepare_corpus(settings, report)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, WorkerDiedError) as error:
+        print(f"error: {' '.join(str(error).split())}{continuation(settings.output)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
+        print(f"error: interrupted{continuation(settings.output) or '; nothing was written'}", file=sys.stderr)
         return 130
     print(summary(settings.output, prepared))
     return 0
 
 
+def continuation(output: Path) -> str:
+    """What to say after an error: whether work is kept."""
+    folder = unfinished_folder(output)
+    return f" (the work so far is kept in {folder}; the same command continues it)" if folder.exists() else ""
+
+
 if __name__ == "__main__":
-    # Threads, said outright so that tokenizers never asks.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop: save and leave, as for Ctrl-C
     sys.exit(main())

@@ -1,43 +1,73 @@
-"""Finding and reading documents: which files make up the corpus, their text as bytes, their split.
+"""The files of a corpus and what they are; the split of a document; where a long document is cut.
 
-Documents are read one at a time. A document goes to train or val by a hash of its bytes, whatever the order
-of the files; copies of a document therefore land on the same side.
+A document goes to train or val by a hash of its bytes, whatever the order of the files; copies of a document therefore
+land on the same side.
+
+Standard library only: every encoding process imports this file.
 """
 
 import hashlib
 import json
 import os
-import sys
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
 BUILTIN_STDLIB = "builtin:python-stdlib"
+PIECE_BYTES = 2 << 20  # a longer document is encoded in pieces, which bounds memory and lets all cores work on it
+SAFE_CUT_WINDOW = 1 << 16  # how far before that the best place to cut is looked for
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ARCHIVES = frozenset(
-    [".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".parquet", ".arrow", ".feather"]
+    [".bz2", ".xz", ".lz4", ".lzma", ".br", ".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst", ".7z", ".rar"]
 )
-BATCH_BYTES = 4 << 20  # text handed to the tokenizer's threads at a time
-FIRST_BLOCK_BYTES = 1 << 16  # a large binary file mostly shows itself here, and is then not read whole
+
+
+class Format(StrEnum):
+    """How a file is read; the last three are not, and are counted."""
+
+    TEXT = "text"
+    JSON_LINES = "json lines"
+    JSON = "json"
+    """A .json file: JSON lines if its first line is a record, else a text. Known once it is opened."""
+    PARQUET = "parquet"
+    ARROW = "arrow"
+    ARCHIVE = "archive"
+    DATASET_METADATA = "dataset metadata"
+    """What `datasets.save_to_disk` and its cache put beside the Arrow files."""
+    SPECIAL = "special"
+    """A link to a folder, a broken link, a socket, a pipe."""
+
+
+ENDINGS = {
+    ".jsonl": Format.JSON_LINES,
+    ".ndjson": Format.JSON_LINES,
+    ".json": Format.JSON,
+    ".parquet": Format.PARQUET,
+    ".arrow": Format.ARROW,
+    ".feather": Format.ARROW,
+}
 
 
 class CorpusFile(NamedTuple):
     path: Path
     name: str
+    """Relative to its input."""
     size: int
+    modified_ns: int
+    format: Format
+    compression: str = ""
+    """gzip, zstd, or nothing."""
 
 
-@dataclass
-class CorpusCounts:
-    """What was passed over while reading."""
-
-    binary_files_skipped: int = 0
-    empty_documents: int = 0
+# ---- files -----------------------------------------------------------------------------------------------
 
 
 def corpus_files(inputs: Sequence[str]) -> list[CorpusFile]:
-    """Every file of the inputs, in a fixed order; `name` is relative to its input.
+    """Every file of the inputs, in a fixed order: that of the inputs, then a folder's files by name, then its folders.
 
     Raises:
         ValueError: an input does not exist, is an archive, or is an unknown builtin.
@@ -53,88 +83,106 @@ def corpus_files(inputs: Sequence[str]) -> list[CorpusFile]:
         elif path.is_dir():
             files += _walk(path, set())
         elif not path.is_file():
-            raise ValueError(f"--input {given} does not exist: give text files, folders, or {BUILTIN_STDLIB}")
-        elif path.suffix.lower() in ARCHIVES:
-            raise ValueError(
-                f"--input {given} is compressed or columnar, which is not read: expand it to text or .jsonl"
-            )
+            raise ValueError(f"--input {given} does not exist: give files, folders, or {BUILTIN_STDLIB}")
         else:
-            files.append(CorpusFile(path, path.name, path.stat().st_size))
+            file = _corpus_file(path, path.name)
+            if file.format is Format.ARCHIVE:
+                raise ValueError(
+                    f"--input {given} is an archive, or not compressed as .gz or .zst: it is not read, unpack it"
+                )
+            files.append(file)
     return files
 
 
 def _walk(root: Path, skip_folders: set[str]) -> Iterator[CorpusFile]:
     for folder, folders, names in os.walk(root):
+        links = [name for name in folders if Path(folder, name).is_symlink()]  # not followed: they can form loops
         folders[:] = sorted(set(folders) - skip_folders)
-        for name in sorted(names):
+        data_files = _saved_dataset_files(Path(folder), names)
+        for name in sorted(names + links) if data_files is None else [*data_files, *sorted(set(names) - {*data_files})]:
             path = Path(folder, name)
-            if path.is_file():  # not a socket, a pipe or a broken link
-                yield CorpusFile(path, path.relative_to(root).as_posix(), path.stat().st_size)
+            file = _corpus_file(path, path.relative_to(root).as_posix())
+            if name == "dataset_dict.json" or (data_files is not None and name not in data_files):
+                file = file._replace(format=Format.DATASET_METADATA)
+            yield file
 
 
-def read_documents(files: Sequence[CorpusFile], max_bytes: int | None, counts: CorpusCounts) -> Iterator[bytes]:
-    """Documents as bytes: one per file, or one per line's "text" field of a .jsonl file. Adds to `counts`.
-
-    A binary file (with a NUL byte) is skipped; so is an empty document. The document that passes `max_bytes`
-    is cut at a character and ends the corpus.
-    """
-    left = sys.maxsize if max_bytes is None else max_bytes
-    for file in files:
-        is_lines = file.path.suffix == ".jsonl"
-        for data in _json_lines(file.path) if is_lines else _whole_file(file.path, counts):
-            if not data.strip():
-                counts.empty_documents += 1
-                continue
-            if len(data) > left:
-                while left and data[left] & 0xC0 == 0x80:  # inside a UTF-8 character
-                    left -= 1
-                data = data[:left]
-            left -= len(data)
-            if data:
-                yield data
-            if left <= 0:
-                return
+def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None:
+    """The Arrow files, in their order, of a folder that `datasets.save_to_disk` wrote; None for any other folder."""
+    if not {"state.json", "dataset_info.json"} <= {*names}:
+        return None
+    try:
+        listed = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    missing = [name for name in listed if name not in names]
+    if missing:
+        raise ValueError(f"{folder / 'state.json'} names {missing[0]}, which is not there: copy the data set again")
+    return listed
 
 
-def _whole_file(path: Path, counts: CorpusCounts) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        data = file.read(FIRST_BLOCK_BYTES)
-        if b"\0" not in data:
-            data += file.read()
-    if b"\0" in data:
-        counts.binary_files_skipped += 1
-    else:
-        yield data
+def _corpus_file(path: Path, name: str) -> CorpusFile:
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # a broken link
+        return CorpusFile(path, name, 0, 0, Format.SPECIAL)
+    if not stat.S_ISREG(status.st_mode):
+        return CorpusFile(path, name, 0, 0, Format.SPECIAL)
+    ending, compression = path.suffix.lower(), ""
+    if ending in COMPRESSIONS:
+        compression = COMPRESSIONS[ending]
+        ending = Path(path.stem).suffix.lower()
+    format = Format.ARCHIVE if ending in ARCHIVES else ENDINGS.get(ending, Format.TEXT)
+    if compression and format is Format.JSON:
+        format = Format.JSON_LINES  # .json.gz and .json.zst are only in use for data sets, which are lines
+    elif compression and format in (Format.PARQUET, Format.ARROW):
+        format = Format.ARCHIVE  # they are read from their end, or in place
+    return CorpusFile(path, name, status.st_size, status.st_mtime_ns, format, compression)
 
 
-def _json_lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):  # not JSON, no such field, not an object
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, line {number} is not a JSON object with a string field "text"')
-            yield text.encode("utf-8", errors="replace")  # JSON can spell half of a surrogate pair
-
-
-def batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Consecutive documents in lists that end once they hold `BATCH_BYTES`; the last one may be smaller."""
-    batch: list[bytes] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+# ---- documents -------------------------------------------------------------------------------------------
 
 
 def is_validation(document: bytes, fraction: float) -> bool:
     """Whether a document belongs to val: its SHA-256, read as a number in [0, 1), is below `fraction`."""
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < fraction * 2.0**64
+    return digest_is_validation(hashlib.sha256(document).digest(), fraction)
+
+
+def digest_is_validation(digest: bytes, fraction: float) -> bool:
+    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+
+
+def pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """A document in parts of at most `PIECE_BYTES`; `blocks` are its bytes, and how they are cut does not matter.
+
+    A cut is made after a line end between two characters that are no white space, where the usual pre-tokenizers
+    (GPT-2's, Llama 3's, Qwen's) cut as well: the tokens are then those of the uncut document. Without such a place
+    near the limit it is made after the last line end, else between two characters.
+    """
+    rest = b""
+    for block in blocks:
+        rest += block
+        while len(rest) > PIECE_BYTES:
+            cut = _cut(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _cut(data: bytes) -> int:
+    """Where to cut, in [1, PIECE_BYTES]; a function of the first PIECE_BYTES + 1 bytes alone."""
+    last = end = data.rfind(b"\n", 0, PIECE_BYTES)
+    while end > max(0, PIECE_BYTES - SAFE_CUT_WINDOW):
+        if not data[end - 1 : end].isspace() and not data[end + 1 : end + 2].isspace():
+            return end + 1
+        end = data.rfind(b"\n", 0, end)
+    return last + 1 if last >= 0 else character_start(data, PIECE_BYTES)
+
+
+def character_start(data: bytes, position: int) -> int:
+    """`position`, or up to three bytes before it, if it lies inside a UTF-8 character."""
+    for start in range(position, max(position - 4, 0), -1):
+        if data[start] & 0xC0 != 0x80:
+            return start
+    return 0 if position < 4 else position

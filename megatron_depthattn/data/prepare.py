@@ -1,6 +1,7 @@
-"""From text files to MDS shards of token sequences, a tokenizer and a manifest.
+"""From files of text to MDS shards of token sequences, a tokenizer and a manifest.
 
-    OUTPUT/manifest.json   settings, counts, tokenizer digest
+    OUTPUT/manifest.json   settings, counts, tokenizer digest, totals of the source files
+    OUTPUT/sources.jsonl   every source file: name, size, format, and what became of it
     OUTPUT/tokenizer/      loads with transformers.AutoTokenizer
     OUTPUT/train/          MDS shards with one column, `tokens`: uint16 (or uint32) [sequence_length + 1]
     OUTPUT/val/
@@ -9,86 +10,59 @@ A split's documents, each followed by EOS, form one stream of tokens. Sample i i
 neighbours share one token, so every token but the first is predicted exactly once, and what remains after the
 last whole sample is dropped and counted.
 
-Documents are read one at a time, twice when a tokenizer is trained; memory holds one document and one batch.
+One process reads (`readers.py`), many encode (`encode.py`, `encode_pool.py`), the first merges in the order of the
+corpus and writes (`shard_writer.py`). The output depends on the documents and their order alone: not on the number of
+processes, not on interruptions (`unfinished.py`). Memory holds a few units of 2 MB a process, and a longer document
+only where it is a single record of a JSON or columnar file.
 """
 
 import hashlib
 import json
 import os
-import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-from streaming import MDSWriter
-
-from megatron_depthattn.data.documents import (
-    BUILTIN_STDLIB,
-    CorpusCounts,
-    CorpusFile,
-    batches,
-    corpus_files,
-    is_validation,
-    read_documents,
+from megatron_depthattn.data.documents import CorpusFile, corpus_files
+from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, parts
+from megatron_depthattn.data.encode_pool import EncodePool
+from megatron_depthattn.data.prepare_outcome import SKIPPED, outcome_counts, refuse_empty, write_sources
+from megatron_depthattn.data.prepare_settings import (
+    FORMAT_VERSION,
+    PrepareSettings,
+    check_settings,
+    existing_manifest,
+    refuse_skipped_damage,
+    settings_record,
 )
-from megatron_depthattn.data.stream import MANIFEST_NAME, TOKEN_COLUMN
-from megatron_depthattn.data.tokenizer import (
-    Encoder,
-    bpe_vocab,
-    file_sha256,
-    load_tokenizer,
-    tokenizer_identity,
-    train_bpe,
-)
+from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
+from megatron_depthattn.data.shard_writer import SplitWriter
+from megatron_depthattn.data.stream import MANIFEST_NAME
+from megatron_depthattn.data.tokenizer import Encoder, bpe_vocab, file_sha256, load_tokenizer, train_bpe
+from megatron_depthattn.data.unfinished import Merged, SplitState, Unfinished, open_unfinished, remove_leftover
+from megatron_depthattn.durable import fsync_path, publish_folder, recover_folder
 
-FORMAT_VERSION = 1
-SHARD_BYTES = 32 << 20
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-
-@dataclass(kw_only=True, frozen=True)
-class PrepareSettings:
-    """What `tools/prepare_data.py` was asked for."""
-
-    inputs: tuple[str, ...]
-    """Text files, folders, or `builtin:python-stdlib`."""
-    tokenizer: str
-    """A Hugging Face tokenizer folder, a tokenizer.json, or `train-bpe:VOCAB`."""
-    sequence_length: int
-    """Tokens a model sees at a time; a sample stores one more."""
-    output: Path
-    """The folder to write."""
-    validation_fraction: float = 0.01
-    """Share of the documents that goes to val; 0 writes no val split."""
-    max_bytes: int | None = None
-    """Stop after this many bytes of documents; the last one is cut."""
-    overwrite: bool = False
-    """Prepare again even if `output` holds a corpus."""
-
-
-@dataclass
-class SplitCounts:
-    """`dropped_tail_tokens` come after the last whole sample; they are part of `tokens`."""
-
-    documents: int = 0
-    documents_with_replaced_utf8: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    samples: int = 0
-    dropped_tail_tokens: int = 0
+SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can cost
 
 
 @dataclass(kw_only=True, frozen=True)
 class Progress:
-    """Handed to the progress callback when a phase starts and after every batch."""
+    """Handed to the progress callback when a phase starts and after every unit."""
 
     phase: str
     total_bytes: int
+    """Of the source files, or of documents where `max_bytes` is less."""
     done_bytes: int = 0
     tokens: int = 0
+    message: str = ""
+    """Worth a line of its own."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -96,207 +70,236 @@ class Prepared:
     manifest: dict[str, Any]
     already_prepared: bool
     seconds: float = 0.0
+    """Of this process."""
+    new_tokens: int = 0
+    """Encoded by this process."""
 
 
 ProgressCallback = Callable[[Progress], None]
 
 
-# ---- samples ---------------------------------------------------------------------------------------------
-
-
-class SplitWriter:
-    """Tokenises one split's documents, cuts the stream into samples and writes them as MDS shards."""
-
-    def __init__(self, folder: Path, sequence_length: int, encoder: Encoder) -> None:
-        self.counts = SplitCounts()
-        self._length = sequence_length
-        self._encoder = encoder
-        # The rest starts with the last token of the previous sample: the first token of the next one.
-        self._rest: npt.NDArray[Any] = np.empty(0, encoder.dtype)
-        self._writer = MDSWriter(
-            columns={TOKEN_COLUMN: f"ndarray:{encoder.dtype}:{sequence_length + 1}"},
-            out=str(folder),
-            compression="zstd",
-            hashes=["xxh64"],
-            size_limit=SHARD_BYTES,
-        )
-
-    def write(self, documents: Sequence[bytes]) -> None:
-        encoded = self._encoder.encode([self._text(document) for document in documents])
-        stream = np.concatenate([self._rest, *encoded])
-        end = max(len(stream) - 1, 0) // self._length * self._length
-        for start in range(0, end, self._length):
-            self._writer.write({TOKEN_COLUMN: stream[start : start + self._length + 1]})
-        self._rest = stream[end:].copy()  # not a view, which would keep the whole batch
-        self.counts.documents += len(documents)
-        self.counts.bytes += sum(map(len, documents))
-        self.counts.tokens += sum(map(len, encoded))
-        self.counts.samples += end // self._length
-
-    def _text(self, document: bytes) -> str:
-        try:
-            return document.decode("utf-8")
-        except UnicodeDecodeError:
-            self.counts.documents_with_replaced_utf8 += 1
-            return document.decode("utf-8", errors="replace")
-
-    def finish(self) -> SplitCounts:
-        shared = 1 if self.counts.samples else 0
-        self.counts.dropped_tail_tokens = max(len(self._rest) - shared, 0)
-        self._writer.finish()
-        return self.counts
-
-
-# ---- the whole -------------------------------------------------------------------------------------------
-
-
 def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = lambda progress: None) -> Prepared:
-    """Prepare a corpus, or find that it is there already.
+    """Prepare a corpus, continue an interrupted preparation, or find that the corpus is there already.
 
-    Everything is written beside `settings.output` and renamed at the end: an interrupted preparation leaves
-    no half-written corpus.
+    Everything is written beside `settings.output` and renamed at the end: the output is complete or not there.
 
     Raises:
         ValueError: the settings, the inputs or an existing output do not allow it.
+        OSError: a file cannot be read or written.
+        WorkerDiedError: an encoding process was killed.
     """
     start = time.perf_counter()
-    _check(settings)
+    check_settings(settings)
     files = corpus_files(settings.inputs)
-    record = _settings_record(settings, files)
-    manifest = _existing_manifest(settings, record)
-    if manifest is not None:
-        return Prepared(manifest=manifest, already_prepared=True)
+    record = settings_record(settings, files)
     output = settings.output.absolute()
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        manifest = _write_corpus(settings, files, partial, on_progress) | {"settings": record}
-        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-        _replace_folder(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Prepared(manifest=manifest, already_prepared=False, seconds=time.perf_counter() - start)
+    recover_folder(output)
+    manifest = existing_manifest(settings, record)
+    if manifest is not None:
+        remove_leftover(output)
+        refuse_skipped_damage(settings, manifest["skipped"], str(output))
+        return Prepared(manifest=manifest, already_prepared=True)
+    with open_unfinished(output) as unfinished:
+        preparation = _Preparation(settings, files, record, unfinished, on_progress)
+        manifest = preparation.run()
+        publish_folder(unfinished.corpus, output)
+        unfinished.clear()
+    seconds = time.perf_counter() - start
+    return Prepared(manifest=manifest, already_prepared=False, seconds=seconds, new_tokens=preparation.new_tokens)
 
 
-def _check(settings: PrepareSettings) -> None:
-    if not settings.inputs:
-        raise ValueError(f"no --input given: name text files, folders, or {BUILTIN_STDLIB}")
-    if settings.sequence_length < 1:
-        raise ValueError(f"--sequence-length {settings.sequence_length}: set at least 1")
-    if not 0 <= settings.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction {settings.validation_fraction}: set a number in [0, 1)")
-    if settings.max_bytes is not None and settings.max_bytes < 1:
-        raise ValueError(f"--max-bytes {settings.max_bytes}: set at least 1, or leave it out")
-    output = settings.output.resolve()
-    for given in settings.inputs:
-        if Path(given).is_dir() and output.is_relative_to(Path(given).resolve()):
-            raise ValueError(f"--output {settings.output} lies inside --input {given}: choose a folder outside of it")
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
-def _settings_record(settings: PrepareSettings, files: Sequence[CorpusFile]) -> dict[str, Any]:
-    """What decides the result, as stored in the manifest.
-
-    The corpus counts by file names and sizes: reading every byte to find that nothing changed would cost as
-    much as preparing. An edit that keeps a file's size needs --overwrite.
-    """
-    names_and_sizes = repr([(file.name, file.size) for file in files])
-    return {
-        "format_version": FORMAT_VERSION,
-        "input": list(settings.inputs),
-        "corpus_files_sha256": hashlib.sha256(names_and_sizes.encode()).hexdigest(),
-        "tokenizer": tokenizer_identity(settings.tokenizer),
-        "sequence_length": settings.sequence_length,
-        "validation_fraction": settings.validation_fraction,
-        "max_bytes": settings.max_bytes,
-    }
+# ---- the work --------------------------------------------------------------------------------------------
 
 
-def _existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a corpus already prepared with these settings; None if the output is to be written."""
-    output = settings.output
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    file = output / MANIFEST_NAME
-    if not file.is_file():
-        # Never removed, --overwrite or not: it is not ours.
-        raise ValueError(f"--output {output} exists and is not a prepared corpus: choose another folder")
-    if settings.overwrite:
-        return None
-    manifest: dict[str, Any] = json.loads(file.read_text())
-    stored = manifest.get("settings", {})
-    changed = [f"{key} {stored.get(key)!r}, not {new!r}" for key, new in record.items() if stored.get(key) != new]
-    if changed:
-        raise ValueError(
-            f"--output {output} was prepared with {'; '.join(changed)}: choose another folder or pass --overwrite"
-        )
-    return manifest
+class _Preparation:
+    """One process's share of a preparation."""
 
+    def __init__(
+        self,
+        settings: PrepareSettings,
+        files: Sequence[CorpusFile],
+        record: dict[str, Any],
+        unfinished: Unfinished,
+        on_progress: ProgressCallback,
+    ) -> None:
+        self.new_tokens = 0
+        self._settings = settings
+        self._files = files
+        self._record = record
+        self._unfinished = unfinished
+        self._on_progress = on_progress
+        self._recipe = Recipe(settings.text_field, settings.validation_fraction)
+        self._splits = SPLITS if settings.validation_fraction > 0 else SPLITS[:1]
+        total = sum(file.size for file in files)
+        self._total_bytes = min(total, settings.max_bytes or total)
+        self._merged = Merged()
+        self._writers: dict[str, SplitWriter] = {}
 
-def _write_corpus(
-    settings: PrepareSettings, files: Sequence[CorpusFile], folder: Path, on_progress: ProgressCallback
-) -> dict[str, Any]:
-    """Write the tokenizer and the shards below `folder`; returns the manifest but for its settings."""
-    total = sum(file.size for file in files)
-    total = min(total, settings.max_bytes or total)
-    vocab = bpe_vocab(settings.tokenizer)
-    if vocab is None:
-        tokenizer = load_tokenizer(settings.tokenizer)
-    else:
-        on_progress(Progress(phase="training the tokenizer", total_bytes=total))
-        documents = read_documents(files, settings.max_bytes, CorpusCounts())
-        fraction = settings.validation_fraction
-        tokenizer = train_bpe((d for d in documents if not is_validation(d, fraction)), vocab)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    def run(self) -> dict[str, Any]:
+        """Write the corpus below the unfinished folder, or what is missing of it; returns the manifest.
 
-    encoder = Encoder(tokenizer)
-    splits = ["train", "val"] if settings.validation_fraction > 0 else ["train"]
-    writers = {split: SplitWriter(folder / split, settings.sequence_length, encoder) for split in splits}
-    skipped = CorpusCounts()
-    for batch in batches(read_documents(files, settings.max_bytes, skipped)):
-        by_split: dict[str, list[bytes]] = {split: [] for split in splits}
-        for document in batch:
-            side = "val" if is_validation(document, settings.validation_fraction) else "train"
-            by_split[side].append(document)
-        for split, writer in writers.items():
-            writer.write(by_split[split])
-        done = sum(writer.counts.bytes for writer in writers.values())
-        tokens = sum(writer.counts.tokens for writer in writers.values())
-        on_progress(Progress(phase="tokenising", total_bytes=total, done_bytes=done, tokens=tokens))
-    counts = {split: writer.finish() for split, writer in writers.items()}
-    _refuse_empty(counts, skipped, settings)
-    return {
-        "format_version": FORMAT_VERSION,
-        "sequence_length": settings.sequence_length,
-        "vocab_size": encoder.vocab_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "token_dtype": encoder.dtype,
-        "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
-        "skipped": asdict(skipped),
-        "splits": {split: asdict(count) for split, count in counts.items()},
-    }
+        Stopped by an exception, it saves the progress first.
+        """
+        # An edited file must not be continued in the middle; its times need not match once the corpus is finished.
+        times = hashlib.sha256(repr([file.modified_ns for file in self._files]).encode()).hexdigest()
+        self._record_to_continue = self._record | {"modification_times_sha256": times}
+        found = self._unfinished.load(self._record_to_continue, overwrite=self._settings.overwrite)
+        if found is not None:
+            self._merged, states = found
+            refuse_skipped_damage(self._settings, self._merged.skipped, str(self._unfinished.folder))
+        encoder = Encoder(self._prepare_tokenizer(is_new=found is None))
+        if found is None:
+            states = {split: SplitState([], encoder.no_tokens) for split in self._splits}
+        folder = self._unfinished.corpus
+        for split in self._splits:
+            of = states[split]
+            length = self._settings.sequence_length
+            self._writers[split] = SplitWriter(folder / split, length, encoder.dtype, of.shards, of.tokens)
+        try:
+            self._save()
+            self._encode_and_merge(encoder)
+            return self._finish(encoder)
+        finally:
+            for writer in self._writers.values():
+                writer.close()
 
+    def _prepare_tokenizer(self, *, is_new: bool) -> "PreTrainedTokenizerFast":
+        folder = self._unfinished.corpus / "tokenizer"
+        vocab = bpe_vocab(self._settings.tokenizer)
+        if vocab is None:
+            tokenizer = load_tokenizer(self._settings.tokenizer)
+            if is_new:
+                tokenizer.save_pretrained(folder)
+        else:
+            if is_new:
+                self._on_progress(Progress(phase="training the tokenizer", total_bytes=self._total_bytes))
+                train_bpe(self._training_documents(), vocab).save_pretrained(folder)
+            tokenizer = load_tokenizer(str(folder))  # the same way whether it was trained now or before a break
+        _fsync_tree(self._unfinished.corpus)
+        return tokenizer
 
-def _refuse_empty(counts: dict[str, SplitCounts], skipped: CorpusCounts, settings: PrepareSettings) -> None:
-    if not sum(count.documents for count in counts.values()):
-        raise ValueError(
-            f"--input {' '.join(settings.inputs)} holds no text ({skipped.binary_files_skipped} binary files "
-            f"and {skipped.empty_documents} empty documents were skipped): give text files or .jsonl"
-        )
-    for split, count in counts.items():
-        if not count.samples:
-            advice = "give more text or set a smaller --sequence-length"
-            if split == "val":
-                advice += ", set a larger --validation-fraction, or 0 for no val split"
-            raise ValueError(
-                f"the {split} split got {count.documents} documents and {count.tokens} tokens, and one "
-                f"sample needs {settings.sequence_length + 1}: {advice}"
+    def _training_documents(self) -> Iterator[bytes]:
+        """The train split, long documents in pieces; read in this process, for the first 32 MiB are enough."""
+        left = self._settings.max_bytes or sys.maxsize
+        for unit in read_units(self._files, self._recipe):
+            encoded = Encoded()
+            for part in parts(unit.content, self._recipe, encoded):
+                if part.split == "train":
+                    yield part.data[:left]
+                left -= len(part.data)
+                if left <= 0:
+                    return
+            self._refuse_damage(unit, encoded)
+
+    def _encode_and_merge(self, encoder: Encoder) -> None:
+        merged, limit = self._merged, self._settings.max_bytes or sys.maxsize
+        if merged.position != Position():
+            self._report(message=self._where())
+        is_whole = True
+        saved = time.monotonic()
+        try:
+            with EncodePool(self._settings.workers or available_cores(), encoder, self._recipe) as pool:
+                for unit, encoded in pool.encode_in_order(read_units(self._files, self._recipe, merged.position)):
+                    if merged.bytes + encoded.bytes >= limit:
+                        encoded = pool.submit(unit.content, limit - merged.bytes).result()
+                    self._refuse_damage(unit, encoded)
+                    is_whole = False
+                    self._merge(unit, encoded)
+                    is_whole = True
+                    self._report()
+                    if merged.bytes >= limit:
+                        return
+                    if time.monotonic() - saved >= SAVE_SECONDS:
+                        self._save()
+                        saved = time.monotonic()
+        except BaseException:
+            # Interrupted between a split's tokens and the position, memory holds nothing whole: the last save stands.
+            if is_whole:
+                with suppress(OSError):  # a full disk may be why we are here
+                    self._save()
+            raise
+
+    def _refuse_damage(self, unit: Unit, encoded: Encoded) -> None:
+        damage = encoded.first_damage
+        if not damage and unit.outcome is not None and unit.outcome.kind == "damaged":
+            damage = f"{self._files[unit.outcome.file].path}: {unit.outcome.message}"
+        if damage and self._settings.on_corrupt == "error":
+            raise ValueError(f"{damage}; repair it, or pass --on-corrupt skip to go on without it and count it")
+
+    def _merge(self, unit: Unit, encoded: Encoded) -> None:
+        merged = self._merged
+        for split, writer in self._writers.items():
+            writer.write(encoded.tokens[split])
+            merged.counts[split].update(encoded.counts[split])
+            self.new_tokens += len(encoded.tokens[split])
+        binary = [Outcome(index, "binary") for index in encoded.binary_files]
+        for outcome in [*binary, *([unit.outcome] if unit.outcome else [])]:
+            merged.outcomes.append(outcome)
+            merged.skipped[SKIPPED[outcome.kind]] += 1
+        merged.skipped["empty_documents"] += encoded.empty_documents
+        merged.skipped["damaged_records"] += encoded.damaged_records
+        merged.first_damage = merged.first_damage or encoded.first_damage
+        merged.position, merged.consumed_bytes = unit.end, unit.consumed_bytes
+
+    def _save(self) -> None:
+        states = {split: SplitState(*writer.state()) for split, writer in self._writers.items()}
+        self._unfinished.save(self._record_to_continue, self._merged, states)
+
+    def _report(self, message: str = "") -> None:
+        merged = self._merged
+        done = merged.consumed_bytes if self._settings.max_bytes is None else merged.bytes
+        self._on_progress(
+            Progress(
+                phase="tokenising",
+                total_bytes=self._total_bytes,
+                done_bytes=min(done, self._total_bytes),
+                tokens=merged.tokens,
+                message=message,
             )
+        )
+
+    def _where(self) -> str:
+        merged, files = self._merged, self._files
+        if merged.position.file >= len(files):
+            return "continuing: everything is tokenised, the last shards are to be written"
+        name = files[merged.position.file].name
+        return (
+            f"continuing at file {merged.position.file + 1:,} of {len(files):,} ({name}), "
+            f"after {merged.bytes / 1e6:,.1f} MB of documents and {merged.tokens:,} tokens"
+        )
+
+    def _finish(self, encoder: Encoder) -> dict[str, Any]:
+        """Write what comes after the last document, and have everything on disk."""
+        merged, folder = self._merged, self._unfinished.corpus
+        for split, writer in self._writers.items():
+            counts = merged.counts[split]
+            counts["samples"], counts["dropped_tail_tokens"] = writer.finish()
+        try:
+            refuse_empty(self._settings, merged, self._splits)
+        except ValueError:
+            self._unfinished.clear()  # no other settings can continue it
+            raise
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "sequence_length": self._settings.sequence_length,
+            "vocab_size": encoder.vocab_size,
+            "eos_token_id": int(encoder.end[0]),
+            "token_dtype": encoder.dtype,
+            "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
+            **outcome_counts(merged, self._splits),
+            "sources": write_sources(folder, self._files, merged),
+            "settings": self._record,
+        }
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+        _fsync_tree(folder)
+        return manifest
 
 
-def _replace_folder(partial: Path, output: Path) -> None:
-    """Put the finished folder in place; an old corpus goes only once the new one is complete."""
-    old = partial.with_name(partial.name + ".old")
-    if (output / MANIFEST_NAME).is_file():
-        os.replace(output, old)
-    os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
+def _fsync_tree(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        fsync_path(path)

@@ -1,21 +1,27 @@
-"""The corpus's tokenizer: trained or loaded, identified by its hash, applied to batches of documents."""
+"""The corpus's tokenizer: trained or loaded, identified by its hash, applied to documents.
+
+transformers is imported where it is needed: the encoding processes need only the `Encoder`, and transformers brings
+torch, hundreds of megabytes a process.
+"""
+
+from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TRAIN_BPE = "train-bpe:"
 BPE_TRAINING_BYTES = 32 << 20  # of the train split, from its start: the merges hardly change after that
 MIN_BPE_VOCAB = 256 + 2  # every byte and the two special tokens
-PIECE_CHARACTERS = 8 << 20  # a longer document is encoded in pieces cut after a line end, to bound memory
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # for a bare tokenizer.json, which names none
 
@@ -36,6 +42,8 @@ def bpe_vocab(given: str) -> int | None:
 
 def train_bpe(documents: Iterator[bytes], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with the special tokens of GPT-NeoX: EOS (also BOS) is id 0, padding id 1."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,6 +74,8 @@ def load_tokenizer(given: str) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: it does not exist or load, is not a fast tokenizer, or has no end-of-sequence token.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     path = Path(given)
     if not path.exists():
         raise ValueError(f"--tokenizer {given} does not exist: give a folder, a tokenizer.json, or {TRAIN_BPE}VOCAB")
@@ -89,54 +99,54 @@ def load_tokenizer(given: str) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_identity(given: str) -> str:
-    """`--tokenizer` as given, plus the digest of its tokenizer.json if it names one; checks `train-bpe:`."""
+    """`--tokenizer` as given, plus the digest of the files that decide the tokens; checks `train-bpe:`."""
     if bpe_vocab(given) is not None:
         return given
     path = Path(given)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    return f"{given} (sha256 {file_sha256(path)})" if path.is_file() else given
+    folder = path if path.is_dir() else path.parent
+    # The tokenizer, and what names its EOS.
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    files = [folder / name for name in names] if path.is_dir() or path.name == names[0] else [path]
+    digests = [file_sha256(file) for file in files if file.is_file()]
+    return f"{given} (sha256 {hashlib.sha256(' '.join(digests).encode()).hexdigest()})" if digests else given
 
 
 def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def pieces(text: str) -> Iterator[str]:
-    """`text` in parts of at most `PIECE_CHARACTERS`, cut after a line end where there is one."""
-    start = 0
-    while start < len(text):
-        end = start + PIECE_CHARACTERS
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
-
-
 class Encoder:
-    """Encodes documents in batches. No special token or padding is added, and none is read from the text.
+    """Encodes texts. No special token or padding is added, and none is read from the text. Can be pickled.
 
     Attributes:
         vocab_size: the largest id + 1; ids can have gaps in tokenizers with hand-placed added tokens.
         dtype: the smallest of uint16 and uint32 that holds every id.
+        end: EOS, [1].
+        no_tokens: [0].
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        self.end: npt.NDArray[Any] = np.array([tokenizer.eos_token_id], self.dtype)
+        self.no_tokens = self.end[:0]
         # A copy: the settings below must not be saved with the tokenizer.
         self._backend: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
         # "<|endoftext|>" spelt out in a document is text, not its end.
         self._backend.encode_special_tokens = True
-        self._end: npt.NDArray[Any] = np.array([tokenizer.eos_token_id], self.dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        self._backend.encode_special_tokens = True  # the one setting that the library does not pickle
+
+    def tokens(self, text: str) -> npt.NDArray[Any]:
+        """The token ids of a text, [number of tokens]."""
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        ids = encoding.ids
+        return np.fromiter(ids, self.dtype, len(ids))  # a third of np.array's time
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """The token ids of each document, with its EOS."""
-        parts = [list(pieces(text)) for text in texts]
-        flat = list(itertools.chain.from_iterable(parts))
-        encoded = (
-            np.array(encoding.ids, self.dtype)
-            for encoding in self._backend.encode_batch_fast(flat, add_special_tokens=False)
-        )
-        return [np.concatenate([*itertools.islice(encoded, len(of)), self._end]) for of in parts]
+        return [np.concatenate([self.tokens(text), self.end]) for text in texts]

@@ -1,25 +1,19 @@
 """Preparing a corpus: the stored samples are the tokenised documents, cut; refusals; repeatability."""
 
-import importlib.util
-import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
-from streaming.base.compression import decompress
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_depthattn.data import documents, prepare
-from megatron_depthattn.data.documents import CorpusCounts, corpus_files, is_validation, read_documents
+from megatron_depthattn.data import readers, shard_writer
+from megatron_depthattn.data.documents import corpus_files, is_validation
 from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
-from megatron_depthattn.data.tokenizer import load_tokenizer, pieces
+from megatron_depthattn.data.tokenizer import load_tokenizer
+from tests.prepared import folder_bytes, read_shards
 
-ROOT = Path(__file__).parents[2]
 LENGTH = 16
 WORDS = [
     "alpha",
@@ -67,21 +61,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     source, output = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("out") / "corpus"
     write_corpus(source)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SHARD_BYTES", 2048)
-        patch.setattr(documents, "BATCH_BYTES", 1000)  # samples across the ends of batches
+        patch.setattr(shard_writer, "SHARD_BYTES", 2048)
+        patch.setattr(readers, "UNIT_BYTES", 1000)  # samples across the ends of units
         prepare_corpus(settings(source, output))
     return source, output
-
-
-def read_shards(split: Path, dtype: str = "uint16") -> np.ndarray:
-    """All samples of a split, [samples, N + 1], straight from the files: count, offsets, data."""
-    samples = []
-    for shard in json.loads((split / "index.json").read_text())["shards"]:
-        raw = decompress("zstd", (split / shard["zip_data"]["basename"]).read_bytes())
-        count = int(np.frombuffer(raw, np.uint32, 1)[0])
-        offsets = np.frombuffer(raw, np.uint32, count + 1, offset=4)
-        samples += [np.frombuffer(raw[a:b], dtype) for a, b in itertools.pairwise(offsets)]
-    return np.stack(samples)
 
 
 def expected_documents(source: Path) -> list[str]:
@@ -150,7 +133,10 @@ def test_manifest_counts_what_was_passed_over(corpus: tuple[Path, Path]) -> None
     source, output = corpus
     manifest = json.loads((output / "manifest.json").read_text())
     documents = expected_documents(source)
-    assert manifest["skipped"] == {"binary_files_skipped": 2, "empty_documents": 3}
+    assert {name: n for name, n in manifest["skipped"].items() if n} == {
+        "binary_files_skipped": 2,
+        "empty_documents": 3,
+    }
     counts = manifest["splits"].values()
     assert sum(c["documents"] for c in counts) == len(documents)
     assert sum(c["documents_with_replaced_utf8"] for c in counts) == 1
@@ -177,8 +163,7 @@ def test_preparing_twice_gives_the_same_bytes(corpus: tuple[Path, Path], tmp_pat
     outputs = [tmp_path / "a", tmp_path / "b"]
     for output in outputs:
         prepare_corpus(settings(source, output))
-    for file in sorted(p.relative_to(outputs[0]) for p in outputs[0].rglob("*") if p.is_file()):
-        assert (outputs[0] / file).read_bytes() == (outputs[1] / file).read_bytes(), file
+    assert folder_bytes(outputs[0]) == folder_bytes(outputs[1])
 
 
 def test_the_split_does_not_depend_on_order(corpus: tuple[Path, Path], tmp_path: Path) -> None:
@@ -224,34 +209,23 @@ def test_a_folder_that_is_not_ours_is_never_replaced(corpus: tuple[Path, Path], 
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_an_interrupted_preparation_leaves_nothing(
-    corpus: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: prepare.SplitWriter) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare.SplitWriter, "finish", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_corpus(settings(corpus[0], tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_max_bytes_cuts_at_a_character(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("é" * 100)
-    (tmp_path / "b.txt").write_text("later")
-    files = corpus_files([str(tmp_path)])
-    for limit, size in ((51, 50), (50, 50), (200, 200), (203, 203), (1, 0)):
-        assert sum(map(len, read_documents(files, limit, CorpusCounts()))) == size
-    assert len(list(read_documents(files, 51, CorpusCounts()))) == 1
-
-
-def test_a_long_document_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_depthattn.data.tokenizer.PIECE_CHARACTERS", 10)
-    text = "one two\nthree four five six seven\n\nend"
-    parts = list(pieces(text))
-    assert "".join(parts) == text
-    assert max(map(len, parts)) <= 10
-    assert parts[0] == "one two\n"
+    """The split gets the first bytes of the documents, wherever that falls, each document ended."""
+    text = {"a.txt": "é" * 100, "b.txt": "later"}
+    for name, content in text.items():
+        (tmp_path / "text" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "text" / name).write_text(content)
+    for limit, kept in ((51, ["é" * 25]), (50, ["é" * 25]), (200, ["é" * 100]), (203, ["é" * 100, "lat"])):
+        changes = {"max_bytes": limit, "validation_fraction": 0.0, "sequence_length": 1, "workers": 1}
+        output = tmp_path / f"out{limit}"
+        manifest = prepare_corpus(settings(tmp_path / "text", output, **changes)).manifest
+        assert manifest["splits"]["train"]["bytes"] == len("".join(kept).encode())
+        tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
+        samples = read_shards(output / "train")
+        stream = [*samples[:, 0], samples[-1, 1]]
+        assert tokenizer.decode(stream) == "".join(f"{document}<|endoftext|>" for document in kept)
+    with pytest.raises(ValueError, match="holds no text"):
+        prepare_corpus(settings(tmp_path / "text", tmp_path / "out1", max_bytes=1, validation_fraction=0.0))
 
 
 def word_tokenizer(num_words: int) -> Tokenizer:
@@ -259,6 +233,13 @@ def word_tokenizer(num_words: int) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
+
+
+def word_tokenizer_file(folder: Path) -> Path:
+    tokenizer = word_tokenizer(10)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "words.json"))
+    return folder / "words.json"
 
 
 def test_a_given_tokenizer_with_a_large_vocabulary(tmp_path: Path) -> None:
@@ -281,10 +262,7 @@ def test_a_bare_tokenizer_file_needs_a_known_eos(tmp_path: Path) -> None:
     word_tokenizer(10).save(str(file))
     with pytest.raises(ValueError, match="no end-of-sequence token: set eos_token"):
         load_tokenizer(str(file))
-    tokenizer = word_tokenizer(10)
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(file))
-    assert load_tokenizer(str(file)).eos_token == "</s>"
+    assert load_tokenizer(str(word_tokenizer_file(tmp_path))).eos_token == "</s>"
 
 
 def test_the_builtin_corpus_is_the_standard_library() -> None:
@@ -302,6 +280,8 @@ REFUSED = {
     "missing tokenizer": ({"tokenizer": "/no/tok"}, "--tokenizer /no/tok does not exist"),
     "sequence length": ({"sequence_length": 0}, "--sequence-length 0: set at least 1"),
     "fraction": ({"validation_fraction": 1.5}, r"set a number in \[0, 1\)"),
+    "workers": ({"workers": 0}, "--workers 0: set at least 1"),
+    "on corrupt": ({"on_corrupt": "ignore"}, "--on-corrupt ignore: set error or skip"),
     "max bytes": ({"max_bytes": 0}, "--max-bytes 0: set at least 1"),
     "empty val": (
         {"validation_fraction": 1e-9},
@@ -323,53 +303,17 @@ def test_refusals_say_what_to_set(case: str, corpus: tuple[Path, Path], tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unreadable_inputs_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(ValueError, match=r"a\.jsonl\.gz is compressed or columnar.*expand it"):
-        corpus_files([str(tmp_path / "a.jsonl.gz")])
+def test_inputs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "text"
+    source.mkdir()
+    for name in ("a.zip", "a.tar.gz", "a.parquet.zst", "a.XZ"):
+        (source / name).write_bytes(b"\x1f\x8b")
+        with pytest.raises(ValueError, match=r"a\.\S+ is an archive, or not compressed as .gz or .zst"):
+            corpus_files([str(source / name)])
     with pytest.raises(ValueError, match=r"--output .* lies inside --input"):
-        prepare_corpus(settings(tmp_path, tmp_path / "out"))
-    (tmp_path / "a.jsonl.gz").unlink()
-    (tmp_path / "b.bin").write_bytes(b"\0")
-    with pytest.raises(ValueError, match=r"holds no text \(1 binary files"):
-        prepare_corpus(settings(tmp_path, tmp_path.with_name("elsewhere")))
-    (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{"content": "no"}\n')
-    with pytest.raises(ValueError, match=r'c\.jsonl, line 2 is not a JSON object with a string field "text"'):
-        list(read_documents(corpus_files([str(tmp_path)]), None, CorpusCounts()))
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools" / "prepare_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def command(source: Path, output: Path) -> list[str]:
-    given = {"--input": source, "--tokenizer": "train-bpe:300", "--sequence-length": 16, "--output": output}
-    return [str(part) for pair in given.items() for part in pair] + ["--validation-fraction", "0.25"]
-
-
-def test_tool_prints_counts_and_repeats(
-    tool: ModuleType, corpus: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tool.main(command(corpus[0], tmp_path / "out")) == 0
-    first = capsys.readouterr()
-    assert "2 binary files, 3 empty documents" in first.out
-    assert "tokens/s" in first.out
-    assert "tokenising" in first.err
-    assert tool.main(command(corpus[0], tmp_path / "out")) == 0
-    assert capsys.readouterr().out.startswith("already prepared")
-
-
-def test_tool_fails_with_one_line(corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    arguments = command(tmp_path / "missing", tmp_path / "out")
-    program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *arguments]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: --input {tmp_path / 'missing'} does not exist")
+        prepare_corpus(settings(source, source / "out"))
+    (source / "b.bin").write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"holds no text \(4 archive files skipped, 1 binary files skipped\)"):
+        prepare_corpus(settings(source, tmp_path / "out", tokenizer=str(word_tokenizer_file(tmp_path))))
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))

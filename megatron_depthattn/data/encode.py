@@ -1,0 +1,217 @@
+"""What an encoding process does: documents of one unit of the corpus in, tokens of the two splits out.
+
+A process that runs `serve` reads an `Encoder` and a `Recipe`, then requests, from its standard input and answers each
+on its standard output, all pickled, until its input ends; with it ends the process, however its parent died.
+
+Imports little: a process costs tens of megabytes, not the gigabyte of torch and transformers.
+"""
+
+import io
+import json
+import os
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_depthattn.data.documents import character_start, is_validation, pieces
+from megatron_depthattn.data.tokenizer import Encoder
+
+SPLITS = ("train", "val")
+FIRST_BLOCK_BYTES = 1 << 16  # a large binary file mostly shows itself here, and is then not read whole
+
+
+class TextFiles(NamedTuple):
+    """Whole small files, a document each: (index in the corpus, path)."""
+
+    files: list[tuple[int, Path]]
+
+
+class Documents(NamedTuple):
+    documents: list[bytes]
+
+
+class JsonLines(NamedTuple):
+    """Whole lines of one file, a JSON object each."""
+
+    lines: bytes
+    path: Path
+    first_line: int
+    """Counts from 1."""
+
+
+class Piece(NamedTuple):
+    """A part of a document that is too long for one request; the whole was looked through before."""
+
+    data: bytes
+    split: str
+    is_first: bool
+    is_last: bool
+    is_repaired: bool
+    """The document is not valid UTF-8."""
+
+
+Content = TextFiles | Documents | JsonLines | Piece
+
+
+class Recipe(NamedTuple):
+    text_field: str
+    validation_fraction: float
+
+
+@dataclass
+class Encoded:
+    """What became of a `Content`."""
+
+    tokens: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Per split: the tokens of its documents, each followed by EOS, [number of tokens]."""
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    """Per split: documents, documents_with_replaced_utf8, bytes, tokens."""
+    empty_documents: int = 0
+    binary_files: list[int] = field(default_factory=list)
+    damaged_records: int = 0
+    first_damage: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return sum(counts["bytes"] for counts in self.counts.values())
+
+
+# ---- documents -------------------------------------------------------------------------------------------
+
+
+def parts(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[Piece]:
+    """The documents of `content`, as pieces that mostly are whole documents. Adds what is passed over to `encoded`."""
+    if isinstance(content, Piece):
+        yield content
+        return
+    for data, is_repaired in _documents(content, recipe, encoded):
+        if not data.strip():
+            encoded.empty_documents += 1
+            continue
+        split = "val" if is_validation(data, recipe.validation_fraction) else "train"
+        yield Piece(data, split, is_first=True, is_last=True, is_repaired=is_repaired or not _is_utf8(data))
+
+
+def _documents(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
+    """(document, whether it was repaired already)"""
+    if isinstance(content, Documents):
+        yield from ((document, False) for document in content.documents)
+    elif isinstance(content, JsonLines):
+        yield from _json_documents(content, recipe.text_field, encoded)
+    elif isinstance(content, TextFiles):
+        for index, path in content.files:
+            with path.open("rb") as file:
+                data = file.read(FIRST_BLOCK_BYTES)
+                if b"\0" not in data:
+                    data += file.read()
+            if b"\0" in data:
+                encoded.binary_files.append(index)
+            else:
+                yield data, False
+
+
+def _json_documents(content: JsonLines, text_field: str, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
+    for number, line in enumerate(io.BytesIO(content.lines), start=content.first_line):
+        if not line.strip():
+            continue
+        text, is_repaired = json_text(line, text_field)
+        if text is None:
+            encoded.damaged_records += 1
+            encoded.first_damage = encoded.first_damage or (
+                f'{content.path}, line {number} is not a JSON object with a string field "{text_field}"'
+            )
+            continue
+        try:
+            yield text.encode(), is_repaired
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+            yield text.encode(errors="replace"), True
+
+
+def json_text(line: bytes, text_field: str) -> tuple[str | None, bool]:
+    """(the field's text, whether invalid UTF-8 was replaced); None if there is none, "" if it is null."""
+    is_repaired = False
+    try:
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            record, is_repaired = json.loads(line.decode(errors="replace")), True
+        text = record[text_field]
+    except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, no such field, not an object, nested too deep
+        return None, False
+    text = "" if text is None else text
+    return (text if isinstance(text, str) else None), is_repaired
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------
+
+
+def encode(content: Content, encoder: Encoder, recipe: Recipe, max_bytes: int | None = None) -> Encoded:
+    """Tokens and counts; stops after `max_bytes` of documents, the last one cut at a character and ended.
+
+    The split of a cut document is that of the whole.
+    """
+    encoded = Encoded()
+    tokens: dict[str, list[npt.NDArray[Any]]] = {split: [encoder.no_tokens] for split in SPLITS}
+    left = sys.maxsize if max_bytes is None else max_bytes
+    for part in parts(content, recipe, encoded):
+        if len(part.data) >= left:
+            data = part.data if len(part.data) == left else part.data[: character_start(part.data, left)]
+            part = part._replace(data=data, is_last=True)
+            left = 0
+        else:
+            left -= len(part.data)
+        if part.data or not part.is_first:
+            tokens[part.split] += _tokens(part, encoder)
+            counts = encoded.counts[part.split]
+            counts["documents"] += part.is_first
+            counts["documents_with_replaced_utf8"] += part.is_first and part.is_repaired
+            counts["bytes"] += len(part.data)
+        if left <= 0:
+            break
+    encoded.tokens = {split: np.concatenate(arrays) for split, arrays in tokens.items()}
+    for split, counts in encoded.counts.items():
+        counts["tokens"] = len(encoded.tokens[split])
+    return encoded
+
+
+def _tokens(part: Piece, encoder: Encoder) -> list[npt.NDArray[Any]]:
+    blocks = (part.data[i : i + (1 << 20)] for i in range(0, len(part.data), 1 << 20))
+    # One text at a time: the library's own record of a text takes some 40 times its bytes.
+    tokens = [encoder.tokens(piece.decode(errors="replace")) for piece in pieces(blocks)]
+    return [*tokens, encoder.end] if part.is_last else tokens
+
+
+def serve() -> None:
+    """Answer requests until the standard input ends."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a library that prints must not write into the answers
+    encoder, recipe = pickle.load(requests)
+    while True:
+        try:
+            content, max_bytes = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer: Encoded | OSError = encode(content, encoder, recipe, max_bytes)
+        except OSError as error:  # a file that cannot be read
+            answer = error
+        try:
+            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except BrokenPipeError:  # the parent is gone
+            os._exit(1)  # without a last attempt to flush

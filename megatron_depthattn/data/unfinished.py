@@ -1,0 +1,160 @@
+"""Unfinished preparation: what is kept beside the output so that the same command continues, whatever stopped it.
+
+    .OUTPUT.unfinished/lock           held by the process at work
+    .OUTPUT.unfinished/progress.npz   settings, position in the corpus, counts; the tokens that fill no shard yet
+    .OUTPUT.unfinished/corpus/        the corpus to be, which gets its name once it is complete
+
+`progress.npz` is replaced in one step, and whatever it names is on disk before it is. Shards beyond those it names are
+made again.
+"""
+
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from megatron_depthattn.data.encode import SPLITS
+from megatron_depthattn.data.prepare_settings import changed_settings
+from megatron_depthattn.data.readers import START, Outcome, Position
+from megatron_depthattn.data.shard_writer import Tokens
+from megatron_depthattn.durable import fsync_path
+
+PROGRESS_NAME = "progress.npz"
+
+
+@dataclass
+class Merged:
+    """What has been merged so far: everything before `position`."""
+
+    position: Position = START
+    consumed_bytes: int = 0
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    skipped: Counter[str] = field(default_factory=Counter)
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Of the files that were not simply read."""
+    first_damage: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Of documents."""
+        return sum(counts["bytes"] for counts in self.counts.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(counts["tokens"] for counts in self.counts.values())
+
+
+@dataclass
+class SplitState:
+    """What a `SplitWriter` continues from."""
+
+    shards: list[dict[str, Any]]
+    tokens: Tokens
+
+
+class Unfinished:
+    """The folder beside `output`. Construct it with `open_unfinished`."""
+
+    def __init__(self, output: Path, folder: Path) -> None:
+        self.output = output
+        self.folder = folder
+        self.corpus = folder / "corpus"
+
+    def load(self, settings: Mapping[str, Any], *, overwrite: bool) -> tuple[Merged, dict[str, SplitState]] | None:
+        """What the last process left, or None to start anew, with the folder emptied.
+
+        Raises:
+            ValueError: it was left by other settings, and not `overwrite`.
+        """
+        file = self.folder / PROGRESS_NAME
+        if self.can_continue:
+            with np.load(file) as arrays:
+                stored = json.loads(str(arrays["state"]))
+                tokens = {split: arrays[split] for split in stored["shards"]}
+            changed = changed_settings(stored["settings"], settings)
+            if not changed:
+                values = stored["merged"]
+                merged = Merged(
+                    position=Position(*values["position"]),
+                    consumed_bytes=values["consumed_bytes"],
+                    counts={split: Counter(counts) for split, counts in values["counts"].items()},
+                    skipped=Counter(values["skipped"]),
+                    outcomes=[Outcome(*outcome) for outcome in values["outcomes"]],
+                    first_damage=values["first_damage"],
+                )
+                return merged, {s: SplitState(shards, tokens[s]) for s, shards in stored["shards"].items()}
+            if not overwrite:
+                raise ValueError(
+                    f"{self.folder} holds unfinished work with {changed}: finish it with its own settings, or pass "
+                    "--overwrite to start again"
+                )
+        self.clear()
+        return None
+
+    def save(self, settings: Mapping[str, Any], merged: Merged, splits: Mapping[str, SplitState]) -> None:
+        """Replace the progress file; shards and tokenizer must be on disk already."""
+        state = {
+            "settings": settings,
+            "merged": vars(merged),
+            "shards": {split: of.shards for split, of in splits.items()},
+        }
+        file = self.folder / PROGRESS_NAME
+        aside = file.with_name(f"{PROGRESS_NAME}.part")
+        content = io.BytesIO()  # a zip file on a disk that fills up ends in complaints of its own
+        np.savez(content, allow_pickle=False, state=json.dumps(state), **{s: of.tokens for s, of in splits.items()})
+        aside.write_bytes(content.getbuffer())
+        fsync_path(aside)
+        aside.replace(file)
+        fsync_path(self.folder)
+
+    def clear(self) -> None:
+        """Forget the work; the lock stays."""
+        (self.folder / PROGRESS_NAME).unlink(missing_ok=True)  # first: without it the rest means nothing
+        shutil.rmtree(self.corpus, ignore_errors=True)
+
+    @property
+    def can_continue(self) -> bool:
+        return (self.folder / PROGRESS_NAME).is_file() and self.corpus.is_dir()
+
+
+def unfinished_folder(output: Path) -> Path:
+    """Exists while there is something to continue, or a process at work."""
+    return output.with_name(f".{output.name}.unfinished")
+
+
+def remove_leftover(output: Path) -> None:
+    """Remove what a process left that died after its corpus had got its name."""
+    folder = unfinished_folder(output)
+    if folder.is_dir() and not (folder / "corpus").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def open_unfinished(output: Path) -> Iterator[Unfinished]:
+    """The unfinished work for `output`, held by this process alone; the folder goes when there is nothing to continue.
+
+    Raises:
+        ValueError: another process prepares `output`.
+    """
+    folder = unfinished_folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"--output {output} is being prepared by another process: wait for it, or end it") from error
+    unfinished = Unfinished(output, folder)
+    try:
+        yield unfinished
+    finally:
+        if not unfinished.can_continue:
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()

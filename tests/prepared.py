@@ -1,0 +1,74 @@
+"""What the tests of corpus preparation share: documents, their tokens by the bare library, the bytes of a folder."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from streaming.base.compression import decompress
+from tokenizers import Tokenizer
+
+from megatron_depthattn.data.documents import is_validation
+from megatron_depthattn.data.prepare import PrepareSettings
+from megatron_depthattn.data.tokenizer import train_bpe
+
+LENGTH = 16
+FRACTION = 0.25
+WORDS = ["alpha", "beta", "gamma", "épsilon", "zeta", "火山", "λ", "kappa\tmu", "nu\n", "{xi}", "'s", "  rho"]
+
+
+def make_documents(number: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, int(rng.integers(5, 80)))) + f" {i}" for i in range(number)]
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A small BPE, trained once, so that a test does not train its own."""
+    train_bpe((text.encode() for text in make_documents(100)), 300).save_pretrained(folder)
+    return folder
+
+
+def make_settings(source: Path, tokenizer: Path | str, output: Path, **changes: object) -> PrepareSettings:
+    values = {"sequence_length": LENGTH, "validation_fraction": FRACTION, "workers": 1} | changes
+    return PrepareSettings(inputs=(str(source),), tokenizer=str(tokenizer), output=output, **values)
+
+
+def expected_streams(documents: list[str], tokenizer: Path) -> dict[str, list[int]]:
+    """Each split's tokens by the bare library, one document at a time."""
+    bare = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    bare.encode_special_tokens = True
+    streams: dict[str, list[int]] = {"train": [], "val": []}
+    for text in documents:
+        split = "val" if is_validation(text.encode(), FRACTION) else "train"
+        streams[split] += [*bare.encode(text, add_special_tokens=False).ids, 0]
+    return streams
+
+
+def read_shards(split: Path, dtype: str = "uint16") -> np.ndarray:
+    """All samples of a split, [samples, N + 1], straight from the files: count, offsets, data."""
+    samples = []
+    for shard in json.loads((split / "index.json").read_text())["shards"]:
+        raw = decompress("zstd", (split / shard["zip_data"]["basename"]).read_bytes())
+        count = int(np.frombuffer(raw, np.uint32, 1)[0])
+        offsets = np.frombuffer(raw, np.uint32, count + 1, offset=4)
+        samples += [np.frombuffer(raw[a:b], dtype) for a, b in itertools.pairwise(offsets)]
+    return np.stack(samples)
+
+
+def stored_stream(split: Path, dtype: str = "uint16") -> list[int]:
+    """The split's tokens but for the dropped tail: the samples joined, shared tokens once."""
+    samples = read_shards(split, dtype)
+    stream: list[int] = [*samples[:, :-1].ravel().tolist(), int(samples[-1, -1])]
+    return stream
+
+
+def assert_holds(output: Path, documents: list[str], tokenizer: Path) -> None:
+    """The stored tokens are those of the documents, up to a tail that fills no sample."""
+    for split, expected in expected_streams(documents, tokenizer).items():
+        stored = stored_stream(output / split)
+        assert stored == expected[: len(stored)], split
+        assert len(expected) - len(stored) < LENGTH
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,326 @@
+"""Every format holds the same corpus; what is damaged, empty or of no known format has a stated outcome."""
+
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megatron_depthattn.data import columns, documents, file_bytes, readers
+from megatron_depthattn.data.documents import corpus_files
+from megatron_depthattn.data.encode import Encoded, JsonLines, Piece, Recipe, parts
+from megatron_depthattn.data.prepare import prepare_corpus
+from megatron_depthattn.data.readers import read_units
+from tests.prepared import (
+    FRACTION,
+    assert_holds,
+    folder_bytes,
+    make_documents,
+    make_settings,
+    save_tokenizer,
+)
+
+TEXTS = make_documents(120)
+RECIPE = Recipe("text", FRACTION)
+
+
+def json_lines(texts: list[str], field: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": i, field: text}).encode() + b"\n" for i, text in enumerate(texts))
+
+
+def halves(compress: Callable[[bytes], bytes]) -> bytes:
+    """Two members or frames, one after the other, not cut at a line."""
+    data = json_lines(TEXTS)
+    return compress(data[:3333]) + compress(data[3333:])
+
+
+def table(texts: list[str], kind: pyarrow.DataType | None = None) -> pyarrow.Table:
+    return pyarrow.table({"id": range(len(texts)), "text": pyarrow.array(texts, kind or pyarrow.string())})
+
+
+def stream_form(path: Path) -> None:
+    with pyarrow.ipc.new_stream(path, table(TEXTS).schema) as writer:
+        writer.write_table(table(TEXTS), max_chunksize=50)
+
+
+def text_files(folder: Path, compress: Callable[[bytes], bytes], ending: str) -> None:
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:03}.txt{ending}").write_bytes(compress(text.encode()))
+
+
+def saved_data_set(folder: Path) -> None:
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"all": data}).save_to_disk(folder / "set", num_shards={"all": 3})
+    (folder / "set" / "all" / "cache-0123.arrow").write_bytes(b"not of the data set")
+
+
+# Each writes TEXTS below a folder, in one or more files.
+FORMATS: dict[str, Callable[[Path], object]] = {
+    "jsonl": lambda f: (f / "a.jsonl").write_bytes(json_lines(TEXTS)),
+    "no last line end": lambda f: (f / "a.ndjson").write_bytes(json_lines(TEXTS).rstrip()),
+    "json": lambda f: (f / "a.JSON").write_bytes(json_lines(TEXTS)),
+    "jsonl.gz": lambda f: (f / "a.jsonl.gz").write_bytes(halves(gzip.compress) + bytes(100)),
+    "json.gz": lambda f: (f / "a.json.gz").write_bytes(gzip.compress(json_lines(TEXTS))),
+    "jsonl.zst": lambda f: (f / "a.jsonl.zst").write_bytes(halves(zstandard.compress)),
+    "txt.gz": lambda f: text_files(f, gzip.compress, ".gz"),
+    "txt.zst": lambda f: text_files(f, zstandard.compress, ".zst"),
+    "parquet": lambda f: pyarrow.parquet.write_table(table(TEXTS), f / "a.parquet", row_group_size=50),
+    "parquet, dictionary": lambda f: pyarrow.parquet.write_table(
+        table(TEXTS, pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string())), f / "a.parquet", compression="zstd"
+    ),
+    "arrow, file form": lambda f: pyarrow.feather.write_feather(table(TEXTS), f / "a.feather", chunksize=50),
+    "arrow, stream form": lambda f: stream_form(f / "a.arrow"),
+    "datasets": saved_data_set,
+    "several": lambda f: [
+        (f / "a.txt").write_text(TEXTS[0]),
+        (f / "b.jsonl").write_bytes(json_lines(TEXTS[1:40])),
+        pyarrow.parquet.write_table(table(TEXTS[40:80]), f / "c.parquet"),
+        (f / "d.jsonl.zst").write_bytes(zstandard.compress(json_lines(TEXTS[80:]))),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The shards of the documents as text files; these are compared with the bare library's tokens."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "text").mkdir()
+    text_files(folder / "text", bytes, "")
+    prepare_corpus(make_settings(folder / "text", tokenizer, folder / "out"))
+    assert_holds(folder / "out", TEXTS, tokenizer)
+    return shards(folder / "out")
+
+
+def shards(output: Path) -> dict[str, bytes]:
+    return {name: data for name, data in folder_bytes(output).items() if name.startswith(("train/", "val/"))}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_gives_the_bytes_of_the_text_files(
+    format: str, plain: dict[str, bytes], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((readers, "UNIT_BYTES"), (file_bytes, "BLOCK_BYTES"), (file_bytes, "COMPRESSED_BLOCK_BYTES")):
+        monkeypatch.setattr(module, name, 2000)
+    (tmp_path / "in").mkdir()
+    FORMATS[format](tmp_path / "in")
+    manifest = prepare_corpus(make_settings(tmp_path / "in", tokenizer, tmp_path / "out")).manifest
+    assert shards(tmp_path / "out") == plain
+    metadata = manifest["skipped"].pop("dataset_metadata_files_skipped")
+    assert metadata == (4 if format == "datasets" else 0)
+    assert not any(manifest["skipped"].values())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_reading_starts_at_any_unit(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((readers, "UNIT_BYTES"), (file_bytes, "BLOCK_BYTES"), (columns, "BATCH_BYTES")):
+        monkeypatch.setattr(module, name, 1000)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 300)
+    (tmp_path / "z.txt").write_text("\n".join(TEXTS))  # a document of many pieces
+    (tmp_path / "z.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode()))
+    FORMATS[format](tmp_path)
+    files = corpus_files([str(tmp_path)])
+    units = list(read_units(files, RECIPE))
+    assert len(units) > 100
+    for i, unit in enumerate(units):
+        if isinstance(unit.content, JsonLines):  # the number that an error message would name
+            (line, *_), number = unit.content.lines.split(b"\n"), unit.content.first_line
+            assert line == json_lines(TEXTS).split(b"\n")[number - 1] or format == "several"
+        if i % 7 == 0 or i < 40:
+            assert contents(read_units(files, RECIPE, unit.end)) == contents(units[i + 1 :])
+
+
+def contents(units: Iterable[readers.Unit]) -> tuple[list[Piece], list[readers.Outcome]]:
+    """Documents and pieces, and what is said of files; how they are grouped may depend on where reading began."""
+    units = list(units)
+    return (
+        [part for unit in units for part in parts(unit.content, RECIPE, Encoded())],
+        [unit.outcome for unit in units if unit.outcome],
+    )
+
+
+def test_a_text_field_of_another_name(plain: dict[str, bytes], tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(json_lines(TEXTS[:50], "content"))
+    renamed = table(TEXTS[50:]).rename_columns(["id", "content"])
+    pyarrow.parquet.write_table(renamed, tmp_path / "in" / "b.parquet")
+    prepare_corpus(make_settings(tmp_path / "in", tokenizer, tmp_path / "out", text_field="content"))
+    assert shards(tmp_path / "out") == plain
+
+
+# ---- damage ----------------------------------------------------------------------------------------------
+
+
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+def flipped(data: bytes) -> bytes:
+    at = len(data) // 2
+    return data[:at] + bytes(b ^ 0xFF for b in data[at : at + 20]) + data[at + 20 :]
+
+
+def zstd_blocks(texts: list[str]) -> bytes:
+    """One frame of many blocks; nothing of a block can be read before its end."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    blocks = [
+        compressor.compress(json_lines(texts[i : i + 5])) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        for i in range(0, len(texts), 5)
+    ]
+    return b"".join(blocks) + compressor.flush()
+
+
+def parquet_bytes(folder: Path) -> bytes:
+    pyarrow.parquet.write_table(table(TEXTS), folder / "t", row_group_size=10, use_dictionary=False)
+    return (folder / "t").read_bytes()
+
+
+def flipped_column(data: bytes, folder: Path) -> bytes:
+    """Damage in the text's page of the sixth row group: fifty whole rows come before it."""
+    chunk = pyarrow.parquet.ParquetFile(folder / "t").metadata.row_group(5).column(1)
+    at = chunk.data_page_offset + chunk.total_compressed_size // 2
+    return data[:at] + bytes(b ^ 0xFF for b in data[at : at + 20]) + data[at + 20 :]
+
+
+BAD_LINE = b'{"text": "fine"\n'
+DAMAGED: dict[str, tuple[str, Callable[[Path], bytes], str, str]] = {
+    "truncated gzip": (
+        "a.jsonl.gz",
+        lambda f: truncated(gzip.compress(json_lines(TEXTS))),
+        r"a\.jsonl\.gz: the gzip data is truncated: it ends at byte \d+, too early",
+        "files",
+    ),
+    "truncated zstd": (
+        "a.jsonl.zst",
+        lambda f: truncated(zstd_blocks(TEXTS)),
+        r"a\.jsonl\.zst: the zstd data is truncated: it ends at byte \d+, too early",
+        "files",
+    ),
+    "damaged gzip": (
+        "a.jsonl.gz",
+        lambda f: flipped(gzip.compress(json_lines(TEXTS))),
+        r"a\.jsonl\.gz: the gzip data is damaged between byte \d+ and \d+ \(",
+        "files",
+    ),
+    "truncated gzip of one text": (
+        "a.txt.gz",
+        lambda f: truncated(gzip.compress("".join(TEXTS).encode())),
+        r"a\.txt\.gz: the gzip data is truncated",
+        "files",
+    ),
+    "empty gzip": ("a.jsonl.gz", lambda f: b"", r"a\.jsonl\.gz: the gzip data is truncated", "files"),
+    "truncated parquet": (
+        "a.parquet",
+        lambda f: truncated(parquet_bytes(f)),
+        r"a\.parquet: after row 0, the pa",
+        "files",
+    ),
+    "damaged parquet": (
+        "a.parquet",
+        lambda f: flipped_column(parquet_bytes(f), f),
+        r"a\.parquet: after row 50, the parquet data is damaged \(",
+        "files",
+    ),
+    "truncated arrow": (
+        "a.arrow",
+        lambda f: (stream_form(f / "t"), truncated((f / "t").read_bytes()))[1],
+        r"a\.arrow: after row 50, the arrow data is damaged",
+        "files",
+    ),
+    "no such column": (
+        "a.feather",
+        lambda f: (pyarrow.feather.write_feather(table(TEXTS).select(["id"]), f / "t"), (f / "t").read_bytes())[1],
+        r'a\.feather: after row 0, there is no column "text" \(but id\): set --text-field',
+        "files",
+    ),
+    "not JSON": (
+        "a.jsonl",
+        lambda f: json_lines(TEXTS[:50]) + b"\n" + BAD_LINE + json_lines(TEXTS[50:]),
+        r'a\.jsonl, line 52 is not a JSON object with a string field "text"',
+        "records",
+    ),
+    "no such field, and no string": (
+        "a.jsonl.gz",
+        lambda f: gzip.compress(b'{"content": "no"}\n{"text": 3}\n[]\n' + json_lines(TEXTS)),
+        r'a\.jsonl\.gz, line 1 is not a JSON object with a string field "text"',
+        "records",
+    ),
+}
+# How many of TEXTS are kept; None: those before a place that is not known beforehand.
+KEPT = {
+    "truncated gzip of one text": 0,
+    "empty gzip": 0,
+    "truncated parquet": 0,
+    "damaged parquet": 50,
+    "truncated arrow": 50,
+    "no such column": 0,
+    "not JSON": 120,
+    "no such field, and no string": 120,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_an_error_or_counted(
+    case: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_bytes, "COMPRESSED_BLOCK_BYTES", 500)
+    name, damaged, message, counted = DAMAGED[case]
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / name).write_bytes(damaged(tmp_path))
+    more = make_documents(40, seed=5)
+    (source / "b.jsonl").write_bytes(json_lines(more))
+    with pytest.raises(ValueError, match=f"in/{message}.*; repair it, or pass --on-corrupt skip"):
+        prepare_corpus(make_settings(source, tokenizer, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    given = make_settings(source, tokenizer, tmp_path / "out", on_corrupt="skip", workers=2)
+    manifest = prepare_corpus(given).manifest
+    skipped = {key: n for key, n in manifest["skipped"].items() if n}
+    assert skipped == {f"damaged_{counted}": 3 if "string" in case else 1}
+    kept = sum(split["documents"] for split in manifest["splits"].values()) - len(more)
+    assert kept == KEPT[case] if case in KEPT else 10 < kept < 110
+    assert_holds(tmp_path / "out", TEXTS[:kept] + more, tokenizer)
+    source_lines = [json.loads(line) for line in (tmp_path / "out" / "sources.jsonl").read_text().splitlines()]
+    assert [line["outcome"] for line in source_lines] == ["damaged" if counted == "files" else "read", "read"]
+    with pytest.raises(ValueError, match=r"leaves out \d damaged files and \d damaged records: pass --on-corrupt skip"):
+        prepare_corpus(make_settings(source, tokenizer, tmp_path / "out"))
+
+
+def test_what_else_is_passed_over_is_counted(tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    lines = json_lines([*TEXTS, "", " \n", "d\ud800e"]) + b'{"text": null}\n{"text": "caf\xe9"}\n'
+    (source / "a.jsonl").write_bytes(lines)
+    (source / "b.zip").write_bytes(b"PK")
+    (source / "c.tar.gz").write_bytes(b"\x1f\x8b")
+    (source / "d.txt.gz").write_bytes(gzip.compress(b"a\0b"))
+    (source / "e.json").write_text(json.dumps({"name": "settings"}, indent=2))
+    (source / "f.txt").write_bytes("naïve".encode("latin-1"))
+    (source / "folder").mkdir()
+    (source / "g").symlink_to(source / "folder")
+    (source / "h").symlink_to(source / "nowhere")
+    os.mkfifo(source / "i")
+    pyarrow.parquet.write_table(table([None, "from a column"]), source / "j.parquet")
+    manifest = prepare_corpus(make_settings(source, tokenizer, tmp_path / "out")).manifest
+    assert {key: n for key, n in manifest["skipped"].items() if n} == {
+        "archive_files_skipped": 2,
+        "binary_files_skipped": 1,
+        "special_files_skipped": 3,
+        "json_files_read_as_text": 1,
+        "empty_documents": 4,
+    }
+    assert sum(split["documents_with_replaced_utf8"] for split in manifest["splits"].values()) == 3
+    texts = [*TEXTS, "d?e", "caf\ufffd", json.dumps({"name": "settings"}, indent=2), "na\ufffdve", "from a column"]
+    assert sum(split["documents"] for split in manifest["splits"].values()) == len(texts)
+    assert manifest["sources"]["files"] == 10

@@ -1,0 +1,131 @@
+"""The command line of corpus preparation: what it prints, its exit codes, interruptions."""
+
+import gzip
+import importlib.util
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import psutil
+import pytest
+
+from megatron_depthattn.data.prepare import Progress
+from tests.prepared import make_documents
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i, text in enumerate(make_documents(60)):
+        (folder / f"{i:03}.txt").write_text(text)
+    for name, data in (("binary", b"a\0"), ("late.bin", b"a" * 70_000 + b"\0"), ("e", b""), ("f", b" "), ("g", b"\n")):
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools" / "prepare_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(source: Path, output: Path) -> list[str]:
+    given = {"--input": source, "--tokenizer": "train-bpe:300", "--sequence-length": 16, "--output": output}
+    return [str(part) for pair in given.items() for part in pair] + ["--validation-fraction", "0.25"]
+
+
+def test_tool_prints_counts_and_repeats(
+    tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main(command(source, tmp_path / "out")) == 0
+    first = capsys.readouterr()
+    assert "2 binary files, 3 empty documents" in first.out
+    assert "tokens/s" in first.out
+    assert "tokenising" in first.err
+    assert tool.main(command(source, tmp_path / "out")) == 0
+    assert capsys.readouterr().out.startswith("already prepared")
+
+
+def test_tool_fails_with_one_line(source: Path, tmp_path: Path) -> None:
+    arguments = command(tmp_path / "missing", tmp_path / "out")
+    program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --input {tmp_path / 'missing'} does not exist")
+
+
+def test_damage_late_in_the_corpus_says_that_the_work_is_kept(
+    tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-9])
+    damaged = [*command(source, tmp_path / "out"), "--input", str(source), str(tmp_path / "z.jsonl.gz")]
+    # its tokenizer is given: training would read the damaged file first, before there is work to keep
+    assert tool.main(command(source, tmp_path / "first")) == 0
+    damaged += ["--tokenizer", str(tmp_path / "first" / "tokenizer")]
+    assert tool.main(damaged) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'z.jsonl.gz'}: the gzip data is truncated")
+    assert error.endswith(f"kept in {tmp_path / '.out.unfinished'}; the same command continues it)")
+    assert tool.main([*damaged, "--on-corrupt", "skip"]) == 0
+    second = capsys.readouterr()
+    assert "continuing at file 66 of 66 (z.jsonl.gz), after" in second.err
+    assert "1 damaged files" in second.out
+
+
+def test_a_scheduler_s_stop_keeps_the_work(tool: ModuleType, source: Path, tmp_path: Path) -> None:
+    assert tool.main(command(source, tmp_path / "first")) == 0
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("\n".join(make_documents(40_000)))
+    arguments = [*command(tmp_path / "in", tmp_path / "out"), "--tokenizer", str(tmp_path / "first" / "tokenizer")]
+    program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *arguments, "--workers", "1"]
+    program += ["--validation-fraction", "0"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("tokenising: 2.")  # MB of 10
+        process.send_signal(signal.SIGTERM)
+        log = process.stderr.read()
+    assert process.returncode == 130
+    unfinished = tmp_path / ".out.unfinished"
+    assert log == f"error: interrupted (the work so far is kept in {unfinished}; the same command continues it)\n"
+    assert (unfinished / "progress.npz").is_file()
+    assert not (tmp_path / "out").exists()
+
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("continuing at file 1 of 1 (a.txt), after ")
+        process.stderr.readline()
+        children = psutil.Process(process.pid).children()
+        process.kill()
+    assert len(children) == 1
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive  # encoding processes end with their parent: nobody else would end them
+
+
+def test_progress_counts_from_where_this_process_began(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """600 of 1,000 MB were there; 100 MB and 30 M tokens in 50 s leave 300 MB, 150 s."""
+    now = 1000.0
+    monkeypatch.setattr(tool, "time", SimpleNamespace(monotonic=lambda: now))
+    with tool.ProgressReport() as report:
+        values = {"phase": "tokenising", "total_bytes": 10**9}
+        report(Progress(**values, done_bytes=6 * 10**8, tokens=10**8, message="continuing at file 7 of 10"))
+        now += 50
+        report(Progress(**values, done_bytes=7 * 10**8, tokens=13 * 10**7))
+        now += 1
+        report(Progress(**values, done_bytes=8 * 10**8, tokens=14 * 10**7))  # too soon for another line
+    assert capsys.readouterr().err.splitlines() == [
+        "continuing at file 7 of 10",
+        "tokenising: 600.0 of 1,000.0 MB, 100,000,000 tokens",
+        "tokenising: 700.0 of 1,000.0 MB, 130,000,000 tokens, 600,000 tokens/s, 0:02:30 left",
+    ]
