@@ -115,17 +115,34 @@ class RecomputeConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class StreamConfig:
+    path: str
+    """Folder with train/ and val/ MDS shards, local or a remote URL."""
+    proportion: float
+    """Share of the samples that come from here, relative to the other streams' proportions."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class DataConfig:
     path: str = ""
-    """Folder with train/ and val/ MDS shards, local or a remote URL. Required to train."""
+    """Folder with train/ and val/ MDS shards, local or a remote URL. This or streams is required to train."""
+    streams: tuple[StreamConfig, ...] | None = None
+    """Several such folders, mixed: a list of {path, proportion}; null: data.path alone."""
     cache: str | None = None
-    """Local folder of each node into which remote shards are copied; null: none, for a local path."""
+    """Local folder of each node for downloaded and expanded shards; null: none, for local paths."""
     sequence_length: int = 256
     """Tokens of a sample that the model reads."""
     shuffle: bool = True
     """Visit the samples in an order drawn from run.seed; false: in the order they are stored."""
     num_workers: int = 1
     """Loader processes of each rank that reads data; 0: read in the training process."""
+    log_samples: bool = False
+    """Write the ids of the samples of every step to <run.dir>/samples/."""
+
+    @property
+    def sources(self) -> tuple[StreamConfig, ...]:
+        """The streams to read, or data.path as the only one."""
+        return self.streams or (StreamConfig(path=self.path, proportion=1.0),)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -144,6 +161,15 @@ class TrainConfig:
     """Global batches of one evaluation."""
     log_interval: int = 10
     """Steps between lines on the console; metrics.jsonl has every step."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """When loss or gradient is not finite: stop the run, or leave the step's update out and go on."""
+    max_skipped_in_a_row: int = 10
+    """With skip: stop when this many steps in a row were not finite."""
+    hang_timeout: float | None = 600.0
+    """Seconds without a finished step, evaluation batch or checkpoint after which a rank counts as hung: the stacks of
+    all ranks are written to <run.dir>/stacks and the job ends with exit code 70; null: wait for ever."""
+    max_fruitless_starts: int | None = 5
+    """Refuse to start after this many starts from the same step, with the same config and code; null: no limit."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -177,7 +203,7 @@ class CheckpointConfig:
     load: str | None = None
     """null: start fresh; latest: the run's newest complete one, fresh if there is none; or a step folder."""
     async_save: bool = False
-    """Write in the background while training goes on."""
+    """Write in the background while training goes on; needs host memory for a copy of what the rank writes."""
 
 
 @dataclass(kw_only=True, frozen=True)

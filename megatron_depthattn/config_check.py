@@ -83,6 +83,8 @@ def _check_ranges(config: "RunConfig") -> None:
         "train.eval_interval": train.eval_interval,
         "train.eval_batches": train.eval_batches,
         "train.log_interval": train.log_interval,
+        "train.max_skipped_in_a_row": train.max_skipped_in_a_row,
+        "train.max_fruitless_starts": train.max_fruitless_starts,
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep": config.checkpoint.keep,
     }
@@ -103,9 +105,10 @@ def _check_ranges(config: "RunConfig") -> None:
         "model.rotary_base": model.rotary_base,
         "model.norm_epsilon": model.norm_epsilon,
         "optimizer.eps": optimizer.eps,
+        "train.hang_timeout": train.hang_timeout,
     }
-    for key, number in above_zero.items():
-        _require(number > 0, f"{key} is {number}; set a number above 0")
+    for key, positive in above_zero.items():
+        _require(positive is None or positive > 0, f"{key} is {positive}; set a number above 0")
     fractions = {
         "optimizer.min_lr_ratio": (optimizer.min_lr_ratio, True),
         "optimizer.warmup_ratio": (optimizer.warmup_ratio, True),
@@ -125,7 +128,6 @@ def _check_available(config: "RunConfig") -> None:
         ("engine.name", config.engine.name, "megatron"),
         ("model.num_loops", config.model.num_loops, 1),
         ("precision.fp8", config.precision.fp8, None),
-        ("checkpoint.async_save", config.checkpoint.async_save, False),
     )
     for key, value, available in not_yet:
         shown = yaml.safe_dump(available).split()[0]
@@ -138,17 +140,29 @@ def _check_available(config: "RunConfig") -> None:
 
 
 def _check_paths(config: "RunConfig") -> None:
-    path = config.data.path
+    data = config.data
     _require(
-        bool(path),
+        bool(data.path) or data.streams is not None,
         "data.path is not set: the run has nothing to read; set it to the folder or URL that "
-        "tools/prepare_data.py --output wrote, such as data.path=data/quickstart",
+        "tools/prepare_data.py --output wrote, such as data.path=data/quickstart (or several in data.streams)",
     )
     _require(
-        "://" not in path or config.data.cache is not None,
-        f"data.path is the remote {path} and data.cache is null, so shards have nowhere to go; "
-        "set data.cache to a local folder of each node",
+        not data.path or data.streams is None,
+        f"data.path is {data.path} and data.streams is set as well: set data.path='' to read the streams, or "
+        "data.streams=null to read data.path",
     )
+    _require(
+        data.streams != (), "data.streams is an empty list; give at least one {path, proportion}, or set data.path"
+    )
+    for number, stream in enumerate(data.sources):
+        key = f"data.streams[{number}]" if data.streams else "data"
+        _require(bool(stream.path), f"{key}.path is empty; set the folder or URL of a prepared corpus")
+        _require(0 < stream.proportion < float("inf"), f"{key}.proportion is {stream.proportion}; set a number above 0")
+        _require(
+            "://" not in stream.path or data.cache is not None,
+            f"{key}.path is the remote {stream.path} and data.cache is null, so shards have nowhere to go; "
+            "set data.cache to a local folder of each node",
+        )
     _require(
         bool(config.run.dir),
         "run.dir is not set: the run has nowhere to write; set a folder, such as run.dir=runs/first",

@@ -1,7 +1,8 @@
 """Strict layering of settings into a frozen dataclass: defaults < YAML files < `a.b=c`.
 
 The tree of a config is its dataclass, so nothing is declared twice: the dotted keys, their types and their
-defaults are read from the fields. Each value remembers where it came from, because "unknown key" is only
+defaults are read from the fields. A field may be a list of sections, `tuple[SomeDataclass, ...]`, whose value is
+given as a whole. Each value remembers where it came from, because "unknown key" is only
 useful with the file to open. OmegaConf reads the text (its loader takes `1e-3` as a number, which plain YAML
 1.1 does not) and resolves `${a.b}`; the checks are ours.
 """
@@ -131,6 +132,10 @@ def _checked(value: Any, annotation: Any, key: str, source: str) -> Any:
         if typing.get_origin(option) is Literal:
             if isinstance(value, str) and value in typing.get_args(option):
                 return value
+        elif typing.get_origin(option) is tuple:
+            if isinstance(value, list | tuple):
+                item = typing.get_args(option)[0]
+                return tuple(_item(item, entry, f"{key}[{i}]", source) for i, entry in enumerate(value))
         elif option is float and type(value) is int:
             return float(value)
         elif type(value) is option:  # not isinstance: a bool is an int, and `true` is no layer count
@@ -138,11 +143,26 @@ def _checked(value: Any, annotation: Any, key: str, source: str) -> Any:
     raise ValueError(f"{key} is {_show(value)} (from {source}); expected {_describe(options)}")
 
 
+def _item(cls: type, entry: Any, key: str, source: str) -> Any:
+    """An entry of a list, which holds a value for every field of `cls`."""
+    leaves = leaf_types(cls, f"{key}.")
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{key} is {_show(entry)} (from {source}); expected a section with {', '.join(leaves)}")
+    values = _flatten(entry, f"{key}.")
+    for unknown in (name for name in values if name not in leaves):
+        raise ValueError(_unknown_key(unknown, source, leaves))
+    for missing in (name for name in leaves if name not in values):
+        raise ValueError(f"{missing} is missing (in {source}); set it")
+    return _construct(cls, entry, dict.fromkeys(values, source), f"{key}.")
+
+
 def _describe(options: Sequence[Any]) -> str:
     names: list[str] = []
     for option in options:
         if typing.get_origin(option) is Literal:
             names.append("one of " + ", ".join(typing.get_args(option)))
+        elif typing.get_origin(option) is tuple:
+            names.append(f"a list of {{{', '.join(leaf_types(typing.get_args(option)[0]))}}}")
         elif option is not types.NoneType:
             names.append(_TYPE_NAMES[option])
     return " or ".join([*names, "null"] if types.NoneType in options else names)

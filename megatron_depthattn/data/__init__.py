@@ -1,1 +1,1 @@
-"""Data: documents to shards of samples (`prepare.py`), their order (`order.py`), reading (`stream.py`)."""
+"""Data: documents to shards of samples (`prepare.py`), order (`order.py`, `mixture.py`), reading (`corpus.py`)."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import RunConfig, Sizes
-from megatron_depthattn.data.order import SampleSequence
-from megatron_depthattn.data.stream import TokenDataset, TokenLoader, build_loader, sample_order
+from megatron_depthattn.data.corpus import Corpus
+from megatron_depthattn.data.loader import TokenLoader, build_loader
 from megatron_depthattn.train.step import Microbatch
 
 SAMPLE_IDS = "sample_ids"
@@ -15,50 +16,61 @@ SAMPLE_IDS = "sample_ids"
 
 
 class GlobalBatches:
-    """This rank's microbatches of one global batch after another, from a split of the prepared corpus.
+    """This rank's microbatches of one global batch after another, from a split of the prepared corpora.
 
     Only the first pipeline stage embeds tokens and only the last compares with labels; the stages between read
-    nothing. All ranks must construct it (opening the shards is collective), and all tensor- and context-parallel
-    ranks of a replica read the same samples.
+    nothing. All ranks must construct it (they compare what they found), and all tensor- and context-parallel ranks of a
+    replica read the same samples.
 
     Args:
         config: the run's config.
         sizes: what `validate` returned.
-        split: ``train`` or ``val``.
+        split: ``train``, or ``val``: in the order it is stored, and the same for every seed.
         consumed_samples: samples of the split that were used before.
+
+    Raises:
+        ValueError: the data cannot be opened, or does not fit the config or what other ranks opened.
     """
 
     def __init__(
         self, config: RunConfig, sizes: Sizes, device: torch.device, *, split: str, consumed_samples: int = 0
     ) -> None:
-        dataset = TokenDataset(
-            config.data.path, split, sequence_length=config.data.sequence_length, cache=config.data.cache
-        )
-        _check_vocabulary(dataset, config.model.vocab_size)
-        self._dataset, self._config, self._sizes, self._device = dataset, config, sizes, device
+        self._config, self._sizes, self._device = config, sizes, device
         self._is_training = split == "train"
+        self._seed = config.run.seed if self._is_training else 0
+        self._corpus = _open_on_all_ranks(config, split)
         self._loader: TokenLoader | None = None
+        self._waited_before = 0.0
         self.seek(consumed_samples)
 
     @property
     def num_samples(self) -> int:
-        """Samples of the split."""
-        return len(self._dataset)
+        """Samples of the split, over all streams."""
+        return len(self._corpus)
+
+    @property
+    def corpus_digest(self) -> str:
+        """A digest of the contents of the split's streams, in their order, wherever they lie."""
+        return self._corpus.digest
+
+    @property
+    def data_seconds(self) -> float:
+        """Seconds that this rank has waited for samples."""
+        return self._waited_before + (self._loader.data_seconds if self._loader else 0.0)
+
+    def describe(self, consumed_samples: int, last_sample: int) -> list[str]:
+        """One line a stream for people: its share, its samples, its epochs after so many samples and at the end."""
+        return self._corpus.describe(consumed_samples, last_sample, seed=self._seed)
 
     def seek(self, consumed_samples: int) -> None:
         """Go on from this many samples since the start of the split."""
         self.close()
-        config, dataset = self._config, self._dataset
+        config = self._config
         if parallel_state.get_pipeline_model_parallel_rank() not in (0, config.parallel.pipeline - 1):
             return
-        shuffle = config.data.shuffle and self._is_training
-        order = SampleSequence(
-            len(dataset),
-            lambda epoch: sample_order(dataset.samples_per_shard, len(dataset), config.run.seed, epoch, shuffle),
-        )
         self._loader = build_loader(
-            dataset,
-            order,
+            self._corpus,
+            self._corpus.sequence(seed=self._seed, shuffle=config.data.shuffle and self._is_training),
             consumed_samples=consumed_samples,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
@@ -67,31 +79,68 @@ class GlobalBatches:
             num_workers=config.data.num_workers if self._is_training else 0,
         )
 
-    @property
-    def data_seconds(self) -> float:
-        """Seconds that this rank has waited for samples."""
-        return self._loader.data_seconds if self._loader else 0.0
-
     def next(self) -> list[Microbatch]:
-        """This rank's microbatches of the next global batch."""
+        """This rank's microbatches of the next global batch; empty ones on a stage that reads nothing.
+
+        Raises:
+            ValueError: a shard is damaged or missing (names the file), or a loader process died.
+        """
         if self._loader is None:
             return [{}] * self._sizes.num_microbatches
-        batches = [next(self._loader) for _ in range(self._sizes.num_microbatches)]
         return [
             {name: tensor.to(self._device) if name != SAMPLE_IDS else tensor for name, tensor in batch.items()}
-            for batch in batches
+            for batch in next(self._loader)
         ]
 
     def close(self) -> None:
         """End the loader's processes."""
         if self._loader:
             self._loader.close()
+            self._waited_before += self._loader.data_seconds
+            self._loader = None
 
 
-def _check_vocabulary(dataset: TokenDataset, vocab_size: int) -> None:
-    stored = (dataset.manifest or {}).get("vocab_size")
-    if stored is not None and stored > vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {vocab_size}, but the data was tokenised with {stored} tokens: set "
-            f"model.vocab_size={stored} or prepare the data with a smaller tokenizer."
+def _open_on_all_ranks(config: RunConfig, split: str) -> Corpus:
+    """Open the data on every rank and compare: all ranks go on with the same data, or all of them stop.
+
+    Raises:
+        ValueError: on all ranks; the first rank that met a mistake tells it, the others name that rank.
+    """
+    corpus, mistake = None, None
+    sources = config.data.sources
+    try:
+        corpus = Corpus(
+            [source.path for source in sources],
+            [source.proportion for source in sources],
+            split,
+            sequence_length=config.data.sequence_length,
+            cache=config.data.cache,
         )
+        _check_vocabulary(corpus, config.model.vocab_size)
+    except ValueError as error:
+        mistake = error
+    found: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
+    dist.all_gather_object(found, (mistake is not None, corpus.digest if corpus else ""))
+    failed = [rank for rank, (is_mistake, _) in enumerate(found) if is_mistake]
+    if failed:
+        if mistake is not None and failed[0] == dist.get_rank():
+            raise mistake
+        raise ValueError(f"rank {failed[0]} could not open the {split} data; its error says why")
+    odd = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
+    if odd:
+        names = ", ".join(source.path for source in sources)
+        raise ValueError(
+            f"ranks {odd} found other {split} data in {names} than rank 0: copy the same corpus to every node"
+        )
+    assert corpus is not None
+    return corpus
+
+
+def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+    for stream in corpus.streams:
+        stored = (stream.manifest or {}).get("vocab_size")
+        if stored is not None and stored > vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {vocab_size}, but the data in {stream.path} was tokenised with {stored} tokens: "
+                f"set model.vocab_size={stored} or prepare the data with a smaller tokenizer."
+            )

@@ -1,4 +1,8 @@
-"""Under torchrun: the sample ids that every rank reads, for a list of layouts, written by rank 0 as JSON."""
+"""Under torchrun: read segments of runs as a training loop does, with the run's record of samples, and no model.
+
+The argument is a JSON file: a list of segments, each with the config's overrides, the first step, the number of steps,
+and the count of consumed samples to resume from.
+"""
 
 import json
 import sys
@@ -11,30 +15,32 @@ from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.data import GlobalBatches
-
-NUM_BATCHES = 30
+from megatron_depthattn.train.sample_log import SampleLog
 
 
 def main() -> None:
-    config_file, output, *layouts = sys.argv[1:]
+    config_file, segments = sys.argv[1:]
     environment = launch_environment()
     device = initialize_distributed(environment)
-    seen = {}
-    for layout in layouts:
-        config = load_config(config_file, ["run.dir=unused", *layout.split()])
+    layout = None
+    for segment in json.loads(Path(segments).read_text()):
+        config = load_config(config_file, segment["overrides"])
         sizes = validate(config, environment.world_size)
-        initialize_model_parallel(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-        batches = GlobalBatches(config, sizes, device, split="train")
-        mine = [[batch["sample_ids"].tolist() for batch in batches.next()] for _ in range(NUM_BATCHES)]
-        place = (parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
-        everyone: list = [None] * environment.world_size
-        dist.all_gather_object(everyone, (place, mine))
-        seen[layout] = everyone
+        if config.parallel != layout:
+            parallel_state.destroy_model_parallel()
+            layout = config.parallel
+            initialize_model_parallel(tensor=layout.tensor, pipeline=layout.pipeline)
+        batches = GlobalBatches(config, sizes, device, split="train", consumed_samples=segment["consumed_samples"])
+        log = SampleLog(config, first_step=segment["first_step"])
+        for step in range(segment["first_step"], segment["first_step"] + segment["num_steps"]):
+            microbatches = batches.next()
+            for batch in filter(None, microbatches):
+                # The corpora of this test hold in every token of a sample the sample's own id.
+                assert (batch["tokens"] == batch["sample_ids"][:, None]).all()
+            log.write(step + 1, microbatches)
+        log.close()
         batches.close()
-        parallel_state.destroy_model_parallel()
-    if environment.rank == 0:
-        Path(output).write_text(json.dumps(seen))
-    dist.barrier()
+        dist.barrier()  # the next segment's rank 0 reads what all ranks have written
     shut_down()
 
 

@@ -1,54 +1,169 @@
-"""The i-th global batch holds the same samples under every layout, in real worlds over real shards."""
+"""The record of samples is the same under every layout, interrupted or not, in real worlds over real shards.
 
+Five runs over more than three epochs, each interrupted twice in the middle of an epoch and resumed under another
+layout, for one stream and for two with proportions. An interrupted run is three steps ahead of what it resumes from,
+as one is that was killed between checkpoints. Compared, sample for sample, with the documented order written out.
+"""
+
+import hashlib
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from streaming import MDSWriter
 
+from tests.documented_order import mixed_order, stream_order
 from tests.e2e.commands import must_succeed, torchrun
 
-WORLDS = {1: ["parallel.tensor=1"], 2: ["parallel.pipeline=1", "parallel.tensor=2", "parallel.pipeline=2"]}
+LENGTH, GLOBAL_BATCH, MICRO_BATCH, SEED = 8, 16, 2, 21
+STOPS, NUM_STEPS, LOST_STEPS = (23, 51), 80, 3  # of 16 samples; neither stop is at the end of an epoch
+SAMPLES = {"large": 301, "small": 97}
+LAYOUTS = {
+    "dp1": (1, []),
+    "dp2": (2, []),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "dp4": (4, []),
+    "dp2 tp2": (4, ["parallel.tensor=2"]),
+    "tp2 pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+RUNS = {  # name of the run (its first layout), and the layouts after each interruption
+    "dp1": ("dp1", "dp2", "dp4"),
+    "dp2": ("dp2", "dp4", "tp2 pp2"),
+    "dp4": ("dp4", "dp2 tp2", "tp2 pp2"),
+    "tp2": ("tp2", "pp2", "dp4"),
+    "pp2": ("pp2", "tp2", "dp2 tp2"),
+    "forgetful": ("dp1", "dp2", "tp2"),  # control: resumes from sample 0
+}
+WORLDS = (1, 2, 4)  # torchruns, in order: each does what the runs need next
 
 
 @pytest.fixture(scope="module")
-def seen(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    """Layout to, for every rank, its place and its microbatches' sample ids."""
-    folder, result = tmp_path_factory.mktemp("order"), {}
-    for world_size, layouts in WORLDS.items():
-        output = folder / f"{world_size}.json"
-        must_succeed(torchrun(world_size, "-m", "tests.e2e.data_order_worker", config_file, output, *layouts))
-        result |= {f"{world_size}: {layout}": ranks for layout, ranks in json.loads(output.read_text()).items()}
-    return result
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    """Two prepared corpora, path to samples of each shard; in every token of a sample stands the sample's id."""
+    folder, offset, sizes = tmp_path_factory.mktemp("corpora"), 0, {}
+    for name, count in SAMPLES.items():
+        columns = {"tokens": f"ndarray:uint16:{LENGTH + 1}"}
+        out = folder / name / "train"
+        with MDSWriter(columns=columns, out=str(out), compression="zstd", hashes=["xxh64"], size_limit=1500) as writer:
+            for sample in range(offset, offset + count):
+                writer.write({"tokens": np.full(LENGTH + 1, sample, np.uint16)})
+        manifest = {"tokenizer_sha256": hashlib.sha256(b"same").hexdigest(), "vocab_size": 384}
+        (folder / name / "manifest.json").write_text(json.dumps(manifest))
+        index = json.loads((out / "index.json").read_text())
+        sizes[str(folder / name)] = [shard["samples"] for shard in index["shards"]]
+        offset += count
+    return sizes
 
 
-def global_batches(ranks: list) -> list[list[int]]:
-    """Sorted sample ids of every global batch, each data-parallel replica counted once."""
-    replicas = {place[0]: batches for place, batches in ranks}
-    return [
-        sorted(sample for batches in replicas.values() for microbatch in batches[i] for sample in microbatch)
-        for i in range(len(next(iter(replicas.values()))))
-    ]
+@pytest.fixture(scope="module")
+def runs(corpora: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs, all of them done: <number of streams>/<name of the run>/samples/."""
+    folder = tmp_path_factory.mktemp("runs")
+    large, small = corpora
+    data = {
+        "one": [f"data.path={large}"],
+        "two": [
+            f"data.streams=[{{path: {large}, proportion: 0.75}}, {{path: {small}, proportion: 0.25}}]",
+            "data.num_workers=0",
+        ],
+    }
+    settings = {
+        "run": {"seed": SEED},
+        "data": {"sequence_length": LENGTH, "log_samples": True},
+        "train": {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH},
+    }
+    config_file = folder / "config.yaml"
+    config_file.write_text(yaml.safe_dump(settings))
+    todo = {(kind, name): list(enumerate(layouts)) for kind in data for name, layouts in RUNS.items()}
+    for number, world_size in enumerate(WORLDS):
+        segments = []
+        while ready := [key for key, rest in todo.items() if rest and LAYOUTS[rest[0][1]][0] == world_size]:
+            for kind, name in sorted(ready, key=lambda key: todo[key][0][1]):  # groups are made anew for each layout
+                part, layout = todo[kind, name].pop(0)
+                first_step, last_step = (0, *STOPS)[part], (*STOPS, NUM_STEPS)[part]
+                is_interrupted = last_step != NUM_STEPS
+                segments.append(
+                    {
+                        "overrides": [f"run.dir={folder / kind / name}", *data[kind], *LAYOUTS[layout][1]],
+                        "first_step": first_step,
+                        "num_steps": last_step - first_step + (LOST_STEPS if is_interrupted else 0),
+                        "consumed_samples": 0 if name == "forgetful" else first_step * GLOBAL_BATCH,
+                    }
+                )
+        listed = folder / f"{number}.json"
+        listed.write_text(json.dumps(segments))
+        must_succeed(torchrun(world_size, "-m", "tests.e2e.data_order_worker", config_file, listed))
+    assert not any(todo.values())
+    return folder
 
 
-def test_every_layout_sees_the_same_global_batches(seen):
-    (single, *others) = [global_batches(ranks) for ranks in seen.values()]
-    assert len(single) == 30
-    assert all(len(batch) == 8 for batch in single)
-    for other in others:
-        assert other == single
+def expected(corpora: dict[str, list[int]], kind: str, seed: int = SEED) -> list[int]:
+    """Ids of all samples of a run, in the order of their positions."""
+    large, small = corpora.values()
+    order = stream_order(large, seed) if kind == "one" else mixed_order([large, small], [750, 250], seed)
+    return list(itertools.islice(order, NUM_STEPS * GLOBAL_BATCH))
 
 
-def test_ranks_of_one_replica_read_the_same_microbatches(seen):
-    for ranks in seen.values():
-        for (replica, _), batches in ranks:
-            assert batches == next(other for (r, _), other in ranks if r == replica)
+def recorded(run: Path) -> dict[int, dict[int, list[list[list[int]]]]]:
+    """Step to data-parallel rank to what each rank of the replica wrote: a list of microbatches."""
+    steps: dict[int, dict[int, list]] = {}
+    for file in sorted((run / "samples").glob("rank_*.jsonl")):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        numbers = [line["step"] for line in lines]
+        assert numbers == sorted(set(numbers)), f"{file} has a step twice"
+        for line in lines:
+            steps.setdefault(line["step"], {}).setdefault(line["data_parallel_rank"], []).append(line["sample_ids"])
+    return steps
 
 
-def test_control_replicas_read_different_samples(seen):
-    (_, first), (_, second) = seen["2: parallel.pipeline=1"]
-    assert first != second
-    assert single_batches_differ(global_batches(seen["1: parallel.tensor=1"]))
+def positions_in_order(replicas: dict[int, list]) -> list[int]:
+    """The ids of a step by position: micro-batch 0 of replica 0, of replica 1, ..., micro-batch 1 of replica 0, ..."""
+    return [i for row in zip(*(replicas[rank][0] for rank in sorted(replicas)), strict=True) for m in row for i in m]
 
 
-def single_batches_differ(batches: list[list[int]]) -> bool:
-    return len({tuple(batch) for batch in batches}) == len(batches)
+def all_ids(run: Path) -> list[int]:
+    steps = recorded(run)
+    assert sorted(steps) == list(range(1, NUM_STEPS + 1))
+    return [i for step in sorted(steps) for i in positions_in_order(steps[step])]
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "forgetful"])
+def test_interrupted_and_resumed_elsewhere_every_run_reads_the_documented_samples(runs, corpora, kind, name):
+    assert all_ids(runs / kind / name) == expected(corpora, kind)
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+@pytest.mark.parametrize("name", list(RUNS))
+def test_ranks_of_one_replica_read_the_same_microbatches(runs, kind, name):
+    steps = recorded(runs / kind / name)
+    bounds = (0, *STOPS, NUM_STEPS)
+    for (low, high), layout in zip(itertools.pairwise(bounds), RUNS[name], strict=True):
+        world_size, overrides = LAYOUTS[layout]
+        replica = 2 ** len(overrides)
+        for step in range(low + 1, high + 1):
+            assert sorted(steps[step]) == list(range(world_size // replica))
+            for copies in steps[step].values():
+                assert len(copies) == replica
+                assert all(copy == copies[0] for copy in copies)
+                assert np.array(copies[0]).shape[1] == MICRO_BATCH
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_the_runs_go_past_three_epochs_of_every_stream(runs, corpora, kind):
+    counts = np.bincount(all_ids(runs / kind / "dp1"), minlength=sum(SAMPLES.values()))
+    large, small = counts[: SAMPLES["large"]], counts[SAMPLES["large"] :]
+    assert large.min() >= 3 and np.ptp(large) == 1  # every epoch whole, the last one begun
+    assert (small.min() >= 3 and np.ptp(small) == 1) if kind == "two" else not small.any()
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_control_another_seed_and_a_forgotten_position_are_noticed(runs, corpora, kind):
+    assert expected(corpora, kind, seed=SEED + 1) != expected(corpora, kind)
+    forgotten = all_ids(runs / kind / "forgetful")
+    assert forgotten[: STOPS[0] * GLOBAL_BATCH] == expected(corpora, kind)[: STOPS[0] * GLOBAL_BATCH]
+    assert forgotten != expected(corpora, kind)

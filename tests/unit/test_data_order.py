@@ -5,20 +5,18 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_depthattn.data.order import (
-    SampleSequence,
-    batch_positions,
-    batch_sample_ids,
-    micro_batches,
-    num_micro_batches,
-)
+from megatron_depthattn.data.mixture import MixedSequence, Mixture, slots_of
+from megatron_depthattn.data.order import EpochOrder, SampleSequence, batch_positions, num_micro_batches, steps
+from tests.documented_order import epoch_order, stream_order
 
+SHARDS = np.array([7, 3, 9, 10])
 NUM_SAMPLES, GLOBAL_BATCH = 29, 16  # coprime: batches cross the ends of epochs at every offset
 LAYOUTS = [(dp, mbs) for dp in (1, 2, 4) for mbs in (1, 2, 4)]
 
 
-def permutation(epoch: int, seed: int = 5) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(NUM_SAMPLES)
+def sequence(seed: int = 5, shuffle: bool = True) -> SampleSequence:
+    """Windows of 40 samples, more than an epoch."""
+    return SampleSequence(SHARDS, seed=seed, shuffle=shuffle, window=16)
 
 
 def layout(dp: int, mbs: int, rank: int) -> dict[str, int]:
@@ -32,16 +30,71 @@ def layout(dp: int, mbs: int, rank: int) -> dict[str, int]:
 
 def batch(consumed: int, dp: int, mbs: int) -> list[np.ndarray]:
     """Every rank's ids of one step, each rank with a sequence of its own, as in a run."""
-    return [
-        batch_sample_ids(SampleSequence(NUM_SAMPLES, permutation), consumed, **layout(dp, mbs, rank))
-        for rank in range(dp)
-    ]
+    return [next(steps(sequence(), consumed, **layout(dp, mbs, rank))) for rank in range(dp)]
 
 
 def written_out(length: int) -> list[int]:
     """The stream, epoch by epoch, without any of the code under test."""
-    epochs = itertools.chain.from_iterable(permutation(epoch) for epoch in itertools.count())
-    return [int(i) for i in itertools.islice(epochs, length)]
+    return list(itertools.islice(stream_order(SHARDS.tolist(), seed=5, window=40), length))
+
+
+# ------------------------------------------------------------------------------------------ one stream
+
+
+@pytest.mark.parametrize(("sizes", "window"), [([50] * 40, 200), ([50] * 39 + [1], 256), ([7, 90, 3] * 9, 360)])
+def test_a_piece_of_an_epoch_equals_the_whole(sizes: list[int], window: int) -> None:
+    expected = epoch_order(sizes, 3, 1, 2, window)
+    order = EpochOrder(np.array(sizes), (3, 1, 2), window)
+    for start, stop in [(0, 10), (0, len(expected)), (333, 777), (len(expected) - 1, len(expected)), (199, 201)]:
+        assert order.ids(start, stop).tolist() == expected[start:stop]
+    ids = SampleSequence(np.array(sizes), seed=3, shuffle=True, stream=1, window=window)
+    positions = np.arange(2 * len(expected), 3 * len(expected))
+    assert ids.sample_ids(positions).tolist() == expected
+    assert ids.sample_ids(positions[::-7]).tolist() == expected[::-7]
+    assert sorted(expected) == list(range(sum(sizes)))
+
+
+def test_a_sample_stays_within_its_window_and_shards_mix() -> None:
+    """No sample is taken further than a window from its shard's place: a cold cache needs few shards at a time."""
+    size, window = 50, 400
+    ids = SampleSequence(np.full(200, size), seed=0, shuffle=True, window=window).sample_ids(np.arange(200 * size))
+    shards = ids // size
+    spans = [np.ptp(np.flatnonzero(shards == shard)) for shard in range(200)]
+    assert size < min(spans) and max(spans) <= 2 * window + size
+    assert len(set(shards[5000:5050])) > 6  # of the eight or so whose samples can be here
+    assert np.mean(np.abs(np.diff(ids)) == 1) < 0.05
+
+
+def test_the_shuffle_is_uniform_enough() -> None:
+    """Within a window any sample can stand anywhere: over seeds, its mean place is the middle."""
+    places = [np.argsort(SampleSequence(SHARDS, seed=s, shuffle=True).sample_ids(np.arange(29))) for s in range(2000)]
+    mean = np.mean(places, axis=0)
+    assert np.abs(mean - 14).max() < 5 * (29 / 12**0.5) / 2000**0.5
+
+
+def test_a_position_in_a_large_epoch_needs_a_small_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    moved = EpochOrder._moved
+    monkeypatch.setattr(EpochOrder, "_moved", lambda self, i: drawn.append(i) or moved(self, i))
+    large = SampleSequence(np.full(1500, 65_536), seed=1, shuffle=True)
+    ids = large.sample_ids(np.arange(50_000_000, 50_000_256))
+    assert len(set(ids.tolist())) == 256
+    assert len(drawn) <= 14  # of 1500 shards: three windows of four
+
+
+def test_orders_differ_by_epoch_seed_and_stream() -> None:
+    def order(seed: int, stream: int, epoch: int) -> tuple[int, ...]:
+        own = SampleSequence(SHARDS, seed=seed, shuffle=True, stream=stream)
+        return tuple(own.sample_ids(np.arange(29) + 29 * epoch).tolist())
+
+    orders = [order(*key) for key in itertools.product(range(3), repeat=3)]
+    assert all(sorted(ids) == list(range(NUM_SAMPLES)) for ids in orders)
+    assert len(set(orders)) == 27
+    assert order(2, 1, 0) == order(2, 1, 0)
+    assert sequence(shuffle=False).sample_ids(np.arange(60)).tolist() == [i % 29 for i in range(60)]
+
+
+# -------------------------------------------------------------------------------------------- layouts
 
 
 @pytest.mark.parametrize(("dp", "mbs"), LAYOUTS)
@@ -62,15 +115,8 @@ def test_the_documented_position_of_each_row(dp: int, mbs: int) -> None:
         assert positions.shape == (GLOBAL_BATCH // (dp * mbs), mbs)
 
 
-def test_one_rank_reads_the_stream_in_order() -> None:
-    rows = itertools.islice(
-        micro_batches(SampleSequence(NUM_SAMPLES, permutation), 0, **layout(1, 4, 0)), 3 * NUM_SAMPLES
-    )
-    assert np.concatenate(list(rows)).tolist() == written_out(12 * NUM_SAMPLES)
-
-
 def test_every_epoch_holds_every_sample_once() -> None:
-    ids = SampleSequence(NUM_SAMPLES, permutation).sample_ids(np.arange(5 * NUM_SAMPLES)).reshape(5, -1)
+    ids = sequence().sample_ids(np.arange(5 * NUM_SAMPLES)).reshape(5, -1)
     assert (np.sort(ids, axis=1) == np.arange(NUM_SAMPLES)).all()
     assert len({tuple(row) for row in ids.tolist()}) == 5
 
@@ -79,34 +125,29 @@ def test_every_epoch_holds_every_sample_once() -> None:
 def test_a_resumed_stream_continues_the_uninterrupted_one(consumed: int) -> None:
     expected = written_out(consumed + 5 * GLOBAL_BATCH)[consumed:]
     for dp, mbs in LAYOUTS:
-        ranks = [
-            micro_batches(SampleSequence(NUM_SAMPLES, permutation), consumed, **layout(dp, mbs, rank))
-            for rank in range(dp)
-        ]
+        ranks = [steps(sequence(), consumed, **layout(dp, mbs, rank)) for rank in range(dp)]
         # Row-block m of a step is rank 0's micro-batch m, then rank 1's, ...: together the stream in order.
-        rows = [next(rank) for _ in range(5 * GLOBAL_BATCH // (dp * mbs)) for rank in ranks]
+        rows = [row for _ in range(5) for row in np.stack([next(rank) for rank in ranks], axis=1).reshape(-1, mbs)]
         assert np.concatenate(rows).tolist() == expected
 
 
 def test_a_resumed_stream_may_change_layout_and_global_batch() -> None:
-    first = micro_batches(SampleSequence(NUM_SAMPLES, permutation), 0, **layout(1, 4, 0))
-    read = [next(first) for _ in range(8)]
-    changed = layout(1, 2, 0) | {"global_batch_size": 6}
-    second = micro_batches(SampleSequence(NUM_SAMPLES, permutation), 32, **changed)
-    read += [next(second) for _ in range(20)]
-    assert np.concatenate(read).tolist() == written_out(72)
+    first = steps(sequence(), 0, **layout(1, 4, 0))
+    read = [next(first) for _ in range(2)]
+    second = steps(sequence(), 32, **(layout(1, 2, 0) | {"global_batch_size": 6}))
+    read += [next(second) for _ in range(7)]
+    assert np.concatenate([ids.ravel() for ids in read]).tolist() == written_out(74)
 
 
 def test_control_wrong_orders_differ() -> None:
     """What the tests above would catch: consumed samples ignored, another seed, one order for all epochs."""
-    right = batch(48, 2, 2)
-    ignored = batch(0, 2, 2)
-    other_seed = SampleSequence(NUM_SAMPLES, lambda epoch: permutation(epoch, seed=6))
-    same_epoch = SampleSequence(NUM_SAMPLES, lambda epoch: permutation(0))
-    assert set(np.concatenate(right).ravel()) != set(np.concatenate(ignored).ravel())
-    for wrong in (other_seed, same_epoch):
-        ids = [batch_sample_ids(wrong, 48, **layout(2, 2, rank)) for rank in range(2)]
-        assert not np.array_equal(np.concatenate(ids), np.concatenate(right))
+    right = np.concatenate(batch(48, 2, 2)).ravel().tolist()
+    ignored = np.concatenate(batch(0, 2, 2)).ravel().tolist()
+    other_seed = [next(steps(sequence(6), 48, **layout(2, 2, rank))) for rank in range(2)]
+    first_epoch = written_out(29)
+    assert set(right) != set(ignored)
+    assert np.concatenate(other_seed).ravel().tolist() != right
+    assert sorted(right) != sorted(first_epoch[position % 29] for position in range(48, 64))
 
 
 @pytest.mark.parametrize(("gbs", "mbs", "dp"), [(16, 3, 1), (16, 4, 3), (0, 1, 1), (8, 0, 2), (8, 16, 1)])
@@ -121,6 +162,71 @@ def test_impossible_coordinates_are_refused() -> None:
     with pytest.raises(ValueError, match="consumed_samples is -1"):
         batch_positions(-1, **layout(2, 2, 0))
     with pytest.raises(ValueError, match="at least 1 sample"):
-        SampleSequence(0, permutation)
-    with pytest.raises(ValueError, match="shape"):
-        SampleSequence(NUM_SAMPLES + 1, permutation).sample_ids(np.arange(3))
+        SampleSequence(np.array([0]), seed=0, shuffle=True)
+
+
+# -------------------------------------------------------------------------------------- several streams
+
+
+@pytest.mark.parametrize(
+    ("proportions", "slots"),
+    [
+        ((1.0,), (1000,)),
+        ((0.7, 0.3), (700, 300)),
+        ((7.0, 3.0), (700, 300)),
+        ((1, 1, 1), (334, 333, 333)),
+        ((0.9994, 0.0006), (999, 1)),
+        ((1e9, 1e9), (500, 500)),
+    ],
+)
+def test_slots_by_largest_remainder(proportions: tuple[float, ...], slots: tuple[int, ...]) -> None:
+    assert slots_of(proportions) == slots
+
+
+def test_a_proportion_that_rounds_to_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.streams\[1\]\.proportion is 0\.0004, which rounds to none of 1000"):
+        slots_of((0.9996, 0.0004))
+
+
+SIZES = (np.array([4, 7]), np.array([50, 30]), np.array([5]))  # 11, 80 and 5 samples
+SLOTS = (2, 7, 1)
+
+
+def mixed(seed: int = 4) -> MixedSequence:
+    own = [SampleSequence(sizes, seed=seed, shuffle=True, stream=i) for i, sizes in enumerate(SIZES)]
+    return MixedSequence(Mixture(SLOTS, seed), own, (0, 11, 91))
+
+
+def test_each_stream_of_a_mixture_is_its_own_endless_sequence() -> None:
+    """Taken apart again, stream by stream and in order, a mixture is every stream's epochs one after the other."""
+    ids = mixed().sample_ids(np.arange(2000))
+    for i, (sizes, offset) in enumerate(zip(SIZES, (0, 11, 91), strict=True)):
+        own = ids[(ids >= offset) & (ids < offset + sizes.sum())] - offset
+        assert len(own) == 200 * SLOTS[i]
+        alone = SampleSequence(sizes, seed=4, shuffle=True, stream=i)
+        assert own.tolist() == alone.sample_ids(np.arange(len(own))).tolist()
+
+
+def test_a_mixture_holds_its_proportions_in_every_block_and_reorders_the_slots() -> None:
+    streams, inner = Mixture(SLOTS, 4).locate(np.arange(1000))
+    blocks = [tuple(block) for block in streams.reshape(100, 10).tolist()]
+    assert {tuple(np.bincount(block)) for block in blocks} == {SLOTS}
+    assert len(set(blocks)) > 80  # of 360 possible orders
+    for stream in range(3):
+        assert inner[streams == stream].tolist() == list(range(100 * SLOTS[stream]))
+    assert Mixture(SLOTS, 5).locate(np.arange(1000))[0].tolist() != streams.tolist()
+
+
+@pytest.mark.parametrize("position", [0, 1, 9, 10, 11, 999, 12_345])
+def test_a_mixture_counts_what_it_took_from_each_stream(position: int) -> None:
+    streams, _ = Mixture(SLOTS, 4).locate(np.arange(position))
+    assert Mixture(SLOTS, 4).consumed(position).tolist() == np.bincount(streams, minlength=3).tolist()
+
+
+def test_any_position_of_a_mixture_can_be_asked_for() -> None:
+    whole = mixed().sample_ids(np.arange(3000))
+    positions = np.random.default_rng(0).integers(0, 3000, (20, 5))
+    assert (mixed().sample_ids(positions) == whole[positions]).all()
+    for dp, mbs in LAYOUTS:
+        ranks = [next(steps(mixed(), 1234, **layout(dp, mbs, rank))) for rank in range(dp)]
+        assert sorted(np.concatenate(ranks).ravel().tolist()) == sorted(whole[1234 : 1234 + GLOBAL_BATCH].tolist())

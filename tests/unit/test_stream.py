@@ -1,29 +1,37 @@
-"""Reading a prepared corpus by sample number, the epoch order, and the loader."""
+"""Reading a prepared corpus by sample number: what is checked, what is made again, and what stops a run."""
 
+import contextlib
+import functools
+import http.server
 import json
+import logging
+import multiprocessing
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from streaming import MDSWriter
 
-from megatron_depthattn.data import stream
-from megatron_depthattn.data.order import SampleSequence
-from megatron_depthattn.data.stream import TokenDataset, TokenLoader, build_loader, sample_order
+from megatron_depthattn.data import shard_reader
+from megatron_depthattn.data.stream import TokenDataset
 
 LENGTH, NUM_SAMPLES = 8, 100
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 1 << 16, (NUM_SAMPLES, LENGTH + 1)).astype(np.uint16)
 
 
-def write_shards(folder: Path) -> Path:
-    """Known tokens in several compressed shards, written with streaming itself."""
+def write_shards(folder: Path, tokens: np.ndarray = TOKENS, compression: str | None = "zstd", **settings) -> Path:
+    """Known tokens in several shards, written with streaming itself."""
     columns = {"tokens": f"ndarray:uint16:{LENGTH + 1}"}
-    with MDSWriter(columns=columns, out=str(folder), compression="zstd", hashes=["xxh64"], size_limit=600) as out:
-        for row in TOKENS:
+    settings = {"hashes": ["xxh64"], "size_limit": 600} | settings
+    with MDSWriter(columns=columns, out=str(folder), compression=compression, **settings) as out:
+        for row in tokens:
             out.write({"tokens": row})
     return folder
 
@@ -41,48 +49,39 @@ def corpus(shards: Path, tmp_path: Path) -> Path:
     return shutil.copytree(shards, tmp_path / "corpus")
 
 
-@pytest.fixture
-def dataset(corpus: Path) -> TokenDataset:
-    return TokenDataset(corpus, "train", sequence_length=LENGTH)
+def read(dataset: TokenDataset, samples: range = range(NUM_SAMPLES)) -> list[list[int]]:
+    return [dataset[i].tolist() for i in samples]
 
 
-def sequence(dataset: TokenDataset, seed: int = 3) -> SampleSequence:
-    order = dataset.samples_per_shard
-    return SampleSequence(len(dataset), lambda epoch: sample_order(order, NUM_SAMPLES, seed, epoch, True))
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if not file.name.startswith(".lock")}
 
 
-@pytest.fixture
-def open_loaders() -> Iterator[list[TokenLoader]]:
-    loaders: list[TokenLoader] = []
-    yield loaders
-    for loader in loaders:
-        loader.close()
+def flip(file: Path, place: int = -9) -> None:
+    """Change one bit."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
 
 
-def read(dataset: TokenDataset, count: int, consumed: int = 0, workers: int = 0) -> list[dict[str, torch.Tensor]]:
-    loader = build_loader(
-        dataset,
-        sequence(dataset),
-        consumed_samples=consumed,
-        global_batch_size=8,
-        micro_batch_size=4,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        num_workers=workers,
-    )
-    batches = [next(loader) for _ in range(count)]
-    assert loader.data_seconds > 0
-    loader.close()
-    return batches
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
 
 
-def test_samples_come_back_by_number(dataset: TokenDataset) -> None:
+# --------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("compression", ["zstd", None, "gz"])
+def test_samples_come_back_by_number(tmp_path: Path, compression: str | None) -> None:
+    write_shards(tmp_path / "train", compression=compression)
+    dataset = TokenDataset(tmp_path, "train", sequence_length=LENGTH)
     assert len(dataset) == NUM_SAMPLES
     assert len(dataset.samples_per_shard) > 3
     assert dataset.manifest is None
+    assert dataset[5].dtype == torch.int64
     for i in RNG.permutation(NUM_SAMPLES):
-        assert dataset[int(i)].dtype == torch.int64
         assert dataset[int(i)].tolist() == TOKENS[i].tolist()
+    assert not [name for name in names(tmp_path / "train") if name.startswith(".")]
 
 
 def test_the_manifest_comes_with_the_data(corpus: Path) -> None:
@@ -97,135 +96,270 @@ def test_another_sequence_length_is_refused(corpus: Path) -> None:
 
 
 def test_paths_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"val has no index\.json: give data.path a folder"):
+    with pytest.raises(ValueError, match=r"val has no index\.json: give a folder"):
         TokenDataset(tmp_path, "val")
     with pytest.raises(ValueError, match=r"s3://bucket/corpus is remote and data.cache is not set"):
         TokenDataset("s3://bucket/corpus")
+    with pytest.raises(ValueError, match=r"ftp://there/train/index\.json could not be downloaded: Unsupported remote"):
+        TokenDataset("ftp://there", cache=tmp_path)
     with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "train")) as out:
         out.write({"text": "not tokens"})
     with pytest.raises(ValueError, match=r"not 'tokens' of a fixed length: prepare the corpus with"):
         TokenDataset(tmp_path)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_shard_is_named_and_nobody_waits_for_it(corpus: Path, workers: int) -> None:
-    file = corpus / "train" / "shard.00001.mds.zstd"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+def test_the_digest_is_of_the_content_and_not_of_the_place(corpus: Path, shards: Path, tmp_path: Path) -> None:
+    other = TOKENS.copy()
+    other[7, 3] ^= 1
+    write_shards(tmp_path / "other" / "train", other)
+    assert TokenDataset(corpus).digest == TokenDataset(shards).digest != TokenDataset(tmp_path / "other").digest
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_a_damaged_shard_is_named_and_the_others_can_be_read(corpus: Path, damage: Callable[[Path], None]) -> None:
+    damage(corpus / "train" / "shard.00001.mds.zstd")
     dataset = TokenDataset(corpus)
     first = int(dataset.samples_per_shard[0])
-    for _ in range(2):  # the second reader would otherwise wait for the first one's preparation to end
-        with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd: its bytes differ from the hash"):
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd (differs from its xxh64|has \d+ bytes, not)"):
             dataset[first]
-    with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd: its bytes differ from the hash"):
-        read(dataset, NUM_SAMPLES // 4, workers=workers)
-    assert dataset[0].tolist() == TOKENS[0].tolist()
+    assert read(dataset, range(first)) == TOKENS[:first].tolist()
+    assert not (corpus / "train" / "shard.00001.mds").exists()
 
 
-def test_an_only_copy_is_never_deleted(corpus: Path) -> None:
-    """Streaming would delete the raw shard here, since its compressed form is gone."""
-    TokenDataset(corpus)[0]
-    raw = corpus / "train" / "shard.00000.mds"
-    assert raw.is_file()
-    (corpus / "train" / "shard.00000.mds.zstd").unlink()
-    with pytest.raises(ValueError, match=r"shard\.00000\.mds\.zstd is missing: copy or prepare"):
-        TokenDataset(corpus)
-    assert raw.is_file()
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_a_damaged_raw_shard_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Read in place, without a compressed form to make it from; streaming itself would read it as it is."""
+    write_shards(tmp_path / "train", compression=None)
+    file = tmp_path / "train" / "shard.00001.mds"
+    damage(file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"shard\.00001\.mds (differs|has \d+ bytes).*: copy or prepare the corpus"):
+        read(TokenDataset(tmp_path))
+    assert file.read_bytes() == before
 
 
-def test_reading_keeps_the_shards(corpus: Path) -> None:
-    before = {p.name for p in (corpus / "train").iterdir()}
-    read(TokenDataset(corpus), 30)
-    assert before <= {p.name for p in (corpus / "train").iterdir()}
-
-
-def test_a_cache_leaves_the_corpus_alone_and_survives_leftovers(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_expanded_shard_is_made_again_and_told(
+    corpus: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = {p.name for p in (corpus / "train").iterdir()}
-    first = TokenDataset(corpus, cache=tmp_path / "cache")
-    assert [first[i].tolist() for i in range(NUM_SAMPLES)] == TOKENS.tolist()
-    assert {p.name for p in (corpus / "train").iterdir()} == before
-    # `first` is still registered in shared memory, as a killed run would be.
-    second = TokenDataset(corpus, cache=tmp_path / "cache")
-    assert second[7].tolist() == TOKENS[7].tolist()
-    monkeypatch.setattr(stream, "clean_stale_shared_memory", lambda: None)
-    with pytest.raises(ValueError, match="Reused local directory"):  # control: why the cleaning is there
-        TokenDataset(corpus, cache=tmp_path / "cache")
+    assert read(TokenDataset(corpus)) == TOKENS.tolist()
+    file = corpus / "train" / "shard.00002.mds"
+    intact = file.read_bytes()
+    damage(file)
+    with caplog.at_level(logging.WARNING):
+        assert read(TokenDataset(corpus)) == TOKENS.tolist()
+    assert file.read_bytes() == intact
+    told = [record.getMessage() for record in caplog.records]
+    expected = [] if damage is Path.unlink else [f"note: {file} "]
+    assert [line.startswith(start) for line, start in zip(told, expected, strict=True)] == [True] * len(expected)
 
 
-def test_orders_are_permutations_that_differ_by_epoch_and_seed(dataset: TokenDataset) -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        return sample_order(dataset.samples_per_shard, NUM_SAMPLES, seed, epoch, True).tolist()
-
-    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
-    assert all(sorted(ids) == list(range(NUM_SAMPLES)) for ids in orders)
-    assert len({tuple(ids) for ids in orders}) == 9
-    assert order(2, 1) == order(2, 1)
-    unshuffled = sample_order(dataset.samples_per_shard, NUM_SAMPLES, 0, 1, False)
-    assert unshuffled.tolist() == list(range(NUM_SAMPLES))
+def test_both_forms_damaged_is_one_error_that_names_both(corpus: Path) -> None:
+    read(TokenDataset(corpus))
+    for name in ("shard.00001.mds", "shard.00001.mds.zstd"):
+        flip(corpus / "train" / name)
+    with pytest.raises(ValueError, match=r"00001\.mds differs from its xxh64.*, and .*00001\.mds\.zstd differs"):
+        read(TokenDataset(corpus))
 
 
-def test_one_shard_gives_independent_orders_for_neighbouring_seeds() -> None:
-    """Streaming draws from seed + epoch: with one shard, seed 0's epoch 1 would be seed 1's epoch 0."""
-    one_shard = np.array([NUM_SAMPLES])
-    first, second = (sample_order(one_shard, NUM_SAMPLES, seed, 1 - seed, True) for seed in (0, 1))
-    assert first.tolist() != second.tolist()
+def test_a_missing_shard_is_found_at_the_start(corpus: Path) -> None:
+    (corpus / "train" / "shard.00001.mds.zstd").unlink()
+    with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd is missing: copy or prepare the corpus again"):
+        TokenDataset(corpus)
 
 
-def test_batches_are_inputs_and_next_tokens(dataset: TokenDataset) -> None:
-    for batch in read(dataset, 30):
-        rows = TOKENS[batch["sample_ids"].numpy()].astype(np.int64)
-        assert (batch["tokens"].numpy() == rows[:, :-1]).all()
-        assert (batch["labels"].numpy() == rows[:, 1:]).all()
-        assert batch["tokens"].shape == (4, LENGTH)
-        assert {value.dtype for value in batch.values()} == {torch.int64}
+def test_a_shard_that_goes_missing_later_is_named(corpus: Path) -> None:
+    dataset = TokenDataset(corpus)
+    (corpus / "train" / "shard.00001.mds.zstd").unlink()
+    with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd cannot be read: No such file"):
+        read(dataset)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_past_the_first_epoch_equals_the_uninterrupted_run(dataset: TokenDataset, workers: int) -> None:
-    whole = read(dataset, 60)  # 240 samples of 4: into the third epoch
-    for consumed in (8, 96, 104, 200):
-        resumed = read(dataset, 10, consumed, workers)
-        for i, batch in enumerate(resumed):
-            for key, value in whole[consumed // 4 + i].items():
-                assert torch.equal(batch[key], value), (consumed, i, key)
+def test_an_expanded_shard_that_is_tidied_away_under_a_run_is_made_again(corpus: Path) -> None:
+    dataset = TokenDataset(corpus)
+    for _ in range(2):
+        assert read(dataset) == TOKENS.tolist()
+        for file in (corpus / "train").glob("*.mds"):
+            file.unlink()
 
 
-def test_control_other_positions_and_seeds_differ(dataset: TokenDataset) -> None:
-    ids = [torch.cat([b["sample_ids"] for b in read(dataset, 4, consumed)]).tolist() for consumed in (0, 16)]
-    assert ids[0] != ids[1]
-    assert sequence(dataset, seed=4).sample_ids(np.arange(16)).tolist() != ids[0]
+def test_a_shard_that_is_cut_under_a_run_is_named(corpus: Path) -> None:
+    dataset = TokenDataset(corpus)
+    read(dataset)
+    (corpus / "train" / "shard.00001.mds").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"shard\.00001\.mds cannot be read"):
+        read(dataset)
 
 
-def test_a_closed_loader_ends(dataset: TokenDataset, open_loaders: list[TokenLoader]) -> None:
-    loader = build_loader(
-        dataset,
-        sequence(dataset),
-        consumed_samples=0,
-        global_batch_size=4,
-        micro_batch_size=4,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        num_workers=1,
-    )
-    open_loaders.append(loader)
-    next(loader)
-    loader.close()
-    with pytest.raises(StopIteration):
-        next(loader)
-    assert not torch.multiprocessing.active_children()
+def test_an_only_copy_is_read_and_never_deleted(corpus: Path, tmp_path: Path) -> None:
+    """Streaming would delete a raw shard whose compressed form is gone."""
+    read(TokenDataset(corpus))
+    for file in (corpus / "train").glob("*.zstd"):
+        file.unlink()
+    before = names(corpus / "train")
+    assert read(TokenDataset(corpus)) == TOKENS.tolist()
+    assert read(TokenDataset(corpus, cache=tmp_path / "cache")) == TOKENS.tolist()
+    assert names(corpus / "train") == before
 
 
-def test_sizes_are_checked_before_any_worker_starts(dataset: TokenDataset) -> None:
-    with pytest.raises(ValueError, match=r"train\.global_batch_size 6"):
-        build_loader(
-            dataset,
-            sequence(dataset),
-            consumed_samples=0,
-            global_batch_size=6,
-            micro_batch_size=4,
-            data_parallel_rank=0,
-            data_parallel_size=1,
-        )
+def test_control_a_wrong_byte_is_read_without_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the hashes are for; and the user is told that there are none."""
+    write_shards(tmp_path / "train", compression=None, hashes=[])
+    flip(tmp_path / "train" / "shard.00001.mds")
+    with caplog.at_level(logging.WARNING):
+        assert read(TokenDataset(tmp_path)) != TOKENS.tolist()
+    assert "no hashes in its index: only the sizes" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_refused(corpus: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds cannot be (read|written).*Not a directory"):
+        TokenDataset(corpus, cache=blocked)[0]
+
+
+# ------------------------------------------------------------------- cache, other processes, leftovers
+
+
+def test_a_cache_leaves_the_corpus_alone_and_is_used_again(corpus: Path, tmp_path: Path) -> None:
+    before = names(corpus / "train")
+    cache = tmp_path / "cache"
+    assert read(TokenDataset(corpus, cache=cache)) == TOKENS.tolist()
+    assert names(corpus / "train") == before
+    (folder,) = cache.iterdir()
+    assert folder.name.startswith("corpus-train-")
+    made = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.mds")}
+    assert read(TokenDataset(corpus, cache=cache)) == TOKENS.tolist()
+    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.mds")} == made
+
+
+def test_corpora_can_share_a_cache(corpus: Path, tmp_path: Path) -> None:
+    """Also two with the same name, at the same time: the cache knows a corpus by its content."""
+    write_shards(tmp_path / "b" / "corpus" / "train", TOKENS[::-1])
+    one, two = (TokenDataset(path, cache=tmp_path / "cache") for path in (corpus, tmp_path / "b" / "corpus"))
+    for i in range(NUM_SAMPLES):
+        assert one[i].tolist() == TOKENS[i].tolist()
+        assert two[i].tolist() == TOKENS[-1 - i].tolist()
+
+
+def _read_in_process(corpus: Path, cache: Path | None, results) -> None:
+    results.put(read(TokenDataset(corpus, cache=cache)) == TOKENS.tolist())
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_processes_make_each_shard_once(corpus: Path, tmp_path: Path, with_cache: bool) -> None:
+    """Several processes of several runs start at once on one folder; nobody waits for ever, all read the truth."""
+    cache = tmp_path / "cache" if with_cache else None
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    processes = [fork.Process(target=_read_in_process, args=(corpus, cache, results)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [True] * 6
+    for process in processes:
+        process.join(timeout=60)
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+def test_leftovers_of_killed_runs_do_not_matter(corpus: Path) -> None:
+    """Half-written files, a lock file nobody holds, and streaming's own names in shared memory, which stay."""
+    folder = corpus / "train"
+    (folder / ".shard.00000.mds.part").write_bytes(b"half")
+    (folder / ".shard.00001.mds.fetched").mkdir()
+    (folder / ".lock.0").touch()
+    memory = []
+    for name in ("locals", "barrier", "next_epoch", "cache_usage", "shard_states", "shard_access_times"):
+        with contextlib.suppress(FileExistsError):  # of a real run
+            memory.append(SharedMemory(f"000000_{name}", create=True, size=64))
+            memory[-1].buf[:] = b"\x41" * 64
+    try:
+        assert read(TokenDataset(corpus)) == TOKENS.tolist()
+        assert all(bytes(block.buf[:64]) == b"\x41" * 64 for block in memory)
+    finally:
+        for block in memory:
+            block.close()
+            block.unlink()
+    assert not list(folder.glob(".shard*"))
+
+
+def test_reading_maps_no_shared_memory(corpus: Path) -> None:
+    """So there is nothing that a killed run could leave there."""
+
+    def mapped() -> list[str]:
+        return [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm" in line]
+
+    before = mapped()
+    dataset = TokenDataset(corpus)
+    read(dataset)
+    assert mapped() == before
+
+
+def test_a_lock_that_is_held_for_ever_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_reader, "LOCK_TIMEOUT_SECONDS", 0.2)
+    with (
+        FileLock(corpus / "train" / ".lock.0"),
+        pytest.raises(
+            ValueError,
+            match=r"shard\.00000\.mds could not be made: another process has held the lock .*\.lock\.0 for 0 s;",
+        ),
+    ):
+        TokenDataset(corpus)[0]
+
+
+# ---------------------------------------------------------------------------------------------- remote
+
+
+@pytest.fixture
+def bucket(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """`s3://bucket` is the folder yielded here, which holds the corpus: a web server on this machine serves it."""
+    (corpus / "manifest.json").write_text(json.dumps({"vocab_size": 7}))
+    shutil.copytree(corpus, corpus.parent / "served" / "bucket" / "corpus")
+    handler = functools.partial(_Quiet, directory=str(corpus.parent / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setattr(shard_reader, "DOWNLOAD_ATTEMPTS", 1)
+        yield corpus.parent / "served" / "bucket"
+        server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_a_remote_corpus_is_read_through_the_cache(bucket: Path, tmp_path: Path) -> None:
+    dataset = TokenDataset("s3://bucket/corpus", cache=tmp_path / "cache")
+    assert dataset.manifest == {"vocab_size": 7}
+    assert read(dataset) == TOKENS.tolist()
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert names(folder) == {f"shard.{i:05d}.mds" for i in range(len(dataset.samples_per_shard))}
+    flip(folder / "shard.00001.mds")
+    again = TokenDataset("s3://bucket/corpus", cache=tmp_path / "cache")
+    assert read(again) == TOKENS.tolist()  # fetched again
+    for file in (bucket / "corpus" / "train").glob("*.zstd"):
+        file.unlink()
+    assert read(TokenDataset("s3://bucket/corpus", cache=tmp_path / "cache")) == TOKENS.tolist()  # all cached
+
+
+def test_remote_damage_is_named(bucket: Path, tmp_path: Path) -> None:
+    flip(bucket / "corpus" / "train" / "shard.00001.mds.zstd")
+    (bucket / "corpus" / "train" / "shard.00002.mds.zstd").unlink()
+    (bucket / "corpus" / "manifest.json").unlink()
+    dataset = TokenDataset("s3://bucket/corpus", cache=tmp_path / "cache")
+    assert dataset.manifest is None
+    ends = np.cumsum(dataset.samples_per_shard)
+    with pytest.raises(ValueError, match=r"s3://bucket/corpus/train/shard\.00001\.mds\.zstd differs from its xxh64"):
+        dataset[int(ends[0])]
+    with pytest.raises(ValueError, match=r"s3://bucket/corpus/train/shard\.00002\.mds\.zstd could not be downloaded"):
+        dataset[int(ends[1])]
+    assert read(dataset, range(int(ends[0]))) == TOKENS[: ends[0]].tolist()
+    with pytest.raises(ValueError, match=r"s3://bucket/nothing/train/index\.json could not be downloaded"):
+        TokenDataset("s3://bucket/nothing", cache=tmp_path / "cache")

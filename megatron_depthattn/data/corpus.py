@@ -1,0 +1,93 @@
+"""What a run reads: one prepared corpus, or several in fixed proportions, as one numbered set of samples."""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_depthattn.data.mixture import SLOTS_PER_BLOCK, MixedSequence, Mixture, slots_of
+from megatron_depthattn.data.order import SampleIds, SampleSequence
+from megatron_depthattn.data.stream import MANIFEST_NAME, TokenDataset
+
+
+class Corpus(Dataset[torch.Tensor]):
+    """One split of all streams of a run. Sample ids count through the streams, in the order of the config.
+
+    Args:
+        paths: prepared corpora; local folders or remote URLs.
+        proportions: the share of each in what is read, of any sum.
+        split: "train" or "val".
+        sequence_length: what the model will be trained with; None takes what the corpora have.
+        cache: see `TokenDataset`.
+
+    Raises:
+        ValueError: a corpus cannot be opened, or two do not fit together.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        proportions: Sequence[float],
+        split: str,
+        *,
+        sequence_length: int | None = None,
+        cache: str | Path | None = None,
+    ) -> None:
+        self.slots = slots_of(proportions)
+        self.streams = [TokenDataset(path, split, sequence_length=sequence_length, cache=cache) for path in paths]
+        if len(self.streams) > 1:
+            self._check_tokenizers()
+        self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
+
+    def _check_tokenizers(self) -> None:
+        hashes = [(stream.manifest or {}).get("tokenizer_sha256") for stream in self.streams]
+        for stream, digest in zip(self.streams, hashes, strict=True):
+            if digest is None:
+                raise ValueError(
+                    f"{stream.path} has no {MANIFEST_NAME} that names its tokenizer, so it cannot be mixed with other "
+                    "streams: prepare it with tools/prepare_data.py"
+                )
+            if digest != hashes[0]:
+                raise ValueError(
+                    f"{stream.path} was tokenised with another tokenizer (sha256 {digest[:12]}) than "
+                    f"{self.streams[0].path} ({str(hashes[0])[:12]}): prepare all streams with one --tokenizer"
+                )
+
+    @property
+    def digest(self) -> str:
+        """A digest of what the ids stand for: every shard's hash, stream after stream. Paths do not count."""
+        return hashlib.sha256("".join(stream.digest for stream in self.streams).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.offsets[-1]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Tokens of one sample: int64 [sequence_length + 1]. See `TokenDataset`."""
+        stream = bisect_right(self.offsets, index) - 1
+        return self.streams[stream][index - self.offsets[stream]]
+
+    def sequence(self, *, seed: int, shuffle: bool) -> SampleIds:
+        """The endless sequence of sample ids."""
+        own = [
+            SampleSequence(stream.samples_per_shard, seed=seed, shuffle=shuffle, stream=number)
+            for number, stream in enumerate(self.streams)
+        ]
+        return own[0] if len(own) == 1 else MixedSequence(Mixture(self.slots, seed), own, self.offsets)
+
+    def epochs(self, consumed_samples: int, *, seed: int) -> list[float]:
+        """How many times each stream has been read after so many samples."""
+        consumed = Mixture(self.slots, seed).consumed(consumed_samples)
+        return [int(count) / stream.num_samples for count, stream in zip(consumed, self.streams, strict=True)]
+
+    def describe(self, consumed_samples: int, last_sample: int, *, seed: int) -> list[str]:
+        """One line a stream, for people: its share, its samples, and the epochs read so far and at the end."""
+        now, end = self.epochs(consumed_samples, seed=seed), self.epochs(last_sample, seed=seed)
+        return [
+            f"stream {number}: {stream.path}, {slots} of {SLOTS_PER_BLOCK} samples, {stream.num_samples:,} stored "
+            f"(ids from {offset}), epochs read {now[number]:.2f}, at the end {end[number]:.2f}"
+            for number, (stream, slots, offset) in enumerate(zip(self.streams, self.slots, self.offsets, strict=False))
+        ]

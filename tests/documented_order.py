@@ -1,0 +1,49 @@
+"""The order of samples as docs/streaming.md defines it, written out in full: no part of the package is used.
+
+Whole epochs and whole blocks in plain loops, from position 0 on, where the package computes pieces.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+BLOCK = 1000
+
+
+def words(*key: int, count: int) -> list[int]:
+    return np.random.PCG64(np.random.SeedSequence(key)).random_raw(count).tolist()
+
+
+def ranked(values: list[int]) -> list[int]:
+    return sorted(range(len(values)), key=lambda i: values[i])
+
+
+def epoch_order(sizes: list[int], seed: int, stream: int, epoch: int, window: int) -> list[int]:
+    """One epoch: all samples on one line, each moved by up to half a window, all of them sorted."""
+    first_ids = [sum(sizes[:i]) for i in range(len(sizes))]
+    landed = []
+    for shard in ranked(words(seed, stream, epoch, count=len(sizes))):
+        for i, word in enumerate(words(seed, stream, epoch, 1 + shard, count=sizes[shard])):
+            place = len(landed) + (2 * ((word >> 11) / 2**53) - 1) * (window // 2)
+            landed.append((place, len(landed), first_ids[shard] + i))
+    return [sample for _, _, sample in sorted(landed)]
+
+
+def stream_order(sizes: list[int], seed: int, stream: int = 0, window: int = 1 << 18) -> Iterator[int]:
+    """A stream's sample numbers, epoch after epoch, without end."""
+    epoch = 0
+    while True:
+        yield from epoch_order(sizes, seed, stream, epoch, window)
+        epoch += 1
+
+
+def mixed_order(streams: list[list[int]], slots: list[int], seed: int) -> Iterator[int]:
+    """The sample ids of several streams, block after block, without end."""
+    sequences = [stream_order(sizes, seed, number) for number, sizes in enumerate(streams)]
+    offsets = [sum(map(sum, streams[:i])) for i in range(len(streams))]
+    owner = [stream for stream, count in enumerate(slots) for _ in range(count)]
+    block = 0
+    while True:
+        for slot in ranked(words(seed, 0x6D69_7874, block, count=BLOCK)):
+            yield offsets[owner[slot]] + next(sequences[owner[slot]])
+        block += 1
