@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_depthattn.durable import publish_folder, recover_folder
+
 
 @contextmanager
 def complete_folder(
@@ -32,24 +34,19 @@ def complete_folder(
         raise ValueError(f"{output} exists: give another output, or --overwrite to replace it")
     if output.exists() and not (output / marker).is_file() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} has no {marker}, so it is no earlier result and is not overwritten: give another")
-    aside, replaced = (output.with_name(f".{output.name}.{end}") for end in ("part", "old"))
+    aside = output.with_name(f".{output.name}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output.parent).free
         if free < num_bytes:
             raise ValueError(f"{output.parent} has {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB are needed")
         shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
+        recover_folder(output)
         aside.mkdir()
         yield aside
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        aside.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
+        publish_folder(aside, output)
     except (OSError, SafetensorError, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{output} could not be written, and nothing new is left there: {reason}") from error
     finally:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)  # the new folder did not get its name: the old one keeps it
         shutil.rmtree(aside, ignore_errors=True)

@@ -18,6 +18,7 @@ from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_ke
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.weights_folder import HFFolder, some_names
 from megatron_depthattn.model.gpt import padded_vocab_size
+from megatron_depthattn.train.manifest import MANIFEST, digest_files, write_manifest
 from megatron_depthattn.train.step_folders import Progress
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -57,13 +58,15 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
     num_bytes = sum(tensor.nbytes for tensor in meta.values())
     tokenizer = tokenizer_files(source.folder)
     with complete_folder(
-        output, marker="metadata.json", source=source.folder, num_bytes=num_bytes, overwrite=overwrite
+        output, marker=MANIFEST, source=source.folder, num_bytes=num_bytes, overwrite=overwrite
     ) as folder:
         write_megatron_checkpoint(folder, meta, produce, common)
         (folder / MODEL_YAML).write_text(yaml.safe_dump({"model": model}, sort_keys=False), encoding="utf-8")
         (folder / TOKENIZER).mkdir()
         copy_files(tokenizer, folder / TOKENIZER)
         copy_files([source.folder / GENERATION_CONFIG], folder)
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        write_manifest(folder, digest_files(folder, files))
     return [*_differences(source, model), *([] if tokenizer else [NO_TOKENIZER.format(source.folder)])]
 
 

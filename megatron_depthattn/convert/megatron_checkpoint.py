@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_depthattn.train.manifest import MANIFEST, find_damage
 from megatron_depthattn.train.step_folders import COMMON, LATEST
 
 COMMON_ENTRY = "common_state/shard_0_1"
@@ -29,7 +30,7 @@ class MegatronCheckpoint:
         folder: a step folder, or a folder of checkpoints with a `latest` file.
 
     Raises:
-        ValueError: the folder holds no complete checkpoint of a run of this package.
+        ValueError: the folder holds no complete checkpoint of a run of this package, or its files are not as written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,6 +40,8 @@ class MegatronCheckpoint:
             raise ValueError(
                 f"{folder} is no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
             )
+        if (folder / MANIFEST).is_file() and (damage := find_damage(folder)):
+            raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")
         self.folder = folder
         self._reader = _Reader(folder)
         try:

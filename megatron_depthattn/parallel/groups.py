@@ -11,8 +11,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives up; a lost peer is an error, not a hang."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+"""How long a rank waits for the others before it gives up. `train.hang_timeout` is shorter and tells more; this is for
+the time before the first step."""
 
 
 def initialize_distributed(environment: LaunchEnvironment, timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:

@@ -20,7 +20,7 @@ _NOISE = (
 
 
 def main() -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code: 0 done, 75 saved after a signal (start again), 1 an error."""
     parser = argparse.ArgumentParser(prog="python -m megatron_depthattn.train", description="Train a decoder.")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
@@ -40,16 +40,15 @@ def main() -> int:
         return _fail(error, rank)
 
     from megatron_depthattn.train.loop import train
+    from megatron_depthattn.train.run_checkpoints import CheckpointError
     from megatron_depthattn.train.step import NonFiniteError
 
     try:
-        train(config, environment)
-    except (ValueError, NonFiniteError) as error:
+        return train(config, environment)
+    except (ValueError, OSError, NonFiniteError, CheckpointError) as error:
         _fail(error, rank)
     except Exception:
         traceback.print_exc()
-    else:
-        return 0
     if environment.world_size > 1:
         _leave_at_once()
     return 1

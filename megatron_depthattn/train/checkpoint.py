@@ -1,22 +1,16 @@
 """Checkpoints in Megatron's distributed format: weights, optimizer, schedule and position, loadable under any layout.
 
-A step folder is complete or not there: it is written beside its place and renamed, and only then does ``latest``
-name it. Every tensor is stored under its name in the whole model, so tensor, pipeline, virtual pipeline and data-
-parallel sizes may all differ between saving and loading. Training draws no random numbers after initialisation (no
-dropout; the order of samples is a function of seed and position), so there is no generator state to keep.
+Every tensor is stored under its name in the whole model, so tensor, pipeline, virtual pipeline and data-parallel sizes
+may all differ between saving and loading. `save.py` writes, `start.py` decides which folder a run starts from.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -28,7 +22,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.train.build import Chunks
-from megatron_depthattn.train.step_folders import LATEST, SAVED_METADATA, Progress, step_folder
+from megatron_depthattn.train.rng_state import RNG, restore_generators, sharded_rng_state
+from megatron_depthattn.train.save import CheckpointSaver
+from megatron_depthattn.train.step_folders import SAVED_METADATA, Progress
 
 _MIXING = ("model.num_loops", *(f"model.depth_attention.{key}" for key in ("enabled", "stride", "recent_window")))
 
@@ -41,55 +37,53 @@ def save_checkpoint(
     scheduler: OptimizerParamScheduler | None,
     *,
     config: dict[str, Any],
-    keep: int | None = None,
 ) -> Path:
-    """Write the checkpoint of ``progress.step``, let ``latest`` name it, and drop those older than the newest ``keep``.
+    """Write one checkpoint, outside of a run's loop; call on all ranks. Arguments as `checkpoint_state`.
 
-    Call on all ranks. Saving without optimizer and scheduler writes weights only.
+    Raises:
+        OSError: it could not be written.
+    """
+    saver = CheckpointSaver(directory)
+    saver.save(progress, checkpoint_state(chunks, optimizer, scheduler, config=config))
+    outcome = saver.take_outcome()
+    assert outcome is not None
+    if outcome.error:
+        raise OSError(f"{outcome.folder} could not be written: {outcome.error}")
+    return outcome.folder
+
+
+def checkpoint_state(
+    chunks: Chunks,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    *,
+    config: dict[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    """What a checkpoint holds, for `CheckpointSaver.save`; call on all ranks.
 
     Args:
-        directory: the run's checkpoint folder, shared by all ranks.
+        optimizer: None writes weights only, with ``scheduler`` None as well.
         config: the resolved run config, kept in the checkpoint for tools.
-        keep: complete checkpoints to leave in the folder; None: all.
+        more: further plain values that tell about the run, equal on all ranks.
     """
-    final = step_folder(directory, progress.step)
-    aside = directory / f".{final.name}.part"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)  # what an interrupted save left
-        aside.mkdir(parents=True)
-    dist.barrier()
     state = _sharded_state(unwrap_model(chunks), optimizer, is_loading=False)
-    state["progress"] = asdict(progress)
-    state["config"] = config
+    state |= {"config": config, **more}
     if scheduler is not None:
-        state["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(state, str(aside), content_metadata=dict(SAVED_METADATA))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _publish(aside, final, keep)
-    dist.barrier()
-    return final
+        state |= {"scheduler": scheduler.state_dict(), RNG: sharded_rng_state()}
+    return state
 
 
-def _publish(aside: Path, final: Path, keep: int | None) -> None:
-    """Give a complete folder its name, let ``latest`` name it, and drop what is old or was abandoned."""
-    replaced = final.with_name(f".{final.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    aside.rename(final)
-    pointer = final.with_name(f".{LATEST}.part")
-    with pointer.open("w") as file:
-        file.write(final.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    pointer.rename(final.with_name(LATEST))
-    shutil.rmtree(replaced, ignore_errors=True)
-    folders = sorted(final.parent.glob("step_????????"))
-    here = folders.index(final)
-    # Steps beyond this one belong to a branch that a resume from an earlier step has left.
-    for folder in folders[here + 1 :] + (folders[: max(0, here + 1 - keep)] if keep is not None else []):
-        shutil.rmtree(folder)
+class Loaded(NamedTuple):
+    """What a checkpoint says about the run that saved it."""
+
+    progress: Progress
+    run_id: str | None = None
+    """Identity of the run that saved, for one that goes on."""
+    corpus: str | None = None
+    """Digest of the corpus that it read."""
+    notes: Sequence[str] = ()
+    """How this run mixes otherwise than the model whose weights it starts from, one line a setting."""
 
 
 def load_checkpoint(
@@ -99,7 +93,7 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler | None = None,
     *,
     config: dict[str, Any] | None = None,
-) -> Progress:
+) -> Loaded:
     """Load a step folder that was saved under any layout into this one's chunks, optimizer and scheduler.
 
     A folder without optimizer state (an imported model) gives its weights to a new run, which starts at step 0; that
@@ -122,24 +116,24 @@ def load_checkpoint(
         load_weights(folder, unwrap_model(chunks))
         if optimizer is not None:
             optimizer.reload_model_params()
-        return Progress()
+        return Loaded(Progress(), notes=changed_function(common["config"], config) if config else ())
     if optimizer is not None:
         _allocate_state(optimizer)
-    loaded = _load(folder, _sharded_state(unwrap_model(chunks), optimizer, is_loading=True))
+    state = _sharded_state(unwrap_model(chunks), optimizer, is_loading=True)
+    loaded = _load(folder, state | {RNG: sharded_rng_state()})
     _set_weights(unwrap_model(chunks), loaded)
+    if RNG in loaded:  # saved under these tensor and pipeline sizes
+        restore_generators(loaded[RNG])
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
-    return Progress(**common["progress"])
+    return Loaded(Progress(**common["progress"]), run_id=common.get("run_id"), corpus=common.get("corpus"))
 
 
-def changed_function(folder: Path, config: dict[str, Any]) -> list[str]:
-    """How this run mixes otherwise than the model whose weights alone it starts from, one line a setting."""
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    if "scheduler" in common:
-        return []  # a resumed run, which may not
-    before, now = _fixed_in_a_run(common["config"]), _fixed_in_a_run(config)
+def changed_function(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How a run mixes otherwise than the model whose weights alone it starts from, by their configs; one line each."""
+    before, now = _fixed_in_a_run(before), _fixed_in_a_run(now)
     return [
         f"note: {key} is {now.get(key)}; the weights come from a model with {before.get(key)}"
         for key in _MIXING
@@ -198,6 +192,8 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
         fixed["model.depth_attention.recent_window"] = depth["recent_window"]
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]
+    streams = config["data"].get("streams") or []
+    fixed["data.streams' proportions"] = [stream["proportion"] for stream in streams]
     return fixed
 
 

@@ -1,12 +1,18 @@
-"""The training run: `train` is the table of contents."""
+"""The training run: `Training.run` is the table of contents."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import json
 import math
+import signal
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,90 +24,234 @@ from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, transformer_config
-from megatron_depthattn.train.checkpoint import changed_function, load_checkpoint, save_checkpoint
+from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
 from megatron_depthattn.train.data import GlobalBatches
-from megatron_depthattn.train.metrics import Meter, forward_flops
+from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
+from megatron_depthattn.train.metrics import Meter, RankStatus, exchange_status, forward_flops, peak_memory_gb
 from megatron_depthattn.train.report import Reporter
-from megatron_depthattn.train.step import NonFiniteError, run_microbatches, train_step
-from megatron_depthattn.train.step_folders import LATEST, Progress, resolve_checkpoint
+from megatron_depthattn.train.run_checkpoints import RunCheckpoints
+from megatron_depthattn.train.sample_log import SampleLog
+from megatron_depthattn.train.start import Start, find_start, from_rank_0
+from megatron_depthattn.train.step import NonFiniteError, SkippedSteps, run_microbatches, train_step
+from megatron_depthattn.train.step_folders import Progress, set_aside_after
+from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
 from megatron_depthattn.train.summary import Cost, opening_lines
+from megatron_depthattn.train.watchdog import Watchdog
 
 
-def train(config: RunConfig, environment: LaunchEnvironment) -> None:
-    """Train as ``config`` says, from scratch or from a checkpoint, to the end or to ``train.stop_after``.
+def train(config: RunConfig, environment: LaunchEnvironment) -> int:
+    """Train as ``config`` says, from scratch or from a checkpoint, to the end, to ``train.stop_after`` or to a signal.
+
+    Returns:
+        The exit code: 0 at the end or at ``train.stop_after``, `EXIT_REQUEUE` after a signal; the state is saved.
 
     Raises:
         ValueError: the config cannot run here; says what to set.
         NonFiniteError: loss or gradient stopped being finite; the last checkpoint is untouched.
+        CheckpointError: the last state could not be saved.
     """
-    sizes = validate(config, environment.world_size)
-    device = initialize_distributed(environment)
-    _initialize_layout(config)
-    megatron = transformer_config(config)
-    _check_agreement(config, megatron)
-    resume_from = _starting_point(config)
+    training = Training(config, environment)
+    exit_code = training.run()
+    training.close()
+    return exit_code
 
-    chunks = build_model(config, device)
-    optimizer, scheduler = build_optimizer(config, chunks)
-    progress = Progress()
-    if resume_from:
-        progress = load_checkpoint(resume_from, chunks, optimizer, scheduler, config=to_dict(config))
-    last_step = _last_step(config, progress)
-    batches = GlobalBatches(config, sizes, device, split="train", consumed_samples=progress.consumed_samples)
-    held_out = GlobalBatches(config, sizes, device, split="val") if config.train.eval_interval else None
 
-    flops = forward_flops(config, megatron)
-    meter = Meter(config, flops, environment.world_size)
-    report = Reporter(config, is_writer=environment.rank == 0, first_step=progress.step, last_step=last_step)
-    start = f"{resume_from}, at step {progress.step}" if resume_from else "from initial weights"
-    report.lines(opening_lines(config, megatron, flops, environment.world_size, start))
-    report.lines(changed_function(resume_from, to_dict(config)) if resume_from else [])
-    cost = Cost()
-    if held_out and progress.step == 0:
-        cost.add_held_out(0, evaluate(config, chunks, held_out))
+class Training:
+    """One process's part of a run: everything between its start and its end.
 
-    while progress.step < last_step:
-        started, waited = time.monotonic(), batches.data_seconds
-        scheduler.step(increment=1)
-        result = train_step(chunks, optimizer, batches.next(), _microbatch_shape(config))
-        progress = _advance(progress, config)
-        if device.type == "cuda":
+    Args:
+        config: the run's config.
+        environment: this process's place in the world.
+    """
+
+    def __init__(self, config: RunConfig, environment: LaunchEnvironment) -> None:
+        self.config, self.world_size, self.is_writer = config, environment.world_size, environment.rank == 0
+        sizes = validate(config, environment.world_size)
+        self.signals = StopSignals()
+        self.device = initialize_distributed(environment)
+        _initialize_layout(config)
+        self.megatron = transformer_config(config)
+        _check_agreement(config, self.megatron)
+        start = find_start(config)
+
+        self.chunks = build_model(config, self.device)
+        self.optimizer, self.scheduler = build_optimizer(config, self.chunks)
+        loaded = Loaded(Progress())
+        if start.folder:
+            loaded = load_checkpoint(start.folder, self.chunks, self.optimizer, self.scheduler, config=to_dict(config))
+        self.progress = loaded.progress
+        self.last_step = _last_step(config, self.progress)
+        self.history, self.run_id = self._enter_history(start, loaded)
+
+        self.batches = GlobalBatches(
+            config, sizes, self.device, split="train", consumed_samples=self.progress.consumed_samples
+        )
+        self.held_out = GlobalBatches(config, sizes, self.device, split="val") if config.train.eval_interval else None
+        if loaded.corpus not in (None, self.batches.corpus_digest):
+            raise ValueError(
+                f"{start.folder} was trained on other data than data.path or data.streams hold now (another digest): "
+                "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
+                "checkpoint.load=null."
+            )
+        self.sample_log = SampleLog(config, first_step=self.progress.step)
+        self.flops = forward_flops(config, self.megatron)
+        self.meter = Meter(config, self.flops, environment.world_size)
+        self.report = Reporter(
+            config, is_writer=self.is_writer, first_step=self.progress.step, last_step=self.last_step
+        )
+        self.checkpoints = RunCheckpoints(config, self._state, self.report)
+        self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
+        self.cost = Cost()
+        self.watchdog: Watchdog | None = None
+        self._open(start, loaded)
+        gc.collect()
+        gc.freeze()  # what has been built stays: no later collection (each save makes one) looks at it again
+        atexit.register(gc.unfreeze)
+
+    def run(self) -> int:
+        """Step until the last step or a stop signal; returns the exit code."""
+        with self._watch() as self.watchdog:
+            return self._run()
+
+    def _run(self) -> int:
+        if self.held_out and self.progress.step == 0:
+            self.cost.add_held_out(0, self._evaluate(self.held_out))
+        stop_signal = 0
+        try:
+            while self.progress.step < self.last_step and not stop_signal:
+                metrics, stop_signal = self._step()
+                self._beat("step")
+                step, is_last = self.progress.step, self.progress.step == self.last_step
+                if self.held_out and (_is_due(step, self.config.train.eval_interval) or is_last):
+                    metrics["eval_loss"] = self._evaluate(self.held_out)
+                    self.cost.add_held_out(step, metrics["eval_loss"])
+                self._beat("checkpoint")
+                if is_last or stop_signal:
+                    metrics["checkpoint_seconds"] = self.checkpoints.save_last(self.progress)
+                elif _is_due(step, self.config.checkpoint.interval):
+                    metrics["checkpoint_seconds"] = self.checkpoints.save(self.progress)
+                self.checkpoints.tell()
+                self._beat("step")
+                self.report.step(metrics)
+        except NonFiniteError:
+            self.checkpoints.finish()  # one may still be under way
+            self._end("not finite")
+            raise
+        if stop_signal and self.progress.step < self.last_step:
+            self._end("signal", signal=signal.Signals(stop_signal).name)
+            return EXIT_REQUEUE
+        self._end("finished" if self.progress.step >= self.config.train.steps else "stop_after")
+        return 0
+
+    def close(self) -> None:
+        """Leave the world."""
+        for source in (self.batches, self.held_out):
+            if source:
+                source.close()
+        self.sample_log.close()
+        self.report.close()
+        shut_down()
+        self.signals.close()
+
+    def _step(self) -> tuple[dict[str, Any], int]:
+        """One optimizer step: its record, and the signal by which some rank was asked to stop (0: none)."""
+        started, waited = time.monotonic(), self.batches.data_seconds
+        self.scheduler.step(increment=1)
+        microbatches = self.batches.next()
+        result = train_step(self.chunks, self.optimizer, microbatches, _microbatch_shape(self.config))
+        if self.device.type == "cuda":
             torch.cuda.synchronize()  # the optimizer's kernels belong to this step
         seconds = time.monotonic() - started
-        cost.add_step(seconds)
-        lr = get_canonical_lr_for_logging(optimizer.param_groups)
-        metrics = meter.record(progress, result, lr=lr, seconds=seconds, data_seconds=batches.data_seconds - waited)
-        if held_out and (_is_due(progress, config.train.eval_interval) or progress.step == last_step):
-            metrics["eval_loss"] = evaluate(config, chunks, held_out)
-            cost.add_held_out(progress.step, metrics["eval_loss"])
-        report.step(metrics)
-        if _is_due(progress, config.checkpoint.interval) or progress.step == last_step:
-            keep = config.checkpoint.keep
-            directory = Path(config.checkpoint_dir)
-            folder = save_checkpoint(
-                directory, progress, chunks, optimizer, scheduler, config=to_dict(config), keep=keep
-            )
-            report.lines([f"saved {folder}"])
+        mine = RankStatus(self.batches.data_seconds - waited, peak_memory_gb(), self.signals.received)
+        ranks = exchange_status(mine)
+        step = self.progress.step + 1
+        self.sample_log.write(step, microbatches)
+        if result.skipped:
+            self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
+        self.skipped.record(step, result)
+        self.progress = _advance(self.progress, self.config, skipped=result.skipped)
+        self.cost.add_step(seconds)
+        lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        record = self.meter.record(self.progress, result, lr=lr, seconds=seconds, ranks=ranks)
+        return record, round(max(rank.stop_signal for rank in ranks))
 
-    report.lines(cost.closing_lines(config, progress, environment.world_size))
-    for source in (batches, held_out):
-        if source:
-            source.close()
-    report.close()
-    shut_down()
+    def _evaluate(self, held_out: GlobalBatches) -> float:
+        return evaluate(self.config, self.chunks, held_out, on_batch=lambda: self._beat("evaluation"))
+
+    def _watch(self) -> AbstractContextManager[Watchdog | None]:
+        if self.config.train.hang_timeout is None:
+            return nullcontext()
+        return Watchdog(
+            self.config.train.hang_timeout,
+            Path(self.config.run.dir) / "stacks",
+            rank=dist.get_rank(),
+            world_size=self.world_size,
+            store=dist.distributed_c10d._get_default_store(),
+        )
+
+    def _beat(self, phase: str) -> None:
+        """Tell the watchdog that this rank gets on, and what it goes on to."""
+        if self.watchdog:
+            self.watchdog.beat(self.progress.step, phase)
+
+    def _state(self) -> dict[str, Any]:
+        return checkpoint_state(
+            self.chunks,
+            self.optimizer,
+            self.scheduler,
+            config=to_dict(self.config),
+            run_id=self.run_id,
+            corpus=self.batches.corpus_digest,
+        )
+
+    def _enter_history(self, start: Start, loaded: Loaded) -> tuple[RunHistory | None, str]:
+        """The run's history (on rank 0) and identity, once it is sure that this start makes sense."""
+        config, progress = self.config, self.progress
+        directory = Path(config.checkpoint_dir)
+        continues = start.folder is not None and start.folder.resolve().parent == directory.resolve()
+        history = RunHistory(Path(config.run.dir), loaded.run_id if continues else None) if self.is_writer else None
+
+        def enter() -> str:
+            assert history is not None
+            version = f"{_digest(config)}-{code_digest()}"
+            history.refuse_restart_loop(progress.step, version, config.train.max_fruitless_starts)
+            if continues:
+                left = set_aside_after(directory, progress.step)
+                start.warnings += [f"{path} is beyond step {progress.step}, where this run goes on" for path in left]
+            history.start(progress.step, version, self.world_size)
+            return history.run_id
+
+        return history, from_rank_0(enter)
+
+    def _open(self, start: Start, loaded: Loaded) -> None:
+        begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
+        self.report.lines(opening_lines(self.config, self.megatron, self.flops, self.world_size, begins))
+        last_sample = self.config.train.steps * self.config.train.global_batch_size
+        self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
+        self.report.lines(loaded.notes)
+        self.report.warn(start.warnings)
+
+    def _end(self, outcome: Outcome, **more: Any) -> None:
+        if self.history is None:
+            return
+        more["checkpoint_seconds"] = self.checkpoints.stall_seconds
+        record = self.history.end(self.progress.step, outcome, **more)
+        self.report.lines(self.cost.closing_lines(self.config, self.progress, self.world_size, record))
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, chunks: Chunks, held_out: GlobalBatches) -> float:
+def evaluate(
+    config: RunConfig, chunks: Chunks, held_out: GlobalBatches, *, on_batch: Callable[[], None] = lambda: None
+) -> float:
     """Mean loss in nats per token over the first ``train.eval_batches`` global batches of the val split."""
     num_batches = max(1, min(config.train.eval_batches, held_out.num_samples // config.train.global_batch_size))
     held_out.seek(0)
     for chunk in chunks:
         chunk.eval()
-    losses = [
-        run_microbatches(chunks, held_out.next(), _microbatch_shape(config), forward_only=True)
-        for _ in range(num_batches)
-    ]
+    losses = []
+    for _ in range(num_batches):
+        losses.append(run_microbatches(chunks, held_out.next(), _microbatch_shape(config), forward_only=True))
+        on_batch()
     for chunk in chunks:
         chunk.train()
     loss = sum(losses) / num_batches
@@ -121,41 +271,14 @@ def _initialize_layout(config: RunConfig) -> None:
     )
 
 
-def _starting_point(config: RunConfig) -> Path | None:
-    """The checkpoint to start from, as rank 0 sees the folder: all ranks must start from the same step.
-
-    Raises:
-        ValueError: on all ranks, if there is no such checkpoint, or if the run would overwrite another one.
-    """
-    found: list[Path | ValueError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = _find_checkpoint(config)
-        except ValueError as error:
-            found[0] = error
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    return found[0]
-
-
-def _find_checkpoint(config: RunConfig) -> Path | None:
-    checkpoints = Path(config.checkpoint_dir)
-    folder = resolve_checkpoint(config.checkpoint.load, checkpoints)
-    continues = folder is not None and folder.resolve().parent == checkpoints.resolve()
-    if (checkpoints / LATEST).exists() and not continues:
-        raise ValueError(
-            f"{checkpoints} holds the checkpoints of a run that would be overwritten: set checkpoint.load=latest to "
-            "continue it, or another run.dir."
-        )
-    return folder
-
-
 def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
-    settings = json.dumps(to_dict(config), sort_keys=True)
-    check_same_on_all_ranks("run configs", hashlib.sha256(settings.encode()).hexdigest()[:16])
+    check_same_on_all_ranks("run configs", _digest(config))
     if megatron.depth_attention:
         check_same_on_all_ranks("source plans", megatron.source_plan.digest())
+
+
+def _digest(config: RunConfig) -> str:
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _last_step(config: RunConfig, progress: Progress) -> int:
@@ -165,18 +288,19 @@ def _last_step(config: RunConfig, progress: Progress) -> int:
     return min(config.train.steps, progress.step + config.train.stop_after)
 
 
-def _is_due(progress: Progress, interval: int | None) -> bool:
-    return interval is not None and progress.step % interval == 0
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
 
 
 def _microbatch_shape(config: RunConfig) -> tuple[int, int]:
     return config.train.micro_batch_size, config.data.sequence_length
 
 
-def _advance(progress: Progress, config: RunConfig) -> Progress:
+def _advance(progress: Progress, config: RunConfig, *, skipped: bool) -> Progress:
     samples = config.train.global_batch_size
     return Progress(
         step=progress.step + 1,
         consumed_samples=progress.consumed_samples + samples,
         consumed_tokens=progress.consumed_tokens + samples * config.data.sequence_length,
+        skipped_steps=progress.skipped_steps + skipped,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import resource
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,37 +59,51 @@ class Meter:
         self._peak = next((peak for part, peak in peaks.items() if part in name), None)
 
     def record(
-        self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, data_seconds: float
+        self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, ranks: Sequence[RankStatus]
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; call on all ranks. ``eval_loss`` is filled in by the steps that evaluate.
+        """One line of metrics.jsonl; steps that evaluate or save fill in ``eval_loss`` and ``checkpoint_seconds``.
 
-        Data wait and memory are those of the rank that has most of them.
+        Memory is that of the rank that holds most of it. Loss and gradient norm are null where they are not finite.
         """
         tflops = self._tflops_per_device / seconds
-        data_seconds, memory_gb = largest_of_all_ranks(data_seconds, peak_memory_gb())
+        waits = [rank.data_seconds for rank in ranks]
         return {
             "step": progress.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            "loss": result.loss if math.isfinite(result.loss) else None,
+            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "lr": lr,
             "tokens": progress.consumed_tokens,
             "samples": progress.consumed_samples,
             "step_seconds": seconds,
-            "data_seconds": data_seconds,
+            "data_seconds": max(waits),
+            "data_seconds_min": min(waits),
+            "data_slowest_rank": waits.index(max(waits)),
             "tokens_per_second": self._tokens / seconds,
             "tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
-            "memory_gb": memory_gb,
+            "memory_gb": max(rank.memory_gb for rank in ranks),
+            "checkpoint_seconds": 0.0,
+            "skipped_steps": progress.skipped_steps,
             "eval_loss": None,
         }
 
 
-def largest_of_all_ranks(*values: float) -> list[float]:
-    """For each value the largest that any rank has."""
+class RankStatus(NamedTuple):
+    """What a rank tells all others at the end of a step."""
+
+    data_seconds: float
+    """How long the step waited for samples."""
+    memory_gb: float
+    stop_signal: float
+    """Number of the signal that asked this rank to stop; 0: none."""
+
+
+def exchange_status(mine: RankStatus) -> list[RankStatus]:
+    """Every rank's status, by rank, on every rank: the one collective by which ranks also agree to stop."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    largest = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.tolist()
+    everyone = torch.empty(dist.get_world_size() * len(mine), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(everyone, torch.tensor(mine, dtype=torch.float64, device=device))
+    return [RankStatus(*values) for values in everyone.view(-1, len(mine)).tolist()]
 
 
 def peak_memory_gb() -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -15,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_depthattn.config import RunConfig, save_config
-
-METRICS = "metrics.jsonl"
+from megatron_depthattn.durable import write_durably
+from megatron_depthattn.train.history import METRICS
 
 
 class Reporter:
@@ -38,9 +40,9 @@ class Reporter:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
         _drop_steps_after(run_dir / METRICS, first_step)
-        self._metrics: TextIO = (run_dir / METRICS).open("a", encoding="utf-8")
-        self._log: TextIO = (run_dir / "log.txt").open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._metrics, self._log = _AppendFile(run_dir / METRICS), _AppendFile(run_dir / "log.txt")
+        self._curves = run_dir / "tensorboard"
+        self._tensorboard: SummaryWriter | None = SummaryWriter(str(self._curves), purge_step=first_step + 1)
         self._progress = _progress_bar() if sys.stdout.isatty() else None
         self._task = self._progress.add_task("train", total=last_step, completed=first_step) if self._progress else None
         self._started, self._first_step = time.monotonic(), first_step
@@ -54,8 +56,15 @@ class Reporter:
             if self._progress:  # keeps the bar below the line
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
-                print(text, flush=True)
-        self._log.flush()
+                _print(text, sys.stdout)
+
+    def warn(self, texts: Iterable[str]) -> None:
+        """Lines that nobody should miss: on stderr as well."""
+        texts = list(texts)
+        self.lines(texts)
+        if self.is_writer:
+            for text in texts:
+                _print(text, sys.stderr)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One step's numbers; ``None`` values are kept in the record and left out of the curves."""
@@ -63,14 +72,11 @@ class Reporter:
             return
         step = metrics["step"]
         self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
-        for name, value in metrics.items():
-            if name != "step" and value is not None:
-                self._tensorboard.add_scalar(name, value, step)
+        self._draw(metrics)
         if self._progress and self._task is not None:
             if not self._progress.live.is_started:
                 self._progress.start()
-            self._progress.update(self._task, completed=step, description=f"loss {metrics['loss']:.3f}")
+            self._progress.update(self._task, completed=step, description=f"loss {_number(metrics['loss'], '.3f')}")
         if step % self.log_interval == 0 or step == self.last_step or metrics["eval_loss"] is not None:
             self.lines([self._text(metrics)])
         if self._progress and step == self.last_step:
@@ -82,9 +88,20 @@ class Reporter:
         if self.is_writer:
             if self._progress:
                 self._progress.stop()
-            self._tensorboard.close()
+            if self._tensorboard:
+                with contextlib.suppress(OSError):
+                    self._tensorboard.close()
             self._metrics.close()
             self._log.close()
+
+    def _draw(self, metrics: dict[str, Any]) -> None:
+        try:
+            self._tensorboard = self._tensorboard or SummaryWriter(str(self._curves))
+            for name, value in metrics.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, metrics["step"])
+        except OSError:  # a full disk ends the writer's thread: the next step opens another file
+            self._tensorboard = None
 
     def _text(self, metrics: dict[str, Any]) -> str:
         step = metrics["step"]
@@ -92,19 +109,45 @@ class Reporter:
         remaining = round(seconds_per_step * (self.last_step - step))
         held_out = "" if metrics["eval_loss"] is None else f"held-out {metrics['eval_loss']:.4f} | "
         return (
-            f"step {step}/{self.last_step} | loss {metrics['loss']:.4f} | {held_out}"
-            f"grad norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | "
+            f"step {step}/{self.last_step} | loss {_number(metrics['loss'], '.4f')} | {held_out}"
+            f"grad norm {_number(metrics['grad_norm'], '.3f')} | lr {metrics['lr']:.2e} | "
             f"{metrics['tokens_per_second']:,.0f} tokens/s | eta {timedelta(seconds=remaining)}"
         )
 
 
+class _AppendFile:
+    """A file of lines on a disk that may be full for a while: what cannot be written waits for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._pending = b""
+
+    def write(self, text: str) -> None:
+        self._pending += text.encode()
+        with contextlib.suppress(OSError):  # a report that cannot be written must not end the run
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=stream, flush=True)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
 def _drop_steps_after(path: Path, step: int) -> None:
-    """Keep the record's lines up to ``step``: a resumed run writes the later ones again."""
+    """Keep the record's lines up to ``step``, whole ones: a resumed run writes the later ones again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
-            path.write_text("".join(kept), encoding="utf-8")
+            write_durably(path, "".join(kept))
 
 
 def _progress_bar() -> Progress:

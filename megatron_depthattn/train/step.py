@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from megatron_depthattn.model.core_attention import context_parallel_positions
 from megatron_depthattn.train.build import Chunks
+from megatron_depthattn.train.non_finite import Attempt, diagnose
 
 Microbatch = Mapping[str, Tensor]
-"""``tokens`` and ``labels``, int64 ``[micro-batch, sequence]``; empty on stages that need neither."""
+"""``tokens`` and ``labels``, int64 ``[micro-batch, sequence]``, and `SAMPLE_IDS`; empty on stages that need neither."""
+SAMPLE_IDS = "sample_ids"
+"""Key of a microbatch that says which samples it holds; for logs, not for the device."""
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not a finite number; no weight was changed by the step that raised it."""
+    """The loss or the gradient is not a finite number; no weight was changed by the step that it stands for."""
 
 
 class StepResult(NamedTuple):
@@ -33,6 +36,41 @@ class StepResult(NamedTuple):
     """Mean cross entropy over the tokens of the global batch, in nats."""
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
+    skipped: bool = False
+    """Loss or gradient norm is not finite, so weights, moments and Adam's step count are as they were."""
+    diagnosis: tuple[str, ...] = ()
+    """Of a skipped step: lines for the log that name the offenders, the same on every rank."""
+
+
+class SkippedSteps:
+    """What steps without an optimizer step do to the run, as ``train.on_non_finite`` says; counts them.
+
+    Args:
+        on_non_finite: ``stop`` at the first, or ``skip`` them.
+        max_in_a_row: with ``skip``, how many may follow each other; one more stops the run.
+    """
+
+    def __init__(self, on_non_finite: Literal["stop", "skip"], max_in_a_row: int) -> None:
+        self.total, self.in_a_row = 0, 0
+        self._on_non_finite, self._max_in_a_row = on_non_finite, max_in_a_row
+
+    def record(self, step: int, result: StepResult) -> None:
+        """Count a step; call on all ranks with the number of the step, from 1.
+
+        Raises:
+            NonFiniteError: on all ranks alike, if the run must stop here.
+        """
+        self.in_a_row = self.in_a_row + 1 if result.skipped else 0
+        if not result.skipped:
+            return
+        self.total += 1
+        advice = ""
+        if self._on_non_finite == "stop":
+            advice = "set train.on_non_finite=skip to leave such steps out"
+        elif self.in_a_row > self._max_in_a_row:
+            advice = f"{self.in_a_row} steps in a row, more than train.max_skipped_in_a_row={self._max_in_a_row}"
+        if advice:
+            raise NonFiniteError(f"step {step}: {'; '.join(result.diagnosis[:2])}; {advice}")
 
 
 def run_microbatches(
@@ -49,8 +87,15 @@ def run_microbatches(
     Returns:
         The mean loss per token over the global batch, on every rank.
     """
+    return _mean_over_global_batch(_run_schedule(chunks, microbatches, shape, forward_only=forward_only), chunks)
+
+
+def _run_schedule(
+    chunks: Chunks, microbatches: Sequence[Microbatch], shape: tuple[int, int], *, forward_only: bool
+) -> list[Tensor]:
+    """Megatron's schedule; on the last stage for each microbatch (sum of losses, tokens), elsewhere nothing."""
     batch_size, sequence_length = shape
-    losses = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[iter(microbatches) for _ in chunks] if len(chunks) > 1 else iter(microbatches),
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -59,7 +104,6 @@ def run_microbatches(
         micro_batch_size=batch_size,
         forward_only=forward_only,
     )
-    return _mean_over_global_batch(losses, chunks)
 
 
 def train_step(
@@ -68,23 +112,36 @@ def train_step(
     microbatches: Sequence[Microbatch],
     shape: tuple[int, int],
 ) -> StepResult:
-    """One optimizer step.
+    """One optimizer step, or none: a loss or gradient that is not finite changes no weight and no optimizer state.
 
-    Raises:
-        NonFiniteError: on all ranks together and before any weight changes, if the loss or the gradient is not finite.
+    The decision is the same on all ranks. Such a step is run a second time to find the offenders; what follows from
+    it is the caller's to say, see `SkippedSteps`.
     """
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    loss = run_microbatches(chunks, microbatches, shape, forward_only=False)
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    again = partial(_attempt, chunks, optimizer, microbatches, shape)
+    loss, grad_norm, suspects = again()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NonFiniteError(f"loss {loss}, gradient norm {grad_norm}: not finite, so the optimizer was not stepped")
+        headline = f"loss {loss}, gradient norm {grad_norm}: not finite, so the optimizer was not stepped"
+        ids = [batch[SAMPLE_IDS].tolist() if SAMPLE_IDS in batch else None for batch in microbatches]
+        diagnosis = diagnose(chunks, again, suspects, ids)
+        return StepResult(loss, grad_norm, skipped=True, diagnosis=(headline, *diagnosis))
     if optimizer.config.clip_grad > 0:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
     return StepResult(loss, grad_norm)
+
+
+def _attempt(
+    chunks: Chunks, optimizer: MegatronOptimizer, microbatches: Sequence[Microbatch], shape: tuple[int, int]
+) -> Attempt:
+    """Forward and backward from zeroed gradients, up to what the optimizer steps with."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = _run_schedule(chunks, microbatches, shape, forward_only=False)
+    loss = _mean_over_global_batch(losses, chunks)
+    optimizer.prepare_grads()
+    suspects = () if math.isfinite(loss) else [i for i, one in enumerate(losses) if not one.isfinite().all()]
+    return Attempt(loss, float(optimizer.get_grad_norm()), tuple(suspects))
 
 
 def _forward_step(microbatches: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -1,8 +1,14 @@
-"""Where checkpoints lie and what is in them besides tensors; needs no Megatron."""
+"""Where checkpoints lie, which of them are complete, and what is in them besides tensors; needs no Megatron."""
 
+from __future__ import annotations
+
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_depthattn.durable import publish_folder, recover_folder, write_durably
+from megatron_depthattn.train.manifest import MANIFEST
 
 LATEST = "latest"
 """The file that names the newest complete step folder."""
@@ -15,6 +21,7 @@ SAVED_METADATA: dict[str, Any] = {
     "chained_optim_avoid_prefix": True,
 }
 """How Megatron lays tensors out: per-parameter optimizer state, and layers by their number in the whole model."""
+_STEP = "step_????????"
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Progress:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    skipped_steps: int = 0
+    """Steps whose update was left out because loss or gradient was not finite; they count in ``step``."""
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -31,24 +40,84 @@ def step_folder(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def resolve_checkpoint(load: str | None, directory: Path) -> Path | None:
-    """The step folder that ``checkpoint.load`` means; None: start fresh.
+def aside_folder(directory: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps is written before it is complete."""
+    return directory / f".{step_folder(directory, step).name}.part"
+
+
+def complete_folders(directory: Path) -> list[Path]:
+    """The complete step folders, oldest first."""
+    return [folder for folder in sorted(directory.glob(_STEP)) if (folder / MANIFEST).is_file()]
+
+
+def newest_step(directory: Path) -> int | None:
+    """The step of the newest complete checkpoint."""
+    folders = complete_folders(directory)
+    return _step(folders[-1]) if folders else None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def publish_checkpoint(aside: Path, final: Path, keep: int | None) -> None:
+    """Give a complete folder its name, then let ``latest`` name it, then drop all but the newest ``keep``."""
+    publish_folder(aside, final)
+    write_durably(final.with_name(LATEST), final.name + "\n")
+    for folder in complete_folders(final.parent)[: -keep if keep is not None else 0]:
+        doomed = folder.with_name(f".{folder.name}.removed")  # half removed, it must not look like a checkpoint
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a process that died while saving left behind; bring back what it was about to replace."""
+    for folder in directory.glob(f".{_STEP}.old"):
+        recover_folder(folder.with_name(folder.name[1 : -len(".old")]))
+    for end in ("part", "removed", "old"):
+        for folder in directory.glob(f".{_STEP}.{end}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a step folder to ``<name>.<why>``: no run loads it by itself any more, and nothing is lost."""
+    target = folder.with_name(f"{folder.name}.{why}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.{why}-{number}")
+    return folder.rename(target)
+
+
+def set_aside_after(directory: Path, step: int) -> list[Path]:
+    """Set aside the checkpoints beyond ``step``: they are of a branch that the run which goes on there has left."""
+    later = [folder for folder in complete_folders(directory) if _step(folder) > step]
+    return [set_aside(folder, "abandoned") for folder in later]
+
+
+def resolve_checkpoint(load: str | None, directory: Path) -> list[Path]:
+    """The step folders that ``checkpoint.load`` allows, the one to try first in front; empty: start fresh.
+
+    ``latest`` allows every complete checkpoint of the run, newest first; a named folder is that one and no other.
 
     Raises:
-        ValueError: a folder was named that holds no checkpoint, or ``latest`` names one that is gone.
+        ValueError: a folder was named that holds no complete checkpoint, or ``latest`` names one and none is left.
     """
     if load is None:
-        return None
-    if load == LATEST:
-        pointer = directory / LATEST
-        if not pointer.exists():
-            return None
-        folder = directory / pointer.read_text().strip()
-    else:
+        return []
+    if load != LATEST:
         folder = Path(load) if Path(load).exists() else directory / load
-    if not (folder / "metadata.json").exists():
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"checkpoint.load={load}: {folder} holds no complete checkpoint (it has no {MANIFEST}). Name a step "
+                "folder (step_00000100), or set checkpoint.load=latest or null."
+            )
+        return [folder]
+    candidates = complete_folders(directory)[::-1]
+    pointer = directory / LATEST
+    if not candidates and pointer.exists():
         raise ValueError(
-            f"checkpoint.load={load}: {folder} holds no complete checkpoint. Name a step folder "
-            "(step_00000100), or set checkpoint.load=latest or null."
+            f"checkpoint.load=latest: {pointer} names {pointer.read_text().strip()}, but {directory} holds no complete "
+            "checkpoint. Bring it back, or start anew with checkpoint.load=null and another run.dir."
         )
-    return folder
+    return candidates

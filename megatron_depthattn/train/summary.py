@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.model.flops import ForwardFlops
@@ -83,8 +85,10 @@ class Cost:
         """Remember a held-out loss, in nats per token."""
         self._held_out.append((step, loss))
 
-    def closing_lines(self, config: RunConfig, progress: Progress, world_size: int) -> list[str]:
-        """What was trained, what it cost, what it brought and what to try next."""
+    def closing_lines(
+        self, config: RunConfig, progress: Progress, world_size: int, end: Mapping[str, Any]
+    ) -> list[str]:
+        """What was trained, what it cost, what it brought and what to do next; ``end``: see `RunHistory.end`."""
         if not self._steps:
             return [f"nothing to do: {config.run.dir} is at step {progress.step}; set train.steps higher to go on"]
         tokens = self._steps * config.train.global_batch_size * config.data.sequence_length
@@ -99,6 +103,17 @@ class Cost:
                 f"held-out loss: {before:.4f} at step {first}, {after:.4f} at step {last} (nats per token; "
                 f"down {before - after:.2f})"
             )
+        goodput = end["goodput"]
+        lines.append(
+            f"goodput: {100 * goodput['goodput']:.1f} % ({goodput['useful_seconds']:.0f} s in steps that count, of "
+            f"{goodput['wall_seconds']:.0f} s over {goodput['starts']} starts)"
+        )
+        if progress.skipped_steps:
+            lines.append(f"{progress.skipped_steps} steps of the run were not finite and changed nothing")
+        if end["outcome"] == "signal":
+            return [*lines, f"stopped by {end['signal']} at step {progress.step}, saved: start the same command again"]
+        if end["outcome"] == "not finite":
+            return lines
         return [
             *lines,
             f"record: {config.run.dir}/metrics.jsonl; curves: tensorboard --logdir {config.run.dir}",

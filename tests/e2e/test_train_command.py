@@ -11,7 +11,8 @@ from tests.e2e.commands import must_succeed, python, torchrun
 
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "samples", "step_seconds", "data_seconds", "tokens_per_second"),
-    *("tflops_per_device", "mfu", "memory_gb", "eval_loss"),
+    *("tflops_per_device", "mfu", "memory_gb", "eval_loss", "data_seconds_min", "data_slowest_rank"),
+    *("checkpoint_seconds", "skipped_steps"),
 }
 SAME_EVERYWHERE = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "eval_loss")
 
@@ -50,18 +51,6 @@ def test_run_directory(undisturbed: Path):
     assert "depth attention: stride 2" in log
     assert "held-out loss:" in log
     assert "step 12/12" in log
-
-
-def test_resumed_run_is_bit_equal(undisturbed: Path, config_file: Path, tmp_path: Path):
-    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path / 'run'}", "checkpoint.load=latest")
-    must_succeed(python(*command, "train.stop_after=4"))
-    assert len(records(tmp_path / "run")) == 4
-    must_succeed(python(*command))
-    stopped = [row[:-1] for row in trajectory(tmp_path / "run")]  # the stop itself evaluates once more
-    assert stopped == [row[:-1] for row in trajectory(undisturbed)]
-    assert trajectory(tmp_path / "run")[-1] == trajectory(undisturbed)[-1]
-    done = must_succeed(python(*command))
-    assert "nothing to do" in done.stdout
 
 
 def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
@@ -105,17 +94,6 @@ def test_bf16_trains_and_resumes_bit_equal(undisturbed: Path, config_file: Path,
     must_succeed(python(*command, f"run.dir={tmp_path / 'cut'}", "train.stop_after=6"))
     must_succeed(python(*command, f"run.dir={tmp_path / 'cut'}"))
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
-
-
-def test_non_finite_stops_before_the_optimizer(config_file: Path, tmp_path: Path):
-    """A learning rate that blows the weights up: the step whose loss is not finite changes and saves nothing."""
-    settings = ("optimizer.lr=1e30", "optimizer.warmup_ratio=0", "checkpoint.interval=1", "optimizer.grad_clip=0")
-    result = python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", *settings)
-    assert result.returncode == 1
-    assert "not finite, so the optimizer was not stepped" in result.stderr
-    steps = records(tmp_path)
-    assert all(math.isfinite(record["loss"]) for record in steps)
-    assert (tmp_path / "checkpoints/latest").read_text().strip() == f"step_{len(steps):08d}"
 
 
 def test_tied_embeddings_over_two_stages(config_file: Path, tmp_path: Path):

@@ -93,7 +93,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     first = 0
     if job.resume:
         saved = step_folder(folder / f"checkpoint-{job.resume}", SAVE_AFTER)
-        progress = load_checkpoint(saved, chunks, optimizer, scheduler)
+        progress = load_checkpoint(saved, chunks, optimizer, scheduler).progress
         assert progress == progress_after(SAVE_AFTER)
         first = progress.step
     else:

@@ -1,58 +1,187 @@
-"""What a checkpoint folder goes through when it is published: names, `latest`, retention, abandoned branches."""
+"""What a checkpoint folder goes through: manifest, publication, `latest`, retention, damage, being set aside."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from megatron_depthattn.train.checkpoint import _publish
-from megatron_depthattn.train.step_folders import resolve_checkpoint, step_folder
+from megatron_depthattn.durable import publish_folder, recover_folder, write_durably
+from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
+from megatron_depthattn.train.step_folders import (
+    aside_folder,
+    complete_folders,
+    newest_step,
+    publish_checkpoint,
+    resolve_checkpoint,
+    set_aside,
+    set_aside_after,
+    step_folder,
+    tidy,
+)
 
 
-def publish(directory: Path, step: int, keep: int | None = None, content: str = "") -> None:
-    aside = directory / f".step_{step:08d}.part"
-    aside.mkdir(parents=True)
-    (aside / "metadata.json").write_text(content)
-    _publish(aside, step_folder(directory, step), keep)
+def fill(folder: Path, content: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "a.distcp").write_bytes(content)
+    (folder / "b.distcp").write_bytes(content * 1000)
+    write_manifest(folder, digest_files(folder, ["a.distcp", "b.distcp"]))
+    return folder
+
+
+def publish(directory: Path, step: int, keep: int | None = None, content: bytes = b"weights") -> Path:
+    publish_checkpoint(fill(aside_folder(directory, step), content), step_folder(directory, step), keep)
+    return step_folder(directory, step)
 
 
 def steps(directory: Path) -> list[int]:
-    return [int(folder.name[5:]) for folder in sorted(directory.glob("step_*"))]
+    return [int(folder.name[5:]) for folder in complete_folders(directory)]
+
+
+# ---- names, latest, retention ---------------------------------------------------------------------------------------
 
 
 def test_latest_names_the_newest(tmp_path):
     publish(tmp_path, 100)
     publish(tmp_path, 200)
-    assert resolve_checkpoint("latest", tmp_path) == tmp_path / "step_00000200"
+    assert (tmp_path / "latest").read_text() == "step_00000200\n"
     assert steps(tmp_path) == [100, 200]
+    assert newest_step(tmp_path) == 200
 
 
 def test_retention_keeps_the_newest(tmp_path):
     for step in (100, 200, 300):
         publish(tmp_path, step, keep=2)
     assert steps(tmp_path) == [200, 300]
-
-
-def test_a_rewound_run_keeps_what_it_saves(tmp_path):
-    """Step 200 after 400 and 500: the later ones are of a branch that was left; the one just saved stays."""
-    publish(tmp_path, 400)
-    publish(tmp_path, 500)
-    publish(tmp_path, 200, keep=2)
-    assert steps(tmp_path) == [200]
-    assert resolve_checkpoint("latest", tmp_path) == tmp_path / "step_00000200"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000200", "step_00000300"]
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
-    publish(tmp_path, 100, content="old")
-    publish(tmp_path, 100, keep=1, content="new")
-    assert (tmp_path / "step_00000100/metadata.json").read_text() == "new"
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step_00000100"]
+    publish(tmp_path, 100, content=b"old")
+    publish(tmp_path, 100, keep=1, content=b"new")
+    assert (tmp_path / "step_00000100/a.distcp").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000100"]
 
 
 def test_resolving(tmp_path):
-    assert resolve_checkpoint(None, tmp_path) is None
-    assert resolve_checkpoint("latest", tmp_path) is None
-    publish(tmp_path, 100)
-    assert resolve_checkpoint("step_00000100", tmp_path) == tmp_path / "step_00000100"
-    assert resolve_checkpoint(str(tmp_path / "step_00000100"), Path("elsewhere")) == tmp_path / "step_00000100"
+    assert resolve_checkpoint(None, tmp_path) == []
+    assert resolve_checkpoint("latest", tmp_path) == []
+    first, second = publish(tmp_path, 100), publish(tmp_path, 200)
+    assert resolve_checkpoint("latest", tmp_path) == [second, first]
+    assert resolve_checkpoint("step_00000100", tmp_path) == [first]
+    assert resolve_checkpoint(str(first), Path("elsewhere")) == [first]
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
-        resolve_checkpoint("step_00000200", tmp_path)
+        resolve_checkpoint("step_00000300", tmp_path)
+
+
+def test_a_folder_is_complete_by_its_manifest(tmp_path):
+    """Renamed folders get their manifest first: one without is half copied or half removed."""
+    publish(tmp_path, 100)
+    (publish(tmp_path, 200) / MANIFEST).unlink()
+    assert resolve_checkpoint("latest", tmp_path) == [step_folder(tmp_path, 100)]
+
+
+def test_latest_without_any_checkpoint_is_no_fresh_start(tmp_path):
+    publish(tmp_path, 100).rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"names step_00000100, but .* holds no complete checkpoint"):
+        resolve_checkpoint("latest", tmp_path)
+
+
+def test_a_run_that_goes_back_leaves_the_later_checkpoints_under_another_name(tmp_path):
+    for step in (100, 200, 300):
+        publish(tmp_path, step)
+    left = set_aside_after(tmp_path, 100)
+    assert [path.name for path in left] == ["step_00000200.abandoned", "step_00000300.abandoned"]
+    assert steps(tmp_path) == [100]
+    publish(tmp_path, 200)
+    assert [path.name for path in set_aside_after(tmp_path, 100)] == ["step_00000200.abandoned-2"]
+    assert all((path / MANIFEST).is_file() for path in left)
+
+
+# ---- what a crash leaves --------------------------------------------------------------------------------------------
+
+
+def test_what_a_crash_leaves_is_tidied(tmp_path):
+    kept = publish(tmp_path, 100)
+    fill(aside_folder(tmp_path, 200))  # complete, but it died before the rename
+    fill(tmp_path / ".step_00000050.removed")
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", kept.name]
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path):
+    folder = publish(tmp_path, 100)
+    folder.rename(tmp_path / ".step_00000100.old")
+    tidy(tmp_path)
+    assert resolve_checkpoint("latest", tmp_path) == [folder]
+    assert find_damage(folder) == []
+
+
+def test_a_failed_publication_leaves_the_old_folder(tmp_path):
+    output, aside = fill(tmp_path / "output", b"old"), fill(tmp_path / "aside", b"new")
+    gone = aside.with_name("gone")
+    with pytest.raises(OSError, match="gone"):
+        publish_folder(gone, output)
+    assert (output / "a.distcp").read_bytes() == b"old"
+    recover_folder(output)  # nothing to do
+    publish_folder(aside, output)
+    assert (output / "a.distcp").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output"]
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):
+    write_durably(tmp_path / "latest", "first")
+    with pytest.raises(UnicodeEncodeError):
+        write_durably(tmp_path / "latest", "\udc80")
+    assert (tmp_path / "latest").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_flipped_byte_is_found_and_an_intact_folder_is_not_blamed(tmp_path):
+    folder = publish(tmp_path, 100)
+    assert find_damage(folder) == []
+    size = (folder / "b.distcp").stat().st_size
+    for position in (0, 1, size // 2, size - 1):
+        flip(folder / "b.distcp", position)
+        (problem,) = find_damage(folder)
+        assert str(folder / "b.distcp") in problem and "other bytes" in problem
+        flip(folder / "b.distcp", position)
+    assert find_damage(folder) == []
+
+
+def test_a_short_a_missing_and_an_unreadable_file_are_named(tmp_path):
+    folder = publish(tmp_path, 100)
+    os.truncate(folder / "b.distcp", 10)
+    (folder / "a.distcp").unlink()
+    missing, short = find_damage(folder)
+    assert "a.distcp cannot be read: No such file" in missing
+    assert "b.distcp has 10 bytes, not 7000" in short
+
+
+def test_ranks_share_the_reading(tmp_path):
+    folder = publish(tmp_path, 100)
+    flip(folder / "b.distcp", 5)
+    shares = [find_damage(folder, part=part, parts=3) for part in range(3)]
+    assert [len(share) for share in shares] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}'])
+def test_a_damaged_manifest_is_damage(tmp_path, content):
+    folder = publish(tmp_path, 100)
+    (folder / MANIFEST).write_text(content)
+    (problem,) = find_damage(folder)
+    assert "manifest.json cannot be read" in problem
+
+
+def test_setting_aside_never_overwrites(tmp_path):
+    names = [set_aside(publish(tmp_path, 100), "damaged").name for _ in range(3)]
+    assert names == ["step_00000100.damaged", "step_00000100.damaged-2", "step_00000100.damaged-3"]
+    assert complete_folders(tmp_path) == []

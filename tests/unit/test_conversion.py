@@ -200,10 +200,10 @@ def test_another_mix_than_the_imported_one_is_told(tmp_path: Path):
     made = make(tmp_path)
     export(MegatronCheckpoint(made.folder), made.output)
     import_checkpoint(HFFolder(made.output), tmp_path / "step")
-    config = MegatronCheckpoint(tmp_path / "step").common["config"]
-    assert changed_function(tmp_path / "step", config) == []
+    imported, config = (MegatronCheckpoint(tmp_path / "step").common["config"] for _ in range(2))
+    assert changed_function(imported, config) == []
     config["model"]["depth_attention"]["stride"] = 1
-    (note,) = changed_function(tmp_path / "step", config)
+    (note,) = changed_function(imported, config)
     assert note == "note: model.depth_attention.stride is 1; the weights come from a model with 2"
 
 

@@ -1,0 +1,137 @@
+"""The history of a run over its restarts: who it is, whether it gets on, and how much of the time was of use.
+
+``<run.dir>/history.jsonl`` has one object per start and per end, in order. A process that was killed has no end: the
+next start follows its start. The file is written by rank 0 and forced to disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import megatron_depthattn
+
+HISTORY = "history.jsonl"
+METRICS = "metrics.jsonl"
+
+Outcome = Literal["finished", "stop_after", "signal", "not finite", "error"]
+DELIBERATE: frozenset[Outcome] = frozenset(["finished", "stop_after"])
+"""Ends that the user asked for: what passes until the next start is not time that the run has lost."""
+
+
+def code_digest() -> str:
+    """SHA-256 of this package's Python files, shortened: tells two versions of the code apart."""
+    root = Path(megatron_depthattn.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+class RunHistory:
+    """Starts and ends of the run in ``run_dir``; on rank 0 only.
+
+    Args:
+        run_dir: the run's folder.
+        run_id: the identity that the checkpoint names, for a run whose folder was lost; else the first start gives one.
+    """
+
+    def __init__(self, run_dir: Path, run_id: str | None = None) -> None:
+        self._path, self._metrics = run_dir / HISTORY, run_dir / METRICS
+        self._records = list(_records(self._path))
+        known = [record["run_id"] for record in self._records if "run_id" in record]
+        self.run_id: str = known[0] if known else run_id or uuid.uuid4().hex[:12]
+        """Who the run is for loggers, the same after every restart."""
+
+    def refuse_restart_loop(self, step: int, version: str, limit: int | None) -> None:
+        """Stop what starts again and again from the same step.
+
+        Args:
+            step: where this start would begin.
+            version: digest of config and code; another one means that somebody has changed something.
+            limit: fruitless starts that are let through.
+
+        Raises:
+            ValueError: the last ``limit`` starts all began here, with this version, and none saved a checkpoint.
+        """
+        fruitless = 0
+        for record in reversed(self._records):
+            if record["event"] == "end" and record["outcome"] in DELIBERATE:
+                break
+            if record["event"] == "start":
+                if (record["step"], record["version"]) != (step, version):
+                    break
+                fruitless += 1
+        if limit is not None and fruitless >= limit:
+            raise ValueError(
+                f"the last {fruitless} starts all began at step {step} and none reached another checkpoint, with the "
+                f"same config and code: starting again will not help. Read {self._path.with_name('log.txt')} for why "
+                f"they ended; change what is wrong, or set train.max_fruitless_starts={limit * 2} (null: no limit)."
+            )
+
+    def start(self, step: int, version: str, world_size: int) -> None:
+        """Record that training begins after ``step`` steps."""
+        self._append(
+            {"event": "start", "step": step, "run_id": self.run_id, "version": version}
+            | {"host": platform.node(), "world_size": world_size}
+        )
+
+    def end(self, step: int, outcome: Outcome, **more: Any) -> dict[str, Any]:
+        """Record that training ends after ``step`` steps, and why; returns the record with the run's goodput."""
+        record = {"event": "end", "step": step, "outcome": outcome, **more}
+        self._append(record | {"goodput": self.goodput()})
+        return self._records[-1]
+
+    def goodput(self) -> dict[str, float]:
+        """Seconds of the whole run up to now.
+
+        Useful are the training steps that count, each once: steps that had to be repeated after a crash, starts, saves
+        and evaluations are not. The time between a crash and the next start counts as lost, the time after a
+        deliberate end does not.
+        """
+        wall, began, now = 0.0, None, time.time()
+        for record in self._records:
+            if record["event"] == "start":
+                began = began if began is not None else record["time"]
+            elif record["outcome"] in DELIBERATE and began is not None:
+                wall += record["time"] - began
+                began = None
+        if began is not None:
+            wall += now - began
+        useful = sum(record["step_seconds"] for record in _records(self._metrics))
+        starts = sum(record["event"] == "start" for record in self._records)
+        return {
+            "goodput": useful / wall if wall else 0.0,
+            "useful_seconds": useful,
+            "wall_seconds": wall,
+            "starts": starts,
+        }
+
+    def _append(self, record: dict[str, Any]) -> None:
+        record = {"time": time.time()} | record
+        self._records.append(record)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(("" if _ends_a_line(self._path) else "\n") + json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, but for lines that a crash has cut off."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+def _ends_a_line(path: Path) -> bool:
+    return path.read_bytes()[-1:] in (b"", b"\n")

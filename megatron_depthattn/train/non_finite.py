@@ -1,0 +1,332 @@
+"""Which rank, layer and samples made a step not finite: the step is run once more while every tensor is looked at.
+
+A NaN spreads: forward to every later layer and stage, backward to every earlier one, and through the sum of the
+gradients to every replica, so what the optimizer sees says nothing about where it began. But until that sum the
+microbatches of a data-parallel rank are a chain of their own. In the second run hooks note, on each rank and for each
+microbatch, the first output and the first gradient that is not finite; the earliest of a chain, in the order of
+execution over its stages, is where it began.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_depthattn.model.initialization import globally_named_parameters
+from megatron_depthattn.train.build import Chunks
+
+MAX_LINES = 8
+"""Offenders that are named, of the weights and of the step; the others are counted."""
+_MAX_SENT = 16
+"""Offending microbatches that a rank tells the others about; broken weights make every one of them offend."""
+_MAX_IDS = 32
+
+Direction = Literal["forward", "backward"]
+
+
+class Attempt(NamedTuple):
+    """A forward and a backward pass over a global batch."""
+
+    loss: float
+    grad_norm: float
+    suspects: tuple[int, ...]
+    """On the last stage: this replica's microbatches whose loss is not finite."""
+
+
+class Place(NamedTuple):
+    """A rank, by the names that a log needs."""
+
+    rank: int
+    data_rank: int
+    stage: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first tensor of one microbatch that was not finite, in one direction, on one chunk of one rank."""
+
+    place: Place
+    direction: Direction
+    microbatch: int
+    chunk: int
+    """Position of the pipeline chunk in the model."""
+    order: int
+    """Tensors that were looked at before, in this direction, for this microbatch and chunk."""
+    what: str
+    values: str
+
+    @property
+    def chain(self) -> tuple[int, int]:
+        """What it can have spread to: microbatches and replicas meet only when gradients are summed."""
+        return self.place.data_rank, self.microbatch
+
+    @property
+    def when(self) -> tuple[bool, int, int]:
+        """Sorts the findings of a chain by the order of execution."""
+        backward = self.direction == "backward"
+        return backward, -self.chunk if backward else self.chunk, self.order
+
+
+def diagnose(
+    chunks: Chunks,
+    replay: Callable[[], Attempt],
+    suspects: Sequence[int],
+    sample_ids: Sequence[list[int] | None],
+) -> list[str]:
+    """Find what made a step not finite; collective, with the same result on all ranks.
+
+    Args:
+        chunks: this rank's pipeline chunks.
+        replay: makes the attempt again; leaves gradients behind.
+        suspects: the failed attempt's.
+        sample_ids: for each microbatch of this rank its samples, None on stages that do not read any.
+
+    Returns:
+        Lines for the log, the earliest offender first.
+    """
+    place = Place(
+        dist.get_rank(), parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    )
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    models: list[GPTModel] = unwrap_model(chunks)
+    weights = [line for model in models for line in _broken_weights(model)]
+    with ExitStack() as hooks:
+        probes = [
+            _Probe(model, place, chunk=place.stage + index * stages, hooks=hooks) for index, model in enumerate(models)
+        ]
+        second = replay()
+    largest = max(probe.largest_gradient for probe in probes)
+    findings = [finding for probe in probes for finding in probe.sent()]
+    if math.isfinite(second.loss) and math.isfinite(second.grad_norm):
+        findings = [_loss_finding(place, microbatch) for microbatch in suspects[:_MAX_SENT]]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (place, weights, findings, largest))
+
+    lines = _weight_lines([(place, weights) for place, weights, _, _ in everyone])
+    origins = _origins(finding for _, _, findings, _ in everyone for finding in findings)
+    if math.isfinite(second.loss) and math.isfinite(second.grad_norm):
+        lines.append(
+            f"run again, the same microbatches gave loss {second.loss:.6g} and gradient norm {second.grad_norm:.6g}: "
+            "not reproduced, a transient fault (hardware?) or a nondeterministic kernel"
+        )
+    elif not origins:
+        (size, name), where = max((largest, place) for place, _, _, largest in everyone)
+        lines.append(
+            "run again, every output and every gradient of a microbatch is finite: the sum over microbatches and "
+            f"ranks, or its norm, overflows; the largest gradient is that of {name} on rank {where.rank}, {size:.3g}"
+        )
+    shown, left_out = origins[:MAX_LINES], origins[MAX_LINES:]
+    ids = _gather_sample_ids({finding.chain for group in shown for finding in group}, place, sample_ids)
+    lines += [_origin_line(group, ids, len(sample_ids)) for group in shown]
+    return lines + _count_line(len(left_out), "more places where values stopped being finite")
+
+
+def _loss_finding(place: Place, microbatch: int) -> Finding:
+    """All that is known of a fault that went away: whose loss it reached. Any rank of that replica may be at fault."""
+    return Finding(
+        place, "forward", microbatch, 0, 0, "loss of the first run", "not finite, on some rank of its replica"
+    )
+
+
+class _Probe:
+    """Looks at every module's outputs, at their gradients and at the parameters' gradients, on one chunk.
+
+    Nothing is changed: no hook returns a value, and gradients are looked at through hooks on the tensors, since
+    module backward hooks would turn outputs into views, which Megatron's schedules refuse to free.
+    """
+
+    def __init__(self, model: GPTModel, place: Place, chunk: int, hooks: ExitStack) -> None:
+        self.largest_gradient = (0.0, "")
+        self._place, self._chunk = place, chunk
+        self._findings: dict[tuple[Direction, int], Finding] = {}
+        self._looked: Counter[tuple[Direction, int]] = Counter()
+        self._num_started = 0
+        self._forward: int | None = None  # the microbatch in forward; None in backward, when layers may be recomputed
+        self._backward = 0
+        hooks.callback(model.register_forward_pre_hook(self._start).remove)
+        for path, module in model.named_modules():
+            name = _readable(_global_path(path, model)) if path else "the loss" if model.post_process else "the chunk"
+            hook = partial(self._after_module, name)
+            hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(self._end).remove)
+        for path, parameter in globally_named_parameters(model):
+            if parameter.requires_grad:
+                hooks.callback(parameter.register_hook(partial(self._parameter_gradient, _readable(path))).remove)
+
+    def sent(self) -> list[Finding]:
+        """The findings of the first offending microbatches."""
+        first = sorted({microbatch for _, microbatch in self._findings})[:_MAX_SENT]
+        return [finding for (_, microbatch), finding in self._findings.items() if microbatch in first]
+
+    # Microbatches enter a chunk in their order, under both of Megatron's schedules; backward of one begins with the
+    # gradient of the chunk's output.
+
+    def _start(self, *_: Any) -> None:
+        self._forward = self._num_started
+        self._num_started += 1
+
+    def _end(self, _: Any, __: Any, output: Tensor) -> None:
+        assert self._forward is not None
+        output.register_hook(partial(self._start_backward, self._forward))
+        self._forward = None
+
+    def _start_backward(self, microbatch: int, _: Tensor) -> None:
+        self._backward = microbatch
+
+    def _after_module(self, name: str, _: Any, args: Any, kwargs: Any, output: Any) -> None:
+        recomputed = self._forward is None
+        microbatch = self._backward if self._forward is None else self._forward
+        for tensor in _tensors(output):
+            if not recomputed:
+                self._look("forward", microbatch, f"output of {name}", tensor, inputs=(args, kwargs))
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._output_gradient, name, microbatch))
+
+    def _output_gradient(self, name: str, microbatch: int, gradient: Tensor) -> None:
+        self._look("backward", microbatch, f"gradient of the output of {name}", gradient)
+
+    def _parameter_gradient(self, name: str, gradient: Tensor) -> None:
+        size = self._look("backward", self._backward, f"gradient of {name}", gradient)
+        if math.isfinite(size):
+            self.largest_gradient = max(self.largest_gradient, (size, name))
+
+    def _look(self, direction: Direction, microbatch: int, what: str, tensor: Tensor, inputs: Any = ()) -> float:
+        """The tensor's largest absolute value; NaN if it holds one."""
+        key = (direction, microbatch)
+        self._looked[key] += 1
+        size = _largest(tensor)
+        if key not in self._findings and not math.isfinite(size):
+            values = _count_values(tensor)
+            if inputs:
+                finite = all(math.isfinite(_largest(given)) for given in _tensors(inputs))
+                values += " from finite input" if finite else " from input that is not finite"
+            self._findings[key] = Finding(
+                self._place, direction, microbatch, self._chunk, self._looked[key], what, values
+            )
+        return size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in nested containers."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+@torch.no_grad()
+def _largest(tensor: Tensor) -> float:
+    # Not abs().max(), which would make a copy: memory may be what there is least of.
+    return float(torch.linalg.vector_norm(tensor.detach(), ord=math.inf)) if tensor.numel() else 0.0
+
+
+def _count_values(tensor: Tensor) -> str:
+    """``3 NaN and 1 inf of 64 values``: inf is an overflow, NaN what becomes of one, or of a wrong operation."""
+    counts = {"NaN": int(tensor.isnan().sum()), "inf": int(tensor.isinf().sum())}
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count) + f" of {tensor.numel()} values"
+
+
+def _global_path(path: str, model: GPTModel) -> str:
+    """The path of a chunk's module, with layers numbered in the whole model, from 0."""
+    parts = path.split(".")
+    if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+def _readable(path: str) -> str:
+    """``decoder.layers.3.mlp`` as ``layer 3 mlp``."""
+    return re.sub(r"^decoder\.layers\.(\d+)\.?", r"layer \1 ", path).strip().removeprefix("decoder.")
+
+
+# ---- from every rank's findings to lines
+
+
+def _broken_weights(model: GPTModel) -> Iterator[str]:
+    for path, parameter in globally_named_parameters(model):
+        if not math.isfinite(_largest(parameter)):
+            yield f"{_readable(path)} ({_count_values(parameter)})"
+
+
+def _weight_lines(weights: Iterable[tuple[Place, list[str]]]) -> list[str]:
+    """One line for each weight that is not finite: then the step is not to blame."""
+    places: dict[str, list[Place]] = defaultdict(list)
+    for place, names in weights:
+        for name in names:
+            places[name].append(place)
+    lines = [
+        f"{_where(where)}: the weights are not finite already before this step: {name}"
+        for name, where in places.items()
+    ]
+    return lines[:MAX_LINES] + _count_line(len(lines) - MAX_LINES, "more weights that are not finite")
+
+
+def _origins(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Where values stopped being finite, earliest first; each as the findings that share a replica and a tensor."""
+    chains: dict[tuple[int, int], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        chains[finding.chain].append(finding)
+    groups: dict[Any, list[Finding]] = defaultdict(list)
+    for chain in chains.values():
+        first = min(finding.when for finding in chain)
+        same_moment = [finding for finding in chain if finding.when == first]  # tensor- and context-parallel ranks
+        ranks = tuple(sorted(finding.place.rank for finding in same_moment))
+        groups[ranks, same_moment[0].what] += same_moment
+    return sorted(groups.values(), key=lambda group: min((one.when, one.chain, one.place.rank) for one in group))
+
+
+def _gather_sample_ids(
+    chains: set[tuple[int, int]], place: Place, sample_ids: Sequence[list[int] | None]
+) -> dict[tuple[int, int], list[int]]:
+    """The samples of the microbatches in question, which only the first and the last stage know."""
+    mine = {chain: sample_ids[chain[1]] for chain in chains if chain[0] == place.data_rank}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {chain: ids for chain, ids in mine.items() if ids is not None})
+    return {chain: ids for known in everyone for chain, ids in known.items()}
+
+
+def _origin_line(group: list[Finding], ids: dict[tuple[int, int], list[int]], num_microbatches: int) -> str:
+    first = min(group, key=lambda finding: (finding.microbatch, finding.place.rank))
+    microbatches = sorted({finding.microbatch for finding in group})
+    samples = [sample for chain in sorted({finding.chain for finding in group}) for sample in ids.get(chain, [])]
+    return (
+        f"{_where([finding.place for finding in group])}: {first.what}: {first.values}; "
+        f"microbatch {_listed(microbatches)} of {num_microbatches} (from 0), "
+        f"sample ids {_listed(samples) if samples else 'unknown'}"
+    )
+
+
+def _where(places: list[Place]) -> str:
+    def numbers(name: str, values: Iterable[int]) -> str:
+        distinct = sorted(set(values))
+        return f"{name}{'s' if len(distinct) > 1 else ''} {_listed(distinct)}"
+
+    ranks = numbers("rank", (place.rank for place in places))
+    replicas = numbers("data-parallel rank", (place.data_rank for place in places))
+    return f"{ranks} ({replicas}, {numbers('pipeline stage', (place.stage for place in places))})"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - _MAX_IDS} more" if len(numbers) > _MAX_IDS else ""
+    return ", ".join(str(number) for number in numbers[:_MAX_IDS]) + more
+
+
+def _count_line(count: int, what: str) -> list[str]:
+    return [f"and {count} {what}"] if count > 0 else []

@@ -1,0 +1,256 @@
+"""Writing checkpoints: while the training loop waits only for a copy in host memory, or until everything is on disk.
+
+A save has two halves. The first runs in the loop, on all ranks: Megatron says who writes which part of which tensor,
+and each rank copies its parts into host memory. The second writes the copy with torch's distributed checkpoint writer,
+hashes what lies on disk, and publishes the folder; it runs in a thread of each rank and talks over a process group of
+its own, so that with ``checkpoint.async_save`` training goes on meanwhile. Without it the loop waits for that thread.
+
+The copy goes into buffers that are kept from save to save (page-locked where there is a GPU): the next save waits until
+they are written. A save that fails on any rank, for whatever reason, fails on all of them, is told, and removes its
+files. It changes neither the run nor the checkpoints that exist.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_depthattn.train.manifest import Digests, digest_files, write_manifest
+from megatron_depthattn.train.step_folders import (
+    SAVED_METADATA,
+    Progress,
+    aside_folder,
+    publish_checkpoint,
+    step_folder,
+    tidy,
+)
+
+WRITE_TIMEOUT = timedelta(hours=1)
+"""How long ranks wait for the slowest writer before the save is given up. The loop itself waits no longer than
+``train.hang_timeout``."""
+
+
+@dataclass(frozen=True)
+class SaveOutcome:
+    """What became of a save; the same on all ranks, but for the seconds."""
+
+    step: int
+    folder: Path
+    num_bytes: int
+    seconds: float
+    """From the call of `CheckpointSaver.save` to the published folder."""
+    error: str | None = None
+    """Why there is no such checkpoint, in one line."""
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one run; construct it and call its methods on all ranks.
+
+    Args:
+        directory: the run's checkpoint folder, shared by all ranks.
+        keep: complete checkpoints to leave in the folder; None: all.
+        is_async: return from `save` as soon as the copy is made.
+    """
+
+    def __init__(self, directory: Path, *, keep: int | None = None, is_async: bool = False) -> None:
+        self._directory, self._keep, self._is_async = directory, keep, is_async
+        self._group: Any = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        self._strategy = _CopyToHost()
+        self._thread: threading.Thread | None = None
+        self._outcome: SaveOutcome | None = None
+        self._is_first = True
+        if dist.get_rank() == 0:
+            tidy(directory)
+
+    def save(self, progress: Progress, state: dict[str, Any]) -> None:
+        """Begin to save ``state`` as the checkpoint after ``progress.step`` steps; end it too, unless asynchronous.
+
+        An earlier save that is still being written is waited for; its outcome must have been taken before.
+
+        Args:
+            progress: names the folder.
+            state: what Megatron's ``dist_checkpointing.save`` takes.
+        """
+        self.wait()
+        assert self._outcome is None, "the outcome of the last save was not taken"
+        started = time.monotonic()
+        aside = aside_folder(self._directory, progress.step)
+        error = self._agree(_make_empty(aside) if dist.get_rank() == 0 else None)
+        if error is None:
+            try:
+                dist_checkpointing.save(
+                    state | {"progress": asdict(progress)},
+                    str(aside),
+                    sharded_strategy=self._strategy,
+                    async_sharded_save=True,
+                    validate_access_integrity=self._is_first,  # who writes what does not change within a run
+                    content_metadata=dict(SAVED_METADATA),
+                )
+            except (OSError, RuntimeError) as problem:  # rank 0 writes the common state; torch.save raises either
+                error = f"rank {dist.get_rank()}: {_reason(problem)}"
+            self._is_first = False
+        copy = self._strategy.take()
+
+        def write() -> None:
+            num_bytes, reason = 0, error
+            try:
+                num_bytes, reason = self._write(progress.step, aside, copy, error)
+            except Exception as problem:  # another rank is gone: the loop will meet that itself
+                reason = _reason(problem)
+            seconds = time.monotonic() - started
+            self._outcome = SaveOutcome(
+                progress.step, step_folder(self._directory, progress.step), num_bytes, seconds, reason
+            )
+
+        self._thread = threading.Thread(target=write, name="checkpoint writer", daemon=True)
+        self._thread.start()
+        if not self._is_async:
+            self.wait()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def take_outcome(self) -> SaveOutcome | None:
+        """What became of the last save, once, when it has ended; None while it is being written, and afterwards.
+
+        Ranks may learn of the end at different steps: after `wait` all of them know.
+        """
+        if self.is_writing:
+            return None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _write(self, step: int, aside: Path, state: dict[str, Any] | None, error: str | None) -> tuple[int, str | None]:
+        """The second half, in the thread; returns the size of the checkpoint, and why there is none."""
+        error = self._agree(error)
+        files: Digests = {}
+        if error is None:
+            assert state is not None
+            files, error = self._write_files(aside, state)
+        gathered: list[tuple[str | None, Digests]] = [(None, {})] * dist.get_world_size()
+        dist.all_gather_object(gathered, (error, files), group=self._group)
+        error = next((each for each, _ in gathered if each), None)
+        if error is None and dist.get_rank() == 0:
+            error = self._publish(step, aside, [digests for _, digests in gathered])
+        error = self._agree(error)
+        if error is not None and dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        return sum(file["bytes"] for _, digests in gathered for file in digests.values()), error
+
+    def _write_files(self, aside: Path, state: dict[str, Any]) -> tuple[Digests, str | None]:
+        """Write this rank's files and hash them; all ranks together."""
+        try:
+            dcp.save(
+                state,
+                storage_writer=dcp.FileSystemWriter(aside, sync_files=True),
+                planner=MCoreSavePlanner(flatten_state_dict=False),
+                process_group=self._group,
+            )
+            return digest_files(aside, [path.name for path in aside.glob(f"__{dist.get_rank()}_*.distcp")]), None
+        except CheckpointException as problem:
+            # Torch keeps the first error in a cycle with its frames. Were the cycle left to the garbage collector,
+            # Python 3.12 could crash on it: on a view of an io.BytesIO that is cleared after its owner.
+            traceback.clear_frames(problem.__traceback__)
+            rank, (cause, _) = next(iter(problem.failures.items()))
+            return {}, f"rank {rank}: {_reason(cause)}"
+        except Exception as problem:  # nothing that goes wrong with a save may end the run
+            return {}, f"rank {dist.get_rank()}: {_reason(problem)}"
+
+    def _publish(self, step: int, aside: Path, digests: list[Digests]) -> str | None:
+        try:
+            save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(aside))
+            written = {name: file for of_rank in digests for name, file in of_rank.items()}
+            rest = [path.name for path in aside.iterdir() if path.name not in written]
+            write_manifest(aside, written | digest_files(aside, rest))
+            publish_checkpoint(aside, step_folder(self._directory, step), self._keep)
+        except Exception as problem:
+            return _reason(problem)
+        return None
+
+    def _agree(self, error: str | None) -> str | None:
+        """The first rank's error that has one, on every rank."""
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=self._group)
+        return next((each for each in errors if each), None)
+
+
+class _CopyToHost(TorchDistSaveShardedStrategy):
+    """Megatron's strategy up to the point where it would write: a copy of this rank's parts in host memory.
+
+    The buffers are filled anew by every save; what is kept is their memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._state: dict[str, Any] | None = None
+
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any, *_: Any) -> AsyncRequest:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        for part in itertools.chain.from_iterable(by_key.values()):
+            if isinstance(part, ShardedTensor):
+                part.data = self._copy(part)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._state = mcore_to_pyt_state_dict(by_key)
+        return AsyncRequest(None, (), [])
+
+    def take(self) -> dict[str, Any] | None:
+        """The copy; None if there is none to write."""
+        state, self._state = self._state, None
+        return state
+
+    def _copy(self, part: ShardedTensor) -> torch.Tensor:
+        source, name = part.data.detach(), (part.key, part.global_offset)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(source, non_blocking=True)
+
+
+def _make_empty(folder: Path) -> str | None:
+    """An empty folder in this place, or why there is none."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
+        folder.mkdir(parents=True)
+    except OSError as problem:
+        return _reason(problem)
+    return None
+
+
+def _reason(problem: BaseException) -> str:
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[-1] if lines else ''}"

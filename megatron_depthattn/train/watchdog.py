@@ -1,0 +1,309 @@
+"""A run that hangs ends, and leaves behind what is needed to say why.
+
+Every rank has a thread that watches for the loop's beats. When they stay away, the rank raises an alarm in the
+store that all ranks joined the world through; every rank that still runs then writes the stacks of all its threads,
+answers, says which ranks did not, and ends with `EXIT_HANG`, so that the launcher ends the job. Neither the alarm nor
+the end relies on a collective, on a signal or on the main thread: those are what hangs. What may hang with them (the
+store of a dead host, the disk that the stacks go to) is waited for only so long.
+
+A main thread that holds the interpreter's lock in a C call stops this thread as well. For that there is a timer of
+`faulthandler`, which needs no lock: it prints the stacks on stderr and ends the process with exit code 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import psutil
+import torch.distributed as dist
+
+EXIT_HANG = 70
+"""Exit code of a process that the watchdog ended: EX_SOFTWARE, which neither Python nor a signal produces."""
+_ALARM, _ANSWERS = "alarm", "answers"
+_MAX_RANKS = 16
+"""Silent ranks that are described one by one; more are counted."""
+_STATES = {
+    psutil.STATUS_STOPPED: "stopped (SIGSTOP)",
+    psutil.STATUS_TRACING_STOP: "stopped by a debugger",
+    psutil.STATUS_DISK_SLEEP: "in disk sleep, waiting for a disk or a driver",
+    psutil.STATUS_ZOMBIE: "gone",
+    psutil.STATUS_DEAD: "gone",
+}
+
+
+class Beat(NamedTuple):
+    """A sign of progress from the loop."""
+
+    at: float
+    """Seconds of the monotonic clock."""
+    step: int
+    phase: str
+
+
+class Watchdog:
+    """Ends this process, and through the store every other rank, when the loop stops calling `beat`.
+
+    Use it as a context manager or call `close`: what is not closed goes on watching.
+
+    Args:
+        timeout: seconds without a beat after which a rank counts as hung; longer than the slowest step, evaluation
+            or checkpoint. Watching starts with the first beat, so loading and compiling are not timed.
+        folder: where the stacks go, ``<time>_rank_<N>.txt`` for each rank, and ``<time>_hang_<N>.txt``, what rank
+            N says of the others; made when needed.
+        rank, world_size: this process's place.
+        store: the store of the world. Of it a copy with a connection of its own is used, since a store serves one
+            call at a time and the main thread's may be the one that hangs.
+        grace: seconds for the other ranks to answer; the default suits ``timeout``.
+    """
+
+    def __init__(
+        self,
+        timeout: float,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        store: dist.Store,
+        grace: float | None = None,
+    ) -> None:
+        self.rank, self.world_size, self.timeout, self.folder = rank, world_size, timeout, folder
+        self.interval = min(5.0, timeout / 10)
+        self.grace = 2 * self.interval + min(5.0, timeout / 4) if grace is None else grace
+        self._host, self._pid = socket.gethostname(), os.getpid()
+        self._started = psutil.Process().create_time()
+        self._beat: Beat | None = None
+        self._closed, self._alarmed = threading.Event(), threading.Event()
+        self._store: Any = dist.PrefixStore(  # Any: torch's type stubs lack `append`
+            "watchdog", store.clone()
+        )
+        self._store.set_timeout(timedelta(seconds=max(1.0, self.grace)))
+        self._threads = [
+            threading.Thread(target=self._watch, name="watchdog", daemon=True),
+            threading.Thread(target=self._stay_in_touch, name="watchdog store", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say that the loop goes on: ``phase`` (step, evaluation, checkpoint, ...) of ``step`` begins now."""
+        if self._beat is None:
+            self._arm_backstop(self.timeout + self.grace)
+        self._beat = Beat(time.monotonic(), step, phase)
+
+    def close(self) -> None:
+        """Stop watching. Safe to call twice, also when the store is gone."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+        faulthandler.cancel_dump_traceback_later()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- watching
+
+    def _watch(self) -> None:
+        """The thread that decides; waits for nobody."""
+        while not self._closed.wait(self.interval):
+            beat = self._beat
+            if beat is not None:  # from here, not from each beat: it fires when this thread has not run for so long
+                self._arm_backstop(self.timeout + self.grace)
+            if self._alarmed.is_set() or (beat and time.monotonic() - beat.at > self.timeout):
+                self._end()
+
+    def _end(self) -> None:
+        """Report, for so long as that may take, and leave."""
+        limit = 3 * self.grace + 5.0
+        self._arm_backstop(limit + 5.0)
+        report = threading.Thread(target=self._report, name="watchdog report", daemon=True)
+        report.start()
+        report.join(timeout=limit)
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+        os._exit(EXIT_HANG)
+
+    @staticmethod
+    def _arm_backstop(seconds: float) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_stderr())
+
+    def _stay_in_touch(self) -> None:
+        """The thread that talks to the store: two small messages each interval. May block when the store is gone."""
+        try:
+            while not self._closed.is_set():
+                self._store.set(f"sign/{self.rank}", json.dumps(self._sign()))
+                if self._store.check([_ALARM]):
+                    self._alarmed.set()
+                    return
+                self._closed.wait(self.interval)
+            self._store.set(f"sign/{self.rank}", json.dumps(self._sign() | {"phase": "closed"}))
+        except RuntimeError as error:  # torch's DistError: the host of the store is gone
+            if not self._closed.is_set():
+                _say(f"watchdog: rank {self.rank} lost the store ({error}); it goes on watching for itself alone")
+
+    # ---- the end
+
+    def _report(self) -> None:
+        """Write the stacks and, meanwhile, talk to the others; where one fails or blocks the other is still done."""
+        stamp = time.strftime("%Y%m%dT%H%M%S")
+        _say(f"watchdog: rank {self.rank} {self._what_happened()}; main thread: {_chain(main_thread_frames(6))}")
+        path = self.folder / f"{stamp}_rank_{self.rank}.txt"
+        stacks = threading.Thread(target=self._try, args=(lambda: self._write_stacks(path),), daemon=True)
+        stacks.start()
+        answers = {self.rank: self._sign() | {"where": _chain(main_thread_frames(3))}}
+        self._try(lambda: answers.update(self._exchange_answers(answers[self.rank])))
+        lines = [f"hang: no beat for {self.timeout:g} s"] if self.rank == min(answers) else []
+        self._try(lambda: lines.extend(self._silent_ranks(answers)))
+        if self.rank == min(answers):
+            lines += _groups(answers)
+        for line in lines:
+            _say(f"watchdog: {line}")
+        if lines:
+            self._try(lambda: (self.folder / f"{stamp}_hang_{self.rank}.txt").write_text("\n".join(lines) + "\n"))
+        stacks.join()
+
+    def _try(self, part: Callable[[], Any]) -> None:
+        try:
+            part()
+        except (OSError, RuntimeError, ValueError, psutil.Error) as error:
+            _say(f"watchdog: rank {self.rank}: {type(error).__name__}: {error}")
+
+    def _what_happened(self) -> str:
+        beat = self._beat
+        if beat is None:
+            return "was told of a hang before its first step"
+        age = time.monotonic() - beat.at
+        verb = "hangs" if age > self.timeout else "was told of a hang"
+        return f"{verb}: last beat {age:.0f} s ago at step {beat.step} ({beat.phase})"
+
+    def _write_stacks(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            print(
+                f"rank {self.rank} on {self._host}, pid {self._pid}: {self._what_happened()}\n", file=file, flush=True
+            )
+            faulthandler.dump_traceback(file, all_threads=True)
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    print(f"child {child.pid} {child.name()}: {child.status()}", file=file)
+
+    def _exchange_answers(self, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Raise the alarm, answer, and after the time of grace read who answered."""
+        self._store.set(_ALARM, str(self.rank))
+        self._store.append(_ANSWERS, json.dumps({self.rank: mine}) + "\n")
+        time.sleep(self.grace)
+        return {
+            int(rank): answer
+            for line in self._store.get(_ANSWERS).decode().splitlines()
+            for rank, answer in json.loads(line).items()
+        }
+
+    def _silent_ranks(self, answers: dict[int, dict[str, Any]]) -> Iterator[str]:
+        """A line for each rank that did not answer, from the one rank that can say most: the first on its host."""
+        silent = [rank for rank in range(self.world_size) if rank not in answers]
+        for rank in silent[:_MAX_RANKS]:
+            key = f"sign/{rank}"
+            sign = json.loads(self._store.get(key)) if self._store.check([key]) else {}
+            neighbours = [other for other, answer in answers.items() if answer["host"] == sign.get("host")]
+            if self.rank == min(neighbours or answers):
+                yield f"rank {rank} gives no sign: {_describe(sign, self._host)}"
+        if len(silent) > _MAX_RANKS and self.rank == min(answers):
+            yield f"and {len(silent) - _MAX_RANKS} more ranks give no sign"
+
+    def _sign(self) -> dict[str, Any]:
+        beat = self._beat
+        return {
+            "host": self._host,
+            "pid": self._pid,
+            "started": self._started,
+            "step": beat.step if beat else None,
+            "phase": beat.phase if beat else "start",
+            "since": time.time() - (time.monotonic() - beat.at if beat else 0.0),
+        }
+
+
+def main_thread_frames(limit: int) -> list[str]:
+    """Where the main thread is, innermost first: ``file:line function``. Reads no source file: the disk may hang."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frames: list[str] = []
+    while frame is not None and len(frames) < limit:
+        frames.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}")
+        frame = frame.f_back
+    return frames
+
+
+def _chain(frames: list[str]) -> str:
+    return " < ".join(frames)
+
+
+def _describe(sign: dict[str, Any], host: str) -> str:
+    """What is known of a rank that is silent, from its last sign in the store and, on this host, from the kernel."""
+    if not sign:
+        return "it never began"
+    age = time.time() - sign["since"]
+    last = f"last beat {age:.0f} s ago at step {sign['step']} ({sign['phase']})"
+    text = f"{sign['host']}, pid {sign['pid']}, {last if sign['step'] is not None else 'no beat yet'}"
+    return f"{text}; its process is {_process_state(sign)}" if sign["host"] == host else f"{text}; another host"
+
+
+def _process_state(sign: dict[str, Any]) -> str:
+    try:
+        process = psutil.Process(sign["pid"])
+        if abs(process.create_time() - sign["started"]) > 1.0:
+            return "gone"  # another process has its number
+        status = process.status()
+    except psutil.NoSuchProcess:
+        return "gone"
+    return _STATES.get(status, f"{status}, but its threads do not run: a C call that holds the interpreter's lock?")
+
+
+def _groups(answers: dict[int, dict[str, Any]]) -> list[str]:
+    """Ranks that answered, together where they are at the same place; the fewest first, as the odd one is the news."""
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for rank, answer in sorted(answers.items()):
+        groups[answer["step"], answer["phase"], answer["where"]].append(rank)
+    return [
+        f"{_ranks(ranks)} answered: step {step} ({phase}), main thread at {where}"
+        for (step, phase, where), ranks in sorted(groups.items(), key=lambda group: len(group[1]))
+    ]
+
+
+def _ranks(ranks: list[int]) -> str:
+    """``ranks 0-3, 6`` of a sorted list."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], rank]
+        else:
+            spans.append([rank, rank])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}"
+
+
+def _stderr() -> Any:
+    return sys.__stderr__ or sys.stderr  # the real one: what replaced it may have no file descriptor, or a lock
+
+
+def _say(line: str) -> None:
+    print(line, file=_stderr(), flush=True)

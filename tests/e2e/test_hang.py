@@ -1,0 +1,122 @@
+"""Ranks that hang, as processes: the job ends with its own exit code, the stacks are there, the culprit is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_depthattn.train.watchdog import EXIT_HANG
+from tests.e2e.commands import REPOSITORY
+
+TIMEOUT = 2.0
+"""Seconds without a beat that are a hang, in these tests."""
+PATIENCE = 90
+"""Seconds for a world to end; the machine may be busy."""
+
+
+@dataclass
+class World:
+    """Two ranks that were started without a launcher: torchrun would wait 30 s for a stopped one."""
+
+    folder: Path
+    processes: list[subprocess.Popen[str]]
+    errors: list[Path]
+
+    def exit_code(self, rank: int) -> int:
+        return self.processes[rank].wait(timeout=PATIENCE)
+
+    def error(self, rank: int) -> str:
+        return self.errors[rank].read_text()
+
+    def stacks(self, rank: int) -> list[Path]:
+        return sorted(self.folder.glob(f"*_rank_{rank}.txt"))
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """The world of the scenario that the test is parametrised with; ended afterwards, stopped processes too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = World(tmp_path / "stacks", [], [tmp_path / f"rank{rank}.err" for rank in range(2)])
+    for rank in range(2):
+        environment = os.environ | {
+            **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"},
+        }
+        command = [sys.executable, "-m", "tests.e2e.hang_worker", made.folder, str(TIMEOUT), request.param]
+        with made.errors[rank].open("w") as errors:
+            made.processes.append(
+                subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=errors, stderr=errors, text=True)
+            )
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.wait()
+
+
+def scenario(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("world", [name], indirect=True)
+
+
+@scenario("stopped_1")
+def test_a_stopped_rank_is_named_with_its_state(world: World):
+    assert world.exit_code(0) == EXIT_HANG, world.error(0)
+    assert world.processes[1].poll() is None, "a stopped process cannot end itself; the launcher kills it"
+    said = world.error(0)
+    pid = world.processes[1].pid
+    silent = re.search(r"rank 1 gives no sign: (.*)", said)
+    assert silent, said
+    assert f"pid {pid}, last beat " in silent[1] and "at step 1 (step); its process is stopped (SIGSTOP)" in silent[1]
+    assert re.search(r"rank 0 answered: step 2 \(step\), main thread at .* all_reduce", said), said
+    (stacks,) = world.stacks(0)
+    assert "hang_worker.py" in stacks.read_text() and "in main" in stacks.read_text()
+    assert silent[0] in next(world.folder.glob("*_hang_0.txt")).read_text()
+
+
+@scenario("stopped_0")
+def test_the_host_of_the_store_may_be_the_one_that_is_stopped(world: World):
+    assert world.exit_code(1) == EXIT_HANG, world.error(1)
+    assert "rank 1 hangs: last beat" in world.error(1)
+    (stacks,) = world.stacks(1)
+    assert "in main" in stacks.read_text()
+
+
+@scenario("endless_loop")
+def test_ranks_in_a_loop_and_in_a_collective_both_tell_where_they_are(world: World):
+    codes = [world.exit_code(rank) for rank in range(2)]
+    assert codes == [EXIT_HANG, EXIT_HANG], world.error(0) + world.error(1)
+    assert "endless_loop" in world.stacks(1)[0].read_text()
+    assert "all_reduce" in world.stacks(0)[0].read_text()
+    said = world.error(0) + world.error(1)
+    assert re.search(r"rank 1 answered: step 1 \(step\), main thread at hang_worker.py:\d+ endless_loop", said), said
+    assert re.search(r"rank 0 answered: step 2 \(step\), main thread at .* all_reduce", said), said
+    assert "gives no sign" not in said
+    child = int(re.search(r"child (\d+) \S+: sleeping", world.stacks(1)[0].read_text())[1])  # type: ignore[index]
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+@scenario("lock_held")
+def test_a_main_thread_that_holds_the_lock_is_ended_by_the_timer(world: World):
+    """No Python runs in that process any more: its stacks come from faulthandler, on stderr, with exit code 1."""
+    assert world.exit_code(1) == 1, world.error(1)
+    assert "Timeout" in world.error(1) and "in misbehave" in world.error(1)
+    assert world.exit_code(0) == EXIT_HANG, world.error(0)
+
+
+@scenario("slow")
+def test_control_a_slow_start_and_slow_steps_are_left_alone(world: World):
+    for rank in range(2):
+        assert world.exit_code(rank) == 0, world.error(rank)
+        assert f"rank {rank} is done" in world.error(rank)
+        assert "watchdog" not in world.error(rank)
+    assert not world.folder.exists()

@@ -1,0 +1,39 @@
+"""A short campaign: two pipeline stages times two replicas, struck four times, bit-equal to an undisturbed run.
+
+`make faults` strikes with every kind, at least 40 times.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.faults.campaign import FULL, Campaign, can_mount, compare
+from tests.faults.job import RunState
+from tests.faults.kinds import ENDS_THE_JOB, JOB_GOES_ON
+
+SHORT = ["kill -9 of one rank during a save", "full disk", "SIGTERM to the launcher"]
+
+
+def test_every_kind_of_fault_is_in_the_full_campaign():
+    assert FULL.keys() == ENDS_THE_JOB.keys() | JOB_GOES_ON.keys()
+    assert sum(FULL.values()) >= 40
+
+
+@pytest.mark.timeout(600)
+def test_a_struck_run_is_bit_equal_to_an_undisturbed_one(tmp_path: Path):
+    faults = [kind for kind in SHORT if kind != "full disk" or can_mount(tmp_path)]
+    campaign = Campaign(tmp_path, steps=120, rng=random.Random(0))
+    left = campaign.struck_run(faults, asynchronous=True)
+    assert left == [], "the run ended before it could be struck"
+    assert [blow.kind for blow in campaign.blows] == faults
+
+    # Control: a digit of one loss is another one, and the comparison must see it.
+    undisturbed = campaign.undisturbed()
+    copy = shutil.copytree(undisturbed.run_dir, tmp_path / "copy")
+    text = (copy / "metrics.jsonl").read_text()
+    digit = text.index('"loss": ', len(text) // 2) + len('"loss": ') + 12
+    (copy / "metrics.jsonl").write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
+    with pytest.raises(AssertionError, match=r"the steps \[\d+\] differ"):
+        compare(RunState(copy, copy / "checkpoints"), undisturbed)

@@ -1,0 +1,111 @@
+"""A run's history: its identity, restart loops, goodput, and files that a crash has cut off."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_depthattn.train import history as module
+from megatron_depthattn.train.history import RunHistory, code_digest
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "time", lambda: now[0])
+    return now
+
+
+def metrics(run_dir: Path, *seconds: float) -> None:
+    lines = [json.dumps({"step": i + 1, "step_seconds": each}) + "\n" for i, each in enumerate(seconds)]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_the_identity_stays(tmp_path):
+    first = RunHistory(tmp_path)
+    first.start(0, "v", 1)
+    assert RunHistory(tmp_path).run_id == first.run_id
+    assert RunHistory(tmp_path, "of a checkpoint").run_id == first.run_id
+    assert RunHistory(tmp_path / "lost", "of a checkpoint").run_id == "of a checkpoint"
+    assert RunHistory(tmp_path / "new").run_id != first.run_id
+
+
+def starts(run_dir: Path, *records: tuple) -> RunHistory:
+    for event, *arguments in records:
+        getattr(RunHistory(run_dir), event)(*arguments)
+    return RunHistory(run_dir)
+
+
+def test_a_restart_loop_is_refused(tmp_path):
+    history = starts(tmp_path, *[("start", 100, "v", 1)] * 3)
+    with pytest.raises(ValueError, match=r"last 3 starts all began at step 100 .* train.max_fruitless_starts=6"):
+        history.refuse_restart_loop(100, "v", 3)
+    history.refuse_restart_loop(100, "v", 4)
+    history.refuse_restart_loop(100, "v", None)
+
+
+@pytest.mark.parametrize(
+    ("records", "step", "version"),
+    [
+        ([("start", 100, "v", 1)] * 2, 100, "v"),
+        ([("start", 100, "v", 1)] * 5, 150, "v"),  # a checkpoint was reached
+        ([("start", 100, "v", 1)] * 5, 100, "changed"),  # somebody did something about it
+        ([("start", 100, "v", 1), ("start", 50, "v", 1), *[("start", 100, "v", 1)] * 2], 100, "v"),
+        ([*[("start", 100, "v", 1)] * 5, ("end", 100, "stop_after")], 100, "v"),
+    ],
+)
+def test_control_a_run_that_gets_on_may_start_again(tmp_path, records, step, version):
+    starts(tmp_path, *records).refuse_restart_loop(step, version, 3)
+
+
+def test_an_end_by_an_error_does_not_hide_a_loop(tmp_path):
+    records = [("start", 7, "v", 1), ("end", 9, "not finite")] * 3
+    with pytest.raises(ValueError, match="began at step 7"):
+        starts(tmp_path, *records).refuse_restart_loop(7, "v", 3)
+
+
+def test_goodput_counts_a_step_once_and_the_time_between_a_crash_and_its_restart(tmp_path, clock):
+    RunHistory(tmp_path).start(0, "v", 2)
+    clock[0] += 60  # 40 s of steps, of which 10 s are repeated after a crash; 20 s until the restart
+    clock[0] += 20
+    history = RunHistory(tmp_path)
+    history.start(3, "v", 2)
+    clock[0] += 20
+    metrics(tmp_path, 10, 10, 10, 10, 10)
+    end = history.end(5, "finished")
+    assert end["goodput"] == {"goodput": 0.5, "useful_seconds": 50, "wall_seconds": 100, "starts": 2}
+
+
+def test_goodput_leaves_out_what_follows_a_deliberate_end(tmp_path, clock):
+    history = RunHistory(tmp_path)
+    history.start(0, "v", 2)
+    clock[0] += 10
+    metrics(tmp_path, 5)
+    assert history.end(1, "stop_after")["goodput"]["goodput"] == 0.5
+    clock[0] += 86400
+    history = RunHistory(tmp_path)
+    history.start(1, "v", 2)
+    clock[0] += 10
+    metrics(tmp_path, 5, 10)
+    assert history.end(2, "finished")["goodput"] == {
+        "goodput": 0.75,
+        "useful_seconds": 15,
+        "wall_seconds": 20,
+        "starts": 2,
+    }
+
+
+def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path):
+    RunHistory(tmp_path).start(0, "v", 1)
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"time": 1, "event": "st')
+    history = RunHistory(tmp_path)
+    history.start(3, "v", 1)
+    assert RunHistory(tmp_path).run_id == history.run_id
+    assert RunHistory(tmp_path).goodput()["starts"] == 2
+
+
+def test_the_code_digest_is_of_the_code():
+    assert code_digest() == code_digest()
+    assert len(code_digest()) == 16
