@@ -9,10 +9,7 @@ from megatron.core import parallel_state
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.loader import TokenLoader, build_loader
-from megatron_depthattn.train.step import Microbatch
-
-SAMPLE_IDS = "sample_ids"
-"""Key of a microbatch that says which samples it holds; for logs, not for the device."""
+from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
 
 class GlobalBatches:

@@ -6,18 +6,15 @@ next start follows its start. The file is written by rank 0 and forced to disk.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import megatron_depthattn
+from megatron_depthattn.train.line_files import append_durably, read_records
 
 HISTORY = "history.jsonl"
 METRICS = "metrics.jsonl"
@@ -46,7 +43,7 @@ class RunHistory:
 
     def __init__(self, run_dir: Path, run_id: str | None = None) -> None:
         self._path, self._metrics = run_dir / HISTORY, run_dir / METRICS
-        self._records = list(_records(self._path))
+        self._records = list(read_records(self._path))
         known = [record["run_id"] for record in self._records if "run_id" in record]
         self.run_id: str = known[0] if known else run_id or uuid.uuid4().hex[:12]
         """Who the run is for loggers, the same after every restart."""
@@ -106,7 +103,7 @@ class RunHistory:
                 began = None
         if began is not None:
             wall += now - began
-        useful = sum(record["step_seconds"] for record in _records(self._metrics))
+        useful = sum(record["step_seconds"] for record in read_records(self._metrics))
         starts = sum(record["event"] == "start" for record in self._records)
         return {
             "goodput": useful / wall if wall else 0.0,
@@ -118,20 +115,4 @@ class RunHistory:
     def _append(self, record: dict[str, Any]) -> None:
         record = {"time": time.time()} | record
         self._records.append(record)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(("" if _ends_a_line(self._path) else "\n") + json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, but for lines that a crash has cut off."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
-
-
-def _ends_a_line(path: Path) -> bool:
-    return path.read_bytes()[-1:] in (b"", b"\n")
+        append_durably(self._path, record)

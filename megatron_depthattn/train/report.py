@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -17,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_depthattn.config import RunConfig, save_config
-from megatron_depthattn.durable import write_durably
 from megatron_depthattn.train.history import METRICS
+from megatron_depthattn.train.line_files import AppendFile, drop_steps_after
 
 
 class Reporter:
@@ -39,8 +38,8 @@ class Reporter:
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
-        _drop_steps_after(run_dir / METRICS, first_step)
-        self._metrics, self._log = _AppendFile(run_dir / METRICS), _AppendFile(run_dir / "log.txt")
+        drop_steps_after(run_dir / METRICS, first_step)
+        self._metrics, self._log = AppendFile(run_dir / METRICS), AppendFile(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard"
         self._tensorboard: SummaryWriter | None = SummaryWriter(str(self._curves), purge_step=first_step + 1)
         self._progress = _progress_bar() if sys.stdout.isatty() else None
@@ -115,23 +114,6 @@ class Reporter:
         )
 
 
-class _AppendFile:
-    """A file of lines on a disk that may be full for a while: what cannot be written waits for the next line."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._pending = b""
-
-    def write(self, text: str) -> None:
-        self._pending += text.encode()
-        with contextlib.suppress(OSError):  # a report that cannot be written must not end the run
-            while self._pending:
-                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
 def _print(text: str, stream: TextIO) -> None:
     with contextlib.suppress(OSError):
         print(text, file=stream, flush=True)
@@ -139,15 +121,6 @@ def _print(text: str, stream: TextIO) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
-
-
-def _drop_steps_after(path: Path, step: int) -> None:
-    """Keep the record's lines up to ``step``, whole ones: a resumed run writes the later ones again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            write_durably(path, "".join(kept))
 
 
 def _progress_bar() -> Progress:

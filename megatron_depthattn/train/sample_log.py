@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TextIO
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import RunConfig
-from megatron_depthattn.durable import write_durably
-from megatron_depthattn.train.data import SAMPLE_IDS
-from megatron_depthattn.train.step import Microbatch
+from megatron_depthattn.train.line_files import AppendFile, drop_steps_after
+from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
 
 class SampleLog:
@@ -27,7 +25,7 @@ class SampleLog:
     """
 
     def __init__(self, config: RunConfig, *, first_step: int) -> None:
-        self._file: TextIO | None = None
+        self._file: AppendFile | None = None
         self._is_on = config.data.log_samples
         folder = Path(config.run.dir, "samples")
         self._path = folder / f"rank_{dist.get_rank():05d}.jsonl"
@@ -36,7 +34,7 @@ class SampleLog:
         if dist.get_rank() == 0:  # for all ranks: the run may have had more of them before
             folder.mkdir(parents=True, exist_ok=True)
             for file in folder.glob("rank_*.jsonl"):
-                _drop_steps_after(file, first_step)
+                drop_steps_after(file, first_step)
         dist.barrier()
 
     def write(self, step: int, batches: list[Microbatch]) -> None:
@@ -44,27 +42,16 @@ class SampleLog:
         if not self._is_on or SAMPLE_IDS not in batches[0]:
             return
         if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = AppendFile(self._path)
         line = {
             "step": step,
             "data_parallel_rank": parallel_state.get_data_parallel_rank(),
             SAMPLE_IDS: [batch[SAMPLE_IDS].tolist() for batch in batches],
         }
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _drop_steps_after(file: Path, step: int) -> None:
-    """Keep the lines up to ``step``; a line that a killed process left unfinished goes as well."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    write_durably(file, "".join(kept))

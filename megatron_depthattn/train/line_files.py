@@ -1,0 +1,59 @@
+"""Files that grow by lines over the restarts of a run: a record of steps, a history, a log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_depthattn.durable import write_durably
+
+
+class AppendFile:
+    """A file of lines on a disk that may be full for a while: what cannot be written waits for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._pending = b""
+
+    def write(self, text: str) -> None:
+        """Add text that ends with a line's end."""
+        self._pending += text.encode()
+        with contextlib.suppress(OSError):  # a report that cannot be written must not end the run
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def append_durably(path: Path, record: dict[str, Any]) -> None:
+    """Add one object to a .jsonl file and force it to disk; it gets a line of its own even where a crash cut one off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        begin = b"" if file.read() in (b"", b"\n") else b"\n"
+        file.write(begin + json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, but for lines that a crash has cut off; none if there is no file."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Keep the lines up to ``step``, whole ones: a run that goes on from there writes the later ones again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if len(kept) < len(lines):
+            write_durably(path, "".join(kept))
