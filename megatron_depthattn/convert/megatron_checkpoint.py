@@ -40,8 +40,8 @@ class MegatronCheckpoint:
             raise ValueError(
                 f"{folder} is no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
             )
-        if (folder / MANIFEST).is_file() and (damage := find_damage(folder)):
-            raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")
+        if (folder / MANIFEST).is_file():
+            _check_files(folder)
         self.folder = folder
         self._reader = _Reader(folder)
         try:
@@ -87,6 +87,15 @@ class MegatronCheckpoint:
                 "damaged: take another step folder"
             ) from error
         return tensor
+
+
+def _check_files(folder: Path) -> None:
+    try:
+        damage = find_damage(folder)
+    except OSError as error:
+        damage = [str(error)]
+    if damage:
+        raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")
 
 
 class _Reader(dcp.FileSystemReader):

@@ -12,8 +12,8 @@ from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
-"""How long a rank waits for the others before it gives up. `train.hang_timeout` is shorter and tells more; this is for
-the time before the first step."""
+"""How long a rank waits for the others before it gives up, at the least; for what comes before the first step, since
+later on `train.hang_timeout` is shorter and tells more."""
 
 
 def initialize_distributed(environment: LaunchEnvironment, timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:

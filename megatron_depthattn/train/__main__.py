@@ -39,6 +39,8 @@ def main() -> int:
     except ValueError as error:
         return _fail(error, rank)
 
+    from torch.distributed.checkpoint.api import CheckpointException
+
     from megatron_depthattn.train.loop import train
     from megatron_depthattn.train.run_checkpoints import CheckpointError
     from megatron_depthattn.train.step import NonFiniteError
@@ -47,7 +49,7 @@ def main() -> int:
         return train(config, environment)
     except (ValueError, OSError, NonFiniteError, CheckpointError) as error:
         _fail(error, rank)
-    except Exception:
+    except (Exception, CheckpointException):  # the latter is none of the former
         traceback.print_exc()
     if environment.world_size > 1:
         _leave_at_once()

@@ -74,11 +74,17 @@ class RunHistory:
                 f"they ended; change what is wrong, or set train.max_fruitless_starts={limit * 2} (null: no limit)."
             )
 
-    def start(self, step: int, version: str, world_size: int) -> None:
-        """Record that training begins after ``step`` steps."""
+    def has_started_from(self, load: str | None) -> bool:
+        """Whether the run was interrupted after a start with this ``checkpoint.load``, so that it may go on."""
+        if not self._records or (self._records[-1]["event"] == "end" and self._records[-1]["outcome"] in DELIBERATE):
+            return False
+        return any(record["event"] == "start" and record["load"] == load for record in self._records)
+
+    def start(self, step: int, version: str, world_size: int, load: str | None) -> None:
+        """Record that training begins after ``step`` steps, as ``checkpoint.load`` says."""
         self._append(
             {"event": "start", "step": step, "run_id": self.run_id, "version": version}
-            | {"host": platform.node(), "world_size": world_size}
+            | {"host": platform.node(), "world_size": world_size, "load": load}
         )
 
     def end(self, step: int, outcome: Outcome, **more: Any) -> dict[str, Any]:

@@ -26,13 +26,20 @@ class AppendFile:
             while self._pending:
                 self._pending = self._pending[os.write(self._descriptor, self._pending) :]
 
+    def force_to_disk(self) -> None:
+        """Return when a power cut can no longer take what was written; a full disk is as for `write`."""
+        self.write("")
+        with contextlib.suppress(OSError):
+            os.fsync(self._descriptor)
+
     def close(self) -> None:
         """Close the file."""
+        self.write("")
         os.close(self._descriptor)
 
 
 def append_durably(path: Path, record: dict[str, Any]) -> None:
-    """Add one object to a .jsonl file and force it to disk; it gets a line of its own even where a crash cut one off."""
+    """Add one object to a .jsonl file, on a line of its own even after one that a crash cut off; force it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
@@ -45,7 +52,7 @@ def append_durably(path: Path, record: dict[str, Any]) -> None:
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file, but for lines that a crash has cut off; none if there is no file."""
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
@@ -53,7 +60,6 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def drop_steps_after(path: Path, step: int) -> None:
     """Keep the lines up to ``step``, whole ones: a run that goes on from there writes the later ones again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            write_durably(path, "".join(kept))
+        kept = "".join(json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step)
+        if kept != path.read_text(encoding="utf-8", errors="replace"):
+            write_durably(path, kept)

@@ -9,8 +9,10 @@ import json
 import math
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_depthattn.config import RunConfig, to_dict, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
-from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
+from megatron_depthattn.parallel.groups import (
+    COLLECTIVE_TIMEOUT,
+    initialize_distributed,
+    initialize_model_parallel,
+    shut_down,
+)
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, transformer_config
 from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
@@ -31,7 +38,7 @@ from megatron_depthattn.train.metrics import Meter, RankStatus, exchange_status,
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
-from megatron_depthattn.train.start import Start, find_start, from_rank_0
+from megatron_depthattn.train.start import Start, find_start, from_rank_0, lock_run
 from megatron_depthattn.train.step import NonFiniteError, SkippedSteps, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, set_aside_after
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
@@ -67,11 +74,12 @@ class Training:
     def __init__(self, config: RunConfig, environment: LaunchEnvironment) -> None:
         self.config, self.world_size, self.is_writer = config, environment.world_size, environment.rank == 0
         sizes = validate(config, environment.world_size)
-        self.signals = StopSignals()
-        self.device = initialize_distributed(environment)
-        _initialize_layout(config)
+        timeout = _collective_timeout(config)
+        self.device = initialize_distributed(environment, timeout)
+        _initialize_layout(config, timeout)
         self.megatron = transformer_config(config)
         _check_agreement(config, self.megatron)
+        self.start_id = from_rank_0(self._lock)
         start = find_start(config)
 
         self.chunks = build_model(config, self.device)
@@ -81,8 +89,6 @@ class Training:
             loaded = load_checkpoint(start.folder, self.chunks, self.optimizer, self.scheduler, config=to_dict(config))
         self.progress = loaded.progress
         self.last_step = _last_step(config, self.progress)
-        self.history, self.run_id = self._enter_history(start, loaded)
-
         self.batches = GlobalBatches(
             config, sizes, self.device, split="train", consumed_samples=self.progress.consumed_samples
         )
@@ -93,13 +99,14 @@ class Training:
                 "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
                 "checkpoint.load=null."
             )
+        self.history, self.run_id = self._enter_history(start, loaded)
         self.sample_log = SampleLog(config, first_step=self.progress.step)
         self.flops = forward_flops(config, self.megatron)
         self.meter = Meter(config, self.flops, environment.world_size)
         self.report = Reporter(
             config, is_writer=self.is_writer, first_step=self.progress.step, last_step=self.last_step
         )
-        self.checkpoints = RunCheckpoints(config, self._state, self.report)
+        self.checkpoints = RunCheckpoints(config, self._state, self.report, lambda: self._beat("checkpoint"))
         self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
         self.cost = Cost()
         self.watchdog: Watchdog | None = None
@@ -107,6 +114,7 @@ class Training:
         gc.collect()
         gc.freeze()  # what has been built stays: no later collection (each save makes one) looks at it again
         atexit.register(gc.unfreeze)
+        self.signals = StopSignals()  # not before: a start that is asked to stop has nothing to save
 
     def run(self) -> int:
         """Step until the last step or a stop signal; returns the exit code."""
@@ -114,25 +122,19 @@ class Training:
             return self._run()
 
     def _run(self) -> int:
-        if self.held_out and self.progress.step == 0:
-            self.cost.add_held_out(0, self._evaluate(self.held_out))
         stop_signal = 0
+        self._beat("first step")
         try:
+            if self.held_out and self.progress.step == 0:
+                self.cost.add_held_out(0, self._evaluate(self.held_out))
             while self.progress.step < self.last_step and not stop_signal:
-                metrics, stop_signal = self._step()
-                self._beat("step")
-                step, is_last = self.progress.step, self.progress.step == self.last_step
-                if self.held_out and (_is_due(step, self.config.train.eval_interval) or is_last):
-                    metrics["eval_loss"] = self._evaluate(self.held_out)
-                    self.cost.add_held_out(step, metrics["eval_loss"])
-                self._beat("checkpoint")
-                if is_last or stop_signal:
-                    metrics["checkpoint_seconds"] = self.checkpoints.save_last(self.progress)
-                elif _is_due(step, self.config.checkpoint.interval):
-                    metrics["checkpoint_seconds"] = self.checkpoints.save(self.progress)
+                stop_signal = self._step()
+                if self.progress.step == self.last_step or stop_signal:
+                    self.checkpoints.save_last(self.progress)
+                elif _is_due(self.progress.step, self.config.checkpoint.interval):
+                    self.checkpoints.save(self.progress)
                 self.checkpoints.tell()
                 self._beat("step")
-                self.report.step(metrics)
         except NonFiniteError:
             self.checkpoints.finish()  # one may still be under way
             self._end("not finite")
@@ -153,8 +155,8 @@ class Training:
         shut_down()
         self.signals.close()
 
-    def _step(self) -> tuple[dict[str, Any], int]:
-        """One optimizer step: its record, and the signal by which some rank was asked to stop (0: none)."""
+    def _step(self) -> int:
+        """One optimizer step, on record; returns the signal by which some rank was asked to stop (0: none)."""
         started, waited = time.monotonic(), self.batches.data_seconds
         self.scheduler.step(increment=1)
         microbatches = self.batches.next()
@@ -164,6 +166,7 @@ class Training:
         seconds = time.monotonic() - started
         mine = RankStatus(self.batches.data_seconds - waited, peak_memory_gb(), self.signals.received)
         ranks = exchange_status(mine)
+        stop_signal = round(max(rank.stop_signal for rank in ranks))
         step = self.progress.step + 1
         self.sample_log.write(step, microbatches)
         if result.skipped:
@@ -171,9 +174,16 @@ class Training:
         self.skipped.record(step, result)
         self.progress = _advance(self.progress, self.config, skipped=result.skipped)
         self.cost.add_step(seconds)
+        self._beat("step")
         lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
         record = self.meter.record(self.progress, result, lr=lr, seconds=seconds, ranks=ranks)
-        return record, round(max(rank.stop_signal for rank in ranks))
+        record["checkpoint_seconds"] = self.checkpoints.take_stall()
+        is_last = step == self.last_step
+        if self.held_out and (is_last or (_is_due(step, self.config.train.eval_interval) and not stop_signal)):
+            record["eval_loss"] = self._evaluate(self.held_out)
+            self.cost.add_held_out(step, record["eval_loss"])
+        self.report.step(record)
+        return stop_signal
 
     def _evaluate(self, held_out: GlobalBatches) -> float:
         return evaluate(self.config, self.chunks, held_out, on_batch=lambda: self._beat("evaluation"))
@@ -186,7 +196,8 @@ class Training:
             Path(self.config.run.dir) / "stacks",
             rank=dist.get_rank(),
             world_size=self.world_size,
-            store=dist.distributed_c10d._get_default_store(),
+            # A store outlives the processes of a start that torchrun repeats: each start has its own place in it.
+            store=dist.PrefixStore(self.start_id, dist.distributed_c10d._get_default_store()),
         )
 
     def _beat(self, phase: str) -> None:
@@ -204,24 +215,31 @@ class Training:
             corpus=self.batches.corpus_digest,
         )
 
+    def _lock(self) -> str:
+        """Take the run's folder for this start, until this process ends; returns a name that no other start has."""
+        self.lock = lock_run(Path(self.config.run.dir))
+        return uuid.uuid4().hex
+
     def _enter_history(self, start: Start, loaded: Loaded) -> tuple[RunHistory | None, str]:
         """The run's history (on rank 0) and identity, once it is sure that this start makes sense."""
         config, progress = self.config, self.progress
         directory = Path(config.checkpoint_dir)
         continues = start.folder is not None and start.folder.resolve().parent == directory.resolve()
-        history = RunHistory(Path(config.run.dir), loaded.run_id if continues else None) if self.is_writer else None
+        history: RunHistory | None = None
 
         def enter() -> str:
-            assert history is not None
+            nonlocal history
+            history = RunHistory(Path(config.run.dir), loaded.run_id if continues else None)
             version = f"{_digest(config)}-{code_digest()}"
             history.refuse_restart_loop(progress.step, version, config.train.max_fruitless_starts)
             if continues:
                 left = set_aside_after(directory, progress.step)
                 start.warnings += [f"{path} is beyond step {progress.step}, where this run goes on" for path in left]
-            history.start(progress.step, version, self.world_size)
+            history.start(progress.step, version, self.world_size, config.checkpoint.load)
             return history.run_id
 
-        return history, from_rank_0(enter)
+        run_id = from_rank_0(enter)
+        return history, run_id
 
     def _open(self, start: Start, loaded: Loaded) -> None:
         begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
@@ -235,7 +253,11 @@ class Training:
         if self.history is None:
             return
         more["checkpoint_seconds"] = self.checkpoints.stall_seconds
-        record = self.history.end(self.progress.step, outcome, **more)
+        try:
+            record = self.history.end(self.progress.step, outcome, **more)
+        except OSError as error:
+            self.report.warn([f"the end of this run is not on record: {error}"])
+            return
         self.report.lines(self.cost.closing_lines(self.config, self.progress, self.world_size, record))
 
 
@@ -260,7 +282,14 @@ def evaluate(
     return loss
 
 
-def _initialize_layout(config: RunConfig) -> None:
+def _collective_timeout(config: RunConfig) -> timedelta:
+    """Longer than a hang may last: the watchdog tells more than a collective that gives up."""
+    if config.train.hang_timeout is None:
+        return timedelta(days=1)
+    return max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=config.train.hang_timeout))
+
+
+def _initialize_layout(config: RunConfig, timeout: timedelta) -> None:
     parallel = config.parallel
     initialize_model_parallel(
         tensor=parallel.tensor,
@@ -268,6 +297,7 @@ def _initialize_layout(config: RunConfig) -> None:
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         seed=config.run.seed,
+        timeout=timeout,
     )
 
 

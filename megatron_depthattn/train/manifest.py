@@ -52,22 +52,23 @@ def find_damage(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     Args:
         folder: a folder with a manifest.
         part: which share of the files to read, when ``parts`` processes share the work.
+
+    Raises:
+        OSError: a file is missing or cannot be read here; which need not mean that it is damaged.
     """
+    text = (folder / MANIFEST).read_bytes()
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(text)
         files = sorted((name, int(known["bytes"]), known[HASH]) for name, known in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{folder / MANIFEST} cannot be read: {error}"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / MANIFEST} is no manifest: {error}"]
     return [problem for name, *known in files[part::parts] if (problem := _problem(folder / name, *known))]
 
 
 def _problem(path: Path, num_bytes: int, digest: str) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != num_bytes:
-            return f"{path} has {size} bytes, not {num_bytes}"
-        if file_hash(path) != digest:
-            return f"{path} holds other bytes than were written ({HASH} differs)"
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
+    size = path.stat().st_size
+    if size != num_bytes:
+        return f"{path} has {size} bytes, not {num_bytes}"
+    if file_hash(path) != digest:
+        return f"{path} holds other bytes than were written ({HASH} differs)"
     return None

@@ -61,7 +61,7 @@ class Meter:
     def record(
         self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, ranks: Sequence[RankStatus]
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; steps that evaluate or save fill in ``eval_loss`` and ``checkpoint_seconds``.
+        """One line of metrics.jsonl; the loop fills in ``eval_loss`` and ``checkpoint_seconds``.
 
         Memory is that of the rank that holds most of it. Loss and gradient norm are null where they are not finite.
         """

@@ -82,6 +82,11 @@ class Reporter:
             self._progress.stop()
             self._progress = None
 
+    def force_to_disk(self) -> None:
+        """Before a checkpoint: the record must not end before it, whatever happens then."""
+        if self.is_writer:
+            self._metrics.force_to_disk()
+
     def close(self) -> None:
         """Flush and close everything."""
         if self.is_writer:

@@ -39,6 +39,7 @@ def _generators() -> dict[str, Any]:
     """Plain numbers, lists and tensors: nothing that needs code to be loaded."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
+        "device": _device(),
         "python": [list(part) if isinstance(part, tuple) else part for part in random.getstate()],
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
@@ -53,5 +54,10 @@ def restore_generators(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    if state["device"] == _device():  # a GPU's generators and a CPU's have states of different kinds
+        torch.cuda.set_rng_state(state["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

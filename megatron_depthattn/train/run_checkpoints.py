@@ -29,47 +29,59 @@ class RunCheckpoints:
     Args:
         state: what to save, called when it is saved.
         report: where the lines go.
+        on_progress: called whenever a part of a save is done.
     """
 
-    def __init__(self, config: RunConfig, state: Callable[[], dict[str, Any]], report: Reporter) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        state: Callable[[], dict[str, Any]],
+        report: Reporter,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self._directory = Path(config.checkpoint_dir)
         self._saver = CheckpointSaver(
             self._directory, keep=config.checkpoint.keep, is_async=config.checkpoint.async_save
         )
-        self._state, self._report = state, report
+        self._state, self._report, self._on_progress = state, report, on_progress
         self._stall = 0.0
         self._last: SaveOutcome | None = None
         self.stall_seconds = 0.0
         """Seconds that the loop has waited for checkpoints since the process began."""
+        self._not_taken = 0.0
 
-    def save(self, progress: Progress) -> float:
-        """Begin a checkpoint (and end it, unless asynchronous); returns the seconds that the loop waited."""
+    def save(self, progress: Progress) -> None:
+        """Begin a checkpoint; end it too, unless asynchronous."""
         started = time.monotonic()
-        self._saver.wait()
-        self.tell()
+        self._report.force_to_disk()  # the record reaches at least as far as the checkpoint
+        self.finish()
         self._saver.save(progress, self._state())
         self._stall = time.monotonic() - started
         self.stall_seconds += self._stall
+        self._not_taken += self._stall
         self.tell()
-        return self._stall
 
-    def save_last(self, progress: Progress) -> float:
-        """A checkpoint that is there when this returns; returns the seconds that the loop waited.
+    def save_last(self, progress: Progress) -> None:
+        """A checkpoint that is there when this returns.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        waited = 0.0
         for attempt in range(FINAL_ATTEMPTS):
             if attempt:
                 self._report.lines([f"trying again in {PAUSE_SECONDS:.0f} s"])
                 time.sleep(PAUSE_SECONDS)
-            waited += self.save(progress)
+            self.save(progress)
             self.finish()
             assert self._last is not None and self._last.step == progress.step
             if self._last.error is None:
-                return waited
+                return
         raise CheckpointError(f"the state after step {progress.step} is lost: its checkpoint could not be written")
+
+    def take_stall(self) -> float:
+        """Seconds that the loop has waited for checkpoints since this was last asked: those after the step before."""
+        stall, self._not_taken = self._not_taken, 0.0
+        return stall
 
     def tell(self) -> None:
         """Say how the last save ended, if it has and was not told."""
@@ -81,12 +93,19 @@ class RunCheckpoints:
             size, rate = outcome.num_bytes / 1e9, outcome.num_bytes / 1e6 / outcome.seconds
             text = f"{size:.3f} GB in {outcome.seconds:.2f} s ({rate:.0f} MB/s); the loop waited {self._stall:.2f} s"
             self._report.lines([f"saved {outcome.folder}: {text}"])
+            if outcome.warning:
+                self._report.warn([outcome.warning])
         else:
-            newest = newest_step(self._directory)
-            left = "there is none yet" if newest is None else f"the newest complete one is of step {newest}"
+            try:
+                newest = newest_step(self._directory) if self._report.is_writer else None
+                left = "there is none yet" if newest is None else f"the newest complete one is of step {newest}"
+            except OSError as error:
+                left = f"the folder cannot be read: {error}"
             self._report.warn([f"CHECKPOINT OF STEP {outcome.step} NOT WRITTEN: {outcome.error}; {left}"])
 
     def finish(self) -> None:
         """Wait for what is being written, and tell."""
+        self._on_progress()
         self._saver.wait()
+        self._on_progress()
         self.tell()

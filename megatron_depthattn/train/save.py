@@ -37,12 +37,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_depthattn.durable import publish_folder
 from megatron_depthattn.train.manifest import Digests, digest_files, write_manifest
 from megatron_depthattn.train.step_folders import (
     SAVED_METADATA,
     Progress,
     aside_folder,
-    publish_checkpoint,
+    point_and_prune,
     step_folder,
     tidy,
 )
@@ -63,6 +64,8 @@ class SaveOutcome:
     """From the call of `CheckpointSaver.save` to the published folder."""
     error: str | None = None
     """Why there is no such checkpoint, in one line."""
+    warning: str | None = None
+    """What went wrong after it was published; on rank 0."""
 
 
 class CheckpointSaver:
@@ -80,6 +83,7 @@ class CheckpointSaver:
         self._strategy = _CopyToHost()
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None
+        self._warning: str | None = None
         self._is_first = True
         if dist.get_rank() == 0:
             tidy(directory)
@@ -95,6 +99,7 @@ class CheckpointSaver:
         """
         self.wait()
         assert self._outcome is None, "the outcome of the last save was not taken"
+        self._warning = None
         started = time.monotonic()
         aside = aside_folder(self._directory, progress.step)
         error = self._agree(_make_empty(aside) if dist.get_rank() == 0 else None)
@@ -112,17 +117,19 @@ class CheckpointSaver:
                 error = f"rank {dist.get_rank()}: {_reason(problem)}"
             self._is_first = False
         copy = self._strategy.take()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
         def write() -> None:
             num_bytes, reason = 0, error
+            if device is not None:
+                torch.cuda.set_device(device)  # each thread has its own current device, and begins with 0
             try:
                 num_bytes, reason = self._write(progress.step, aside, copy, error)
             except Exception as problem:  # another rank is gone: the loop will meet that itself
                 reason = _reason(problem)
             seconds = time.monotonic() - started
-            self._outcome = SaveOutcome(
-                progress.step, step_folder(self._directory, progress.step), num_bytes, seconds, reason
-            )
+            folder, warning = step_folder(self._directory, progress.step), self._warning
+            self._outcome = SaveOutcome(progress.step, folder, num_bytes, seconds, reason, warning)
 
         self._thread = threading.Thread(target=write, name="checkpoint writer", daemon=True)
         self._thread.start()
@@ -163,7 +170,9 @@ class CheckpointSaver:
         if error is None and dist.get_rank() == 0:
             error = self._publish(step, aside, [digests for _, digests in gathered])
         error = self._agree(error)
-        if error is not None and dist.get_rank() == 0:
+        if dist.get_rank() == 0 and error is None:
+            self._warning = point_and_prune(step_folder(self._directory, step), self._keep)
+        elif dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         return sum(file["bytes"] for _, digests in gathered for file in digests.values()), error
 
@@ -172,7 +181,8 @@ class CheckpointSaver:
         try:
             dcp.save(
                 state,
-                storage_writer=dcp.FileSystemWriter(aside, sync_files=True),
+                # All lies in host memory: to copy ahead would mean to wait for the GPU's default stream.
+                storage_writer=dcp.FileSystemWriter(aside, sync_files=True, per_thread_copy_ahead=0),
                 planner=MCoreSavePlanner(flatten_state_dict=False),
                 process_group=self._group,
             )
@@ -192,7 +202,7 @@ class CheckpointSaver:
             written = {name: file for of_rank in digests for name, file in of_rank.items()}
             rest = [path.name for path in aside.iterdir() if path.name not in written]
             write_manifest(aside, written | digest_files(aside, rest))
-            publish_checkpoint(aside, step_folder(self._directory, step), self._keep)
+            publish_folder(aside, step_folder(self._directory, step))
         except Exception as problem:
             return _reason(problem)
         return None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.train.history import RunHistory
 from megatron_depthattn.train.manifest import find_damage
 from megatron_depthattn.train.step_folders import LATEST, complete_folders, resolve_checkpoint, set_aside, tidy
 
 T = TypeVar("T")
+LOCK_SECONDS = 30.0
 
 
 @dataclass
@@ -39,7 +44,8 @@ def find_start(config: RunConfig) -> Start:
     checkpoints = Path(config.checkpoint_dir)
     start = Start()
     first = ""
-    candidates = from_rank_0(lambda: _candidates(config.checkpoint.load, checkpoints))
+    candidates, note = from_rank_0(lambda: _candidates(config.checkpoint.load, Path(config.run.dir), checkpoints))
+    start.warnings += note
     for folder in candidates:
         damage = _damage(folder)
         if not damage:
@@ -47,7 +53,7 @@ def find_start(config: RunConfig) -> Start:
             return start
         told = f"{damage[0]}{f' (and {len(damage) - 1} more)' if len(damage) > 1 else ''}"
         first = first or told
-        if config.checkpoint.load != LATEST:
+        if config.checkpoint.load != LATEST and not note:
             raise ValueError(f"checkpoint.load={config.checkpoint.load} is damaged: {told}. Name another one.")
         aside = from_rank_0(lambda folder=folder: set_aside(folder, "damaged"))  # type: ignore[misc]
         start.warnings.append(f"DAMAGED CHECKPOINT: {told}. It is now {aside.name}; falling back to the one before.")
@@ -57,6 +63,26 @@ def find_start(config: RunConfig) -> Start:
             f"{first}. To train from initial weights set another run.dir."
         )
     return start
+
+
+def lock_run(run_dir: Path) -> FileLock:
+    """Keep other processes out of a run's folder until this one ends, in whatever way; made if it is not there.
+
+    Raises:
+        ValueError: another process has it. One that was just killed may take a moment to let it go, so this waits.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock", timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process is training in {run_dir}: two would overwrite each other's checkpoints. Wait for it, end "
+            "it, or set another run.dir."
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        pass
+    return lock
 
 
 def from_rank_0(function: Callable[[], T]) -> T:
@@ -73,21 +99,44 @@ def from_rank_0(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def _candidates(load: str | None, checkpoints: Path) -> list[Path]:
+def _candidates(load: str | None, run_dir: Path, checkpoints: Path) -> tuple[list[Path], list[str]]:
+    """The folders to try, the first one first, and what to say about them."""
     if checkpoints.is_dir():
         tidy(checkpoints)
+    own = complete_folders(checkpoints)
+    if load != LATEST and own and RunHistory(run_dir).has_started_from(load):
+        return own[::-1], [f"this run began with checkpoint.load={load} and was interrupted: it goes on from {own[-1]}"]
     folders = resolve_checkpoint(load, checkpoints)
     continues = bool(folders) and folders[0].resolve().parent == checkpoints.resolve()
-    if complete_folders(checkpoints) and not continues:
+    if own and not continues:
         raise ValueError(
             f"{checkpoints} holds the checkpoints of a run that would be overwritten: set checkpoint.load=latest to "
             "continue it, or another run.dir."
         )
-    return folders
+    return folders, []
 
 
 def _damage(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint's files; the ranks share the reading and agree."""
-    found: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, find_damage(folder, part=dist.get_rank(), parts=dist.get_world_size()))
-    return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
+    """What is wrong with a checkpoint's files; the ranks share the reading and agree.
+
+    Raises:
+        ValueError: on all ranks, if one of them cannot read a file: that is the file system's fault or a node's, and
+            says nothing about the checkpoint. A file that rank 0 misses as well is damage.
+    """
+    damage: list[str] = []
+    unreadable = None
+    try:
+        damage = find_damage(folder, part=dist.get_rank(), parts=dist.get_world_size())
+    except OSError as error:
+        unreadable = (error.filename, f"rank {dist.get_rank()} on {platform.node()}: {error}")
+    found: list[tuple[list[str], tuple[str, str] | None]] = [([], None)] * dist.get_world_size()
+    dist.all_gather_object(found, (damage, unreadable))
+    names = [problem[0] for _, problem in found if problem]
+    gone = from_rank_0(lambda: {name for name in names if not os.path.exists(name)})
+    for _, problem in found:
+        if problem and problem[0] not in gone:
+            raise ValueError(
+                f"{folder} cannot be read by {problem[1]}. Mend that, start again; nothing was renamed."
+            )
+    damage = [f"{name} is missing" for name in names] + [text for texts, _ in found for text in texts]
+    return list(dict.fromkeys(damage))  # a damaged manifest is found by every rank

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_depthattn.durable import publish_folder, recover_folder, write_durably
+from megatron_depthattn.durable import recover_folder, write_durably
 from megatron_depthattn.train.manifest import MANIFEST
 
 LATEST = "latest"
@@ -60,14 +60,18 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def publish_checkpoint(aside: Path, final: Path, keep: int | None) -> None:
-    """Give a complete folder its name, then let ``latest`` name it, then drop all but the newest ``keep``."""
-    publish_folder(aside, final)
-    write_durably(final.with_name(LATEST), final.name + "\n")
-    for folder in complete_folders(final.parent)[: -keep if keep is not None else 0]:
-        doomed = folder.with_name(f".{folder.name}.removed")  # half removed, it must not look like a checkpoint
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def point_and_prune(final: Path, keep: int | None) -> str | None:
+    """Let ``latest`` name a published folder, then drop all but the newest ``keep``; returns what went wrong, if so."""
+    try:
+        write_durably(final.with_name(LATEST), final.name + "\n")
+        for folder in complete_folders(final.parent)[: -keep if keep is not None else 0]:
+            doomed = folder.with_name(f".{folder.name}.removed")  # half removed, it must not look like a checkpoint
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    except OSError as error:
+        return f"{final} is complete, but '{LATEST}' or older checkpoints could not be changed: {error}"
+    return None
 
 
 def tidy(directory: Path) -> None:

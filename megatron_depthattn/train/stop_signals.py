@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""SIGTERM and SIGUSR1/2 come from schedulers before a time limit or a preemption, SIGINT from Ctrl-C."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGTERM and SIGUSR1/2 come from schedulers before a time limit or a preemption, SIGINT from Ctrl-C, SIGHUP from a
+lost terminal."""
 
 EXIT_REQUEUE = 75
 """Exit code after a stop by signal, the state saved: start the same command again (EX_TEMPFAIL of sysexits.h)."""

@@ -10,6 +10,7 @@ from megatron_depthattn.config import RunConfig
 from megatron_depthattn.model.flops import ForwardFlops
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import describe_hops
+from megatron_depthattn.train.history import DELIBERATE
 from megatron_depthattn.train.metrics import decoder_shape, peak_memory_gb
 from megatron_depthattn.train.step_folders import Progress
 
@@ -89,13 +90,14 @@ class Cost:
         self, config: RunConfig, progress: Progress, world_size: int, end: Mapping[str, Any]
     ) -> list[str]:
         """What was trained, what it cost, what it brought and what to do next; ``end``: see `RunHistory.end`."""
-        if not self._steps:
+        if not self._steps and end["outcome"] in DELIBERATE:
             return [f"nothing to do: {config.run.dir} is at step {progress.step}; set train.steps higher to go on"]
         tokens = self._steps * config.train.global_batch_size * config.data.sequence_length
         lines = [
             f"trained {self._steps} steps to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
             f"{world_size} ranks in {time.monotonic() - self._started:.0f} s "
-            f"({tokens / self._step_seconds:,.0f} tokens/s in steps), peak memory {peak_memory_gb():.2f} GB on rank 0"
+            f"({tokens / max(self._step_seconds, 1e-9):,.0f} tokens/s in steps), "
+            f"peak memory {peak_memory_gb():.2f} GB on rank 0"
         ]
         if self._held_out:
             (first, before), (last, after) = self._held_out[0], self._held_out[-1]

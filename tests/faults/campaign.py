@@ -169,7 +169,7 @@ class Campaign:
         settings = [f"run.dir={run.run_dir}", f"checkpoint.dir={run.checkpoints}"]
         settings.append(f"checkpoint.async_save={str(asynchronous).lower()}")
         output = run.run_dir.with_suffix(".out")
-        return Job([str(self.config), *settings], NUM_PROCESSES, output, earlier_starts=len(run.starts()))
+        return Job([str(self.config), *settings], NUM_PROCESSES, output, earlier_starts=run.openings())
 
     def _after(self, kind: str, what: str, scene: Scene, *, asynchronous: bool) -> Job:
         """Let the job go on or end, start it again if need be, and note how long it took to the next step."""
@@ -182,10 +182,12 @@ class Campaign:
             self._check_words(kind, run)
             if scene.repair:
                 shard = what.split()[0].removesuffix(".zstd")
+                output = run.run_dir.with_suffix(".out")
+                said = len(output.read_bytes())
                 job = self._start(run, asynchronous=asynchronous)
                 assert job.wait() != 0, f"{what}: the job trained on a damaged shard"
-                output = run.run_dir.with_suffix(".out").read_text()
-                assert f"{shard}" in output.splitlines()[-1] or shard in output, f"{what}: nothing names {shard}"
+                errors = [line for line in output.read_bytes()[said:].decode().splitlines() if "error (rank" in line]
+                assert any(shard in line for line in errors), f"{what}: no error names {shard}"
                 scene.repair()
                 restarts += 1
             saved = run.newest_good_step()

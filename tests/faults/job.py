@@ -114,6 +114,10 @@ class RunState:
         """The step from which each start of training went on."""
         return [record["step"] for record in _json_lines(self.run_dir / "history.jsonl") if record["event"] == "start"]
 
+    def openings(self) -> int:
+        """How many starts have got as far as to train: the record is that of the start from there on."""
+        return self.log().count(" start: ")
+
     def last_step(self) -> int:
         records = self.records()
         return records[-1]["step"] if records else 0

@@ -58,9 +58,8 @@ class Scene:
         """Wait for a step of this start; false when the job ended instead."""
 
         def stepped() -> bool:
-            starts = self.run.starts()
-            began = len(starts) > self.job.earlier_starts
-            return not self.job.is_running or (began and self.run.last_step() > starts[-1])
+            began = self.run.openings() > self.job.earlier_starts
+            return not self.job.is_running or (began and self.run.last_step() > self.run.starts()[-1])
 
         return wait_until(stepped, START_SECONDS) and self.job.is_running
 

@@ -11,7 +11,7 @@ from megatron_depthattn.train.step_folders import (
     aside_folder,
     complete_folders,
     newest_step,
-    publish_checkpoint,
+    point_and_prune,
     resolve_checkpoint,
     set_aside,
     set_aside_after,
@@ -29,7 +29,8 @@ def fill(folder: Path, content: bytes = b"weights") -> Path:
 
 
 def publish(directory: Path, step: int, keep: int | None = None, content: bytes = b"weights") -> Path:
-    publish_checkpoint(fill(aside_folder(directory, step), content), step_folder(directory, step), keep)
+    publish_folder(fill(aside_folder(directory, step), content), step_folder(directory, step))
+    assert point_and_prune(step_folder(directory, step), keep) is None
     return step_folder(directory, step)
 
 
@@ -157,13 +158,14 @@ def test_every_flipped_byte_is_found_and_an_intact_folder_is_not_blamed(tmp_path
     assert find_damage(folder) == []
 
 
-def test_a_short_a_missing_and_an_unreadable_file_are_named(tmp_path):
+def test_a_short_and_a_missing_file_are_named(tmp_path):
     folder = publish(tmp_path, 100)
     os.truncate(folder / "b.distcp", 10)
-    (folder / "a.distcp").unlink()
-    missing, short = find_damage(folder)
-    assert "a.distcp cannot be read: No such file" in missing
+    (short,) = find_damage(folder)
     assert "b.distcp has 10 bytes, not 7000" in short
+    (folder / "a.distcp").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.distcp"):
+        find_damage(folder)
 
 
 def test_ranks_share_the_reading(tmp_path):
@@ -178,7 +180,14 @@ def test_a_damaged_manifest_is_damage(tmp_path, content):
     folder = publish(tmp_path, 100)
     (folder / MANIFEST).write_text(content)
     (problem,) = find_damage(folder)
-    assert "manifest.json cannot be read" in problem
+    assert "manifest.json is no manifest" in problem
+
+
+def test_what_goes_wrong_after_publication_is_told_and_the_checkpoint_stays(tmp_path):
+    (tmp_path / "latest").mkdir()  # in the way of the pointer
+    publish_folder(fill(aside_folder(tmp_path, 100)), step_folder(tmp_path, 100))
+    assert "is complete, but" in point_and_prune(step_folder(tmp_path, 100), 2)
+    assert steps(tmp_path) == [100]
 
 
 def test_setting_aside_never_overwrites(tmp_path):

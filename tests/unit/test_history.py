@@ -24,11 +24,14 @@ def metrics(run_dir: Path, *seconds: float) -> None:
 
 def test_the_identity_stays(tmp_path):
     first = RunHistory(tmp_path)
-    first.start(0, "v", 1)
+    first.start(0, "v", 1, "latest")
     assert RunHistory(tmp_path).run_id == first.run_id
     assert RunHistory(tmp_path, "of a checkpoint").run_id == first.run_id
     assert RunHistory(tmp_path / "lost", "of a checkpoint").run_id == "of a checkpoint"
     assert RunHistory(tmp_path / "new").run_id != first.run_id
+
+
+START = ("start", 100, "v", 1, "latest")
 
 
 def starts(run_dir: Path, *records: tuple) -> RunHistory:
@@ -38,7 +41,7 @@ def starts(run_dir: Path, *records: tuple) -> RunHistory:
 
 
 def test_a_restart_loop_is_refused(tmp_path):
-    history = starts(tmp_path, *[("start", 100, "v", 1)] * 3)
+    history = starts(tmp_path, *[START] * 3)
     with pytest.raises(ValueError, match=r"last 3 starts all began at step 100 .* train.max_fruitless_starts=6"):
         history.refuse_restart_loop(100, "v", 3)
     history.refuse_restart_loop(100, "v", 4)
@@ -48,11 +51,19 @@ def test_a_restart_loop_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("records", "step", "version"),
     [
-        ([("start", 100, "v", 1)] * 2, 100, "v"),
-        ([("start", 100, "v", 1)] * 5, 150, "v"),  # a checkpoint was reached
-        ([("start", 100, "v", 1)] * 5, 100, "changed"),  # somebody did something about it
-        ([("start", 100, "v", 1), ("start", 50, "v", 1), *[("start", 100, "v", 1)] * 2], 100, "v"),
-        ([*[("start", 100, "v", 1)] * 5, ("end", 100, "stop_after")], 100, "v"),
+        ([START] * 2, 100, "v"),
+        ([START] * 5, 150, "v"),  # a checkpoint was reached
+        ([START] * 5, 100, "changed"),  # somebody did something about it
+        (
+            [
+                START,
+                ("start", 50, "v", 1, "latest"),
+                *[START] * 2,
+            ],
+            100,
+            "v",
+        ),
+        ([*[START] * 5, ("end", 100, "stop_after")], 100, "v"),
     ],
 )
 def test_control_a_run_that_gets_on_may_start_again(tmp_path, records, step, version):
@@ -60,17 +71,29 @@ def test_control_a_run_that_gets_on_may_start_again(tmp_path, records, step, ver
 
 
 def test_an_end_by_an_error_does_not_hide_a_loop(tmp_path):
-    records = [("start", 7, "v", 1), ("end", 9, "not finite")] * 3
+    records = [("start", 7, "v", 1, "latest"), ("end", 9, "not finite")] * 3
     with pytest.raises(ValueError, match="began at step 7"):
         starts(tmp_path, *records).refuse_restart_loop(7, "v", 3)
 
 
+@pytest.mark.parametrize(
+    ("end", "goes_on"),
+    [(None, True), ("signal", True), ("not finite", True), ("finished", False), ("stop_after", False)],
+)
+def test_an_interrupted_run_goes_on_by_the_same_command(tmp_path, end, goes_on):
+    """Whatever checkpoint.load says: what a scheduler starts again must not go back to where the run once began."""
+    history = starts(tmp_path, ("start", 0, "v", 1, "imported"), *([("end", 5, end)] if end else []))
+    assert history.has_started_from("imported") is goes_on
+    assert not history.has_started_from("step_00000100")
+    assert not RunHistory(tmp_path / "new").has_started_from("imported")
+
+
 def test_goodput_counts_a_step_once_and_the_time_between_a_crash_and_its_restart(tmp_path, clock):
-    RunHistory(tmp_path).start(0, "v", 2)
+    RunHistory(tmp_path).start(0, "v", 2, "latest")
     clock[0] += 60  # 40 s of steps, of which 10 s are repeated after a crash; 20 s until the restart
     clock[0] += 20
     history = RunHistory(tmp_path)
-    history.start(3, "v", 2)
+    history.start(3, "v", 2, "latest")
     clock[0] += 20
     metrics(tmp_path, 10, 10, 10, 10, 10)
     end = history.end(5, "finished")
@@ -79,13 +102,13 @@ def test_goodput_counts_a_step_once_and_the_time_between_a_crash_and_its_restart
 
 def test_goodput_leaves_out_what_follows_a_deliberate_end(tmp_path, clock):
     history = RunHistory(tmp_path)
-    history.start(0, "v", 2)
+    history.start(0, "v", 2, "latest")
     clock[0] += 10
     metrics(tmp_path, 5)
     assert history.end(1, "stop_after")["goodput"]["goodput"] == 0.5
     clock[0] += 86400
     history = RunHistory(tmp_path)
-    history.start(1, "v", 2)
+    history.start(1, "v", 2, "latest")
     clock[0] += 10
     metrics(tmp_path, 5, 10)
     assert history.end(2, "finished")["goodput"] == {
@@ -97,11 +120,11 @@ def test_goodput_leaves_out_what_follows_a_deliberate_end(tmp_path, clock):
 
 
 def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path):
-    RunHistory(tmp_path).start(0, "v", 1)
+    RunHistory(tmp_path).start(0, "v", 1, "latest")
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"time": 1, "event": "st')
     history = RunHistory(tmp_path)
-    history.start(3, "v", 1)
+    history.start(3, "v", 1, "latest")
     assert RunHistory(tmp_path).run_id == history.run_id
     assert RunHistory(tmp_path).goodput()["starts"] == 2
 
