@@ -51,7 +51,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 parity-full: install
 	DEPTHATTN_PARITY=full $(BIN)/python -m pytest -s tests/parallel
