@@ -199,7 +199,7 @@ class CheckpointConfig:
     interval: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int | None = 2
-    """Newest complete checkpoints kept; null: all."""
+    """Newest complete checkpoints kept, at least 2 if a damaged one is to have one to fall back to; null: all."""
     load: str | None = None
     """null: start fresh; latest: the run's newest complete one, fresh if there is none; or a step folder."""
     async_save: bool = False
