@@ -79,15 +79,32 @@ class Scene:
         return self.job.is_running
 
 
+Moment = Callable[[Scene], bool]
 Fault = Callable[[Scene], str | None]
 
 
-def kill_one_rank(scene: Scene) -> str | None:
-    if not scene.in_steps():
-        return None
-    number, process = scene.a_rank()
-    scene.send([process], signal.SIGKILL)
-    return f"SIGKILL to rank {number}"
+def kill_one_rank(moment: Moment) -> Fault:
+    def fault(scene: Scene) -> str | None:
+        if not moment(scene):
+            return None
+        number, process = scene.a_rank()
+        scene.send([process], signal.SIGKILL)
+        return f"SIGKILL to rank {number}"
+
+    return fault
+
+
+def kill_everything(moment: Moment) -> Fault:
+    """A node that loses its power."""
+
+    def fault(scene: Scene) -> str | None:
+        if not moment(scene):
+            return None
+        scene.struck_at = time.monotonic()
+        scene.job.kill()
+        return "SIGKILL to the launcher, all ranks and all loader workers"
+
+    return fault
 
 
 def kill_all_ranks(scene: Scene) -> str | None:
@@ -97,46 +114,12 @@ def kill_all_ranks(scene: Scene) -> str | None:
     return "SIGKILL to all ranks"
 
 
-def kill_everything(scene: Scene) -> str | None:
-    """A node that loses its power."""
-    if not scene.in_steps():
-        return None
-    scene.struck_at = time.monotonic()
-    scene.job.kill()
-    return "SIGKILL to the launcher, all ranks and all loader workers"
-
-
-def kill_one_rank_in_a_save(scene: Scene) -> str | None:
-    if not scene.in_a_save():
-        return None
-    number, process = scene.a_rank()
-    scene.send([process], signal.SIGKILL)
-    return f"SIGKILL to rank {number}"
-
-
-def kill_everything_in_a_save(scene: Scene) -> str | None:
-    if not scene.in_a_save():
-        return None
-    scene.struck_at = time.monotonic()
-    scene.job.kill()
-    return "SIGKILL to the launcher, all ranks and all loader workers"
-
-
 def kill_a_loader_worker(scene: Scene) -> str | None:
     if not scene.in_steps():
         return None
     workers = scene.job.loader_workers()
     scene.send([scene.rng.choice(workers)], signal.SIGKILL)
     return "SIGKILL to a process that reads data"
-
-
-def kill_in_the_start(scene: Scene) -> str | None:
-    """While modules are imported, the checkpoint is loaded, shards are opened: whatever it happens to be."""
-    if not scene.in_the_start():
-        return None
-    scene.struck_at = time.monotonic()
-    scene.job.kill()
-    return "SIGKILL to everything, while it started"
 
 
 def sigterm_to_the_launcher(scene: Scene) -> str | None:
@@ -219,13 +202,13 @@ def fill_the_disk(scene: Scene) -> str | None:
 
 
 ENDS_THE_JOB: dict[str, Fault] = {
-    "kill -9 of one rank": kill_one_rank,
+    "kill -9 of one rank": kill_one_rank(Scene.in_steps),
     "kill -9 of all ranks": kill_all_ranks,
-    "kill -9 of the whole job": kill_everything,
-    "kill -9 of one rank during a save": kill_one_rank_in_a_save,
-    "kill -9 of the whole job during a save": kill_everything_in_a_save,
+    "kill -9 of the whole job": kill_everything(Scene.in_steps),
+    "kill -9 of one rank during a save": kill_one_rank(Scene.in_a_save),
+    "kill -9 of the whole job during a save": kill_everything(Scene.in_a_save),
     "kill -9 of a loader worker": kill_a_loader_worker,
-    "kill -9 during the start": kill_in_the_start,
+    "kill -9 during the start": kill_everything(Scene.in_the_start),  # whatever it happens to be doing then
     "SIGTERM to the launcher": sigterm_to_the_launcher,
     "stop signal to one rank": a_signal_to_one_rank,
     "SIGSTOP of one rank": stop_one_rank,
