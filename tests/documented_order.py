@@ -19,12 +19,13 @@ def ranked(values: list[int]) -> list[int]:
 
 
 def epoch_order(sizes: list[int], seed: int, stream: int, epoch: int, window: int) -> list[int]:
-    """One epoch: all samples on one line, each moved by up to half a window, all of them sorted."""
+    """One epoch: all samples on one line, each moved on it by up to half a window, all of them sorted."""
     first_ids = [sum(sizes[:i]) for i in range(len(sizes))]
     landed = []
     for shard in ranked(words(seed, stream, epoch, count=len(sizes))):
         for i, word in enumerate(words(seed, stream, epoch, 1 + shard, count=sizes[shard])):
-            place = len(landed) + (2 * ((word >> 11) / 2**53) - 1) * (window // 2)
+            low, high = max(len(landed) - window // 2, 0), min(len(landed) + window // 2, sum(sizes))
+            place = low + (word >> 11) / 2**53 * (high - low)
             landed.append((place, len(landed), first_ids[shard] + i))
     return [sample for _, _, sample in sorted(landed)]
 

@@ -11,8 +11,8 @@ ranks of one replica share `r` and therefore read the same rows. `c` is the whol
 else, and may use another layout or another global batch size.
 
 An epoch's order is a function of seed, stream, epoch and position. The shards come in random order, which makes a line
-of all samples; then every sample moves by a random distance of at most half a window along that line, and the samples
-are taken in the order of where they landed (the idea of streaming's py1e: shards enter and leave the window one by
+of all samples; then every sample moves to a random place on that line, at most half a window away, and the samples are
+taken in the order of where they landed (the idea of streaming's py1e: shards enter and leave the window one by
 one, so a cold cache does not fetch every shard at once). Because no sample moves further than that, a piece of the
 order needs only the samples around it: a start in the middle of 10^8 samples costs one window, not the whole epoch.
 
@@ -79,7 +79,9 @@ class EpochOrder:
         # The upper 53 bits of a word are a uniform number in [0, 1).
         uniform = (random_words(len(count), *self._key, 1 + int(self._shards[i])) >> np.uint64(11)) * 2.0**-53
         line = self._ends[i] - self._sizes[i] + count
-        return line + (2 * uniform - 1) * self._reach, self._first_ids[i] + count
+        # Not beyond the ends of the line: else the first positions of an epoch would all be samples from its beginning.
+        low, high = np.maximum(line - self._reach, 0), np.minimum(line + self._reach, self._ends[-1])
+        return low + uniform * (high - low), self._first_ids[i] + count
 
 
 class SampleSequence:

@@ -230,3 +230,13 @@ def test_any_position_of_a_mixture_can_be_asked_for() -> None:
     for dp, mbs in LAYOUTS:
         ranks = [next(steps(mixed(), 1234, **layout(dp, mbs, rank))) for rank in range(dp)]
         assert sorted(np.concatenate(ranks).ravel().tolist()) == sorted(whole[1234 : 1234 + GLOBAL_BATCH].tolist())
+
+
+@pytest.mark.parametrize("num_shards", [1, 7])
+def test_the_ends_of_an_epoch_come_from_everywhere(num_shards):
+    """Were samples moved beyond the ends of the line, an epoch would begin with samples from its beginning."""
+    sizes = np.full(num_shards, 14_000 // num_shards)
+    ids = SampleSequence(sizes, seed=3, shuffle=True).sample_ids(np.arange(14_000))
+    for part in (ids[:400], ids[-400:]):
+        # The mean of 400 uniform numbers: standard deviation 14000 / sqrt(12 * 400) = 202.
+        assert abs(part.mean() - 7000) < 5 * 202
