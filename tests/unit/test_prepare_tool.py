@@ -103,8 +103,9 @@ def test_a_scheduler_s_stop_keeps_the_work(tool: ModuleType, source: Path, tmp_p
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("continuing at file 1 of 1 (a.txt), after ")
-        process.stderr.readline()
-        children = psutil.Process(process.pid).children()
+        children: list[psutil.Process] = []
+        while not children and process.poll() is None:  # it starts them once it knows where to go on
+            children = psutil.Process(process.pid).children()
         process.kill()
     assert len(children) == 1
     _, alive = psutil.wait_procs(children, timeout=30)
