@@ -38,7 +38,7 @@ from megatron_depthattn.train.metrics import Meter, RankStatus, exchange_status,
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
-from megatron_depthattn.train.start import Start, find_start, from_rank_0, lock_run
+from megatron_depthattn.train.start import Start, find_start, from_rank_0, is_own_checkpoint, lock_run
 from megatron_depthattn.train.step import NonFiniteError, SkippedSteps, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, set_aside_after
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
@@ -224,7 +224,7 @@ class Training:
         """The run's history (on rank 0) and identity, once it is sure that this start makes sense."""
         config, progress = self.config, self.progress
         directory = Path(config.checkpoint_dir)
-        continues = start.folder is not None and start.folder.resolve().parent == directory.resolve()
+        continues = is_own_checkpoint(start.folder, directory)
         history: RunHistory | None = None
 
         def enter() -> str:

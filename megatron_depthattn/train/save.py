@@ -45,7 +45,6 @@ from megatron_depthattn.train.step_folders import (
     aside_folder,
     point_and_prune,
     step_folder,
-    tidy,
 )
 
 WRITE_TIMEOUT = timedelta(hours=1)
@@ -85,8 +84,6 @@ class CheckpointSaver:
         self._outcome: SaveOutcome | None = None
         self._warning: str | None = None
         self._is_first = True
-        if dist.get_rank() == 0:
-            tidy(directory)
 
     def save(self, progress: Progress, state: dict[str, Any]) -> None:
         """Begin to save ``state`` as the checkpoint after ``progress.step`` steps; end it too, unless asynchronous.

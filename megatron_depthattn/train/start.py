@@ -65,6 +65,11 @@ def find_start(config: RunConfig) -> Start:
     return start
 
 
+def is_own_checkpoint(folder: Path | None, checkpoints: Path) -> bool:
+    """Whether a run that starts from ``folder`` goes on, rather than begins with the weights or state of another."""
+    return folder is not None and folder.resolve().parent == checkpoints.resolve()
+
+
 def lock_run(run_dir: Path) -> FileLock:
     """Keep other processes out of a run's folder until this one ends, in whatever way; made if it is not there.
 
@@ -107,8 +112,7 @@ def _candidates(load: str | None, run_dir: Path, checkpoints: Path) -> tuple[lis
     if load != LATEST and own and RunHistory(run_dir).has_started_from(load):
         return own[::-1], [f"this run began with checkpoint.load={load} and was interrupted: it goes on from {own[-1]}"]
     folders = resolve_checkpoint(load, checkpoints)
-    continues = bool(folders) and folders[0].resolve().parent == checkpoints.resolve()
-    if own and not continues:
+    if own and not is_own_checkpoint(folders[0] if folders else None, checkpoints):
         raise ValueError(
             f"{checkpoints} holds the checkpoints of a run that would be overwritten: set checkpoint.load=latest to "
             "continue it, or another run.dir."

@@ -30,7 +30,7 @@ import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.e2e.commands import REPOSITORY, must_succeed, python
+from tests.e2e.small_run import MODEL, prepare_small_corpus
 from tests.faults.job import Job, RunState, wait_until
 from tests.faults.kinds import ENDS_THE_JOB, JOB_GOES_ON, START_SECONDS, Scene
 
@@ -53,17 +53,7 @@ FULL: dict[str, int] = {
     "full disk": 3,
 }
 CONFIG: dict[str, Any] = {
-    "model": {
-        "num_layers": 4,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "kv_channels": 8,
-        "ffn_hidden_size": 64,
-        "vocab_size": 384,
-        "max_position_embeddings": 32,
-        "depth_attention": {"stride": 2, "recent_window": 1},
-    },
+    "model": MODEL,
     "parallel": {"pipeline": 2},
     "data": {"sequence_length": 32, "num_workers": 1},
     "train": {
@@ -117,12 +107,7 @@ class Campaign:
         self.num_runs = 0
         work.mkdir(parents=True, exist_ok=True)
         if not self.corpus.exists():
-            must_succeed(
-                python(
-                    *("tools/prepare_data.py", "--input", REPOSITORY / "megatron_depthattn", "--output", self.corpus),
-                    *("--tokenizer", "train-bpe:384", "--sequence-length", "32", "--validation-fraction", "0.2"),
-                )
-            )
+            prepare_small_corpus(self.corpus)
         data = CONFIG["data"] | {"path": str(self.corpus)}
         self.config.write_text(yaml.safe_dump(CONFIG | {"data": data, "train": CONFIG["train"] | {"steps": steps}}))
         self._undisturbed: RunState | None = None

@@ -1,0 +1,28 @@
+"""The small corpus and the small model of the command tests and of the fault campaign."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.commands import REPOSITORY, must_succeed, python
+
+MODEL: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "ffn_hidden_size": 64,
+    "vocab_size": 384,
+    "max_position_embeddings": 32,
+    "depth_attention": {"stride": 2, "recent_window": 1},
+}
+
+
+def prepare_small_corpus(folder: Path) -> None:
+    """This package's own source in sequences of 32 tokens."""
+    must_succeed(
+        python(
+            *("tools/prepare_data.py", "--input", REPOSITORY / "megatron_depthattn", "--tokenizer", "train-bpe:384"),
+            *("--sequence-length", "32", "--validation-fraction", "0.2", "--output", folder),
+        )
+    )
