@@ -38,7 +38,8 @@ def test_quickstart_learns_and_exports(tmp_path: Path):
     must_succeed(run(with_this_interpreter(prepare), seconds=240))
     assert "--nproc_per_node" in train
     assert "2" in train
-    settings = [f"data.path={data}", f"run.dir={run_dir}"]
+    # Fewer steps than the user's: enough to learn, and a shorter suite.
+    settings = [f"data.path={data}", f"run.dir={run_dir}", "train.steps=90", "train.eval_interval=45"]
     output = must_succeed(run([*with_this_interpreter(train), *settings], seconds=900)).stdout
     assert "hop 0 -> 1:" in output
     assert "what to try next" in output
