@@ -207,6 +207,16 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class PreflightConfig:
+    enabled: bool = True
+    """Before the model is built: compare what all ranks say of their machines, measure the links between them."""
+    on_problem: Literal["stop", "warn"] = "stop"
+    """What differs between ranks, or is missing or slow: refuse to start, or tell it and go on."""
+    timeout: float = 40.0
+    """Seconds that a rank may stay silent before the others give up and name it."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class RunConfig:
     """All settings of a run. Frozen: derive a variant with `dataclasses.replace`."""
 
@@ -220,6 +230,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
     @property
     def checkpoint_dir(self) -> str:

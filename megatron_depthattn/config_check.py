@@ -106,6 +106,7 @@ def _check_ranges(config: "RunConfig") -> None:
         "model.norm_epsilon": model.norm_epsilon,
         "optimizer.eps": optimizer.eps,
         "train.hang_timeout": train.hang_timeout,
+        "preflight.timeout": config.preflight.timeout,
     }
     for key, positive in above_zero.items():
         _require(positive is None or positive > 0, f"{key} is {positive}; set a number above 0")

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
@@ -16,17 +17,48 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 later on `train.hang_timeout` is shorter and tells more."""
 
 
-def initialize_distributed(environment: LaunchEnvironment, timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
-    """Join the world (NCCL on GPUs, gloo elsewhere) and return this process's device."""
+def join_store(
+    environment: LaunchEnvironment, timeout: timedelta = COLLECTIVE_TIMEOUT, *, patience: timedelta | None = None
+) -> dist.Store:
+    """The store that all ranks meet in; with it alone they can talk, whatever becomes of the backend.
+
+    Args:
+        timeout: of what is asked of the store later on.
+        patience: how long to look for the store, or, on a rank 0 that keeps it, for the others; default: ``timeout``.
+
+    Raises:
+        TimeoutError: the store, or some of the others, are not there.
+    """
+    if not environment.launched:
+        return dist.HashStore()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=patience or timeout))
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"rank {environment.rank} of {environment.world_size} waited at MASTER_ADDR:MASTER_PORT in vain "
+            f"({str(error).splitlines()[0]}). See that all ranks were started, with the address of rank 0's host, and "
+            "that this port is open between the hosts; where imports are slow set preflight.timeout higher."
+        ) from error
+    store.set_timeout(timeout)
+    return store
+
+
+def initialize_distributed(
+    environment: LaunchEnvironment, timeout: timedelta = COLLECTIVE_TIMEOUT, store: dist.Store | None = None
+) -> torch.device:
+    """Join the world (NCCL on GPUs, gloo elsewhere) over ``store`` (default: `join_store`); return our device."""
     on_cpu = enter_cpu_runtime()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", environment.local_rank)
     if not on_cpu:
         torch.cuda.set_device(device)
     backend = "gloo" if on_cpu else "nccl"
-    if environment.launched:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        store=dist.PrefixStore("default_pg", store or join_store(environment, timeout)),
+        rank=environment.rank,
+        world_size=environment.world_size,
+    )
     return device
 
 

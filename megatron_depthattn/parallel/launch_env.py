@@ -1,4 +1,5 @@
-"""The only place that reads environment variables: what torchrun (or nobody) says about this process."""
+"""The only place that reads environment variables: what torchrun (or nobody) says about this process, and what steers
+communication."""
 
 from __future__ import annotations
 
@@ -33,3 +34,11 @@ def launch_environment() -> LaunchEnvironment:
         )
     rank, world_size, local_rank = (int(os.environ[name]) for name in names[:3])
     return LaunchEnvironment(rank, world_size, local_rank, launched=True)
+
+
+_COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS")
+
+
+def communication_variables() -> dict[str, str]:
+    """What is set of the variables that steer communication or Megatron's overlap, by name: to be compared."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_COMMUNICATION)}

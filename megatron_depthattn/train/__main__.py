@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
     arguments = parser.parse_args()
-    _silence_noise()
+    silence_noise()
 
     from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.parallel.launch_env import launch_environment
@@ -70,7 +70,7 @@ def _leave_at_once() -> None:
     os._exit(1)
 
 
-def _silence_noise() -> None:
+def silence_noise() -> None:
     """Before torch and Megatron-Core are imported, so that a user's first lines are about the run."""
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", message=f".*({pattern})")

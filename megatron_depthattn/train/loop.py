@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import hashlib
-import json
 import math
 import signal
 import time
@@ -23,13 +21,9 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_depthattn.config import RunConfig, to_dict, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
-from megatron_depthattn.parallel.groups import (
-    COLLECTIVE_TIMEOUT,
-    initialize_distributed,
-    initialize_model_parallel,
-    shut_down,
-)
+from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+from megatron_depthattn.preflight.run import config_digest, enter_world
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, transformer_config
 from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
 from megatron_depthattn.train.data import GlobalBatches
@@ -75,8 +69,7 @@ class Training:
         self.config, self.world_size, self.is_writer = config, environment.world_size, environment.rank == 0
         sizes = validate(config, environment.world_size)
         timeout = _collective_timeout(config)
-        self.device = initialize_distributed(environment, timeout)
-        _initialize_layout(config, timeout)
+        self.device, self.fitness = enter_world(config, environment, timeout)
         self.megatron = transformer_config(config)
         _check_agreement(config, self.megatron)
         self.start_id = from_rank_0(self._lock)
@@ -230,7 +223,7 @@ class Training:
         def enter() -> str:
             nonlocal history
             history = RunHistory(Path(config.run.dir), loaded.run_id if continues else None)
-            version = f"{_digest(config)}-{code_digest()}"
+            version = f"{config_digest(config)}-{code_digest()}"
             history.refuse_restart_loop(progress.step, version, config.train.max_fruitless_starts)
             if continues:
                 left = set_aside_after(directory, progress.step)
@@ -243,6 +236,7 @@ class Training:
 
     def _open(self, start: Start, loaded: Loaded) -> None:
         begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
+        self.report.lines(self.fitness)
         self.report.lines(opening_lines(self.config, self.megatron, self.flops, self.world_size, begins))
         last_sample = self.config.train.steps * self.config.train.global_batch_size
         self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
@@ -289,26 +283,11 @@ def _collective_timeout(config: RunConfig) -> timedelta:
     return max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=config.train.hang_timeout))
 
 
-def _initialize_layout(config: RunConfig, timeout: timedelta) -> None:
-    parallel = config.parallel
-    initialize_model_parallel(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-        context=parallel.context,
-        seed=config.run.seed,
-        timeout=timeout,
-    )
-
-
 def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
-    check_same_on_all_ranks("run configs", _digest(config))
+    if not config.preflight.enabled:
+        check_same_on_all_ranks("run configs", config_digest(config))
     if megatron.depth_attention:
         check_same_on_all_ranks("source plans", megatron.source_plan.digest())
-
-
-def _digest(config: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _last_step(config: RunConfig, progress: Progress) -> int:

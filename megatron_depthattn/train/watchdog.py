@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import psutil
 import torch.distributed as dist
 
+from megatron_depthattn.parallel.rank_spans import rank_spans
+
 EXIT_HANG = 70
 """Exit code of a process that the watchdog ended: EX_SOFTWARE, which neither Python nor a signal produces."""
 _ALARM, _ANSWERS = "alarm", "answers"
@@ -284,21 +286,9 @@ def _groups(answers: dict[int, dict[str, Any]]) -> list[str]:
     for rank, answer in sorted(answers.items()):
         groups[answer["step"], answer["phase"], answer["where"]].append(rank)
     return [
-        f"{_ranks(ranks)} answered: step {step} ({phase}), main thread at {where}"
+        f"{rank_spans(ranks)} answered: step {step} ({phase}), main thread at {where}"
         for (step, phase, where), ranks in sorted(groups.items(), key=lambda group: len(group[1]))
     ]
-
-
-def _ranks(ranks: list[int]) -> str:
-    """``ranks 0-3, 6`` of a sorted list."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], rank]
-        else:
-            spans.append([rank, rank])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}"
 
 
 def _stderr() -> Any:

@@ -76,6 +76,9 @@ KEYS = [
     "checkpoint.keep",
     "checkpoint.load",
     "checkpoint.async_save",
+    "preflight.enabled",
+    "preflight.on_problem",
+    "preflight.timeout",
 ]
 
 

@@ -25,6 +25,9 @@ PURE = {
     "model/source_plan.py": {"torch"},
     "model/flops.py": {f"{PACKAGE}.model.source_plan"},
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
+    "parallel/rank_spans.py": set(),
+    "preflight/report.py": set(),
+    "preflight/compare.py": {f"{PACKAGE}.parallel.rank_spans", f"{PACKAGE}.preflight.report"},
     "data/order.py": {"numpy"},
 }
 # What a whole folder may import. Triton is torch's own kernel language and comes with it on GPU machines.

@@ -1,0 +1,53 @@
+"""``torchrun ... -m megatron_depthattn.preflight CONFIG.yaml [OVERLAY.yaml ...] [a.b=c ...]``: check, train nothing.
+
+Exit code 0: fit to train this config; 1: not, with one line that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from datetime import timedelta
+
+
+def main() -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_depthattn.preflight",
+        description="Check that these processes can train this config: versions, code, config, disks, links.",
+    )
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
+    arguments = parser.parse_args()
+
+    from megatron_depthattn.config import load_config, validate
+    from megatron_depthattn.parallel.launch_env import launch_environment
+    from megatron_depthattn.train.__main__ import silence_noise
+
+    silence_noise()
+    rank = 0
+    try:
+        environment = launch_environment()
+        rank = environment.rank
+        config = load_config(arguments.config, arguments.overrides)
+        validate(config, environment.world_size)
+        if not config.preflight.enabled:
+            raise ValueError("preflight.enabled=false leaves nothing to check here; set it to true")
+
+        from megatron_depthattn.parallel.groups import shut_down
+        from megatron_depthattn.preflight.run import enter_world
+
+        _, lines = enter_world(config, environment, timedelta(minutes=5))
+        if rank == 0:
+            print("\n".join(lines), flush=True)
+        shut_down()
+    except (ValueError, OSError) as error:
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # exit handlers would wait for ranks that may wait for this one
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

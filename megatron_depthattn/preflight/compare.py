@@ -1,0 +1,296 @@
+"""From what the ranks say of themselves to findings: a pure function, one line for each.
+
+What most ranks have counts as right (on a tie, what rank 0 has); the others are named, by rank and host.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from megatron_depthattn.parallel.rank_spans import rank_spans
+from megatron_depthattn.preflight.report import Needs, RankReport
+
+Severity = Literal["always", "stop", "warn"]
+CLOCK_SECONDS = 1.0
+"""Clocks further apart than this make logs and file times lie."""
+MIN_OPEN_FILES = 1024
+GPU_IN_USE = 0.1
+"""A GPU of which more than this share is taken before the run has begun is somebody else's as well."""
+_MAX_KEYS = 5
+"""Config keys that are named when configs differ."""
+_PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES", "_TOPO_DUMP_FILE")
+_MEANING = {
+    "python": "pickled objects and generators may differ",
+    "torch": "kernels, collectives and checkpoints may differ",
+    "megatron-core": "layers, schedules and checkpoints may differ",
+    "transformer-engine": "layers and their checkpoints may differ",
+    "deepspeed": "ZeRO's partitions may differ",
+    "nccl": "communicators may not even form",
+    "cuda": "kernels may differ",
+    "triton": "compiled kernels may differ",
+    "mosaicml-streaming": "shards may be read in another way",
+}
+"""Versions that must be equal; of the others a difference is only told."""
+
+
+class Finding(NamedTuple):
+    """Something that differs or is missing."""
+
+    severity: Severity
+    """warn: told; stop: told, and no start unless ``preflight.on_problem=warn``; always: no start."""
+    text: str
+    """One line: who, what it means, what to set."""
+
+
+def compare_reports(
+    reports: Sequence[RankReport], needs: Needs, *, unseen: Mapping[str, Sequence[int]] | None = None
+) -> list[Finding]:
+    """What is wrong with this world; none if it is healthy.
+
+    Args:
+        reports: one of each rank, in their order.
+        needs: what the config takes of every machine.
+        unseen: by the key of a shared folder, the ranks whose file rank 0 does not find there.
+    """
+    return [
+        *_configs_and_code(reports),
+        *_versions(reports),
+        *_devices(reports),
+        *_folders(reports, needs, unseen or {}),
+        *_memory(reports, needs),
+        *_network(reports),
+        *_clocks(reports),
+        *_settings(reports),
+    ]
+
+
+def group_by_host(reports: Iterable[RankReport]) -> dict[str, list[RankReport]]:
+    """Reports by the name of their host, numbered where several machines have the same."""
+    machines: dict[str, list[str]] = defaultdict(list)
+    hosts: dict[str, list[RankReport]] = defaultdict(list)
+    for report in reports:
+        same_name = machines[report.host]
+        if report.machine not in same_name:
+            same_name.append(report.machine)
+        number = same_name.index(report.machine) + 1
+        hosts[report.host if number == 1 else f"{report.host} #{number}"].append(report)
+    return dict(hosts)
+
+
+def who(reports: Sequence[RankReport]) -> str:
+    """``ranks 0-3 (node1)``."""
+    return f"{rank_spans([report.rank for report in reports])} ({', '.join(group_by_host(reports))})"
+
+
+def odd_ones(
+    reports: Sequence[RankReport], value: Callable[[RankReport], Any]
+) -> tuple[list[RankReport], list[list[RankReport]]]:
+    """The ranks that have what most have, and the others, together where they have the same."""
+    groups: dict[Any, list[RankReport]] = defaultdict(list)
+    for report in reports:
+        groups[value(report)].append(report)
+    usual = max(groups, key=lambda each: len(groups[each]))  # the first of equals: rank 0's
+    return groups[usual], [group for each, group in groups.items() if each != usual]
+
+
+def _differences(
+    reports: Sequence[RankReport],
+    what: str,
+    value: Callable[[RankReport], Any],
+    severity: Severity,
+    advice: str,
+    show: Callable[[RankReport], str] | None = None,
+) -> list[Finding]:
+    """One finding that names everyone who has another ``value`` than most."""
+    most, others = odd_ones(reports, value)
+    if not others:
+        return []
+    shown = show or (lambda report: str(value(report)))
+    odd = "; ".join(f"{who(group)} {_has(group)} {shown(group[0])}" for group in others)
+    text = f"different {what}: {odd}; {who(most)} {_has(most)} {shown(most[0])}. {advice}"
+    return [Finding(severity, text)]
+
+
+def _has(group: Sequence[RankReport]) -> str:
+    return "have" if len(group) > 1 else "has"
+
+
+def _configs_and_code(reports: Sequence[RankReport]) -> list[Finding]:
+    keys = dict.fromkeys(key for report in reports for key in report.settings)
+    differ = [key for key in keys if len({report.settings.get(key) for report in reports}) > 1][:_MAX_KEYS]
+    return [
+        *_differences(
+            reports,
+            "run configs",
+            lambda report: report.config,
+            "always",
+            "They would train different models, or wait for each other for ever: start all ranks with the same files "
+            "and arguments.",
+            lambda report: ", ".join(f"{key}={report.settings.get(key)}" for key in differ) or report.config,
+        ),
+        *_differences(
+            reports,
+            "versions of this package's code",
+            lambda report: report.code,
+            "stop",
+            "They may compute different things: give all hosts the same checkout.",
+            lambda report: f"{report.code} ({report.code_path})",
+        ),
+    ]
+
+
+def _versions(reports: Sequence[RankReport]) -> list[Finding]:
+    names = dict.fromkeys(name for report in reports for name in report.versions)
+    findings = []
+    for name in names:
+        must_be_equal = name in _MEANING
+        findings += _differences(
+            reports,
+            f"versions of {name}",
+            lambda report, name=name: report.versions.get(name) or "none",  # type: ignore[misc]
+            "stop" if must_be_equal else "warn",
+            f"{_MEANING.get(name, 'What they compute may differ').capitalize()}: install the same on all hosts.",
+        )
+    return findings
+
+
+def _devices(reports: Sequence[RankReport]) -> list[Finding]:
+    findings = [
+        Finding(
+            "stop",
+            f"no device: {who([report])}: {report.device.problem}. Start as many ranks on a host as it has GPUs, and "
+            "see CUDA_VISIBLE_DEVICES and nvidia-smi there.",
+        )
+        for report in reports
+        if report.device.problem
+    ]
+    findings += (
+        _differences(
+            [report for report in reports if not report.device.problem],
+            "devices",
+            lambda report: (report.device.name, report.device.capability),
+            "stop",
+            "The slowest sets the pace, and numbers may differ: use one kind.",
+            lambda report: report.device.name,
+        )
+        if any(not report.device.problem for report in reports)
+        else []
+    )
+    by_uuid: dict[str, list[RankReport]] = defaultdict(list)
+    for report in reports:
+        if report.device.uuid:
+            by_uuid[report.device.uuid].append(report)
+    for uuid, sharing in by_uuid.items():
+        if len(sharing) > 1:
+            text = f"one GPU for {len(sharing)} ranks: {who(sharing)} share {sharing[0].device.name} {uuid}. "
+            findings.append(Finding("stop", text + "NCCL refuses that: start one rank for each GPU."))
+    for report in reports:
+        used = report.device.total_bytes - report.device.free_bytes
+        if used > GPU_IN_USE * report.device.total_bytes:
+            text = f"GPU in use: {who([report])}: {size(used)} of {size(report.device.total_bytes)} are taken already. "
+            findings.append(Finding("warn", text + "See nvidia-smi there for the process that was left over."))
+    return findings
+
+
+def _folders(reports: Sequence[RankReport], needs: Needs, unseen: Mapping[str, Sequence[int]]) -> list[Finding]:
+    findings = []
+    failed: dict[tuple[str, str], list[RankReport]] = defaultdict(list)
+    short: dict[tuple[str, str], list[tuple[int, RankReport]]] = defaultdict(list)
+    for report in reports:
+        for problem in dict.fromkeys(folder.problem for folder in report.folders if folder.problem):
+            same = ", ".join(f"{each.key} ({each.path})" for each in report.folders if each.problem == problem)
+            failed[same, problem].append(report)
+        for folder in report.folders:
+            if folder.key == "checkpoint.dir" and folder.free_bytes is not None:
+                short[folder.key, folder.path].append((folder.free_bytes, report))
+    for (same, problem), group in failed.items():
+        text = f"cannot write: {who(group)}: {problem}: {same}. "
+        findings.append(Finding("stop", text + "Mend that there, or name a folder that all ranks can write to."))
+    for (key, path), free_of in short.items():
+        for severity, copies, below in (("stop", 1, 0), ("warn", needs.checkpoints, 1)):
+            low, high = below * needs.checkpoint_bytes, copies * needs.checkpoint_bytes
+            scarce = [(free, report) for free, report in free_of if low <= free < high]
+            if scarce:
+                free = size(min(free for free, _ in scarce))
+                wanted = f"{copies} checkpoint{'s' * (copies > 1)} of about {size(needs.checkpoint_bytes)} each"
+                text = f"disk space: {who([report for _, report in scarce])}: {key}, {path}: {free} free for {wanted}. "
+                advice = "Free some, or set checkpoint.dir to a larger disk."
+                findings.append(Finding("stop" if severity == "stop" else "warn", text + advice))
+    for key, ranks in unseen.items():
+        group = [report for report in reports if report.rank in ranks]
+        text = f"not shared: what {who(group)} {'write' if len(group) > 1 else 'writes'} to {key}, rank 0 "
+        text += f"({reports[0].host}) does not find there: it is another folder of the same name. "
+        findings.append(Finding("stop", text + f"Set {key} to a folder that all hosts share."))
+    return findings
+
+
+def _memory(reports: Sequence[RankReport], needs: Needs) -> list[Finding]:
+    findings = []
+    for host, group in group_by_host(reports).items():
+        wanted = needs.shared_memory_bytes * len(group)
+        there = min((report.shared_memory_bytes or 0) for report in group)
+        if there < wanted:
+            text = f"shared memory: {host}: /dev/shm has {size(there)} free; its {len(group)} ranks take up to "
+            advice = "Make it larger (docker run --shm-size=..., mount -o remount,size=...), or set data.num_workers=0."
+            findings.append(Finding("stop", f"{text}{size(wanted)}. {advice}"))
+    return findings
+
+
+def _network(reports: Sequence[RankReport]) -> list[Finding]:
+    """Several hosts, and one whose own name means itself alone: gloo would offer the others that address."""
+    hosts = group_by_host(reports)
+    if len(hosts) == 1:
+        return []
+    findings = []
+    for host, group in hosts.items():
+        address, has_interface = group[0].address, "GLOO_SOCKET_IFNAME" in group[0].variables
+        if not has_interface and (address is None or ipaddress.ip_address(address).is_loopback):
+            means = f"resolves to {address}" if address else "does not resolve"
+            text = f"address: {host}: its name {means} there, so other hosts cannot reach its ranks over gloo. "
+            findings.append(
+                Finding("stop", text + "Set GLOO_SOCKET_IFNAME to its network interface (ip addr), or mend /etc/hosts.")
+            )
+    return findings
+
+
+def _clocks(reports: Sequence[RankReport]) -> list[Finding]:
+    findings = []
+    for host, group in group_by_host(reports).items():
+        offset, error = min(((each.clock_offset, each.clock_error) for each in group), key=lambda each: each[1])
+        if abs(offset) - error > CLOCK_SECONDS:
+            way = "ahead of" if offset > 0 else "behind"
+            text = f"clock: {host} is {abs(offset):.1f} s (to {error:.1f} s) {way} rank 0's ({reports[0].host}). "
+            findings.append(Finding("warn", text + "Logs and file times mislead: start its time service (chrony)."))
+    return findings
+
+
+def _settings(reports: Sequence[RankReport]) -> list[Finding]:
+    findings = []
+    for host, group in group_by_host(reports).items():
+        fewest = min(report.open_files for report in group)
+        if 0 <= fewest < MIN_OPEN_FILES:
+            text = f"open files: {host}: a process may have {fewest} open at once (ulimit -n). "
+            findings.append(Finding("warn", text + "Loader processes and sockets need more: raise it to 65536."))
+    names = dict.fromkeys(name for report in reports for name in report.variables)
+    for name in names:
+        if not name.endswith(_PER_RANK_VARIABLES):
+            findings += _differences(
+                reports,
+                f"values of {name}",
+                lambda report, name=name: report.variables.get(name, "no value"),  # type: ignore[misc]
+                "warn",
+                "Set it on all hosts or on none.",
+            )
+    return findings
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

@@ -1,0 +1,293 @@
+"""From reports and samples to findings: each has its case here, and a healthy world has none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from megatron_depthattn.preflight.compare import Finding, compare_reports, group_by_host, size
+from megatron_depthattn.preflight.describe import describe_world
+from megatron_depthattn.preflight.links import Sample, compare_samples
+from megatron_depthattn.preflight.report import Device, Folder, Needs, RankReport, from_json, to_json
+
+NEEDS = Needs(checkpoint_bytes=10**9, checkpoints=3, shared_memory_bytes=10**7)
+GPU = Device(name="H100", uuid="", capability="9.0", total_bytes=80 * 10**9, free_bytes=79 * 10**9)
+HEALTHY = RankReport(
+    device=GPU,
+    versions={"python": "3.11.7", "torch": "2.15.0", "transformer-engine": None, "driver": "570.86", "nccl": "2.28"},
+    code="c0de",
+    code_path="/code",
+    config="c0f1",
+    settings={"train.steps": "10", "optimizer.lr": "0.1"},
+    folders=(
+        Folder(key="run.dir", path="/run", free_bytes=10**12),
+        Folder(key="checkpoint.dir", path="/checkpoints", free_bytes=10**12),
+    ),
+    shared_memory_bytes=10**9,
+    memory_bytes=10**11,
+    open_files=65536,
+    variables={"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth0"},
+)
+
+
+def world(num_hosts: int = 2, ranks_each: int = 2) -> list[RankReport]:
+    """Healthy ranks; those of a host in a row."""
+    return [
+        dataclasses.replace(
+            HEALTHY,
+            rank=host * ranks_each + local,
+            local_rank=local,
+            host=f"node{host}",
+            machine=f"boot{host}",
+            address=f"10.0.0.{host + 1}",
+            device=dataclasses.replace(GPU, uuid=f"GPU-{host}-{local}"),
+        )
+        for host in range(num_hosts)
+        for local in range(ranks_each)
+    ]
+
+
+def changed(ranks: list[int], **fields) -> list[RankReport]:
+    return [dataclasses.replace(report, **(fields if report.rank in ranks else {})) for report in world()]
+
+
+def folders(**checkpoint) -> tuple[Folder, ...]:
+    return (HEALTHY.folders[0], dataclasses.replace(HEALTHY.folders[1], **checkpoint))
+
+
+def test_a_healthy_world_has_no_finding():
+    assert compare_reports(world(), NEEDS, unseen={}) == []
+    assert compare_reports(world(1, 1), NEEDS) == []
+    assert compare_reports(world(40, 8), NEEDS) == []
+
+
+CASES = {
+    "config": (
+        changed([3], config="0dd", settings={"train.steps": "10", "optimizer.lr": "0.2"}),
+        "always",
+        "different run configs: rank 3 (node1) has optimizer.lr=0.2; ranks 0-2 (node0, node1) have optimizer.lr=0.1. ",
+    ),
+    "code": (
+        changed([2, 3], code="0dd", code_path="/other"),
+        "stop",
+        "different versions of this package's code: ranks 2-3 (node1) have 0dd (/other); ranks 0-1 (node0) have c0de "
+        "(/code). ",
+    ),
+    "torch": (
+        changed([1], versions=HEALTHY.versions | {"torch": "2.14.0"}),
+        "stop",
+        "different versions of torch: rank 1 (node0) has 2.14.0; ranks 0, 2-3 (node0, node1) have 2.15.0. ",
+    ),
+    "transformer-engine here and not there": (
+        changed([0], versions=HEALTHY.versions | {"transformer-engine": "2.9"}),
+        "stop",
+        "different versions of transformer-engine: rank 0 (node0) has 2.9; ranks 1-3 (node0, node1) have none. ",
+    ),
+    "nccl": (changed([1], versions=HEALTHY.versions | {"nccl": "2.20"}), "stop", "different versions of nccl: rank 1"),
+    "driver": (
+        changed([2, 3], versions=HEALTHY.versions | {"driver": "550.1"}),
+        "warn",
+        "different versions of driver: ranks 2-3 (node1) have 550.1",
+    ),
+    "no device": (
+        changed([3], device=Device(name="none", problem="its local rank is 1 and the process sees 1 GPUs")),
+        "stop",
+        "no device: rank 3 (node1): its local rank is 1 and the process sees 1 GPUs. ",
+    ),
+    "another device": (
+        changed([2], device=dataclasses.replace(GPU, name="A100", uuid="x")),
+        "stop",
+        "different devices: rank 2 (node1) has A100; ranks 0-1, 3 (node0, node1) have H100. ",
+    ),
+    "one GPU twice": (
+        changed([2, 3], device=dataclasses.replace(GPU, uuid="GPU-1-0")),
+        "stop",
+        "one GPU for 2 ranks: ranks 2-3 (node1) share H100 GPU-1-0. ",
+    ),
+    "GPU in use": (
+        changed([1], device=dataclasses.replace(GPU, uuid="u", free_bytes=50 * 10**9)),
+        "warn",
+        "GPU in use: rank 1 (node0): 30.0 GB of 80.0 GB are taken already. ",
+    ),
+    "folder": (
+        changed([2], folders=folders(problem="Permission denied", free_bytes=None)),
+        "stop",
+        "cannot write: rank 2 (node1): Permission denied: checkpoint.dir (/checkpoints). ",
+    ),
+    "no space": (
+        changed([2, 3], folders=folders(free_bytes=10**8)),
+        "stop",
+        "disk space: ranks 2-3 (node1): checkpoint.dir, /checkpoints: 100.0 MB free for 1 checkpoint of about 1.0 GB "
+        "each. ",
+    ),
+    "not for all checkpoints": (
+        changed([0, 1, 2, 3], folders=folders(free_bytes=2 * 10**9)),
+        "warn",
+        "disk space: ranks 0-3 (node0, node1): checkpoint.dir, /checkpoints: 2.0 GB free for 3 checkpoints of about "
+        "1.0 GB each. ",
+    ),
+    "shared memory": (
+        changed([0, 1], shared_memory_bytes=10**7),
+        "stop",
+        "shared memory: node0: /dev/shm has 10.0 MB free; its 2 ranks take up to 20.0 MB. ",
+    ),
+    "no shared memory": (
+        changed([0, 1], shared_memory_bytes=None),
+        "stop",
+        "shared memory: node0: /dev/shm has 0 B free",
+    ),
+    "loopback": (
+        changed([2, 3], address="127.0.1.1", variables={"NCCL_DEBUG": "WARN"}),
+        "stop",
+        "address: node1: its name resolves to 127.0.1.1 there, so other hosts cannot reach its ranks over gloo. ",
+    ),
+    "no address": (
+        changed([2, 3], address=None, variables={"NCCL_DEBUG": "WARN"}),
+        "stop",
+        "address: node1: its name does not resolve there",
+    ),
+    "clock ahead": (
+        changed([2, 3], clock_offset=30.0, clock_error=0.1),
+        "warn",
+        "clock: node1 is 30.0 s (to 0.1 s) ahead of rank 0's (node0). ",
+    ),
+    "clock behind": (changed([2, 3], clock_offset=-7.0), "warn", "clock: node1 is 7.0 s (to 0.0 s) behind rank 0's"),
+    "open files": (
+        changed([2, 3], open_files=256),
+        "warn",
+        "open files: node1: a process may have 256 open at once (ulimit -n). ",
+    ),
+    "variable": (
+        changed([3], variables=HEALTHY.variables | {"NCCL_ALGO": "Ring"}),
+        "warn",
+        "different values of NCCL_ALGO: rank 3 (node1) has Ring; ranks 0-2 (node0, node1) have no value. ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_finding(case: str):
+    reports, severity, text = CASES[case]
+    (finding,) = compare_reports(reports, NEEDS)
+    assert finding.severity == severity
+    assert finding.text.startswith(text), finding.text
+    assert "\n" not in finding.text and finding.text.endswith(".")
+
+
+def test_a_folder_that_is_not_shared():
+    (finding,) = compare_reports(world(), NEEDS, unseen={"checkpoint.dir": [2, 3]})
+    assert finding.severity == "stop"
+    assert finding.text.startswith("not shared: what ranks 2-3 (node1) write to checkpoint.dir, rank 0 (node0) does ")
+
+
+LEFT_ALONE = {
+    "a clock that may be right": changed([2, 3], clock_offset=5.0, clock_error=4.5),
+    "an address that others do not need": [dataclasses.replace(each, address="127.0.0.1") for each in world(1, 4)],
+    "another interface": changed([2, 3], address=None, variables=HEALTHY.variables | {"GLOO_SOCKET_IFNAME": "eth1"}),
+    "no limit of open files": changed([0], open_files=-1),
+    "CPU ranks": [dataclasses.replace(each, device=Device(name="cpu")) for each in world()],
+}
+
+
+@pytest.mark.parametrize("case", LEFT_ALONE)
+def test_what_is_no_finding(case: str):
+    assert compare_reports(LEFT_ALONE[case], NEEDS) == []
+
+
+def test_several_findings_are_several_lines():
+    reports = changed([1], code="0dd", versions={**HEALTHY.versions, "torch": "2.6"}, open_files=10)
+    assert len(compare_reports(reports, NEEDS)) == 3
+
+
+def test_hosts_of_the_same_name_are_told_apart():
+    reports = [dataclasses.replace(report, host="localhost") for report in world()]
+    assert [len(group) for group in group_by_host(reports).values()] == [2, 2]
+    assert list(group_by_host(reports)) == ["localhost", "localhost #2"]
+
+
+def test_a_report_survives_its_journey_and_another_version_of_itself():
+    report = world()[3]
+    values = json.loads(json.dumps(to_json(report)))
+    assert from_json(values) == report
+    values["device"]["news"] = values["news"] = 1
+    del values["versions"]
+    assert from_json(values) == dataclasses.replace(report, versions={})
+    assert from_json({"rank": 5}).rank == 5
+
+
+def test_a_line_for_each_host():
+    lines = describe_world(world(2, 8))
+    assert len(lines) == 3
+    assert "16 ranks on 2 hosts" in lines[0] and "torch 2.15.0" in lines[0] and "transformer" not in lines[0]
+    assert "node1: ranks 8-15 on H100, 80.0 GB" in lines[2]
+    assert describe_world(world(20, 1))[-1] == "preflight: and 4 more hosts"
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (12345, "12.3 kB"), (5e12, "5.0 TB")])
+def test_size(num_bytes: float, text: str):
+    assert size(num_bytes) == text
+
+
+# ---- samples
+
+
+def measured(ring: list[float], *, reduce: float = 100.0, multiply: list[float] | None = None) -> list[list[Sample]]:
+    """Four ranks: a multiplication, an all-reduce of all and of each half, and a ring."""
+    multiply = multiply or [500.0] * 4
+    return [
+        [
+            Sample("multiply", (rank,), multiply[rank]),
+            Sample("all-reduce (world)", (0, 1, 2, 3), reduce),
+            Sample("all-reduce (tensor)", (0, 1) if rank < 2 else (2, 3), reduce),
+            Sample("neighbour (world)", ((rank - 1) % 4, rank), ring[rank]),
+        ]
+        for rank in range(4)
+    ]
+
+
+def judged(samples: list[list[Sample]], *, on_gpu: bool = True) -> list[Finding]:
+    findings, lines = compare_samples(samples, world(), on_gpu=on_gpu)
+    assert len(lines) == 4
+    return findings
+
+
+def test_even_links_have_no_finding():
+    assert judged(measured([40, 41, 39, 22])) == []
+
+
+def test_a_slow_link_is_named_by_both_ends():
+    (finding,) = judged(measured([40, 41, 9, 42]))
+    assert finding.severity == "stop"
+    assert finding.text.startswith(
+        "slow: neighbour (world) of rank 1 (node0) -> rank 2 (node1) makes 9 GB/s, the median is 40.5. "
+    )
+
+
+def test_a_slow_device_is_named():
+    (finding,) = judged(measured([40] * 4, multiply=[500, 500, 500, 200]))
+    assert finding.text.startswith("slow: multiply of rank 3 (node1) makes 200 TFLOP/s, the median is 500. ")
+
+
+def test_on_cpu_only_a_tenth_is_told():
+    assert judged(measured([40, 41, 9, 42]), on_gpu=False) == []
+    (finding,) = judged(measured([40, 41, 3, 42]), on_gpu=False)
+    assert finding.severity == "warn"
+
+
+def test_a_slow_group_is_told_once():
+    samples = measured([40] * 4)
+    for rank in (2, 3):
+        samples[rank][2] = samples[rank][2]._replace(rate=10.0)
+    (finding,) = judged(samples)
+    assert finding.text.startswith("slow: all-reduce (tensor) of ranks 2-3 (node1) makes 10 GB/s")
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_wrong_sum_stops_the_start_even_if_one_rank_alone_sees_it(on_gpu: bool):
+    samples = measured([40] * 4)
+    samples[3][2] = samples[3][2]._replace(is_right=False)
+    (finding,) = judged(samples, on_gpu=on_gpu)
+    assert finding.severity == "stop"
+    assert finding.text.startswith("wrong result: all-reduce (tensor) of ranks 2-3 (node1) is not what it must be. ")
