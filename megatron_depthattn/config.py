@@ -212,8 +212,8 @@ class PreflightConfig:
     """Before the model is built: compare what all ranks say of their machines, measure the links between them."""
     on_problem: Literal["stop", "warn"] = "stop"
     """What differs between ranks, or is missing or slow: refuse to start, or tell it and go on."""
-    timeout: float = 40.0
-    """Seconds that a rank may stay silent before the others give up and name it."""
+    timeout: float = 45.0
+    """Seconds that a rank may stay silent before the others give up and name it; more where imports are slower."""
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -1,4 +1,4 @@
-"""What this process finds on its machine. Importing this file needs neither torch nor Megatron: the doctor uses it."""
+"""What this process finds on its machine. Importing this file needs the standard library only: the doctor uses it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import tempfile
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-
-import psutil
 
 from megatron_depthattn.preflight.report import Device, Folder
 
@@ -115,8 +113,11 @@ def shared_memory_bytes() -> int | None:
 
 
 def memory_bytes() -> int:
-    """Host memory that a process can still get."""
-    return int(psutil.virtual_memory().available)
+    """Host memory that a process can still get; 0 if the kernel does not say."""
+    with suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
 
 
 def open_files() -> int:

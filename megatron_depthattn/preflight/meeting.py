@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -22,9 +23,13 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from megatron_depthattn.parallel.rank_spans import rank_spans
+
 Message = dict[str, Any]
 _MARGIN = 10.0
 """Seconds that the others wait longer than rank 0, so that they hear from it who is silent."""
+_PATIENCE = 15.0
+"""Seconds after which rank 0 says whom it waits for."""
 _MAX_NAMED = 16
 
 
@@ -82,7 +87,7 @@ class Meeting:
 
     def _welcome(self, root: dist.Store) -> None:
         """On rank 0: give everyone who greets the name of this start, until all have used it."""
-        deadline = time.monotonic() + self.timeout
+        started, is_told = time.monotonic(), False
         missing, welcomed = set(range(1, self.world_size)), set[str]()
         while missing:
             for rank in sorted(missing):
@@ -94,8 +99,13 @@ class Meeting:
                     if greeting["name"] not in welcomed:
                         root.set(f"welcome/{greeting['name']}", json.dumps({"start": self.name}))
                         welcomed.add(greeting["name"])
-            if missing and time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            if missing and waited > self.timeout:
                 self._give_up("clock", "join", sorted(missing))
+            if missing and waited > _PATIENCE and not is_told:
+                is_told = True
+                text = f"{rank_spans(sorted(missing))} of {self.world_size} not here after {waited:.0f} s"
+                print(f"preflight: {text}, waiting until {self.timeout:g} s", file=sys.stderr, flush=True)
             time.sleep(0.01 if missing else 0.0)
 
     def _compare_clocks(self) -> tuple[float, float]:

@@ -27,6 +27,7 @@ PURE = {
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
     "parallel/rank_spans.py": set(),
     "preflight/report.py": set(),
+    "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
     "preflight/compare.py": {f"{PACKAGE}.parallel.rank_spans", f"{PACKAGE}.preflight.report"},
     "data/order.py": {"numpy"},
 }

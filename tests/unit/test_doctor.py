@@ -1,0 +1,213 @@
+"""What the doctor says, from facts to rows, and the program itself where things are missing or broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.diagnosis.facts import MODULES, Machine, Package, is_in_range, requirements
+from tools.diagnosis.features import features
+
+ROOT = Path(__file__).parents[2]
+H100 = {"name": "H100", "capability": [9, 0], "bytes": 80 * 10**9}
+HEALTHY = Machine(
+    python="3.11.7",
+    system="Linux",
+    devices=(H100, H100),
+    driver="570.86",
+    gpus_of_driver=("H100", "H100"),
+    driver_error=None,
+    cuda="12.8",
+    nccl="2.28",
+    shared_memory_bytes=10**10,
+    disk_bytes=10**12,
+    memory_bytes=10**11,
+    open_files=65536,
+    encoding="UTF-8",
+    host="node1",
+    address="10.0.0.1",
+    interfaces=("lo", "eth0"),
+    gloo_interface=None,
+    slurm={"sbatch": True, "srun": True, "scontrol": True},
+    slurm_error=None,
+    programs={"g++": True, "ninja": True, "nvcc": True, "torchrun": True},
+    aws_credentials=True,
+)
+PACKAGES = {name: Package(name, "1.0", "", True, None) for name in MODULES}
+CPU = {"devices": (), "gpus_of_driver": (), "driver": None, "driver_error": "no nvidia-smi"}
+
+
+def rows(packages=PACKAGES, refused=None, **machine):
+    found = features(packages, dataclasses.replace(HEALTHY, **machine), lambda _: refused)
+    return {row.name: row for row in found}
+
+
+def without(name: str, **change):
+    gone = {"version": None, "is_in_range": None, "error": "not installed"} | change
+    return PACKAGES | {name: dataclasses.replace(PACKAGES[name], **gone)}
+
+
+def test_on_a_healthy_hopper_node_all_is_ready_but_what_needs_a_newer_gpu():
+    found = rows()
+    assert [name for name, row in found.items() if not row.is_ready] == ["FP8 mxfp8"]
+    assert all(bool(row.mend) != row.is_ready for row in found.values())
+    assert "2 x H100; driver 570.86, torch for CUDA 12.8, NCCL 2.28" in found["GPU training"].here
+
+
+CASES = [
+    ({"packages": without("torch")}, "CPU training", "pip install 'torch'"),
+    ({"packages": without("torch")}, "GPU training", "pip install 'torch'"),
+    (
+        {"packages": without("torch", version="2.0", error=None, is_in_range=False)},
+        "CPU training",
+        "pip install 'torch'",
+    ),
+    (
+        {
+            "packages": without(
+                "transformer-engine", version="2.9", is_in_range=True, error="ImportError: undefined symbol"
+            )
+        },
+        "TransformerEngine layers",
+        "(transformer-engine: ImportError: undefined symbol)",
+    ),
+    ({"packages": without("transformer-engine")}, "FP8 delayed", "pip install --no-build-isolation"),
+    ({"packages": without("deepspeed")}, "DeepSpeed engine", "pip install 'deepspeed'"),
+    ({"packages": without("lm-eval")}, "lm-eval", "pip install -e '.[eval]'"),
+    ({"packages": without("boto3")}, "S3 streaming", "pip install 'boto3'"),
+    ({"packages": without("zstandard")}, "corpora: parquet, zstd", "pip install 'zstandard'"),
+    ({"packages": without("safetensors")}, "Hugging Face export", "pip install 'safetensors'"),
+    ({"python": "3.10.1"}, "CPU training", "install Python >=3.11"),
+    (CPU, "GPU training", "a machine with an NVIDIA GPU and its driver"),
+    ({"devices": ()}, "GPU training", "torch (CUDA 12.8) sees none of them"),
+    (CPU, "TransformerEngine layers", "set model.spec=local"),
+    (CPU, "Triton kernels", "TRITON_INTERPRET=1"),
+    ({"devices": ({**H100, "capability": [7, 5]},)}, "bf16", "precision.dtype=fp32"),
+    ({"devices": ({**H100, "capability": [8, 0]},)}, "FP8 delayed", "another recipe"),
+    ({"devices": ({**H100, "capability": [8, 9]},)}, "FP8 blockwise", "another recipe"),
+    ({"programs": {**HEALTHY.programs, "ninja": False}}, "DeepSpeed CPU Adam (offload)", "install ninja"),
+    ({"address": "127.0.1.1"}, "multi-node torchrun", "resolves to 127.0.1.1: set GLOO_SOCKET_IFNAME to one of eth0"),
+    ({"address": None}, "multi-node torchrun", "does not resolve: set GLOO_SOCKET_IFNAME"),
+    ({"interfaces": ("lo",)}, "multi-node torchrun", "a network interface beside lo"),
+    ({"slurm": {**HEALTHY.slurm, "srun": False}}, "Slurm", "a login node of a Slurm cluster"),
+    ({"slurm_error": "scontrol: no answer"}, "Slurm", "the controller does not answer (scontrol: no answer)"),
+    ({"refused": "precision.fp8=delayed is not available"}, "FP8 delayed", "refused in this version: precision.fp8"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "mend"), CASES)
+def test_what_is_missing_is_told_with_how_to_mend_it(change: dict, name: str, mend: str):
+    row = rows(**change)[name]
+    assert not row.is_ready
+    assert mend in row.mend, row.mend
+
+
+def test_every_row_has_a_case():
+    assert {name for _, name, _ in CASES} | {"FP8 tensorwise", "FP8 mxfp8"} == set(rows())
+
+
+def test_an_interface_that_is_set_will_do():
+    assert rows(address="127.0.1.1", gloo_interface="eth0")["multi-node torchrun"].is_ready
+
+
+def test_ranges_come_from_pyproject():
+    wanted = requirements()
+    assert wanted["megatron-core"] == ">=0.16.1,<0.20" and wanted["numpy"] == ""
+    assert wanted["lm-eval"] == ">=0.4.9" and "pytest" not in wanted
+    assert is_in_range("0.19.2", wanted["megatron-core"]) is True
+    assert is_in_range("0.20.0", wanted["megatron-core"]) is False
+    assert is_in_range(None, "") is None
+
+
+def doctor(*arguments: str | Path, python: str = sys.executable, flags: tuple[str, ...] = (), **environment: str):
+    command = [python, *flags, "tools/doctor.py", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+@pytest.fixture
+def broken_torch(tmp_path: Path) -> dict[str, str]:
+    """A torch that is found first and fails as a build for another driver does; TransformerEngine falls over."""
+    for name, text in (
+        ("torch", "raise ImportError('libcudart.so.99: cannot open shared object file')"),
+        ("transformer_engine", "import os\nos.abort()"),
+    ):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "__init__.py").write_text(text + "\n")
+    return {"PYTHONPATH": str(tmp_path / "broken")}
+
+
+def test_a_broken_torch_is_a_row_and_no_crash(broken_torch: dict[str, str], tmp_path: Path):
+    result = doctor("--json", tmp_path / "report.json", **broken_torch)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "libcudart.so.99: cannot open shared object file" in result.stdout
+    assert "TO MEND: CPU training: pip install --force-reinstall 'torch" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    packages = {package["name"]: package for package in report["packages"]}
+    assert packages["torch"]["error"] == "ImportError: libcudart.so.99: cannot open shared object file"
+    assert "ended with code -6" in packages["transformer-engine"]["error"], "a package that takes the process down"
+    assert packages["omegaconf"]["error"] is None, "control: what is not broken works"
+    assert report["to_mend"] and report["needed"] == ["CPU training"]
+
+
+def test_an_interpreter_with_nothing_installed(tmp_path: Path):
+    """No torch, no rich, no YAML: the interpreter below the environment, without its site-packages."""
+    result = doctor("configs/quickstart.yaml", python=sys._base_executable, flags=("-S", "-E"), PYTHONPATH="")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr, result.stderr
+    assert "TO MEND: CPU training: pip install 'torch>=2.6' 'megatron-core>=0.16.1,<0.20'" in result.stdout
+    assert "configs/quickstart.yaml cannot be read: No module named 'yaml'; make install" in result.stdout
+
+
+def test_a_driver_whose_gpus_torch_does_not_see(broken_torch: dict[str, str], tmp_path: Path):
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 570.86.15'\n")
+    tool.chmod(0o755)
+    path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+    result = doctor(**broken_torch, PATH=path)
+    assert result.returncode == 1
+    assert "TO MEND: GPU training" in result.stdout and "driver: 570.86.15" in result.stdout
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: no driver is running' >&2\nexit 9\n")
+    result = doctor(**broken_torch, PATH=path)
+    assert "nvidia-smi: NVIDIA-SMI has failed: no driver is running" in result.stdout
+
+
+def test_what_of_a_config_would_be_refused_here(broken_torch: dict[str, str], tmp_path: Path):
+    settings = ["data.path=/nowhere/data", f"run.dir={tmp_path / 'run'}"]
+    result = doctor("configs/3b.yaml", *settings, "model.spec=te", "parallel.tensor=3", **broken_torch)
+    assert result.returncode == 1
+    assert "TO MEND: configs/3b.yaml on 3 ranks: parallel.tensor is 3 and model.num_query_groups is 8" in result.stdout
+    assert "TO MEND: TransformerEngine layers: " in result.stdout
+    result = doctor("configs/3b.yaml", *settings, "model.spec=tee", **broken_torch)
+    assert "TO MEND: model.spec is string 'tee'" in result.stdout
+    result = doctor("configs/3b.yaml", *settings, "--world", "7", "parallel.tensor=2", **broken_torch)
+    assert "TO MEND: configs/3b.yaml on 7 ranks: the world has 7 ranks, which is not a multiple of 2" in result.stdout
+    result = doctor("configs/3b.yaml", *settings, **broken_torch)
+    assert "TO MEND: /nowhere/data is not there: prepare it with tools/prepare_data.py" in result.stdout
+
+
+def test_this_machine_is_ready(tmp_path: Path):
+    for name in ("deepspeed", "lm_eval"):  # what the config does not ask for may be broken
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "__init__.py").write_text("raise ImportError('broken')\n")
+    settings = ["data.path=configs", f"run.dir={tmp_path / 'run'}", "parallel.pipeline=1"]
+    command = ["configs/quickstart.yaml", *settings, "--json", tmp_path / "report.json"]
+    result = doctor(*command, PYTHONPATH=str(tmp_path / "broken"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1].startswith("ready for configs/quickstart.yaml: ")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["to_mend"] == []
+    assert {package["name"] for package in report["packages"] if package["error"] == "ImportError: broken"} == {
+        "deepspeed",
+        "lm-eval",
+    }
+    assert not (tmp_path / "run").exists(), "the doctor starts nothing"
