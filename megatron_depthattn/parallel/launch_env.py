@@ -15,6 +15,8 @@ class LaunchEnvironment(NamedTuple):
     local_rank: int
     launched: bool
     """Whether a launcher set the variables; without one this is a world of one."""
+    error_file: str | None = None
+    """Where the launcher looks for what ended this process."""
 
 
 def launch_environment() -> LaunchEnvironment:
@@ -33,7 +35,8 @@ def launch_environment() -> LaunchEnvironment:
             "with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a world of one."
         )
     rank, world_size, local_rank = (int(os.environ[name]) for name in names[:3])
-    return LaunchEnvironment(rank, world_size, local_rank, launched=True)
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE") or None
+    return LaunchEnvironment(rank, world_size, local_rank, launched=True, error_file=error_file)
 
 
 _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS")

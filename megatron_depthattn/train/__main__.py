@@ -10,6 +10,10 @@ import sys
 import traceback
 import warnings
 
+from megatron_depthattn.config import load_config, validate
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
+from megatron_depthattn.train.errors import RunError, write_error_record
+
 # What Megatron-Core and torch say, on every rank, about optional packages and themselves; none of it is about the run.
 _NOISE = (
     "Apex|Transformer Engine",
@@ -27,38 +31,30 @@ def main() -> int:
     arguments = parser.parse_args()
     silence_noise()
 
-    from megatron_depthattn.config import load_config, validate
-    from megatron_depthattn.parallel.launch_env import launch_environment
-
-    rank = 0
-    try:  # the config first: a mistake in it is told before torch is imported
-        environment = launch_environment()
-        rank = environment.rank
+    environment = LaunchEnvironment(rank=0, world_size=1, local_rank=0, launched=False)
+    try:
+        environment = launch_environment()  # the config first: a mistake in it is told before torch is imported
         config = load_config(arguments.config, arguments.overrides)
         validate(config, environment.world_size)
-    except ValueError as error:
-        return _fail(error, rank)
+        from megatron_depthattn.train.loop import train
 
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    from megatron_depthattn.train.loop import train
-    from megatron_depthattn.train.run_checkpoints import CheckpointError
-    from megatron_depthattn.train.step import NonFiniteError
-
-    try:
         return train(config, environment)
-    except (ValueError, OSError, NonFiniteError, CheckpointError) as error:
-        _fail(error, rank)
-    except (Exception, CheckpointException):  # the latter is none of the former
-        traceback.print_exc()
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        _tell(error, environment)
     if environment.world_size > 1:
         _leave_at_once()
     return 1
 
 
-def _fail(error: Exception, rank: int) -> int:
-    print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-    return 1
+def _tell(error: BaseException, environment: LaunchEnvironment) -> None:
+    """On stderr, as one line where the mistake is the user's to mend; and for the launcher."""
+    is_one_line = isinstance(error, ValueError | OSError | RunError)
+    line = f"error (rank {environment.rank}): {error}"
+    text = line if is_one_line else "".join(traceback.format_exception(error))
+    write_error_record(environment, error, text)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _leave_at_once() -> None:

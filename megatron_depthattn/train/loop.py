@@ -52,7 +52,11 @@ def train(config: RunConfig, environment: LaunchEnvironment) -> int:
         CheckpointError: the last state could not be saved.
     """
     training = Training(config, environment)
-    exit_code = training.run()
+    try:
+        exit_code = training.run()
+    except BaseException as error:
+        error.add_note(f"(rank {environment.rank}, after step {training.progress.step})")
+        raise
     training.close()
     return exit_code
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.train.errors import RunError
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.save import CheckpointSaver, SaveOutcome
 from megatron_depthattn.train.step_folders import Progress, newest_step
@@ -16,7 +17,7 @@ FINAL_ATTEMPTS = 3
 PAUSE_SECONDS = 10.0
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """The last checkpoint of a run could not be written."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_depthattn.model.core_attention import context_parallel_positions
 from megatron_depthattn.train.build import Chunks
+from megatron_depthattn.train.errors import RunError
 from megatron_depthattn.train.non_finite import Attempt, diagnose
 
 Microbatch = Mapping[str, Tensor]
@@ -25,8 +26,10 @@ SAMPLE_IDS = "sample_ids"
 """Key of a microbatch that says which samples it holds; for logs, not for the device."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or the gradient is not a finite number; no weight was changed by the step that it stands for."""
+
+    retry = False  # the same weights and samples give the same numbers
 
 
 class StepResult(NamedTuple):

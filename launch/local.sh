@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train on this machine.
+#
+#   [NPROC_PER_NODE=2] launch/local.sh CONFIG.yaml [OVERLAY.yaml ...] [a.b=c ...]
+#
+# NPROC_PER_NODE: processes, one for each GPU (default: the GPUs that there are; without any it must be set).
+# MAX_RESTARTS:   new starts after failures that may mend themselves (default 0).
+# PYTHON:         the interpreter (default: .venv/bin/python of this checkout, else python3).
+# Exit codes: 0 done, 75 stopped by a signal and saved, 70 hung, 1 an error; see docs/launch.md.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$root/launch/environment.sh"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+[ -n "${PYTHON:-}" ] || { PYTHON=$root/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=python3; }
+exec "$PYTHON" -m launch.node --alone "$@"

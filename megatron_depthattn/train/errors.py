@@ -1,0 +1,47 @@
+"""Errors that end a run, and the record that one leaves for whoever started the process.
+
+A launcher gives each process a file (torchrun's TORCHELASTIC_ERROR_FILE) and reads from the first record of all ranks
+what ended the run. The record is torchrun's own form, so that plain torchrun shows it too, with keys of ours beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from pathlib import Path
+
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+
+
+class RunError(RuntimeError):
+    """The end of a run that one line tells; a traceback would add nothing."""
+
+    retry = True
+    """Whether the same command, started again, may get further."""
+
+
+def may_mend_itself(error: BaseException) -> bool:
+    """Whether starting again makes sense: the class's own ``retry``; else no for mistakes, yes for the rest."""
+    return bool(getattr(error, "retry", not isinstance(error, ValueError | ImportError)))
+
+
+def write_error_record(environment: LaunchEnvironment, error: BaseException, text: str) -> None:
+    """Leave ``text``, what the user is to see of ``error``, where the launcher looks; nothing without a launcher."""
+    if environment.error_file is None:
+        return
+    now = time.time()
+    record = {
+        "message": {
+            "message": f"{type(error).__name__}: {error}",
+            "extraInfo": {"py_callstack": text, "timestamp": str(int(now))},
+        },
+        "time": now,
+        "host": platform.node(),
+        "rank": environment.rank,
+        "notes": getattr(error, "__notes__", []),
+        "retry": may_mend_itself(error),
+    }
+    with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+        Path(environment.error_file).write_text(json.dumps(record), encoding="utf-8")
