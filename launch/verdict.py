@@ -28,6 +28,13 @@ class Failure:
     """For people: one line, or a traceback."""
     retry: bool = True
     """Whether the same command may end better if started again."""
+    is_consequence: bool = False
+    """Whether it speaks of another rank that has gone or failed: news only where there is no other."""
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """The first one in this order is what ended the run."""
+        return self.is_consequence, self.time
 
     @property
     def summary(self) -> str:
@@ -62,12 +69,12 @@ class Verdict:
 def decide(ended: Sequence[Ended], restarts_left: int) -> Verdict:
     """The same command once more, or the exit code of every launcher.
 
-    A failure is the world's: the earliest one is what the user is told, later ones are mostly ranks that lost a
+    A failure is the world's: the first one is what the user is told, as those after it are mostly ranks that lost a
     neighbour. It is followed by a new start unless it cannot mend itself, somebody asked to stop, or there were
     enough.
     """
     outcomes = {end.outcome for end in ended}
-    failures = sorted((end.failure for end in ended if end.failure), key=lambda failure: failure.time)
+    failures = sorted((end.failure for end in ended if end.failure), key=lambda failure: failure.order)
     if not outcomes & set(_BROKEN):
         if "finished" in outcomes:
             return Verdict(False, EXIT_DONE, "done")

@@ -119,7 +119,7 @@ def _how_it_ended(world: World, logs: Path, run_dir: Path, code: int, began: flo
     codes = {rank["exit_code"] for rank in failed}
     failures = [*_error_records(logs, world), *_deaths(logs, failed)]
     if failures:
-        first = min(failures, key=lambda failure: failure.time)
+        first = min(failures, key=lambda failure: failure.order)
         return Ended(node, "hung" if EXIT_HANG in codes else "failed", first, signalled)
     if codes == {EXIT_REQUEUE}:  # a signal that another node, or one rank, got
         return Ended(node, "saved", signalled=signalled)
@@ -140,7 +140,8 @@ def _error_records(logs: Path, world: World) -> list[Failure]:
         with contextlib.suppress(OSError, ValueError, KeyError):  # cut off: the rank died while it wrote
             record = json.loads(path.read_text(encoding="utf-8"))
             text = record["message"]["extraInfo"]["py_callstack"][-_MOST_TEXT:]
-            found.append(Failure(record["time"], record["host"], f"rank {rank}", text, record["retry"]))
+            flags = record["retry"], record["consequence"]
+            found.append(Failure(record["time"], record["host"], f"rank {rank}", text, *flags))
     return found
 
 

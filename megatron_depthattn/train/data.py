@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.loader import TokenLoader, build_loader
+from megatron_depthattn.train.errors import OtherRankError
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
 
@@ -122,7 +123,7 @@ def _open_on_all_ranks(config: RunConfig, split: str) -> Corpus:
     if failed:
         if mistake is not None and failed[0] == dist.get_rank():
             raise mistake
-        raise ValueError(f"rank {failed[0]} could not open the {split} data; its error says why")
+        raise OtherRankError(f"rank {failed[0]} could not open the {split} data; its error says why")
     odd = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
     if odd:
         names = ", ".join(source.path for source in sources)
