@@ -8,6 +8,7 @@ to about a tenth of a second.
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 from launch.world import World
 
+STAMP_WIDTH = len("2026-01-31 23:59:59.999")
 OTHERS_LINES = 10
 """Lines from stderr of ranks other than 0 that a node shows on its console in one start; with a thousand ranks one
 cannot read more, and all are in the logs."""
@@ -35,7 +37,7 @@ class Follower:
             for rank in range(first, first + world.processes_per_node)
             for stream in ("out", "err")
         ]
-        self._logs, self._others = logs, 0
+        self._logs, self._others, self._host = logs, 0, socket.gethostname()
         self._merged = (logs / f"node_{world.node_rank}.log").open("a", encoding="utf-8")
 
     def follow(self) -> None:
@@ -57,7 +59,9 @@ class Follower:
         now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         with contextlib.suppress(OSError):  # a full disk must not end the run
-            self._merged.write(f"{stamp}.{int(now % 1 * 1000):03d} rank {source.rank} {source.stream} | {line}\n")
+            self._merged.write(
+                f"{stamp}.{int(now % 1 * 1000):03d} {self._host} rank {source.rank} {source.stream} | {line}\n"
+            )
             self._merged.flush()
         self._show(source, line)
 

@@ -183,7 +183,8 @@ class Node:
             (self._logs(start) / LAST_ERROR).write_text(text + "\n", encoding="utf-8")
         self._say(f"exit code {verdict.code}: {verdict.line}")
         self._say(f"all logs: {self._logs(start)}; merged: python -m launch.logs {self._run_dir}")
-        print(text, file=sys.stderr, flush=True)
+        if not os.environ.get("FAILURE_IS_TOLD_LATER"):  # the job script does, after Slurm's own last lines
+            print(text, file=sys.stderr, flush=True)
 
     def _say(self, line: str) -> None:
         print(f"node {self._world.node_rank}: {line}", file=sys.stderr, flush=True)
