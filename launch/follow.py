@@ -57,11 +57,9 @@ class Follower:
 
     def _take(self, source: _Source, line: str) -> None:
         now = time.time()
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now % 1 * 1000):03d}"
         with contextlib.suppress(OSError):  # a full disk must not end the run
-            self._merged.write(
-                f"{stamp}.{int(now % 1 * 1000):03d} {self._host} rank {source.rank} {source.stream} | {line}\n"
-            )
+            self._merged.write(f"{stamp} {self._host} rank {source.rank} {source.stream} | {line}\n")
             self._merged.flush()
         self._show(source, line)
 

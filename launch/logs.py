@@ -1,8 +1,8 @@
-"""One view of what all ranks wrote: python -m launch.logs RUN_DIR [--all] [--rank N ...] [--errors]
+"""One view of what all ranks wrote: launch/logs RUN_DIR [--all] [--rank N ...] [--errors]
 
 Lines of all nodes in the order of their times, each with host and rank. A line's time is when its node's launcher saw
-it, by that node's clock: right to a tenth of a second within a node, and as far as the clocks agree between nodes. Shows
-the newest start; ends with the first failure, where there was one.
+it, by that node's clock: right to a tenth of a second, and between nodes as far as their clocks agree. Shows the newest
+start; ends with the first failure, where there was one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launch.node import LAST_ERROR
 
 def main() -> int:
     """Exit code 0, or 1 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m launch.logs", description="Logs of all ranks, merged by time.")
+    parser = argparse.ArgumentParser(prog="launch/logs", description="Logs of all ranks, merged by time.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--all", action="store_true", help="every start, not the newest only")
     parser.add_argument("--rank", type=int, action="append", help="these ranks only")

@@ -182,7 +182,7 @@ class Node:
         with contextlib.suppress(OSError):
             (self._logs(start) / LAST_ERROR).write_text(text + "\n", encoding="utf-8")
         self._say(f"exit code {verdict.code}: {verdict.line}")
-        self._say(f"all logs: {self._logs(start)}; merged: python -m launch.logs {self._run_dir}")
+        self._say(f"all logs: {self._logs(start)}; merged: launch/logs {self._run_dir}")
         if not os.environ.get("FAILURE_IS_TOLD_LATER"):  # the job script does, after Slurm's own last lines
             print(text, file=sys.stderr, flush=True)
 

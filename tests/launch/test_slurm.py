@@ -1,0 +1,183 @@
+"""Jobs under a real Slurm of two nodes: they train, go on after the time limit, end when cancelled.
+
+Both nodes are this machine, with hostnames of their own.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.launch.jobs import environment, history, must_reach, records, run, trajectory, wait_until
+
+pytestmark = pytest.mark.usefixtures("slurm")
+FULL = pytest.mark.skipif(os.environ.get("DEPTHATTN_LAUNCH") != "full", reason="takes minutes: make launch-full")
+TWO_NODES = ("--nodes", "2", "--processes-per-node", "1")
+
+
+def submit(*arguments: str | Path) -> str:
+    """The id of the (last) job."""
+    done = run("launch/submit", *arguments, seconds=120)
+    assert done.returncode == 0, done.stderr
+    ids = re.search(r"^submitted (.*)$", done.stdout, flags=re.M)
+    assert ids, done.stdout
+    return ids[1].split(", ")[-1]
+
+
+def slurm_says(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def states(job: str) -> list[str]:
+    """Of the job, or of each task of an array."""
+    return re.findall(r"JobState=(\w+)", slurm_says("scontrol", "show", "job", job))
+
+
+def must_end(job: str, log: Path, *, seconds: float = 240) -> list[str]:
+    """Wait until no task of the job waits or runs; returns the states."""
+    live = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"}
+    assert wait_until(lambda: not live & set(states(job)), seconds, poll=0.5), [*states(job), log.read_text()[-3000:]]
+    return states(job)
+
+
+def test_a_job_that_is_warned_saves_requeues_and_goes_on(config: Path, undisturbed: Path, tmp_path: Path):
+    """Two nodes; the warning is sent as Slurm sends it before the time limit (`make launch-full` waits for that)."""
+    run_dir = tmp_path / "run"
+    job = submit(config, f"run.dir={run_dir}", *TWO_NODES, "--time", "10", "--signal-lead", "60")
+    log = run_dir / f"job/slurm-{job}.out"
+    must_reach(run_dir, 10, log)
+    slurm_says("scancel", "--batch", "--signal=USR1", job)
+    assert must_end(job, log) == ["COMPLETED"], log.read_text()[-3000:]
+    assert trajectory(run_dir) == trajectory(undisturbed)
+    told = log.read_text()
+    assert "saved; requeueing" in told and "2 nodes (node1 node2), head node1:" in told
+    assert "requeued 1 times" in told and "stopped by SIGUSR1" in told
+    begins = [record for record in history(run_dir) if record["event"] == "start"]
+    assert len(begins) == 2 and begins[1]["step"] >= 10
+    assert len({record["run_id"] for record in begins}) == 1, "loggers see one run"
+    hosts = {path.name: path.read_text() for path in run_dir.glob("logs/*/node_1.log")}
+    assert len(hosts) == 1 and (run_dir / "job/code/megatron_depthattn/train/loop.py").exists()
+
+
+@FULL
+@pytest.mark.timeout(600)
+def test_a_job_at_its_real_time_limit(config: Path, tmp_path: Path):
+    """One minute, of which Slurm takes up to the half for its warning; the run needs more than that."""
+    more = ("train.steps=1500", "checkpoint.interval=100")
+    run_dir = tmp_path / "run"
+    job = submit(config, f"run.dir={run_dir}", *more, *TWO_NODES, "--time", "1", "--signal-lead", "5")
+    log = run_dir / f"job/slurm-{job}.out"
+    assert must_end(job, log, seconds=500) == ["COMPLETED"], log.read_text()[-3000:]
+    ends = [record["outcome"] for record in history(run_dir) if record["event"] == "end"]
+    assert ends[-1] == "finished" and ends[:-1] == ["signal"] * (len(ends) - 1) and len(ends) > 1, ends
+    print(log.read_text())
+    whole = run("launch/local.sh", config, f"run.dir={tmp_path}/whole", *more, seconds=400, NPROC_PER_NODE="2")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert trajectory(run_dir) == trajectory(tmp_path / "whole")
+
+
+def test_an_array_of_three(config: Path, tmp_path: Path):
+    run_dir = tmp_path / "sweep"
+    settings = ("train.steps=6", "checkpoint.interval=6", "--nodes", "1", "--processes-per-node", "1")
+    job = submit(config, f"run.dir={run_dir}", *settings, "--array", "run.seed=1,2,1")
+    assert must_end(job, run_dir / "job") == ["COMPLETED"] * 3
+    losses = [[record["loss"] for record in records(run_dir / f"task_{task}")] for task in range(3)]
+    assert [len(run) for run in losses] == [6, 6, 6]
+    assert losses[0] == losses[2] != losses[1], "each task has its own seed, and nothing else"
+    assert sorted(path.name for path in (run_dir / "job").glob("slurm-*.out")) == [
+        f"slurm-{job}_{task}.out" for task in range(3)
+    ]
+
+
+def test_scancel_ends_cleanly(config: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    job = submit(config, f"run.dir={run_dir}", "train.steps=100000", "checkpoint.interval=100000", *TWO_NODES)
+    log = run_dir / f"job/slurm-{job}.out"
+    must_reach(run_dir, 5, log)
+    mine = [process for process in psutil.process_iter() if _mentions(process, str(run_dir))]
+    assert len(mine) >= 6, "on each node a launcher, torchrun and a rank"
+    slurm_says("scancel", job)
+    assert must_end(job, log) == ["CANCELLED"]
+    _, left = psutil.wait_procs(mine, timeout=30)
+    assert not left, f"outlived the job: {left}"
+    assert "requeueing" not in log.read_text() and "Restarts=0" in slurm_says("scontrol", "show", "job", job)
+    last = history(run_dir)[-1]
+    assert (last["event"], last["outcome"]) == ("end", "signal"), "it had the seconds that saving takes"
+    assert (run_dir / f"checkpoints/step_{last['step']:08d}").is_dir()
+
+
+def _mentions(process: psutil.Process, text: str) -> bool:
+    try:
+        return any(text in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def test_a_bad_config_fails_before_it_is_queued(config: Path, tmp_path: Path):
+    before = slurm_says("scontrol", "show", "job", "-o")
+    for setting, reason in {
+        "parallel.tensor=4": "2 nodes x 1 processes: the world has 2 ranks, which is not a multiple of 4",
+        "train.step=3": "train.step",
+        "optimizer.lr=-1": "optimizer.lr is -1",
+    }.items():
+        done = run("launch/submit", config, f"run.dir={tmp_path}/run", setting, *TWO_NODES, seconds=60)
+        assert done.returncode == 1 and reason in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1, "one line"
+    assert not (tmp_path / "run").exists()
+    assert slurm_says("scontrol", "show", "job", "-o") == before
+    refused = run("launch/submit", config, f"run.dir={tmp_path}/run", *TWO_NODES, "--partition", "none", seconds=60)
+    assert refused.returncode == 1 and "sbatch refuses" in refused.stderr and "partition" in refused.stderr
+
+
+def test_a_failing_job_ends_its_log_with_the_first_failure(config: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    job = submit(config, f"run.dir={run_dir}", f"data.path={tmp_path}/nothing", *TWO_NODES)
+    log = run_dir / f"job/slurm-{job}.out"
+    assert must_end(job, log) == ["FAILED"]
+    last = log.read_text().splitlines()[-2:]
+    assert re.fullmatch(r"first failure of the run, at .*: rank 0 on node1", last[0]), last
+    assert "nothing/train has no index.json" in last[1]
+    assert "srun: error" in log.read_text(), "Slurm's own lines come before it"
+    assert "not started again" in log.read_text()
+
+
+@FULL
+def test_by_hand_with_frozen_code_left_out(config: Path, tmp_path: Path):
+    """The script is a batch script like any other; the config is checked on the node then."""
+    command = ["sbatch", "--parsable", "--nodes=2", "--time=10", f"--output={tmp_path}/log", "--signal=B:USR1@60"]
+    command += ["launch/slurm.sbatch", str(config), f"run.dir={tmp_path}/run", "train.steps=3"]
+    where = {"cwd": Path(__file__).parents[2], "env": environment(NPROC_PER_NODE="1")}
+    job = subprocess.run(command, **where, capture_output=True, text=True, check=True).stdout.strip()
+    assert must_end(job, tmp_path / "log") == ["COMPLETED"]
+    assert len(records(tmp_path / "run")) == 3
+
+
+def test_hosts_are_never_guessed():
+    """Without a list of nodes, with one that scontrol reads otherwise, and outside of Slurm."""
+    refusals = {
+        "": "cannot name the hosts of SLURM_JOB_NODELIST=''",
+        "node1": "scontrol names 1 hosts (node1), Slurm gave 2 nodes",
+    }
+    for nodes, message in refusals.items():
+        job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": nodes, "SLURM_JOB_NUM_NODES": "2"}
+        refused = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30, **job)
+        assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+    outside = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30)
+    assert outside.returncode == 1 and "submit it with sbatch" in outside.stderr
+
+
+def test_the_frozen_config_decides(config: Path, tmp_path: Path):
+    """The same again goes on; another config is refused, unless one insists; --dry-run queues nothing."""
+    command = ("launch/submit", config, f"run.dir={tmp_path}/run", *TWO_NODES, "--dry-run")
+    assert "frozen in" in run(*command, seconds=60).stdout
+    assert "holds this config and code already" in run(*command, seconds=60).stdout
+    refused = run(*command, "optimizer.lr=0.1", seconds=60)
+    assert refused.returncode == 1
+    assert "optimizer.lr (config.yaml: 0.005, now 0.1)" in refused.stderr and "--refreeze" in refused.stderr
+    assert run(*command, "optimizer.lr=0.1", "--refreeze", seconds=60).returncode == 0
+    frozen = yaml.safe_load((tmp_path / "run/job/config.yaml").read_text())
+    assert frozen["optimizer"]["lr"] == 0.1 and len(list((tmp_path / "run").glob("job.*"))) == 1
