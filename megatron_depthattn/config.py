@@ -35,6 +35,8 @@ class EngineConfig:
     """Who owns gradients and optimizer."""
     zero_stage: int = 0
     """DeepSpeed's ZeRO stage, 0 to 3; 0 with the Megatron engine."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's fp32 weights and moments in host memory and step there; DeepSpeed from ZeRO stage 1."""
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from megatron_depthattn.engine_check import engine_refusal
+
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
     from megatron_depthattn.config import RunConfig
 
@@ -32,6 +34,8 @@ def validate(config: "RunConfig", world_size: int, *, needs_data: bool = True) -
     """
     _check_ranges(config)
     _check_available(config)
+    refusal = engine_refusal(config)
+    _require(refusal is None, refusal or "")
     if needs_data:
         _check_paths(config)
     _check_model(config)
@@ -126,18 +130,12 @@ def _check_ranges(config: "RunConfig") -> None:
 def _check_available(config: "RunConfig") -> None:
     """What the config surface names already and this version does not do yet."""
     not_yet = (
-        ("engine.name", config.engine.name, "megatron"),
         ("model.num_loops", config.model.num_loops, 1),
         ("precision.fp8", config.precision.fp8, None),
     )
     for key, value, available in not_yet:
         shown = yaml.safe_dump(available).split()[0]
         _require(value == available, f"{key}={value} is not available yet in this version; set {key}={shown}")
-    _require(
-        config.engine.zero_stage == 0,
-        f"engine.zero_stage is {config.engine.zero_stage} with engine.name=megatron, which has no ZeRO stages; "
-        "set engine.zero_stage=0 (its optimizer's state is always sharded over the data-parallel ranks)",
-    )
 
 
 def _check_paths(config: "RunConfig") -> None:

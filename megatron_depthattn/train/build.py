@@ -104,7 +104,7 @@ def build_model(config: RunConfig, device: torch.device) -> Chunks:
 
 def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over all chunks (Megatron's distributed optimizer) and its cosine schedule, counted in steps."""
-    settings, steps = config.optimizer, config.train.steps
+    settings = config.optimizer
     bf16 = config.precision.dtype == "bf16"
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -123,13 +123,18 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
         chunks,  # Megatron's default overrides keep weight decay off one-dimensional parameters: the norms
     )
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
-    warmup = min(round(settings.warmup_ratio * steps), steps - 1)
-    scheduler = OptimizerParamScheduler(
-        optimizer,
+    return optimizer, build_schedule(config, optimizer)
+
+
+def build_schedule(config: RunConfig, optimizer: MegatronOptimizer | torch.optim.Optimizer) -> OptimizerParamScheduler:
+    """Megatron's cosine schedule over the parameter groups of ``optimizer``, counted in steps."""
+    settings, steps = config.optimizer, config.train.steps
+    return OptimizerParamScheduler(
+        optimizer,  # it touches nothing but the parameter groups
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
-        lr_warmup_steps=warmup,
+        lr_warmup_steps=min(round(settings.warmup_ratio * steps), steps - 1),
         lr_decay_steps=steps,
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
@@ -140,4 +145,3 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
-    return optimizer, scheduler

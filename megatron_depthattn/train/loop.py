@@ -16,24 +16,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_depthattn.config import RunConfig, to_dict, validate
+from megatron_depthattn.config import RunConfig, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.preflight.run import config_digest, enter_world
-from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, transformer_config
-from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
+from megatron_depthattn.train.build import transformer_config
+from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches
+from megatron_depthattn.train.engine import Engine, build_engine
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
 from megatron_depthattn.train.metrics import Meter, RankStatus, exchange_status, forward_flops, peak_memory_gb
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
 from megatron_depthattn.train.start import Start, find_start, from_rank_0, is_own_checkpoint, lock_run
-from megatron_depthattn.train.step import NonFiniteError, SkippedSteps, run_microbatches, train_step
+from megatron_depthattn.train.step import NonFiniteError, SkippedSteps
 from megatron_depthattn.train.step_folders import Progress, set_aside_after
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
 from megatron_depthattn.train.summary import Cost, opening_lines
@@ -79,11 +79,8 @@ class Training:
         self.start_id = from_rank_0(self._lock)
         start = find_start(config)
 
-        self.chunks = build_model(config, self.device)
-        self.optimizer, self.scheduler = build_optimizer(config, self.chunks)
-        loaded = Loaded(Progress())
-        if start.folder:
-            loaded = load_checkpoint(start.folder, self.chunks, self.optimizer, self.scheduler, config=to_dict(config))
+        self.engine = build_engine(config, self.device, environment)
+        loaded = self.engine.load(start.folder) if start.folder else Loaded(Progress())
         self.progress = loaded.progress
         self.last_step = _last_step(config, self.progress)
         self.batches = GlobalBatches(
@@ -155,9 +152,9 @@ class Training:
     def _step(self) -> int:
         """One optimizer step, on record; returns the signal by which some rank was asked to stop (0: none)."""
         started, waited = time.monotonic(), self.batches.data_seconds
-        self.scheduler.step(increment=1)
+        self.engine.advance_schedule()
         microbatches = self.batches.next()
-        result = train_step(self.chunks, self.optimizer, microbatches, _microbatch_shape(self.config))
+        result = self.engine.train_step(microbatches)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the optimizer's kernels belong to this step
         seconds = time.monotonic() - started
@@ -172,8 +169,7 @@ class Training:
         self.progress = _advance(self.progress, self.config, skipped=result.skipped)
         self.cost.add_step(seconds)
         self._beat("step")
-        lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        record = self.meter.record(self.progress, result, lr=lr, seconds=seconds, ranks=ranks)
+        record = self.meter.record(self.progress, result, lr=self.engine.learning_rate, seconds=seconds, ranks=ranks)
         record["checkpoint_seconds"] = self.checkpoints.take_stall()
         is_last = step == self.last_step
         if self.held_out and (is_last or (_is_due(step, self.config.train.eval_interval) and not stop_signal)):
@@ -183,7 +179,7 @@ class Training:
         return stop_signal
 
     def _evaluate(self, held_out: GlobalBatches) -> float:
-        return evaluate(self.config, self.chunks, held_out, on_batch=lambda: self._beat("evaluation"))
+        return evaluate(self.config, self.engine, held_out, on_batch=lambda: self._beat("evaluation"))
 
     def _watch(self) -> AbstractContextManager[Watchdog | None]:
         if self.config.train.hang_timeout is None:
@@ -203,14 +199,7 @@ class Training:
             self.watchdog.beat(self.progress.step, phase)
 
     def _state(self) -> dict[str, Any]:
-        return checkpoint_state(
-            self.chunks,
-            self.optimizer,
-            self.scheduler,
-            config=to_dict(self.config),
-            run_id=self.run_id,
-            corpus=self.batches.corpus_digest,
-        )
+        return self.engine.checkpoint_state(run_id=self.run_id, corpus=self.batches.corpus_digest)
 
     def _lock(self) -> str:
         """Take the run's folder for this start, until this process ends; returns a name that no other start has."""
@@ -243,6 +232,7 @@ class Training:
         self.report.lines(self.fitness)
         self.report.lines(opening_lines(self.config, self.megatron, self.flops, self.world_size, begins))
         last_sample = self.config.train.steps * self.config.train.global_batch_size
+        self.report.lines(self.engine.describe())
         self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
         self.report.lines(loaded.notes)
         self.report.warn(start.warnings)
@@ -259,21 +249,17 @@ class Training:
         self.report.lines(self.cost.closing_lines(self.config, self.progress, self.world_size, record))
 
 
-@torch.no_grad()
 def evaluate(
-    config: RunConfig, chunks: Chunks, held_out: GlobalBatches, *, on_batch: Callable[[], None] = lambda: None
+    config: RunConfig, engine: Engine, held_out: GlobalBatches, *, on_batch: Callable[[], None] = lambda: None
 ) -> float:
     """Mean loss in nats per token over the first ``train.eval_batches`` global batches of the val split."""
     num_batches = max(1, min(config.train.eval_batches, held_out.num_samples // config.train.global_batch_size))
     held_out.seek(0)
-    for chunk in chunks:
-        chunk.eval()
     losses = []
-    for _ in range(num_batches):
-        losses.append(run_microbatches(chunks, held_out.next(), _microbatch_shape(config), forward_only=True))
-        on_batch()
-    for chunk in chunks:
-        chunk.train()
+    with engine.evaluating():
+        for _ in range(num_batches):
+            losses.append(engine.loss(held_out.next()))
+            on_batch()
     loss = sum(losses) / num_batches
     if not math.isfinite(loss):
         raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")
@@ -303,10 +289,6 @@ def _last_step(config: RunConfig, progress: Progress) -> int:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _microbatch_shape(config: RunConfig) -> tuple[int, int]:
-    return config.train.micro_batch_size, config.data.sequence_length
 
 
 def _advance(progress: Progress, config: RunConfig, *, skipped: bool) -> Progress:

@@ -26,7 +26,6 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.model.initialization import globally_named_parameters
-from megatron_depthattn.train.build import Chunks
 
 MAX_LINES = 8
 """Offenders that are named, of the weights and of the step; the others are counted."""
@@ -81,7 +80,7 @@ class Finding:
 
 
 def diagnose(
-    chunks: Chunks,
+    chunks: Sequence[torch.nn.Module],
     replay: Callable[[], Attempt],
     suspects: Sequence[int],
     sample_ids: Sequence[list[int] | None],
@@ -101,7 +100,7 @@ def diagnose(
         dist.get_rank(), parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
     )
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    models: list[GPTModel] = unwrap_model(chunks)
+    models: list[GPTModel] = unwrap_model(list(chunks))
     weights = [line for model in models for line in _broken_weights(model)]
     with ExitStack() as hooks:
         probes = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -90,7 +90,8 @@ def run_microbatches(
     Returns:
         The mean loss per token over the global batch, on every rank.
     """
-    return _mean_over_global_batch(_run_schedule(chunks, microbatches, shape, forward_only=forward_only), chunks)
+    losses = _run_schedule(chunks, microbatches, shape, forward_only=forward_only)
+    return mean_over_global_batch(losses, device_of(chunks[0]))
 
 
 def _run_schedule(
@@ -99,7 +100,7 @@ def _run_schedule(
     """Megatron's schedule; on the last stage for each microbatch (sum of losses, tokens), elsewhere nothing."""
     batch_size, sequence_length = shape
     return get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=forward_step,
         data_iterator=[iter(microbatches) for _ in chunks] if len(chunks) > 1 else iter(microbatches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(microbatches),
@@ -120,17 +121,47 @@ def train_step(
     The decision is the same on all ranks. Such a step is run a second time to find the offenders; what follows from
     it is the caller's to say, see `SkippedSteps`.
     """
-    again = partial(_attempt, chunks, optimizer, microbatches, shape)
-    loss, grad_norm, suspects = again()
+
+    def update(grad_norm: float) -> None:
+        if optimizer.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
+        optimizer.step_with_ready_grads()
+
+    return step_if_finite(partial(_attempt, chunks, optimizer, microbatches, shape), update, chunks, microbatches)
+
+
+def step_if_finite(
+    attempt: Callable[[], Attempt],
+    update: Callable[[float], None],
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+) -> StepResult:
+    """What `train_step` promises, for any engine; call on all ranks.
+
+    Args:
+        attempt: forward and backward over the global batch from nothing; called again to find the offenders.
+        update: called with the gradient's norm, if all is finite; clips and steps the optimizer.
+        chunks: this rank's pipeline chunks.
+        microbatches: this rank's microbatches of the global batch.
+    """
+    loss, grad_norm, suspects = attempt()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         headline = f"loss {loss}, gradient norm {grad_norm}: not finite, so the optimizer was not stepped"
         ids = [batch[SAMPLE_IDS].tolist() if SAMPLE_IDS in batch else None for batch in microbatches]
-        diagnosis = diagnose(chunks, again, suspects, ids)
+        diagnosis = diagnose(chunks, attempt, suspects, ids)
         return StepResult(loss, grad_norm, skipped=True, diagnosis=(headline, *diagnosis))
-    if optimizer.config.clip_grad > 0:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
-    optimizer.step_with_ready_grads()
+    update(grad_norm)
     return StepResult(loss, grad_norm)
+
+
+def losses_that_are_not_finite(loss: float, losses: Sequence[Tensor]) -> tuple[int, ...]:
+    """The microbatches whose loss is not finite, if the mean is not."""
+    return () if math.isfinite(loss) else tuple(i for i, one in enumerate(losses) if not one.isfinite().all())
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model's parameters lie."""
+    return next(model.parameters()).device
 
 
 def _attempt(
@@ -141,13 +172,12 @@ def _attempt(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _run_schedule(chunks, microbatches, shape, forward_only=False)
-    loss = _mean_over_global_batch(losses, chunks)
+    loss = mean_over_global_batch(losses, device_of(chunks[0]))
     optimizer.prepare_grads()
-    suspects = () if math.isfinite(loss) else [i for i, one in enumerate(losses) if not one.isfinite().all()]
-    return Attempt(loss, float(optimizer.get_grad_norm()), tuple(suspects))
+    return Attempt(loss, float(optimizer.get_grad_norm()), losses_that_are_not_finite(loss, losses))
 
 
-def _forward_step(microbatches: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def forward_step(microbatches: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     """One chunk's forward, in the form that Megatron's schedules call."""
     batch = next(microbatches)
     tokens, labels = batch.get("tokens"), batch.get("labels")
@@ -157,19 +187,19 @@ def _forward_step(microbatches: Iterator[Microbatch], model: torch.nn.Module) ->
         tokens, labels = tokens[:, mine], labels[:, mine]
     # RoPE numbers the positions itself (and the mask is causal): neither is passed.
     output = model(tokens, None, None, labels=labels)
-    return output, partial(_sum_of_losses)
+    return output, partial(sum_of_losses)
 
 
-def _sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token losses ``[b, s]`` to (sum, tokens, both as one tensor for the log)."""
     total = losses.float().sum()
     count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
     return total, count, torch.stack([total.detach(), count.float()])
 
 
-def _mean_over_global_batch(losses: Sequence[Tensor], chunks: Chunks) -> float:
+def mean_over_global_batch(losses: Sequence[Tensor], device: torch.device) -> float:
     """Sum what the last stages computed over data and context ranks, tell every stage, and divide."""
-    totals = torch.zeros(2, dtype=torch.float64, device=next(chunks[0].parameters()).device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
     if losses:
         totals += torch.stack(list(losses)).double().sum(0)
     if parallel_state.get_tensor_model_parallel_rank() > 0:  # tensor ranks hold copies of the same loss

@@ -12,8 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from tests.parallel.cases import Job
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 STALL_SECONDS = 240
@@ -22,14 +21,17 @@ MAX_WORLDS = 4
 """Worlds started for one list of jobs before the rest are given up: every failing job costs one."""
 
 
-def run_jobs(folder: Path, world_size: int, jobs: Sequence[Job]) -> None:
-    """Leave a NAME.json or a NAME.error in ``folder`` for every job."""
+WORKER = "tests.parallel.worker"
+
+
+def run_jobs(folder: Path, world_size: int, jobs: Sequence[Any], worker: str = WORKER) -> None:
+    """Leave a NAME.json or a NAME.error in ``folder`` for every job; jobs are dataclasses with a ``name``."""
     for attempt in range(MAX_WORLDS):
         todo = [job for job in jobs if not _is_done(folder, job)]
         if not todo:
             return
         log = folder / f"world{world_size}-{jobs[0].name}-{attempt}.log"
-        ending = _run_world(folder, world_size, todo, log)
+        ending = _run_world(folder, world_size, todo, log, worker)
         tail = f"the world of {world_size} {ending}\n{log}:\n{log.read_text(errors='replace')[-4000:]}"
         left = [job for job in todo if not _is_done(folder, job)]
         if left and not any((folder / f"{job.name}.error").exists() for job in todo):
@@ -39,20 +41,20 @@ def run_jobs(folder: Path, world_size: int, jobs: Sequence[Job]) -> None:
             _fail(folder, job, f"not run: {MAX_WORLDS} worlds were stopped by the jobs before it")
 
 
-def _is_done(folder: Path, job: Job) -> bool:
+def _is_done(folder: Path, job: Any) -> bool:
     return any((folder / f"{job.name}.{kind}").exists() for kind in ("json", "error"))
 
 
-def _fail(folder: Path, job: Job, reason: str) -> None:
+def _fail(folder: Path, job: Any, reason: str) -> None:
     (folder / f"{job.name}.error").write_text(reason)
 
 
-def _run_world(folder: Path, world_size: int, jobs: Sequence[Job], log: Path) -> str:
+def _run_world(folder: Path, world_size: int, jobs: Sequence[Any], log: Path, worker: str) -> str:
     """Run one world to its end; how it ended, in words."""
     listing = log.with_suffix(".jobs.json")
     listing.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command = [*torchrun, "-m", "tests.parallel.worker", str(folder), str(listing)]
+    command = [*torchrun, "-m", worker, str(folder), str(listing)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""The same Megatron-Core model under DeepSpeed's ZeRO."""

@@ -1,0 +1,119 @@
+"""A training step under DeepSpeed: our microbatches and loss, its gradients and optimizer, our norm and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_depthattn.config import RunConfig, to_dict
+from megatron_depthattn.train.build import build_schedule
+from megatron_depthattn.train.checkpoint import Loaded, assemble, load_into
+from megatron_depthattn.train.deepspeed_engine.build import Topology, build_model, build_optimizer, initialize
+from megatron_depthattn.train.deepspeed_engine.gradients import clip, gradient_norm, sum_over_tensor_ranks
+from megatron_depthattn.train.deepspeed_engine.shards import STAGES
+from megatron_depthattn.train.deepspeed_engine.state import DeepSpeedState, Template
+from megatron_depthattn.train.engine import evaluation_mode
+from megatron_depthattn.train.non_finite import Attempt
+from megatron_depthattn.train.step import (
+    Microbatch,
+    StepResult,
+    forward_step,
+    losses_that_are_not_finite,
+    mean_over_global_batch,
+    step_if_finite,
+    sum_of_losses,
+)
+
+
+class DeepSpeedEngine:
+    """See `Engine` in train/engine.py.
+
+    Args:
+        config: the run's config.
+        device: this process's.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._module = build_model(config, device)
+        self.model: GPTModel = unwrap_model(self._module)
+        template, named = Template(self.model), dict(self.model.named_parameters())
+        self._optimizer = build_optimizer(config, self.model)
+        self._engine = initialize(config, self._module, self._optimizer)
+        self.shards = STAGES[config.engine.zero_stage](named, self._optimizer, self._engine)
+        self._state = DeepSpeedState(template, self.shards, named, self._optimizer.param_groups)
+        self._scheduler = build_schedule(config, self._optimizer)
+        # DeepSpeed averages over data-parallel ranks, the loss is a sum over the tokens of them all.
+        tokens = config.train.global_batch_size * config.data.sequence_length
+        self._loss_scale = Topology().get_data_parallel_world_size() / tokens
+        self._has_gradients = False
+
+    def describe(self) -> list[str]:
+        settings = self._config.engine
+        where = ", optimizer in host memory" if settings.offload_optimizer else ""
+        return [f"engine: DeepSpeed {deepspeed.__version__}, ZeRO stage {settings.zero_stage}{where}"]
+
+    def advance_schedule(self) -> None:
+        self._scheduler.step(increment=1)
+
+    @property
+    def learning_rate(self) -> float:
+        return get_canonical_lr_for_logging(self._optimizer.param_groups)
+
+    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+        return step_if_finite(lambda: self.attempt(microbatches), self._update, [self._module], microbatches)
+
+    def attempt(self, microbatches: Sequence[Microbatch]) -> Attempt:
+        """Forward and backward from nothing, up to what the optimizer steps with; gradients are left in `shards`."""
+        self._discard_gradients()
+        losses = []
+        for index, microbatch in enumerate(microbatches):
+            # Not DeepSpeed's own count: it ends an accumulation, or overwrites it, where its config says.
+            self._engine.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
+            total, _, report = self._forward(microbatch)
+            losses.append(report)
+            self._engine.backward(total * self._loss_scale)
+        self._has_gradients = True
+        sum_over_tensor_ranks(self.shards)
+        loss = mean_over_global_batch(losses, self._device)
+        return Attempt(loss, gradient_norm(self.shards, self._device), losses_that_are_not_finite(loss, losses))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with evaluation_mode([self._engine]):
+            yield
+
+    def loss(self, microbatches: Sequence[Microbatch]) -> float:
+        return mean_over_global_batch([self._forward(one)[2] for one in microbatches], self._device)
+
+    def checkpoint_state(self, **more: Any) -> dict[str, Any]:
+        return assemble(self._state, self._scheduler, config=to_dict(self._config), **more)
+
+    def load(self, folder: Path) -> Loaded:
+        return load_into(folder, self._state, self._scheduler, config=to_dict(self._config))
+
+    def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+        output, _ = forward_step(iter([microbatch]), self._engine)
+        return sum_of_losses(output)
+
+    def _update(self, grad_norm: float) -> None:
+        if self._config.optimizer.grad_clip > 0:
+            clip(self.shards, grad_norm, self._config.optimizer.grad_clip)
+        self._engine.step()
+        self._has_gradients = False
+
+    def _discard_gradients(self) -> None:
+        """Let DeepSpeed drop gradients that no step must use; weights and optimizer stay as they are."""
+        if self._has_gradients:
+            self._optimizer.is_held = True
+            self._engine.step()
+            self._optimizer.is_held = self._has_gradients = False

@@ -1,0 +1,68 @@
+"""What DeepSpeed leaves undone between the last backward and the optimizer's step: tensor ranks.
+
+DeepSpeed sums gradients over data-parallel ranks. Three things are left, each silent when it is forgotten:
+
+- The weight of a norm that works on a rank's own positions (sequence parallel) or own heads (q and k norms) has on each
+  tensor rank a part of its gradient. Megatron sums them in `finalize_model_grads`, which DeepSpeed does not call.
+- The norm of the whole gradient counts a weight that is cut over tensor ranks on all of them, any other on one.
+- Whether it is finite must be known before the step, and on all ranks alike.
+
+All of it works on the shards that a rank holds anyway: tensor ranks cut their gradients at the same places.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from megatron_depthattn.train.deepspeed_engine.shards import Shard, Shards
+
+_HEAD_NORMS = ("q_layernorm", "k_layernorm")
+
+
+@torch.no_grad()
+def sum_over_tensor_ranks(shards: Shards) -> None:
+    """Complete the gradients of which every tensor rank has a part."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return
+    partial = [shard for shard in shards.held if _has_partial_gradient(shard)]
+    gradients = [shards.gradient(shard) for shard in partial]
+    if not gradients:
+        return
+    flat = _flatten_dense_tensors(gradients)
+    dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
+    for shard, summed in zip(partial, _unflatten_dense_tensors(flat, gradients), strict=True):
+        shards.set_gradient(shard, summed)
+
+
+def _has_partial_gradient(shard: Shard) -> bool:
+    return getattr(shard.parameter, "sequence_parallel", False) or any(name in shard.name for name in _HEAD_NORMS)
+
+
+@torch.no_grad()
+def gradient_norm(shards: Shards, device: torch.device) -> float:
+    """L2 norm of the whole gradient, the same on all ranks; inf where its square overflows fp32, as Megatron's."""
+    total = torch.zeros(1, dtype=torch.float32, device=device)
+    counts_here = not shards.is_replicated or parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    norms = [torch.linalg.vector_norm(gradient) for gradient in _counted_gradients(shards)] if counts_here else []
+    if norms:
+        total += torch.linalg.vector_norm(torch.stack(norms)).to(device) ** 2
+    dist.all_reduce(total)
+    return float(total.sqrt())
+
+
+def _counted_gradients(shards: Shards) -> list[Tensor]:
+    return [shards.gradient(shard) for shard in shards.held if param_is_not_tensor_parallel_duplicate(shard.parameter)]
+
+
+@torch.no_grad()
+def clip(shards: Shards, grad_norm: float, largest: float) -> None:
+    """Scale the gradient down to the norm ``largest``; Megatron's factor, to the last digit."""
+    factor = largest / (grad_norm + 1.0e-6)
+    if factor < 1.0:
+        for shard in shards.held:
+            shards.set_gradient(shard, shards.gradient(shard).mul_(factor))

@@ -1,0 +1,118 @@
+"""What the training loop needs of an engine, Megatron's own engine, and the one place that chooses."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+from megatron_depthattn.config import RunConfig, to_dict
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+from megatron_depthattn.train.build import build_model, build_optimizer
+from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
+from megatron_depthattn.train.step import Microbatch, StepResult, run_microbatches, train_step
+
+
+class Engine(Protocol):
+    """Who owns model, gradients, optimizer and schedule. Every method is called on all ranks."""
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+
+    def advance_schedule(self) -> None:
+        """Set the learning rate of the next step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step, or of the one just taken."""
+
+    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+        """One optimizer step, or none if loss or gradient is not finite; see `step.train_step`."""
+
+    def evaluating(self) -> Any:
+        """A context in which `loss` is called."""
+
+    def loss(self, microbatches: Sequence[Microbatch]) -> float:
+        """Mean loss per token over a global batch, without gradients."""
+
+    def checkpoint_state(self, **more: Any) -> dict[str, Any]:
+        """What `CheckpointSaver.save` writes; ``more`` as in `checkpoint.checkpoint_state`."""
+
+    def load(self, folder: Path) -> Loaded:
+        """Go on from a step folder of any engine and layout; see `checkpoint.load_checkpoint`."""
+
+
+def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnvironment) -> Engine:
+    """The engine that ``engine.name`` names, with initial weights; call after the process groups are there.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, or no launcher started this process.
+    """
+    if config.engine.name == "megatron":
+        return MegatronEngine(config, device)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "engine.name=deepspeed, but DeepSpeed is not installed: pip install 'megatron-depthattn[deepspeed]', or "
+            "set engine.name=megatron"
+        )
+    if not environment.launched:
+        raise ValueError(
+            "engine.name=deepspeed in a process that no launcher started: DeepSpeed reads the launcher's LOCAL_RANK; "
+            "start it with torchrun --standalone --nproc_per_node 1 -m megatron_depthattn.train ..."
+        )
+    from megatron_depthattn.train.deepspeed_engine.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, device)
+
+
+class MegatronEngine:
+    """Megatron's schedules, data-parallel wrapper and distributed optimizer."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config = config
+        self._shape = (config.train.micro_batch_size, config.data.sequence_length)
+        self._chunks = build_model(config, device)
+        self._optimizer, self._scheduler = build_optimizer(config, self._chunks)
+
+    def describe(self) -> list[str]:
+        return []
+
+    def advance_schedule(self) -> None:
+        self._scheduler.step(increment=1)
+
+    @property
+    def learning_rate(self) -> float:
+        return get_canonical_lr_for_logging(self._optimizer.param_groups)
+
+    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+        return train_step(self._chunks, self._optimizer, microbatches, self._shape)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with evaluation_mode(self._chunks):
+            yield
+
+    def loss(self, microbatches: Sequence[Microbatch]) -> float:
+        return run_microbatches(self._chunks, microbatches, self._shape, forward_only=True)
+
+    def checkpoint_state(self, **more: Any) -> dict[str, Any]:
+        return checkpoint_state(self._chunks, self._optimizer, self._scheduler, config=to_dict(self._config), **more)
+
+    def load(self, folder: Path) -> Loaded:
+        return load_checkpoint(folder, self._chunks, self._optimizer, self._scheduler, config=to_dict(self._config))
+
+
+@contextmanager
+def evaluation_mode(models: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Without gradients, and the modules told so; back to training afterwards."""
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        yield
+    for model in models:
+        model.train()

@@ -1,0 +1,159 @@
+"""What the campaign of the DeepSpeed engine runs; the model, the batches and the optimizer of the parity campaign."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_depthattn.config import (
+    DataConfig,
+    EngineConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    RunConfig,
+)
+from tests.parallel.cases import FULL, MODEL, OPTIMIZER, RECOMPUTE, SEQUENCE_LENGTH, TRAIN, Layout
+
+LAYOUTS = {
+    "single": Layout(1, ParallelConfig()),
+    "dp2": Layout(2, ParallelConfig()),
+    "tp2": Layout(2, ParallelConfig(tensor=2)),
+    "tp2+sp": Layout(2, ParallelConfig(tensor=2, sequence=True)),
+    "cp2": Layout(2, ParallelConfig(context=2)),
+    "dp4": Layout(4, ParallelConfig()),
+    "dp2xtp2": Layout(4, ParallelConfig(tensor=2)),
+    "dp2xtp2+sp": Layout(4, ParallelConfig(tensor=2, sequence=True)),
+    "tp2xcp2+sp": Layout(4, ParallelConfig(tensor=2, context=2, sequence=True)),
+}
+CLIP = 0.7
+"""Below every gradient norm of the reference, so that each step is clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run. All start from the same initial weights."""
+
+    layout: str
+    engine: str = "deepspeed"
+    stage: int = 0
+    rows: int = 1
+    """Sequences of a microbatch; the global batch has eight."""
+    dtype: str = "fp32"
+    offload: bool = False
+    recompute: str = "none"
+    tied: bool = False
+    sabotage: str = ""
+    """A deliberate mistake (see deepspeed_worker.py); the result must violate the bounds."""
+    poison: bool = False
+    """Make one step in the middle not finite, in addition to the others."""
+    save: bool = False
+    """Save after SAVE_AFTER steps."""
+    resume: str = ""
+    """Name of the saving job to go on from."""
+
+    @property
+    def name(self) -> str:
+        engine = f"zero{self.stage}" if self.engine == "deepspeed" else self.engine
+        parts = [engine, self.layout, f"rows{self.rows}", self.dtype]
+        parts += ["offload"] * self.offload + [self.recompute] * (self.recompute != "none") + ["tied"] * self.tied
+        parts += [self.sabotage] * bool(self.sabotage) + ["poison"] * self.poison + ["save"] * self.save
+        return "-".join(parts + [f"from-{self.resume}"] * bool(self.resume))
+
+    @property
+    def reference(self) -> Job:
+        """The Megatron engine in one process: the truth."""
+        return Job(layout="single", engine="megatron", rows=2, dtype=self.dtype, tied=self.tied)
+
+    def config(self) -> RunConfig:
+        depth = dataclasses.replace(MODEL.depth_attention, stride=2, recent_window=1)
+        return RunConfig(
+            engine=EngineConfig(name=self.engine, zero_stage=self.stage, offload_optimizer=self.offload),
+            model=dataclasses.replace(MODEL, num_layers=4, depth_attention=depth, tie_embeddings=self.tied),
+            parallel=LAYOUTS[self.layout].parallel,
+            precision=PrecisionConfig(dtype=self.dtype),
+            recompute=RECOMPUTE[self.recompute] if self.recompute != "none" else RecomputeConfig(),
+            data=DataConfig(sequence_length=SEQUENCE_LENGTH),
+            train=dataclasses.replace(TRAIN, micro_batch_size=self.rows),
+            optimizer=dataclasses.replace(OPTIMIZER, grad_clip=CLIP),
+        )
+
+
+PRODUCT = [
+    Job(layout=layout, stage=stage, rows=rows)
+    for layout, one in LAYOUTS.items()
+    for stage in range(4)
+    for rows in (1, 8 // (one.world_size // (one.parallel.tensor * one.parallel.context)))  # several, and one
+]
+# What SAVES and POISONED run as well, ten steps from the same weights, is not in this list.
+BRIEF = [
+    Job(layout="dp2", stage=1),
+    *(Job(layout="tp2+sp", stage=stage) for stage in (0, 1)),
+    *(Job(layout="dp2xtp2", stage=stage) for stage in (0, 2)),
+    *(Job(layout="dp4", stage=stage, rows=2) for stage in (2, 3)),
+    *(Job(layout="tp2", stage=stage, rows=8) for stage in (0, 1)),
+    Job(layout="tp2xcp2+sp", stage=3, rows=8),
+    Job(layout="cp2", stage=2),
+    Job(layout="single", stage=2, rows=8),
+]
+PARITY = [
+    *(PRODUCT if FULL else BRIEF),
+    *(Job(layout="dp2", stage=stage, recompute="uniform1") for stage in (1, 3)),
+    Job(layout="tp2+sp", stage=3, recompute="selective"),
+    *(Job(layout="dp2", stage=stage, tied=True) for stage in (2, 3)),
+    *(Job(layout="dp2", stage=stage, offload=True) for stage in (1, 2, 3)),
+]
+BF16 = [
+    *(Job(layout="dp2", stage=stage, dtype="bf16") for stage in (2, 3)),
+    Job(layout="dp2xtp2+sp", stage=1, dtype="bf16"),
+    Job(layout="dp2", stage=2, dtype="bf16", offload=True),
+]
+CONTROLS = [
+    *(Job(layout="tp2+sp", stage=stage, sabotage="norms_not_reduced") for stage in (0, 3)),
+    Job(layout="tp2", stage=1, sabotage="norms_not_reduced"),  # the norms of queries and keys
+    *(Job(layout="dp2", stage=stage, sabotage="last_microbatch_only") for stage in (1, 2)),
+    Job(layout="dp2xtp2", stage=2, sabotage="norm_of_own_tensor_rank"),
+    Job(layout="dp2xtp2", stage=0, sabotage="norm_counts_copies"),
+    Job(layout="dp2", stage=1, sabotage="not_clipped"),
+]
+POISONED = [Job(layout="dp2xtp2" if stage % 2 else "dp2", stage=stage, poison=True) for stage in range(4)]
+
+SAVES = [
+    Job(layout="single", engine="megatron", rows=2, save=True),
+    Job(layout="tp2+sp", stage=2, save=True),
+    Job(layout="dp2", stage=3, save=True),
+    Job(layout="dp2xtp2", stage=1, save=True),
+    Job(layout="dp2", stage=0, save=True),
+    Job(layout="dp2", stage=1, dtype="bf16", save=True),
+]
+_MEGATRON, _Z2, _Z3, _Z1, _Z0, _BF16 = (job.name for job in SAVES)
+RESUMES = [
+    *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in range(4)),
+    Job(layout="dp2xtp2", stage=3, resume=_MEGATRON),
+    *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z2, _Z3, _Z1, _Z0)),
+    Job(layout="dp2", engine="megatron", rows=2, resume=_Z2),
+    Job(layout="tp2+sp", stage=2, resume=_Z2),
+    Job(layout="dp2", stage=3, resume=_Z3),
+    Job(layout="dp2xtp2", stage=1, resume=_Z1),
+    Job(layout="dp2", stage=0, resume=_Z0),
+    Job(layout="dp2xtp2+sp", stage=3, resume=_Z1),
+    Job(layout="dp2", stage=1, dtype="bf16", resume=_BF16),
+    Job(layout="dp2", stage=3, dtype="bf16", resume=_BF16),
+    Job(layout="single", engine="megatron", rows=2, dtype="bf16", resume=_BF16),
+]
+
+
+def microbatches_of(job: Job) -> int:
+    """Forward passes of one replica in one step."""
+    one = LAYOUTS[job.layout]
+    return TRAIN.global_batch_size * one.parallel.tensor * one.parallel.context // (job.rows * one.world_size)
+
+
+def needs(job: Job) -> list[Job]:
+    """Jobs whose results or files this one, or the test of it, reads."""
+    return [job.reference] * (job != job.reference) + [saver_of(job)] * bool(job.resume)
+
+
+def saver_of(job: Job) -> Job:
+    """The job that saved what a resuming one goes on from."""
+    return next(save for save in SAVES if save.name == job.resume)

@@ -1,0 +1,222 @@
+"""One rank of a world that works off jobs of the DeepSpeed campaign; started by launch.py with torchrun.
+
+    python -m torch.distributed.run ... -m tests.parallel.deepspeed_worker FOLDER JOBS.json
+
+Results, errors and rounds as in worker.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_depthattn.config import validate
+from megatron_depthattn.data.order import batch_positions
+from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
+from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.train.build import build_model
+from megatron_depthattn.train.engine import build_engine
+from megatron_depthattn.train.save import CheckpointSaver
+from megatron_depthattn.train.step import Microbatch, run_microbatches
+from megatron_depthattn.train.step_folders import step_folder
+from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, STEPS, TRAIN
+from tests.parallel.compare import relative_errors
+from tests.parallel.deepspeed_cases import Job
+from tests.parallel.worker import PATIENCE, gather_gradients, progress_after, whole, write
+
+
+def main(folder: Path, jobs: list[Job]) -> None:
+    device = initialize_distributed(launch_environment(), timeout=PATIENCE)
+    layout = ""
+    for job in jobs:
+        try:
+            if layout != job.layout:
+                parallel_state.destroy_model_parallel()
+                parallel = dataclasses.asdict(job.config().parallel)
+                del parallel["sequence"]
+                initialize_model_parallel(**parallel)
+                layout = job.layout
+            start = time.monotonic()
+            with SABOTAGES[job.sabotage]():
+                result = work(job, folder, device)
+            if dist.get_rank() == 0:
+                result["seconds"] = time.monotonic() - start
+                write(folder / f"{job.name}.json", json.dumps(result))
+        except BaseException:
+            error = f"rank {dist.get_rank()} of {dist.get_world_size()}:\n{traceback.format_exc()}"
+            if not (folder / f"{job.name}.error").exists():
+                write(folder / f"{job.name}.error", error)
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+    dist.barrier()
+    shut_down()
+
+
+def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Losses and gradient norms of ten steps and, from the initial weights, the first step's gradients."""
+    config = job.config()
+    validate(config, dist.get_world_size(), needs_data=False)
+    result: dict[str, Any] = {"losses": [], "grad_norms": [], "learning_rates": []}
+    if job == job.reference:
+        save_gradients(job, folder, device)
+    engine = build_engine(config, device, launch_environment())
+    first = 0
+    if job.resume:
+        first = engine.load(step_folder(folder / job.resume, SAVE_AFTER)).progress.step
+        assert first == SAVE_AFTER
+    elif job.engine == "deepspeed":
+        result |= compare_gradients(job, folder, engine)
+    for step in range(first, STEPS):
+        engine.advance_schedule()
+        if job.poison and step == SAVE_AFTER:
+            result |= poisoned_step(engine, job)
+        done = engine.train_step(microbatches(step, job.rows))
+        assert not done.skipped
+        result["losses"].append(done.loss)
+        result["grad_norms"].append(done.grad_norm)
+        result["learning_rates"].append(engine.learning_rate)
+        if job.save and step + 1 == SAVE_AFTER:
+            saver = CheckpointSaver(folder / job.name)
+            saver.save(progress_after(SAVE_AFTER), engine.checkpoint_state(run_id="campaign", corpus="none"))
+            outcome = saver.take_outcome()
+            assert outcome is not None and outcome.error is None, outcome
+    with engine.evaluating():
+        result["held_out"] = engine.loss(microbatches(1000, job.rows))
+    return result
+
+
+def microbatches(step: int, rows: int) -> list[Microbatch]:
+    """This data-parallel rank's rows of a global batch that is a function of the step alone."""
+    generator = torch.Generator().manual_seed(step)
+    size = (TRAIN.global_batch_size, SEQUENCE_LENGTH + 1)
+    tokens = torch.randint(0, MODEL.vocab_size, size, generator=generator)
+    positions = batch_positions(
+        step * TRAIN.global_batch_size,
+        global_batch_size=TRAIN.global_batch_size,
+        micro_batch_size=rows,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    mine = [tokens[torch.from_numpy(row - step * TRAIN.global_batch_size)] for row in positions]
+    return [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in mine]
+
+
+# ---- gradients
+
+
+def save_gradients(job: Job, folder: Path, device: torch.device) -> None:
+    """The reference's first gradients, by a model of its own."""
+    chunks = build_model(job.config(), device)
+    run_microbatches(chunks, microbatches(0, job.rows), (job.rows, SEQUENCE_LENGTH), forward_only=False)
+    gathered = gather_gradients(chunks)
+    assert gathered is not None
+    torch.save(gathered[0], folder / f"{job.name}.pt")
+
+
+def compare_gradients(job: Job, folder: Path, engine: Any) -> dict[str, Any]:
+    """Relative error of every parameter's whole gradient, put together from every rank's shards."""
+    engine.attempt(microbatches(0, job.rows))
+    mine = {
+        shard.name: (shard.start, engine.shards.gradient(shard).clone().cpu(), split_dimension(shard.parameter))
+        for shard in engine.shards.held
+    }
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.model.named_parameters()}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(
+        (parallel_state.get_tensor_model_parallel_rank(), mine), gathered if dist.get_rank() == 0 else None
+    )
+    if dist.get_rank() > 0:
+        return {}
+    pieces: dict[str, dict[int, tuple[Tensor, int]]] = {name: {} for name in shapes}
+    for tensor_rank, gradients in gathered:
+        for name, (start, gradient, split) in gradients.items():
+            rank = tensor_rank if split >= 0 else 0  # copies of one gradient: the last written stands for all
+            share, _ = pieces[name].setdefault(rank, (torch.full(shapes[name], torch.nan), split))
+            share.view(-1)[start : start + gradient.numel()] = gradient
+    wholes = {name: whole(name, by_rank) for name, by_rank in pieces.items()}
+    return {"gradient_errors": relative_errors(wholes, torch.load(folder / f"{job.reference.name}.pt"))}
+
+
+def split_dimension(parameter: Any) -> int:
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
+
+
+# ---- a step that is not finite
+
+
+def poisoned_step(engine: Any, job: Job) -> dict[str, Any]:
+    """A step with a NaN from one rank's layer: what was said, and whether anything changed."""
+    layer = engine.model.decoder.layers[1]
+    is_blamed = dist.get_rank() == dist.get_world_size() - 1
+
+    def poison(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        return output[0] * torch.nan, output[1]
+
+    before = state_of(engine)
+    hook = layer.mlp.linear_fc2.register_forward_hook(poison) if is_blamed else None
+    skipped = engine.train_step(microbatches(500, job.rows))
+    if hook:
+        hook.remove()
+    unchanged = [torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (skipped.skipped, all(unchanged), list(skipped.diagnosis)))
+    return {"poisoned": everyone}
+
+
+def state_of(engine: Any) -> list[Tensor]:
+    """Copies of every weight as the model computes with it, and of everything that the optimizer holds here."""
+    weights = [getattr(parameter, "ds_tensor", parameter).detach().clone() for parameter in engine.model.parameters()]
+    states = [
+        engine.shards.read(shard, state).clone()
+        for shard in engine.shards.held
+        for state in ("param", "exp_avg", "exp_avg_sq")
+    ]
+    return [*weights, *states, torch.tensor(engine.shards.num_steps)]
+
+
+# ---- deliberate mistakes
+
+ENGINE = "megatron_depthattn.train.deepspeed_engine.engine"
+GRADIENTS = "megatron_depthattn.train.deepspeed_engine.gradients"
+
+
+def _last_microbatch_only() -> Any:
+    """The boundary after every microbatch that gradient_accumulation_steps=1 would mean."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return mock.patch.object(DeepSpeedEngine, "set_gradient_accumulation_boundary", return_value=None)
+
+
+def _own_norm(shards: Any, device: torch.device) -> float:
+    total = torch.zeros((), dtype=torch.float64)
+    for shard in shards.held:
+        total += (shards.gradient(shard).double() ** 2).sum()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return float(total.sqrt())
+
+
+SABOTAGES: dict[str, Any] = {
+    "": contextlib.nullcontext,
+    "norms_not_reduced": lambda: mock.patch(f"{ENGINE}.sum_over_tensor_ranks", return_value=None),
+    "last_microbatch_only": _last_microbatch_only,
+    "norm_of_own_tensor_rank": lambda: mock.patch(f"{ENGINE}.gradient_norm", _own_norm),
+    "norm_counts_copies": lambda: mock.patch(f"{GRADIENTS}.param_is_not_tensor_parallel_duplicate", return_value=True),
+    "not_clipped": lambda: mock.patch(f"{ENGINE}.clip", return_value=None),
+}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Job(**job) for job in json.loads(Path(sys.argv[2]).read_text())])
