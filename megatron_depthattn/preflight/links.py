@@ -4,11 +4,13 @@ Rates, in GB/s (1e9 bytes), of the median of a few repetitions after one that is
 
 - all-reduce: bus bandwidth, ``bytes / seconds * 2 (n - 1) / n`` over a group of n: what each rank sends and receives,
   so that groups of different sizes compare. ``bytes`` is the size of the tensor that is summed.
-- neighbour: every rank sends to the next of its group and receives from the one before, all at once;
-  ``bytes / seconds``, where the seconds end when this rank has received and sent.
+- neighbour: every rank receives from the one before it in its group, first the odd places and then the even ones, so
+  that no rank does two things at once; ``bytes / seconds`` at the receiver.
 - multiply: two square matrices, in TFLOP/s.
 
-On GPUs a rate below half of the median stands out, and stops the start. CPU ranks share cores and memory with each
+Like is compared with like: a link within a host with those at the same place on other hosts, a link between hosts with
+the others of its kind, a device with all devices. On GPUs a rate below half of the median stops the start, but on a
+single host, whose links may differ by design, a slow link is told only. CPU ranks share cores and memory with each
 other: there a tenth of the median is told, and no more.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,12 +26,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_depthattn.preflight.compare import Finding, Severity, who
+from megatron_depthattn.preflight.compare import Finding, Severity, group_by_host, who
 from megatron_depthattn.preflight.report import RankReport
 
 REPETITIONS = 5
-_PERIOD = 1024
-"""The tensors hold whole numbers below this, plus a rank: sums are exact in fp32 up to 10,000 ranks."""
+_PERIOD, _MARKS = 1024, 64
+"""The tensors hold whole numbers below the first, plus the sender's mark: sums are exact in fp32 up to 15,000 ranks."""
 
 
 class Sample(NamedTuple):
@@ -70,11 +73,10 @@ def _groups() -> Iterator[tuple[str, Any]]:
 def _all_reduce(kind: str, group: Any, device: torch.device) -> Sample:
     ranks, size = dist.get_process_group_ranks(group), group.size()
     pattern = _pattern(device)
-    total = size * pattern + sum(ranks)
-    buffer = pattern + dist.get_rank()
+    buffer = pattern + _mark(dist.get_rank())
     dist.all_reduce(buffer, group=group)
-    is_right = torch.equal(buffer, total)
-    seconds = _median_seconds(lambda: dist.all_reduce(buffer.zero_(), group=group), group, device)
+    is_right = torch.equal(buffer, size * pattern + sum(_mark(rank) for rank in ranks))
+    seconds = _median_seconds(lambda: dist.all_reduce(buffer, group=group), group, device)
     rate = buffer.nbytes / seconds * 2 * (size - 1) / size / 1e9
     return Sample(f"all-reduce ({kind})", tuple(ranks), rate, is_right)
 
@@ -84,20 +86,26 @@ def _neighbour(kind: str, group: Any, device: torch.device) -> Sample:
     place = ranks.index(rank)
     before, after = ranks[place - 1], ranks[(place + 1) % len(ranks)]
     pattern = _pattern(device)
-    mine, theirs = pattern + rank, torch.zeros_like(pattern)
+    mine, theirs = pattern + _mark(rank), torch.zeros_like(pattern)
+    seconds = 0.0
+    for turn in (0, 1):
+        does_receive = (place - 1) % len(ranks) % 2 == turn
+        operations = [dist.P2POp(dist.irecv, theirs, before, group)] if does_receive else []
+        operations += [dist.P2POp(dist.isend, mine, after, group)] if place % 2 == turn else []
 
-    def exchange() -> None:
-        sends_and_receives = [
-            dist.P2POp(dist.irecv, theirs, before, group),
-            dist.P2POp(dist.isend, mine, after, group),
-        ]
-        for request in dist.batch_isend_irecv(sends_and_receives):
-            request.wait()
+        def exchange(operations: list[dist.P2POp] = operations) -> None:
+            for request in dist.batch_isend_irecv(operations) if operations else ():
+                request.wait()
 
-    exchange()
-    is_right = torch.equal(theirs, pattern + before)
-    seconds = _median_seconds(exchange, group, device)
+        exchange()
+        took = _median_seconds(exchange, group, device)
+        seconds = took if does_receive else seconds
+    is_right = torch.equal(theirs, pattern + _mark(before))
     return Sample(f"neighbour ({kind})", (before, rank), mine.nbytes / seconds / 1e9, is_right)
+
+
+def _mark(rank: int) -> int:
+    return rank % _MARKS
 
 
 def _multiply(device: torch.device) -> Sample:
@@ -140,52 +148,58 @@ def _synchronize(device: torch.device) -> None:
 def compare_samples(
     samples: Sequence[Sequence[Sample]], reports: Sequence[RankReport], *, on_gpu: bool
 ) -> tuple[list[Finding], list[str]]:
-    """Findings, and a line for people on each thing that was measured.
+    """Findings, and a line for people on each kind of thing that was measured.
 
     Args:
-        samples: of each rank, in their order; the same things in the same order on each.
-        reports: of each rank, for the names of hosts.
+        samples: of each rank, in their order.
+        reports: of each rank, for the hosts.
         on_gpu: whether a slow one is a reason not to start.
     """
+    hosts = group_by_host(reports)
+    host_of = {report.rank: host for host, group in hosts.items() for report in group}
+    alike: dict[Any, list[Sample]] = defaultdict(list)
+    kinds: dict[str, list[Sample]] = defaultdict(list)
+    for sample in (sample for of_rank in samples for sample in of_rank):
+        is_in_host = len({host_of[rank] for rank in sample.ranks}) == 1
+        where = "" if len(hosts) == 1 or len(sample.ranks) == 1 else " in a host" if is_in_host else " between hosts"
+        kinds[sample.what + where].append(sample)
+        place = tuple(reports[rank].local_rank for rank in sample.ranks) if where == " in a host" else ()
+        alike[sample.what, where, place].append(sample)
     findings: list[Finding] = []
-    lines: list[str] = []
-    by_thing = list(zip(*samples, strict=True))
-    for of_ranks in by_thing:
-        usual = statistics.median(sample.rate for sample in of_ranks)
-        slowest = min(of_ranks, key=lambda sample: sample.rate)
-        unit = "TFLOP/s" if slowest.what == "multiply" else "GB/s"
-        at = f"; slowest {_place(slowest, reports)}: {slowest.rate:.3g}" if len(of_ranks) > 1 else ""
-        lines.append(f"{slowest.what}: {usual:.3g} {unit}{at}")
-        findings += _judge(of_ranks, reports, usual, unit, on_gpu)
-    return findings, lines
+    for group in alike.values():
+        is_reason = on_gpu and (len(hosts) > 1 or len(group[0].ranks) == 1)
+        findings += _judge(group, reports, least=0.5 if on_gpu else 0.1, severity="stop" if is_reason else "warn")
+    return findings, [_line(kind, group, reports) for kind, group in kinds.items()]
 
 
 def _judge(
-    of_ranks: Sequence[Sample], reports: Sequence[RankReport], usual: float, unit: str, on_gpu: bool
+    alike: Sequence[Sample], reports: Sequence[RankReport], *, least: float, severity: Severity
 ) -> Iterator[Finding]:
-    least, severity = (0.5, "stop") if on_gpu else (0.1, "warn")
-    told: set[tuple[int, ...]] = set()
-    for sample in sorted(of_ranks, key=lambda each: each.rate):
-        if sample.ranks in told:  # all members of a group measured the same thing
-            continue
-        place, kind = _place(sample, reports), _severity(severity)
-        if not all(each.is_right for each in of_ranks if each.ranks == sample.ranks):
-            told.add(sample.ranks)
-            text = f"wrong result: {sample.what} of {place} is not what it must be. "
-            yield Finding("stop", text + "Do not trust this hardware: leave the host out and test it.")
-        elif sample.rate < least * usual:
-            told.add(sample.ranks)
-            text = f"slow: {sample.what} of {place} makes {sample.rate:.3g} {unit}, the median is {usual:.3g}. "
-            yield Finding(kind, text + "All would wait for it: see what else runs there, or leave the host out.")
+    usual = statistics.median(sample.rate for sample in alike)
+    wrong = {sample.ranks for sample in alike if not sample.is_right}  # one member of a group may see it alone
+    for ranks in sorted(wrong):
+        text = f"wrong result: {alike[0].what} of {_place(alike[0].what, ranks, reports)} is not what it must be. "
+        yield Finding("stop", text + "Do not trust this hardware: leave the host out and test it.")
+    slow = {sample.ranks: sample for sample in alike if sample.rate < least * usual and sample.ranks not in wrong}
+    for ranks, sample in slow.items():
+        text = f"slow: {sample.what} of {_place(sample.what, ranks, reports)} makes {sample.rate:.3g} {_unit(sample)}, "
+        text += f"the median of its kind is {usual:.3g}. "
+        yield Finding(severity, text + "All would wait for it: see what else runs there, or leave the host out.")
 
 
-def _severity(name: str) -> Severity:
-    return "stop" if name == "stop" else "warn"
+def _line(kind: str, samples: Sequence[Sample], reports: Sequence[RankReport]) -> str:
+    slowest = min(samples, key=lambda sample: sample.rate)
+    usual = statistics.median(sample.rate for sample in samples)
+    place = _place(slowest.what, slowest.ranks, reports)
+    return f"{kind}: median {usual:.3g} {_unit(slowest)}, least {slowest.rate:.3g} ({place})"
 
 
-def _place(sample: Sample, reports: Sequence[RankReport]) -> str:
+def _unit(sample: Sample) -> str:
+    return "TFLOP/s" if sample.what == "multiply" else "GB/s"
+
+
+def _place(what: str, ranks: Sequence[int], reports: Sequence[RankReport]) -> str:
     """``rank 3 (node1) -> rank 4 (node2)``, or who it was."""
-    named = [who([reports[rank]]) for rank in sample.ranks]
-    if sample.what.startswith("neighbour"):
-        return " -> ".join(named)
-    return who([reports[rank] for rank in sample.ranks])
+    if what.startswith("neighbour"):
+        return " -> ".join(who([reports[rank]]) for rank in ranks)
+    return who([reports[rank] for rank in ranks])

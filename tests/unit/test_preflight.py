@@ -232,62 +232,91 @@ def test_size(num_bytes: float, text: str):
 
 # ---- samples
 
+IN_HOST, BETWEEN = 300.0, 40.0
+"""GB/s of a link within a host and between hosts."""
 
-def measured(ring: list[float], *, reduce: float = 100.0, multiply: list[float] | None = None) -> list[list[Sample]]:
-    """Four ranks: a multiplication, an all-reduce of all and of each half, and a ring."""
-    multiply = multiply or [500.0] * 4
-    return [
-        [
-            Sample("multiply", (rank,), multiply[rank]),
-            Sample("all-reduce (world)", (0, 1, 2, 3), reduce),
-            Sample("all-reduce (tensor)", (0, 1) if rank < 2 else (2, 3), reduce),
-            Sample("neighbour (world)", ((rank - 1) % 4, rank), ring[rank]),
-        ]
-        for rank in range(4)
-    ]
+
+def measured(num_hosts: int = 4, **slow: float) -> list[list[Sample]]:
+    """Four ranks a host: each multiplies, all reduce in tensor groups of two and in the world, and a ring goes round.
+
+    Args:
+        slow: what to change, such as ``ring_5=3.0`` for what rank 5 receives.
+    """
+    world_size = 4 * num_hosts
+    samples = []
+    for rank in range(world_size):
+        ring = BETWEEN if rank % 4 == 0 and num_hosts > 1 else IN_HOST
+        pair = (rank, rank + 1) if rank % 2 == 0 else (rank - 1, rank)
+        samples.append(
+            [
+                Sample("multiply", (rank,), slow.get(f"multiply_{rank}", 500.0)),
+                Sample("all-reduce (world)", tuple(range(world_size)), 100.0),
+                Sample("all-reduce (tensor)", pair, slow.get(f"tensor_{rank}", 200.0)),
+                Sample("neighbour (world)", ((rank - 1) % world_size, rank), slow.get(f"ring_{rank}", ring)),
+            ]
+        )
+    return samples
 
 
 def judged(samples: list[list[Sample]], *, on_gpu: bool = True) -> list[Finding]:
-    findings, lines = compare_samples(samples, world(), on_gpu=on_gpu)
-    assert len(lines) == 4
+    reports = world(len(samples) // 4, 4)
+    findings, lines = compare_samples(samples, reports, on_gpu=on_gpu)
+    assert len(lines) == (4 if len(samples) == 4 else 5)
     return findings
 
 
-def test_even_links_have_no_finding():
-    assert judged(measured([40, 41, 39, 22])) == []
+def test_even_links_have_no_finding_though_those_between_hosts_are_slower():
+    assert judged(measured()) == judged(measured(1)) == []
+    assert judged(measured(ring_5=0.6 * IN_HOST, multiply_3=260.0)) == []
 
 
-def test_a_slow_link_is_named_by_both_ends():
-    (finding,) = judged(measured([40, 41, 9, 42]))
+def test_a_slow_link_within_a_host_is_named_by_both_ends():
+    (finding,) = judged(measured(ring_5=30.0))
     assert finding.severity == "stop"
     assert finding.text.startswith(
-        "slow: neighbour (world) of rank 1 (node0) -> rank 2 (node1) makes 9 GB/s, the median is 40.5. "
+        "slow: neighbour (world) of rank 4 (node1) -> rank 5 (node1) makes 30 GB/s, the median of its kind is 300. "
     )
 
 
-def test_a_slow_device_is_named():
-    (finding,) = judged(measured([40] * 4, multiply=[500, 500, 500, 200]))
-    assert finding.text.startswith("slow: multiply of rank 3 (node1) makes 200 TFLOP/s, the median is 500. ")
+def test_a_slow_link_between_hosts_is_named_by_both_ends():
+    (finding,) = judged(measured(ring_8=3.0))
+    assert finding.severity == "stop"
+    assert finding.text.startswith(
+        "slow: neighbour (world) of rank 7 (node1) -> rank 8 (node2) makes 3 GB/s, the median of its kind is 40. "
+    )
+
+
+def test_a_place_that_is_slow_on_every_host_is_the_design_of_the_hosts():
+    assert judged(measured(**{f"ring_{rank}": 30.0 for rank in (2, 6, 10, 14)})) == []
+
+
+def test_on_a_single_host_a_slow_link_is_told_only():
+    (finding,) = judged(measured(1, ring_2=30.0))
+    assert finding.severity == "warn"
+
+
+@pytest.mark.parametrize("num_hosts", [1, 4])
+def test_a_slow_device_is_named(num_hosts: int):
+    (finding,) = judged(measured(num_hosts, multiply_3=200.0))
+    assert finding.severity == "stop"
+    assert finding.text.startswith("slow: multiply of rank 3 (node0) makes 200 TFLOP/s, the median of its kind is 500.")
 
 
 def test_on_cpu_only_a_tenth_is_told():
-    assert judged(measured([40, 41, 9, 42]), on_gpu=False) == []
-    (finding,) = judged(measured([40, 41, 3, 42]), on_gpu=False)
+    assert judged(measured(ring_8=5.0), on_gpu=False) == []
+    (finding,) = judged(measured(ring_8=3.0), on_gpu=False)
     assert finding.severity == "warn"
 
 
 def test_a_slow_group_is_told_once():
-    samples = measured([40] * 4)
-    for rank in (2, 3):
-        samples[rank][2] = samples[rank][2]._replace(rate=10.0)
-    (finding,) = judged(samples)
-    assert finding.text.startswith("slow: all-reduce (tensor) of ranks 2-3 (node1) makes 10 GB/s")
+    (finding,) = judged(measured(tensor_6=20.0, tensor_7=20.0))
+    assert finding.text.startswith("slow: all-reduce (tensor) of ranks 6-7 (node1) makes 20 GB/s")
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_a_wrong_sum_stops_the_start_even_if_one_rank_alone_sees_it(on_gpu: bool):
-    samples = measured([40] * 4)
+    samples = measured()
     samples[3][2] = samples[3][2]._replace(is_right=False)
     (finding,) = judged(samples, on_gpu=on_gpu)
     assert finding.severity == "stop"
-    assert finding.text.startswith("wrong result: all-reduce (tensor) of ranks 2-3 (node1) is not what it must be. ")
+    assert finding.text.startswith("wrong result: all-reduce (tensor) of ranks 2-3 (node0) is not what it must be. ")
