@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test parity-full convert-3b prepare-200mb faults quickstart clean
+.PHONY: help install lint test parity-full convert-3b prepare-200mb faults launch-full quickstart clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
@@ -22,6 +22,7 @@ help:
 	@echo "make parity-full  every parity case for ten steps (about half an hour on two cores)"
 	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
+	@echo "make launch-full  every launch test: Slurm's real time limit, lost nodes (root, Slurm installed; about 10 minutes)"
 	@echo "make prepare-200mb  prepare corpora with a single document of 200 MB (a few minutes)"
 	@echo "make lint         install, ruff and mypy"
 	@echo "make clean        remove caches and build leftovers; data/ and runs/ stay"
@@ -58,6 +59,10 @@ parity-full: install
 
 convert-3b: install
 	$(BIN)/python -m pytest -s tests/large/test_convert_3b.py
+
+# Under a real Slurm and on two network namespaces; needs root, slurm-wlm, munge, iproute2 (.ci/run installs them).
+launch-full: install
+	DEPTHATTN_LAUNCH=full $(BIN)/python -m pytest -s tests/launch
 
 faults: install
 	$(BIN)/python -W ignore -m tests.faults.campaign --work runs/faults --output runs/faults.md

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 from tests.e2e.commands import REPOSITORY
@@ -19,6 +20,7 @@ from tests.e2e.small_run import MODEL
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
 STEPS = 120
 """Of the run: long enough to be interrupted at some step, however fast the machine."""
+FULL = pytest.mark.skipif(os.environ.get("DEPTHATTN_LAUNCH") != "full", reason="takes minutes: make launch-full")
 
 
 def write_config(path: Path, corpus: Path) -> Path:

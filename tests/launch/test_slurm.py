@@ -3,7 +3,6 @@
 Both nodes are this machine, with hostnames of their own.
 """
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,10 +11,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch.jobs import environment, history, must_reach, records, run, trajectory, wait_until
+from tests.launch.jobs import FULL, environment, history, must_reach, records, run, trajectory, wait_until
 
-pytestmark = pytest.mark.usefixtures("slurm")
-FULL = pytest.mark.skipif(os.environ.get("DEPTHATTN_LAUNCH") != "full", reason="takes minutes: make launch-full")
+pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(600)]
 TWO_NODES = ("--nodes", "2", "--processes-per-node", "1")
 
 
@@ -64,7 +62,6 @@ def test_a_job_that_is_warned_saves_requeues_and_goes_on(config: Path, undisturb
 
 
 @FULL
-@pytest.mark.timeout(600)
 def test_a_job_at_its_real_time_limit(config: Path, tmp_path: Path):
     """One minute, of which Slurm takes up to the half for its warning; the run needs more than that."""
     more = ("train.steps=1500", "checkpoint.interval=100")

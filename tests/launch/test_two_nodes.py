@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.jobs import end, history, must_reach, records, start, trajectory
+from tests.launch.jobs import FULL, end, history, must_reach, records, start, trajectory
 
+pytestmark = pytest.mark.timeout(600)
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
@@ -47,6 +48,7 @@ def kill_host(folder: Path, node: int) -> float:
     return time.time()
 
 
+@FULL
 def test_two_nodes_equal_one(hosts: Start, undisturbed: Path, tmp_path: Path):
     assert hosts().wait(200) == 0, (tmp_path / "node0.log").read_text()[-3000:]
     assert trajectory(tmp_path / "run") == trajectory(undisturbed)
@@ -56,7 +58,7 @@ def test_two_nodes_equal_one(hosts: Start, undisturbed: Path, tmp_path: Path):
     assert (logs / "rank_00001.out").exists() and "rank 0" not in texts[1]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=FULL)])
 def test_a_lost_node_comes_back_and_the_run_with_it(
     victim: int, hosts: Start, undisturbed: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ):

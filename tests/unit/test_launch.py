@@ -1,0 +1,191 @@
+"""The launchers' pure parts: what follows from how nodes ended, and what a job script says."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from launch.submit import REPOSITORY, _check, _parser, render, seconds_of, sweep
+from launch.verdict import Ended, Failure, decide, ended_from, to_json, verdict_from
+from launch.world import count_gpus, read_world
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+from megatron_depthattn.train.errors import OtherRankError, RunError, write_error_record
+
+KILLED = Failure(10.0, "a", "rank 1", "killed")
+LATER = Failure(11.0, "b", "rank 2", "later")
+MISTAKE = Failure(12.0, "b", "rank 3", "a line\nValueError: no", retry=False)
+CONSEQUENCE = Failure(9.0, "b", "rank 0", "closed by peer", is_consequence=True)
+
+
+@pytest.mark.parametrize(
+    ("ended", "restarts", "again", "code", "first"),
+    [
+        ([Ended(0, "finished"), Ended(1, "finished")], 3, False, 0, None),
+        ([Ended(0, "saved", signalled=True), Ended(1, "saved")], 3, False, 75, None),
+        ([Ended(0, "interrupted", signalled=True), Ended(1, "interrupted")], 3, False, 75, None),
+        ([Ended(0, "finished", signalled=True), Ended(1, "saved")], 3, False, 0, None),  # a signal at the last step
+        ([Ended(0, "failed", LATER), Ended(1, "failed", KILLED)], 3, True, 1, KILLED),
+        ([Ended(0, "failed", CONSEQUENCE), Ended(1, "lost", LATER)], 3, True, 1, LATER),
+        ([Ended(0, "failed", LATER), Ended(1, "failed", KILLED)], 0, False, 1, KILLED),
+        ([Ended(0, "hung", LATER), Ended(1, "hung", KILLED)], 0, False, 70, KILLED),
+        ([Ended(0, "hung", LATER), Ended(1, "hung", KILLED)], 1, True, 70, KILLED),
+        ([Ended(0, "failed", MISTAKE), Ended(1, "saved")], 3, False, 1, MISTAKE),
+        ([Ended(0, "failed", MISTAKE), Ended(1, "failed", KILLED)], 3, True, 1, KILLED),  # the mistake came after
+        ([Ended(0, "failed", KILLED, signalled=True), Ended(1, "failed", LATER)], 3, False, 1, KILLED),
+    ],
+)
+def test_what_follows_from_the_ends(ended: list[Ended], restarts: int, again: bool, code: int, first: Failure | None):
+    verdict = decide(ended, restarts)
+    assert (verdict.again, verdict.code, verdict.failure) == (again, code, first)
+    assert verdict_from(json.loads(json.dumps(to_json(verdict)))) == verdict
+    assert [ended_from(json.loads(json.dumps(to_json(end)))) for end in ended] == ended
+
+
+def test_a_failure_in_one_line():
+    assert MISTAKE.summary == "rank 3 on b: ValueError: no"
+
+
+@pytest.mark.parametrize(
+    ("error", "retry", "consequence"),
+    [
+        (ValueError("no"), False, False),
+        (OSError("disk"), True, False),
+        (ImportError("gone"), False, False),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:4321"), True, True),
+        (OtherRankError("rank 0 failed"), False, True),
+        (RunError("over"), True, False),
+    ],
+)
+def test_error_records(error: Exception, retry: bool, consequence: bool, tmp_path: Path):
+    """They say what a launcher needs, and torchrun itself reads them."""
+    file = tmp_path / "error.json"
+    environment = LaunchEnvironment(rank=5, world_size=8, local_rank=1, launched=True, error_file=str(file))
+    write_error_record(environment, error, "the traceback")
+    record = json.loads(file.read_text())
+    assert (record["rank"], record["retry"], record["consequence"]) == (5, retry, consequence)
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=str(file))
+    assert failure.message["extraInfo"]["py_callstack"] == "the traceback"
+    assert failure.timestamp == int(record["time"])
+    write_error_record(environment._replace(error_file=None), error, "")  # without a launcher: nothing, no error
+
+
+def test_gpus_are_counted_as_the_processes_would_see_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    assert count_gpus() == 2
+    assert read_world({}, alone=True).processes_per_node == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert count_gpus() == 0
+    assert read_world({"NPROC_PER_NODE": "4"}, alone=True).world_size == 4
+
+
+SUBMIT = ("config.yaml", "--nodes", "4", "--gpus-per-node", "8")
+
+
+def script(*options: str, num_configs: int = 1) -> str:
+    """A rendered job script, after bash has read it."""
+    parsed = _parser().parse_intermixed_args([*SUBMIT, *options])
+    template = (REPOSITORY / "launch/slurm.sbatch").read_text()
+    text = render(template, parsed, Path("/runs/my run"), num_configs, 8)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=30)
+    return text
+
+
+def flags(text: str) -> list[str]:
+    return re.findall(r"^#SBATCH (--\S.*)$", text, flags=re.M)
+
+
+def settings(text: str, *names: str) -> list[str]:
+    """What bash makes of the settings' arrays and words, one a line."""
+    shown = "; ".join(f'printf "%s\\n" "${{{name}[@]}}"' for name in names)
+    begin = text.index("# ---- settings")
+    part = text[text.index("CODE=") : text.index("\nset -uo", begin)]
+    return subprocess.run(
+        ["bash", "-c", f"{part}\n{shown}"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout.splitlines()
+
+
+def test_a_job_script_says_what_was_asked_for():
+    text = script("--time", "8:00:00", "--partition", "gpu", "--account", "me", "--sbatch=--nice=5", "--exclusive")
+    wanted = {"--nodes=4", "--gpus-per-node=8", "--time=8:00:00", "--partition=gpu", "--account=me", "--nice=5"}
+    assert wanted | {"--exclusive", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(flags(text))
+    assert [flag for flag in flags(text) if flag.startswith("--signal")] == ["--signal=B:USR1@300"], "once"
+    assert "--output=/runs/my run/job/slurm-%j.out" in flags(text)
+    assert settings(text, "CODE", "ARGUMENTS", "NPROC_PER_NODE") == [
+        "/runs/my run/job/code",
+        "/runs/my run/job/config.yaml",
+        "8",
+    ]
+
+
+def test_the_jobs_of_a_chain_need_not_be_requeued():
+    text = script("--max-requeues", "0", "--after", "17")
+    assert "--no-requeue" in flags(text) and "--requeue" not in flags(text)
+    assert "--dependency=afterok:17" in flags(text) and settings(text, "MAX_REQUEUES") == ["0"]
+
+
+def test_arrays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    text = script("--array", "run.seed=1,2,3", "--array-limit", "2", num_configs=3)
+    assert "--array=0-2%2" in flags(text)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert settings(text, "ARGUMENTS", "RUN_DIR") == ["/runs/my run/job/config_2.yaml", "/runs/my run/task_2"]
+    assert sweep("run.seed=1,2,3") == [["run.seed=1"], ["run.seed=2"], ["run.seed=3"]]
+    (tmp_path / "sweep.txt").write_text("optimizer.lr=1e-3 run.seed=1  # one\n\n# none\noptimizer.lr=1e-4\n")
+    assert sweep(str(tmp_path / "sweep.txt")) == [["optimizer.lr=1e-3", "run.seed=1"], ["optimizer.lr=1e-4"]]
+    for wrong in ("no-such-file", "run.seed="):
+        with pytest.raises(ValueError, match="--array"):
+            sweep(wrong)
+
+
+def test_containers():
+    """Flags only: neither pyxis nor apptainer runs here."""
+    pyxis = script("--container", "image.sqsh", "--container-mounts", "/data,/a:/b")
+    image, mounts, workdir, home = settings(pyxis, "SRUN")
+    assert (image, workdir, home) == (
+        "--container-image=image.sqsh", f"--container-workdir={Path.cwd()}", "--no-container-mount-home",
+    )  # fmt: skip
+    assert mounts == f"--container-mounts=/runs/my run:/runs/my run,{Path.cwd()}:{Path.cwd()},/data:/data,/a:/b"
+    apptainer = script("--container", "image.sif", "--container-runtime", "apptainer", "--container-mounts", "/data")
+    assert settings(apptainer, "WRAP") == [
+        *("apptainer", "exec", "--nv", "--bind=/runs/my run", f"--bind={Path.cwd()}", "--bind=/data"),
+        *(f"--pwd={Path.cwd()}", "image.sif"),
+    ]
+    assert settings(apptainer, "SRUN") == [""], "srun itself stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        *(("30", 1800), ("1:30", 90), ("8:00:00", 28800), ("2-12", 216000), ("1-0:30", 88200), ("1-0:0:5", 86405)),
+        *(("UNLIMITED", None), (None, None)),
+    ],
+)
+def test_time_limits(limit: str | None, seconds: int | None):
+    assert seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--time", "5"), "--signal-lead 300 with --time 5 (300 s)"),
+        (("--signal-lead", "0"), "--signal-lead 0"),
+        (("--chain", "2", "--array", "run.seed=1"), "--chain 2"),
+        (("--after", "1", "--dependency", "singleton"), "--after and --dependency"),
+        (("--container-mounts", "/data"), "--container-mounts without --container"),
+    ],
+)
+def test_options_that_do_not_fit_together(options: tuple, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _check(_parser().parse_intermixed_args([*SUBMIT, *options]))
+
+
+def test_the_environment_that_a_user_has_set_stays():
+    show = f". {REPOSITORY}/launch/environment.sh; echo $OMP_NUM_THREADS,$TORCH_FR_BUFFER_SIZE,$NCCL_DEBUG."
+    said = subprocess.run(
+        ["bash", "-euc", show],
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "7", "NCCL_DEBUG": ""},
+        capture_output=True, text=True, check=True, timeout=30,
+    ).stdout  # fmt: skip
+    assert said.strip() == "7,2000,."
