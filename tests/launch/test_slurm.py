@@ -114,6 +114,22 @@ def _mentions(process: psutil.Process, text: str) -> bool:
         return False
 
 
+@FULL
+def test_a_launcher_that_is_killed_is_started_again(config: Path, undisturbed: Path, tmp_path: Path):
+    """Without a requeue: Slurm's nodes are all well."""
+    run_dir = tmp_path / "run"
+    job = submit(config, f"run.dir={run_dir}", *TWO_NODES)
+    log = run_dir / f"job/slurm-{job}.out"
+    must_reach(run_dir, 30, log)
+    launchers = [p for p in psutil.process_iter() if _mentions(p, "launch.node") and _mentions(p, str(run_dir))]
+    (second,) = [process for process in launchers if process.environ()["NODE_RANK"] == "1"]
+    for victim in [*second.children(recursive=True), second]:
+        victim.kill()
+    assert must_end(job, log) == ["COMPLETED"], log.read_text()[-3000:]
+    assert "a node's task was killed (exit code 137): starting all tasks again" in log.read_text()
+    assert trajectory(run_dir) == trajectory(undisturbed)
+
+
 def test_a_bad_config_fails_before_it_is_queued(config: Path, tmp_path: Path):
     before = slurm_says("scontrol", "show", "job", "-o")
     for setting, reason in {
