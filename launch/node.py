@@ -87,7 +87,8 @@ class Node:
         self._signal = 0  # the first that came
         self._is_passed_on = self._has_met = False
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: a lost terminal is nothing to stop for
+                signal.signal(number, self._note)
         self._restarts_left = world.max_restarts
         self._head: Head | None = None
         if world.num_nodes > 1 and world.node_rank == 0:
