@@ -1,4 +1,4 @@
-"""Which engine settings cannot run, from strings and integers alone; `config_check.validate` raises what this returns."""
+"""Which engine settings cannot run, from strings and integers alone; `config_check.validate` raises what it returns."""
 
 from typing import TYPE_CHECKING
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
     """The engine that ``engine.name`` names, with initial weights; call after the process groups are there.
 
     Raises:
-        ValueError: DeepSpeed is not installed, or no launcher started this process.
+        ValueError: DeepSpeed or what it builds itself with is not installed, or no launcher started this process.
     """
     if config.engine.name == "megatron":
         return MegatronEngine(config, device)
@@ -65,9 +66,23 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
             "engine.name=deepspeed in a process that no launcher started: DeepSpeed reads the launcher's LOCAL_RANK; "
             "start it with torchrun --standalone --nproc_per_node 1 -m megatron_depthattn.train ..."
         )
+    if device.type == "cpu":
+        _check_build_tools()
     from megatron_depthattn.train.deepspeed_engine.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, device)
+
+
+def _check_build_tools() -> None:
+    """On CPU DeepSpeed compiles a part of itself at its first start, and asks for ninja at every one."""
+    tools = {"ninja": ("ninja",), "a C++ compiler": ("c++", "g++")}
+    missing = [name for name, programs in tools.items() if not any(map(shutil.which, programs))]
+    if missing:
+        raise ValueError(
+            f"engine.name=deepspeed on a machine without a GPU needs {' and '.join(missing)} on PATH, to build a part "
+            "of itself: activate the environment that DeepSpeed is in (it comes with ninja), install g++, or set "
+            "engine.name=megatron"
+        )
 
 
 class MegatronEngine:

@@ -14,7 +14,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 def run(command: Sequence[str | Path], *, seconds: float, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """Run to the end; on time-out ask the process to stop (torchrun then stops its workers) and raise."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    path = (
+        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment: DeepSpeed wants ninja
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": path}
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,

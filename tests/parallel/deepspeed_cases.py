@@ -151,7 +151,7 @@ def microbatches_of(job: Job) -> int:
 
 def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
-    return [job.reference] * (job != job.reference) + [saver_of(job)] * bool(job.resume)
+    return [*([job.reference] if job != job.reference else []), *([saver_of(job)] if job.resume else [])]
 
 
 def saver_of(job: Job) -> Job:

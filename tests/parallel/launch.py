@@ -55,7 +55,10 @@ def _run_world(folder: Path, world_size: int, jobs: Sequence[Any], log: Path, wo
     listing.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     command = [*torchrun, "-m", worker, str(folder), str(listing)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    path = (
+        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment: DeepSpeed wants ninja
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": path}
     with log.open("w") as output:
         process = subprocess.Popen(
             command,

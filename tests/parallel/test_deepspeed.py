@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,29 @@ Results = Callable[[Job], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     """Runs, world by world, exactly the jobs of the selected tests and those that they need."""
     folder = tmp_path_factory.mktemp("deepspeed")
     callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
     wanted = [spec.params["job"] for spec in callspecs if isinstance(spec.params.get("job"), Job)]
     everything = list(dict.fromkeys(job for one in wanted for job in (*needs(one), one)))
-    for is_resuming in (False, True):
-        for world_size in (1, 2, 4):
-            jobs = [
-                job
-                for job in everything
-                if LAYOUTS[job.layout].world_size == world_size and bool(job.resume) == is_resuming
-            ]
-            jobs.sort(key=lambda job: (job != job.reference, list(LAYOUTS).index(job.layout)))
-            run_jobs(folder, world_size, jobs, "tests.parallel.deepspeed_worker")
-    return lambda job: _result(folder, job)
+    # A world is started once, but for the single process: it writes the references, and goes on from all others.
+    for world_size, resuming in ((1, {False}), (4, {False, True}), (2, {False, True}), (1, {True})):
+        jobs = [job for job in everything if LAYOUTS[job.layout].world_size == world_size]
+        jobs = [job for job in jobs if bool(job.resume) in resuming]
+        jobs.sort(key=lambda job: (job != job.reference, bool(job.resume), list(LAYOUTS).index(job.layout)))
+        run_jobs(folder, world_size, jobs, "tests.parallel.deepspeed_worker")
+    yield lambda job: _result(folder, job)
+    print_table(folder, everything)  # seen with -s
+
+
+def print_table(folder: Path, jobs: list[Job]) -> None:
+    """What a reader quotes: the worst relative errors of every job that ran, a line each."""
+    print(f"\n{'job':<72}{'loss':>9}{'norm':>9}{'gradient':>9}")
+    for job in jobs:
+        if job != job.reference and not (folder / f"{job.name}.error").exists():
+            found = errors(lambda one: _result(folder, one), job)
+            print(f"{job.name:<72}{found['loss']:>9.1e}{found['norm']:>9.1e}{found['gradient']:>9.1e}")
 
 
 def _result(folder: Path, job: Job) -> dict[str, Any]:
@@ -86,9 +93,8 @@ WHOLE_RUNS = [*PARITY, *POISONED, *(job for job in SAVES if job.dtype == "fp32" 
 
 
 @by_name(WHOLE_RUNS)
-def test_ten_steps_are_those_of_the_megatron_engine(results, job, record_property):
+def test_ten_steps_are_those_of_the_megatron_engine(results, job):
     found = errors(results, job)
-    record_property("errors", found)
     assert len(results(job)["losses"]) == STEPS
     assert results(job)["gradient_errors"].keys() > {"output_layer.weight"} or job.tied
     assert found["loss"] <= BOUND and found["norm"] <= NORM_BOUND and found["gradient"] <= BOUND
@@ -104,7 +110,6 @@ def test_ten_steps_in_bf16_agree_to_its_rounding(results, job):
 @by_name(CONTROLS)
 def test_a_deliberate_mistake_is_noticed(results, job):
     found = errors(results, job)
-    assert found["norm"] > 2 * NORM_BOUND
     assert max(found["loss"] / BOUND, found["norm"] / NORM_BOUND, found["gradient"] / BOUND) > 10
 
 

@@ -284,7 +284,7 @@ REFUSALS = [
     (1, "optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio is 1.5; set a number from 0 to 1"),
     (1, "engine.zero_stage=1", "set engine.zero_stage=0 (its optimizer's state"),
     (1, "engine.offload_optimizer=true", "engine.name=megatron, whose optimizer stays on its device; set"),
-    (1, "engine.name=deepspeed engine.zero_stage=4", "engine.zero_stage is 4; set one of DeepSpeed's stages: 0, 1, 2, 3"),
+    (1, "engine.name=deepspeed engine.zero_stage=4", "zero_stage is 4; set one of DeepSpeed's stages: 0, 1, 2, 3"),
     (2, "engine.name=deepspeed parallel.pipeline=2", "parallel.pipeline is 2 with engine.name=deepspeed"),
     (2, "engine.name=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1"),
     (1, "engine.name=deepspeed engine.offload_optimizer=true", "set engine.zero_stage=1 or more, or engine.offload"),

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Train on the hosts of a DeepSpeed hostfile, with DeepSpeed's own launcher.
+#
+#   HOSTFILE=hosts MASTER_ADDR=host0 MASTER_PORT=29500 launch/deepspeed.sh CONFIG.yaml [OVERLAY.yaml ...] [a.b=c ...]
+#
+# HOSTFILE:    a line for each host: `name slots=N`, N processes there (one for each GPU).
+# MASTER_ADDR: the first host's name or address as the others reach it.   MASTER_PORT: a free port of it.
+# NODE_RANK:   start this on every host by hand, with the host's place in HOSTFILE, from 0; unset: this reaches the
+#              hosts itself, over ssh without a password, with pdsh.
+# SSH_ARGS:    further arguments of ssh, such as `-p 2222 -i key`.   PYTHON: the interpreter, the same on all hosts.
+# This checkout, the data and run.dir must be at the same places on all hosts. The launcher neither restarts nor
+# requeues, and a signal to it ends the ranks at once: launch/node.sh does that better (docs/deepspeed.md).
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$root/launch/environment.sh"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+[ -n "${PYTHON:-}" ] || { PYTHON=$root/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=python3; }
+export PYTHON PATH="$PATH:$(dirname "$(command -v "$PYTHON")")" # without a GPU DeepSpeed wants its environment's ninja
+if [ "${1:-}" = --rank ]; then # what the launcher starts on the hosts, for each process
+    shift
+    exec "$PYTHON" -m megatron_depthattn.train "$@"
+fi
+refuse() { echo "error: $*" >&2; exit 1; }
+
+[ $# -gt 0 ] || refuse "no config: HOSTFILE=... MASTER_ADDR=... MASTER_PORT=... launch/deepspeed.sh CONFIG.yaml [a.b=c ...]"
+missing=
+for name in HOSTFILE MASTER_ADDR MASTER_PORT; do [ -n "${!name:-}" ] || missing="$missing${missing:+, }$name"; done
+[ -z "$missing" ] || refuse "$missing not set, and a launcher must not guess. Set HOSTFILE: a file with a line" \
+    "\`host slots=N\` for each host; MASTER_ADDR: its first host, as the others reach it; MASTER_PORT: a free port of it."
+# Without the file DeepSpeed would start a world of this machine's GPUs.
+[ -f "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE: no such file; it holds a line \`host slots=N\` for each host."
+case $MASTER_PORT in '' | *[!0-9]*) refuse "MASTER_PORT=$MASTER_PORT is no number; set a free port of the first host." ;; esac
+
+hosts=() slots=0 number=0
+while read -r host rest || [ -n "$host" ]; do
+    number=$((number + 1))
+    case $host in '' | '#'*) continue ;; esac
+    [[ $rest =~ ^slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
+        refuse "$HOSTFILE, line $number: '$host${rest:+ $rest}' is not \`host slots=N\` with N of 1 or more."
+    [[ " ${hosts[*]-} " != *" $host "* ]] || refuse "$HOSTFILE, line $number: $host is there already; give each host one line."
+    hosts+=("$host") slots=$((slots + BASH_REMATCH[1]))
+done <"$HOSTFILE"
+[ "${#hosts[@]}" -gt 0 ] || refuse "$HOSTFILE names no host; it holds a line \`host slots=N\` for each host."
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' ||
+    refuse "$PYTHON has no DeepSpeed: pip install 'megatron-depthattn[deepspeed]', or start with launch/node.sh."
+"$PYTHON" - "$slots" "$@" <<'END'
+import sys
+from megatron_depthattn.config import load_config, validate
+try:
+    validate(load_config(sys.argv[2], sys.argv[3:]), int(sys.argv[1]))
+except ValueError as error:
+    sys.exit(f"error: with {sys.argv[1]} processes (the hostfile's slots): {error}")
+END
+
+launcher=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_addr "$MASTER_ADDR"
+    --master_port "$MASTER_PORT" --no_python --no_local_rank)
+if [ -n "${NODE_RANK:-}" ]; then
+    [[ $NODE_RANK =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "${#hosts[@]}" ] ||
+        refuse "NODE_RANK=$NODE_RANK with ${#hosts[@]} hosts in $HOSTFILE; set 0 to $((${#hosts[@]} - 1)), or unset it."
+    launcher+=(--no_ssh --node_rank "$NODE_RANK")
+else
+    for program in ssh pdsh; do
+        command -v "$program" >/dev/null || refuse "$program is not installed, by which the hosts are reached; install it" \
+            "(apt-get install $program), or set NODE_RANK and start this on every host."
+    done
+    for host in "${hosts[@]}"; do
+        # shellcheck disable=SC2086 # several arguments
+        ssh -o BatchMode=yes -o ConnectTimeout=10 ${SSH_ARGS:-} "$host" true </dev/null ||
+            refuse "$host ($HOSTFILE) cannot be reached with 'ssh -o BatchMode=yes ${SSH_ARGS:-} $host' (see above)."
+    done
+    export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} ${SSH_ARGS:-}"
+    # --force_multi: a single host is reached as well; DeepSpeed would take this machine for it.
+    launcher+=(--no_ssh_check --force_multi --launcher pdsh)
+fi
+exec "${launcher[@]}" "$root/launch/deepspeed.sh" --rank "$@"
