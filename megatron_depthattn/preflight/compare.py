@@ -21,7 +21,8 @@ GPU_IN_USE = 0.1
 """A GPU of which more than this share is taken before the run has begun is somebody else's as well."""
 _MAX_KEYS = 5
 """Config keys that are named when configs differ."""
-_PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES", "_TOPO_DUMP_FILE")
+_PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES")
+"""Ends of the names of variables that may well differ from rank to rank."""
 _MEANING = {
     "python": "pickled objects and generators may differ",
     "torch": "kernels, collectives and checkpoints may differ",

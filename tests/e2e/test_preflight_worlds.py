@@ -76,7 +76,11 @@ def test_world(scenario: str, results: dict[str, dict]):
 
 def test_a_healthy_world_has_no_finding_and_a_record(results: dict[str, dict]):
     result = results["healthy"]
-    assert result["errors"] == ["", ""] and result["outputs"][1] == ""
+    assert result["errors"][1] == result["outputs"][1] == ""
+    # How fast a link is on a busy machine is not for a test to say.
+    assert [
+        line for line in result["errors"][0].splitlines() if not line.startswith("preflight: WARNING: slow: ")
+    ] == []
     assert "STOP" not in result["outputs"][0]
     assert result["left"] == ["preflight.json"]
 
@@ -104,7 +108,8 @@ def test_two_versions_of_the_code_do_not_train_until_told_to(config_file: Path, 
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
     assert "WARNING: different versions" in (run_dir / "log.txt").read_text()
     record = json.loads((run_dir / "preflight.json").read_text())
-    assert [finding["severity"] for finding in record["findings"]] == ["stop"]
+    findings = [finding for finding in record["findings"] if not finding["text"].startswith("slow: ")]
+    assert [finding["severity"] for finding in findings] == ["stop"]
     assert len({report["code"] for report in record["reports"]}) == 2
 
 
