@@ -88,7 +88,7 @@ PRODUCT = [
 # What SAVES and POISONED run as well, ten steps from the same weights, is not in this list.
 BRIEF = [
     Job(layout="dp2", stage=1),
-    *(Job(layout="tp2+sp", stage=stage) for stage in (0, 1)),
+    Job(layout="tp2+sp", stage=0),
     *(Job(layout="dp2xtp2", stage=stage) for stage in (0, 2)),
     *(Job(layout="dp4", stage=stage, rows=2) for stage in (2, 3)),
     *(Job(layout="tp2", stage=stage, rows=8) for stage in (0, 1)),
@@ -100,8 +100,8 @@ PARITY = [
     *(PRODUCT if FULL else BRIEF),
     *(Job(layout="dp2", stage=stage, recompute="uniform1") for stage in (1, 3)),
     Job(layout="tp2+sp", stage=3, recompute="selective"),
-    *(Job(layout="dp2", stage=stage, tied=True) for stage in (2, 3)),
-    *(Job(layout="dp2", stage=stage, offload=True) for stage in (1, 2, 3)),
+    *(Job(layout="dp2", stage=stage, tied=True) for stage in ((2, 3) if FULL else (3,))),
+    *(Job(layout="dp2", stage=stage, offload=True) for stage in ((1, 2, 3) if FULL else (1, 3))),
 ]
 BF16 = [
     *(Job(layout="dp2", stage=stage, dtype="bf16") for stage in (2, 3)),
@@ -109,7 +109,7 @@ BF16 = [
     Job(layout="dp2", stage=2, dtype="bf16", offload=True),
 ]
 CONTROLS = [
-    *(Job(layout="tp2+sp", stage=stage, sabotage="norms_not_reduced") for stage in (0, 3)),
+    *(Job(layout="tp2+sp", stage=stage, sabotage="norms_not_reduced") for stage in ((0, 3) if FULL else (0,))),
     Job(layout="tp2", stage=1, sabotage="norms_not_reduced"),  # the norms of queries and keys
     *(Job(layout="dp2", stage=stage, sabotage="last_microbatch_only") for stage in (1, 2)),
     Job(layout="dp2xtp2", stage=2, sabotage="norm_of_own_tensor_rank"),
@@ -129,7 +129,7 @@ SAVES = [
 _MEGATRON, _Z2, _Z3, _Z1, _Z0, _BF16 = (job.name for job in SAVES)
 RESUMES = [
     *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in range(4)),
-    Job(layout="dp2xtp2", stage=3, resume=_MEGATRON),
+    *([Job(layout="dp2xtp2", stage=3, resume=_MEGATRON)] if FULL else []),
     *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z2, _Z3, _Z1, _Z0)),
     Job(layout="dp2", engine="megatron", rows=2, resume=_Z2),
     Job(layout="tp2+sp", stage=2, resume=_Z2),
