@@ -48,10 +48,12 @@ def test_config_keys_exist():
 
 
 def test_training_commands_load():
-    commands = re.findall(r"-m megatron_depthattn\.train (.*)", " ".join(code_blocks("bash")).replace("\\\n", " "))
-    assert len(commands) >= 2
+    shell = " ".join(code_blocks("bash")).replace("\\\n", " ")
+    commands = re.findall(r"(?:-m megatron_depthattn\.train|launch/(?:local\.sh|node\.sh|submit)) (.*)", shell)
+    assert len(commands) >= 8
     for command in commands:
-        path, *overrides = command.replace("=...", "=elsewhere").split()
+        words = command.partition(" --")[0].removesuffix("&").replace("=...", "=elsewhere")
+        path, *overrides = words.split()
         load_config(ROOT / path, [str(ROOT / o) if o.endswith(".yaml") else o for o in overrides])
 
 
