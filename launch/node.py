@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
 import os
 import platform
 import signal
@@ -28,7 +26,7 @@ from launch.meet import Head
 from launch.verdict import EXIT_ERROR, EXIT_REQUEUE, Ended, Verdict, decide
 from launch.workers import run_ranks
 from launch.world import World, read_world
-from megatron_depthattn.config import load_config, to_dict, validate
+from megatron_depthattn.config import config_digest, load_config, validate
 from megatron_depthattn.train.history import code_digest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -51,9 +49,8 @@ def main() -> int:
         except ValueError as error:
             sizes = f"NNODES={world.num_nodes} times NPROC_PER_NODE={world.processes_per_node}"
             raise ValueError(f"with {world.world_size} processes ({sizes}): {error}") from error
-        digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
         command = ["megatron_depthattn.train", arguments.config, *arguments.overrides]
-        return Node(world, command, Path(config.run.dir), _settings(world, digest)).run()
+        return Node(world, command, Path(config.run.dir), _settings(world, config_digest(config))).run()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_ERROR
@@ -62,12 +59,12 @@ def main() -> int:
         return EXIT_REQUEUE
 
 
-def _settings(world: World, config_digest: str) -> dict[str, str]:
+def _settings(world: World, config: str) -> dict[str, str]:
     """What has to be the same on all nodes."""
     return {
         "NNODES": str(world.num_nodes),
         "NPROC_PER_NODE": str(world.processes_per_node),
-        "config (digest)": config_digest,
+        "config (digest)": config,
         "code (digest of megatron_depthattn)": code_digest(),
         "Python": platform.python_version(),
         "torch": version("torch"),

@@ -8,6 +8,8 @@ alone and before anything is built, what cannot run.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,17 @@ import yaml
 from megatron_depthattn import strict_config
 from megatron_depthattn.config_check import Sizes, validate
 
-__all__ = ["RunConfig", "Sizes", "config_keys", "from_dict", "load_config", "save_config", "to_dict", "validate"]
+__all__ = [
+    "RunConfig",
+    "Sizes",
+    "config_digest",
+    "config_keys",
+    "from_dict",
+    "load_config",
+    "save_config",
+    "to_dict",
+    "validate",
+]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -265,6 +277,11 @@ def _is_overlay(argument: str) -> bool:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain dict of every key."""
     return dataclasses.asdict(config)
+
+
+def config_digest(config: RunConfig) -> str:
+    """SHA-256 of every key and value, shortened: tells two configs apart."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def from_dict(values: dict[str, Any], source: str) -> RunConfig:

@@ -6,7 +6,6 @@ arithmetic, measured. What is found is told by rank 0, and refused by all ranks 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import operator
 import os
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_depthattn
-from megatron_depthattn.config import RunConfig, config_keys, to_dict, validate
+from megatron_depthattn.config import RunConfig, config_digest, config_keys, validate
 from megatron_depthattn.data.loader import STEPS_AHEAD
 from megatron_depthattn.durable import write_durably
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
@@ -267,8 +266,3 @@ def needs_of(config: RunConfig, world_size: int) -> Needs:
         shared_memory_bytes=config.data.num_workers * STEPS_AHEAD * step_bytes
         + (NCCL_SHARED_MEMORY if torch.cuda.is_available() else 0),
     )
-
-
-def config_digest(config: RunConfig) -> str:
-    """SHA-256 of every key and value, shortened."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_depthattn.config import RunConfig, validate
+from megatron_depthattn.config import RunConfig, config_digest, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
-from megatron_depthattn.preflight.run import config_digest, enter_world
+from megatron_depthattn.preflight.run import enter_world
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches

@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,3 +57,13 @@ def must_succeed(result: subprocess.CompletedProcess[str]) -> subprocess.Complet
     """The result itself, or an assertion with what the command said."""
     assert result.returncode == 0, f"{result.args}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, *, poll: float = 0.05) -> bool:
+    """Whether ``condition`` came true within ``seconds``."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if condition():
+            return True
+        time.sleep(poll)
+    return False

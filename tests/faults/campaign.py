@@ -30,8 +30,9 @@ import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.e2e.commands import wait_until
 from tests.e2e.small_run import MODEL, prepare_small_corpus
-from tests.faults.job import Job, RunState, wait_until
+from tests.faults.job import Job, RunState
 from tests.faults.kinds import ENDS_THE_JOB, JOB_GOES_ON, START_SECONDS, Scene
 
 NUM_PROCESSES = 4

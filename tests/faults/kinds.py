@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 
 from megatron_depthattn.train.step_folders import complete_folders
-from tests.faults.job import Job, RunState, wait_until
+from tests.e2e.commands import wait_until
+from tests.faults.job import Job, RunState
 
 START_SECONDS = 180.0
 

@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from tests.e2e.commands import REPOSITORY
+from tests.e2e.commands import REPOSITORY, wait_until
 from tests.e2e.small_run import MODEL
 
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
@@ -99,13 +97,3 @@ def must_reach(run_dir: Path, step: int, log: Path, *, seconds: float = 120) -> 
     """Wait until a step is on record."""
     reached = wait_until(lambda: len(records(run_dir)) >= step, seconds)
     assert reached, f"step {step} not reached in {seconds} s: {log.read_text()[-3000:] if log.exists() else 'no log'}"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, *, poll: float = 0.1) -> bool:
-    """Whether ``condition`` came true in time."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        if condition():
-            return True
-        time.sleep(poll)
-    return condition()

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.jobs import STEPS, end, history, must_reach, records, run, start, trajectory, wait_until
+from tests.e2e.commands import wait_until
+from tests.launch.jobs import STEPS, end, history, must_reach, records, run, start, trajectory
 
 pytestmark = pytest.mark.timeout(600)
 

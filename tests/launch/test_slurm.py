@@ -11,7 +11,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch.jobs import FULL, environment, history, must_reach, records, run, trajectory, wait_until
+from tests.e2e.commands import wait_until
+from tests.launch.jobs import FULL, environment, history, must_reach, records, run, trajectory
 
 pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(600)]
 TWO_NODES = ("--nodes", "2", "--processes-per-node", "1")

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.jobs import FULL, end, history, must_reach, records, start, trajectory, wait_until
+from tests.e2e.commands import wait_until
+from tests.launch.jobs import FULL, end, history, must_reach, records, start, trajectory
 
 pytestmark = pytest.mark.timeout(600)
 Start = Callable[..., subprocess.Popen[bytes]]
