@@ -19,6 +19,8 @@ BOUND = 1e-5
 NORM_BOUND = 1e-4
 TRAIN = ("-m", "megatron_depthattn.train")
 DEEPSPEED = "engine.name=deepspeed"
+# As in tests/parallel/cases.py: otherwise Adam steps by the sign of gradients that are nothing but rounding.
+STEADY = ("optimizer.eps=1e-5", "optimizer.warmup_ratio=0.5")
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -41,7 +43,7 @@ def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
 def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Megatron engine in one process."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    must_succeed(python(*TRAIN, config_file, f"run.dir={run_dir}"))
+    must_succeed(python(*TRAIN, config_file, f"run.dir={run_dir}", *STEADY))
     return run_dir
 
 
@@ -49,7 +51,8 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def mixed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run: ZeRO 3 to step 4, the Megatron engine to step 8, ZeRO 2 with tensor and sequence parallel to 12."""
     run_dir = tmp_path_factory.mktemp("mixed") / "run"
-    command = (*TRAIN, config_file, f"run.dir={run_dir}", "checkpoint.load=latest", "checkpoint.async_save=true")
+    command = (*TRAIN, config_file, f"run.dir={run_dir}", *STEADY)
+    command += ("checkpoint.load=latest", "checkpoint.async_save=true")
     must_succeed(torchrun(2, *command, DEEPSPEED, "engine.zero_stage=3", "train.stop_after=4", seconds=400))
     must_succeed(torchrun(2, *command, "parallel.pipeline=2", "train.stop_after=4"))
     tensor = ("parallel.tensor=2", "parallel.sequence=true")
@@ -120,7 +123,7 @@ def test_a_bad_hostfile_launch_is_refused_in_one_line(config_file, tmp_path, giv
     assert not (tmp_path / "run").exists()
 
 
-SHORT = (DEEPSPEED, "engine.zero_stage=1", "train.stop_after=3", "train.eval_interval=null")
+SHORT = (*STEADY, DEEPSPEED, "engine.zero_stage=1", "train.stop_after=3", "train.eval_interval=null")
 
 
 def assert_same_beginning(run_dir: Path, undisturbed: Path) -> None:
