@@ -13,10 +13,6 @@ _default PYTHONUNBUFFERED 1         # the last lines before a death are the ones
 _default PYTHONFAULTHANDLER 1       # a crash in C leaves the Python stack
 _default PYTHONSAFEPATH 1           # the package comes from PYTHONPATH (a job's frozen copy), never from the folder one stands in
 
-# ---- torchrun (2.15 reads its own options for these; older ones the variables)
-_default TORCHELASTIC_SIGNALS_TO_HANDLE SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 # passed on to the ranks: schedulers warn with USR1 and USR2
-_default TORCH_ELASTIC_SHUTDOWN_TIMEOUT 600 # seconds that the ranks have to save after a signal; torchrun's 30 are too few for a large state
-
 # ---- collectives. How long a rank waits for another is set in code (train.hang_timeout): the watchdog tells more than a time-out
 _default TORCH_NCCL_ASYNC_ERROR_HANDLING 3 # a rank whose communicator failed ends, without waiting for an abort that may hang (torch's default, stated)
 _default TORCH_FR_BUFFER_SIZE 2000  # the flight recorder keeps the last 2000 collectives of each rank, off by default (torch before 2.9: TORCH_NCCL_TRACE_BUFFER_SIZE)

@@ -111,7 +111,7 @@ class Node:
         self._signal = self._signal or number
 
     def _take_signal(self) -> int:
-        """The first signal that came, once: torchrun, told twice, gives up waiting for the ranks."""
+        """The first signal that came, once."""
         if self._is_passed_on:
             return 0
         self._is_passed_on = self._signal != 0

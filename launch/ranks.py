@@ -9,6 +9,7 @@ holds the exit codes of those that failed first, {"rank", "local_rank", "pid", "
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -16,7 +17,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -24,6 +27,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class RankLogs(DefaultLogsSpecs):
@@ -50,6 +54,9 @@ def main() -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # should the launcher be killed, the ranks save and end
     config, command, command_arguments = config_from_args(parse_args(arguments))
     config.logs_specs = RankLogs(log_dir=folder)
+    config.signals_to_handle = "SIGQUIT"  # all others are ours, see _pass_on
+    for number in STOP_SIGNALS:
+        signal.signal(number, _pass_on)
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:
@@ -62,6 +69,20 @@ def main() -> int:
     except SignalException:  # the ranks were told, and have ended or were killed
         return 1
     return 0
+
+
+def _pass_on(number: int, _: FrameType | None) -> None:
+    """Tell the ranks, and wait for their end as without a signal.
+
+    torchrun itself would tell them, begin to count the seconds until it kills them, and no longer wait when it is told
+    again. A scheduler tells all processes of a job at once, and this one hears the same from its launcher.
+    """
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(number)
+    if not ranks:  # none was started yet
+        sys.exit(1)
 
 
 if __name__ == "__main__":

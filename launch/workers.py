@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -72,8 +71,7 @@ def _torchrun(world: World) -> list[str]:
     else:  # static: node 0 is where it was said to be, and a node has the ranks of its number
         place = [f"--node-rank={world.node_rank}", f"--master-addr={world.master_addr}"]
         place.append(f"--master-port={world.master_port + 1}")
-    signals = f"--signals-to-handle={os.environ.get('TORCHELASTIC_SIGNALS_TO_HANDLE', 'SIGTERM,SIGINT,SIGHUP')}"
-    return [*sizes, *place, signals, "-m"]
+    return [*sizes, *place, "-m"]
 
 
 def _watch(
@@ -117,12 +115,12 @@ def _how_it_ended(world: World, logs: Path, run_dir: Path, code: int, began: flo
         return Ended(node, recorded, signalled=True)
     failed = _failed_ranks(logs / f"torchrun_node_{node}.json")
     codes = {rank["exit_code"] for rank in failed}
+    if EXIT_REQUEUE in codes and codes <= {EXIT_REQUEUE, -signal.SIGTERM}:  # torchrun ends the ranks that end last
+        return Ended(node, "saved", signalled=signalled)
     failures = [*_error_records(logs, world), *_deaths(logs, failed)]
     if failures:
         first = min(failures, key=lambda failure: failure.order)
         return Ended(node, "hung" if EXIT_HANG in codes else "failed", first, signalled)
-    if codes == {EXIT_REQUEUE}:  # a signal that another node, or one rank, got
-        return Ended(node, "saved", signalled=signalled)
     text = _tail(logs / f"torchrun_node_{node}.log")
     return Ended(node, "failed", Failure(time.time(), socket.gethostname(), f"node {node}", text), signalled)
 

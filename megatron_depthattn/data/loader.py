@@ -94,7 +94,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise ValueError(
+            raise ChildProcessError(  # no ValueError: a new start may get further
                 f"a loader process of this rank died: {' '.join(str(error).split())}. Most likely the machine ran out "
                 "of memory (see dmesg), or of shared memory (df /dev/shm): set data.num_workers=0, or give it more"
             ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import REPOSITORY, must_succeed, python, run, torchrun
+from tests.launch.jobs import FULL
 
 BOUND = 1e-5
 NORM_BOUND = 1e-4
@@ -131,6 +132,7 @@ def assert_same_beginning(run_dir: Path, undisturbed: Path) -> None:
         assert step["loss"] == pytest.approx(other["loss"], rel=BOUND)
 
 
+@FULL
 def test_two_hosts_started_by_hand(config_file, undisturbed, tmp_path):
     """Two launchers that meet at MASTER_ADDR; that they are on one machine is all that is pretended."""
     common = [
@@ -171,6 +173,7 @@ def ssh_args(tmp_path: Path) -> Iterator[str]:
     server.wait(timeout=10)
 
 
+@FULL
 def test_hosts_reached_over_ssh(config_file, undisturbed, tmp_path, ssh_args):
     run_dir = tmp_path / "run"
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SSH_ARGS": ssh_args}

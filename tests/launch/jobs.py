@@ -25,7 +25,7 @@ def write_config(path: Path, corpus: Path) -> Path:
     """Two data-parallel ranks, a checkpoint every 20 steps; run.dir is left to the test."""
     settings = {
         "model": MODEL,
-        "data": {"path": str(corpus), "sequence_length": 32, "num_workers": 0},
+        "data": {"path": str(corpus), "sequence_length": 32},
         "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "log_interval": 20},
         "optimizer": {"lr": 5.0e-3},
         "checkpoint": {"interval": 20},

@@ -19,10 +19,11 @@ def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process(launcher.pid).children(recursive=True):
         try:
-            words, variables = process.cmdline(), process.environ()
-        except psutil.Error:
+            words, variables, parent = process.cmdline(), process.environ(), process.parent().cmdline()
+        except (psutil.Error, AttributeError):  # it, or its parent, has gone
             continue
-        if "megatron_depthattn.train" in words and "RANK" in variables and "launch.ranks" not in words:
+        is_rank = "megatron_depthattn.train" in words and "launch.ranks" in parent  # not one of its loader processes
+        if is_rank and "RANK" in variables:
             found[int(variables["RANK"])] = process
     return found
 

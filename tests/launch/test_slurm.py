@@ -78,6 +78,7 @@ def test_a_job_at_its_real_time_limit(config: Path, tmp_path: Path):
     assert trajectory(run_dir) == trajectory(tmp_path / "whole")
 
 
+@FULL
 def test_an_array_of_three(config: Path, tmp_path: Path):
     run_dir = tmp_path / "sweep"
     settings = ("train.steps=6", "checkpoint.interval=6", "--nodes", "1", "--processes-per-node", "1")
@@ -147,6 +148,7 @@ def test_a_bad_config_fails_before_it_is_queued(config: Path, tmp_path: Path):
     assert refused.returncode == 1 and "sbatch refuses" in refused.stderr and "partition" in refused.stderr
 
 
+@FULL
 def test_a_failing_job_ends_its_log_with_the_first_failure(config: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
     job = submit(config, f"run.dir={run_dir}", f"data.path={tmp_path}/nothing", *TWO_NODES)

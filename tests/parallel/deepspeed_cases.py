@@ -85,62 +85,79 @@ PRODUCT = [
     for stage in range(4)
     for rows in (1, 8 // (one.world_size // (one.parallel.tensor * one.parallel.context)))  # several, and one
 ]
-# What SAVES and POISONED run as well, ten steps from the same weights, is not in this list.
+# By default a case of each kind; what SAVES and POISONED run as well, ten steps from the same weights, is not in it.
 BRIEF = [
     Job(layout="dp2", stage=1),
     Job(layout="tp2+sp", stage=0),
-    *(Job(layout="dp2xtp2", stage=stage) for stage in (0, 2)),
-    *(Job(layout="dp4", stage=stage, rows=2) for stage in (2, 3)),
-    *(Job(layout="tp2", stage=stage, rows=8) for stage in (0, 1)),
-    Job(layout="tp2xcp2+sp", stage=3, rows=8),
-    Job(layout="cp2", stage=2),
-    Job(layout="single", stage=2, rows=8),
+    Job(layout="dp2xtp2", stage=2),
+    Job(layout="dp4", stage=3, rows=2),
+    Job(layout="tp2", stage=1, rows=8),
 ]
 PARITY = [
     *(PRODUCT if FULL else BRIEF),
-    *(Job(layout="dp2", stage=stage, recompute="uniform1") for stage in (1, 3)),
-    Job(layout="tp2+sp", stage=3, recompute="selective"),
-    *(Job(layout="dp2", stage=stage, tied=True) for stage in ((2, 3) if FULL else (3,))),
-    *(Job(layout="dp2", stage=stage, offload=True) for stage in ((1, 2, 3) if FULL else (1, 3))),
+    Job(layout="dp2", stage=3, recompute="uniform1"),
+    Job(layout="dp2", stage=2, offload=True),
 ]
-BF16 = [
-    *(Job(layout="dp2", stage=stage, dtype="bf16") for stage in (2, 3)),
-    Job(layout="dp2xtp2+sp", stage=1, dtype="bf16"),
-    Job(layout="dp2", stage=2, dtype="bf16", offload=True),
-]
+BF16 = [Job(layout="dp2xtp2+sp", stage=1, dtype="bf16")]
 CONTROLS = [
-    *(Job(layout="tp2+sp", stage=stage, sabotage="norms_not_reduced") for stage in ((0, 3) if FULL else (0,))),
-    Job(layout="tp2", stage=1, sabotage="norms_not_reduced"),  # the norms of queries and keys
-    *(Job(layout="dp2", stage=stage, sabotage="last_microbatch_only") for stage in (1, 2)),
+    Job(layout="tp2+sp", stage=0, sabotage="norms_not_reduced"),
+    Job(layout="dp2", stage=2, sabotage="last_microbatch_only"),
     Job(layout="dp2xtp2", stage=2, sabotage="norm_of_own_tensor_rank"),
-    Job(layout="dp2xtp2", stage=0, sabotage="norm_counts_copies"),
-    Job(layout="dp2", stage=1, sabotage="not_clipped"),
 ]
-POISONED = [Job(layout="dp2xtp2" if stage % 2 else "dp2", stage=stage, poison=True) for stage in range(4)]
+POISONED = [
+    Job(layout="dp2xtp2" if stage % 2 else "dp2", stage=stage, poison=True) for stage in range(0 if FULL else 2, 4)
+]
 
 SAVES = [
     Job(layout="single", engine="megatron", rows=2, save=True),
     Job(layout="tp2+sp", stage=2, save=True),
     Job(layout="dp2", stage=3, save=True),
-    Job(layout="dp2xtp2", stage=1, save=True),
-    Job(layout="dp2", stage=0, save=True),
-    Job(layout="dp2", stage=1, dtype="bf16", save=True),
 ]
-_MEGATRON, _Z2, _Z3, _Z1, _Z0, _BF16 = (job.name for job in SAVES)
+_MEGATRON, _Z2, _Z3 = (job.name for job in SAVES)
 RESUMES = [
-    *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in range(4)),
-    *([Job(layout="dp2xtp2", stage=3, resume=_MEGATRON)] if FULL else []),
-    *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z2, _Z3, _Z1, _Z0)),
-    Job(layout="dp2", engine="megatron", rows=2, resume=_Z2),
-    Job(layout="tp2+sp", stage=2, resume=_Z2),
+    *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in (1, 3)),
+    *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z2, _Z3)),
     Job(layout="dp2", stage=3, resume=_Z3),
-    Job(layout="dp2xtp2", stage=1, resume=_Z1),
-    Job(layout="dp2", stage=0, resume=_Z0),
-    Job(layout="dp2xtp2+sp", stage=3, resume=_Z1),
-    Job(layout="dp2", stage=1, dtype="bf16", resume=_BF16),
-    Job(layout="dp2", stage=3, dtype="bf16", resume=_BF16),
-    Job(layout="single", engine="megatron", rows=2, dtype="bf16", resume=_BF16),
 ]
+
+if FULL:
+    PARITY += [
+        Job(layout="dp2", stage=1, recompute="uniform1"),
+        Job(layout="tp2+sp", stage=3, recompute="selective"),
+        *(Job(layout="dp2", stage=stage, tied=True) for stage in (2, 3)),
+        *(Job(layout="dp2", stage=stage, offload=True) for stage in (1, 3)),
+    ]
+    BF16 += [
+        *(Job(layout="dp2", stage=stage, dtype="bf16") for stage in (2, 3)),
+        Job(layout="dp2", stage=2, dtype="bf16", offload=True),
+    ]
+    CONTROLS += [
+        Job(layout="tp2+sp", stage=3, sabotage="norms_not_reduced"),
+        Job(layout="tp2", stage=1, sabotage="norms_not_reduced"),  # the norms of queries and keys
+        Job(layout="dp2", stage=1, sabotage="last_microbatch_only"),
+        Job(layout="dp2xtp2", stage=0, sabotage="norm_counts_copies"),
+        Job(layout="dp2", stage=1, sabotage="not_clipped"),
+    ]
+    more = [
+        Job(layout="dp2xtp2", stage=1, save=True),
+        Job(layout="dp2", stage=0, save=True),
+        Job(layout="dp2", stage=1, dtype="bf16", save=True),
+    ]
+    _Z1, _Z0, _BF16 = (job.name for job in more)
+    SAVES += more
+    RESUMES += [
+        *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in (0, 2)),
+        Job(layout="dp2xtp2", stage=3, resume=_MEGATRON),
+        *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z1, _Z0)),
+        Job(layout="dp2", engine="megatron", rows=2, resume=_Z2),
+        Job(layout="tp2+sp", stage=2, resume=_Z2),
+        Job(layout="dp2xtp2", stage=1, resume=_Z1),
+        Job(layout="dp2", stage=0, resume=_Z0),
+        Job(layout="dp2xtp2+sp", stage=3, resume=_Z1),
+        Job(layout="dp2", stage=1, dtype="bf16", resume=_BF16),
+        Job(layout="dp2", stage=3, dtype="bf16", resume=_BF16),
+        Job(layout="single", engine="megatron", rows=2, dtype="bf16", resume=_BF16),
+    ]
 
 
 def microbatches_of(job: Job) -> int:

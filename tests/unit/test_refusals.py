@@ -17,7 +17,7 @@ from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.layer_specs import depth_attention_layer_spec
 from megatron_depthattn.model.transformer_config import REFUSALS, DepthAttentionConfig
 from megatron_depthattn.parallel import agreement
-from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
 
 PIPELINED = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
 INTERLEAVED = PIPELINED | {
@@ -232,10 +232,10 @@ def test_partial_torchrun_environment(missing, monkeypatch):
 def test_whole_and_absent_torchrun_environments(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert launch_environment() == (3, 8, 1, True)
+    assert launch_environment() == LaunchEnvironment(rank=3, world_size=8, local_rank=1, launched=True)
     for name in TORCHRUN:
         monkeypatch.delenv(name)
-    assert launch_environment() == (0, 1, 0, False)
+    assert launch_environment() == LaunchEnvironment(rank=0, world_size=1, local_rank=0, launched=False)
 
 
 def test_ranks_that_disagree(megatron_world_of_one, monkeypatch):
