@@ -13,9 +13,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/environment.sh"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-[ -n "${PYTHON:-}" ] || { PYTHON=$root/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=python3; }
-export PYTHON PATH="$PATH:$(dirname "$(command -v "$PYTHON")")" # without a GPU DeepSpeed wants its environment's ninja
+. "$root/launch/interpreter.sh"
 if [ "${1:-}" = --rank ]; then # what the launcher starts on the hosts, for each process
     shift
     exec "$PYTHON" -m megatron_depthattn.train "$@"

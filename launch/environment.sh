@@ -11,7 +11,6 @@ _default OMP_NUM_THREADS 1          # several ranks share a host: without this e
 _default TOKENIZERS_PARALLELISM false # tokenizers' threads and forked loader workers do not go together
 _default PYTHONUNBUFFERED 1         # the last lines before a death are the ones that are needed
 _default PYTHONFAULTHANDLER 1       # a crash in C leaves the Python stack
-_default PYTHONSAFEPATH 1           # the package comes from PYTHONPATH (a job's frozen copy), never from the folder one stands in
 
 # ---- collectives. How long a rank waits for another is set in code (train.hang_timeout): the watchdog tells more than a time-out
 _default TORCH_NCCL_ASYNC_ERROR_HANDLING 3 # a rank whose communicator failed ends, without waiting for an abort that may hang (torch's default, stated)

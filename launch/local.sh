@@ -10,6 +10,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/environment.sh"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-[ -n "${PYTHON:-}" ] || { PYTHON=$root/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=python3; }
+. "$root/launch/interpreter.sh"
 exec "$PYTHON" -m launch.node --alone "$@"

@@ -84,7 +84,8 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         """The micro-batches of one step.
 
         Raises:
-            ValueError: a shard is damaged or missing, or a loader process died.
+            ValueError: a shard is damaged or missing.
+            ChildProcessError: a loader process died.
         """
         if self._iterator is None:
             raise StopIteration

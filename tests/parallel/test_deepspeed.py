@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.commands import NEEDS_COMPILER
 from tests.parallel.cases import SAVE_AFTER, STEPS
 from tests.parallel.compare import BOUND
 from tests.parallel.deepspeed_cases import (
@@ -27,7 +28,7 @@ from tests.parallel.deepspeed_cases import (
 from tests.parallel.launch import run_jobs
 
 # Whichever test comes first to a world waits for all of its jobs.
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = [pytest.mark.timeout(3600), NEEDS_COMPILER]
 
 NORM_BOUND = 1e-4
 BF16_LOSS_BOUND, BF16_NORM_BOUND = 1e-3, 1e-2
