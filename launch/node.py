@@ -28,8 +28,8 @@ from launch.workers import run_ranks
 from launch.world import World, read_world
 from megatron_depthattn.config import config_digest, load_config, validate
 from megatron_depthattn.train.history import code_digest
+from megatron_depthattn.train.stop_signals import STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LAST_ERROR = "first_failure.txt"
 """In a start's folder of logs: what is told last."""
 
@@ -83,7 +83,7 @@ class Node:
         self._world, self._command, self._run_dir, self._settings = world, command, run_dir, settings
         self._signal = 0  # the first that came
         self._is_passed_on = self._has_met = False
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup: a lost terminal is nothing to stop for
                 signal.signal(number, self._note)
         self._restarts_left = world.max_restarts

@@ -20,6 +20,7 @@ from launch.verdict import EXIT_HANG, EXIT_REQUEUE, Ended, Failure, Outcome
 from launch.world import World
 from megatron_depthattn.train.history import DELIBERATE, HISTORY
 from megatron_depthattn.train.line_files import read_records
+from megatron_depthattn.train.stop_signals import STOP_SIGNALS
 
 GRACE_SECONDS = 15.0
 """Ranks of a world that is broken elsewhere have this long to say so themselves; they may wait for a peer for ever."""
@@ -117,6 +118,8 @@ def _how_it_ended(world: World, logs: Path, run_dir: Path, code: int, began: flo
     codes = {rank["exit_code"] for rank in failed}
     if EXIT_REQUEUE in codes and codes <= {EXIT_REQUEUE, -signal.SIGTERM}:  # torchrun ends the ranks that end last
         return Ended(node, "saved", signalled=signalled)
+    if signalled and codes and codes <= {-number for number in STOP_SIGNALS}:  # before they could take note of it
+        return Ended(node, "interrupted", signalled=True)
     failures = [*_error_records(logs, world), *_deaths(logs, failed)]
     if failures:
         first = min(failures, key=lambda failure: failure.order)
