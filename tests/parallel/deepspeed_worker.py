@@ -8,12 +8,8 @@ Results, errors and rounds as in worker.py.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import os
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +21,6 @@ from torch import Tensor
 
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
-from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_model
 from megatron_depthattn.train.engine import build_engine
@@ -35,34 +30,15 @@ from megatron_depthattn.train.step_folders import step_folder
 from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, STEPS, TRAIN
 from tests.parallel.compare import relative_errors
 from tests.parallel.deepspeed_cases import Job
-from tests.parallel.worker import PATIENCE, gather_gradients, progress_after, whole, write
+from tests.parallel.worker import gather_gradients, progress_after, whole, work_off
 
 
 def main(folder: Path, jobs: list[Job]) -> None:
-    device = initialize_distributed(launch_environment(), timeout=PATIENCE)
-    layout = ""
-    for job in jobs:
-        try:
-            if layout != job.layout:
-                parallel_state.destroy_model_parallel()
-                parallel = dataclasses.asdict(job.config().parallel)
-                del parallel["sequence"]
-                initialize_model_parallel(**parallel)
-                layout = job.layout
-            start = time.monotonic()
-            with SABOTAGES[job.sabotage]():
-                result = work(job, folder, device)
-            if dist.get_rank() == 0:
-                result["seconds"] = time.monotonic() - start
-                write(folder / f"{job.name}.json", json.dumps(result))
-        except BaseException:
-            error = f"rank {dist.get_rank()} of {dist.get_world_size()}:\n{traceback.format_exc()}"
-            if not (folder / f"{job.name}.error").exists():
-                write(folder / f"{job.name}.error", error)
-            print(error, file=sys.stderr, flush=True)
-            os._exit(1)
-    dist.barrier()
-    shut_down()
+    def do(job: Job, device: torch.device) -> dict[str, Any]:
+        with SABOTAGES[job.sabotage]():
+            return work(job, folder, device)
+
+    work_off(folder, jobs, do)
 
 
 def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ PATIENCE = timedelta(minutes=2)
 
 
 def main(folder: Path, jobs: list[Job]) -> None:
+    def do(job: Job, device: torch.device) -> dict[str, Any]:
+        with sabotage(job.sabotage):
+            return agreement() if job.agreement else work(job, folder, device)
+
+    work_off(folder, jobs, do)
+
+
+def work_off(folder: Path, jobs: Sequence[Any], do: Callable[[Any, torch.device], dict[str, Any]]) -> None:
+    """In every process of a world: do the jobs in turn, each under its layout; leave rank 0's result or an error."""
     device = initialize_distributed(launch_environment(), timeout=PATIENCE)
     layout = ""
     for job in jobs:
@@ -61,8 +70,7 @@ def main(folder: Path, jobs: list[Job]) -> None:
                 initialize_model_parallel(**parallel)
                 layout = job.layout
             start = time.monotonic()
-            with sabotage(job.sabotage):
-                result = agreement() if job.agreement else work(job, folder, device)
+            result = do(job, device)
             if dist.get_rank() == 0:
                 result["seconds"] = time.monotonic() - start
                 write(folder / f"{job.name}.json", json.dumps(result))
