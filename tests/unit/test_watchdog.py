@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_depthattn.train import watchdog
 from megatron_depthattn.train.watchdog import Watchdog
+from tests.e2e.commands import wait_until
 
 
 def own_threads() -> list[str]:
@@ -43,14 +44,20 @@ def test_an_exception_in_the_loop_ends_the_watch(tmp_path: Path):
 
 @pytest.fixture
 def neighbour() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    """A process that sleeps: past its start, in which it may be caught waiting for the disk."""
+    code = "import time; print('awake', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"awake\n"
     yield process
     process.kill()
     process.wait()
+    process.stdout.close()
 
 
 def test_the_state_of_a_process_on_this_host(neighbour: subprocess.Popen[bytes]):
     sign = {"pid": neighbour.pid, "started": psutil.Process(neighbour.pid).create_time()}
+    watched = psutil.Process(neighbour.pid)
+    assert wait_until(lambda: watched.status() == psutil.STATUS_SLEEPING, 60.0)
     assert "its threads do not run" in watchdog._process_state(sign)
     neighbour.send_signal(signal.SIGSTOP)
     os.waitpid(neighbour.pid, os.WUNTRACED)  # returns when it has stopped
