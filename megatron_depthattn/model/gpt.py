@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_depthattn.model.layer_specs import depth_attention_block_spec
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 
 VOCAB_MULTIPLE = 128
 """The embedding is padded to a multiple of this, whatever the layout, so that a checkpoint has one shape everywhere."""
@@ -38,6 +39,16 @@ def qwen3_style_config(**overrides: Any) -> DepthAttentionConfig:
         "gradient_accumulation_fusion": False,
     }
     return DepthAttentionConfig(**(style | overrides))
+
+
+class DepthGPTModel(GPTModel):
+    """Megatron's ``GPTModel``; gives every call a micro-batch state of its own unless the caller brings one."""
+
+    def forward(self, *args: Any, extra_block_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """As Megatron's; under interleaved pipelining see `parallel.schedule.run_schedule`."""
+        given = dict(extra_block_kwargs or {})
+        given.setdefault("attention_bias", MicrobatchState())
+        return super().forward(*args, extra_block_kwargs=given, **kwargs)
 
 
 def build_gpt_model(
@@ -70,7 +81,8 @@ def build_gpt_model(
             f"tensor_model_parallel_size={config.tensor_model_parallel_size} does not divide the padded vocabulary of "
             f"{rows} rows (vocab_size={vocab_size} padded to a multiple of {VOCAB_MULTIPLE}): set a power of two."
         )
-    return GPTModel(
+    model_class = DepthGPTModel if config.depth_attention else GPTModel
+    return model_class(
         config=config,
         transformer_layer_spec=depth_attention_block_spec(config, backend, vp_stage),
         vocab_size=rows,

@@ -4,14 +4,17 @@ Everything that a layer, a pipeline stage or a memory estimate has to know about
 four integers and the pipeline cut. It is computed here, once, as a pure function, so that no rank has to be asked
 and every rank can check that it holds the same plan.
 
-Layers count from 0. A *source* of layer ``l`` is an earlier layer whose key and mixed value ``l`` attends over; a
-source is *live* at ``l`` when some layer at or after ``l`` still reads it. Only live sources are ever kept or sent.
+Layers count from 0. A *source* of layer ``l`` is an earlier layer whose key and mixed value ``l`` attends over. The
+model is cut into chunks; chunk ``c`` runs on pipeline rank ``c % num_ranks``. A rank that once received or made a
+source keeps it while one of its chunks still has to read it, so a source crosses the boundary between two ranks at
+most once in a micro-batch, and only if some rank behind that boundary reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,12 +30,14 @@ class SourcePlan:
         recent_window: the last ``recent_window`` layers are sources as well.
         chunk_starts: index of the first layer of every pipeline chunk, in model order; ``(0,)`` without pipelining.
             With interleaving there is one entry per virtual stage.
+        num_ranks: pipeline ranks, which take turns at the chunks; None: every chunk has a rank of its own.
     """
 
     num_layers: int
     stride: int
     recent_window: int = 0
     chunk_starts: tuple[int, ...] = (0,)
+    num_ranks: int | None = None
 
     def __post_init__(self) -> None:
         if self.stride < 1:
@@ -54,23 +59,71 @@ class SourcePlan:
                 f"the pipeline cuts {self.num_layers} layers at {list(starts)}: every chunk must hold at least "
                 "one layer; use fewer pipeline or virtual stages, or more layers."
             )
+        if self.num_ranks is not None and (self.num_ranks < 1 or len(starts) % self.num_ranks):
+            raise ValueError(
+                f"{self.num_ranks} pipeline ranks cannot take turns at {len(starts)} chunks: every rank must hold the "
+                "same number of chunks."
+            )
 
     def sources(self, layer: int) -> tuple[int, ...]:
         """Layers that ``layer`` reads, ascending: every ``stride``-th earlier one and the last ``recent_window``."""
         return tuple(i for i in range(layer) if i % self.stride == 0 or i >= layer - self.recent_window)
 
     @cached_property
-    def _last_reader(self) -> tuple[int, ...]:
-        """For each layer, the last layer that reads it (-1: nobody)."""
-        last = [-1] * self.num_layers
+    def _readers(self) -> tuple[tuple[int, ...], ...]:
+        """For each layer, the layers that read it."""
+        readers: list[list[int]] = [[] for _ in range(self.num_layers)]
         for layer in range(self.num_layers):
             for source in self.sources(layer):
-                last[source] = layer
-        return tuple(last)
+                readers[source].append(layer)
+        return tuple(map(tuple, readers))
 
-    def live(self, layer: int) -> tuple[int, ...]:
-        """Sources made before ``layer`` that ``layer`` or a later one still reads, ascending."""
-        return tuple(i for i in range(layer) if self._last_reader[i] >= layer)
+    @cached_property
+    def _chunks(self) -> tuple[int, ...]:
+        """For each layer, its chunk."""
+        return tuple(bisect_right(self.chunk_starts, layer) - 1 for layer in range(self.num_layers))
+
+    def _ranks_between(self, earlier: int, later: int) -> int:
+        """Boundaries between ranks that lie on the way from chunk ``earlier`` to the rank of chunk ``later``."""
+        return (later - earlier) % (self.num_ranks or len(self.chunk_starts))
+
+    def chunk_of(self, layer: int) -> int:
+        """The chunk that holds ``layer``."""
+        return self._chunks[layer]
+
+    def entering(self, chunk: int) -> tuple[int, ...]:
+        """Sources that ``chunk`` receives from the chunk before it, ascending: new to its rank, and read there or on a
+        rank further on."""
+
+        def enters(source: int) -> bool:
+            made = self._chunks[source]
+            distance = self._ranks_between(made, chunk)
+            if distance != chunk - made:  # the rank has had it since an earlier chunk
+                return False
+            return any(self._ranks_between(made, self._chunks[reader]) >= distance for reader in self._readers[source])
+
+        return tuple(source for source in range(self.chunk_starts[chunk]) if enters(source))
+
+    def held(self, layer: int) -> tuple[int, ...]:
+        """Sources that the rank of ``layer`` keeps once ``layer`` has run and, as the last of its chunk, has sent.
+
+        Ascending; those that a later layer of the chunk or a later chunk of the rank reads, or that the chunk's last
+        layer has yet to send.
+        """
+        chunk = self._chunks[layer]
+        sends = chunk + 1 < len(self.chunk_starts) and not self.leaves_chunk(layer)
+        to_be_sent = self.entering(chunk + 1) if sends else ()
+
+        def is_held(source: int) -> bool:
+            readers = (reader for reader in self._readers[source] if reader > layer)
+            return source in to_be_sent or any(self._ranks_between(chunk, self._chunks[r]) == 0 for r in readers)
+
+        return tuple(filter(is_held, range(layer + 1)))
+
+    def kept(self, chunk: int) -> tuple[int, ...]:
+        """Sources that the rank of ``chunk`` keeps for its later chunks, ascending."""
+        end = (*self.chunk_starts[1:], self.num_layers)[chunk]
+        return self.held(end - 1)
 
     def enters_chunk(self, layer: int) -> bool:
         """Whether ``layer`` is the first of a chunk that receives from another."""
@@ -82,7 +135,7 @@ class SourcePlan:
 
     def edges(self) -> tuple[tuple[int, ...], ...]:
         """For every pipeline edge in model order, the sources that cross it."""
-        return tuple(self.live(start) for start in self.chunk_starts[1:])
+        return tuple(self.entering(chunk) for chunk in range(1, len(self.chunk_starts)))
 
     def digest(self) -> str:
         """A fingerprint that is equal on two ranks exactly if their plans are equal."""

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_depthattn.model.source_plan import SourcePlan, default_stride
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
+from megatron_depthattn.parallel.payload import Payload, depth_payload
 
 
 @dataclass
@@ -43,8 +44,8 @@ class DepthAttentionConfig(TransformerConfig):
             self.depth_attention_stride = default_stride(self.num_layers)
         self.validate()
         if self.pipeline_model_parallel_size > 1:
-            # Messages differ in width from edge to edge; with this the schedules ask for each shape instead of
-            # assuming one.
+            # Messages differ in width from edge to edge; with this the schedules' communicator is asked for each shape:
+            # ours knows it (parallel/schedule.py), Megatron's exchanges it with the neighbour.
             self.variable_seq_lengths = True
 
     @property
@@ -56,6 +57,17 @@ class DepthAttentionConfig(TransformerConfig):
             stride=self.depth_attention_stride,
             recent_window=self.depth_attention_recent_window,
             chunk_starts=pipeline_chunk_starts(self),
+            num_ranks=self.pipeline_model_parallel_size,
+        )
+
+    def message_into(self, chunk: int) -> Payload:
+        """What pipeline chunk ``chunk`` (in model order) receives, with the widths of one rank."""
+        groups = max(1, self.num_query_groups // self.tensor_model_parallel_size)
+        shares = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return depth_payload(
+            self.source_plan.entering(chunk),
+            hidden_width=self.hidden_size,
+            source_width=groups * self.kv_channels * shares,
         )
 
     def validate(self) -> None:

@@ -22,6 +22,11 @@ from torch import Tensor
 HIDDEN = "hidden"
 
 
+def source_parts(layer: int) -> tuple[str, str]:
+    """Names of the two parts that ``layer`` leaves to later ones: its key and its mixed value."""
+    return f"key.{layer}", f"value.{layer}"
+
+
 @dataclass(frozen=True)
 class Payload:
     """Named parts of one message and their widths in elements, in sending order."""
@@ -63,6 +68,5 @@ def depth_payload(sources: tuple[int, ...], *, hidden_width: int, source_width: 
     """
     widths = {HIDDEN: hidden_width}
     for layer in sources:
-        widths[f"key.{layer}"] = source_width
-        widths[f"value.{layer}"] = source_width
+        widths |= dict.fromkeys(source_parts(layer), source_width)
     return Payload(widths)

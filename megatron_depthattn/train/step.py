@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_depthattn.model.core_attention import context_parallel_positions
+from megatron_depthattn.parallel.schedule import Work, run_schedule
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.errors import RunError
 from megatron_depthattn.train.non_finite import Attempt, diagnose
@@ -90,23 +90,17 @@ def run_microbatches(
     Returns:
         The mean loss per token over the global batch, on every rank.
     """
-    losses = _run_schedule(chunks, microbatches, shape, forward_only=forward_only)
+    losses = _losses(chunks, microbatches, shape, forward_only=forward_only)
     return mean_over_global_batch(losses, device_of(chunks[0]))
 
 
-def _run_schedule(
+def _losses(
     chunks: Chunks, microbatches: Sequence[Microbatch], shape: tuple[int, int], *, forward_only: bool
 ) -> list[Tensor]:
-    """Megatron's schedule; on the last stage for each microbatch (sum of losses, tokens), elsewhere nothing."""
-    batch_size, sequence_length = shape
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(microbatches) for _ in chunks] if len(chunks) > 1 else iter(microbatches),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(microbatches),
-        seq_length=sequence_length,
-        micro_batch_size=batch_size,
-        forward_only=forward_only,
+    """On the last stage for each microbatch (sum of losses, tokens), elsewhere nothing."""
+    size, length = shape
+    return run_schedule(
+        forward_step, microbatches, chunks, micro_batch_size=size, sequence_length=length, forward_only=forward_only
     )
 
 
@@ -171,22 +165,22 @@ def _attempt(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = _run_schedule(chunks, microbatches, shape, forward_only=False)
+    losses = _losses(chunks, microbatches, shape, forward_only=False)
     loss = mean_over_global_batch(losses, device_of(chunks[0]))
     optimizer.prepare_grads()
     return Attempt(loss, float(optimizer.get_grad_norm()), losses_that_are_not_finite(loss, losses))
 
 
-def forward_step(microbatches: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def forward_step(work: Iterator[Work], model: torch.nn.Module) -> tuple[Tensor, Any]:
     """One chunk's forward, in the form that Megatron's schedules call."""
-    batch = next(microbatches)
+    batch, call_arguments = next(work)
     tokens, labels = batch.get("tokens"), batch.get("labels")
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     if size > 1 and tokens is not None and labels is not None:
         mine = context_parallel_positions(tokens.size(1), rank, size).to(tokens.device)
         tokens, labels = tokens[:, mine], labels[:, mine]
     # RoPE numbers the positions itself (and the mask is causal): neither is passed.
-    output = model(tokens, None, None, labels=labels)
+    output = model(tokens, None, None, labels=labels, **call_arguments)
     return output, partial(sum_of_losses)
 
 

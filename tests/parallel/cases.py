@@ -83,7 +83,7 @@ LAYOUTS = {
 }
 
 # One of each kind. What their multiples and products add is how the groups are laid out: three cases show that.
-THOROUGH = ("single", "tp2+sp", "pp2", "pp2xvpp2")
+THOROUGH = ("single", "tp2+sp", "pp2", "pp2xvpp2", "pp4xvpp2")
 
 RECOMPUTE = {
     "none": RecomputeConfig(),
@@ -160,11 +160,12 @@ PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
 CONTROLS = [
     Job(layout="pp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),
+    Job(layout="pp2xvpp2", steps=2, sabotage="lent_gradient_dropped"),
     Job(layout="pp2", steps=2, sabotage="two_sources_swapped"),
     Job(layout="tp4", steps=2, sabotage="mean_query_of_own_heads"),
     Job(layout="tp4+sp", steps=2, sabotage="mean_query_of_own_heads"),
     Job(layout="tp2+sp", steps=2, sabotage="norms_not_reduced"),
-    Job(layout="single", recompute="uniform1", steps=2, sabotage="context_gradient_dropped"),
+    Job(layout="single", recompute="uniform1", steps=2, sabotage="lent_gradient_dropped"),
 ]
 
 AGREEMENT = Job(layout="tp4", agreement=True)

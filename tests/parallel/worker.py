@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,19 @@ from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.model.attention import DepthSelfAttention, Source
 from megatron_depthattn.model.initialization import globally_named_parameters
-from megatron_depthattn.model.layer import DepthAttentionLayer, Sources
+from megatron_depthattn.model.layer import DepthAttentionLayer
 from megatron_depthattn.model.norm import RMSNorm
-from megatron_depthattn.model.source_plan import hop_bytes
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
 from tests.parallel.compare import relative_errors
+from tools.benchmarks.sent import recorded_sends, sent_between_stages
 
 SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
 PATIENCE = timedelta(minutes=2)
@@ -106,9 +107,12 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         first = progress.step
     else:
         load_checkpoint(common_weights(folder, chunks), chunks)
-        with recorded_hops(chunks) as hops:
+        with recorded_sends() as sent:
             first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
-        whole_gradients, result = gather_gradients(chunks), {"hop_bytes": hop_result(job, chunks, hops)}
+        stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        result["sent"] = sent_between_stages(sent, stages)
+        result["microbatches"] = len(microbatches(0))
+        whole_gradients = gather_gradients(chunks)
         if whole_gradients is not None:
             result |= compare_gradients(job, folder, *whole_gradients)
         if job.steps == 1:
@@ -217,49 +221,6 @@ def compare_gradients(job: Job, folder: Path, gradients: dict[str, Tensor], spre
     return {"gradient_errors": relative_errors(gradients, torch.load(file)), "copy_errors": spread}
 
 
-# ---- pipeline messages
-
-
-@contextlib.contextmanager
-def recorded_hops(chunks: Chunks) -> Iterator[dict[int, set[int]]]:
-    """Sizes in bytes of the tensors that leave each chunk, by the index of the layer that follows."""
-    hops: dict[int, set[int]] = {}
-
-    def record(model: Any, _: Any, output: Tensor) -> None:
-        if not model.post_process:
-            after = model.decoder.layers[-1].layer_number
-            hops.setdefault(after, set()).add(output.numel() * output.element_size())
-
-    hooks = [model.register_forward_hook(record) for model in unwrap_model(chunks)]
-    yield hops
-    for hook in hooks:
-        hook.remove()
-
-
-def hop_result(job: Job, chunks: Chunks, hops: dict[int, set[int]]) -> dict[str, list[int]] | None:
-    """On rank 0, for every edge by the layer after it: the predicted bytes, then every size that any rank sent."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(hops, gathered if dist.get_rank() == 0 else None)
-    if dist.get_rank() > 0:
-        return None
-    model = unwrap_model(chunks)[0]
-    plan, parallel = model.config.source_plan, job.config().parallel
-    heads = model.decoder.layers[0].self_attention.num_query_groups_per_partition
-    shares = parallel.tensor if parallel.sequence else 1
-    predicted = hop_bytes(
-        plan,
-        hidden_size=MODEL.hidden_size,
-        # Under sequence parallel a rank has fewer tokens, and a source all positions of fewer heads.
-        source_size=2 * heads * shares * MODEL.kv_channels,
-        tokens=TRAIN.micro_batch_size * SEQUENCE_LENGTH // (shares * parallel.context),
-        bytes_per_element=4,
-    )
-    return {
-        str(start): [size, *sorted(set().union(*(hops.get(start, set()) for hops in gathered)))]
-        for start, size in zip(plan.chunk_starts[1:], predicted, strict=True)
-    }
-
-
 # ---- agreement
 
 
@@ -284,36 +245,40 @@ def sabotage(name: str) -> Any:
     return SABOTAGES[name]() if name else contextlib.nullcontext()
 
 
-def _detached(sources: Sources) -> Sources:
+def _detached(sources: Mapping[int, Source]) -> dict[int, Source]:
     return {index: Source(*(tensor.detach() for tensor in source)) for index, source in sources.items()}
 
 
-def _payload_gradient_dropped() -> Any:
+def _received(change: Callable[[dict[int, Source]], dict[int, Source]]) -> Any:
+    """Every chunk gets something else than the sources that it received."""
     unpack = DepthAttentionLayer._unpack
 
-    def wrong(self: Any, message: Tensor) -> tuple[Tensor, Sources]:
+    def wrong(self: Any, message: Tensor) -> tuple[Tensor, dict[int, Source]]:
         hidden_states, sources = unpack(self, message)
-        return hidden_states, _detached(sources)
+        return hidden_states, change(sources)
 
     return mock.patch.object(DepthAttentionLayer, "_unpack", wrong)
 
 
-def _context_gradient_dropped() -> Any:
-    open_context = DepthAttentionLayer._open
-    return mock.patch.object(DepthAttentionLayer, "_open", lambda self, context: _detached(open_context(self, context)))
+def _payload_gradient_dropped() -> Any:
+    return _received(_detached)
 
 
 def _two_sources_swapped() -> Any:
     """The first and the last: a layer that reads both mixes the same set, and only layers that read one notice."""
-    unpack = DepthAttentionLayer._unpack
 
-    def wrong(self: Any, message: Tensor) -> tuple[Tensor, Sources]:
-        hidden_states, sources = unpack(self, message)
+    def swap(sources: dict[int, Source]) -> dict[int, Source]:
         first, last = min(sources), max(sources)
         assert first != last
-        return hidden_states, sources | {first: sources[last], last: sources[first]}
+        return sources | {first: sources[last], last: sources[first]}
 
-    return mock.patch.object(DepthAttentionLayer, "_unpack", wrong)
+    return _received(swap)
+
+
+def _lent_gradient_dropped() -> Any:
+    """What a later chunk, or a recomputed layer, found out about a source it shares is thrown away."""
+    collect = MicrobatchState.collect
+    return mock.patch.object(MicrobatchState, "collect", lambda self, name: torch.zeros_like(collect(self, name)))
 
 
 def _mean_query_of_own_heads() -> Any:
@@ -332,7 +297,7 @@ def _norms_not_reduced() -> Any:
 
 SABOTAGES = {
     "payload_gradient_dropped": _payload_gradient_dropped,
-    "context_gradient_dropped": _context_gradient_dropped,
+    "lent_gradient_dropped": _lent_gradient_dropped,
     "two_sources_swapped": _two_sources_swapped,
     "mean_query_of_own_heads": _mean_query_of_own_heads,
     "norms_not_reduced": _norms_not_reduced,

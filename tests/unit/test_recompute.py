@@ -61,7 +61,7 @@ def loss_and_gradients(model: GPTModel) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("window", [0, 1])
 @pytest.mark.parametrize("op", ["lean", "reference"])
 def test_every_recompute_mode_gives_the_same_loss_and_gradients(stride, window, op):
-    """To the bit: recomputing repeats the same operations, and gradients of a source are summed in the same order."""
+    """To the bit, but for one thing: layers recomputed together sum their gradients of a source before adding them."""
     plan = {"depth_attention_stride": stride, "depth_attention_recent_window": window, "depth_attention_op": op}
     loss, gradients = loss_and_gradients(build(**plan))
     for mode, options in RECOMPUTE.items():
@@ -69,7 +69,10 @@ def test_every_recompute_mode_gives_the_same_loss_and_gradients(stride, window, 
         assert torch.equal(loss, other_loss), mode
         for name, gradient in gradients.items():
             assert gradient.any(), name
-            assert torch.equal(gradient, other_gradients[name]), (mode, name)
+            if options.get("recompute_num_layers", 1) == 1 or options["recompute_method"] == "block":
+                assert torch.equal(gradient, other_gradients[name]), (mode, name)
+            else:
+                assert (gradient - other_gradients[name]).norm() <= 1e-6 * gradient.norm(), (mode, name)
 
 
 def test_control_the_gradient_through_sources_is_not_small():
@@ -77,7 +80,8 @@ def test_control_the_gradient_through_sources_is_not_small():
     _, gradients = loss_and_gradients(build(depth_attention_stride=2))
     model = build(depth_attention_stride=2)
     for layer in model.decoder.layers:
-        layer._open = lambda context: {i: Source(*(t.detach() for t in pair)) for i, pair in (context or {}).items()}
+        read = layer._source
+        layer._source = lambda index, state, read=read: Source(*(tensor.detach() for tensor in read(index, state)))
     _, detached = loss_and_gradients(model)
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     assert (gradients[name] - detached[name]).norm() / gradients[name].norm() > 1e-2

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -46,23 +47,63 @@ def test_sources_and_live_sets_follow_the_definition():
     for plan in PLANS:
         for layer in range(plan.num_layers):
             assert plan.sources(layer) == tuple(sorted(defined_sources(layer, plan.stride, plan.recent_window))), plan
-        for layer in range(plan.num_layers + 1):
-            assert plan.live(layer) == tuple(sorted(live_by_brute_force(plan, layer))), plan
-        assert plan.sources(0) == plan.live(0) == plan.live(plan.num_layers) == ()
+            assert plan.held(layer) == tuple(sorted(live_by_brute_force(plan, layer + 1))), plan
+        assert plan.sources(0) == plan.held(plan.num_layers - 1) == ()
 
 
-def test_what_a_layer_keeps_is_enough_and_nothing_more():
-    """Walk the layers as the model does: hold live(l), read S(l), add l, keep live(l + 1)."""
-    for plan in PLANS:
-        held: set[int] = set()
-        for layer in range(plan.num_layers):
-            assert held >= set(plan.sources(layer)), f"{plan}: a source was dropped too early"
-            for source in held:
-                readers = range(layer, plan.num_layers)
-                assert any(source in plan.sources(r) for r in readers), f"{plan}: {source} is held, nobody reads it"
-            assert set(plan.live(layer + 1)) <= held | {layer}
-            held = set(plan.live(layer + 1))
-        assert held == set()
+def even_pipelines() -> list[SourcePlan]:
+    """Every plan above under every layout that cuts its layers evenly."""
+    return [
+        dataclasses.replace(plan, chunk_starts=tuple(range(0, plan.num_layers, layers)), num_ranks=ranks)
+        for plan, ranks in itertools.product(PLANS, (1, 2, 3, 4))
+        for layers in (1, 2, 3)
+        if plan.num_layers in (8, 12) and plan.recent_window < 3 and plan.num_layers % (layers * ranks) == 0
+    ]
+
+
+def test_what_a_rank_holds_is_enough_and_nothing_more():
+    """Walk the layers as the model does: take what enters, read S(l), add l, send, keep held(l)."""
+    for plan in even_pipelines():
+        ranks = plan.num_ranks or 1
+        rank_of = [plan.chunk_of(layer) % ranks for layer in range(plan.num_layers)]
+        holds: list[set[int]] = [set() for _ in range(ranks)]
+        for layer, rank in enumerate(rank_of):
+            if plan.enters_chunk(layer):
+                entering = plan.entering(plan.chunk_of(layer))
+                assert not holds[rank] & set(entering), f"{plan}: {entering} cross a boundary twice"
+                holds[rank] |= set(entering)
+            assert holds[rank] >= set(plan.sources(layer)), f"{plan}: a source was dropped too early or never came"
+            if plan.leaves_chunk(layer):
+                assert holds[rank] | {layer} >= set(plan.entering(plan.chunk_of(layer) + 1)), plan
+            assert set(plan.held(layer)) <= holds[rank] | {layer}
+            holds[rank] = set(plan.held(layer))
+            in_chunk = plan.chunk_of(layer) if not plan.leaves_chunk(layer) else None
+            for source in holds[rank]:
+                read_here = any(
+                    source in plan.sources(r) and rank_of[r] == rank for r in range(layer + 1, plan.num_layers)
+                )
+                assert read_here or (in_chunk is not None and source in plan.entering(in_chunk + 1)), (
+                    f"{plan}: {source}"
+                )
+        assert not any(holds)
+
+
+def test_a_source_crosses_the_boundaries_on_its_way_to_the_farthest_reader_and_no_other():
+    for plan in even_pipelines():
+        ranks = plan.num_ranks or 1
+        crossings = Counter(source for edge in plan.edges() for source in edge)
+        for source in range(plan.num_layers):
+            readers = [r for r in range(plan.num_layers) if source in plan.sources(r)]
+            distances = [(plan.chunk_of(r) - plan.chunk_of(source)) % ranks for r in readers]
+            assert crossings[source] == max(distances, default=0), (plan, source)
+
+
+def test_kept_sources_of_an_interleaved_model_by_hand():
+    """8 layers in chunks of two on two ranks: rank 0 has layers 0, 1, 4, 5. Each source crosses once."""
+    plan = SourcePlan(num_layers=8, stride=2, chunk_starts=(0, 2, 4, 6), num_ranks=2)
+    assert plan.edges() == ((0,), (2,), (4,))
+    assert [plan.kept(chunk) for chunk in range(4)] == [(0,), (0, 2), (), ()]
+    assert [plan.held(layer) for layer in range(8)] == [(0,), (0,), (0, 2), (0, 2), (0, 2, 4), (), (0, 2, 4, 6), ()]
 
 
 @pytest.mark.parametrize("num_layers", sorted({plan.num_layers for plan in PLANS}))
@@ -103,6 +144,7 @@ def test_default_stride_is_half_the_layers(num_layers, stride):
         ({"chunk_starts": (0, 2, 2)}, "cuts 4 layers at [0, 2, 2]", "use fewer pipeline or virtual stages"),
         ({"chunk_starts": (0, 3, 2)}, "cuts 4 layers at [0, 3, 2]", "use fewer pipeline or virtual stages"),
         ({"chunk_starts": (0, 4)}, "cuts 4 layers at [0, 4]", "use fewer pipeline or virtual stages"),
+        ({"chunk_starts": (0, 1, 2), "num_ranks": 2}, "2 pipeline ranks cannot take turns at 3", "the same number"),
     ],
 )
 def test_impossible_plans_are_refused(fields, given, remedy):
@@ -113,7 +155,7 @@ def test_impossible_plans_are_refused(fields, given, remedy):
 
 def test_digest_tells_plans_apart():
     plan = SourcePlan(num_layers=8, stride=4, recent_window=1, chunk_starts=(0, 4))
-    others = [{"num_layers": 9}, {"stride": 3}, {"recent_window": 0}, {"chunk_starts": (0, 3)}, {"chunk_starts": (0,)}]
+    others = [{"num_layers": 9}, {"stride": 3}, {"recent_window": 0}, {"chunk_starts": (0, 3)}, {"num_ranks": 1}]
     digests = [plan.digest(), *(dataclasses.replace(plan, **other).digest() for other in others)]
     assert len(set(digests)) == len(digests)
     assert SourcePlan(8, 4, 1, (0, 4)).digest() == plan.digest()

@@ -15,6 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.config import RunConfig, to_dict
+from megatron_depthattn.parallel.schedule import Work
 from megatron_depthattn.train.build import build_schedule
 from megatron_depthattn.train.checkpoint import Loaded, assemble, load_into
 from megatron_depthattn.train.deepspeed_engine.build import Topology, build_model, build_optimizer, initialize
@@ -102,7 +103,7 @@ class DeepSpeedEngine:
         return load_into(folder, self._state, self._scheduler, config=to_dict(self._config))
 
     def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
-        output, _ = forward_step(iter([microbatch]), self._engine)
+        output, _ = forward_step(iter([Work(microbatch, {})]), self._engine)
         return sum_of_losses(output)
 
     def _update(self, grad_norm: float) -> None:

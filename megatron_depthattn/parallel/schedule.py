@@ -1,0 +1,158 @@
+"""Megatron's pipeline schedules for Depth-Attention: message shapes from the source plan, a state per micro-batch.
+
+Messages differ in width from edge to edge. Megatron asks the neighbour for the shape of every message; but the source
+plan and the order of the schedule say all of them beforehand, so nothing has to be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+
+GROUPS = ["tp", "pp", "cp", "embd", "pos_embd", "dp", "dp_cp", "tp_dp_cp"]
+"""What the schedules and ``finalize_model_grads`` ask of the process groups they are given."""
+
+
+class Work(NamedTuple):
+    """What a forward step takes from its iterator."""
+
+    microbatch: Any
+    """As the caller gave it."""
+    call_arguments: dict[str, Any]
+    """Keyword arguments for the model's call."""
+
+
+def run_schedule(
+    forward_step: Callable[[Iterator[Work], torch.nn.Module], tuple[Tensor, Any]],
+    microbatches: Sequence[Any],
+    chunks: Sequence[torch.nn.Module],
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    forward_only: bool,
+) -> list[Any]:
+    """Megatron's schedule for this layout over one global batch.
+
+    Args:
+        forward_step: as for Megatron's schedules, but its iterator yields `Work`: call the model with
+            ``**work.call_arguments``.
+        microbatches: this rank's microbatches.
+        chunks: this rank's pipeline chunks.
+        micro_batch_size, sequence_length: of a microbatch on the whole context-parallel group.
+        forward_only: without gradients.
+
+    Returns:
+        What the schedule returns: on the last stage what ``forward_step``'s loss function reported, elsewhere nothing.
+
+    Raises:
+        RuntimeError: a source was left over when its micro-batch was done.
+    """
+    config = get_model_config(chunks[0])
+    states = [MicrobatchState() for _ in microbatches]
+    work = [
+        Work(microbatch, {"extra_block_kwargs": {"attention_bias": state}} if config.depth_attention else {})
+        for microbatch, state in zip(microbatches, states, strict=True)
+    ]
+    interleaved = len(chunks) > 1
+    planned = {}
+    if config.depth_attention and config.pipeline_model_parallel_size > 1:
+        groups = ProcessGroupCollection.use_mpu_process_groups(GROUPS)
+        rows = sequence_length // config.context_parallel_size
+        rows //= config.tensor_model_parallel_size if config.sequence_parallel else 1
+        communicator = PlannedCommunicator(groups.pp, config, rows, micro_batch_size, len(microbatches), forward_only)
+        planned = {"p2p_communicator": communicator, "pg_collection": groups}
+    reported = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        # Every chunk goes through the same list: it meets each micro-batch's state in turn.
+        data_iterator=[iter(work) for _ in chunks] if interleaved else iter(work),
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+        **planned,
+    )
+    for state in states:
+        state.check_settled()
+    return reported  # type: ignore[no-any-return]
+
+
+class PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
+    """Megatron's communicator, told the shape of every message of one global batch.
+
+    Args:
+        pp_group, config: as Megatron's.
+        rows, micro_batch_size: the first two dimensions of every message on this rank.
+        num_microbatches: of the global batch on this rank.
+        forward_only: without gradients.
+    """
+
+    def __init__(
+        self,
+        pp_group: torch.distributed.ProcessGroup,
+        config: DepthAttentionConfig,
+        rows: int,
+        micro_batch_size: int,
+        num_microbatches: int,
+        forward_only: bool,
+    ) -> None:
+        super().__init__(pp_group, config)
+        self._leading = rows, micro_batch_size
+        order = chunk_order(
+            num_microbatches,
+            config.virtual_pipeline_model_parallel_size or 1,
+            config.microbatch_group_size_per_vp_stage,
+        )
+        received = received_messages(order, pp_group.rank(), pp_group.size())
+        widths = {chunk: config.message_into(chunk).width for chunk in {*received.forward, *received.backward}}
+        self._from_previous = iter([widths[chunk] for chunk in received.forward])
+        self._from_next = iter([] if forward_only else [widths[chunk] for chunk in received.backward])
+
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Shapes of what the next receives bring; Megatron's exchanges them with the neighbours."""
+        return (
+            (*self._leading, next(self._from_previous)) if recv_prev else None,
+            (*self._leading, next(self._from_next)) if recv_next else None,
+        )
+
+
+def chunk_order(num_microbatches: int, num_chunks: int, group_size: int) -> list[int]:
+    """Of a rank's ``num_chunks`` chunks, the one that runs each forward, in Megatron's order; backward mirrors it."""
+    return [chunk for _, chunk in get_schedule_table(num_microbatches, num_chunks, group_size)]
+
+
+class ReceivedMessages(NamedTuple):
+    """The messages that a rank receives, each named by the chunk (in model order) whose input it is."""
+
+    forward: list[int]
+    """From the previous rank: inputs of this rank's chunks."""
+    backward: list[int]
+    """From the next rank: gradients of its chunks' inputs."""
+
+
+def received_messages(order: Sequence[int], rank: int, num_ranks: int) -> ReceivedMessages:
+    """What ``rank`` receives in one global batch, in order of arrival.
+
+    All ranks run their chunks in the same order, forward as in ``order`` and backward with the chunks mirrored. The
+    input of the model's first chunk is not a message, nor is the output of its last.
+    """
+    num_chunks = max(order) + 1
+    before = (rank - 1) % num_ranks
+    forward = [chunk * num_ranks + before + 1 for chunk in order]
+    after = (rank + 1) % num_ranks
+    backward = [(num_chunks - 1 - chunk) * num_ranks + after for chunk in order]
+    last = num_chunks * num_ranks
+    return ReceivedMessages([c for c in forward if c < last], [c for c in backward if c > 0])

@@ -1,0 +1,41 @@
+"""The fewest bytes that a pipeline can send, found by following every source from its maker to its farthest reader.
+
+Written from the method's definition and Megatron's placement of chunks alone; nothing of the package is used.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.parallel.cases import MODEL, SEQUENCE_LENGTH, TRAIN, Job, Layout
+
+
+def least_bytes(job: Job, layout: Layout, num_microbatches: int) -> dict[str, int]:
+    """Bytes from stage to stage ("0>1") of one global batch, forward and backward, on one pipeline in fp32."""
+    parallel = layout.parallel
+    stages, chunks = parallel.pipeline, parallel.pipeline * parallel.virtual_pipeline
+    stage_of = [layer // (MODEL.num_layers // chunks) % stages for layer in range(MODEL.num_layers)]
+    tokens = TRAIN.micro_batch_size * SEQUENCE_LENGTH // parallel.context
+    # A tensor rank holds whole heads of every token; its hidden states are those of its share of the tokens.
+    hidden = tokens * MODEL.hidden_size // (parallel.tensor if parallel.sequence else 1)
+    source = tokens * 2 * max(1, MODEL.num_query_groups // parallel.tensor) * MODEL.kv_channels
+
+    numbers: Counter[str] = Counter()
+
+    def cross(stage: int, count: int) -> None:
+        there = (stage + 1) % stages
+        numbers[f"{stage}>{there}"] += count
+        numbers[f"{there}>{stage}"] += count  # its gradient
+
+    for chunk in range(chunks - 1):
+        cross(chunk % stages, hidden)
+    for layer in range(MODEL.num_layers):
+        readers = [
+            later
+            for later in range(layer + 1, MODEL.num_layers)
+            if layer % job.stride == 0 or later - job.window <= layer
+        ]
+        farthest = max(((stage_of[reader] - stage_of[layer]) % stages for reader in readers), default=0)
+        for step in range(farthest):
+            cross((stage_of[layer] + step) % stages, source)
+    return {edge: 4 * num_microbatches * count for edge, count in numbers.items()}

@@ -1,0 +1,118 @@
+"""What layers leave to each other: gradients of lent parts come back once, in the right order, and nothing stays."""
+
+import re
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+
+
+def leaf(seed: int) -> Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def maker(x: Tensor, state: MicrobatchState, lend: bool) -> Tensor:
+    """A piece of a model that leaves a part, uses it itself, and returns a hidden state."""
+    part = x.sin()
+    hidden = part * x
+    if lend:
+        return state.lend({"part": part}, hidden)
+    state.leave({"part": part})
+    return hidden
+
+
+def reader(hidden: Tensor, state: MicrobatchState) -> Tensor:
+    return (hidden * state["part"]).exp() + state["part"]
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_lent_parts_have_the_gradient_of_one_graph(readers):
+    x = leaf(0)
+    state = MicrobatchState()
+    hidden = maker(x, state, lend=False)
+    for _ in range(readers):
+        hidden = reader(hidden, state)
+    hidden.sum().backward()
+    expected = x.grad
+
+    x, state = leaf(0), MicrobatchState()
+    pieces = [maker(x, state, lend=True)]
+    inputs = []
+    for _ in range(readers):  # every piece has a graph of its own, as a pipeline chunk
+        inputs.append(pieces[-1].detach().requires_grad_())
+        pieces.append(reader(inputs[-1], state))
+    gradient = torch.ones_like(pieces[-1])
+    for piece, its_input in zip(pieces[:0:-1], inputs[::-1], strict=True):
+        piece.backward(gradient)
+        gradient = its_input.grad
+    pieces[0].backward(gradient)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-14, atol=0)
+    state.check_settled()
+
+
+def test_recomputed_pieces_lend_once():
+    """As a checkpoint runs it: forward without gradients, then again with them, both with the same state."""
+    x, state = leaf(1), MicrobatchState()
+    with torch.no_grad():
+        hidden = maker(x, state, lend=True)
+        shared = state["part"]
+    its_input = hidden.detach().requires_grad_()
+    reader(its_input, state).sum().backward()
+    again = maker(x, state, lend=True)
+    assert state["part"] is shared
+    again.backward(its_input.grad)
+    state.check_settled()
+
+    plain, state = leaf(1), MicrobatchState()
+    reader(maker(plain, state, lend=False), state).sum().backward()
+    torch.testing.assert_close(x.grad, plain.grad, rtol=1e-14, atol=0)
+
+
+def test_a_lent_part_is_the_same_memory_and_cut_off():
+    state, x = MicrobatchState(), leaf(2)
+    part = x.sin()
+    state.lend({"part": part}, x * 1)
+    assert state["part"].data_ptr() == part.data_ptr()
+    assert state["part"].is_leaf and state["part"].requires_grad
+
+
+def test_backward_in_the_wrong_order_is_an_error():
+    state = MicrobatchState()
+    hidden = maker(leaf(3), state, lend=True)
+    reader(hidden.detach().requires_grad_(), state)
+    with pytest.raises(RuntimeError, match="the backward pass that made part ran before that of any layer"):
+        hidden.sum().backward()
+
+
+def test_what_is_left_over_is_an_error():
+    state = MicrobatchState()
+    state.check_settled()
+    maker(leaf(4), state, lend=True)
+    state.leave({"other": leaf(5)})
+    with pytest.raises(RuntimeError, match=re.escape("other, part were left over when their micro-batch was done")):
+        state.check_settled()
+
+
+def test_a_part_that_nobody_left_is_named():
+    state = MicrobatchState()
+    state.leave({"key.0": leaf(6)})
+    with pytest.raises(LookupError, match=re.escape("value.3 is read, but this micro-batch's state holds ['key.0']")):
+        _ = state["value.3"]
+
+
+def test_dropped_parts_are_gone_and_lent_ones_stay_until_they_are_collected():
+    state = MicrobatchState()
+    hidden = maker(leaf(7), state, lend=True)
+    state.leave({"a": leaf(8), "b": leaf(9)})
+    state.keep_only(["b"])
+    with pytest.raises(LookupError, match="a is read"):
+        _ = state["a"]
+    state.keep_only([])
+    gone = weakref.ref(state["part"])
+    reader(hidden.detach().requires_grad_(), state).sum().backward()
+    hidden.sum().backward()
+    assert gone() is None
+    state.check_settled()

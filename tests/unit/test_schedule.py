@@ -1,0 +1,39 @@
+"""Which messages a rank receives, against a simulation of ranks that do nothing but send what the schedule makes."""
+
+import itertools
+
+import pytest
+
+from megatron_depthattn.parallel.schedule import chunk_order, received_messages
+
+
+def sent_by(rank: int, order: list[int], num_chunks: int, ranks: int, forward: bool) -> list[tuple[int, int]]:
+    """(receiving rank, chunk in model order that the message belongs to), in the order of sending."""
+    messages = []
+    for virtual in order:
+        mine = (virtual if forward else num_chunks - 1 - virtual) * ranks + rank
+        if forward and mine + 1 < num_chunks * ranks:
+            messages.append(((rank + 1) % ranks, mine + 1))
+        if not forward and mine > 0:
+            messages.append(((rank - 1) % ranks, mine))
+    return messages
+
+
+@pytest.mark.parametrize(("ranks", "num_chunks"), itertools.product([2, 3, 4], [1, 2, 3]))
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_received_messages_are_those_that_the_neighbours_send(ranks, num_chunks, rounds):
+    order = chunk_order(rounds * ranks, num_chunks, ranks)
+    assert len(order) == rounds * ranks * num_chunks
+    for rank in range(ranks):
+        received = received_messages(order, rank, ranks)
+        before, after = (rank - 1) % ranks, (rank + 1) % ranks
+        assert received.forward == [c for to, c in sent_by(before, order, num_chunks, ranks, True) if to == rank]
+        assert received.backward == [c for to, c in sent_by(after, order, num_chunks, ranks, False) if to == rank]
+
+
+def test_by_hand():
+    """Two ranks with two chunks each, two micro-batches: rank 0 has chunks 0 and 2, rank 1 has 1 and 3."""
+    order = chunk_order(2, 2, 2)
+    assert order == [0, 0, 1, 1]
+    assert received_messages(order, 0, 2) == ([2, 2], [3, 3, 1, 1])
+    assert received_messages(order, 1, 2) == ([1, 1, 3, 3], [2, 2])
