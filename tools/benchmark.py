@@ -1,6 +1,7 @@
 """Measure parts of the stack on this machine: prints a table and, with --json FILE, the figures.
 
 benchmark.py prepare     the whole corpus preparation against the bare tokenizer library, on the same cores
+benchmark.py hop         what a pipeline sends, against the least possible, and what that costs a step
 benchmark.py checkpoint  what saving costs the training loop, synchronous and asynchronous
 """
 
@@ -19,10 +20,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from tools.benchmarks.checkpoint import add_checkpoint
+from tools.benchmarks.hop import add_hop
 from tools.benchmarks.prepare import add_prepare
 from tools.benchmarks.result import Result
 
-VERBS = [add_checkpoint, add_prepare]
+VERBS = [add_hop, add_checkpoint, add_prepare]
 PACKAGES = ("torch", "megatron-core", "tokenizers", "mosaicml-streaming", "pyarrow")
 
 

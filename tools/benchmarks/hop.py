@@ -1,0 +1,91 @@
+"""What a pipeline sends, against the bound of the source plan, and what that costs a step; several processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarks.result import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = {"pp2": (2, 1), "pp4": (4, 1), "pp2xvpp2": (2, 2), "pp4xvpp2": (4, 2)}
+"""Pipeline ranks and chunks a rank."""
+
+
+def add_hop(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("hop", help="bytes sent by a pipeline and time of a step, against the bound")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
+    parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: 1, 2 and half the layers")
+    parser.add_argument("--windows", nargs="+", type=int, default=[0, 1], metavar="N", help="default: 0 1")
+    parser.add_argument("--layers", type=int, default=16, metavar="N", help="default 16")
+    parser.add_argument("--hidden", type=int, default=256, metavar="N", help="hidden size (default 256), heads of 64")
+    parser.add_argument("--sequence-length", type=int, default=256, metavar="N", help="default 256")
+    parser.add_argument("--microbatches", type=int, default=8, metavar="N", help="of a step (default 8)")
+    parser.add_argument("--runs", type=int, default=9, metavar="N", help="steps of each kind, taking turns (default 9)")
+    parser.set_defaults(measure=measure_hop)
+
+
+def measure_hop(given: argparse.Namespace) -> Result:
+    """For every layout and source plan: bytes of one step sent and least possible, and the step's time.
+
+    Times are medians of forward and backward without the optimizer, beside the vanilla model of the same layout and
+    the same model under Megatron's own communicator, which exchanges shapes; the three take turns.
+
+    Raises:
+        ValueError: a world of processes failed.
+    """
+    strides = given.strides or [1, 2, given.layers // 2]
+    result = Result(
+        title=f"{given.layers} layers x {given.hidden}, {given.sequence_length} tokens, {given.microbatches} "
+        f"microbatches, {given.runs} runs; times of forward and backward over vanilla's",
+        columns=["layout", "stride", "window", "sent, MiB", "bound, MiB", "messages", "time", "shapes exchanged"],
+    )
+    for layout in given.layouts:
+        pipeline, virtual = LAYOUTS[layout]
+        for figures in _run_world(given, pipeline, virtual, strides):
+            ratios = {kind: _ratio(figures["seconds"], kind) for kind in ("planned", "exchanged")}
+            result.rows.append(
+                [
+                    layout,
+                    str(figures["stride"]),
+                    str(figures["window"]),
+                    f"{figures['sent'] / 2**20:.3f}",
+                    f"{figures['bound'] / 2**20:.3f}",
+                    f"{figures['messages']} of {figures['least_messages']}",
+                    f"{ratios['planned']:.3f}",
+                    f"{ratios['exchanged']:.3f}",
+                ]
+            )
+            result.figures[f"{layout} stride {figures['stride']} window {figures['window']}"] = figures | ratios
+    return result
+
+
+def _ratio(seconds: dict[str, list[float]], kind: str) -> float:
+    """Median over the turns of the time over vanilla's of the same turn."""
+    return statistics.median(a / b for a, b in zip(seconds[kind], seconds["vanilla"], strict=True))
+
+
+def _run_world(given: argparse.Namespace, pipeline: int, virtual: int, strides: list[int]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        work, output = Path(name) / "work.json", Path(name) / "figures.json"
+        more = {"pipeline": pipeline, "virtual": virtual, "strides": strides}
+        kept = ("windows", "layers", "hidden", "sequence_length", "microbatches", "runs")
+        work.write_text(json.dumps({key: getattr(given, key) for key in kept} | more))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={pipeline}"]
+        done = subprocess.run(
+            [*torchrun, "-m", "tools.benchmarks.hop_worker", str(work), str(output)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise ValueError(f"the world of {pipeline} processes failed: {done.stderr[-2000:]}")
+        return json.loads(output.read_text())  # type: ignore[no-any-return]
