@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
@@ -56,15 +57,21 @@ def run_schedule(
         What the schedule returns: on the last stage what ``forward_step``'s loss function reported, elsewhere nothing.
 
     Raises:
+        ValueError: the layout would send freed memory.
         RuntimeError: a source was left over when its micro-batch was done.
     """
     config = get_model_config(chunks[0])
+    interleaved = len(chunks) > 1
+    if interleaved and config.deallocate_pipeline_outputs and dist.get_backend() == "gloo":
+        raise ValueError(
+            "deallocate_pipeline_outputs=True with interleaved pipelining on gloo: messages would be freed while they "
+            "are being sent, and wrong numbers arrive. Set deallocate_pipeline_outputs=False."
+        )
     states = [MicrobatchState() for _ in microbatches]
     work = [
         Work(microbatch, {"extra_block_kwargs": {"attention_bias": state}} if config.depth_attention else {})
         for microbatch, state in zip(microbatches, states, strict=True)
     ]
-    interleaved = len(chunks) > 1
     planned = {}
     if config.depth_attention and config.pipeline_model_parallel_size > 1:
         groups = ProcessGroupCollection.use_mpu_process_groups(GROUPS)
@@ -100,7 +107,7 @@ class PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
 
     def __init__(
         self,
-        pp_group: torch.distributed.ProcessGroup,
+        pp_group: dist.ProcessGroup,
         config: DepthAttentionConfig,
         rows: int,
         micro_batch_size: int,

@@ -49,6 +49,8 @@ def transformer_config(config: RunConfig) -> DepthAttentionConfig:
         recompute_num_layers=config.recompute.num_layers,
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
+        # A message is freed once it has been sent. Interleaved schedules do so while gloo is still sending it.
+        deallocate_pipeline_outputs=parallel.pipeline > 1 and parallel.virtual_pipeline == 1,
         # The loss is a sum over tokens, divided once by the tokens of the whole global batch: equal under every layout.
         calculate_per_token_loss=True,
     )

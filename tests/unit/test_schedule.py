@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from megatron_depthattn.parallel.schedule import chunk_order, received_messages
+from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.parallel.schedule import chunk_order, received_messages, run_schedule
 
 
 def sent_by(rank: int, order: list[int], num_chunks: int, ranks: int, forward: bool) -> list[tuple[int, int]]:
@@ -37,3 +38,13 @@ def test_by_hand():
     assert order == [0, 0, 1, 1]
     assert received_messages(order, 0, 2) == ([2, 2], [3, 3, 1, 1])
     assert received_messages(order, 1, 2) == ([1, 1, 3, 3], [2, 2])
+
+
+def test_freed_messages_are_refused(megatron_world_of_one):
+    """Megatron's interleaved schedule frees a message while gloo may still be sending it."""
+    small = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+    model = build_gpt_model(
+        qwen3_style_config(**small, deallocate_pipeline_outputs=True), vocab_size=128, max_sequence_length=8
+    )
+    with pytest.raises(ValueError, match="deallocate_pipeline_outputs=True with interleaved pipelining on gloo"):
+        run_schedule(None, [], [model, model], micro_batch_size=1, sequence_length=8, forward_only=False)
