@@ -22,7 +22,7 @@ help:
 	@echo "make parity-full  every parity case of both engines for ten steps (about an hour on two cores)"
 	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
-	@echo "make launch-full  every launch test: Slurm's real time limit, lost nodes, a DeepSpeed hostfile (root, Slurm installed; about 12 minutes)"
+	@echo "make launch-full  every launch test: Slurm's real time limit, lost nodes, DeepSpeed in whole runs (root, Slurm installed; about 15 minutes)"
 	@echo "make prepare-200mb  prepare corpora with a single document of 200 MB (a few minutes)"
 	@echo "make lint         install, ruff and mypy"
 	@echo "make clean        remove caches and build leftovers; data/ and runs/ stay"
@@ -62,7 +62,7 @@ convert-3b: install
 
 # Under a real Slurm and on two network namespaces; needs root, slurm-wlm, munge, iproute2 (.ci/run installs them).
 launch-full: install
-	DEPTHATTN_LAUNCH=full $(BIN)/python -m pytest -s tests/launch tests/e2e/test_deepspeed.py
+	DEPTHATTN_LAUNCH=full $(BIN)/python -m pytest -s tests/launch tests/e2e/test_deepspeed.py tests/e2e/test_preflight_worlds.py
 
 faults: install
 	$(BIN)/python -W ignore -m tests.faults.campaign --work runs/faults --output runs/faults.md

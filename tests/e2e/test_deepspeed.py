@@ -61,12 +61,14 @@ def mixed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@FULL
 def test_a_run_goes_on_under_the_other_engine(mixed, undisturbed):
     assert_same_run(mixed, undisturbed)
     log = (mixed / "log.txt").read_text()
     assert "ZeRO stage 3" in log and "ZeRO stage 2" in log
 
 
+@FULL
 def test_a_checkpoint_of_deepspeed_exports_to_hugging_face(mixed, tmp_path):
     tool = ("tools/convert_checkpoint.py",)
     step = mixed / "checkpoints/step_00000012"

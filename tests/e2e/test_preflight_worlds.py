@@ -15,6 +15,7 @@ import pytest
 
 from tests.e2e.commands import REPOSITORY, must_succeed, python, torchrun
 from tests.faults.campaign import can_mount
+from tests.launch.jobs import FULL
 
 ODD_RANK = "tests/e2e/odd_rank.py"
 TRAIN = "megatron_depthattn.train"
@@ -93,6 +94,7 @@ def other_code(folder: Path) -> Path:
     return folder
 
 
+@FULL
 def test_two_versions_of_the_code_do_not_train_until_told_to(config_file: Path, tmp_path: Path):
     run_dir, other = tmp_path / "run", other_code(tmp_path / "other")
     command = [ODD_RANK, "other code", other, TRAIN, config_file, f"run.dir={run_dir}", "train.steps=2"]

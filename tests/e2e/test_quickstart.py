@@ -39,13 +39,13 @@ def test_quickstart_learns_and_exports(tmp_path: Path):
     assert "--nproc_per_node" in train
     assert "2" in train
     # Fewer steps than the user's: enough to learn, and a shorter suite.
-    settings = [f"data.path={data}", f"run.dir={run_dir}", "train.steps=90", "train.eval_interval=45"]
+    settings = [f"data.path={data}", f"run.dir={run_dir}", "train.steps=50", "train.eval_interval=25"]
     output = must_succeed(run([*with_this_interpreter(train), *settings], seconds=900)).stdout
     assert "hop 0 -> 1:" in output
     assert "what to try next" in output
     losses = [json.loads(line)["eval_loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     first = float(output.split("held-out loss: ")[1].split()[0])
-    assert first - losses[-1] >= 2.0
+    assert first - losses[-1] >= 1.2
 
     export, verify, generate = (
         [word.replace("runs/quickstart", str(run_dir)) for word in with_this_interpreter(command)]

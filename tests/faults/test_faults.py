@@ -1,4 +1,4 @@
-"""A short campaign: two pipeline stages times two replicas, struck twice, bit-equal to an undisturbed run.
+"""A short campaign: two pipeline stages times two replicas, struck once, bit-equal to an undisturbed run.
 
 `make faults` strikes with every kind, at least 40 times.
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import FULL, Campaign, can_mount, compare
+from tests.faults.campaign import FULL, Campaign, compare
 from tests.faults.job import RunState
 from tests.faults.kinds import ENDS_THE_JOB, JOB_GOES_ON
 
-SHORT = ["kill -9 of one rank during a save", "full disk"]
+SHORT = ["kill -9 of one rank during a save"]
 
 
 def test_every_kind_of_fault_is_in_the_full_campaign():
@@ -23,11 +23,10 @@ def test_every_kind_of_fault_is_in_the_full_campaign():
 
 @pytest.mark.timeout(600)
 def test_a_struck_run_is_bit_equal_to_an_undisturbed_one(tmp_path: Path):
-    faults = [kind for kind in SHORT if kind != "full disk" or can_mount(tmp_path)]
-    campaign = Campaign(tmp_path, steps=90, rng=random.Random(0))
-    left = campaign.struck_run(faults, asynchronous=True)
+    campaign = Campaign(tmp_path, steps=60, rng=random.Random(0))
+    left = campaign.struck_run(SHORT, asynchronous=True)
     assert left == [], "the run ended before it could be struck"
-    assert [blow.kind for blow in campaign.blows] == faults
+    assert [blow.kind for blow in campaign.blows] == SHORT
 
     # Control: a digit of one loss is another one, and the comparison must see it.
     undisturbed = campaign.undisturbed()

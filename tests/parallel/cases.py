@@ -175,8 +175,8 @@ SAVES = [Job(layout=layout, save=True) for layout in ("single", "tp2xpp2+sp", "p
 RESUMES = [
     Job(layout=to, resume=saved)
     for saved, targets in {
-        "single": ("single", "dp2", "tp4", "pp4"),
-        "tp2xpp2+sp": ("tp2xpp2+sp", "single", "cp2", "pp2xvpp2", *(("dp2", "tp4", "pp4", "dp2xpp2") if FULL else ())),
+        "single": ("single", "dp2", "pp4"),
+        "tp2xpp2+sp": ("tp2xpp2+sp", "single", "pp2xvpp2", *(("dp2", "cp2", "tp4", "pp4", "dp2xpp2") if FULL else ())),
         "pp4xvpp2": ("pp4xvpp2", "tp2xpp2+sp"),
         "dp2": ("dp2",),
     }.items()

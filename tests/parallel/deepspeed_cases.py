@@ -90,13 +90,11 @@ BRIEF = [
     Job(layout="dp2", stage=1),
     Job(layout="tp2+sp", stage=0),
     Job(layout="dp2xtp2", stage=2),
-    Job(layout="dp4", stage=3, rows=2),
-    Job(layout="tp2", stage=1, rows=8),
 ]
 PARITY = [
     *(PRODUCT if FULL else BRIEF),
     Job(layout="dp2", stage=3, recompute="uniform1"),
-    Job(layout="dp2", stage=2, offload=True),
+    *([Job(layout="dp2", stage=2, offload=True)] if FULL else []),
 ]
 BF16 = [Job(layout="dp2xtp2+sp", stage=1, dtype="bf16")]
 CONTROLS = [
@@ -105,7 +103,7 @@ CONTROLS = [
     Job(layout="dp2xtp2", stage=2, sabotage="norm_of_own_tensor_rank"),
 ]
 POISONED = [
-    Job(layout="dp2xtp2" if stage % 2 else "dp2", stage=stage, poison=True) for stage in range(0 if FULL else 2, 4)
+    Job(layout="dp2xtp2" if stage % 2 else "dp2", stage=stage, poison=True) for stage in range(0 if FULL else 3, 4)
 ]
 
 SAVES = [
@@ -115,9 +113,8 @@ SAVES = [
 ]
 _MEGATRON, _Z2, _Z3 = (job.name for job in SAVES)
 RESUMES = [
-    *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in (1, 3)),
+    Job(layout="dp2", stage=3, resume=_MEGATRON),
     *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z2, _Z3)),
-    Job(layout="dp2", stage=3, resume=_Z3),
 ]
 
 if FULL:
@@ -146,7 +143,8 @@ if FULL:
     _Z1, _Z0, _BF16 = (job.name for job in more)
     SAVES += more
     RESUMES += [
-        *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in (0, 2)),
+        *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in range(3)),
+        Job(layout="dp2", stage=3, resume=_Z3),
         Job(layout="dp2xtp2", stage=3, resume=_MEGATRON),
         *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z1, _Z0)),
         Job(layout="dp2", engine="megatron", rows=2, resume=_Z2),
