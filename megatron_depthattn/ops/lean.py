@@ -4,15 +4,19 @@ Plain autograd on the formula (reference.py) keeps fp32 copies of the query mean
 and values: in bf16 training twice the memory of the sources themselves, in every layer. The inputs are
 mostly alive anyway: the layer stack keeps the sources and, when the mix is called after RoPE, attention
 keeps q and k. The scores cost 2 * n * G * d multiplications a token, so the backward pass computes scores
-and weights again, and the gradients explicitly. With c_i the scores, a the weights and g = dL/dvmix:
+and weights again, and the gradients explicitly. With qsum the sum of a group's queries, so that the scores
+are c_i = factor * qsum . k_i with factor = scale / (H / G), a the weights and g = dL/dvmix:
 
     dv_i  = a_i * g                     da_i = g . v_i
     dc_i  = a_i * (da_i - sum_j a_j da_j)
-    dk_i  = scale * dc_i * qbar         dqbar = scale * sum_i dc_i * k_i
-    dq_h  = dqbar / (H / G)             for each query head h of the group
+    dk_i  = factor * dc_i * qsum        dq_h = factor * sum_i dc_i * k_i    for each query head h of the group
 
 Shapes and precision are those of reference.py. Sources are visited one at a time: besides results, the
-largest temporaries are a few [..., G, d] tensors in fp32, whatever the number of sources.
+largest temporaries are a few [..., G, d] tensors in fp32, whatever the number of sources, and the scores and
+weights [n + 1, ..., G]. On a CPU the time goes into moving numbers between memory and core, not into
+arithmetic: a tensor is read as few times as possible, one buffer takes all products, and the division of the
+group mean is left to the scores, which are d times smaller. Scores lie source by source, so that softmax and
+products run over consecutive numbers.
 """
 
 from collections.abc import Sequence
@@ -61,11 +65,8 @@ class _LeanDepthMix(torch.autograd.Function):
         ctx.save_for_backward(q, *candidates)
         keys, values = _split(candidates)
         v = values[-1]
-        weights = _weights(_group_mean(q, like=v), keys, scale)
-        mixed = weights[..., -1:] * v
-        for i, value in enumerate(values[:-1]):
-            mixed.addcmul_(weights[..., i : i + 1], value)
-        return mixed.to(v.dtype)
+        weights = _weights(_group_sum(q, like=v), keys, _score_factor(q, v, scale))
+        return _weighted_sum(weights, values).to(v.dtype)
 
     @staticmethod
     @once_differentiable
@@ -75,25 +76,20 @@ class _LeanDepthMix(torch.autograd.Function):
         _, needs_q, *needs_candidates = ctx.needs_input_grad
         needs_key, needs_value = _split(needs_candidates)
 
-        qbar = _group_mean(q, like=values[-1])
-        weights = _weights(qbar, keys, ctx.scale)
-        grad = grad_mixed.to(qbar.dtype)
-        grad_values = [
-            (weights[..., i : i + 1] * grad).to(value.dtype) if needs else None
-            for i, (value, needs) in enumerate(zip(values, needs_value, strict=True))
-        ]
+        factor = _score_factor(q, values[-1], ctx.scale)
+        qsum = _group_sum(q, like=values[-1])
+        grad = grad_mixed.to(qsum.dtype)
         if not (needs_q or any(needs_key)):
-            return None, None, *(None for _ in keys), *grad_values
+            weights = _weights(qsum, keys, factor)
+            return None, None, *(None for _ in keys), *_each_times(weights, grad, values, needs_value)
 
-        grad_weights = _dot_each(grad, values)
-        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
-        grad_scores *= ctx.scale
-        grad_keys = [
-            (grad_scores[..., i : i + 1] * qbar).to(key.dtype) if needs else None
-            for i, (key, needs) in enumerate(zip(keys, needs_key, strict=True))
-        ]
-        grad_q = _grad_q(q, keys, grad_scores) if needs_q else None
-        return None, grad_q, *grad_keys, *grad_values
+        grad_weights = _dot_each(grad, values)  # first, so that the two passes over the keys follow each other
+        weights = _weights(qsum, keys, factor)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, 0, weights.dtype)
+        grad_dots = grad_scores.mul_(factor)
+        grad_q = _to_every_head(_weighted_sum(grad_dots, keys), q) if needs_q else None
+        grad_keys = _each_times(grad_dots, qsum, keys, needs_key)
+        return None, grad_q, *grad_keys, *_each_times(weights, grad, values, needs_value)
 
 
 def _split(candidates: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
@@ -102,27 +98,55 @@ def _split(candidates: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
     return candidates[:num_candidates], candidates[num_candidates:]
 
 
-def _group_mean(q: Tensor, like: Tensor) -> Tensor:
-    """Mean query [..., G, d] of each KV group, in the computing dtype; q [..., H, d], `like` [..., G, d]."""
-    num_groups = like.shape[-2]
-    heads = torch.unflatten(q, -2, (num_groups, q.shape[-2] // num_groups))
-    return heads.mean(dim=-2, dtype=compute_dtype(q, like))
+def _group_sum(q: Tensor, like: Tensor) -> Tensor:
+    """Sum [..., G, d] of the queries of each KV group, in the computing dtype; q [..., H, d], `like` [..., G, d]."""
+    first, *others = _by_group(q, like).unbind(dim=-2)
+    return sum(others, start=first.to(compute_dtype(q, like)))
+
+
+def _by_group(q: Tensor, like: Tensor) -> Tensor:
+    """View [..., G, H / G, d] of q [..., H, d]; `like` is [..., G, d]."""
+    num_groups, head_dim = like.shape[-2:]
+    return q.view(*q.shape[:-2], num_groups, q.shape[-2] // num_groups, head_dim)
+
+
+def _score_factor(q: Tensor, like: Tensor, scale: float) -> float:
+    """What makes a score of the dot product with a group's sum: the scale over the number of heads in the group."""
+    return scale * like.shape[-2] / q.shape[-2]
+
+
+def _to_every_head(grad_qsum: Tensor, q: Tensor) -> Tensor:
+    """Gradient of q [..., H, d] from that of the groups' sums [..., G, d]: the same for every head of a group."""
+    return grad_qsum.to(q.dtype).unsqueeze(-2).expand_as(_by_group(q, grad_qsum)).reshape(q.shape)
+
+
+def _weights(qsum: Tensor, keys: Sequence[Tensor], factor: float) -> Tensor:
+    """Softmax weights [n + 1, ..., G] of the candidates with the given keys."""
+    return _dot_each(qsum, keys).mul_(factor).softmax(dim=0)
 
 
 def _dot_each(x: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """Dot products over d of x [..., G, d] with each of n tensors [..., G, d]: [..., G, n], in x's dtype."""
-    return torch.stack([(x * other).sum(dim=-1) for other in others], dim=-1)
+    """Dot products over d of x [..., G, d] with each of n tensors [..., G, d]: [n, ..., G], in x's dtype."""
+    dots = x.new_empty((len(others), *x.shape[:-1]))
+    product = torch.empty_like(x)
+    for dot, other in zip(dots.unbind(), others, strict=True):
+        torch.sum(torch.mul(x, other, out=product), dim=-1, out=dot)
+    return dots
 
 
-def _weights(qbar: Tensor, keys: Sequence[Tensor], scale: float) -> Tensor:
-    """Softmax weights [..., G, n + 1] of the candidates with the given keys."""
-    return _dot_each(qbar, keys).mul_(scale).softmax(dim=-1)
+def _weighted_sum(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Sum over the n candidates of weights [n, ..., G] times n tensors [..., G, d]: [..., G, d]."""
+    # From the last to the first: the last tensors may still be in a cache from the pass over all of them before.
+    *others, last = weights.unsqueeze(-1).unbind()
+    total = last * tensors[-1]
+    for weight, tensor in zip(others[::-1], tensors[-2::-1], strict=True):
+        total.addcmul_(weight, tensor)
+    return total
 
 
-def _grad_q(q: Tensor, keys: Sequence[Tensor], grad_scores: Tensor) -> Tensor:
-    """Gradient of q [..., H, d] from that of the dot products qbar . k_i [..., G, n + 1]."""
-    grad_qbar = grad_scores[..., :1] * keys[0]
-    for i, key in enumerate(keys[1:], start=1):
-        grad_qbar.addcmul_(grad_scores[..., i : i + 1], key)
-    heads_per_group = q.shape[-2] // grad_qbar.shape[-2]
-    return grad_qbar.div_(heads_per_group).to(q.dtype).repeat_interleave(heads_per_group, dim=-2)
+def _each_times(weights: Tensor, x: Tensor, like: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """x [..., G, d] times each of n weights [n, ..., G], in the dtypes of `like`; None where it is not needed."""
+    return [
+        (weight * x).to(tensor.dtype) if needs else None
+        for weight, tensor, needs in zip(weights.unsqueeze(-1).unbind(), like, needed, strict=True)
+    ]

@@ -152,6 +152,14 @@ def test_any_leading_shape(leading: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (7, 0)], ids=str)
+def test_no_tokens(leading: tuple[int, ...], implementation: str) -> None:
+    inputs = make_inputs(2, leading=leading)
+    results = output_and_gradients(inputs, implementation)
+    assert [x.shape for x in results.values()] == [inputs.v.shape, *(x.shape for x in inputs.all)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_low_precision_inputs_are_rounded_only_once(implementation: str) -> None:
     inputs = make_inputs(12, dtype=torch.bfloat16)
     exact = output_and_gradients(inputs.map(Tensor.double), "reference")
