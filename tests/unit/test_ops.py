@@ -5,10 +5,13 @@ Shapes: s tokens, b batch, H query heads, G KV heads, d head size, n sources.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_depthattn.ops import (
     DEPTH_MIX_IMPLEMENTATIONS,
@@ -367,6 +370,32 @@ def test_lean_saves_only_its_inputs(dtype: torch.dtype, num_sources: int) -> Non
     # Control: the formula under autograd saves more, in fp32 also for bf16 inputs.
     extra = [x for x in saved_for_backward(inputs, "reference") if not is_one_of(x, inputs.all)]
     assert any(x.dtype == torch.float32 and x.numel() >= inputs.k.numel() for x in extra)
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = (x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        self.num_elements = max(self.num_elements, *sizes, 0)
+        return result
+
+
+def test_lean_never_holds_all_sources_in_one_tensor() -> None:
+    inputs = make_inputs(12)
+    with LargestResult() as forward:
+        mixed = inputs.mix("lean")
+    with LargestResult() as backward:
+        mixed.grad_fn.apply(output_gradient(mixed))
+    assert (forward.num_elements, backward.num_elements) == (inputs.q.numel(), inputs.q.numel())
+    with LargestResult() as control:
+        inputs.mix("reference")
+    assert control.num_elements == 13 * inputs.k.numel()
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "keys[1]", "values[0]"])
