@@ -12,11 +12,9 @@ are c_i = factor * qsum . k_i with factor = scale / (H / G), a the weights and g
     dk_i  = factor * dc_i * qsum        dq_h = factor * sum_i dc_i * k_i    for each query head h of the group
 
 Shapes and precision are those of reference.py. Sources are visited one at a time: besides results, the
-largest temporaries are a few [..., G, d] tensors in fp32, whatever the number of sources, and the scores and
-weights [n + 1, ..., G]. On a CPU the time goes into moving numbers between memory and core, not into
-arithmetic: a tensor is read as few times as possible, one buffer takes all products, and the division of the
-group mean is left to the scores, which are d times smaller. Scores lie source by source, so that softmax and
-products run over consecutive numbers.
+largest temporaries are a few [..., G, d] tensors in fp32, whatever the number of sources. On a CPU the time
+goes into reading and writing memory: one buffer takes all products, the group mean's division is left to the
+scores, which are d times smaller, and scores [n + 1, ..., G] lie source by source, as softmax is fastest.
 """
 
 from collections.abc import Sequence
