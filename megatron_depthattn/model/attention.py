@@ -2,8 +2,12 @@
 
 The seam is ``SelfAttention.get_query_key_value_tensors``: there q, k and v exist apart, normed, before RoPE and
 before the inference cache. What it returns in place of v reaches core attention, packed sequences and every cache
-without further work. Scores are the same before and after RoPE, because query and key of one token are turned by
-the same rotation.
+without further work.
+
+Scores are the same before and after RoPE, because query and key of one token are turned by the same rotation. In
+training RoPE is applied here, before the mix, so that the q and k kept for its backward are the very tensors that
+core attention keeps: no second copy of either. With an inference cache or packed sequences RoPE stays where Megatron
+has it, after the mix.
 
 Shape suffixes: S positions, B micro-batch, H query heads and G key/value heads of this rank, D head size, T tensor
 ranks.
@@ -16,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
@@ -24,7 +29,10 @@ from megatron_depthattn.ops import depth_mix
 
 
 class Source(NamedTuple):
-    """What a layer leaves to later layers: its key before RoPE and its mixed value, each ``[S, B, G, D]``."""
+    """What a layer leaves to later layers: its key and its mixed value, each ``[S, B, G, D]``.
+
+    In one forward pass all keys and queries are on the same side of RoPE.
+    """
 
     key: Tensor
     value: Tensor
@@ -41,6 +49,8 @@ class DepthCall:
 
     sources: Mapping[int, Source]
     attention_bias: Tensor | None = None
+    rotary_pos_emb: Tensor | None = None
+    """Angles to turn q and k by before the mix; None: not here."""
     made: list[Source] = field(default_factory=list)
 
 
@@ -51,6 +61,8 @@ class DepthSelfAttention(SelfAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None, *, attention_bias: DepthCall, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, with the call's envelope in ``attention_bias``."""
+        if self._turns_before_mix(**kwargs):
+            attention_bias.rotary_pos_emb = kwargs.pop("rotary_pos_emb")
         # key_value_states is Megatron's argument for cross-attention; self-attention passes it on to the method
         # below unread.
         return super().forward(
@@ -70,6 +82,10 @@ class DepthSelfAttention(SelfAttention):
         """
         call = key_value_states
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
+        if (angles := call.rotary_pos_emb) is not None:
+            query, key = (
+                apply_rotary_pos_emb(t, angles, config=self.config, cp_group=self.pg_collection.cp) for t in (query, key)
+            )
         # A view of the fused projection, saved for backward, would keep all of it alive: (H + 2G) D numbers for G D.
         value = value.contiguous()
         if call.sources:
@@ -84,6 +100,22 @@ class DepthSelfAttention(SelfAttention):
             )
         call.made.append(Source(key, value))
         return query, key, value
+
+    def _turns_before_mix(
+        self,
+        rotary_pos_emb: Any = None,
+        inference_context: Any = None,
+        inference_params: Any = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> bool:
+        """Whether q and k are turned here: one rotation for every layer, position and token of the pass.
+
+        Not with a cache, which Megatron fills before RoPE; nor with layers that skip RoPE: their keys would be on
+        the other side.
+        """
+        is_plain = inference_context is None and inference_params is None and packed_seq_params is None
+        return is_plain and isinstance(rotary_pos_emb, Tensor) and not self.config.no_rope_freq
 
     def group_queries(self, query_SBHD: Tensor) -> Tensor:
         """The query heads whose mean scores each key/value head of this rank.

@@ -183,7 +183,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "yarn_rotary_scaling_factor",
         lambda config, value: value is not None,
-        "YaRN scales q and k inside RoPE; the mix runs before RoPE and would use another temperature.",
+        "YaRN scales q and k inside RoPE; the mix, after RoPE in training and before it with a cache, would have two "
+        "temperatures.",
         "Remove yarn_rotary_scaling_factor, or extend the context with a larger rotary base.",
     ),
     Refusal("fp8", _is_set, "FP8 layers have not been tried with sources yet.", "Set fp8=None."),

@@ -25,6 +25,7 @@ PURE = {
     "engine_check.py": {f"{PACKAGE}.config"},  # for type checkers only
     "model/source_plan.py": {"torch"},
     "model/flops.py": {f"{PACKAGE}.model.source_plan"},
+    "model/activation_memory.py": {f"{PACKAGE}.model.source_plan"},
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
     "parallel/rank_spans.py": set(),
     "preflight/report.py": set(),

@@ -3,7 +3,6 @@
 Shapes: s positions, b batch, H query heads, G key/value heads, d head size.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,9 +11,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_depthattn.model.activation_memory import DepthActivations, depth_activations, source_numbers
 from megatron_depthattn.model.attention import Source
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
+from megatron_depthattn.model.source_plan import SourcePlan
+from tools.benchmarks.saved import SavedTensors, saved_tensors
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -96,54 +98,78 @@ def test_evaluation_under_a_recompute_setting(mode):
     )
 
 
-class Saved:
-    """What autograd saved during one forward: kinds of tensors, and bytes of the storages behind them."""
-
-    def __init__(self, **overrides: Any) -> None:
-        model = build(bf16=True, params_dtype=torch.bfloat16, **overrides)
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        tensors: list[Tensor] = []  # holds them, so that no address is used twice
-
-        def pack(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.loss = loss_of(model)
-        distinct = {
-            (t.data_ptr(), t.dtype, tuple(t.shape), t.stride()): t
-            for t in tensors
-            if t.untyped_storage().data_ptr() not in own
-        }
-        self.kinds = Counter((t.dtype, tuple(t.shape)) for t in distinct.values())
-        self.bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def saved_by(**overrides: Any) -> SavedTensors:
+    model = build(**overrides)
+    with saved_tensors(model) as saved:
+        loss_of(model)
+    return saved
 
 
-@pytest.mark.parametrize(("stride", "window"), [(1, 0), (2, 1), (3, 0)])
+BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
+PLANS = [(1, 0), (2, 1), (3, 0)]
+NUMBER_BYTES = SEQUENCE * BATCH * 4
+"""Of one fp32 number for every token."""
+
+
+@pytest.mark.parametrize(("stride", "window"), PLANS)
 def test_the_mix_keeps_its_bf16_inputs_and_nothing_in_fp32(stride, window, record_property):
-    vanilla = Saved(depth_attention=False)
-    lean = Saved(depth_attention_stride=stride, depth_attention_recent_window=window)
+    vanilla = saved_by(depth_attention=False, **BF16)
+    lean = saved_by(depth_attention_stride=stride, depth_attention_recent_window=window, **BF16)
     more = lean.kinds - vanilla.kinds
     less = vanilla.kinds - lean.kinds
     assert set(more) <= {(torch.bfloat16, Q_SHAPE), (torch.bfloat16, KV_SHAPE)}, more
     assert not less, less
-    # A layer with sources keeps q, k (both before RoPE) and v; a layer that is read, its k and mixed value.
-    numbers = {Q_SHAPE: NUM_HEADS, KV_SHAPE: NUM_KV_HEADS}
+    # The q that core attention keeps in another shape; k and v; of a layer that is read, the mixed value.
     bytes_per_head = 2 * HEAD_DIM * SEQUENCE * BATCH
     assert sum(more.values()) <= 4 * NUM_LAYERS
-    assert 0 < lean.bytes - vanilla.bytes <= NUM_LAYERS * bytes_per_head * (NUM_HEADS + 3 * NUM_KV_HEADS)
+    assert 0 < lean.num_bytes - vanilla.num_bytes <= NUM_LAYERS * bytes_per_head * 3 * NUM_KV_HEADS
     record_property("tensors", sum(more.values()))
-    record_property("tensor_bytes", sum(bytes_per_head * numbers[shape] * n for (_, shape), n in more.items()))
-    record_property("storage_bytes", lean.bytes - vanilla.bytes)
-    record_property("vanilla_bytes", vanilla.bytes)
+    record_property("storage_bytes", lean.num_bytes - vanilla.num_bytes)
+    record_property("vanilla_bytes", vanilla.num_bytes)
 
-    reference = Saved(
-        depth_attention_stride=stride, depth_attention_recent_window=window, depth_attention_op="reference"
+    reference = saved_by(
+        depth_attention_stride=stride, depth_attention_recent_window=window, depth_attention_op="reference", **BF16
     )
     in_fp32 = [kind for kind in (reference.kinds - vanilla.kinds) if kind[0] is torch.float32]
-    record_property("reference_storage_bytes", reference.bytes - vanilla.bytes)
+    record_property("reference_storage_bytes", reference.num_bytes - vanilla.num_bytes)
     assert in_fp32, "the control: plain autograd keeps fp32 intermediates"
-    assert reference.bytes > lean.bytes
+    assert reference.num_bytes > lean.num_bytes
+
+
+@pytest.mark.parametrize(("stride", "window"), PLANS)
+@pytest.mark.parametrize("mode", [None, "selective", "uniform-1", "uniform-2", "uniform-3"])
+def test_what_is_kept_above_vanilla_is_what_the_plan_predicts(stride, window, mode, record_property):
+    """To the byte, as storages; q, k and v of core attention are not kept a second time."""
+    options = RECOMPUTE[mode] if mode else {}
+    vanilla = saved_by(depth_attention=False, **options)
+    depth = saved_by(depth_attention_stride=stride, depth_attention_recent_window=window, **options)
+    plan = SourcePlan(num_layers=NUM_LAYERS, stride=stride, recent_window=window)
+    predicted = depth_activations(
+        plan,
+        key_size=NUM_KV_HEADS * HEAD_DIM,
+        attention_keeps_inputs=mode == "selective",
+        recomputed_layers=options.get("recompute_num_layers"),
+    )
+    record_property("numbers_per_token_above_vanilla", predicted.total)
+    assert depth.num_bytes - vanilla.num_bytes == predicted.total * NUMBER_BYTES
+
+
+def test_the_activation_count_by_hand():
+    """Six layers, sources 0 and 3: layers 1 to 5 mix, and 1, 2, 4, 5 are read by nobody."""
+    plan = SourcePlan(num_layers=6, stride=3)
+    assert source_numbers(plan, key_size=10) == 2 * 2 * 10
+    kept = depth_activations(plan, key_size=10, attention_keeps_inputs=True)
+    assert kept == DepthActivations(source_values=20, mixed_values=40, own_values=50)
+    kept = depth_activations(plan, key_size=10, attention_keeps_inputs=False)
+    assert kept == DepthActivations(source_keys=20, own_keys=40, source_values=20, own_values=50)
+    assert kept.total == 130
+    # groups start at layers 0, 2 and 4, with no source, with source 0, and with 0 and 3
+    kept = depth_activations(plan, key_size=10, attention_keeps_inputs=True, recomputed_layers=2)
+    assert kept == DepthActivations(carried=2 * 10 * (0 + 1 + 2))
+    with pytest.raises(ValueError, match="one pipeline stage"):
+        depth_activations(
+            SourcePlan(num_layers=6, stride=3, chunk_starts=(0, 3)), key_size=10, attention_keeps_inputs=True
+        )
 
 
 def tensors_within(value: Any) -> Iterable[Tensor]:
