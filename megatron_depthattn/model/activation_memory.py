@@ -4,8 +4,9 @@ Pure: integers in, integers out, in numbers (elements) per token, for a whole mo
 
 A layer's key and value are there in vanilla too, but not always as tensors that are kept. Core attention either keeps
 the q, k and v that it is given (TransformerEngine's; the local one when it is recomputed, or without grouped heads), or
-copies of k and v that it has repeated for every query head (the local one otherwise). What vanilla keeps of the value
-is a view of the fused QKV projection, which the norm of k keeps alive anyway; a mixed value is memory of its own.
+copies of k and v that it has repeated for every query head (the local one otherwise). The value that vanilla keeps is a
+view of the fused QKV projection, and so is the own value that the mix keeps: the norm of k keeps that projection alive
+in both models (on CPU in fp32; in bf16 that norm keeps a copy of its own there). A mixed value is memory of its own.
 """
 
 from __future__ import annotations
@@ -27,10 +28,6 @@ class DepthActivations:
     """Keys that only the layer's own mix scores, where core attention does not keep them anyway."""
     mixed_values: int = 0
     """Mixed values that only the layer's own core attention reads."""
-    own_values: int = 0
-    """Values before the mix, which its backward pass multiplies with."""
-    carried: int = 0
-    """Full recompute: the sources that enter a recomputed group of layers, one tensor for each set that is alive."""
 
     @property
     def total(self) -> int:
@@ -47,7 +44,7 @@ def source_numbers(plan: SourcePlan, *, key_size: int) -> int:
 
 
 def depth_activations(
-    plan: SourcePlan, *, key_size: int, attention_keeps_inputs: bool, recomputed_layers: int | None = None
+    plan: SourcePlan, *, key_size: int, attention_keeps_inputs: bool, recomputed: bool = False
 ) -> DepthActivations:
     """What the model keeps above vanilla with the `lean` mix, under q/k norm and RoPE.
 
@@ -55,18 +52,16 @@ def depth_activations(
         plan: of a model on one pipeline stage.
         key_size: numbers of one key, ``kv_heads * head_size`` of this rank.
         attention_keeps_inputs: see above.
-        recomputed_layers: layers of a group under full recompute (``uniform``); None without it.
+        recomputed: under full recompute of all layers.
 
     Raises:
         ValueError: the plan has more than one chunk.
     """
     if len(plan.chunk_starts) > 1:
         raise ValueError("activations are counted for a model on one pipeline stage: give a plan of one chunk")
-    if recomputed_layers is not None:
-        # A context lives as long as the set of live sources stays the same; groups that start meanwhile share it.
-        carried = {plan.live(start) for start in range(0, plan.num_layers, recomputed_layers)}
-        return DepthActivations(carried=2 * key_size * sum(map(len, carried)))
     read = _read_layers(plan)
+    if recomputed:
+        return DepthActivations(source_keys=key_size * len(read), source_values=key_size * len(read))
     mixing = {layer for layer in range(plan.num_layers) if plan.sources(layer)}
     keys = 0 if attention_keeps_inputs else key_size
     return DepthActivations(
@@ -74,7 +69,6 @@ def depth_activations(
         source_values=key_size * len(read),
         own_keys=keys * len(mixing - read),
         mixed_values=key_size * len(mixing - read) if attention_keeps_inputs else 0,
-        own_values=key_size * len(mixing),
     )
 
 

@@ -84,10 +84,13 @@ class DepthSelfAttention(SelfAttention):
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
         if (angles := call.rotary_pos_emb) is not None:
             query, key = (
-                apply_rotary_pos_emb(t, angles, config=self.config, cp_group=self.pg_collection.cp) for t in (query, key)
+                apply_rotary_pos_emb(t, angles, config=self.config, cp_group=self.pg_collection.cp)
+                for t in (query, key)
             )
-        # A view of the fused projection, saved for backward, would keep all of it alive: (H + 2G) D numbers for G D.
-        value = value.contiguous()
+        # The value is a view of the fused projection: whoever keeps it keeps all of that alive, (H + 2G) D numbers for
+        # G D. A source must not; the mix may, where the norm of the keys or vanilla's core attention does it anyway.
+        if not call.sources or self.k_layernorm is None:
+            value = value.contiguous()
         if call.sources:
             value = depth_mix(
                 self.group_queries(query),

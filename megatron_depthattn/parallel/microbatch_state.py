@@ -37,6 +37,10 @@ class MicrobatchState:
             )
         return part
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held at this moment."""
+        return [*self._parts.values(), *self._lent.values()]
+
     def leave(self, parts: Mapping[str, Tensor]) -> None:
         """Leave ``parts`` to later layers of the same graph."""
         self._parts.update(parts)

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+
 
 class SavedTensors:
     """What was saved within `saved_tensors`, without the parameters of the model.
 
-    Only what goes through autograd is seen: not what a module or a closure holds on to (on a GPU the allocator tells
-    that too), and of what is recomputed only the inputs of the recomputation.
+    Only what goes through autograd or a micro-batch's state is seen: not what a module or a closure holds on to (on a
+    GPU the allocator tells that too), and of what is recomputed only the inputs of the recomputation.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -44,8 +46,8 @@ class SavedTensors:
 
 
 @contextmanager
-def saved_tensors(model: torch.nn.Module) -> Iterator[SavedTensors]:
-    """Record what is saved for backward inside the block."""
+def saved_tensors(model: torch.nn.Module, state: MicrobatchState) -> Iterator[SavedTensors]:
+    """Record what is saved for backward inside the block, and what is left in ``state`` at its end."""
     saved = SavedTensors(model)
 
     def pack(tensor: Tensor) -> Tensor:
@@ -54,3 +56,4 @@ def saved_tensors(model: torch.nn.Module) -> Iterator[SavedTensors]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+    saved._tensors += state.tensors()
