@@ -59,8 +59,9 @@ class DepthConfig:
     """Layers 0, stride, 2·stride, ... are sources of every later layer; null: half the (effective) layers."""
     recent_window: int = 0
     """This many layers just before a layer are its sources as well."""
-    op: Literal["lean", "reference"] = "lean"
-    """Code of the mix: lean recomputes its intermediates in backward, reference is the fp32 definition."""
+    op: Literal["lean", "triton", "reference"] = "lean"
+    """Code of the mix: lean recomputes its intermediates in backward, triton does so in one GPU kernel each way (GPUs
+    only), reference is the fp32 definition."""
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -9,7 +9,9 @@ Needs the standard library only; with `rich` its tables are tables.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -120,8 +122,7 @@ def check_config(path: str, overrides: Sequence[str], world: int | None, here: M
 
 
 def _get(settings: dict[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return settings[section][name]
+    return functools.reduce(operator.getitem, key.split("."), settings)
 
 
 def check_folders(path: str, overrides: Sequence[str], ranks: int, config: Any) -> list[str]:

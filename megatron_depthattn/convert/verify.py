@@ -120,7 +120,9 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor) -> Tensor:
     saved = from_dict(checkpoint.common["config"], str(checkpoint.folder))
     config = dataclasses.replace(
         saved,
-        model=dataclasses.replace(saved.model, spec="local"),
+        model=dataclasses.replace(
+            saved.model, spec="local", depth_attention=dataclasses.replace(saved.model.depth_attention, op="lean")
+        ),
         parallel=ParallelConfig(),
         precision=dataclasses.replace(saved.precision, dtype="fp32", fp8=None),
         recompute=RecomputeConfig(),

@@ -34,7 +34,8 @@ class DepthAttentionConfig(TransformerConfig):
     """This many immediately preceding layers are sources as well."""
 
     depth_attention_op: str = "lean"
-    """Implementation of the mix: ``lean`` (recomputes in backward) or ``reference`` (plain autograd)."""
+    """Implementation of the mix: ``lean`` (recomputes in backward), ``triton`` (the same in one GPU kernel each way, on
+    GPUs only) or ``reference`` (plain autograd)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

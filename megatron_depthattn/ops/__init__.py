@@ -1,4 +1,5 @@
-"""Depth-Attention mixing: one function, several implementations of the same formula. Needs torch only.
+"""Depth-Attention mixing: one function, several implementations of the same formula. Needs torch; `triton`, when it is
+chosen, Triton and a GPU.
 
 `depth_mix` checks shapes and picks an implementation by name; nothing falls back to another one on its own.
 """
@@ -9,12 +10,17 @@ from torch import Tensor
 
 from megatron_depthattn.ops.lean import depth_mix_lean
 from megatron_depthattn.ops.reference import depth_mix_reference
+from megatron_depthattn.ops.triton_mix import depth_mix_triton
 
-__all__ = ["DEPTH_MIX_IMPLEMENTATIONS", "depth_mix", "depth_mix_lean", "depth_mix_reference"]
+__all__ = ["DEPTH_MIX_IMPLEMENTATIONS", "depth_mix", "depth_mix_lean", "depth_mix_reference", "depth_mix_triton"]
 
 _DepthMix = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor, float], Tensor]
 
-DEPTH_MIX_IMPLEMENTATIONS: dict[str, _DepthMix] = {"reference": depth_mix_reference, "lean": depth_mix_lean}
+DEPTH_MIX_IMPLEMENTATIONS: dict[str, _DepthMix] = {
+    "reference": depth_mix_reference,
+    "lean": depth_mix_lean,
+    "triton": depth_mix_triton,
+}
 """Name (as in the configuration) to implementation. Same arguments, same results up to rounding in fp32."""
 
 
@@ -45,7 +51,7 @@ def depth_mix(
         The mixed values [..., G, d] in v's dtype; without a source, `v` itself.
 
     Raises:
-        ValueError: for an unknown implementation, or shapes that do not fit together.
+        ValueError: for an unknown implementation, shapes that do not fit together, or what the implementation refuses.
     """
     if implementation not in DEPTH_MIX_IMPLEMENTATIONS:
         raise ValueError(

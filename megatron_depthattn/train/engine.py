@@ -13,6 +13,7 @@ import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_depthattn.config import RunConfig, to_dict
+from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
@@ -52,8 +53,13 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
     """The engine that ``engine.name`` names, with initial weights; call after the process groups are there.
 
     Raises:
-        ValueError: DeepSpeed or what it builds itself with is not installed, or no launcher started this process.
+        ValueError: DeepSpeed or what it builds itself with is not installed, no launcher started this process, or the
+            mix's op cannot run on this device.
     """
+    depth = config.model.depth_attention
+    refusal = triton_refusal(device) if depth.enabled and depth.op == "triton" else None
+    if refusal is not None:
+        raise ValueError(f"model.depth_attention.op=triton {refusal}")
     if config.engine.name == "megatron":
         return MegatronEngine(config, device)
     if importlib.util.find_spec("deepspeed") is None:

@@ -16,6 +16,7 @@ ASKED_FOR = {
     "FP8 tensorwise": ("precision.fp8=tensorwise",),
     "FP8 blockwise": ("precision.fp8=blockwise",),
     "FP8 mxfp8": ("precision.fp8=mxfp8",),
+    "Triton kernels": ("model.depth_attention.op=triton",),
     "DeepSpeed engine": ("engine.name=deepspeed",),
 }
 """The settings by which a config asks for a feature."""
@@ -159,7 +160,7 @@ def _fp8(recipe: str, packages: Mapping[str, Package], machine: Machine) -> Feat
 def _triton(packages: Mapping[str, Package], machine: Machine) -> Feature:
     mend = install(["triton"], packages)
     if not mend and not machine.devices:
-        mend = "a GPU; TRITON_INTERPRET=1 runs kernels on CPU, to test them"
+        mend = "a GPU, or model.depth_attention.op=lean; TRITON_INTERPRET=1 runs kernels on CPU, to test them"
     return Feature("Triton kernels", "triton, a GPU", packages["triton"].here, not mend, mend)
 
 
