@@ -131,7 +131,9 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     # as a part of a pipeline message or of a fused projection: 16 bytes are 8 numbers of 2 bytes
     before, after = {"views": (16, 8), "unaligned views": (3, 4), "gaps": (2, 1)}[layout]
     step = 2 if layout == "gaps" else 1
-    message = torch.full((*leading, before + heads * head_dim * step + after), torch.nan, dtype=x.dtype, device=x.device)
+    message = torch.full(
+        (*leading, before + heads * head_dim * step + after), torch.nan, dtype=x.dtype, device=x.device
+    )
     part = message[..., before : before + heads * head_dim * step : step].unflatten(-1, (heads, head_dim))
     return part.copy_(x)
 
@@ -228,15 +230,16 @@ def check_nothing_is_copied(device: str) -> None:
         with launches() as seen:
             inputs.mix().backward(output_gradient(inputs.v))
         assert len(seen) == 2
-        for strided, candidates in seen:
+        for strided, candidates, is_aligned in seen:
+            assert is_aligned == (layout != "unaligned views"), layout
             for x, given in zip((strided[0], candidates[0]), (inputs.q, inputs.keys[0]), strict=True):
                 assert (x.data_ptr() != given.data_ptr()) == is_copied, layout
 
 
 @contextmanager
-def launches() -> Iterator[list[tuple[list[Tensor], list[Tensor]]]]:
-    """Tensors that are described to the kernels, a pair of (strided, candidates) for each launch."""
-    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+def launches() -> Iterator[list[tuple[list[Tensor], list[Tensor], bool]]]:
+    """Tensors that the kernels are told of, (strided, candidates, are their rows aligned) for each launch."""
+    seen: list[tuple[list[Tensor], list[Tensor], bool]] = []
     four_dimensional, describe = own._four_dimensional, own._describe
     made: list[Tensor] = []
 
@@ -245,9 +248,10 @@ def launches() -> Iterator[list[tuple[list[Tensor], list[Tensor]]]]:
         return made[-1]
 
     def described(candidates, grads):
-        seen.append((made[: len(made) - len(candidates)], list(candidates)))
+        entries, num_fields, is_aligned = describe(candidates, grads)
+        seen.append((made[: len(made) - len(candidates)], list(candidates), is_aligned))
         made.clear()
-        return describe(candidates, grads)
+        return entries, num_fields, is_aligned
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(own, "_four_dimensional", noted)
@@ -265,7 +269,7 @@ def check_saves_only_its_inputs(device: str) -> None:
 
 def check_gradients_only_where_required(device: str) -> None:
     """Of each input alone, and of none: what the function itself returns, and that it is right."""
-    for case in (Case(2, dtype=FP32), Case(4, dtype=FP32)):
+    for case in (Case(2, dtype=FP32, head_dim=16), Case(4, dtype=FP32, head_dim=16)):
         whole = make_inputs(case, device)
         expected = truth(whole)
         n = case.num_sources
@@ -357,8 +361,8 @@ def check_refusals(device: str) -> None:
     other = make_inputs(Case(1, dtype=FP32), device)
     mixed_keys = Inputs(good.q, other.keys, good.values, good.k, good.v)
     refused("keys are torch.float32 for a source and torch.bfloat16 for the layer; pass one dtype", mixed_keys)
+    (grad,) = torch.autograd.grad(good.mix().square().sum(), good.q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        (grad,) = torch.autograd.grad(good.mix().square().sum(), good.q, create_graph=True)
         grad.sum().backward()
     mixed = good.mix()
     good.values[0].detach().add_(1)
