@@ -189,8 +189,8 @@ def _launch(
 def _four_dimensional(x: Tensor) -> Tensor:
     """x [..., heads, d] as [first, second, heads, d], without a gap between the elements of a head."""
     if x.ndim != 4:
-        *first, second = (1, 1, *x.shape[:-2])
-        x = x.reshape(math.prod(first), second, x.shape[-2], x.shape[-1])
+        leading = x.shape[:-2] or (1,)
+        x = x.reshape(math.prod(leading[:-1]), leading[-1], x.shape[-2], x.shape[-1])
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
@@ -198,17 +198,18 @@ def _describe(candidates: Sequence[Tensor], grads: Sequence[Tensor | None] | Non
     """The integers that a kernel reads about the candidates, how many there are for each, and whether every row of
     every tensor begins at a multiple of 16 bytes."""
     num_candidates = len(candidates) // 2
+    key, value = candidates[0], candidates[-1]
+    head_dim, key_size, value_size = key.shape[3], key.element_size(), value.element_size()
     entries: list[int] = []
-    bits = 0
+    bits = head_dim * (key_size | value_size)
     for i in range(num_candidates):
-        pair = (i, num_candidates + i)
-        for j in pair:
-            x = candidates[j]
-            address, (first, second, head, _), size = x.data_ptr(), x.stride(), x.element_size()
-            bits |= address | size * (first | second | head | x.shape[3])
+        for x, size in ((candidates[i], key_size), (candidates[num_candidates + i], value_size)):
+            address, (first, second, head, _) = x.data_ptr(), x.stride()
+            bits |= address | size * (first | second | head)
             entries += (address, first, second, head)
         if grads is not None:
-            entries += (0 if grad is None else grad.data_ptr() for grad in (grads[j] for j in pair))
+            for grad in (grads[i], grads[num_candidates + i]):
+                entries.append(0 if grad is None else grad.data_ptr())
     return entries, len(entries) // num_candidates, bits % 16 == 0
 
 

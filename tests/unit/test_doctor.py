@@ -183,10 +183,12 @@ def test_a_driver_whose_gpus_torch_does_not_see(broken_torch: dict[str, str], tm
 
 def test_what_of_a_config_would_be_refused_here(broken_torch: dict[str, str], tmp_path: Path):
     settings = ["data.path=/nowhere/data", f"run.dir={tmp_path / 'run'}"]
-    result = doctor("configs/3b.yaml", *settings, "model.spec=te", "parallel.tensor=3", **broken_torch)
+    asked = ["model.spec=te", "model.depth_attention.op=triton", "parallel.tensor=3"]
+    result = doctor("configs/3b.yaml", *settings, *asked, **broken_torch)
     assert result.returncode == 1
     assert "TO MEND: configs/3b.yaml on 3 ranks: parallel.tensor is 3 and model.num_query_groups is 8" in result.stdout
     assert "TO MEND: TransformerEngine layers: " in result.stdout
+    assert "TO MEND: Triton kernels: a GPU, or model.depth_attention.op=lean" in result.stdout
     result = doctor("configs/3b.yaml", *settings, "model.spec=tee", **broken_torch)
     assert "TO MEND: model.spec is string 'tee'" in result.stdout
     result = doctor("configs/3b.yaml", *settings, "--world", "7", "parallel.tensor=2", **broken_torch)

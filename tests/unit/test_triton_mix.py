@@ -1,17 +1,21 @@
 """The Triton mix on a machine without a GPU: its numbers under Triton's interpreter, its machine code, and where it is
 refused. tests/gpu runs the same cases on a GPU."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_depthattn.config import load_config
+from megatron_depthattn.config import load_config, to_dict
+from megatron_depthattn.convert import verify
 from megatron_depthattn.ops import depth_mix
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
@@ -108,6 +112,22 @@ def test_a_run_on_cpu_is_refused_before_a_model_is_built(engine, monkeypatch):
     if engine == "megatron":  # control: a vanilla model has no mix
         monkeypatch.setattr(engines, "MegatronEngine", lambda config, device: "built")
         assert engines.build_engine(config("model.depth_attention.enabled=false"), CPU, alone) == "built"
+
+
+def test_a_checkpoint_that_was_trained_with_it_is_verified_on_cpu(monkeypatch):
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["model.depth_attention.op=triton"])
+    built = []
+    monkeypatch.setattr(verify, "_world_of_one", nullcontext)
+    monkeypatch.setattr(verify, "transformer_config", built.append)
+    monkeypatch.setattr(verify, "build_chunk", lambda *_: Nothing())
+    checkpoint = SimpleNamespace(common={"config": to_dict(config)}, folder=ROOT)
+    with pytest.raises(AttributeError, match="Nothing"):
+        verify.megatron_logits(checkpoint, torch.zeros(1, 1, dtype=torch.int64))
+    assert built[0].model.depth_attention == dataclasses.replace(config.model.depth_attention, op="lean")
+
+
+class Nothing:
+    """In place of a model that the test above does not need."""
 
 
 def test_without_triton_it_is_refused(monkeypatch):
