@@ -7,7 +7,8 @@ import time
 import traceback
 
 from megatron_depthattn.ops import triton_mix
-from tests.gpu.mix_cases import CASES, CHECKS, errors
+from tests.gpu.mix_cases import CASES, errors
+from tests.gpu.mix_checks import CHECKS
 
 MODEL = "a Megatron model"
 

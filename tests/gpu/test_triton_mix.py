@@ -4,18 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.mix_cases import (
-    BF16,
-    CASES,
-    CHECKS,
-    FP32,
-    Case,
-    Inputs,
-    error_over_tolerance,
-    errors,
-    make_inputs,
-    truth,
-)
+from tests.gpu.mix_cases import BF16, CASES, FP32, Case, Inputs, error_over_tolerance, errors, make_inputs, truth
+from tests.gpu.mix_checks import CHECKS
 from tests.gpu.mix_model import check_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; interpreted in tests/unit")

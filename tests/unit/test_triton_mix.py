@@ -22,7 +22,8 @@ from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train import engine as engines
 from tests.gpu.compile_kernels import CASES as COMPILED
 from tests.gpu.interpret import MODEL
-from tests.gpu.mix_cases import CASES, CHECKS, Case, make_inputs
+from tests.gpu.mix_cases import CASES, Case, make_inputs
+from tests.gpu.mix_checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
