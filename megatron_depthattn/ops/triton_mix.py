@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
+OLDEST_TRITON = (3, 3)
 MAX_IN_ARGUMENTS = 4
 """Candidates (sources and the layer itself) that are passed as arguments; more go through a table."""
 TILE = 2048
@@ -66,7 +67,8 @@ def depth_mix_triton(
         The mixed values [..., G, d] in v's dtype, a new contiguous tensor; without a source, `v` itself.
 
     Raises:
-        ValueError: not on a GPU, not all on the same one, without Triton, for another dtype or a larger head.
+        ValueError: not on a GPU, not all on the same one, without Triton 3.3 or later, for another dtype or a larger
+            head.
         RuntimeError: from autograd, when a second derivative is asked for, or when an input was changed in
             place between forward and backward.
     """
@@ -84,6 +86,13 @@ def triton_refusal(device: torch.device) -> str | None:
     """What keeps the kernels from running on tensors of this device, and what to set; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install triton, or set the op to 'lean'"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return (
+            f"passes tuples to its kernels, which Triton {triton.__version__} does not take: install Triton 3.3 or "
+            "later (it comes with torch 2.7), or set the op to 'lean'"
+        )
     if device.type != "cuda" and not (device.type == "cpu" and _kernels().ARE_INTERPRETED):
         return (
             f"needs a GPU, and was given device '{device.type}': set the op to 'lean' "

@@ -187,6 +187,15 @@ def check_extreme_scores(device: str) -> None:
         assert not mixed[0, 0, 0].isfinite().any() and mixed[1:].isfinite().all()
 
 
+def check_offsets_beyond_two_to_the_31_elements(device: str) -> None:
+    """A source whose second token lies 4.3 GB (bf16) behind its first; on CPU what lies between takes no memory."""
+    inputs = make_inputs(Case(1, leading=(2, 1), num_groups=1, gqa_ratio=1), device)
+    far = torch.empty_strided((2, 1, 1, 64), (2**31 + 64, 64, 64, 1), dtype=BF16, device=device)
+    far.copy_(inputs.keys[0].detach())
+    mixed = Inputs(inputs.q, [far], inputs.values, inputs.k, inputs.v).mix()
+    assert error_over_tolerance(mixed, truth(inputs)["mixed"]) <= 1
+
+
 def check_refusals(device: str) -> None:
     def refused(message: str, inputs: Inputs) -> None:
         with pytest.raises(ValueError, match=message):

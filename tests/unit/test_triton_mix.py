@@ -131,11 +131,16 @@ class Nothing:
     """In place of a model that the test above does not need."""
 
 
-def test_without_triton_it_is_refused(monkeypatch):
+def test_without_triton_or_with_an_old_one_it_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     triton_refusal.cache_clear()
     try:
         with pytest.raises(ValueError, match="needs Triton, which is not installed: pip install triton, or set the op"):
+            make_inputs(Case(1), "cpu").mix()
+        monkeypatch.undo()
+        monkeypatch.setattr("triton.__version__", "3.2.0")
+        triton_refusal.cache_clear()
+        with pytest.raises(ValueError, match=r"Triton 3\.2\.0 does not take: install Triton 3\.3 or later .* 'lean'"):
             make_inputs(Case(1), "cpu").mix()
     finally:
         triton_refusal.cache_clear()
