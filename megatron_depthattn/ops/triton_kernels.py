@@ -269,4 +269,4 @@ def _pointers(address, offsets, columns, IS_ALIGNED: tl.constexpr, DTYPE: tl.con
 
 
 ARE_INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
-"""TRITON_INTERPRET=1 was set when this file was imported: the kernels run on CPU, number by number."""
+"""TRITON_INTERPRET=1 was set when this file was imported: the kernels run on CPU, by numpy."""

@@ -93,7 +93,9 @@ def triton_refusal(device: torch.device) -> str | None:
             f"passes tuples to its kernels, which Triton {triton.__version__} does not take: install Triton 3.3 or "
             "later (it comes with torch 2.7), or set the op to 'lean'"
         )
-    if device.type != "cuda" and not (device.type == "cpu" and _kernels().ARE_INTERPRETED):
+    if _kernels().ARE_INTERPRETED:  # with the addresses of a GPU it would read some other memory of the CPU
+        return None if device.type == "cpu" else f"is interpreted on CPU, not on '{device}': unset TRITON_INTERPRET"
+    if device.type != "cuda":
         return (
             f"needs a GPU, and was given device '{device.type}': set the op to 'lean' "
             "(TRITON_INTERPRET=1 interprets the kernels on CPU, to test them)"
