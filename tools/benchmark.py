@@ -1,53 +1,59 @@
 """Measure parts of the stack on this machine: prints a table and, with --json FILE, the figures.
 
-benchmark.py prepare     the whole corpus preparation against the bare tokenizer library, on the same cores
+benchmark.py op          the depth mix alone, as multiples of the time in which its bytes could be copied
+benchmark.py step        a training step with Depth-Attention over one without
+benchmark.py memory      what is kept for backward above vanilla, beside what the source plan predicts
+benchmark.py flops       the arithmetic of the mix, as a share of all
 benchmark.py hop         what a pipeline sends, against the least possible, and what that costs a step
+benchmark.py data        how fast the loader reads, over how fast training consumes
+benchmark.py prepare     the whole corpus preparation against the bare tokenizer library, on the same cores
 benchmark.py checkpoint  what saving costs the training loop, synchronous and asynchronous
 """
 
 import argparse
 import json
 import os
-import platform
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from tools.benchmarks.checkpoint import add_checkpoint
+from tools.benchmarks.data import add_data
+from tools.benchmarks.flops import add_flops
 from tools.benchmarks.hop import add_hop
+from tools.benchmarks.memory import add_memory
+from tools.benchmarks.op import add_op
 from tools.benchmarks.prepare import add_prepare
-from tools.benchmarks.result import Result
+from tools.benchmarks.result import Result, machine_facts, machine_line, markdown, table
+from tools.benchmarks.step import add_step
 
-VERBS = [add_hop, add_checkpoint, add_prepare]
-PACKAGES = ("torch", "megatron-core", "tokenizers", "mosaicml-streaming", "pyarrow")
+VERBS = [add_op, add_step, add_memory, add_flops, add_hop, add_data, add_prepare, add_checkpoint]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to FILE, for a document")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for add in VERBS:
         add(verbs)
     given = parser.parse_args(arguments)
     try:
         result: Result = given.measure(given)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    machine = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
-    table = Table(*result.columns, title=result.title, caption=", ".join(f"{k} {v}" for k, v in machine.items()))
-    for row in result.rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)  # a file has no width of its own
+    machine = machine_facts()
+    notes = "".join(f"{note}\n" for note in result.notes)
+    print(f"{result.title}\n\n{table(result.columns, result.rows)}\n{notes}{machine_line(machine)}")
     if given.json:
         given.json.write_text(json.dumps(asdict(result) | {"machine": machine}, indent=2) + "\n")
+    if given.markdown:
+        command = ["tools/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)]
+        given.markdown.write_text(markdown(result, machine, command))
     return 0
 
 

@@ -10,6 +10,32 @@ from dataclasses import dataclass
 from megatron_depthattn.model.source_plan import SourcePlan
 
 
+def matrix_flops(num_weights: int) -> int:
+    """Of a vector with a matrix of so many weights."""
+    return 2 * num_weights
+
+
+def attention_flops(query_size: int, sequence_length: int) -> int:
+    """Of one layer's causal attention: scores, and again for the weighted values.
+
+    A query at position t sees t + 1 keys, (s + 1) / 2 on average.
+
+    Args:
+        query_size: numbers of all query heads, ``heads * head_size``.
+    """
+    return 2 * query_size * (sequence_length + 1)
+
+
+def mix_flops(query_size: int, key_size: int, num_sources: int) -> int:
+    """Of one layer's mix: group means of the query, scores and weighted values of its sources and of itself.
+
+    Args:
+        query_size: numbers of all query heads, ``heads * head_size``.
+        key_size: numbers of all key heads.
+    """
+    return query_size + 4 * key_size * (num_sources + 1) if num_sources else 0
+
+
 @dataclass(frozen=True)
 class ForwardFlops:
     """Operations of one token's forward pass through the whole model; a training step costs three times as much."""
@@ -70,15 +96,10 @@ class DecoderShape:
             sequence_length: positions of a sequence, for the average length of causal attention.
             plan: the source plan; None for a vanilla model.
         """
-        mix = 0
-        if plan is not None:
-            for layer in range(self.num_layers):
-                if num_sources := len(plan.sources(layer)):
-                    mix += self._query_size + 4 * self._key_size * (num_sources + 1)
+        sources = [len(plan.sources(layer)) for layer in range(self.num_layers)] if plan else []
         return ForwardFlops(
-            projections=2 * self.num_layers * self._matrix_weights,
-            # A query at position t sees t + 1 keys, (s + 1) / 2 on average, for the scores and again for the values.
-            attention=self.num_layers * 2 * self._query_size * (sequence_length + 1),
-            logits=2 * self.hidden_size * self.vocab_size,
-            mix=mix,
+            projections=matrix_flops(self.num_layers * self._matrix_weights),
+            attention=self.num_layers * attention_flops(self._query_size, sequence_length),
+            logits=matrix_flops(self.hidden_size * self.vocab_size),
+            mix=sum(mix_flops(self._query_size, self._key_size, number) for number in sources),
         )

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_depthattn.model.attention import DepthCall, Source
+from megatron_depthattn.model.flops import mix_flops
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.payload import HIDDEN, source_parts
 
@@ -78,6 +79,12 @@ class DepthAttentionLayer(TransformerLayer):
             hidden_states = self._pack(hidden_states, made, state)
         state.keep_only(name for index in self.held for name in source_parts(index))
         return hidden_states, context
+
+    def forward_flops(self) -> dict[str, int]:
+        """The mix's operations per token, over all tensor ranks; `module_flops` counts everything else."""
+        config = self.config
+        sizes = (config.num_attention_heads * config.kv_channels, config.num_query_groups * config.kv_channels)
+        return {"mix": mix_flops(*sizes, num_sources=len(self.reads))}
 
     # ---- between layers of a rank: the micro-batch's state
 

@@ -42,6 +42,13 @@ def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardF
     return decoder_shape(config).forward_flops(config.data.sequence_length, plan)
 
 
+def peak_tflops(config: RunConfig) -> float | None:
+    """What MFU is a fraction of: the peak of this process's device; None for a device or precision that has none."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peaks = PEAK_TFLOPS_BF16 if config.precision.dtype == "bf16" else {}
+    return next((peak for part, peak in peaks.items() if part in name), None)
+
+
 class Meter:
     """Turns steps into the records of metrics.jsonl.
 
@@ -54,9 +61,7 @@ class Meter:
     def __init__(self, config: RunConfig, flops: ForwardFlops, world_size: int) -> None:
         self._tokens = config.train.global_batch_size * config.data.sequence_length
         self._tflops_per_device = 3 * flops.total * self._tokens / world_size / 1e12
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        peaks = PEAK_TFLOPS_BF16 if config.precision.dtype == "bf16" else {}
-        self._peak = next((peak for part, peak in peaks.items() if part in name), None)
+        self._peak = peak_tflops(config)
 
     def record(
         self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, ranks: Sequence[RankStatus]

@@ -14,13 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-import zstandard
-from tokenizers import Tokenizer
-
-from megatron_depthattn.data.prepare import PrepareSettings, available_cores, prepare_corpus
-from megatron_depthattn.data.tokenizer import train_bpe
 from tools.benchmarks.result import Result
 
 BATCH_BYTES = 8 << 20  # handed to the bare library at a time: its records take some 40 times the text
@@ -67,7 +60,16 @@ def _write_text(documents: list[str], folder: Path) -> None:
         (folder / f"{number:06}.txt").write_text(text, encoding="utf-8")
 
 
+def _write_zstd(documents: list[str], folder: Path) -> None:
+    import zstandard
+
+    (folder / "corpus.jsonl.zst").write_bytes(zstandard.compress(b"".join(_json_lines(documents))))
+
+
 def _write_parquet(documents: list[str], folder: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / "corpus.parquet", compression="zstd")
 
 
@@ -77,9 +79,7 @@ WRITERS: dict[str, Callable[[list[str], Path], object]] = {
     "jsonl.gz": lambda documents, folder: (folder / "corpus.jsonl.gz").write_bytes(
         gzip.compress(b"".join(_json_lines(documents)), 6)
     ),
-    "jsonl.zst": lambda documents, folder: (folder / "corpus.jsonl.zst").write_bytes(
-        zstandard.compress(b"".join(_json_lines(documents)))
-    ),
+    "jsonl.zst": _write_zstd,
     "parquet": _write_parquet,
 }
 
@@ -89,6 +89,12 @@ def measure_prepare(given: argparse.Namespace) -> Result:
 
     Processor time is measured as well: other work on the machine changes it much less.
     """
+    # here, because the other verbs run without these packages
+    from tokenizers import Tokenizer
+
+    from megatron_depthattn.data.prepare import PrepareSettings, available_cores, prepare_corpus
+    from megatron_depthattn.data.tokenizer import train_bpe
+
     documents = python_sources(given.megabytes * 1_000_000)
     num_bytes = sum(len(text.encode()) for text in documents)
     with tempfile.TemporaryDirectory() as name:

@@ -1,0 +1,53 @@
+"""The shapes that are measured: the released ones as `configs/` has them, and one that a CPU trains in seconds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_depthattn.config import RunConfig
+
+_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHAPES = {
+    "cpu": Path(__file__).parent / "cpu.yaml",
+    **{name: _CONFIGS / f"{name}.yaml" for name in ("360m", "1.5b", "3b")},
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `run_config` reads."""
+    parser.add_argument("--shape", choices=SHAPES, help="default: 360m on a GPU, else cpu (24 layers, hidden 384)")
+    parser.add_argument("--layers", type=int, metavar="N", help="cut the depth to N layers; the title says so")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a step; default: the shape's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config")
+
+
+def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig:
+    """The config of one training process with one micro-batch a step; ``more``: keys, with ``__`` for the dots.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    from megatron_depthattn.config import load_config
+
+    path = SHAPES[given.shape or ("360m" if device == "cuda" else "cpu")]
+    values = {key.replace("__", "."): value for key, value in more.items()}
+    if given.layers:
+        values["model.num_layers"] = given.layers
+    batch = given.micro_batch or load_config(path).train.micro_batch_size
+    values["train.micro_batch_size"] = values["train.global_batch_size"] = batch
+    settings = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+    return load_config(path, [*settings, *given.set])
+
+
+def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
+    """The model in a few words."""
+    model = config.model
+    cut = " (cut in depth)" if given.layers else ""
+    return (
+        f"{model.num_layers} layers{cut}, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"{model.num_query_groups} KV heads of {model.kv_channels}, {config.train.micro_batch_size} x "
+        f"{config.data.sequence_length} tokens, {config.precision.dtype}"
+    )

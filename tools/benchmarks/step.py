@@ -1,0 +1,182 @@
+"""A training step with Depth-Attention over one without: the models stand side by side and take turns."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from tools.benchmarks.op_tests import require_green
+from tools.benchmarks.result import Result
+from tools.benchmarks.shapes import add_model_arguments, run_config, shape_text
+from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
+
+if TYPE_CHECKING:
+    from megatron_depthattn.config import RunConfig
+
+VANILLA = "vanilla"
+AUTHORS = {"reference": " (authors' formulation, eager torch)"}
+
+
+def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("step", help="a training step with Depth-Attention over one without, interleaved")
+    add_model_arguments(parser)
+    parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="implementations of the mix; default: all that run here")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="steps of each model (default 20)")
+    parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
+    parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
+    parser.set_defaults(measure=measure_step)
+
+
+def measure_step(given: argparse.Namespace) -> Result:
+    """Ratios are those of a step to vanilla's of the same round; median, quartiles, and an interval of the median."""
+    from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
+    from megatron_depthattn.parallel.launch_env import launch_environment
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    configs = _configs(given, kind)
+    require_green(kind)
+    device = initialize_distributed(launch_environment())
+    try:
+        initialize_model_parallel()
+        models, failures = _build(configs, device, given)
+        seconds = _run(models, failures, given.rounds)
+    finally:
+        shut_down()
+    if not seconds.get(VANILLA):
+        raise ValueError(f"the vanilla model did not run, so there is nothing to compare with: {failures[VANILLA]}")
+    return _result(configs, models, seconds, failures, given)
+
+
+def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
+    """Every model by its name, vanilla first."""
+    from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
+
+    vanilla = run_config(given, kind, model__depth_attention__enabled=False)
+    layers = vanilla.model.num_layers
+    configs = {VANILLA: vanilla}
+    for stride in given.strides or dict.fromkeys((max(1, layers // 2), 1)):
+        for op in given.ops or DEPTH_MIX_IMPLEMENTATIONS:
+            keys = {"model__depth_attention__stride": stride, "model__depth_attention__op": op}
+            configs[f"stride {stride}, {op}{AUTHORS.get(op, '')}"] = run_config(given, kind, **keys)
+    return configs
+
+
+class _Model:
+    """One model with its optimizer, and the step that is timed."""
+
+    def __init__(self, config: RunConfig, device: torch.device, *, has_optimizer: bool) -> None:
+        from megatron_depthattn.model.module_flops import module_flops
+        from megatron_depthattn.train.build import build_model, build_optimizer
+        from megatron_depthattn.train.metrics import peak_tflops
+
+        self._device = device
+        self._shape = (config.train.micro_batch_size, config.data.sequence_length)
+        self._chunks = build_model(config, device)
+        self._optimizer, self._schedule = build_optimizer(config, self._chunks) if has_optimizer else (None, None)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(config.model.vocab_size, (self._shape[0], self._shape[1] + 1), generator=generator)
+        tokens = tokens.to(device)
+        self._batches = [{"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}]
+        self.tokens = self._shape[0] * self._shape[1]
+        self.flops_per_token = 3 * module_flops(self._chunks, self._shape[1]).total()
+        self.peak_tflops = peak_tflops(config)
+
+    def step(self) -> float:
+        """Seconds of one step, until the device is done."""
+        from megatron_depthattn.train.step import run_microbatches, train_step
+
+        self._synchronize()
+        started = time.perf_counter()
+        if self._optimizer and self._schedule:
+            self._schedule.step(increment=1)
+            train_step(self._chunks, self._optimizer, self._batches, self._shape)
+        else:
+            for chunk in self._chunks:
+                chunk.zero_grad_buffer()
+            run_microbatches(self._chunks, self._batches, self._shape, forward_only=False)
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _build(
+    configs: dict[str, RunConfig], device: torch.device, given: argparse.Namespace
+) -> tuple[dict[str, _Model], dict[str, str]]:
+    """The models that fit and run here, warmed up, with the same initial weights; and why the others do not."""
+    models: dict[str, _Model] = {}
+    failures: dict[str, str] = {}
+    for name, config in configs.items():
+        try:
+            model = _Model(config, device, has_optimizer=not given.no_optimizer)
+            for _ in range(given.warm_up):
+                model.step()
+            models[name] = model
+        except (RuntimeError, ValueError, ImportError) as error:  # out of memory, or an op that does not run here
+            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            torch.cuda.empty_cache()
+        print(f"{name}: {failures.get(name, 'ready')}", file=sys.stderr, flush=True)
+    return models, failures
+
+
+def _run(models: dict[str, _Model], failures: dict[str, str], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds):
+        for name in taking_turns([*models], turn):
+            seconds[name].append(models[name].step())
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def _result(
+    configs: dict[str, RunConfig],
+    models: dict[str, _Model],
+    seconds: dict[str, list[float]],
+    failures: dict[str, str],
+    given: argparse.Namespace,
+) -> Result:
+    what = "forward and backward" if given.no_optimizer else "training step"
+    result = Result(
+        title=f"A {what}: {shape_text(configs[VANILLA], given)}, {given.rounds} rounds",
+        columns=[
+            *("model", "step, ms: median (quartiles)", "over vanilla: median (quartiles)", "95 % of the median"),
+            *("tokens/s", "MFU"),
+        ],
+        notes=[
+            f"recompute: {configs[VANILLA].recompute.granularity or 'none'}, layers: {configs[VANILLA].model.spec}; "
+            "the models are built side by side with the same weights and take turns step by step; a ratio is that of "
+            "two steps of the same round; interval: percentile bootstrap",
+        ],
+    )
+    for name in configs:
+        if name in failures:
+            result.rows.append([name, failures[name], "", "", "", ""])
+            result.figures[name] = {"failure": failures[name]}
+            continue
+        model, times = models[name], seconds[name]
+        ratios = [own / vanilla for own, vanilla in zip(times, seconds[VANILLA], strict=True)]
+        low, high = bootstrap_interval(ratios)
+        speed = model.tokens / spread(times).median
+        mfu = model.flops_per_token * speed / 1e12 / model.peak_tflops if model.peak_tflops else None
+        is_vanilla = name == VANILLA
+        result.rows.append(
+            [
+                *(name, spread(times).text(1e-3, 1), "1" if is_vanilla else spread(ratios).text(1, 3)),
+                *("" if is_vanilla else f"{low:.3f} to {high:.3f}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""),
+            ]
+        )
+        result.figures[name] = {
+            "seconds": times,
+            "ratio": spread(ratios).median,
+            "interval": [low, high],
+            "tokens_per_second": speed,
+            "mfu": mfu,
+        }
+    return result
