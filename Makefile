@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test parity-full convert-3b prepare-200mb faults launch-full quickstart clean
+.PHONY: help install lint test parity-full convert-3b prepare-200mb faults gpu launch-full quickstart clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
@@ -22,6 +22,7 @@ help:
 	@echo "make parity-full  every parity case of both engines for ten steps (about an hour on two cores)"
 	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
+	@echo "make gpu          op tests and benchmarks on one NVIDIA GPU, in under 9 minutes (PYTHON=... instead of $(VENV); GPU_ARGS=...)"
 	@echo "make launch-full  every launch test: Slurm's real time limit, lost nodes, DeepSpeed in whole runs (root, Slurm installed; about 15 minutes)"
 	@echo "make prepare-200mb  prepare corpora with a single document of 200 MB (a few minutes)"
 	@echo "make lint         install, ruff and mypy"
@@ -66,6 +67,10 @@ launch-full: install
 
 faults: install
 	$(BIN)/python -W ignore -m tests.faults.campaign --work runs/faults --output runs/faults.md
+
+# No install: on a machine without a network it runs with what the interpreter has, and skips what needs more.
+gpu:
+	$(if $(PYTHON_IS_CHOSEN),$(PYTHON),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))) tools/gpu.py $(GPU_ARGS)
 
 prepare-200mb: install
 	$(BIN)/python -m pytest -s tests/large/test_prepare_200mb.py

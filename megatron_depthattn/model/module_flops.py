@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -33,13 +34,12 @@ def module_flops(chunks: Iterable[torch.nn.Module], sequence_length: int) -> Cou
     lines: Counter[str] = Counter()
     for chunk in chunks:
         tensor_ranks = get_model_config(chunk).tensor_model_parallel_size
-        models = [module for module in chunk.modules() if isinstance(module, GPTModel) and module.post_process]
-        output_layers = {module.output_layer for module in models}
+        models = [module for module in chunk.modules() if isinstance(module, GPTModel)]
+        output_layers = {id(module.output_layer): module.output_layer for module in models if module.post_process}
         for module in chunk.modules():
-            if module in output_layers:
-                # Tied weights are not the module's own, but the rows that a rank holds are its output columns.
-                outputs = module.output_size_per_partition * module.input_size
-                lines["logits"] += matrix_flops(outputs * tensor_ranks)
+            if output := output_layers.get(id(module)):
+                # Its weight may be the embedding's, but its sizes are its own.
+                lines["logits"] += matrix_flops(output.input_size * output.output_size)
             else:
                 lines.update(_own_flops(module, sequence_length, tensor_ranks))
     return lines
@@ -47,8 +47,9 @@ def module_flops(chunks: Iterable[torch.nn.Module], sequence_length: int) -> Cou
 
 def _own_flops(module: torch.nn.Module, sequence_length: int, tensor_ranks: int) -> Mapping[str, int]:
     """What the module itself computes, without its submodules."""
-    if hasattr(module, "forward_flops"):
-        return module.forward_flops()
+    declared: Any = getattr(module, "forward_flops", None)
+    if declared is not None:
+        return declared()
     if isinstance(module, SelfAttention):
         query_size = module.config.num_attention_heads * module.hidden_size_per_attention_head
         return {"attention": attention_flops(query_size, sequence_length)}

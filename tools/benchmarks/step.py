@@ -44,11 +44,11 @@ def measure_step(given: argparse.Namespace) -> Result:
     try:
         initialize_model_parallel()
         models, failures = _build(configs, device, given)
-        seconds = _run(models, failures, given.rounds)
+        if VANILLA in failures:
+            raise ValueError(f"vanilla did not run, so there is nothing to compare with: {failures[VANILLA]}")
+        seconds = _run(models, given.rounds)
     finally:
         shut_down()
-    if not seconds.get(VANILLA):
-        raise ValueError(f"the vanilla model did not run, so there is nothing to compare with: {failures[VANILLA]}")
     return _result(configs, models, seconds, failures, given)
 
 
@@ -77,7 +77,7 @@ class _Model:
         self._device = device
         self._shape = (config.train.micro_batch_size, config.data.sequence_length)
         self._chunks = build_model(config, device)
-        self._optimizer, self._schedule = build_optimizer(config, self._chunks) if has_optimizer else (None, None)
+        self._optimizer: tuple[Any, Any] | None = build_optimizer(config, self._chunks) if has_optimizer else None
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(config.model.vocab_size, (self._shape[0], self._shape[1] + 1), generator=generator)
         tokens = tokens.to(device)
@@ -92,9 +92,10 @@ class _Model:
 
         self._synchronize()
         started = time.perf_counter()
-        if self._optimizer and self._schedule:
-            self._schedule.step(increment=1)
-            train_step(self._chunks, self._optimizer, self._batches, self._shape)
+        if self._optimizer:
+            optimizer, schedule = self._optimizer
+            schedule.step(increment=1)
+            train_step(self._chunks, optimizer, self._batches, self._shape)
         else:
             for chunk in self._chunks:
                 chunk.zero_grad_buffer()
@@ -126,7 +127,7 @@ def _build(
     return models, failures
 
 
-def _run(models: dict[str, _Model], failures: dict[str, str], rounds: int) -> dict[str, list[float]]:
+def _run(models: dict[str, _Model], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds):
         for name in taking_turns([*models], turn):
