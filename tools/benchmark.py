@@ -32,15 +32,20 @@ from tools.benchmarks.step import add_step
 VERBS = [add_op, add_step, add_memory, add_flops, add_hop, add_data, add_prepare, add_checkpoint]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line on stderr."""
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs; what is parsed has the verb's function as ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to FILE, for a document")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for add in VERBS:
         add(verbs)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 1 with one line on stderr."""
+    given = build_parser().parse_args(arguments)
     try:
         result: Result = given.measure(given)
     except (ValueError, OSError, ModuleNotFoundError) as error:

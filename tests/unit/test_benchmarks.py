@@ -1,0 +1,221 @@
+"""The benchmark tools: what is pure, by hand; every verb once, tiny; and no figure while the op's tests are red."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
+from tools import benchmark
+from tools.benchmarks import op_tests
+from tools.benchmarks.op import MixShape, _Calls
+from tools.benchmarks.result import Result, machine_facts, markdown, table
+from tools.benchmarks.saved import saved_tensors
+from tools.benchmarks.timing import Clock, bootstrap_interval, spread, taking_turns
+
+CPU = torch.device("cpu")
+
+
+# ---- statistics and bytes
+
+
+def test_bytes_of_a_mix_are_those_of_its_tensors():
+    """Forward: what goes in and the mixed value. Backward: that (its gradient), and a gradient of all that went in."""
+    shape = MixShape(tokens=5, heads=6, kv_heads=2, head_size=4, sources=3)
+    *inputs, grad = shape.inputs(torch.float32, CPU)
+    read = sum(tensor.nbytes for tensor in inputs)
+    assert shape.bytes_moved(4) == (read + grad.nbytes, 2 * read + grad.nbytes)
+    assert shape.bytes_moved(4) == tuple(2 * num_bytes for num_bytes in shape.bytes_moved(2))
+
+
+def test_calls_go_round_sets_that_no_cache_holds(monkeypatch):
+    shape = MixShape(tokens=4, heads=2, kv_heads=1, head_size=4, sources=1)
+    monkeypatch.setattr("tools.benchmarks.op.last_level_cache_bytes", lambda: 7 * shape.bytes_moved(4)[0])
+    calls = _Calls(shape, torch.float32, CPU)
+    assert len(calls._sets) == 7
+    seen = []
+
+    def mix(q, keys, values, k, v, scale):
+        assert (len(keys), len(values), scale) == (1, 1, 0.5)
+        assert keys[0].shape == k.shape == v.shape
+        seen.append(q.data_ptr())
+        return DEPTH_MIX_IMPLEMENTATIONS["lean"](q, keys, values, k, v, scale)
+
+    for _ in range(14):
+        assert min(calls.forward_and_backward(Clock(CPU), mix)) > 0
+    assert len(set(seen[:7])) == 7
+    assert seen[:7] == seen[7:]
+
+
+def test_spread_and_bootstrap():
+    values = [float(i) for i in range(1, 102)]
+    assert spread(values) == (51.0, 26.0, 76.0)
+    assert spread(values).text(10, 1) == "5.1 (2.6 to 7.6)"
+    low, high = bootstrap_interval(values)
+    # The median of n = 101 uniform values has a standard error of about range / (2 sqrt(n)) = 5.
+    assert 36 < low < 46
+    assert 56 < high < 66
+    assert bootstrap_interval(values) == (low, high)  # seeded: the same figures give the same interval
+    assert bootstrap_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+
+
+def test_everyone_comes_first_and_last_equally_often():
+    orders = [taking_turns(["a", "b", "c"], turn) for turn in range(6)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    for place in (0, -1):
+        assert sorted(order[place] for order in orders) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_saved_tensors_are_storages_once_and_without_parameters():
+    layer = torch.nn.Linear(4, 4, bias=False)
+    x = torch.ones(3, 4, requires_grad=True)
+    with saved_tensors(layer) as saved:
+        layer(x)
+        x[:1].square()  # a view: all of x is kept, and it is kept already
+    assert sorted(tuple(t.shape) for t in saved.tensors) == [(1, 4), (3, 4)]
+    assert saved.num_bytes == x.nbytes
+
+
+# ---- what is written
+
+
+def test_a_table_is_markdown():
+    text = table(["name", "x | y"], [["a", "1"], ["long name", "10"]])
+    rows = ["| name      | x \\| y |", "| --------- | -----: |", "| a         |      1 |", "| long name |     10 |"]
+    assert text.splitlines() == rows
+
+
+def test_a_page_says_how_where_and_when():
+    facts = machine_facts()
+    result = Result("Title", ["a"], [["1"]], notes=["a note"])
+    text = markdown(result, facts, ["tools/benchmark.py", "op", "--runs", "3"])
+    assert "### Title" in text
+    assert "- a note" in text
+    assert "`python tools/benchmark.py op --runs 3`" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert facts["date"] in text
+    assert f"{facts['cores']} cores" in text
+
+
+# ---- the verbs
+
+
+@pytest.fixture
+def green(tmp_path, monkeypatch):
+    """A suite that is green in a second instead of the op's own."""
+    monkeypatch.setattr(op_tests, "OP_TESTS", [write_test(tmp_path, "assert True")])
+
+
+def write_test(folder, statement):
+    path = folder / "test_of_an_op.py"
+    path.write_text(f"def test_the_op():\n    {statement}\n")
+    return path
+
+
+def run(tmp_path, *arguments):
+    """The figures and the page."""
+    files = tmp_path / "figures.json", tmp_path / "page.md"
+    assert benchmark.main(["--json", str(files[0]), "--markdown", str(files[1]), *arguments]) == 0
+    written = json.loads(files[0].read_text())
+    assert all(len(row) == len(written["columns"]) for row in written["rows"])
+    assert written["machine"]["torch"]
+    return written["figures"], files[1].read_text()
+
+
+@pytest.fixture
+def world(megatron_world_of_one, monkeypatch):
+    """The verbs make a world of their own; in a process of many tests they take the one that is there."""
+    groups = "megatron_depthattn.parallel.groups."
+    monkeypatch.setattr(f"{groups}initialize_distributed", lambda _: CPU)
+    monkeypatch.setattr(f"{groups}initialize_model_parallel", lambda: None)
+    monkeypatch.setattr(f"{groups}shut_down", lambda: None)
+
+
+TINY_MODEL = ("--layers", "2", "--set", "model.hidden_size=32", "model.num_attention_heads=4")
+TINY = (
+    *TINY_MODEL,
+    "model.num_query_groups=2",
+    "model.kv_channels=8",
+    "model.vocab_size=64",
+    "data.sequence_length=16",
+)
+
+
+def test_op(tmp_path, green, monkeypatch):
+    monkeypatch.setattr("tools.benchmarks.op.last_level_cache_bytes", lambda: 0)
+    monkeypatch.setitem(DEPTH_MIX_IMPLEMENTATIONS, "broken", lambda *_: 1 / 0)
+    sizes = ("--tokens", "8", "--sources", "1", "3", "--runs", "2", "--implementations", "lean", "reference")
+    figures, page = run(tmp_path, "op", "--device", "cpu", "--shape", "cpu", *sizes, "broken")
+    assert sorted(figures) == ["cpu, 8 tokens, 1 sources", "cpu, 8 tokens, 3 sources"]
+    of = figures["cpu, 8 tokens, 3 sources"]
+    assert of["bytes"] == [*MixShape(8, 12, 3, 32, 3).bytes_moved(4)]
+    assert of["lean"]["ratio"] > 0
+    assert len(of["seconds"]["copy"]) == 2
+    assert "ZeroDivisionError" in of["failures"]["broken"]
+    assert "broken: ZeroDivisionError" in page
+
+
+def test_a_red_test_means_no_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(op_tests, "OP_TESTS", [write_test(tmp_path, "assert 1 == 2")])
+    for verb in (("op", "--device", "cpu"), ("step", *TINY)):
+        assert benchmark.main(["--json", str(tmp_path / "figures.json"), *verb]) == 1
+        printed = capsys.readouterr()
+        assert not printed.out
+        assert printed.err.splitlines()[-1].startswith("error: the op's tests are red, so nothing is measured")
+        assert not (tmp_path / "figures.json").exists()
+
+
+def test_no_test_at_all_means_no_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(op_tests, "OP_TESTS", [tmp_path / "missing.py"])
+    assert benchmark.main(["op", "--device", "cpu"]) == 1
+    assert "nothing is measured" in capsys.readouterr().err
+
+
+def test_the_tests_that_run_first_are_those_of_the_op():
+    (path,) = op_tests.OP_TESTS
+    assert path.is_file()
+    assert "DEPTH_MIX_IMPLEMENTATIONS" in path.read_text()
+
+
+@pytest.mark.parametrize("more", [("--no-optimizer",), ()], ids=["gradients", "optimizer"])
+def test_step(tmp_path, green, world, more):
+    figures, page = run(tmp_path, "step", *TINY, "--ops", "lean", "--rounds", "3", "--warm-up", "1", *more)
+    assert sorted(figures) == ["stride 1, lean", "vanilla"]
+    own, vanilla = figures["stride 1, lean"], figures["vanilla"]
+    ratios = sorted(a / b for a, b in zip(own["seconds"], vanilla["seconds"], strict=True))
+    assert own["ratio"] == pytest.approx(ratios[1])
+    assert own["interval"][0] <= own["ratio"] <= own["interval"][1]
+    assert own["tokens_per_second"] == pytest.approx(16 / sorted(own["seconds"])[1])
+    assert own["mfu"] is None
+    assert "cut in depth" in page
+
+
+def test_memory(tmp_path, world):
+    figures, _ = run(tmp_path, "memory", *TINY)
+    assert len(figures) == 3
+    for name, of in figures.items():
+        assert of["bytes_per_token_above_vanilla"] == of["predicted"] > 0, name
+        assert of["vanilla_bytes_per_token"] > of["predicted"]
+        assert of["allocated_above_vanilla"] is None  # no GPU
+
+
+def test_flops(tmp_path):
+    figures, page = run(tmp_path, "flops")
+    assert len(figures) == 6
+    for of in figures.values():
+        total = sum(of[line] for line in ("projections", "attention", "logits", "mix"))
+        assert math.isclose(of["share"], of["mix"] / total)
+    assert figures["3b, stride 24"]["share"] < 1e-4 < figures["360m, stride 16"]["share"] < 1.3e-4
+    assert "counts as two" in page
+
+
+def test_data(tmp_path):
+    step = tmp_path / "step.json"
+    step.write_text(json.dumps({"figures": {"vanilla": {"tokens_per_second": 2000.0}, "odd": {"failure": "x"}}}))
+    sizes = ("--samples", "32", "--sequence-length", "16", "--batch", "4", "--micro-batch", "2")
+    against = ("--consumption", "1000", "--step-json", str(step))
+    figures, page = run(tmp_path, "data", *sizes, "--workers", "0", "1", "--steps", "2", "--runs", "1", *against)
+    assert figures["consumed"] == {"training": 1000.0, "vanilla": 2000.0}
+    assert figures["0 workers"]["tokens_per_second"][0] > 0
+    assert "| 0 (in the training process) |" in page
