@@ -5,8 +5,8 @@ Pure: integers in, integers out, in numbers (elements) per token, for a whole mo
 A layer's key and value are there in vanilla too, but not always as tensors that are kept. Core attention either keeps
 the q, k and v that it is given (TransformerEngine's; the local one when it is recomputed, or without grouped heads), or
 copies of k and v that it has repeated for every query head (the local one otherwise). The value that vanilla keeps is a
-view of the fused QKV projection, and so is the own value that the mix keeps: the norm of k keeps that projection alive
-in both models (on CPU in fp32; in bf16 that norm keeps a copy of its own there). A mixed value is memory of its own.
+view of the fused QKV projection, and so is the own value that the mix keeps where the norm of k keeps that projection
+alive in both models (torch's norm does); elsewhere it is a copy. A mixed value is memory of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class DepthActivations:
     """Keys that only the layer's own mix scores, where core attention does not keep them anyway."""
     mixed_values: int = 0
     """Mixed values that only the layer's own core attention reads."""
+    own_values: int = 0
+    """Values before the mix, which its backward pass multiplies with, if they are copies."""
 
     @property
     def total(self) -> int:
@@ -44,14 +46,19 @@ def source_numbers(plan: SourcePlan, *, key_size: int) -> int:
 
 
 def depth_activations(
-    plan: SourcePlan, *, key_size: int, attention_keeps_inputs: bool, recomputed: bool = False
+    plan: SourcePlan,
+    *,
+    key_size: int,
+    attention_keeps_inputs: bool,
+    norm_keeps_projection: bool = True,
+    recomputed: bool = False,
 ) -> DepthActivations:
     """What the model keeps above vanilla with the `lean` mix, under q/k norm and RoPE.
 
     Args:
         plan: of a model on one pipeline stage.
         key_size: numbers of one key, ``kv_heads * head_size`` of this rank.
-        attention_keeps_inputs: see above.
+        attention_keeps_inputs, norm_keeps_projection: see above.
         recomputed: under full recompute of all layers.
 
     Raises:
@@ -69,6 +76,7 @@ def depth_activations(
         source_values=key_size * len(read),
         own_keys=keys * len(mixing - read),
         mixed_values=key_size * len(mixing - read) if attention_keeps_inputs else 0,
+        own_values=0 if norm_keeps_projection else key_size * len(mixing),
     )
 
 

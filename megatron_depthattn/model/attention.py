@@ -88,8 +88,8 @@ class DepthSelfAttention(SelfAttention):
                 for t in (query, key)
             )
         # The value is a view of the fused projection: whoever keeps it keeps all of that alive, (H + 2G) D numbers for
-        # G D. A source must not; the mix may, where the norm of the keys or vanilla's core attention does it anyway.
-        if not call.sources or self.k_layernorm is None:
+        # G D. A source must not; the mix may, where the norm of k does so anyway.
+        if not call.sources or not self._norm_keeps_projection(value):
             value = value.contiguous()
         if call.sources:
             value = depth_mix(
@@ -103,6 +103,10 @@ class DepthSelfAttention(SelfAttention):
             )
         call.made.append(Source(key, value))
         return query, key, value
+
+    def _norm_keeps_projection(self, value: Tensor) -> bool:
+        """Whether the norm of k keeps its input, a view of the projection; torch's does, but in bf16 not on CPU."""
+        return isinstance(self.k_layernorm, torch.nn.RMSNorm) and (value.is_cuda or value.dtype is torch.float32)
 
     def _turns_before_mix(
         self,

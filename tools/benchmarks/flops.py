@@ -30,7 +30,8 @@ def measure_flops(given: argparse.Namespace) -> Result:
             "weighted values over depth; norms, RoPE, softmaxes and the embedding are not counted",
             "the modules of a built model give the same numbers, and its matrix products are checked against torch's "
             "FlopCounterMode: tests/unit/test_flops.py",
-            "backward costs twice as much in every line, so the share is that of training, too",
+            "backward counts twice in every line, so the share is that of a step, too (what is recomputed in it, the "
+            "scores of the mix among it, is not counted)",
         ],
     )
     for name in given.shape:

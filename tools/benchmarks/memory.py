@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tools.benchmarks.result import Result
 from tools.benchmarks.saved import saved_tensors
 from tools.benchmarks.shapes import add_model_arguments, run_config, shape_text
@@ -77,7 +78,8 @@ def _measure(given: argparse.Namespace, device: torch.device) -> Result:
             for op in given.ops:
                 depth = {"model__depth_attention__stride": stride, "model__depth_attention__op": op}
                 config = run_config(given, device.type, **options, **depth)
-                _add_row(result, f"stride {stride}, {op}", mode, config, kept(config, device), vanilla)
+                predicted = predicted_numbers(config, device.type)
+                _add_row(result, f"stride {stride}, {op}", mode, config, kept(config, device), vanilla, predicted)
     return result
 
 
@@ -95,13 +97,15 @@ def kept(config: RunConfig, device: torch.device) -> Kept:
     shape = (config.train.micro_batch_size, config.data.sequence_length)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
 
-    def loss() -> torch.Tensor:
-        return model(tokens, None, None, labels=tokens).float().mean()
+    def loss(**given: Any) -> torch.Tensor:
+        return model(tokens, None, None, labels=tokens, **given).float().mean()
 
-    with saved_tensors(model) as saved:
-        total = loss()
+    state = MicrobatchState()
+    with saved_tensors(model, state) as saved:
+        is_depth = config.model.depth_attention.enabled
+        total = loss(extra_block_kwargs={"attention_bias": state}) if is_depth else loss()
     num_bytes = saved.num_bytes
-    del saved, total
+    del saved, total, state
     if device.type != "cuda":
         return Kept(num_bytes)
     loss().backward()  # gradients are there, and lazily made buffers
@@ -114,8 +118,8 @@ def kept(config: RunConfig, device: torch.device) -> Kept:
     return Kept(num_bytes, allocated, torch.cuda.max_memory_allocated() - before)
 
 
-def predicted_numbers(config: RunConfig) -> tuple[int, int]:
-    """Numbers per token above vanilla, and those of the sources alone."""
+def predicted_numbers(config: RunConfig, kind: str) -> tuple[int, int]:
+    """Numbers per token above vanilla, and those of the sources alone; ``kind`` of device, cpu or cuda."""
     from megatron_depthattn.model.activation_memory import depth_activations, source_numbers
     from megatron_depthattn.model.source_plan import SourcePlan, default_stride
 
@@ -131,16 +135,19 @@ def predicted_numbers(config: RunConfig) -> tuple[int, int]:
         plan,
         key_size=key_size,
         attention_keeps_inputs=model.spec == "te" or recompute.granularity == "selective" or is_given,
-        recomputed_layers=recompute.num_layers if recompute.granularity == "full" else None,
+        norm_keeps_projection=model.spec == "local" and (kind == "cuda" or config.precision.dtype == "fp32"),
+        recomputed=recompute.granularity == "full",
     )
     return predicted.total, source_numbers(plan, key_size=key_size)
 
 
-def _add_row(result: Result, name: str, mode: str, config: RunConfig, own: Kept, vanilla: Kept) -> None:
+def _add_row(
+    result: Result, name: str, mode: str, config: RunConfig, own: Kept, vanilla: Kept, numbers: tuple[int, int]
+) -> None:
     tokens = config.train.micro_batch_size * config.data.sequence_length
     size = 2 if config.precision.dtype == "bf16" else 4
     more = (own.saved - vanilla.saved) / tokens
-    predicted, sources = (size * numbers for numbers in predicted_numbers(config))
+    predicted, sources = (size * number for number in numbers)
     allocated, peak = (
         None if mine is None or theirs is None else (mine - theirs) / tokens
         for mine, theirs in zip(own[1:], vanilla[1:], strict=True)

@@ -116,12 +116,12 @@ def _build(
     failures: dict[str, str] = {}
     for name, config in configs.items():
         try:
-            model = _Model(config, device, has_optimizer=not given.no_optimizer)
+            models[name] = _Model(config, device, has_optimizer=not given.no_optimizer)
             for _ in range(given.warm_up):
-                model.step()
-            models[name] = model
+                models[name].step()
         except (RuntimeError, ValueError, ImportError) as error:  # out of memory, or an op that does not run here
             failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            models.pop(name, None)
             torch.cuda.empty_cache()
         print(f"{name}: {failures.get(name, 'ready')}", file=sys.stderr, flush=True)
     return models, failures
