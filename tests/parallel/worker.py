@@ -44,6 +44,7 @@ from megatron_depthattn.train.step import Microbatch, run_microbatches, train_st
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
 from tests.parallel.compare import relative_errors
+from tests.parallel.counted import counted_flops
 from tools.benchmarks.sent import recorded_sends, sent_between_stages
 
 SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
@@ -109,6 +110,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         load_checkpoint(common_weights(folder, chunks), chunks)
         with recorded_sends() as sent:
             first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
+        result["flops"] = counted_flops(config, chunks)
         stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         result["sent"] = sent_between_stages(sent, stages)
         result["microbatches"] = len(microbatches(0))
