@@ -22,7 +22,7 @@ def require_green(device: str, seconds: float = 300.0) -> None:
         raise ValueError("the op's tests run before anything is measured, and pytest is not installed: no figure")
     paths = [*OP_TESTS, *([GPU_TESTS] if device == "cuda" and GPU_TESTS.is_dir() else [])]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, paths)]
-    print(f"first the tests: {' '.join(path.relative_to(path.anchor).name for path in paths)}", file=sys.stderr)
+    print(f"first the tests: {', '.join(path.name for path in paths)}", file=sys.stderr)
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
