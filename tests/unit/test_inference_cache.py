@@ -60,6 +60,8 @@ def cached_logits(model: GPTModel, tokens: Tensor, prompt: int) -> tuple[Tensor,
         {"depth_attention_stride": 1},
         {"depth_attention_stride": 3},
         {"depth_attention_stride": 2, "depth_attention_recent_window": 2},
+        # Layers without RoPE among others: with a cache the mix runs before RoPE, so without one it must, too.
+        {"depth_attention_stride": 1, "no_rope_freq": 2},
         {"depth_attention": False},
     ],
     ids=str,
