@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tools import benchmark
 from tools.benchmarks import op_tests
 from tools.benchmarks.op import MixShape, _Calls
@@ -68,13 +69,15 @@ def test_everyone_comes_first_and_last_equally_often():
 
 
 def test_saved_tensors_are_storages_once_and_without_parameters():
-    layer = torch.nn.Linear(4, 4, bias=False)
+    layer, state = torch.nn.Linear(4, 4, bias=False), MicrobatchState()
     x = torch.ones(3, 4, requires_grad=True)
-    with saved_tensors(layer) as saved:
+    lent = torch.ones(5)
+    with saved_tensors(layer, state) as saved:
         layer(x)
         x[:1].square()  # a view: all of x is kept, and it is kept already
-    assert sorted(tuple(t.shape) for t in saved.tensors) == [(1, 4), (3, 4)]
-    assert saved.num_bytes == x.nbytes
+        state.leave({"lent": lent})  # not through autograd, but kept for later layers
+    assert sorted(tuple(t.shape) for t in saved.tensors) == [(1, 4), (3, 4), (5,)]
+    assert saved.num_bytes == x.nbytes + lent.nbytes
 
 
 # ---- what is written
@@ -208,6 +211,16 @@ def test_flops(tmp_path):
         assert math.isclose(of["share"], of["mix"] / total)
     assert figures["3b, stride 24"]["share"] < 1e-4 < figures["360m, stride 16"]["share"] < 1.3e-4
     assert "counts as two" in page
+
+
+def test_hop(tmp_path):
+    sizes = ("--layers", "4", "--hidden", "64", "--sequence-length", "16", "--microbatches", "2", "--runs", "1")
+    figures, page = run(tmp_path, "hop", "--layouts", "pp2xvpp2", "--strides", "1", "--windows", "0", *sizes)
+    (of,) = figures.values()
+    assert of["sent"] == of["bound"] > 0
+    assert of["messages"] == of["least_messages"] == 2 * 3 * 2
+    assert of["planned"] > 0 and of["exchanged"] > 0
+    assert "12 of 12" in page
 
 
 def test_data(tmp_path):

@@ -43,9 +43,15 @@ def measure_hop(given: argparse.Namespace) -> Result:
     """
     strides = given.strides or [1, 2, given.layers // 2]
     result = Result(
-        title=f"{given.layers} layers x {given.hidden}, {given.sequence_length} tokens, {given.microbatches} "
-        f"microbatches, {given.runs} runs; times of forward and backward over vanilla's",
-        columns=["layout", "stride", "window", "sent, MiB", "bound, MiB", "messages", "time", "shapes exchanged"],
+        title=f"Sent in one step by a pipeline: {given.layers} layers, hidden {given.hidden}, {given.sequence_length} "
+        f"tokens, {given.microbatches} microbatches, {given.runs} runs",
+        columns=["layout", "stride", "window", "sent, MiB", "bound, MiB", "messages", "time / vanilla", "exchanging"],
+        notes=[
+            "sent: hidden states, sources and their gradients, over all boundaries of the pipeline, counted below Megatron",
+            "bound: each source crosses each boundary on its way to its farthest reader once; messages: sent and needed",
+            "time: forward and backward, median of the ratios of neighbouring runs; exchanging: the same, under Megatron's "
+            "own communicator, which exchanges shapes first",
+        ],
     )
     for layout in given.layouts:
         pipeline, virtual = LAYOUTS[layout]
