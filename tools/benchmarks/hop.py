@@ -47,10 +47,10 @@ def measure_hop(given: argparse.Namespace) -> Result:
         f"tokens, {given.microbatches} microbatches, {given.runs} runs",
         columns=["layout", "stride", "window", "sent, MiB", "bound, MiB", "messages", "time / vanilla", "exchanging"],
         notes=[
-            "sent: hidden states, sources and their gradients, over all boundaries of the pipeline, counted below Megatron",
-            "bound: each source crosses each boundary on its way to its farthest reader once; messages: sent and needed",
-            "time: forward and backward, median of the ratios of neighbouring runs; exchanging: the same, under Megatron's "
-            "own communicator, which exchanges shapes first",
+            "sent: hidden states, sources and gradients over all boundaries between ranks, counted below Megatron",
+            "bound: each source crosses every boundary on its way to its farthest reader once",
+            "time: forward and backward, median of the ratios of neighbouring runs; exchanging: the same under "
+            "Megatron's own communicator, which exchanges shapes first",
         ],
     )
     for layout in given.layouts:
