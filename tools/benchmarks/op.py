@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS, depth_mix_reference
 from tools.benchmarks.op_tests import require_green
 from tools.benchmarks.result import Result
-from tools.benchmarks.shapes import SHAPES
+from tools.benchmarks.shapes import SHAPES, implementations_on
 from tools.benchmarks.timing import Clock, last_level_cache_bytes, spread, taking_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,7 +64,7 @@ def add_op(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     for size in ("tokens", "heads", "kv-heads", "head-size"):
         parser.add_argument(f"--{size}", type=int, metavar="N", help="instead of the shape's")
     names = [*DEPTH_MIX_IMPLEMENTATIONS, COMPILED]
-    parser.add_argument("--implementations", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--implementations", nargs="+", choices=names, help="default: all that run on the device")
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="of each, taking turns (default 30)")
     parser.set_defaults(measure=measure_op)
 
@@ -150,8 +150,9 @@ def _measure_shape(
     """Add the rows of one shape."""
     torch.compiler.reset()
     calls, clock = _Calls(shape, dtype, device), Clock(device)
-    mixes: dict[str, Mix] = {n: DEPTH_MIX_IMPLEMENTATIONS[n] for n in given.implementations if n != COMPILED}
-    if COMPILED in given.implementations:
+    names = given.implementations or [*implementations_on(device.type), COMPILED]
+    mixes: dict[str, Mix] = {name: DEPTH_MIX_IMPLEMENTATIONS[name] for name in names if name != COMPILED}
+    if COMPILED in names:
         mixes[COMPILED] = torch.compile(depth_mix_reference, dynamic=False)
     failures: dict[str, str] = {}
     for label, mix in [*mixes.items()]:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
 
@@ -51,3 +53,12 @@ def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
         f"{model.num_query_groups} KV heads of {model.kv_channels}, {config.train.micro_batch_size} x "
         f"{config.data.sequence_length} tokens, {config.precision.dtype}"
     )
+
+
+def implementations_on(kind: str) -> list[str]:
+    """Names of the implementations of the mix that run on this kind of device, ``cpu`` or ``cuda``."""
+    from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
+    from megatron_depthattn.ops.triton_mix import triton_refusal
+
+    refused = {"triton"} if triton_refusal(torch.device(kind)) else set()
+    return [name for name in DEPTH_MIX_IMPLEMENTATIONS if name not in refused]

@@ -11,7 +11,7 @@ import torch
 
 from tools.benchmarks.op_tests import require_green
 from tools.benchmarks.result import Result
-from tools.benchmarks.shapes import add_model_arguments, run_config, shape_text
+from tools.benchmarks.shapes import add_model_arguments, implementations_on, run_config, shape_text
 from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
 
 if TYPE_CHECKING:
@@ -54,13 +54,11 @@ def measure_step(given: argparse.Namespace) -> Result:
 
 def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
     """Every model by its name, vanilla first."""
-    from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
-
     vanilla = run_config(given, kind, model__depth_attention__enabled=False)
     layers = vanilla.model.num_layers
     configs = {VANILLA: vanilla}
     for stride in given.strides or dict.fromkeys((max(1, layers // 2), 1)):
-        for op in given.ops or DEPTH_MIX_IMPLEMENTATIONS:
+        for op in given.ops or implementations_on(kind):
             keys = {"model__depth_attention__stride": stride, "model__depth_attention__op": op}
             configs[f"stride {stride}, {op}{AUTHORS.get(op, '')}"] = run_config(given, kind, **keys)
     return configs
