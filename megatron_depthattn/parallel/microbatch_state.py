@@ -87,7 +87,7 @@ class MicrobatchState:
         if left := [*self._parts, *self._lent]:
             raise RuntimeError(
                 f"{', '.join(left)} were left over when their micro-batch was done: every chunk must run it once "
-                "forward and once backward, or in evaluation once without gradients."
+                "forward and once backward, or after model.eval() once without gradients."
             )
 
 

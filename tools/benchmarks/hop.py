@@ -45,18 +45,23 @@ def measure_hop(given: argparse.Namespace) -> Result:
     result = Result(
         title=f"Sent in one step by a pipeline: {given.layers} layers, hidden {given.hidden}, {given.sequence_length} "
         f"tokens, {given.microbatches} microbatches, {given.runs} runs",
-        columns=["layout", "stride", "window", "sent, MiB", "bound, MiB", "messages", "time / vanilla", "exchanging"],
+        columns=[
+            *("layout", "stride", "window", "sent, MiB", "bound, MiB", "messages"),
+            *("time / vanilla", "link's bound", "exchanging"),
+        ],
         notes=[
             "sent: hidden states, sources and gradients over all boundaries between ranks, counted below Megatron",
             "bound: each source crosses every boundary on its way to its farthest reader once",
-            "time: forward and backward, median of the ratios of neighbouring runs; exchanging: the same under "
-            "Megatron's own communicator, which exchanges shapes first",
+            "time: forward and backward, median of the ratios of neighbouring runs",
+            "link's bound: vanilla's time and that of the busiest boundary's sources at the speed of an idle link",
+            "exchanging: the time under Megatron's own communicator, which exchanges shapes first",
         ],
     )
     for layout in given.layouts:
         pipeline, virtual = LAYOUTS[layout]
         for figures in _run_world(given, pipeline, virtual, strides):
             ratios = {kind: _ratio(figures["seconds"], kind) for kind in ("planned", "exchanged")}
+            ratios["link_bound"] = _link_bound(figures, pipeline, virtual)
             result.rows.append(
                 [
                     layout,
@@ -66,6 +71,7 @@ def measure_hop(given: argparse.Namespace) -> Result:
                     f"{figures['bound'] / 2**20:.3f}",
                     f"{figures['messages']} of {figures['least_messages']}",
                     f"{ratios['planned']:.3f}",
+                    f"{ratios['link_bound']:.3f}",
                     f"{ratios['exchanged']:.3f}",
                 ]
             )
@@ -76,6 +82,22 @@ def measure_hop(given: argparse.Namespace) -> Result:
 def _ratio(seconds: dict[str, list[float]], kind: str) -> float:
     """Median over the turns of the time over vanilla's of the same turn."""
     return statistics.median(a / b for a, b in zip(seconds[kind], seconds["vanilla"], strict=True))
+
+
+def _link_bound(figures: dict[str, Any], pipeline: int, virtual: int) -> float:
+    """Vanilla's time and that of the busiest boundary's sources at the link's speed, over vanilla's time."""
+
+    def extra(stage: int) -> int:
+        """Bytes that sources and their gradients add between ``stage`` and the next."""
+        following = (stage + 1) % pipeline
+        both_ways = {f"{stage}>{following}", f"{following}>{stage}"}
+        edges = virtual if following else virtual - 1
+        if pipeline == 2:  # the boundary behind the last rank is the same pair of ranks
+            edges = 2 * virtual - 1
+        return sum(figures["sent_between"].get(edge, 0) for edge in both_ways) - edges * figures["vanilla_edge"]
+
+    seconds = max(extra(stage) for stage in range(pipeline)) / figures["link_bytes_per_second"]
+    return 1 + seconds / statistics.median(figures["seconds"]["vanilla"])
 
 
 def _run_world(given: argparse.Namespace, pipeline: int, virtual: int, strides: list[int]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,8 +35,9 @@ def main(work: dict[str, Any], output: Path) -> None:
     batch = {"tokens": tokens[:, :-1].to(device), "labels": tokens[:, 1:].to(device)}
     batches: list[Microbatch] = [batch] * work["microbatches"]
     vanilla = build_model(_config(work, enabled=False), device)
+    link = _link_bytes_per_second(work["hidden"] * work["sequence_length"], device)
     figures = [
-        _measure(work, stride, window, vanilla, batches, device)
+        _measure(work, stride, window, vanilla, batches, device) | {"link_bytes_per_second": link}
         for stride in work["strides"]
         for window in work["windows"]
     ]
@@ -97,11 +99,28 @@ def _measure(
         "window": window,
         "sent": sum(between["bytes"].values()),
         "sent_between": between["bytes"],
+        "vanilla_edge": 2 * len(batches) * work["sequence_length"] * work["hidden"] * 4,
         "bound": 2 * len(batches) * sum(edges),
         "messages": between["messages"],
         "least_messages": 2 * len(batches) * len(edges),
         "seconds": seconds,
     }
+
+
+def _link_bytes_per_second(numbers: int, device: torch.device, rounds: int = 30) -> float:
+    """Of a message of so many fp32 numbers between ranks 0 and 1, nothing else being sent: half a median round trip."""
+    message, seconds = torch.zeros(numbers, device=device), []
+    for _ in range(rounds):
+        dist.barrier()
+        started = time.perf_counter()
+        if dist.get_rank() == 0:
+            dist.send(message, 1)
+            dist.recv(message, 1)
+        elif dist.get_rank() == 1:
+            dist.recv(message, 0)
+            dist.send(message, 0)
+        seconds.append((time.perf_counter() - started) / 2)
+    return message.nbytes / statistics.median(seconds)
 
 
 def _step(chunks: Chunks, batches: list[Microbatch]) -> float:
