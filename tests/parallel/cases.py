@@ -143,7 +143,7 @@ REFERENCES = {(stride, window): Job(layout="single", stride=stride, window=windo
 def _parity_of(layout: str) -> list[Job]:
     if layout not in THOROUGH and not FULL:
         short = {"layout": layout, "steps": 1}
-        return [Job(layout=layout), Job(stride=1, window=0, **short), Job(recompute="uniform1", **short)]
+        return [Job(layout=layout), Job(stride=1, window=0, recompute="uniform1", **short)]
     jobs = []
     if layout != "single":
         for stride, window in SPACINGS:
@@ -162,11 +162,13 @@ CONTROLS = [
     Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp2xvpp2", steps=2, sabotage="lent_gradient_dropped"),
     Job(layout="pp2", steps=2, sabotage="two_sources_swapped"),
-    Job(layout="tp4", steps=2, sabotage="mean_query_of_own_heads"),
     Job(layout="tp4+sp", steps=2, sabotage="mean_query_of_own_heads"),
     Job(layout="tp2+sp", steps=2, sabotage="norms_not_reduced"),
     Job(layout="single", recompute="uniform1", steps=2, sabotage="lent_gradient_dropped"),
 ]
+
+CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
+"""Right numbers, but more is sent than has to be."""
 
 AGREEMENT = Job(layout="tp4", agreement=True)
 

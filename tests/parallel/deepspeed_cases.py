@@ -85,26 +85,21 @@ PRODUCT = [
     for stage in range(4)
     for rows in (1, 8 // (one.world_size // (one.parallel.tensor * one.parallel.context)))  # several, and one
 ]
-# By default a case of each kind; what SAVES and POISONED run as well, ten steps from the same weights, is not in it.
-BRIEF = [
-    Job(layout="dp2", stage=1),
-    Job(layout="tp2+sp", stage=0),
-    Job(layout="dp2xtp2", stage=2),
-]
+# By default a case of each kind on two processes; what SAVES and POISONED run as well, ten steps from the same weights,
+# is not in it.
+BRIEF = [Job(layout="dp2", stage=1), Job(layout="tp2+sp", stage=0)]
 PARITY = [
     *(PRODUCT if FULL else BRIEF),
     Job(layout="dp2", stage=3, recompute="uniform1"),
     *([Job(layout="dp2", stage=2, offload=True)] if FULL else []),
 ]
-BF16 = [Job(layout="dp2xtp2+sp", stage=1, dtype="bf16")]
+BF16 = [Job(layout="dp2", stage=3, dtype="bf16")]
 CONTROLS = [
     Job(layout="tp2+sp", stage=0, sabotage="norms_not_reduced"),
     Job(layout="dp2", stage=2, sabotage="last_microbatch_only"),
-    Job(layout="dp2xtp2", stage=2, sabotage="norm_of_own_tensor_rank"),
+    Job(layout="tp2", stage=2, sabotage="norm_of_own_tensor_rank"),
 ]
-POISONED = [
-    Job(layout="dp2xtp2" if stage % 2 else "dp2", stage=stage, poison=True) for stage in range(0 if FULL else 3, 4)
-]
+POISONED = [Job(layout="dp2", stage=stage, poison=True) for stage in ((0, 2, 3) if FULL else (3,))]
 
 SAVES = [
     Job(layout="single", engine="megatron", rows=2, save=True),
@@ -125,10 +120,13 @@ if FULL:
         *(Job(layout="dp2", stage=stage, offload=True) for stage in (1, 3)),
     ]
     BF16 += [
-        *(Job(layout="dp2", stage=stage, dtype="bf16") for stage in (2, 3)),
+        Job(layout="dp2", stage=2, dtype="bf16"),
+        Job(layout="dp2xtp2+sp", stage=1, dtype="bf16"),
         Job(layout="dp2", stage=2, dtype="bf16", offload=True),
     ]
+    POISONED += [Job(layout="dp2xtp2", stage=stage, poison=True) for stage in (1, 3)]
     CONTROLS += [
+        Job(layout="dp2xtp2", stage=2, sabotage="norm_of_own_tensor_rank"),
         Job(layout="tp2+sp", stage=3, sabotage="norms_not_reduced"),
         Job(layout="tp2", stage=1, sabotage="norms_not_reduced"),  # the norms of queries and keys
         Job(layout="dp2", stage=1, sabotage="last_microbatch_only"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parallel.cases import AGREEMENT, CONTROLS, LAYOUTS, PARITY, RESUMES, SAVE_AFTER, Job, needs
+from tests.parallel.cases import AGREEMENT, CHATTY, CONTROLS, LAYOUTS, PARITY, RESUMES, SAVE_AFTER, Job, needs
 from tests.parallel.compare import BOUND, violations, worst_gradient_error, worst_loss_error
 from tests.parallel.least_bytes import least_bytes
 
@@ -39,6 +39,14 @@ def test_the_modules_of_all_ranks_count_up_to_the_formula(campaign, job):
     flops = campaign.result(job)["flops"]
     assert flops["modules"] == flops["formula"]
     assert flops["modules"]["projections"] > 0
+
+
+@by_name([CHATTY])
+def test_control_exchanged_shapes_are_counted(campaign, job):
+    result = campaign.result(job)
+    least = least_bytes(job, LAYOUTS[job.layout], result["microbatches"])
+    assert not violations(result, campaign.result(job.reference))
+    assert all(result["sent"]["bytes"][edge] > size for edge, size in least.items())
 
 
 @by_name(CONTROLS)

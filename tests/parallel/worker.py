@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
@@ -297,9 +299,14 @@ def _norms_not_reduced() -> Any:
     return mock.patch.object(RMSNorm, "__init__", wrong)
 
 
+def _shapes_exchanged() -> Any:
+    return mock.patch.object(PlannedCommunicator, "_communicate_shapes", P2PCommunicator._communicate_shapes)
+
+
 SABOTAGES = {
     "payload_gradient_dropped": _payload_gradient_dropped,
     "lent_gradient_dropped": _lent_gradient_dropped,
+    "shapes_exchanged": _shapes_exchanged,
     "two_sources_swapped": _two_sources_swapped,
     "mean_query_of_own_heads": _mean_query_of_own_heads,
     "norms_not_reduced": _norms_not_reduced,
