@@ -24,6 +24,7 @@ from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, transformer_config
 from megatron_depthattn.train.step import Microbatch, run_microbatches
 from tools.benchmarks.sent import recorded_sends, sent_between_stages
+from tools.benchmarks.timing import taking_turns
 
 VOCAB = 1024
 
@@ -77,7 +78,7 @@ def _measure(
 
     seconds: dict[str, list[float]] = {"vanilla": [], "planned": [], "exchanged": []}
     for run in range(-1, work["runs"]):  # the first one warms up
-        for kind in [*seconds][:: 1 if run % 2 == 0 else -1]:
+        for kind in taking_turns([*seconds], run + 1):
             exchanging = mock.patch.object(
                 PlannedCommunicator, "_communicate_shapes", P2PCommunicator._communicate_shapes
             )
