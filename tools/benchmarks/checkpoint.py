@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tools.benchmarks.result import Result
+from tools.benchmarks.timing import taking_turns
 
 MODES = ("no save", "synchronous", "asynchronous")
 
@@ -40,7 +41,7 @@ def measure_checkpoint(given: argparse.Namespace) -> Result:
         for saver in savers.values():  # the first save also allocates the buffers
             loop.save(saver)
         for run in range(given.runs):
-            for mode in MODES[:: 1 if run % 2 == 0 else -1]:
+            for mode in taking_turns(MODES, run):
                 wait, total, outcome = loop.run(savers.get(mode), given.steps)
                 totals[mode].append(total)
                 waits[mode].append(wait)

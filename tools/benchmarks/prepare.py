@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.result import Result
+from tools.benchmarks.timing import taking_turns
 
 BATCH_BYTES = 8 << 20  # handed to the bare library at a time: its records take some 40 times the text
 
@@ -123,7 +124,7 @@ def measure_prepare(given: argparse.Namespace) -> Result:
         seconds: dict[str, list[float]] = {label: [] for label in measured}
         cpu_seconds: dict[str, list[float]] = {label: [] for label in measured}
         for run in range(given.runs):
-            for label in [*measured][:: 1 if run % 2 == 0 else -1]:
+            for label in taking_turns([*measured], run):
                 start, cpu_start = time.perf_counter(), _cpu_seconds()
                 measured[label]()
                 seconds[label].append(time.perf_counter() - start)
