@@ -116,7 +116,15 @@ class PrecisionConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in forward and backward; the optimizer keeps fp32 copies."""
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """FP8 recipe of the linear layers; null: none."""
+    """FP8 recipe of the linear layers, see precision.py; null: none. Needs model.spec=te and bf16."""
+    fp8_params: bool = False
+    """Keep the linear layers' weights in FP8 between steps as well; the optimizer's copy stays fp32."""
+    fp8_attention: bool = False
+    """Run core attention in FP8 as well; the mix, which comes before it, never is."""
+    bf16_first_layers: int = 0
+    """This many layers at the bottom stay in bf16."""
+    bf16_last_layers: int = 0
+    """This many layers at the top stay in bf16."""
 
 
 @dataclass(kw_only=True, frozen=True)

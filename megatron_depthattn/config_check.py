@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from megatron_depthattn.engine_check import engine_refusal
+from megatron_depthattn.precision_check import precision_refusal
 
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
     from megatron_depthattn.config import RunConfig
@@ -43,6 +44,8 @@ def validate(config: "RunConfig", world_size: int, *, needs_data: bool = True) -
     _check_recompute(config, layers_per_chunk)
     data_parallel_size = _check_world(config, world_size)
     _check_sequence(config)
+    refusal = precision_refusal(config)
+    _require(refusal is None, refusal or "")
     num_microbatches = _check_batch(config, data_parallel_size)
     return Sizes(
         data_parallel_size=data_parallel_size,
@@ -98,6 +101,8 @@ def _check_ranges(config: "RunConfig") -> None:
         "run.seed": config.run.seed,
         "model.depth_attention.recent_window": model.depth_attention.recent_window,
         "model.init_std": model.init_std,
+        "precision.bf16_first_layers": config.precision.bf16_first_layers,
+        "precision.bf16_last_layers": config.precision.bf16_last_layers,
         "data.num_workers": config.data.num_workers,
         "optimizer.lr": optimizer.lr,
         "optimizer.weight_decay": optimizer.weight_decay,
@@ -129,10 +134,7 @@ def _check_ranges(config: "RunConfig") -> None:
 
 def _check_available(config: "RunConfig") -> None:
     """What the config surface names already and this version does not do yet."""
-    not_yet = (
-        ("model.num_loops", config.model.num_loops, 1),
-        ("precision.fp8", config.precision.fp8, None),
-    )
+    not_yet = (("model.num_loops", config.model.num_loops, 1),)
     for key, value, available in not_yet:
         shown = yaml.safe_dump(available).split()[0]
         _require(value == available, f"{key}={value} is not available yet in this version; set {key}={shown}")

@@ -43,7 +43,8 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
         backend: ``local`` (plain torch modules, any device) or ``te`` (TransformerEngine, GPU).
 
     Raises:
-        ValueError: unknown backend, ``te`` without TransformerEngine, or a norm that the local backend does not have.
+        ValueError: unknown backend, ``te`` without TransformerEngine, or a norm or a precision that the local backend
+            does not have.
     """
     if backend == "local":
         spec = _local_spec(config)
@@ -66,6 +67,11 @@ def _local_spec(config: DepthAttentionConfig) -> ModuleSpec:
         raise ValueError(
             f"normalization is {config.normalization!r}: the local layer spec has RMSNorm only. Set "
             "normalization='RMSNorm' or use the TransformerEngine backend."
+        )
+    if config.fp8:
+        raise ValueError(
+            f"fp8={config.fp8!r}: the local layer spec has no FP8 layers and would compute in {config.params_dtype}. "
+            "Set fp8=None or use the TransformerEngine backend."
         )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     attention: Any = spec.submodules.self_attention.submodules

@@ -188,7 +188,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "temperatures.",
         "Remove yarn_rotary_scaling_factor, or extend the context with a larger rotary base.",
     ),
-    Refusal("fp8", _is_set, "FP8 layers have not been tried with sources yet.", "Set fp8=None."),
+    Refusal(
+        "fp8_multi_head_attention",
+        _is_set,
+        "the QKV projection would hand out FP8 tensors, and the mix reads bf16 (precision.py says why).",
+        "Set fp8_multi_head_attention=False; fp8_dot_product_attention casts after the mix.",
+    ),
     Refusal("fp4", _is_set, "FP4 layers have not been tried with sources yet.", "Set fp4=None."),
     Refusal(
         "overlap_p2p_comm_warmup_flush",

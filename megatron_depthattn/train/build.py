@@ -15,6 +15,7 @@ from megatron_depthattn.config import RunConfig
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.precision import data_parallel_fields, optimizer_fields, transformer_fields
 
 Chunks = list[DistributedDataParallel]
 
@@ -44,6 +45,8 @@ def transformer_config(config: RunConfig) -> DepthAttentionConfig:
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=config.precision.dtype == "bf16",
+        **transformer_fields(config.precision),
+        apply_rope_fusion=model.spec == "te",  # of q and k one by one, so v is there to be mixed
         recompute_granularity=config.recompute.granularity,
         recompute_method=config.recompute.method,
         recompute_num_layers=config.recompute.num_layers,
@@ -83,7 +86,9 @@ def build_model(config: RunConfig, device: torch.device) -> Chunks:
     megatron = transformer_config(config)
     num_chunks = config.parallel.virtual_pipeline
     rank, stages = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, **data_parallel_fields(config.precision)
+    )
     chunks = []
     for index in range(num_chunks):
         model = build_chunk(
@@ -121,6 +126,7 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=True,
+            **optimizer_fields(config.precision),
         ),
         chunks,  # Megatron's default overrides keep weight decay off one-dimensional parameters: the norms
     )

@@ -21,8 +21,11 @@ MAX_FUNCTION_LINES = 80
 PURE = {
     "config.py": {"omegaconf", "yaml", f"{PACKAGE}.strict_config", f"{PACKAGE}.config_check"},
     "strict_config.py": {"omegaconf", "yaml"},
-    "config_check.py": {"yaml", f"{PACKAGE}.config", f"{PACKAGE}.engine_check"},  # config: for type checkers only
-    "engine_check.py": {f"{PACKAGE}.config"},  # for type checkers only
+    # config: for type checkers only
+    "config_check.py": {"yaml", *(f"{PACKAGE}.{name}" for name in ("config", "engine_check", "precision_check"))},
+    "engine_check.py": {f"{PACKAGE}.config"},
+    "precision.py": {f"{PACKAGE}.config"},
+    "precision_check.py": {f"{PACKAGE}.config", f"{PACKAGE}.precision"},
     "model/source_plan.py": {"torch"},
     "model/flops.py": {f"{PACKAGE}.model.source_plan"},
     "model/activation_memory.py": {f"{PACKAGE}.model.source_plan"},

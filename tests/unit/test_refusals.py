@@ -37,7 +37,7 @@ REFUSED_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "heterogeneous_block_specs": (True, {}),
     "softmax_scale": (0.25, {}),
     "yarn_rotary_scaling_factor": (4.0, {}),
-    "fp8": ("hybrid", {}),
+    "fp8_multi_head_attention": (True, {}),
     "fp4": ("e2m1", {}),
     "overlap_p2p_comm_warmup_flush": (True, INTERLEAVED),
     "use_ring_exchange_p2p": (True, PIPELINED),
