@@ -128,6 +128,16 @@ def _fp8_attention_in_blocks(config: RunConfig) -> str | None:
     )
 
 
+def _fp8_attention_recomputed(config: RunConfig) -> str | None:
+    if not config.precision.fp8_attention or config.recompute.granularity != "selective":
+        return None
+    return (
+        "precision.fp8_attention=true with recompute.granularity=selective: Megatron-Core would compute core attention "
+        "again without the scales of the first pass; set recompute.granularity=full or null, or "
+        "precision.fp8_attention=false"
+    )
+
+
 def _unaligned(config: RunConfig) -> str | None:
     model, tensor = config.model, config.parallel.tensor
     if config.precision.fp8 is None:
@@ -161,6 +171,7 @@ CONFIG_REFUSALS = (
     Refusal("more first or last layers in bf16 than a pipeline stage holds, or all of them", _too_many_bf16_layers),
     Refusal("`mxfp8` with `precision.fp8_params`", _fp8_params_in_mxfp8),
     Refusal("`blockwise` or `mxfp8` with `precision.fp8_attention`", _fp8_attention_in_blocks),
+    Refusal("`precision.fp8_attention` with `recompute.granularity: selective`", _fp8_attention_recomputed),
     Refusal("FP8 with sizes that are no multiple of 16 (`mxfp8`: 32)", _unaligned),
 )
 
@@ -208,8 +219,7 @@ def _no_gpu(config: RunConfig, machine: Machine) -> str | None:
     return f"{_SPEC} an NVIDIA GPU and torch sees none: TransformerEngine has no CPU kernels; set model.spec=local"
 
 
-def _old_transformer_engine(config: RunConfig, machine: Machine) -> str | None:
-    fp8 = config.precision.fp8
+def _old_transformer_engine(fp8: str | None, machine: Machine) -> str | None:
     least = RECIPES[fp8].transformer_engine if fp8 else ()
     if machine.transformer_engine is None or _version(machine.transformer_engine) >= least:
         return None
@@ -219,8 +229,7 @@ def _old_transformer_engine(config: RunConfig, machine: Machine) -> str | None:
     )
 
 
-def _old_cuda(config: RunConfig, machine: Machine) -> str | None:
-    fp8 = config.precision.fp8
+def _old_cuda(fp8: str | None, machine: Machine) -> str | None:
     least = RECIPES[fp8].cuda if fp8 else ()
     if _version(machine.cuda or "0") >= least:
         return None
@@ -230,12 +239,11 @@ def _old_cuda(config: RunConfig, machine: Machine) -> str | None:
     )
 
 
-def _wrong_gpu(config: RunConfig, machine: Machine) -> str | None:
-    fp8 = config.precision.fp8
+def _wrong_gpu(fp8: str | None, machine: Machine) -> str | None:
     if fp8 is None or _fits(machine.capability, RECIPES[fp8].gpus):
         return None
     return (
-        f"precision.fp8={fp8} needs a GPU of compute capability {_span(RECIPES[fp8].gpus)} and {machine.gpu} has "
+        f"precision.fp8={fp8} needs a GPU of compute capability {span(RECIPES[fp8].gpus)} and {machine.gpu} has "
         f"{_dotted(machine.capability)}: set precision.fp8 to one of {_others(machine)}"
     )
 
@@ -246,17 +254,27 @@ def _wrong_gpu_for_attention(config: RunConfig, machine: Machine) -> str | None:
     if gpus is None or _fits(machine.capability, gpus):
         return None
     return (
-        f"precision.fp8_attention=true with precision.fp8={fp8} needs a GPU of compute capability {_span(gpus)} and "
+        f"precision.fp8_attention=true with precision.fp8={fp8} needs a GPU of compute capability {span(gpus)} and "
         f"{machine.gpu} has {_dotted(machine.capability)}: set precision.fp8_attention=false"
     )
+
+
+def _of_recipe(message: Callable[[str | None, Machine], str | None]) -> Callable[[RunConfig, Machine], str | None]:
+    return lambda config, machine: message(config.precision.fp8, machine)
+
+
+def recipe_refusal(fp8: str, machine: Machine) -> str | None:
+    """`machine_refusal` of a recipe alone, for a machine with TransformerEngine and a GPU."""
+    checks = (_old_transformer_engine, _old_cuda, _wrong_gpu)
+    return next((message for check in checks if (message := check(fp8, machine))), None)
 
 
 MACHINE_REFUSALS = (
     Refusal("`model.spec: te` without TransformerEngine", _no_transformer_engine),
     Refusal("`model.spec: te` without a GPU", _no_gpu),
-    Refusal("an FP8 recipe that this TransformerEngine does not have", _old_transformer_engine),
-    Refusal("an FP8 recipe that this CUDA does not have", _old_cuda),
-    Refusal("an FP8 recipe that this GPU does not have", _wrong_gpu),
+    Refusal("an FP8 recipe that this TransformerEngine does not have", _of_recipe(_old_transformer_engine)),
+    Refusal("an FP8 recipe that this CUDA does not have", _of_recipe(_old_cuda)),
+    Refusal("an FP8 recipe that this GPU does not have", _of_recipe(_wrong_gpu)),
     Refusal("FP8 attention that this GPU does not have", _wrong_gpu_for_attention),
 )
 
@@ -277,7 +295,8 @@ def _fits(capability: Version, gpus: tuple[Version, Version]) -> bool:
     return gpus[0] <= capability < gpus[1]
 
 
-def _span(gpus: tuple[Version, Version]) -> str:
+def span(gpus: tuple[Version, Version]) -> str:
+    """A range of compute capabilities in words."""
     least, above = gpus
     return f"{_dotted(least)} or later" + ("" if above == NO_LIMIT else f", below {_dotted(above)}")
 

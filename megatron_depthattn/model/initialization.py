@@ -53,7 +53,10 @@ def initialize_weights(model: GPTModel, *, seed: int, init_std: float) -> None:
             shape[split] *= size
         generator = torch.Generator(device=parameter.device).manual_seed(_seed_of(name, seed))
         whole = torch.empty(shape, device=parameter.device).normal_(0.0, init_std, generator=generator)
-        parameter.copy_(_share(whole, name, split, rank, size))
+        share = _share(whole, name, split, rank, size)
+        parameter.copy_(share)
+        if hasattr(parameter, "get_high_precision_init_val"):  # kept in FP8: the optimizer begins with these instead
+            parameter.get_high_precision_init_val().copy_(share)
 
 
 def _share(whole: Tensor, name: str, split: int, rank: int, size: int) -> Tensor:

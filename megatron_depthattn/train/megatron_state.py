@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
@@ -33,6 +34,8 @@ class MegatronState:
             state["optimizer"] = self._optimizer.sharded_state_dict(
                 dict(state), is_loading=is_loading, metadata=_metadata()
             )
+        # A checkpoint holds weights in a plain dtype. Only now: the optimizer finds its weights among them by identity.
+        force_all_tensors_to_non_fp8(state)
         return state
 
     def sharded_weights(self) -> dict[str, Any]:

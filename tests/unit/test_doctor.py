@@ -23,7 +23,7 @@ HEALTHY = Machine(
     driver="570.86",
     gpus_of_driver=("H100", "H100"),
     driver_error=None,
-    cuda="12.8",
+    cuda="13.0",
     nccl="2.28",
     shared_memory_bytes=10**10,
     disk_bytes=10**12,
@@ -39,7 +39,7 @@ HEALTHY = Machine(
     programs={"g++": True, "ninja": True, "nvcc": True, "torchrun": True},
     aws_credentials=True,
 )
-PACKAGES = {name: Package(name, "1.0", "", True, None) for name in MODULES}
+PACKAGES = {name: Package(name, "2.20.2" if "engine" in name else "1.0", "", True, None) for name in MODULES}
 CPU = {"devices": (), "gpus_of_driver": (), "driver": None, "driver_error": "no nvidia-smi"}
 
 
@@ -57,7 +57,7 @@ def test_on_a_healthy_hopper_node_all_is_ready_but_what_needs_a_newer_gpu():
     found = rows()
     assert [name for name, row in found.items() if not row.is_ready] == ["FP8 mxfp8"]
     assert all(bool(row.mend) != row.is_ready for row in found.values())
-    assert "2 x H100; driver 570.86, torch for CUDA 12.8, NCCL 2.28" in found["GPU training"].here
+    assert "2 x H100; driver 570.86, torch for CUDA 13.0, NCCL 2.28" in found["GPU training"].here
 
 
 CASES = [
@@ -85,12 +85,13 @@ CASES = [
     ({"packages": without("safetensors")}, "Hugging Face export", "pip install 'safetensors'"),
     ({"python": "3.10.1"}, "CPU training", "install Python >=3.11"),
     (CPU, "GPU training", "a machine with an NVIDIA GPU and its driver"),
-    ({"devices": ()}, "GPU training", "torch (CUDA 12.8) sees none of them"),
+    ({"devices": ()}, "GPU training", "torch (CUDA 13.0) sees none of them"),
     (CPU, "TransformerEngine layers", "set model.spec=local"),
     (CPU, "Triton kernels", "TRITON_INTERPRET=1"),
     ({"devices": ({**H100, "capability": [7, 5]},)}, "bf16", "precision.dtype=fp32"),
-    ({"devices": ({**H100, "capability": [8, 0]},)}, "FP8 delayed", "another recipe"),
-    ({"devices": ({**H100, "capability": [8, 9]},)}, "FP8 blockwise", "another recipe"),
+    ({"devices": ({**H100, "capability": [8, 0]},)}, "FP8 delayed", "capability 8.9 or later and H100 has 8.0"),
+    ({"devices": ({**H100, "capability": [8, 9]},)}, "FP8 blockwise", "set precision.fp8 to one of delayed, tensor"),
+    ({"cuda": "12.8"}, "FP8 blockwise", "needs a torch built with CUDA 12.9 or later and this one has 12.8"),
     ({"programs": {**HEALTHY.programs, "ninja": False}}, "DeepSpeed CPU Adam (offload)", "install ninja"),
     ({"address": "127.0.1.1"}, "multi-node torchrun", "resolves to 127.0.1.1: set GLOO_SOCKET_IFNAME to one of eth0"),
     ({"address": None}, "multi-node torchrun", "does not resolve: set GLOO_SOCKET_IFNAME"),

@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_depthattn import precision_check
+from megatron_depthattn.precision import RECIPES
 from tools.diagnosis.facts import Machine, Package, is_in_range, python_wanted
 
 TRAINING = ("torch", "megatron-core", "mosaicml-streaming", "omegaconf", "pyyaml", "rich")
@@ -20,8 +22,6 @@ ASKED_FOR = {
     "DeepSpeed engine": ("engine.name=deepspeed",),
 }
 """The settings by which a config asks for a feature."""
-_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-"""Least CUDA compute capability of a recipe, as TransformerEngine checks it; none of them was run here."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def features(
         _gpu(packages, machine),
         _bf16(machine),
         _transformer_engine(packages, machine),
-        *(_fp8(recipe, packages, machine) for recipe in _CAPABILITY),
+        *(_fp8(recipe, packages, machine) for recipe in RECIPES),
         _triton(packages, machine),
         _deepspeed(packages, machine),
         _cpu_adam(packages, machine),
@@ -148,13 +148,17 @@ def _transformer_engine(packages: Mapping[str, Package], machine: Machine) -> Fe
 
 
 def _fp8(recipe: str, packages: Mapping[str, Package], machine: Machine) -> Feature:
-    least, capability = _CAPABILITY[recipe], _capability(machine)
-    engine = _transformer_engine(packages, machine)
-    mend = engine.mend
-    if not mend and (capability is None or capability < least):
-        mend = "another recipe, or precision.fp8=null"
+    capability, engine = _capability(machine), _transformer_engine(packages, machine)
+    device = precision_check.Machine(
+        gpu=machine.devices[0]["name"] if machine.devices else None,
+        capability=capability or (),
+        cuda=machine.cuda,
+        transformer_engine=packages["transformer-engine"].version,
+    )
+    mend = engine.mend or precision_check.recipe_refusal(recipe, device) or ""
     here = f"{engine.here}; GPU capability {_dotted(capability)}"
-    return Feature(f"FP8 {recipe}", f"TransformerEngine, a GPU of capability {_dotted(least)}", here, not mend, mend)
+    needs = f"TransformerEngine, a GPU of capability {precision_check.span(RECIPES[recipe].gpus)}"
+    return Feature(f"FP8 {recipe}", needs, here, not mend, mend)
 
 
 def _triton(packages: Mapping[str, Package], machine: Machine) -> Feature:
