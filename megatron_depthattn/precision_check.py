@@ -209,7 +209,7 @@ def _no_transformer_engine(config: RunConfig, machine: Machine) -> str | None:
         return None
     return (
         f"{_SPEC} TransformerEngine, which cannot be imported here ({machine.import_error}): pip install "
-        "'transformer-engine[pytorch]', or set model.spec=local"
+        "--no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_depthattn.config import ParallelConfig, RecomputeConfig, from_dict
+from megatron_depthattn.config import ParallelConfig, PrecisionConfig, RecomputeConfig, from_dict
 from megatron_depthattn.convert.hf_writer import model_files
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import hf_tensors, megatron_groups
@@ -124,7 +124,7 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor) -> Tensor:
             saved.model, spec="local", depth_attention=dataclasses.replace(saved.model.depth_attention, op="lean")
         ),
         parallel=ParallelConfig(),
-        precision=dataclasses.replace(saved.precision, dtype="fp32", fp8=None),
+        precision=PrecisionConfig(dtype="fp32"),
         recompute=RecomputeConfig(),
     )
     with _world_of_one(), torch.no_grad():

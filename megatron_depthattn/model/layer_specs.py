@@ -88,7 +88,7 @@ def _transformer_engine_spec(config: DepthAttentionConfig) -> ModuleSpec:
     except ImportError as error:
         raise ValueError(
             "the TransformerEngine layer spec was asked for, but transformer_engine cannot be imported here "
-            f"({error}). Install transformer-engine[pytorch], or set model.spec=local."
+            f"({error}). pip install --no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local."
         ) from error
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
 

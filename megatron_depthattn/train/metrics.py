@@ -18,7 +18,8 @@ from megatron_depthattn.train.step import StepResult
 from megatron_depthattn.train.step_folders import Progress
 
 PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 peak of a device by the name that CUDA gives it, from the vendor's data sheets; others have no MFU."""
+"""Dense bf16 peak of a device by the name that CUDA gives it, from the vendor's data sheets; others have no MFU.
+FP8 runs are measured against it as well, so that precisions can be compared: their MFU may exceed 1."""
 
 
 def decoder_shape(config: RunConfig) -> DecoderShape:

@@ -111,7 +111,7 @@ MACHINE_CASES = [
         "precision.fp8=null",
         CPU,
         "model.spec=te needs TransformerEngine, which cannot be imported here (ImportError: no transformer_engine): "
-        "pip install 'transformer-engine[pytorch]', or set model.spec=local",
+        "pip install --no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local",
     ),
     (
         "`model.spec: te` without a GPU",
