@@ -39,6 +39,7 @@ def enter_cpu_runtime() -> bool:
         _replace_tensor_functions()
         _replace_cuda_functions()
         _replace_megatron_rng()
+        _replace_fused_optimizer()
     return True
 
 
@@ -116,3 +117,19 @@ def _replace_megatron_rng() -> None:
     # _get_cuda_rng_state, _set_cuda_rng_state: one generator is both the "CPU" and the "CUDA" one here.
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _replace_fused_optimizer() -> None:
+    """Where TransformerEngine or Apex is installed Megatron takes their CUDA kernels: here it takes torch's Adam."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
+
+    for module in (clip_grads, base):  # the imports at the head of clip_grads.py and optimizer.py
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None  # 0.19
+    optimizer.USING_PYTORCH_OPTIMIZER = True  # optimizer/__init__.py
+    distrib_optimizer.HAVE_APEX_OR_TE = False  # distrib_optimizer.py: who keeps Adam's step
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False  # 0.19
