@@ -1,9 +1,11 @@
-"""The only place that reads environment variables: what torchrun (or nobody) says about this process, and what steers
-communication."""
+"""The only place that touches environment variables: what torchrun (or nobody) says about this process, what steers
+communication, and what a library can be told in no other way."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -45,3 +47,21 @@ _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA
 def communication_variables() -> dict[str, str]:
     """What is set of the variables that steer communication or Megatron's overlap, by name: to be compared."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_COMMUNICATION)}
+
+
+@contextmanager
+def pickled_fp8_scales_allowed() -> Iterator[None]:
+    """Let TransformerEngine load the state of delayed FP8 scaling, which it saves as a pickle.
+
+    Without the variable TransformerEngine 2.20 refuses, and a run could not go on from its own checkpoint. Reading a
+    checkpoint has unpickled its metadata by then, so this trusts nobody further. What the user has set wins.
+    """
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]

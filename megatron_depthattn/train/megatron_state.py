@@ -9,10 +9,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_depthattn.parallel.launch_env import pickled_fp8_scales_allowed
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.step_folders import SAVED_METADATA
+
+FP8_STATE = "_extra_state"
+"""How names of FP8 scaling state end."""
 
 
 class MegatronState:
@@ -61,10 +65,17 @@ def sharded_models(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def set_weights(models: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """Load what `sharded_models` was filled with."""
+    """Load what `sharded_models` was filled with.
+
+    FP8 scaling state is loaded where it is used, by delayed scaling; elsewhere modules keep their own, which is empty.
+    """
     for index, model in enumerate(models):
-        keys = model.load_state_dict(loaded[f"model{index}"], strict=False)
-        lost = [key for key in keys.missing_keys if not key.endswith("_extra_state")] + keys.unexpected_keys
+        state, megatron = loaded[f"model{index}"], get_model_config(model)
+        if not (megatron.fp8 and megatron.fp8_recipe == "delayed"):
+            state = {key: value for key, value in state.items() if not key.endswith(FP8_STATE)}
+        with pickled_fp8_scales_allowed():
+            keys = model.load_state_dict(state, strict=False)
+        lost = [key for key in keys.missing_keys if not key.endswith(FP8_STATE)] + keys.unexpected_keys
         assert not lost, f"Megatron loaded other weights than it asked for: {lost}"
 
 
@@ -103,6 +114,8 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     # Before the load: megatron-core 0.19 finds a parameter group by its learning rates, among other settings.
     for group in state["optimizer"]["param_groups"]:
         group.update(settings[group["wd_mult"]])
+        if group.get("step") is not None:  # torch's Adam saves a float, TransformerEngine's takes an integer only
+            group["step"] = int(group["step"])
     adams = _torch_adams(optimizer)
     hooks = [adam.register_load_state_dict_post_hook(_drop_step) for adam in adams]
     optimizer.load_state_dict(state)
