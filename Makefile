@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# TransformerEngine's Python files for tests/te, in $(VENV)/te and on no path: nothing else may find them.
+TE_FILES := tests/te/requirements.txt
 PYTEST_ARGS ?=
 
 # Several processes on one machine: without this each would start one thread per core.
@@ -43,8 +45,10 @@ install:
 	    echo "creating $(VENV) with Python $$wanted"; \
 	    rm -f $(STAMP) && $(PYTHON) -m venv --clear $(VENV) || exit 1; \
 	fi
-	@if [ ! -f $(STAMP) ] || [ pyproject.toml -nt $(STAMP) ]; then \
-	    $(BIN)/python -m pip install --disable-pip-version-check -e '.[test]' && touch $(STAMP); \
+	@if [ ! -f $(STAMP) ] || [ pyproject.toml -nt $(STAMP) ] || [ $(TE_FILES) -nt $(STAMP) ]; then \
+	    $(BIN)/python -m pip install --disable-pip-version-check -e '.[test]' && \
+	    $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/te \
+	        -r $(TE_FILES) && touch $(STAMP); \
 	fi
 
 lint: install

@@ -1,0 +1,332 @@
+"""The TransformerEngine layer spec without a GPU, against the local spec and the published names; see stand_in.py.
+
+One process of its own builds everything that needs TransformerEngine (worker.py). This one never sees it: here are the
+local spec, the converter and the comparisons.
+"""
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_depthattn.config import load_config
+from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
+from tests.te import stand_in
+
+ROOT = Path(__file__).parents[2]
+SIZES = ("360m", "1.5b", "3b")
+WORLDS = [world for world in itertools.product(SIZES, (1, 2, 8), (1, 4)) if world[:2] != ("1.5b", 8)]
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Parameters of a layer that have another name under TransformerEngine."""
+
+
+@pytest.fixture(scope="session")
+def te(megatron_world_of_one, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """What the worker found (``results``), the checkpoints (``folder``), and the run that saved the local one."""
+    if not (stand_in.FOLDER / "transformer_engine").is_dir():
+        pytest.skip(f"no TransformerEngine in {stand_in.FOLDER}: run make install, or set DEPTHATTN_TE")
+    if importlib.util.find_spec("transformer_engine"):
+        pytest.skip("this process sees TransformerEngine, and is meant to be the one that does not")
+    from megatron_depthattn.convert.from_hf import import_checkpoint
+    from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+    from megatron_depthattn.convert.to_hf import export
+    from megatron_depthattn.hf.weights_folder import HFFolder
+    from tests.te import small, worker
+
+    folder = tmp_path_factory.mktemp("te")
+    run = small.start("local")
+    initial = run.parameters()
+    small.train_blindly(run)
+    run.save(folder).rename(folder / "local")
+    export(MegatronCheckpoint(folder / "local"), folder / "hf")
+    import_checkpoint(HFFolder(folder / "hf"), folder / "imported")
+    command = [sys.executable, "-W", "ignore", "-m", worker.__name__, folder]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"{worker.__name__} failed:\n{done.stderr[-4000:]}", pytrace=False)
+    results = torch.load(folder / worker.RESULTS)
+    print(results["versions"])
+    return SimpleNamespace(folder=folder, run=run, initial=initial, **results)
+
+
+def under_te(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of the local spec by their names under TransformerEngine."""
+    renamed = {}
+    for name, parameter in parameters.items():
+        for local, fused in FUSED_NORMS.items():
+            name = name.replace(local, fused)
+        renamed[name] = parameter
+    return renamed
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def size_of(size: str):
+    return load_config(ROOT / f"configs/{size}.yaml").model
+
+
+# ---- names, shapes, shares
+
+
+@pytest.mark.parametrize(("size", "tensor", "pipeline"), WORLDS)
+def test_names_and_shapes_are_the_published_ones_under_every_layout(te, size, tensor, pipeline):
+    """Every weight on exactly one stage, with its global shape; its parts lie where the local spec has them."""
+    published = {
+        group.megatron: list(group.megatron_shape)
+        for group in weight_groups(ModelShape.from_model_section(vars(size_of(size))))
+    }
+    found: dict[str, list[int]] = {}
+    for stage in range(pipeline):
+        name = f"{size}-tp{tensor}-cp1-pp{pipeline}-stage{stage}"
+        local, ours = te.local[name], te.te[name]
+        assert ours["weights"] == local["weights"]
+        assert ours["numel"] == local["numel"]
+        assert not found.keys() & ours["weights"].keys()
+        found |= {weight: facts["shape"] for weight, facts in ours["weights"].items()}
+    assert found == published
+
+
+@pytest.mark.parametrize(("size", "millions"), [("360m", 426.3), ("1.5b", 1344), ("3b", 2748)])
+def test_parameter_counts_are_the_published_ones(te, size, millions):
+    assert te.te[f"{size}-tp1-cp1-pp1-stage0"]["numel"] / 1e6 == pytest.approx(millions, rel=5e-4)
+
+
+def test_depth_attention_adds_no_weight(te):
+    for stage in range(4):
+        depth, vanilla = (te.te[f"360m{kind}-tp2-cp1-pp4-stage{stage}"] for kind in ("", "-vanilla"))
+        assert depth["weights"] == vanilla["weights"]
+        assert depth["objects"] == vanilla["objects"]
+
+
+def test_control_the_specs_name_and_store_things_differently(te):
+    """Parameters, and FP8 state of norms: what the checkpoint's names hide."""
+    local, ours = (te.local["shares"][0], te.te["shares"][0])
+    differing = {name for name in ours["parameters"].keys() ^ local["parameters"].keys() if ".0." in name}
+    assert differing == {f"decoder.layers.0.{name}" for name in (*FUSED_NORMS, *FUSED_NORMS.values())}
+    name = "3b-tp1-cp1-pp1-stage0"
+    assert set(te.te[name]["objects"]) > set(te.local[name]["objects"])
+
+
+def test_key_value_heads_that_cannot_be_split_are_refused_by_both_specs(te):
+    for spec in (te.local, te.te):
+        assert "num_query_groups" in spec["refusal"]
+
+
+# ---- modules
+
+MEGATRON = "megatron.core.extensions.transformer_engine."
+IDENTITY = "megatron.core.transformer.identity_op.IdentityOp"
+NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+CLASSES = {
+    "self_attention.linear_qkv": MEGATRON + "TELayerNormColumnParallelLinear",
+    "self_attention.core_attention": MEGATRON + "TEDotProductAttention",
+    "self_attention.q_layernorm": NORM,
+    "self_attention.k_layernorm": NORM,
+    "self_attention.linear_proj": MEGATRON + "TERowParallelLinear",
+    "mlp.linear_fc1": MEGATRON + "TELayerNormColumnParallelLinear",
+    "mlp.linear_fc2": MEGATRON + "TERowParallelLinear",
+    "input_layernorm": IDENTITY,
+    "pre_mlp_layernorm": IDENTITY,
+}
+DEPTH = {
+    "": "megatron_depthattn.model.layer.DepthAttentionLayer",
+    "self_attention": "megatron_depthattn.model.attention.DepthSelfAttention",
+}
+PLAIN = {
+    "": "megatron.core.transformer.transformer_layer.TransformerLayer",
+    "self_attention": "megatron.core.transformer.attention.SelfAttention",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("360m-tp1-cp1-pp1-stage0", DEPTH),
+        ("3b-tp8-cp1-pp4-stage3", DEPTH),
+        ("360m-tp2-cp2-pp1-stage0", DEPTH),
+        ("360m-vanilla-tp2-cp1-pp4-stage3", PLAIN),
+    ],
+)
+def test_every_module_is_transformer_engines_but_layer_and_attention(te, name, own):
+    classes = te.te[name]["classes"]
+    for path, expected in (CLASSES | own).items():
+        assert classes[f"decoder.layers.0.{path}".rstrip(".")] == expected, path
+    assert classes["decoder.final_layernorm"] == NORM
+    others = te.local[name]["classes"].values()
+    assert not any(MEGATRON in other or other == NORM for other in others), "control: none of it in the local spec"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_norm_has_the_configs_epsilon(te, size):
+    found = te.te[f"{size}-tp1-cp1-pp1-stage0"]["epsilons"]
+    norms = ("self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm", "mlp.linear_fc1")
+    expected = {*(f"decoder.layers.0.{path}" for path in norms), "decoder.final_layernorm"}
+    assert found == dict.fromkeys(expected, size_of(size).norm_epsilon)
+
+
+def test_core_attention_knows_heads_and_context_ranks(te):
+    """Key/value heads of this rank, one at the least, and the ranks that share a sequence."""
+    for size, tensor in {world[:2] for world in WORLDS}:
+        heads, _ = te.te[f"{size}-tp{tensor}-cp1-pp1-stage0"]["attention"]
+        assert heads == max(1, size_of(size).num_query_groups // tensor)
+    assert te.te["360m-tp2-cp2-pp1-stage0"]["attention"] == [2, [1, 3]]
+
+
+def test_rope_is_fused_where_that_leaves_the_value_alone(te):
+    name = "360m-tp1-cp1-pp1-stage0"
+    assert te.te[name]["fused RoPE"] == [True, False]
+    assert te.local[name]["fused RoPE"] == [False, False]
+
+
+# ---- weights of a run
+
+
+def test_the_same_seed_gives_the_same_weights(te):
+    assert_equal(te.conversion["initial"], under_te(te.initial))
+
+
+def test_tensor_ranks_hold_the_same_shares_with_the_same_marks(te):
+    """Marks: tensor_model_parallel, partition_dim, sequence_parallel; Megatron's gradient sums go by them."""
+    for local, ours in zip(te.local["shares"], te.te["shares"], strict=True):
+        assert_equal(ours["parameters"], under_te(local["parameters"]))
+        assert ours["marks"] == under_te(local["marks"])
+        assert ours["flops"] == local["flops"]
+        assert (local["keeps projection"], ours["keeps projection"]) == (True, False)
+    first, second = (share["parameters"] for share in te.te["shares"])
+    is_split = {name: marks[0] for name, marks in te.te["shares"][0]["marks"].items()}
+    assert {name: not torch.equal(first[name], second[name]) for name in first} == is_split, "control: other shares"
+
+
+def test_weight_decay_spares_the_norms(te):
+    """Numbers of elements, by the factor of weight decay."""
+    norms = sum(value.numel() for name, value in te.initial.items() if value.dim() == 1)
+    matrices = sum(value.numel() for value in te.initial.values()) - norms
+    assert te.conversion["weight_decay"] == te.run.weight_decay() == {1.0: matrices, 0.0: norms}
+
+
+# ---- checkpoints
+
+
+def restarted(folder: Path) -> SimpleNamespace:
+    from tests.te.small import start
+
+    run = start("local")
+    run.load(folder)
+    return run
+
+
+def test_a_local_checkpoint_comes_back_through_the_te_spec_bit_by_bit(te):
+    """Weights, Adam's fp32 weights and moments, its step."""
+    assert_equal(te.conversion["local"]["parameters"], under_te(te.run.parameters()))
+    assert all(type(step) is int for step in te.conversion["local"]["groups"]), (
+        "TransformerEngine's Adam takes no float"
+    )
+    back = restarted(Path(te.conversion["te"]))
+    assert_equal(back.parameters(), te.run.parameters())
+    for found, expected in zip(back.moments(), te.run.moments(), strict=True):
+        assert_equal(found, expected)
+    assert any(not torch.equal(te.initial[name], value) for name, value in back.parameters().items()), "control"
+
+
+@pytest.mark.parametrize("spec", ["te", "fp8"])
+def test_both_specs_export_the_same_bytes(te, spec):
+    from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+    from megatron_depthattn.convert.to_hf import export
+
+    found = te.conversion[spec]
+    output = te.folder / f"hf-{spec}"
+    export(MegatronCheckpoint(Path(found if spec == "te" else found["folder"])), output)
+    for file in ("model.safetensors", "config.json"):
+        assert (output / file).read_bytes() == (te.folder / "hf" / file).read_bytes()
+
+
+def test_an_imported_model_starts_under_the_te_spec(te):
+    imported = te.conversion["imported"]
+    assert imported["step"] == 0
+    assert_equal(imported["parameters"], under_te(te.run.parameters()))
+
+
+def test_fp8_scaling_state_comes_back_and_nobody_else_minds_it(te):
+    """Scales and amax histories of every linear layer; core attention's are not stored by Megatron."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    fp8 = te.conversion["fp8"]
+    stored = {name: value for name, value in fp8["saved"].items() if "core_attention" not in name}
+    assert len(stored) == 4 * 4 * 4  # layers, linear layers of each, tensors of each
+    assert_equal(fp8["loaded"], stored)
+    assert fp8["loaded without FP8"] == {}
+    assert_equal(fp8["parameters"], under_te(te.run.parameters()))
+    assert_equal(restarted(Path(fp8["folder"])).parameters(), te.run.parameters())
+    entries = FileSystemReader(fp8["folder"]).read_metadata().state_dict_metadata
+    assert any("_extra_state" in name for name in entries), "control: there was state to mind"
+
+
+def test_control_a_missing_weight_is_an_error_under_both_specs(te):
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.utils import unwrap_model
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_depthattn.train.build import build_chunk, transformer_config
+    from megatron_depthattn.train.checkpoint import load_weights
+    from megatron_depthattn.train.megatron_state import set_weights
+    from tests.te.small import small_config
+
+    assert "decoder.layers.4." in te.conversion["missing weight"]
+    config = small_config("local", num_layers=5)
+    with pytest.raises(
+        (CheckpointingException, CheckpointException, KeyError, RuntimeError), match=r"decoder\.layers\.4\."
+    ):
+        load_weights(Path(te.conversion["fp8"]["folder"]), [build_chunk(config, transformer_config(config))])
+    models = unwrap_model(te.run.chunks)
+    loaded = models[0].state_dict()
+    del loaded["output_layer.weight"]
+    with pytest.raises(AssertionError, match=r"output_layer\.weight"):
+        set_weights(models, {"model0": loaded})
+
+
+# ---- full recompute through TransformerEngine's checkpoint function
+
+
+@pytest.mark.parametrize("plan", ["stride 2, window 1", "stride 1"])
+def test_recompute_under_fp8_carries_the_sources(te, plan):
+    """Loss and gradients of no recompute: bit-equal, but for sources that several layers of one group read."""
+    runs = te.recompute[plan]
+    expected = runs["none"]
+    for mode, (calls, is_exact) in {
+        "uniform-1": (6, True),
+        "uniform-2": (3, False),
+        "uniform-3": (2, False),
+        "block-2": (2, True),
+    }.items():
+        found = runs[mode]
+        assert found["calls"] == calls
+        assert torch.equal(found["loss"], expected["loss"])
+        for name, gradient in expected["gradients"].items():
+            bound = 0 if is_exact else 1e-6 * gradient.norm()
+            assert (found["gradients"][name] - gradient).norm() <= bound, (mode, name)
+    # (FP8 is on, TransformerEngine knows that it is a recomputation)
+    assert runs["uniform-1"]["passes"] == {(True, False): 6, (True, True): 6}
+    assert expected["passes"] == {(False, False): 6}
+
+
+@pytest.mark.parametrize("plan", ["stride 2, window 1", "stride 1"])
+def test_control_plain_sources_lose_their_gradients(te, plan):
+    runs = te.recompute[plan]
+    assert torch.equal(runs["control"]["loss"], runs["none"]["loss"])
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    expected = runs["none"]["gradients"][name]
+    assert (runs["control"]["gradients"][name] - expected).norm() > 1e-2 * expected.norm()

@@ -1,0 +1,39 @@
+"""Everything of tests/te that needs TransformerEngine, in one process: ``python -m tests.te.worker FOLDER``.
+
+``FOLDER`` holds the checkpoints named in conversion.py; ``RESULTS`` is written there.
+"""
+
+import sys
+from pathlib import Path
+
+RESULTS = "results.pt"
+
+
+def main(folder: Path) -> None:
+    from tests.te.stand_in import use_transformer_engine
+
+    versions = use_transformer_engine()
+    from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
+
+    enter_cpu_runtime()
+    import torch
+    from transformer_engine.pytorch import quantization
+
+    from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
+    from megatron_depthattn.parallel.launch_env import launch_environment
+    from tests.te import conversion, layouts, recompute
+
+    quantization.get_device_compute_capability = lambda: (9, 0)  # an H100's
+    initialize_distributed(launch_environment())
+    initialize_model_parallel()
+    results = {"versions": versions, "conversion": conversion.results(folder), "recompute": recompute.results()}
+    shut_down()
+    for spec in layouts.SPECS:
+        results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}
+        results[spec]["shares"] = [layouts.share(spec, rank=rank) for rank in layouts.SMALL_RANKS]
+        results[spec]["refusal"] = layouts.refusal(layouts.INDIVISIBLE, spec)
+    torch.save(results, folder / RESULTS)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
