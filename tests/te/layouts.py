@@ -5,6 +5,7 @@ A fake process group gives this process any rank of a world whose other ranks do
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,12 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformer_engine.pytorch.ops.basic import rmsnorm as te_rmsnorm
 
 from megatron_depthattn.config import load_config
+from megatron_depthattn.model.attention import DepthSelfAttention
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.module_flops import module_flops
 from megatron_depthattn.parallel.groups import shut_down
@@ -108,8 +112,31 @@ def share(spec: str, *, rank: int) -> dict[str, Any]:
                 for name, parameter in model.named_parameters()
             },
             "flops": dict(module_flops([model], config.data.sequence_length)),
-            "keeps projection": model.decoder.layers[0].self_attention._norm_keeps_projection(torch.zeros(1)),
+            "keeps projection": _keeps_projection(model.decoder.layers[0].self_attention),
         }
+
+
+def _keeps_projection(attention: DepthSelfAttention) -> tuple[bool, bool]:
+    """Whether the norm of k keeps the projection that k is a view of: as attention has it, and as torch sees it."""
+    norm, size = copy.deepcopy(attention.k_layernorm).float(), attention.hidden_size_per_attention_head
+    projection = torch.randn(3, 2, 2 * size, requires_grad=True) * 1
+    key, value = projection.chunk(2, dim=-1)
+    saved: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with patch.object(te_rmsnorm, "rmsnorm_fwd", _rmsnorm), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        norm(key)
+    assert saved
+    return attention._norm_keeps_projection(value), projection.untyped_storage().data_ptr() in saved
+
+
+def _rmsnorm(x: Tensor, weight: Tensor, eps: float, *_: Any) -> tuple[Tensor, None, Tensor]:
+    """TransformerEngine's kernel: the normed input and the reciprocal of its root mean square."""
+    scale = (x.pow(2).mean(-1) + eps).rsqrt()
+    return x * scale[:, None] * weight, None, scale
 
 
 def refusal(layout: Layout, spec: str) -> str:

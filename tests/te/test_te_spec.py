@@ -205,10 +205,15 @@ def test_tensor_ranks_hold_the_same_shares_with_the_same_marks(te):
         assert_equal(ours["parameters"], under_te(local["parameters"]))
         assert ours["marks"] == under_te(local["marks"])
         assert ours["flops"] == local["flops"]
-        assert (local["keeps projection"], ours["keeps projection"]) == (True, False)
     first, second = (share["parameters"] for share in te.te["shares"])
     is_split = {name: marks[0] for name, marks in te.te["shares"][0]["marks"].items()}
     assert {name: not torch.equal(first[name], second[name]) for name in first} == is_split, "control: other shares"
+
+
+def test_the_value_is_copied_where_the_norm_of_k_does_not_keep_the_projection(te):
+    """(what attention goes by, what autograd saves) in fp32."""
+    assert te.local["shares"][0]["keeps projection"] == (True, True)
+    assert te.te["shares"][0]["keeps projection"] == (False, False)
 
 
 def test_weight_decay_spares_the_norms(te):
@@ -321,6 +326,16 @@ def test_recompute_under_fp8_carries_the_sources(te, plan):
     # (FP8 is on, TransformerEngine knows that it is a recomputation)
     assert runs["uniform-1"]["passes"] == {(True, False): 6, (True, True): 6}
     assert expected["passes"] == {(False, False): 6}
+
+
+def test_the_local_spec_computes_the_same_where_transformer_engine_is_there(te):
+    """Megatron-Core takes some of its functions then, in local layers too."""
+    from tests.unit.test_recompute import build, loss_and_gradients
+
+    loss, gradients = loss_and_gradients(build(depth_attention_stride=1))
+    found = te.recompute["stride 1"]["none"]
+    assert torch.equal(found["loss"], loss)
+    assert_equal(found["gradients"], gradients)
 
 
 @pytest.mark.parametrize("plan", ["stride 2, window 1", "stride 1"])
