@@ -128,7 +128,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: the checkpoint is of another model or of other data.
-        RuntimeError: a weight is missing or has another shape (Megatron names it).
+        CheckpointException: torch's, which is no `Exception`: a weight is missing or has another shape; it is named.
     """
     return load_into(folder, MegatronState(chunks, optimizer), scheduler, config=config)
 

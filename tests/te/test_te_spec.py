@@ -281,7 +281,6 @@ def test_fp8_scaling_state_comes_back_and_nobody_else_minds_it(te):
 
 
 def test_control_a_missing_weight_is_an_error_under_both_specs(te):
-    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.utils import unwrap_model
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -292,9 +291,7 @@ def test_control_a_missing_weight_is_an_error_under_both_specs(te):
 
     assert "decoder.layers.4." in te.conversion["missing weight"]
     config = small_config("local", num_layers=5)
-    with pytest.raises(
-        (CheckpointingException, CheckpointException, KeyError, RuntimeError), match=r"decoder\.layers\.4\."
-    ):
+    with pytest.raises(CheckpointException, match=r"decoder\.layers\.4\."):
         load_weights(Path(te.conversion["fp8"]["folder"]), [build_chunk(config, transformer_config(config))])
     models = unwrap_model(te.run.chunks)
     loaded = models[0].state_dict()
