@@ -80,3 +80,20 @@ def train_blindly(run: Run) -> None:
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
         run.optimizer.step()
         run.scheduler.step(1)
+
+
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Parameters of a layer that have another name under TransformerEngine."""
+
+
+def under_te(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of the local spec by their names under TransformerEngine."""
+    renamed = {}
+    for name, parameter in parameters.items():
+        for local, fused in FUSED_NORMS.items():
+            name = name.replace(local, fused)
+        renamed[name] = parameter
+    return renamed

@@ -18,16 +18,13 @@ from torch import Tensor
 
 from megatron_depthattn.config import load_config
 from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
-from tests.te import stand_in
+from megatron_depthattn.precision_check import Machine, recipe_refusal
+from tests.te import small, stand_in
+from tests.te.small import FUSED_NORMS, small_config, under_te
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("360m", "1.5b", "3b")
 WORLDS = [world for world in itertools.product(SIZES, (1, 2, 8), (1, 4)) if world[:2] != ("1.5b", 8)]
-FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-"""Parameters of a layer that have another name under TransformerEngine."""
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +38,7 @@ def te(megatron_world_of_one, tmp_path_factory: pytest.TempPathFactory) -> Simpl
     from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
     from megatron_depthattn.convert.to_hf import export
     from megatron_depthattn.hf.weights_folder import HFFolder
-    from tests.te import small, worker
+    from tests.te import worker
 
     folder = tmp_path_factory.mktemp("te")
     run = small.start("local")
@@ -58,16 +55,6 @@ def te(megatron_world_of_one, tmp_path_factory: pytest.TempPathFactory) -> Simpl
     results = torch.load(folder / worker.RESULTS)
     print(results["versions"])
     return SimpleNamespace(folder=folder, run=run, initial=initial, **results)
-
-
-def under_te(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of the local spec by their names under TransformerEngine."""
-    renamed = {}
-    for name, parameter in parameters.items():
-        for local, fused in FUSED_NORMS.items():
-            name = name.replace(local, fused)
-        renamed[name] = parameter
-    return renamed
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -287,7 +274,6 @@ def test_control_a_missing_weight_is_an_error_under_both_specs(te):
     from megatron_depthattn.train.build import build_chunk, transformer_config
     from megatron_depthattn.train.checkpoint import load_weights
     from megatron_depthattn.train.megatron_state import set_weights
-    from tests.te.small import small_config
 
     assert "decoder.layers.4." in te.conversion["missing weight"]
     config = small_config("local", num_layers=5)
@@ -342,3 +328,17 @@ def test_control_plain_sources_lose_their_gradients(te, plan):
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     expected = runs["none"]["gradients"][name]
     assert (runs["control"]["gradients"][name] - expected).norm() > 1e-2 * expected.norm()
+
+
+STRICTER_HERE = {
+    # Where TransformerEngine does not ask: no CUDA before 12.8 knows these GPUs.
+    *(("mxfp8", capability, "12.1") for capability in ((10, 0), (10, 3))),
+    # Where it emulates blocks by mxfp8, which it refuses on this GPU.
+    *(("blockwise", (12, 0), cuda) for cuda in ("12.9", "13.0")),
+}
+
+
+def test_a_recipe_is_refused_where_transformer_engine_refuses_it(te):
+    refused = {key for key in te.support if recipe_refusal(key[0], Machine("a GPU", key[1], key[2], "2.20.2"))}
+    assert refused - STRICTER_HERE == {key for key, runs in te.support.items() if not runs}
+    assert {key[0] for key in te.support.keys() - refused} == {"delayed", "tensorwise", "blockwise", "mxfp8"}
