@@ -4,9 +4,11 @@ Pure: integers in, integers out, in numbers (elements) per token, for a whole mo
 
 A layer's key and value are there in vanilla too, but not always as tensors that are kept. Core attention either keeps
 the q, k and v that it is given (TransformerEngine's; the local one when it is recomputed, or without grouped heads), or
-copies of k and v that it has repeated for every query head (the local one otherwise). The value that vanilla keeps is a
-view of the fused QKV projection, and so is the own value that the mix keeps where the norm of k keeps that projection
-alive in both models (torch's norm does); elsewhere it is a copy. A mixed value is memory of its own.
+copies of k and v that it has repeated for every query head (the local one otherwise). The value that vanilla's is given
+is a view of the fused QKV projection. Where the norm of k keeps that projection alive in both models (torch's norm
+does), the own value that the mix keeps is such a view, too, and a mixed value is memory of its own. TransformerEngine's
+norm does not, and its core attention copies a value that is a view: the mixed value takes the place of that copy, and
+the own value is a copy that only the mix keeps.
 """
 
 from __future__ import annotations
@@ -71,11 +73,13 @@ def depth_activations(
         return DepthActivations(source_keys=key_size * len(read), source_values=key_size * len(read))
     mixing = {layer for layer in range(plan.num_layers) if plan.sources(layer)}
     keys = 0 if attention_keeps_inputs else key_size
+    replaces_copy = attention_keeps_inputs and not norm_keeps_projection
+    values = 0 if replaces_copy else key_size
     return DepthActivations(
         source_keys=keys * len(read),
-        source_values=key_size * len(read),
+        source_values=values * len(read),
         own_keys=keys * len(mixing - read),
-        mixed_values=key_size * len(mixing - read) if attention_keeps_inputs else 0,
+        mixed_values=values * len(mixing - read) if attention_keeps_inputs else 0,
         own_values=0 if norm_keeps_projection else key_size * len(mixing),
     )
 

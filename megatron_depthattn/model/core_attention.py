@@ -14,6 +14,7 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -52,9 +53,26 @@ class AllGatherAttention(DotProductAttention):
         self.cp_group = pg_collection.cp
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """As Megatron's; query, key and value hold this rank's positions, ``[s/c, b, heads, d]``."""
+        """As Megatron's; query, key and value hold this rank's positions, ``[s/c, b, heads, d]``.
+
+        Raises:
+            ValueError: packed sequences, or an attention mask under context parallel.
+        """
+        if packed_seq_params is not None:
+            raise ValueError(
+                "packed_seq_params was given: the local core attention knows no borders between documents and would "
+                "attend across them. Build the model with TransformerEngine's layers (backend='te'), or pass one "
+                "document a row."
+            )
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)

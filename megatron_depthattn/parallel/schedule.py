@@ -50,14 +50,15 @@ def run_schedule(
             ``**work.call_arguments``.
         microbatches: this rank's microbatches.
         chunks: this rank's pipeline chunks.
-        micro_batch_size, sequence_length: of a microbatch on the whole context-parallel group.
+        micro_batch_size, sequence_length: of every microbatch, on the whole context-parallel group. For packed
+            sequences 1 and the tokens of all documents of a microbatch; with pipelining all have as many, padded.
         forward_only: without gradients.
 
     Returns:
         What the schedule returns: on the last stage what ``forward_step``'s loss function reported, elsewhere nothing.
 
     Raises:
-        ValueError: the layout would send freed memory.
+        ValueError: the layout would send freed memory, or a microbatch has another length.
         RuntimeError: a source was left over when its micro-batch was done.
     """
     config = get_model_config(chunks[0])
@@ -129,7 +130,19 @@ class PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
     ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """Shapes of what the next receives bring; Megatron's exchanges them with the neighbours."""
+        """Shapes of what the next receives bring; Megatron's exchanges them with the neighbours.
+
+        Raises:
+            ValueError: what is to be sent has not the length that the receiver was told.
+        """
+        for tensor in (tensor_send_next, tensor_send_prev):
+            if tensor is not None and tuple(tensor.shape[:2]) != self._leading:
+                rows, size = self._leading
+                raise ValueError(
+                    f"a message of {tensor.size(0)} rows and micro-batch {tensor.size(1)} is to be sent, but the "
+                    f"schedule was told {rows} rows and micro-batch {size} a rank: every microbatch must have "
+                    "run_schedule's sequence_length and micro_batch_size. Pad packed sequences to one length."
+                )
         return (
             (*self._leading, next(self._from_previous)) if recv_prev else None,
             (*self._leading, next(self._from_next)) if recv_next else None,

@@ -16,7 +16,9 @@ from megatron_depthattn.model.attention import Source
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.source_plan import SourcePlan
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+from tests.document_attention import build_with_document_attention
 from tools.benchmarks.saved import SavedTensors, saved_tensors
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -34,8 +36,8 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def build(**overrides: Any) -> GPTModel:
-    config = qwen3_style_config(
+def config_of(**overrides: Any) -> DepthAttentionConfig:
+    return qwen3_style_config(
         num_layers=NUM_LAYERS,
         hidden_size=32,
         num_attention_heads=NUM_HEADS,
@@ -44,7 +46,10 @@ def build(**overrides: Any) -> GPTModel:
         ffn_hidden_size=48,
         **overrides,
     )
-    model = build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE)
+
+
+def build(**overrides: Any) -> GPTModel:
+    model = build_gpt_model(config_of(**overrides), vocab_size=VOCAB, max_sequence_length=SEQUENCE)
     initialize_weights(model, seed=3, init_std=0.2)
     return model.train()
 
@@ -101,8 +106,8 @@ def test_evaluation_under_a_recompute_setting(mode):
     )
 
 
-def saved_by(**overrides: Any) -> SavedTensors:
-    model, state = build(**overrides), MicrobatchState()
+def saved_by(model: GPTModel | None = None, **overrides: Any) -> SavedTensors:
+    model, state = model or build(**overrides), MicrobatchState()
     with saved_tensors(model, state) as saved:
         loss_of(model, state if model.config.depth_attention else None)
     return saved
@@ -157,6 +162,28 @@ def test_what_is_kept_above_vanilla_is_what_the_plan_predicts(stride, window, mo
     assert depth.num_bytes - vanilla.num_bytes == predicted.total * NUMBER_BYTES
 
 
+@pytest.mark.parametrize(("stride", "window"), PLANS)
+@pytest.mark.parametrize("mode", [None, "uniform-1"])
+def test_what_transformer_engine_keeps_above_vanilla(stride, window, mode):
+    """With a core attention and a norm (torch's in bf16 on CPU) that keep contiguous copies, as TransformerEngine's."""
+
+    def saved(**mixing: Any) -> SavedTensors:
+        config = config_of(**mixing, **BF16, **(RECOMPUTE[mode] if mode else {}))
+        return saved_by(build_with_document_attention(config, vocab_size=VOCAB, length=SEQUENCE).train())
+
+    plan = SourcePlan(num_layers=NUM_LAYERS, stride=stride, recent_window=window)
+    predicted = depth_activations(
+        plan,
+        key_size=NUM_KV_HEADS * HEAD_DIM,
+        attention_keeps_inputs=True,
+        norm_keeps_projection=False,
+        recomputed=mode is not None,
+    )
+    depth = saved(depth_attention_stride=stride, depth_attention_recent_window=window)
+    more = depth.num_bytes - saved(depth_attention=False).num_bytes
+    assert more == predicted.total * NUMBER_BYTES // 2  # bf16
+
+
 def test_the_activation_count_by_hand():
     """Six layers, sources 0 and 3: layers 1 to 5 mix, and 1, 2, 4, 5 are read by nobody."""
     plan = SourcePlan(num_layers=6, stride=3)
@@ -164,7 +191,7 @@ def test_the_activation_count_by_hand():
     kept = depth_activations(plan, key_size=10, attention_keeps_inputs=True)
     assert kept == DepthActivations(source_values=20, mixed_values=40)
     kept = depth_activations(plan, key_size=10, attention_keeps_inputs=True, norm_keeps_projection=False)
-    assert kept == DepthActivations(source_values=20, mixed_values=40, own_values=50)
+    assert kept == DepthActivations(own_values=50), "the mixed value takes the place of a copy of the value"
     kept = depth_activations(plan, key_size=10, attention_keeps_inputs=False)
     assert kept == DepthActivations(source_keys=20, own_keys=40, source_values=20)
     assert kept.total == 80

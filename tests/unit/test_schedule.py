@@ -3,9 +3,10 @@
 import itertools
 
 import pytest
+import torch
 
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
-from megatron_depthattn.parallel.schedule import chunk_order, received_messages, run_schedule
+from megatron_depthattn.parallel.schedule import PlannedCommunicator, chunk_order, received_messages, run_schedule
 
 
 def sent_by(rank: int, order: list[int], num_chunks: int, ranks: int, forward: bool) -> list[tuple[int, int]]:
@@ -48,3 +49,15 @@ def test_freed_messages_are_refused(megatron_world_of_one):
     )
     with pytest.raises(ValueError, match="deallocate_pipeline_outputs=True with interleaved pipelining on gloo"):
         run_schedule(None, [], [model, model], micro_batch_size=1, sequence_length=8, forward_only=False)
+
+
+def test_a_microbatch_of_another_length_is_refused_before_it_is_sent():
+    """As packed sequences of unequal lengths would be: the neighbour waits for a message of the planned shape."""
+    communicator = PlannedCommunicator.__new__(PlannedCommunicator)
+    communicator._leading, communicator._from_previous, communicator._from_next = (16, 1), iter([40]), iter([40, 40])
+    right, longer = torch.zeros(16, 1, 40), torch.zeros(24, 1, 40)
+    assert communicator._communicate_shapes(right, None, False, True) == (None, (16, 1, 40))
+    assert communicator._communicate_shapes(None, right, True, True) == ((16, 1, 40), (16, 1, 40))
+    for send in ((longer, None), (None, longer)):
+        with pytest.raises(ValueError, match=r"24 rows .* told 16 rows .*sequence_length.* Pad packed sequences"):
+            communicator._communicate_shapes(*send, False, False)
