@@ -1,0 +1,180 @@
+"""What holds of a layer spec and of a precision: functions of a place that fail by assertion.
+
+tests/gpu/test_te_*.py run them with TransformerEngine's layers on a GPU, tests/unit/test_te_checks.py with the local
+ones on CPU, where FP8 is emulated. Bounds are those of rounding: bf16 was measured at 1.2 to 1.8 % of the logits on
+CPU, emulated FP8 at 11 to 15 % of bf16's, its loss at 0.004 nats, its worst gradient at a cosine of 0.92.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_depthattn.model.attention import Source
+from tests.document_attention import packed
+from tests.gpu.te_models import (
+    BF16,
+    FP32,
+    FULL_RECOMPUTE,
+    VANILLA,
+    Pass,
+    Place,
+    decoder_layers,
+    largest_difference,
+    linear_layers,
+    relative_error,
+    run,
+    worst_cosine,
+)
+
+BF16_LOGITS, BF16_COSINE = 0.05, 0.99
+FP8_LOGITS, FP8_COSINE, FP8_LOSS = 0.3, 0.8, 0.03
+FP8_SHOWS = 0.02
+"""FP8 logits differ from bf16's by more than this: bf16 rounds to 2**-9, FP8 to 2**-4 of a number."""
+MIXING = {
+    "vanilla": (VANILLA,),
+    "stride 1": ("model.depth_attention.stride=1",),
+    "stride 3": ("model.depth_attention.stride=3",),
+}
+
+
+def with_op(mixing: str, op: str) -> tuple[str, ...]:
+    return (*MIXING[mixing], f"model.depth_attention.op={op}")
+
+
+def check_bf16_parity(place: Place, mixing: str, op: str = "lean") -> dict[str, float]:
+    """Against local layers in fp32 no worse than twice what local layers in bf16 are."""
+    settings, tokens = with_op(mixing, op), place.tokens()
+    truth = run(place.local.build(FP32, *settings), tokens)
+    local, own = run(place.local.build(BF16, *settings), tokens), run(place.build(BF16, *settings), tokens)
+    found = {
+        "local": relative_error(local.logits, truth.logits),
+        "own": relative_error(own.logits, truth.logits),
+        "own, worst layer": worst_layer(place, settings, tokens),
+        "local cosine": worst_cosine(local.gradients, truth.gradients),
+        "own cosine": worst_cosine(own.gradients, truth.gradients),
+    }
+    assert found["own"] <= min(2 * found["local"], BF16_LOGITS), found
+    assert found["own cosine"] >= max(1 - 2 * (1 - found["local cosine"]), BF16_COSINE), found
+    if mixing != "vanilla":
+        off = run(place.build(BF16, VANILLA), tokens)
+        found["control, mix off"] = relative_error(off.logits, truth.logits)
+        assert found["control, mix off"] > 5 * BF16_LOGITS, found
+        assert worst_cosine(off.gradients, truth.gradients) < BF16_COSINE - 0.1
+    return found
+
+
+def worst_layer(place: Place, settings: tuple[str, ...], tokens: Tensor) -> float:
+    """What a layer hands on in bf16, each given its own predecessor's, against local layers in fp32."""
+    truth = outputs_of(place.local.build(FP32, *settings), tokens)
+    local, own = (outputs_of(each.build(BF16, *settings), tokens) for each in (place.local, place))
+    errors = [[relative_error(x, y) for x, y in zip(each, truth, strict=True)] for each in (local, own)]
+    assert all(mine <= 2 * theirs + 2**-8 for theirs, mine in zip(*errors, strict=True)), errors
+    return max(errors[1])
+
+
+def settled(chunk: torch.nn.Module, place: Place) -> Pass:
+    """A pass once delayed scaling has seen its tensors twice; other recipes remember nothing."""
+    if place.spec == "te":
+        for seed in (2, 3):
+            run(chunk, place.tokens(seed))
+    return run(chunk, place.tokens())
+
+
+def check_recipe(place: Place, recipe: str, mixing: str = "stride 3", *more: str) -> dict[str, float]:
+    """Forward and backward: finite, near bf16, and really in FP8; ``more``: other settings of the FP8 model."""
+    shape = tuple(setting for setting in more if not setting.startswith("precision."))
+    settings, tokens = (*with_op(mixing, "lean"), *shape), place.tokens()
+    half = run(place.build(BF16, *settings), tokens)
+    chunk = place.build(BF16, *settings, f"precision.fp8={recipe}", *more)
+    own = settled(chunk, place)
+    assert all(x.isfinite().all() for x in (own.logits, *own.gradients.values()))
+    assert all(module.fp8 for linears in linear_layers(chunk) for module in linears), "a linear layer stayed in bf16"
+    found = {
+        "logits": relative_error(own.logits, half.logits),
+        "cosine": worst_cosine(own.gradients, half.gradients),
+        "loss": own.loss - half.loss,
+    }
+    assert FP8_SHOWS < found["logits"] <= FP8_LOGITS, found
+    assert found["cosine"] >= FP8_COSINE, found
+    assert abs(found["loss"]) <= FP8_LOSS, found
+    off = settled(place.build(BF16, *shape, VANILLA, f"precision.fp8={recipe}"), place)
+    assert relative_error(off.logits, half.logits) > FP8_LOGITS, "control: the mix off is far away"
+    return found
+
+
+def check_recompute(place: Place, recipe: str | None, bound: float, mixing: str = "stride 1") -> dict[str, float]:
+    """Full recompute changes nothing: logits and every gradient, those through sources among them.
+
+    Args:
+        bound: largest relative difference; on a GPU not 0, as sums into the embedding's gradient have no order there.
+    """
+    settings = (BF16, *with_op(mixing, "lean"), *([f"precision.fp8={recipe}"] if recipe else []))
+    plain = settled(place.build(*settings), place)
+    found = {"recomputed": largest_difference(settled(place.build(*settings, *FULL_RECOMPUTE), place), plain)}
+    assert found["recomputed"] <= bound, found
+    cut = place.build(*settings, *FULL_RECOMPUTE)
+    for layer in decoder_layers(cut):
+        layer._source = lambda index, state, read=layer._source: Source(*(x.detach() for x in read(index, state)))
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    with pytest.MonkeyPatch.context() as patch:  # with nobody to pay, the lent copies have no gradient to fetch
+        patch.setattr("megatron_depthattn.parallel.microbatch_state.MicrobatchState.collect", no_gradient)
+        detached = settled(cut, place)
+    found["control, sources detached"] = relative_error(detached.gradients[name], plain.gradients[name])
+    assert found["control, sources detached"] > max(10 * bound, 1e-2), found
+    return found
+
+
+def no_gradient(state, name: str) -> Tensor:
+    return torch.zeros_like(state._lent.pop(name))
+
+
+def check_bf16_layers(place: Place, recipe: str) -> dict[str, float]:
+    """The first and the last layer compute in bf16, the first to the bit as in a bf16 model; the others do not."""
+    settings, tokens = (BF16, *MIXING["stride 3"]), place.tokens()
+    kept = ("precision.bf16_first_layers=1", "precision.bf16_last_layers=1")
+    half = outputs_of(place.build(*settings), tokens)
+    chunk = place.build(*settings, f"precision.fp8={recipe}", *kept)
+    own = outputs_of(chunk, tokens)
+    assert torch.equal(own[0], half[0])
+    in_fp8 = [{getattr(module, "fp8", False) for module in linears} for linears in linear_layers(chunk)]
+    assert in_fp8 == [{False}, {True}, {True}, {True}, {True}, {False}]
+    whole = outputs_of(place.build(*settings, f"precision.fp8={recipe}"), tokens)
+    found = {"second layer": relative_error(own[1], half[1]), "control": relative_error(whole[0], half[0])}
+    assert min(found.values()) > 1e-3, found
+    return found
+
+
+@torch.no_grad()
+def outputs_of(chunk: torch.nn.Module, tokens: Tensor) -> list[Tensor]:
+    """What each layer hands on, ``[s, b, h]``."""
+    seen: list[Tensor] = []
+    for layer in decoder_layers(chunk):
+        layer.register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    chunk(tokens, None, None)
+    return seen
+
+
+def check_packed(place: Place, lengths: list[int], bound: float, *settings: str) -> dict[str, float]:
+    """A packed batch of documents is each document alone, in logits and gradients; without borders it is not.
+
+    Args:
+        bound: of the relative difference of logits; of gradients together ten times that.
+    """
+    chunk = place.build(*MIXING["stride 1"], *settings)
+    tokens = place.tokens().flatten()[: sum(lengths)][None]
+    labels = place.tokens(2).flatten()[: sum(lengths)][None]
+    alone = [run(chunk, *each) for each in zip(tokens.split(lengths, 1), labels.split(lengths, 1), strict=True)]
+    logits = torch.cat([each.logits for each in alone], dim=1)
+    gradients = {name: sum(each.gradients[name] for each in alone) for name in alone[0].gradients}
+    together = run(chunk, tokens, labels, packed_seq_params=packed(lengths, place.device))
+    whole = run(chunk, tokens, labels, packed_seq_params=packed([sum(lengths)], place.device))
+    found = {
+        "logits": relative_error(together.logits, logits),
+        "gradients": max(relative_error(together.gradients[name], x) for name, x in gradients.items()),
+        "control, no borders": relative_error(whole.logits, logits),
+    }
+    assert found["logits"] <= bound and found["gradients"] <= 10 * bound, found
+    assert found["control, no borders"] > 0.1, found
+    return found

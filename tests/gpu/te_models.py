@@ -1,0 +1,158 @@
+"""Small models for the checks of a layer spec and a precision: built, run and compared alike on a GPU and on CPU.
+
+Everything comes from a run's config through `train.build`, so what is checked is what trains. Shapes: b batch, s
+positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_depthattn.config import PrecisionConfig, RunConfig, load_config
+from megatron_depthattn.train.build import build_model
+from tests.gpu.emulated_fp8 import emulate
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+NUM_LAYERS, VOCAB, SEQUENCE, BATCH = 6, 512, 128, 2
+SHAPE = {
+    "parallel.pipeline": 1,
+    "model.num_layers": NUM_LAYERS,
+    "model.hidden_size": 256,
+    "model.num_attention_heads": 4,
+    "model.num_query_groups": 2,
+    "model.kv_channels": 64,  # the released models'; cuDNN's attention takes it in bf16
+    "model.ffn_hidden_size": 512,
+    "model.vocab_size": VOCAB,
+    "data.sequence_length": SEQUENCE,
+    "train.micro_batch_size": BATCH,
+    "train.global_batch_size": BATCH,
+}
+BF16, FP32 = "precision.dtype=bf16", "precision.dtype=fp32"
+VANILLA = "model.depth_attention.enabled=false"
+FULL_RECOMPUTE = ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1")
+LOCAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""TransformerEngine's layers hold the norm in front of a matrix together with it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checks run, and whose layers are checked."""
+
+    device: str
+    spec: str
+
+    def config(self, *settings: str) -> RunConfig:
+        """The small model's config; ``settings`` are ``a.b=c``."""
+        shape = [f"{key}={value}" for key, value in SHAPE.items()]
+        return load_config(CONFIG, [*shape, f"model.spec={self.spec}", *settings])
+
+    @property
+    def local(self) -> Place:
+        """The same device with the local layers."""
+        return Place(self.device, "local")
+
+    def build(self, *settings: str) -> torch.nn.Module:
+        """The whole model in its data-parallel wrapper; the same weights whatever spec and precision.
+
+        Local layers emulate FP8.
+        """
+        config = self.config(*settings)
+        real = config if self.spec == "te" else replace(config, precision=PrecisionConfig(dtype=config.precision.dtype))
+        (chunk,) = build_model(real, torch.device(self.device))
+        perturb_norms(chunk)
+        if config.precision.fp8 and self.spec == "local":
+            layers = linear_layers(chunk)
+            for index in range(config.precision.bf16_first_layers, NUM_LAYERS - config.precision.bf16_last_layers):
+                for linear in layers[index]:
+                    emulate(linear)
+        return chunk.train()
+
+    def tokens(self, seed: int = 1) -> Tensor:
+        """Random tokens ``[b, s]``."""
+        return torch.randint(VOCAB, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+
+def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters by the names that they have in local layers."""
+    (model,) = unwrap_model([chunk])
+    for name, parameter in model.named_parameters():
+        for theirs, local in LOCAL_NAMES.items():
+            name = name.replace(theirs, local)
+        yield name, parameter
+
+
+@torch.no_grad()
+def perturb_norms(chunk: torch.nn.Module) -> None:
+    """Norm weights between 0.5 and 1.5: at one, a norm in the wrong place would not show."""
+    for name, parameter in named_parameters(chunk):
+        if parameter.dim() == 1:
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+
+
+class Pass(NamedTuple):
+    """One forward and backward pass."""
+
+    loss: float
+    """Mean cross entropy, nats."""
+    logits: Tensor
+    """``[b, s, V]``, fp32."""
+    gradients: dict[str, Tensor]
+    """Of the summed loss, fp32, by local name."""
+
+
+def run(chunk: torch.nn.Module, tokens: Tensor, labels: Tensor | None = None, **given: object) -> Pass:
+    """Forward and backward from zeroed gradients; by default predicts the next token of the same row."""
+    chunk.zero_grad_buffer()
+    chunk.set_is_first_microbatch()  # as Megatron's schedules do: FP8 copies of the weights are made anew
+    logits = chunk(tokens, None, None, **given).float()
+    labels = tokens.roll(-1, dims=1) if labels is None else labels
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    losses.backward()
+    gradients = {name: parameter.main_grad.detach().clone() for name, parameter in named_parameters(chunk)}
+    return Pass(float(losses.detach()) / tokens.numel(), logits.detach(), gradients)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected; infinite if not finite."""
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return error if error == error else float("inf")
+
+
+def worst_cosine(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of the gradients of any parameter."""
+    assert actual.keys() == expected.keys()
+    flat = torch.nn.functional.cosine_similarity
+    return min(float(flat(actual[n].double().flatten(), x.double().flatten(), dim=0)) for n, x in expected.items())
+
+
+def largest_difference(actual: Pass, expected: Pass) -> float:
+    """Of logits and of any parameter's gradient, relative."""
+    pairs = [(actual.logits, expected.logits), *((actual.gradients[n], x) for n, x in expected.gradients.items())]
+    return max(relative_error(*pair) for pair in pairs)
+
+
+def decoder_layers(chunk: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder's layers, without the wrappers around the model."""
+    (model,) = unwrap_model([chunk])
+    return model.decoder.layers
+
+
+def linear_layers(chunk: torch.nn.Module) -> list[list[torch.nn.Module]]:
+    """Of each decoder layer the four modules that hold a matrix."""
+    found = [
+        [module for name, module in layer.named_modules() if name.rpartition(".")[2].startswith("linear_")]
+        for layer in decoder_layers(chunk)
+    ]
+    assert all(len(linears) == 4 for linears in found)
+    return found
