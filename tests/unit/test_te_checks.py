@@ -1,7 +1,5 @@
 """The checks that tests/gpu runs with TransformerEngine's layers, here with local layers on CPU and emulated FP8."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -40,16 +38,10 @@ def test_packed_documents(monkeypatch, record_property):
     record_property("found", te_checks.check_packed(CPU, [48, 64, 16], 1e-6, FP32))
 
 
-has_te = importlib.util.find_spec("transformer_engine") is not None
-steps = pytest.mark.skipif(has_te, reason="with TransformerEngine Megatron's optimizer is CUDA's alone")
-
-
-@steps
 def test_save_and_resume(tmp_path, record_property):
     record_property("found", te_engine_checks.check_resume(CPU, tmp_path, None, bound=0.0))
 
 
-@steps
 def test_the_optimizers_weights_are_those_drawn(record_property):
     record_property("found", te_engine_checks.check_masters(CPU, None))
 
