@@ -1,7 +1,8 @@
-"""On a machine with one NVIDIA GPU: the op's tests and the benchmarks, in under nine minutes; `make gpu`.
+"""On a machine with one NVIDIA GPU: the GPU tests and the benchmarks, in under nine minutes; `make gpu`.
 
 Runs with whatever Python starts it and installs nothing: a part whose package is not there is skipped, with the
-reason, and counted. Writes one page and one JSON file named after the GPU.
+reason, and counted. Writes one page and one JSON file named after the GPU. A later call with `--parts` renews those
+and keeps the others, so what did not fit into one call goes into a second.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from tools.benchmarks.junit import read_junit, tests_page
 from tools.benchmarks.result import gpu_name, machine_facts, machine_line, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +34,7 @@ LEAST_SECONDS = 15.0
 OP = ("torch", "numpy", "yaml", "pytest")
 MODEL = (*OP, "megatron.core", "omegaconf")
 STEP = (*MODEL, "xxhash")
-TE = "transformer_engine"
+TE = (*STEP, "transformer_engine")
 DATA = ("torch", "numpy", "streaming", "zstandard", "xxhash")
 
 
@@ -53,21 +55,34 @@ def _step(shape: str, *more: str) -> tuple[str, ...]:
     return ("step", "--shape", shape, "--rounds", "12", "--warm-up", "2", *more)
 
 
-# Depth and micro-batch are those with which all models fit side by side into 80 GB.
+def _te(*settings: str) -> tuple[str, ...]:
+    """TransformerEngine's layers, whose attention keeps no scores: without recompute."""
+    return ("--set", "model.spec=te", "recompute.granularity=null", *settings)
+
+
+def _memory(*more: str) -> tuple[str, ...]:
+    return ("memory", "--shape", "360m", "--micro-batch", "1", *more)
+
+
+# Correctness first, then what no other machine can tell. Depth and micro-batch are those with which all models fit side
+# by side into 80 GB.
+_3B = _step("3b", "--layers", "12", "--micro-batch", "4", "--no-optimizer", "--strides", "6", "--ops", "lean", "triton")
+_360M = _step("360m", "--micro-batch", "4", "--strides", "16", "1", "--ops", "lean", "triton")
+_TE_MODES = ("--recompute", "none", "full", "--strides", "16", "1")
 PARTS = (
-    Part("tests", ("torch", "pytest"), ("tests/unit/test_ops.py", "tests/gpu"), 120, is_tests=True),
-    Part("op", OP, ("op", "--device", "cuda", "--runs", "20"), 150),
-    Part("step-360m", STEP, _step("360m", "--strides", "16"), 90),
-    Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4"), 90),
-    Part("step-360m-te", (*STEP, TE), _step("360m", "--set", "model.spec=te", "recompute.granularity=null"), 90),
-    Part("step-3b", STEP, _step("3b", "--layers", "12", "--micro-batch", "2", "--no-optimizer"), 90),
-    Part("memory-360m", MODEL, ("memory", "--shape", "360m", "--micro-batch", "1"), 60),
-    Part(
-        "memory-360m-te",
-        (*MODEL, TE),
-        ("memory", "--shape", "360m", "--micro-batch", "1", "--set", "model.spec=te"),
-        60,
-    ),
+    Part("tests", ("torch", "pytest"), ("tests/unit/test_ops.py", "tests/gpu/test_triton_mix.py"), 120, is_tests=True),
+    Part("tests-te", (*TE, "pytest"), ("tests/gpu/test_te.py",), 150, is_tests=True),
+    Part("step-360m-te", TE, (*_360M, *_te()), 60),
+    Part("step-360m-fp8", TE, (*_360M, *_te("precision.fp8=tensorwise")), 60),
+    Part("step-3b-tensorwise", TE, (*_3B, *_te("precision.fp8=tensorwise")), 60),
+    Part("step-3b-delayed", TE, (*_3B, *_te("precision.fp8=delayed")), 60),
+    Part("memory-te", TE, _memory(*_TE_MODES, *_te()), 45),
+    Part("memory-fp8", TE, _memory(*_TE_MODES, *_te("precision.fp8=tensorwise")), 45),
+    Part("op", OP, ("op", "--device", "cuda", "--runs", "20"), 60),
+    Part("step-3b-te", TE, (*_3B, *_te()), 60),
+    Part("step-360m", STEP, _step("360m", "--strides", "16"), 60),
+    Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4"), 60),
+    Part("memory-360m", MODEL, _memory(), 60),
     Part("memory-3b", MODEL, ("memory", "--shape", "3b", "--layers", "12", "--micro-batch", "1"), 60),
     Part("data", DATA, ("data", "--runs", "3", "--steps", "50"), 45),
 )
@@ -84,6 +99,7 @@ class Outcome:
     seconds: float = 0.0
     page: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
 
 
 def reason_to_skip(
@@ -107,15 +123,20 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def run_part(part: Part, seconds: float, work: Path) -> Outcome:
-    """Run it in a process of its own, in ``work`` leave its figures."""
+def run_part(part: Part, seconds: float, work: Path, *, tests_passed: bool = False) -> Outcome:
+    """Run it in a process of its own, in ``work`` leave its figures.
+
+    Args:
+        tests_passed: the op's tests have passed in this call, so benchmarks of it need not run them again.
+    """
     base = work / part.name
     if part.is_tests:
-        paths = [path for path in part.arguments if (ROOT / path).exists()]
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={base}.xml", *part.arguments]
     else:
         files = ["--json", f"{base}.json", "--markdown", f"{base}.md"]
         command = ["tools/benchmark.py", *files, *part.arguments]
+        if tests_passed and part.arguments[0] in ("op", "step"):
+            command += ["--tests-passed"]
         step = work / "step-360m.json"
         if part.name == "data" and step.exists():
             command += ["--step-json", str(step)]
@@ -127,57 +148,85 @@ def run_part(part: Part, seconds: float, work: Path) -> Outcome:
     except subprocess.TimeoutExpired:
         return Outcome(part.name, "failed", f"not done after {seconds:.0f} s", seconds)
     took = time.perf_counter() - started
-    if done.returncode != 0:
-        output = done.stdout if part.is_tests else done.stderr
-        said = (output.strip() or done.stderr.strip() or "no output").splitlines()[-1]
-        return Outcome(part.name, "failed", f"exit code {done.returncode}: {said}", took)
+    output = done.stdout if part.is_tests else done.stderr
+    said = (output.strip() or done.stderr.strip() or "no output").splitlines()[-1].strip("= ")
     if part.is_tests:
-        return Outcome(part.name, "ran", done.stdout.strip().splitlines()[-1].strip("= "), took)
+        figures = read_junit(Path(f"{base}.xml"))
+        state = "failed" if done.returncode else "ran"
+        return Outcome(part.name, state, said, took, tests_page(part.name, part.arguments, figures), figures)
+    if done.returncode != 0:
+        return Outcome(part.name, "failed", f"exit code {done.returncode}: {said}", took)
     page, figures = Path(f"{base}.md").read_text(), json.loads(Path(f"{base}.json").read_text())
     return Outcome(part.name, "ran", "see below", took, page, figures)
 
 
-def page(outcomes: Sequence[Outcome], facts: dict[str, Any], seconds: float) -> str:
+def merge(earlier: dict[str, Any] | None, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> list[Outcome]:
+    """The outcomes of this call, and of an earlier one on the same GPU with the same versions what this did not run."""
+    merged = {}
+    if earlier and _without_date(earlier["machine"]) == _without_date(facts):
+        merged = {part["part"]: Outcome(**part) for part in earlier["parts"]}
+    for outcome in outcomes:
+        if outcome.state != "skipped" or merged.get(outcome.part, outcome).state == "skipped":
+            merged[outcome.part] = outcome
+    return [merged[part.name] for part in PARTS if part.name in merged]
+
+
+def _without_date(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if name != "date"}
+
+
+def page(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> str:
     """The Markdown page: what ran and what did not, then every table."""
     counts = Counter(outcome.state for outcome in outcomes)
     counted = ", ".join(f"{counts[state]} {state}" for state in ("ran", "failed", "skipped"))
-    rows = [[o.part, o.state, f"{o.seconds:.0f}" if o.seconds else "", o.said] for o in outcomes]
+    rows = [[o.part, o.state, f"{o.seconds:.0f}" if o.seconds else "", o.said, o.date] for o in outcomes]
     tables = "".join(f"\n{outcome.page}" for outcome in outcomes if outcome.page)
+    seconds = sum(outcome.seconds for outcome in outcomes)
     return (
-        f"# {facts['gpu'] or 'No GPU'}\n\n`make gpu` on {facts['date']}, {seconds:.0f} s: {counted}.\n"
-        f"{machine_line(facts)}\n\n{table(['part', 'state', 'seconds', 'said'], rows)}{tables}"
+        f'# {facts["gpu"] or "No GPU"}\n\n`make gpu` (a part alone: `make gpu GPU_ARGS="--parts NAME"`), '
+        f"{seconds:.0f} s: {counted}.\n{machine_line(facts)}\n\n"
+        f"{table(['part', 'state', 'seconds', 'said', 'when'], rows)}{tables}"
     )
+
+
+def run_parts(names: Sequence[str], gpu: str | None, date: str) -> list[Outcome]:
+    """The parts of these names, as long as there is time."""
+    started, outcomes, tests_passed = time.perf_counter(), [], False
+    with tempfile.TemporaryDirectory() as work:
+        for part in PARTS:
+            if part.name not in names:
+                continue
+            left = TOTAL_SECONDS - (time.perf_counter() - started)
+            reason = reason_to_skip(part, gpu=gpu, seconds_left=left, is_installed=is_installed)
+            if reason:
+                last = Outcome(part.name, "skipped", reason)
+            else:
+                last = run_part(part, min(part.seconds, left), Path(work), tests_passed=tests_passed)
+            last.date = date
+            tests_passed |= (last.part, last.state) == ("tests", "ran")
+            outcomes.append(last)
+            print(f"{last.part}: {last.state}, {last.said} ({last.seconds:.0f} s)", flush=True)
+    return outcomes
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if nothing failed; what was skipped does not count as failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu", help="folder (default docs/gpu)")
-    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="default: all")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {names}")
     given = parser.parse_args(arguments)
-    started = time.perf_counter()
-    gpu, outcomes = gpu_name(), []
-    with tempfile.TemporaryDirectory() as work:
-        for part in PARTS:
-            if given.parts and part.name not in given.parts:
-                continue
-            left = TOTAL_SECONDS - (time.perf_counter() - started)
-            reason = reason_to_skip(part, gpu=gpu, seconds_left=left, is_installed=is_installed)
-            if reason:
-                outcomes.append(Outcome(part.name, "skipped", reason))
-            else:
-                outcomes.append(run_part(part, min(part.seconds, left), Path(work)))
-            last = outcomes[-1]
-            print(f"{last.part}: {last.state}, {last.said} ({last.seconds:.0f} s)", flush=True)
-    facts, seconds = machine_facts(), time.perf_counter() - started
+    gpu, facts = gpu_name(), machine_facts()
+    ran = run_parts(given.parts, gpu, facts["date"])
     name = re.sub(r"[^a-z0-9]+", "-", (gpu or "no GPU").lower()).strip("-")
     given.output.mkdir(parents=True, exist_ok=True)
-    text = page(outcomes, facts, seconds)
-    (given.output / f"{name}.md").write_text(text)
-    results = {"machine": facts, "seconds": seconds, "parts": [asdict(outcome) for outcome in outcomes]}
-    (given.output / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{text}\nwritten to {given.output}/{name}.md and .json")
-    return 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
+    results, document = given.output / f"{name}.json", given.output / f"{name}.md"
+    outcomes = merge(json.loads(results.read_text()) if results.exists() else None, ran, facts)
+    text = page(outcomes, facts)
+    document.write_text(text)
+    results.write_text(json.dumps({"machine": facts, "parts": [asdict(each) for each in outcomes]}, indent=2) + "\n")
+    print(f"\n{text}\nwritten to {document} and {results.name}")
+    return 1 if any(outcome.state == "failed" for outcome in ran) else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,48 @@ def test_a_part_that_runs_fails_or_takes_too_long(tmp_path):
     assert refused.said.startswith("exit code 1: error: ")
     late = gpu.run_part(gpu.Part("op", (), ("flops",), 0.2), 0.2, tmp_path)
     assert (late.state, late.said) == ("failed", "not done after 0 s")
-    page = gpu.page([flops, refused, late], machine_facts(), 3.0)
+    page = gpu.page([flops, refused, late], machine_facts())
     assert "1 ran, 2 failed, 0 skipped" in page
     assert "### Operations of one token's forward pass" in page
+
+
+TESTS = """
+import pytest
+def test_passes(record_property):
+    record_property("found", {"error": 0.01234})
+def test_fails():
+    assert 1 == 2, "not equal"
+@pytest.mark.parametrize("n", [1, 2])
+def test_skips(n):
+    pytest.skip("no such recipe")
+"""
+
+
+def test_a_part_of_tests_tells_what_was_found_and_what_was_skipped(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    part = gpu.Part("some", (), (str(tmp_path / "test_some.py"),), 60, is_tests=True)
+    outcome = gpu.run_part(part, 60, tmp_path)
+    assert outcome.state == "failed"
+    assert outcome.figures["found"] == {"test_passes": {"error": 0.01234}}
+    assert outcome.figures["skipped"] == {"no such recipe": 2}
+    assert "### some: 1 passed, 1 failed, 2 skipped" in outcome.page
+    assert "| test_passes |  error | 0.0123 |" in outcome.page
+    assert "- failed: test_fails: AssertionError: not equal" in outcome.page
+    assert "- skipped (2): no such recipe" in outcome.page
+
+
+def test_a_second_call_on_the_same_machine_keeps_what_the_first_ran():
+    machine = {"gpu": "NVIDIA H100", "torch": "2.11.0", "date": "today"}
+    first = [gpu.Outcome("op", "ran", "see below", 9.0, date="morning"), gpu.Outcome("data", "skipped", "3 s left")]
+    earlier = {"machine": machine, "parts": [asdict(outcome) for outcome in first]}
+    second = [gpu.Outcome("data", "ran", "see below"), gpu.Outcome("tests", "ran", "9 passed")]
+    merged = gpu.merge(earlier, second, machine | {"date": "tomorrow"})
+    assert [(outcome.part, outcome.state) for outcome in merged] == [("tests", "ran"), ("op", "ran"), ("data", "ran")]
+    assert merged[1].date == "morning"
+    skipped = [gpu.Outcome("op", "skipped", "3 s left"), gpu.Outcome("data", "skipped", "1 s left")]
+    assert [outcome.said for outcome in gpu.merge(earlier, skipped, machine)] == ["see below", "1 s left"]
+    assert gpu.merge(earlier, second, machine | {"torch": "2.15.0"}) == [second[1], second[0]]
+    assert gpu.merge(None, second, machine) == [second[1], second[0]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: make gpu would measure for minutes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -9,7 +10,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OP_TESTS = [ROOT / "tests" / "unit" / "test_ops.py"]
-GPU_TESTS = ROOT / "tests" / "gpu"
+GPU_TESTS = ROOT / "tests" / "gpu" / "test_triton_mix.py"
+
+
+def add_tests_passed(parser: argparse.ArgumentParser) -> None:
+    """The flag of `tools/gpu.py`, which runs these tests once for all."""
+    parser.add_argument(
+        "--tests-passed", action="store_true", help="the op's tests have just been run here, and passed"
+    )
 
 
 def require_green(device: str, seconds: float = 300.0) -> None:
@@ -20,7 +28,7 @@ def require_green(device: str, seconds: float = 300.0) -> None:
     """
     if importlib.util.find_spec("pytest") is None:
         raise ValueError("the op's tests run before anything is measured, and pytest is not installed: no figure")
-    paths = [*OP_TESTS, *([GPU_TESTS] if device == "cuda" and GPU_TESTS.is_dir() else [])]
+    paths = [*OP_TESTS, *([GPU_TESTS] if device == "cuda" else [])]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, paths)]
     print(f"first the tests: {', '.join(path.name for path in paths)}", file=sys.stderr)
     try:

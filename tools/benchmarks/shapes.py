@@ -51,8 +51,15 @@ def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
     return (
         f"{model.num_layers} layers{cut}, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"{model.num_query_groups} KV heads of {model.kv_channels}, {config.train.micro_batch_size} x "
-        f"{config.data.sequence_length} tokens, {config.precision.dtype}"
+        f"{config.data.sequence_length} tokens, {precision_text(config)}"
     )
+
+
+def precision_text(config: RunConfig) -> str:
+    """The precision in a few words."""
+    precision = config.precision
+    weights = ", weights in FP8" if precision.fp8_params else ""
+    return f"FP8 {precision.fp8}{weights}" if precision.fp8 else precision.dtype
 
 
 def implementations_on(kind: str) -> list[str]:

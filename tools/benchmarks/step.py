@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tools.benchmarks.op_tests import require_green
+from tools.benchmarks.op_tests import add_tests_passed, require_green
 from tools.benchmarks.result import Result
 from tools.benchmarks.shapes import add_model_arguments, implementations_on, run_config, shape_text
 from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
@@ -29,6 +29,7 @@ def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="steps of each model (default 20)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
+    add_tests_passed(parser)
     parser.set_defaults(measure=measure_step)
 
 
@@ -39,7 +40,8 @@ def measure_step(given: argparse.Namespace) -> Result:
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     configs = _configs(given, kind)
-    require_green(kind)
+    if not given.tests_passed:
+        require_green(kind)
     device = initialize_distributed(launch_environment())
     try:
         initialize_model_parallel()
@@ -152,6 +154,7 @@ def _result(
             f"recompute: {configs[VANILLA].recompute.granularity or 'none'}, layers: {configs[VANILLA].model.spec}; "
             "the models are built side by side with the same weights and take turns step by step; a ratio is that of "
             "two steps of the same round; interval: percentile bootstrap",
+            *(["MFU: of the device's dense bf16 peak, FP8 or not"] if models[VANILLA].peak_tflops else []),
         ],
     )
     for name in configs:
