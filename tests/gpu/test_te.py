@@ -100,11 +100,9 @@ def test_fp8_attention(name, record_property):
 
 @pytest.mark.parametrize("params", [False, True])
 @each(None, *RECIPES)
-def test_save_and_resume(recipe, params, tmp_path, monkeypatch, record_property):
+def test_save_and_resume(recipe, params, tmp_path, record_property):
     if params and not (recipe and RECIPES[recipe].has_fp8_params):
         pytest.skip("this recipe keeps no weights in FP8")
-    # TransformerEngine 2.20 keeps the scales of delayed scaling in a pickle, and loads it only if told to trust it.
-    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     # Weights in FP8 are saved as bf16 and rounded once more when they are loaded.
     settings, bound = (("precision.fp8_params=true",), 1e-3) if params else ((), 1e-4)
     record_property("found", te_engine_checks.check_resume(GPU, tmp_path, recipe, bound, *settings))
