@@ -117,7 +117,8 @@ def test_memory(recipe, recompute, record_property):
 
 @each(None, "tensorwise")
 def test_packed_documents(recipe, record_property):
-    """In bf16 the kernels of packed and plain attention round differently; FP8 scales are those of all documents."""
+    """In bf16 the kernels of packed and plain attention round differently; FP8 scales are those of all documents, so
+    roundings are independent."""
     bound = te_checks.FP8_LOGITS if recipe else te_checks.BF16_LOGITS
     settings = (BF16, *([f"precision.fp8={recipe}"] if recipe else []))
-    record_property("found", te_checks.check_packed(GPU, [48, 64, 16], bound / 2, *settings))
+    record_property("found", te_checks.check_packed(GPU, [48, 64, 16], bound, *settings))
