@@ -56,8 +56,7 @@ def _step(shape: str, *more: str) -> tuple[str, ...]:
 
 
 def _te(*settings: str) -> tuple[str, ...]:
-    """TransformerEngine's layers, whose attention keeps no scores: without recompute."""
-    return ("--set", "model.spec=te", "recompute.granularity=null", *settings)
+    return ("--set", "model.spec=te", *settings)
 
 
 def _memory(*more: str) -> tuple[str, ...]:
@@ -67,19 +66,20 @@ def _memory(*more: str) -> tuple[str, ...]:
 # Correctness first, then what no other machine can tell. Depth and micro-batch are those with which all models fit side
 # by side into 80 GB.
 _3B = _step("3b", "--layers", "12", "--micro-batch", "4", "--no-optimizer", "--strides", "6", "--ops", "lean", "triton")
+_PLAIN = "recompute.granularity=null"  # TransformerEngine's attention keeps no scores
 _360M = _step("360m", "--micro-batch", "4", "--strides", "16", "1", "--ops", "lean", "triton")
 _TE_MODES = ("--recompute", "none", "full", "--strides", "16", "1")
 PARTS = (
     Part("tests", ("torch", "pytest"), ("tests/unit/test_ops.py", "tests/gpu/test_triton_mix.py"), 120, is_tests=True),
     Part("tests-te", (*TE, "pytest"), ("tests/gpu/test_te.py",), 150, is_tests=True),
-    Part("step-360m-te", TE, (*_360M, *_te()), 60),
-    Part("step-360m-fp8", TE, (*_360M, *_te("precision.fp8=tensorwise")), 60),
-    Part("step-3b-tensorwise", TE, (*_3B, *_te("precision.fp8=tensorwise")), 60),
-    Part("step-3b-delayed", TE, (*_3B, *_te("precision.fp8=delayed")), 60),
+    Part("step-360m-te", TE, (*_360M, *_te(_PLAIN)), 60),
+    Part("step-360m-fp8", TE, (*_360M, *_te(_PLAIN, "precision.fp8=tensorwise")), 60),
+    Part("step-3b-tensorwise", TE, (*_3B, *_te(_PLAIN, "precision.fp8=tensorwise")), 60),
+    Part("step-3b-delayed", TE, (*_3B, *_te(_PLAIN, "precision.fp8=delayed")), 60),
     Part("memory-te", TE, _memory(*_TE_MODES, *_te()), 45),
     Part("memory-fp8", TE, _memory(*_TE_MODES, *_te("precision.fp8=tensorwise")), 45),
     Part("op", OP, ("op", "--device", "cuda", "--runs", "20"), 60),
-    Part("step-3b-te", TE, (*_3B, *_te()), 60),
+    Part("step-3b-te", TE, (*_3B, *_te(_PLAIN)), 60),
     Part("step-360m", STEP, _step("360m", "--strides", "16"), 60),
     Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4"), 60),
     Part("memory-360m", MODEL, _memory(), 60),

@@ -107,3 +107,10 @@ def test_without_a_gpu_everything_is_skipped_and_the_page_is_written(tmp_path):
     assert all("torch sees no NVIDIA GPU" in part["said"] for part in results["parts"])
     page = (tmp_path / "no-gpu.md").read_text()
     assert f"0 ran, 0 failed, {len(gpu.PARTS)} skipped" in page
+
+
+def test_what_is_set_does_not_undo_the_recompute_modes():
+    parser = benchmark.build_parser()
+    memory = [parser.parse_args(part.arguments) for part in gpu.PARTS if part.arguments[0] == "memory"]
+    assert len(memory) == 4
+    assert not [key for given in memory for key in given.set if key.startswith("recompute.")]
