@@ -76,18 +76,21 @@ class DocumentAttention(torch.nn.Module):
         return _KeepsInputs.apply(documents if packed_seq_params else rows, query, key, value).flatten(-2)
 
 
-def build_with_document_attention(config: DepthAttentionConfig, *, vocab_size: int, length: int) -> GPTModel:
-    """A local model with this core attention in every layer."""
+def build_with_document_attention(
+    config: DepthAttentionConfig, *, vocab_size: int, length: int, **stage: bool
+) -> GPTModel:
+    """A local model with this core attention in every layer; ``stage``: pre_process and post_process."""
     spec = depth_attention_block_spec(config)
     layer = spec.layer_specs[0]
     attention = layer.submodules.self_attention
     parts = dataclasses.replace(attention.submodules, core_attention=DocumentAttention)
     submodules = dataclasses.replace(layer.submodules, self_attention=dataclasses.replace(attention, submodules=parts))
-    spec.layer_specs = [dataclasses.replace(layer, submodules=submodules)] * config.num_layers
+    spec.layer_specs = [dataclasses.replace(layer, submodules=submodules)] * len(spec.layer_specs)
     return (DepthGPTModel if config.depth_attention else GPTModel)(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=vocab_size,
         max_sequence_length=length,
         position_embedding_type="rope",
+        **stage,
     )
