@@ -259,6 +259,17 @@ def _wrong_gpu_for_attention(config: RunConfig, machine: Machine) -> str | None:
     )
 
 
+def _heads_for_attention(config: RunConfig, machine: Machine) -> str | None:
+    size = config.model.kv_channels
+    if not config.precision.fp8_attention or size == 128 or machine.capability >= (10, 0):
+        return None
+    return (
+        f"precision.fp8_attention=true with model.kv_channels={size} on {machine.gpu} (compute capability "
+        f"{_dotted(machine.capability)}): below 10.0 cuDNN's FP8 attention trains with heads of 128 only; set "
+        "precision.fp8_attention=false"
+    )
+
+
 def _of_recipe(message: Callable[[str | None, Machine], str | None]) -> Callable[[RunConfig, Machine], str | None]:
     return lambda config, machine: message(config.precision.fp8, machine)
 
@@ -276,6 +287,7 @@ MACHINE_REFUSALS = (
     Refusal("an FP8 recipe that this CUDA does not have", _of_recipe(_old_cuda)),
     Refusal("an FP8 recipe that this GPU does not have", _of_recipe(_wrong_gpu)),
     Refusal("FP8 attention that this GPU does not have", _wrong_gpu_for_attention),
+    Refusal("FP8 attention below capability 10.0 with heads of another size than 128", _heads_for_attention),
 )
 
 

@@ -148,6 +148,13 @@ MACHINE_CASES = [
         "needs a GPU of compute capability 10.0 or later, below 12.0 and H100 has 9.0: set "
         "precision.fp8_attention=false",
     ),
+    (
+        "FP8 attention below capability 10.0 with heads of another size than 128",
+        "precision.fp8=delayed precision.fp8_attention=true model.kv_channels=64",
+        H100,
+        "precision.fp8_attention=true with model.kv_channels=64 on H100 (compute capability 9.0): below 10.0 cuDNN's "
+        "FP8 attention trains with heads of 128 only; set precision.fp8_attention=false",
+    ),
 ]
 
 
@@ -204,7 +211,7 @@ def test_what_is_refused_in_one_place_runs_in_another(fp8, machine):
     recipe = RECIPES[fp8]
     keys += " precision.bf16_first_layers=1 precision.bf16_last_layers=2" if recipe.has_bf16_layers else ""
     keys += " precision.fp8_params=true" if recipe.has_fp8_params else ""
-    keys += " precision.fp8_attention=true" if fp8 == "delayed" else ""
+    keys += " precision.fp8_attention=true model.kv_channels=128" if fp8 == "delayed" else ""
     config = config_of(keys)
     validate(config, 1)
     assert machine_refusal(config, machine) is None
