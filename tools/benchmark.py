@@ -7,6 +7,7 @@ benchmark.py flops       the arithmetic of the mix, as a share of all
 benchmark.py hop         what a pipeline sends, against the least possible, and what that costs a step
 benchmark.py data        how fast the loader reads, over how fast training consumes
 benchmark.py prepare     the whole corpus preparation against the bare tokenizer library, on the same cores
+benchmark.py precision   training in bf16 and every FP8 recipe against the same weights and batches in a base
 benchmark.py checkpoint  what saving costs the training loop, synchronous and asynchronous
 """
 
@@ -25,11 +26,12 @@ from tools.benchmarks.flops import add_flops
 from tools.benchmarks.hop import add_hop
 from tools.benchmarks.memory import add_memory
 from tools.benchmarks.op import add_op
+from tools.benchmarks.precision import add_precision
 from tools.benchmarks.prepare import add_prepare
 from tools.benchmarks.result import Result, machine_facts, machine_line, markdown, table
 from tools.benchmarks.step import add_step
 
-VERBS = [add_op, add_step, add_memory, add_flops, add_hop, add_data, add_prepare, add_checkpoint]
+VERBS = [add_op, add_step, add_memory, add_flops, add_hop, add_data, add_prepare, add_precision, add_checkpoint]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,14 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line on stderr."""
+    """Exit code 0, or 1 with one line on stderr: nothing was measured, or what was is over its bounds."""
     given = build_parser().parse_args(arguments)
     try:
         result: Result = given.measure(given)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    machine = machine_facts()
+    machine = result.machine or machine_facts()
     notes = "".join(f"{note}\n" for note in result.notes)
     print(f"{result.title}\n\n{table(result.columns, result.rows)}\n{notes}{machine_line(machine)}")
     if given.json:
@@ -59,7 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.markdown:
         command = ["tools/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)]
         given.markdown.write_text(markdown(result, machine, command))
-    return 0
+    if result.is_over:
+        print("error: over its bounds, see the verdicts in the table", file=sys.stderr)
+    return int(result.is_over)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,45 @@ def test_memory(tmp_path, world):
         assert of["allocated_above_vanilla"] is None  # no GPU
 
 
+PRECISIONS = (
+    "fp32",
+    "fp32:train.log_interval=7",  # the same run by another name
+    "bf16",
+    "fp32:run.seed=7",  # other weights
+    "fp32:optimizer.lr=0",
+    "fp32:model.init_std=1e38",
+    "tensorwise",
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tensorwise would run here, and fp32 in TransformerEngine")
+def test_precision(tmp_path, world, capsys):
+    """Paired runs, and controls that must be over: other weights, no learning, a loss that is not finite."""
+    keys = ("num_layers=2", "hidden_size=32", "num_attention_heads=4", "kv_channels=8", "ffn_hidden_size=64")
+    sizes = ("train.micro_batch_size=4", "train.global_batch_size=8", "train.eval_batches=2", "data.sequence_length=16")
+    tiny = ("--set", *(f"model.{key}" for key in keys), *sizes)
+    json_file, drawn = tmp_path / "figures.json", tmp_path / "figure.svg"
+    verb = ("precision", "--precisions", *PRECISIONS, "--steps", "6", "--seeds", "2", "--figure", str(drawn))
+    assert benchmark.main(["--json", str(json_file), *verb, *tiny]) == 1
+    figures = json.loads(json_file.read_text())["figures"]
+    runs, found = figures["runs"], figures["over"]
+    assert runs["fp32"] == runs["fp32:train.log_interval=7"]
+    assert [run["losses"] for run in runs["fp32"]] != [run["losses"] for run in runs["bf16"]]
+    assert runs["fp32"][0]["losses"] != runs["fp32"][1]["losses"]
+    for run in runs["fp32"] + runs["bf16"]:
+        assert run["held_out"] == pytest.approx(run["exported"], rel=1e-3) and run["cosine"]["model"] > 0.99
+        assert len(run["losses"]) == 6
+    assert sorted(found) == ["fp32:model.init_std=1e38", "fp32:optimizer.lr=0", "fp32:run.seed=7"]
+    assert "gradient cosine" in " ".join(found["fp32:run.seed=7"])
+    assert found["fp32:optimizer.lr=0"][0].startswith("loss gap")
+    assert "not finite" in found["fp32:model.init_std=1e38"][0]
+    assert "TransformerEngine" in figures["refused"]["tensorwise"]
+    assert "</svg>" in drawn.read_text()
+    again = ("precision", "--from-json", str(json_file), "--figure", str(tmp_path / "again.svg"))
+    assert benchmark.main([*again]) == 1
+    assert drawn.read_text() == (tmp_path / "again.svg").read_text()
+
+
 def test_flops(tmp_path):
     figures, page = run(tmp_path, "flops")
     assert len(figures) == 6

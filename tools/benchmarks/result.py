@@ -28,6 +28,10 @@ class Result:
     rows: list[list[str]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    is_over: bool = False
+    """Whether something measured is over a bound that was stated: the exit code says so."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    """Where it was measured, if not in this process; see `machine_facts`."""
 
 
 def machine_facts() -> dict[str, Any]:
