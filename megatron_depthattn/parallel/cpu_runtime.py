@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 _CPU = torch.device("cpu")
 _CUDA_TYPE_NAMES = {
@@ -45,6 +46,9 @@ def enter_cpu_runtime() -> bool:
 
 def _replace_tensor_functions() -> None:
     """``device="cuda"`` means the CPU. Plain wrappers: a TorchFunctionMode is off inside backward (torch 2.15)."""
+    # Inside `with torch.device(...)` torch knows its factories by identity, from a table that it makes at first use:
+    # made later, it would hold our wrappers, and transformers 5 would take meta tensors for tensors on the CPU.
+    _device._device_constructors()
     # schedules.py, clip_grads.py, optimizer.py, grad_scaler.py, transformer/utils.py, state_dict_saver.py,
     # exchange_utils.py
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like"):
