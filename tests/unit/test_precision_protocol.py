@@ -149,7 +149,14 @@ def figures(**changes):
     one = {"losses": [3.0, 2.0, 1.0], "grad_norms": [1.0] * 3, "held_out": 1.2, "exported": 1.2, "failure": None}
     one |= {"seed": 0, "cosine": {"model": 1.0, "worst": 0.5, "worst_parameter": "decoder.layers.0.x"}}
     runs = {"bf16": [one, one], "delayed": [one, one | changes]}
-    about = {"model": "a model", "layers": "te", "steps": 3, "seeds": 2, "batch": "8 x 128", "held_out_tokens": 64}
+    about = {
+        "model": "a model",
+        "layers": "te",
+        "steps": 3,
+        "seeds": "2 seeds",
+        "batch": "8 x 128",
+        "held_out_tokens": 64,
+    }
     about |= {"learning_rate": 1e-3, "data_sha256": "0"}
     return {"about": about, "runs": runs, "refused": {"mxfp8": "it needs another GPU", "blockwise": "CUDA is old"}}
 
@@ -196,6 +203,17 @@ def test_models_that_were_not_exported_are_counted(tmp_path, capsys):
     code, said = tell(tmp_path, capsys, exported=None)
     assert code == 0
     assert "1 models not exported: transformers is not installed" in said
+
+
+def test_the_figure_names_what_it_shows(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "one.svg", tmp_path / "two.svg"
+    for file in files:
+        assert tell(tmp_path, capsys, "--figure", str(file))[0] == 0
+    drawn = files[0].read_text()
+    for text in ("bf16 (base)", "delayed", "tolerance, ±1.0%", "training loss, nats per byte", "step"):
+        assert f"<!-- {text} -->" in drawn
+    assert drawn == files[1].read_text()
 
 
 def test_without_matplotlib_nothing_is_run(monkeypatch, capsys):

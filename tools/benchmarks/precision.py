@@ -29,12 +29,15 @@ BASES = {
 MODIFIERS = {
     "params": ["precision.fp8_params=true"],
     "attention": ["precision.fp8_attention=true"],
+    "reference": ["model.depth_attention.op=reference"],
     "recompute": ["recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1"],
 }
+DEFAULTS = {"cuda": ["bf16", "bf16+reference", *RECIPES], "cpu": ["fp32", "fp32+reference", "bf16"]}
 SETTINGS_HELP = (
     f"the first is the base; one of {', '.join(BASES)}, with +params (FP8 weights), +attention (FP8 attention), +endsN "
-    "(N first and last layers in bf16), +recompute, and other keys of the config behind a colon "
-    "(bf16:optimizer.lr=1e-4,run.seed=5); default: on a GPU bf16 and every FP8 recipe, else fp32 bf16"
+    "(N first and last layers in bf16), +reference (the mix in its reference implementation: the same arithmetic, "
+    "rounded elsewhere), +recompute, and other keys of the config behind a colon (bf16:optimizer.lr=1e-4,run.seed=5); "
+    f"default: on a GPU {' '.join(DEFAULTS['cuda'])}, else {' '.join(DEFAULTS['cpu'])}"
 )
 
 
@@ -129,7 +132,7 @@ def _choose(given: argparse.Namespace, kind: str) -> tuple[dict[str, RunConfig],
     from megatron_depthattn.precision_check import machine_refusal
     from megatron_depthattn.train.hardware import this_machine
 
-    names = given.precisions or (["bf16", *RECIPES] if kind == "cuda" else ["fp32", "bf16"])
+    names = given.precisions or DEFAULTS[kind]
     settings = [parse_setting(name) for name in dict.fromkeys(names)]
     refused: dict[str, str] = {}
     fp8 = [setting for setting in settings if setting.is_fp8]
@@ -200,7 +203,7 @@ def _about(config: RunConfig, given: argparse.Namespace, digest: str) -> dict[st
         f"{model.num_query_groups} KV heads of {model.kv_channels}",
         "layers": model.spec,
         "steps": given.steps,
-        "seeds": given.seeds,
+        "seeds": f"{given.seeds} seed{'s' if given.seeds > 1 else ''}",
         "batch": f"{train.global_batch_size} x {config.data.sequence_length}",
         "held_out_tokens": train.eval_batches * train.global_batch_size * config.data.sequence_length,
         "learning_rate": config.optimizer.lr,
@@ -216,7 +219,7 @@ def _result(figures: dict[str, Any], tolerance: float, least_cosine: float) -> R
     base = next(iter(runs))
     result = Result(
         title=f"Training against {base}: {about['model']}, {about['steps']} steps of {about['batch']} bytes, "
-        f"{about['seeds']} seeds",
+        f"{about['seeds']}",
         columns=[
             *("precision", "loss, last fifth", "gap to base: mean (least to largest)", "largest gap in any window"),
             *("first gradient: cosine", "its worst parameter", "first loss: gap", "held-out loss", "exported, in bf16"),
@@ -225,6 +228,8 @@ def _result(figures: dict[str, Any], tolerance: float, least_cosine: float) -> R
         figures=figures | {"tolerance": tolerance, "least_cosine": least_cosine, "over": {}},
         notes=_notes(about, base, tolerance, least_cosine),
     )
+    if any("+reference" in name for name in runs):
+        result.notes.append("+reference: the same arithmetic, rounded elsewhere: what rounding alone grows to")
     for name, own in runs.items():
         cells, found = _row(own, runs[base], tolerance, least_cosine, is_base=name == base)
         result.rows.append([name, *cells, "; ".join(found) or ("base" if name == base else "within")])
@@ -264,8 +269,8 @@ def _row(
             [""] * 5
             if is_base
             else [
-                f"{gap.mean:+.3%} ({gap.low:+.3%} to {gap.high:+.3%})",
-                f"{gap.largest:+.3%} (step {gap.largest_step})",
+                f"{_percent(gap.mean)} ({_percent(gap.low)} to {_percent(gap.high)})",
+                f"{_percent(gap.largest)} (step {gap.largest_step})",
                 f"{min(cosines):.6f}",
                 f"{worst['worst']:.4f} ({worst['worst_parameter'].removeprefix('decoder.')})",
                 f"{max(first, key=abs):+.1e}",
@@ -275,6 +280,11 @@ def _row(
         f"{max(exported, key=abs):+.3%}" if exported else "",
     ]
     return cells, over(gap, cosines, exported, tolerance=tolerance, least_cosine=least_cosine)
+
+
+def _percent(gap: float) -> str:
+    """In percent, or as a power of ten where that would be 0.000 %."""
+    return f"{gap:+.0e}" if 0 < abs(gap) < 5e-6 else f"{gap:+.3%}"
 
 
 def _notes(about: dict[str, Any], base: str, tolerance: float, least_cosine: float) -> list[str]:

@@ -96,7 +96,7 @@ def gradient_cosine(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Co
     Layers of another spec name some norms otherwise: those are left out.
     """
     products, cosines = torch.zeros(3, dtype=torch.float64), {}
-    for name in own.keys() & base.keys():
+    for name in (name for name in base if name in own):
         x, y = own[name].double().flatten(), base[name].double().flatten()
         sums = torch.stack([x @ y, x @ x, y @ y]).cpu()
         products += sums

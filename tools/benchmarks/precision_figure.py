@@ -49,17 +49,22 @@ def draw(figures: dict[str, Any], tolerance: float, path: Path) -> None:
         {"svg.hashsalt": "precision", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     ):
         figure, (curves, gaps) = pyplot.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
-        colors = dict(zip(others, mpl.color_sequences["tab10"] * 3, strict=False))
+        colors = {name: f"C{number}" for number, name in enumerate(others)}
         ends = paired_gap(losses[base], losses[base]).steps
 
         means = {name: np.mean([window_means(run) for run in runs], axis=0) for name, runs in losses.items()}
         curves.plot(ends, means[base], color=BASE_COLOR, linewidth=5, alpha=0.5, label=f"{base} (base)")
-        for name in others:
-            curves.plot(ends, means[name], color=colors[name], linewidth=1.3, label=name)
+        for number, name in enumerate(others):  # dashes in turn: curves that coincide are all seen
+            dashes = (4 * number, (4, 4 * len(others) - 4)) if len(others) > 1 else "-"
+            curves.plot(ends, means[name], color=colors[name], linewidth=1.5, linestyle=dashes)
         curves.set(xlabel="step", ylabel="training loss, nats per byte", title="Loss")
-        curves.legend(frameon=False)
 
-        gaps.axhspan(-tolerance, tolerance, color="0.93", label=f"tolerance, ±{tolerance:.1%}")
+        gaps.axhspan(-tolerance, tolerance, color="0.95")
+        for bound in (-tolerance, tolerance):
+            gaps.axhline(bound, color="0.6", linewidth=1, linestyle="--")
+        gaps.annotate(
+            f"tolerance, ±{tolerance:.1%}", (ends[0], tolerance), (0, -4), textcoords="offset points", va="top"
+        )
         gaps.axhline(0, color=BASE_COLOR, linewidth=1)
         for name in others:
             by_seed = np.asarray(paired_gap(losses[name], losses[base]).by_seed)
@@ -69,19 +74,17 @@ def draw(figures: dict[str, Any], tolerance: float, path: Path) -> None:
             gaps.plot(ends, by_seed.mean(axis=0), color=colors[name], linewidth=1.5, label=name)
         judged = ends[-num_tail_windows(about["steps"])] - (ends[-1] - ends[-2] if len(ends) > 1 else 0)
         gaps.axvline(judged, color="0.5", linewidth=1, linestyle=":")
-        gaps.annotate(
-            "judged", (judged, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points", va="top"
-        )
+        gaps.annotate("judged", (judged, -tolerance), (4, 4), textcoords="offset points")
         gaps.yaxis.set_major_formatter(PercentFormatter(1.0))
         gaps.set(
             xlabel="step", ylabel=f"(loss − {base}'s) / {base}'s", title="Relative gap: mean and range of the seeds"
         )
-        gaps.legend(frameon=False, loc="lower right")
         for axes in (curves, gaps):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.margins(x=0.01)
+        figure.legend(frameon=False, loc="outside lower center", ncols=min(6, len(losses)))
         figure.suptitle(
-            f"{about['model']}; {about['steps']} steps of {about['batch']} bytes, {about['seeds']} seeds", fontsize=10
+            f"{about['model']}; {about['steps']} steps of {about['batch']} bytes, {about['seeds']}", fontsize=10
         )
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         pyplot.close(figure)
