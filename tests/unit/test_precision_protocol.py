@@ -10,6 +10,7 @@ import torch
 
 from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.precision import RECIPES
+from megatron_depthattn.precision_check import Machine
 from tools import benchmark
 from tools.benchmarks import precision
 from tools.benchmarks.precision import parse_setting
@@ -119,6 +120,37 @@ def test_a_name_is_keys(text, keys):
 def test_unknown_names_are_refused(text, word):
     with pytest.raises(ValueError, match=word):
         parse_setting(text)
+
+
+def choose(*arguments):
+    given = benchmark.build_parser().parse_args(["precision", *arguments])
+    return precision._choose(given, "cuda")
+
+
+def test_what_runs_on_a_gpu_and_what_is_told(monkeypatch):
+    """Here an H100 under a CUDA that is too old for one recipe: the base has TransformerEngine's layers as well."""
+    machine = Machine("NVIDIA H100", (9, 0), "12.8", "2.20.2")
+    monkeypatch.setattr("megatron_depthattn.train.hardware.this_machine", lambda: machine)
+    configs, refused = choose()
+    assert list(configs) == ["bf16", "bf16+reference", "delayed", "tensorwise"]
+    assert {config.model.spec for config in configs.values()} == {"te"}
+    assert [config.precision.fp8 for config in configs.values()] == [None, None, "delayed", "tensorwise"]
+    assert sorted(refused) == ["blockwise", "mxfp8"]
+    assert "CUDA 12.9" in refused["blockwise"]
+    configs, refused = choose("--precisions", "fp32", "bf16")
+    assert {config.model.spec for config in configs.values()} == {"local"}
+    with pytest.raises(ValueError, match=r"no two settings .*mxfp8: "):
+        choose("--precisions", "bf16", "mxfp8")
+    with pytest.raises(ValueError, match="no two settings"):
+        choose("--precisions", "mxfp8", "bf16", "delayed")  # the base itself
+    with pytest.raises(ValueError, match=r"fp8_params=true with precision\.fp8=mxfp8"):
+        choose("--precisions", "bf16", "mxfp8+params")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    assert benchmark.main(["precision", "--device", "cuda"]) == 1
+    assert "set --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECIPES)
