@@ -155,9 +155,11 @@ def run_part(part: Part, seconds: float, work: Path, *, tests_passed: bool = Fal
         figures = read_junit(Path(f"{base}.xml"))
         state = "failed" if done.returncode else "ran"
         return Outcome(part.name, state, said, took, tests_page(part.name, part.arguments, figures), figures)
-    if done.returncode != 0:
+    if done.returncode != 0 and not Path(f"{base}.json").exists():
         return Outcome(part.name, "failed", f"exit code {done.returncode}: {said}", took)
     page, figures = Path(f"{base}.md").read_text(), json.loads(Path(f"{base}.json").read_text())
+    if figures.get("is_over"):
+        return Outcome(part.name, "failed", "over a bound, see below", took, page, figures)
     return Outcome(part.name, "ran", "see below", took, page, figures)
 
 

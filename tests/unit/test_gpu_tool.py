@@ -83,6 +83,17 @@ def test_a_part_of_tests_tells_what_was_found_and_what_was_skipped(tmp_path):
     assert "- skipped (2): no such recipe" in outcome.page
 
 
+def test_a_part_that_is_over_its_bound_fails_and_keeps_its_table(tmp_path, monkeypatch):
+    def over(*_, **__) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "precision.json").write_text('{"is_over": true}')
+        (tmp_path / "precision.md").write_text("the table")
+        return subprocess.CompletedProcess([], 1, "", "done")
+
+    monkeypatch.setattr(gpu.subprocess, "run", over)
+    outcome = gpu.run_part(gpu.Part("precision", (), ("precision",), 60), 60, tmp_path)
+    assert (outcome.state, outcome.said, outcome.page) == ("failed", "over a bound, see below", "the table")
+
+
 def test_a_second_call_on_the_same_machine_keeps_what_the_first_ran():
     machine = {"gpu": "NVIDIA H100", "torch": "2.11.0", "date": "today"}
     first = [gpu.Outcome("op", "ran", "see below", 9.0, date="morning"), gpu.Outcome("data", "skipped", "3 s left")]
