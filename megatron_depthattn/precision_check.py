@@ -1,4 +1,4 @@
-"""Which precision cannot run, and where; `config_check.validate` and `train.engine.build_engine` raise what they get.
+"""Which precision cannot run, and where; `config_check.validate` and `train.hardware` raise what they get.
 
 Every message says what was given, why it is refused and what to set. The README's table has a row for each.
 """

@@ -15,10 +15,8 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_depthattn.config import RunConfig, to_dict
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
-from megatron_depthattn.precision_check import machine_refusal
 from megatron_depthattn.train.build import build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
-from megatron_depthattn.train.hardware import this_machine
 from megatron_depthattn.train.step import Microbatch, StepResult, run_microbatches, train_step
 
 
@@ -55,11 +53,9 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
     """The engine that ``engine.name`` names, with initial weights; call after the process groups are there.
 
     Raises:
-        ValueError: DeepSpeed or what it builds itself with is not installed, no launcher started this process, this
-            machine has not what ``model.spec=te`` or the precision needs, or the mix's op cannot run on this device.
+        ValueError: DeepSpeed or what it builds itself with is not installed, no launcher started this process, or the
+            mix's op cannot run on this device.
     """
-    if config.model.spec == "te" and (refusal := machine_refusal(config, this_machine())) is not None:
-        raise ValueError(refusal)
     depth = config.model.depth_attention
     refusal = triton_refusal(device) if depth.enabled and depth.op == "triton" else None
     if refusal is not None:

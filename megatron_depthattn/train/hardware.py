@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from megatron_depthattn.precision_check import Machine
+from megatron_depthattn.config import RunConfig
+from megatron_depthattn.precision_check import Machine, machine_refusal
+
+
+def require_hardware(config: RunConfig) -> None:
+    """Raise ``ValueError`` if this machine has not what the config's layers and precision need; call it first."""
+    if config.model.spec == "te" and (refusal := machine_refusal(config, this_machine())) is not None:
+        raise ValueError(refusal)
 
 
 def this_machine() -> Machine:

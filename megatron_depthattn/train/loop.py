@@ -27,6 +27,7 @@ from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.engine import Engine, build_engine
+from megatron_depthattn.train.hardware import require_hardware
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
 from megatron_depthattn.train.metrics import Meter, RankStatus, exchange_status, forward_flops, peak_memory_gb
 from megatron_depthattn.train.report import Reporter
@@ -72,6 +73,7 @@ class Training:
     def __init__(self, config: RunConfig, environment: LaunchEnvironment) -> None:
         self.config, self.world_size, self.is_writer = config, environment.world_size, environment.rank == 0
         sizes = validate(config, environment.world_size)
+        require_hardware(config)
         timeout = _collective_timeout(config)
         self.device, self.fitness = enter_world(config, environment, timeout)
         self.megatron = transformer_config(config)

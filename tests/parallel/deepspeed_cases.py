@@ -97,19 +97,19 @@ BF16 = [Job(layout="dp2", stage=3, dtype="bf16")]
 CONTROLS = [
     Job(layout="tp2+sp", stage=0, sabotage="norms_not_reduced"),
     Job(layout="dp2", stage=2, sabotage="last_microbatch_only"),
-    Job(layout="tp2", stage=2, sabotage="norm_of_own_tensor_rank"),
+    *([Job(layout="tp2", stage=2, sabotage="norm_of_own_tensor_rank")] if FULL else []),
 ]
 POISONED = [Job(layout="dp2", stage=stage, poison=True) for stage in ((0, 2, 3) if FULL else (3,))]
 
 SAVES = [
     Job(layout="single", engine="megatron", rows=2, save=True),
-    Job(layout="tp2+sp", stage=2, save=True),
     Job(layout="dp2", stage=3, save=True),
+    *([Job(layout="tp2+sp", stage=2, save=True)] if FULL else []),
 ]
-_MEGATRON, _Z2, _Z3 = (job.name for job in SAVES)
+_MEGATRON, _Z3, *_ = (job.name for job in SAVES)
 RESUMES = [
     Job(layout="dp2", stage=3, resume=_MEGATRON),
-    *(Job(layout="single", engine="megatron", rows=2, resume=name) for name in (_Z2, _Z3)),
+    *(Job(layout="single", engine="megatron", rows=2, resume=job.name) for job in SAVES[1:]),
 ]
 
 if FULL:
@@ -140,6 +140,7 @@ if FULL:
     ]
     _Z1, _Z0, _BF16 = (job.name for job in more)
     SAVES += more
+    _Z2 = SAVES[2].name
     RESUMES += [
         *(Job(layout="dp2", stage=stage, resume=_MEGATRON) for stage in range(3)),
         Job(layout="dp2", stage=3, resume=_Z3),

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from tests.parallel.cases import FULL
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +35,9 @@ def test_two_stages_are_one(tmp_path, record_property):
     assert max(found) < 1e-5
 
 
+@pytest.mark.skipif(
+    not FULL, reason="the refusal itself is in tests/unit/test_schedule.py; in two processes: make parity-full"
+)
 def test_microbatches_of_unequal_lengths_are_refused(tmp_path):
     done = run(tmp_path, 2, [[5, 11], [7, 3]])
     assert done.returncode != 0

@@ -181,16 +181,14 @@ def test_what_a_machine_lacks_is_told(row, keys, machine, message):
     assert next(r.message(config, machine) for r in MACHINE_REFUSALS if r.name == row) == said
 
 
-def test_this_machine_refuses_before_a_model_is_built(monkeypatch):
-    """The whole way: a run of TransformerEngine's layers on a machine without a GPU."""
-    from megatron_depthattn.parallel.launch_env import LaunchEnvironment
-    from megatron_depthattn.train import engine
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_this_machine_refuses_transformer_engines_layers():
+    """tests/e2e/test_train_command.py does so with the whole command."""
+    from megatron_depthattn.train.hardware import require_hardware
 
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(engine, "build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ValueError, match=r"model\.spec=te needs"):
-        engine.build_engine(config_of(), torch.device("cpu"), LaunchEnvironment(0, 1, 0, launched=False))
+        require_hardware(config_of())
+    require_hardware(config_of("model.spec=local"))
 
 
 def test_every_refusal_has_a_case_and_a_row_in_the_readme():

@@ -30,9 +30,10 @@ def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig
     """The config of one training process with one micro-batch a step; ``more``: keys, with ``__`` for the dots.
 
     Raises:
-        ValueError: an unknown key or a value of the wrong type.
+        ValueError: an unknown key, a value of the wrong type, or what cannot run on this machine.
     """
-    from megatron_depthattn.config import load_config
+    from megatron_depthattn.config import load_config, validate
+    from megatron_depthattn.train.hardware import require_hardware
 
     path = SHAPES[given.shape or ("360m" if device == "cuda" else "cpu")]
     values = {key.replace("__", "."): value for key, value in more.items()}
@@ -41,7 +42,10 @@ def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig
     batch = given.micro_batch or load_config(path).train.micro_batch_size
     values["train.micro_batch_size"] = values["train.global_batch_size"] = batch
     settings = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
-    return load_config(path, [*settings, *given.set])
+    config = load_config(path, [*settings, *given.set])
+    validate(config, 1, needs_data=False)
+    require_hardware(config)
+    return config
 
 
 def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
