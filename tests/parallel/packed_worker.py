@@ -6,13 +6,13 @@ torchrun ... -m tests.parallel.packed_worker FOLDER LENGTHS, with LENGTHS the do
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_depthattn.model.gpt import qwen3_style_config
 from megatron_depthattn.model.initialization import globally_named_parameters, initialize_weights
-from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.schedule import run_schedule
@@ -31,11 +31,8 @@ def forward_step(work, model):
     return output, lambda losses: (losses.mean(), losses.detach().clone())
 
 
-def main(folder: Path, batches: list[list[int]]) -> None:
-    enter_cpu_runtime()
-    initialize_distributed(launch_environment())
-    rank, stages = dist.get_rank(), dist.get_world_size()
-    initialize_model_parallel(pipeline=stages)
+def step(batches: list[list[int]], rank: int, stages: int) -> dict[str, Any]:
+    """Losses (on the last stage) and gradients, in a world that has its groups."""
     config = qwen3_style_config(
         **SHAPE,
         ffn_hidden_size=48,
@@ -45,13 +42,20 @@ def main(folder: Path, batches: list[list[int]]) -> None:
         batch_p2p_comm=True,
     )
     ends = {"pre_process": rank == 0, "post_process": rank == stages - 1}
-    model = build_with_document_attention(config, vocab_size=VOCAB, length=sum(batches[0]), **ends).train()
-    initialize_weights(model, seed=3, init_std=0.2)
     length = sum(batches[0])
+    model = build_with_document_attention(config, vocab_size=VOCAB, length=length, **ends).train()
+    initialize_weights(model, seed=3, init_std=0.2)
     given = {"micro_batch_size": 1, "sequence_length": length, "forward_only": False}
     losses = run_schedule(forward_step, list(enumerate(batches)), [model], **given)
     gradients = {name: parameter.grad for name, parameter in globally_named_parameters(model)}
-    torch.save({"losses": losses, "gradients": gradients}, folder / f"{rank}of{stages}.pt")
+    return {"losses": losses, "gradients": gradients}
+
+
+def main(folder: Path, batches: list[list[int]]) -> None:
+    initialize_distributed(launch_environment())
+    rank, stages = dist.get_rank(), dist.get_world_size()
+    initialize_model_parallel(pipeline=stages)
+    torch.save(step(batches, rank, stages), folder / f"{rank}of{stages}.pt")
     shut_down()
 
 
