@@ -38,8 +38,9 @@ class MegatronState:
             state["optimizer"] = self._optimizer.sharded_state_dict(
                 dict(state), is_loading=is_loading, metadata=_metadata()
             )
-        # A checkpoint holds weights in a plain dtype. Only now: the optimizer finds its weights among them by identity.
-        force_all_tensors_to_non_fp8(state)
+        if not is_loading:  # Megatron does it by itself where it loads
+            # A checkpoint holds weights in a plain dtype. Only now: the optimizer knows its weights by identity.
+            force_all_tensors_to_non_fp8(state)
         return state
 
     def sharded_weights(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_depthattn.config import PrecisionConfig, RunConfig, load_config
 from megatron_depthattn.train.build import build_model
 from tests.gpu.emulated_fp8 import emulate
+from tests.te.small import FUSED_NORMS
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 NUM_LAYERS, VOCAB, SEQUENCE, BATCH = 6, 512, 128, 2
@@ -37,11 +38,6 @@ SHAPE = {
 BF16, FP32 = "precision.dtype=bf16", "precision.dtype=fp32"
 VANILLA = "model.depth_attention.enabled=false"
 FULL_RECOMPUTE = ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1")
-LOCAL_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""TransformerEngine's layers hold the norm in front of a matrix together with it."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,8 @@ def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     """Parameters by the names that they have in local layers."""
     (model,) = unwrap_model([chunk])
     for name, parameter in model.named_parameters():
-        for theirs, local in LOCAL_NAMES.items():
-            name = name.replace(theirs, local)
+        for local, fused in FUSED_NORMS.items():
+            name = name.replace(fused, local)
         yield name, parameter
 
 

@@ -106,9 +106,9 @@ def _train(config: RunConfig, stream: ByteStream, device: torch.device, seed: in
 
     chunks = build_model(config, device)
     optimizer, schedule = build_optimizer(config, chunks)
+    shape = (config.train.micro_batch_size, config.data.sequence_length)
     for step in range(config.train.steps):
         schedule.step(increment=1)
-        shape = (config.train.micro_batch_size, config.data.sequence_length)
         taken = train_step(chunks, optimizer, stream.batch(config, device, seed=seed, step=step), shape)
         if taken.skipped:
             result.failure = f"step {step + 1}: {taken.diagnosis[0]}"
