@@ -19,7 +19,7 @@ from tools.convert_checkpoint import main
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
-BF16_BOUND = 0.08  # of the largest logit: eight bits of mantissa, in weights and activations of four layers
+BF16_BOUND = 0.05  # of the logits' norm: eight bits of mantissa; the largest single error varies more, with the CPU
 TOOL = "tools/convert_checkpoint.py"
 STEP = "checkpoints/step_00000002"
 SHORT = ["train.steps=2", "train.eval_interval=null", "run.seed=3", "model.init_std=0.3"]  # logits of order one
@@ -100,11 +100,12 @@ def test_megatron_hf_and_reference_agree(exported, layout: str):
         ours = load_causal_lm(made.hf, dtype=torch.float32)(tokens).logits
         rounded = load_causal_lm(made.hf, dtype=torch.bfloat16)(tokens).logits
     megatron = megatron_logits(MegatronCheckpoint(made.step), tokens)
-    errors = [(logits - expected).abs().max().item() for logits in (ours, megatron, rounded)]
-    print(f"{layout}: HF {errors[0]:.1e}, Megatron {errors[1]:.1e}, HF bf16 {errors[2]:.1e}, largest {largest:.1f}")
+    errors = [(logits - expected).abs().max().item() for logits in (ours, megatron)]
+    in_bf16 = ((rounded - expected).norm() / expected.norm()).item()
+    print(f"{layout}: HF {errors[0]:.1e}, Megatron {errors[1]:.1e}, HF bf16 {in_bf16:.1%}, largest {largest:.1f}")
     assert errors[0] <= 1e-4
     assert errors[1] <= 1e-4
-    assert errors[2] <= BF16_BOUND * largest
+    assert in_bf16 <= BF16_BOUND
 
 
 def test_verify_passes_as_a_command(exported):
