@@ -54,7 +54,8 @@ class EngineConfig:
 @dataclass(kw_only=True, frozen=True)
 class DepthConfig:
     enabled: bool = True
-    """Mix each layer's value with its sources' values; false: the vanilla model, with the same weights."""
+    """Mix each layer's value with its sources' values; false: the vanilla model, with the same weights. Read where
+    model.method is depth_attention."""
     stride: int | None = None
     """Layers 0, stride, 2·stride, ... are sources of every later layer; null: half the (effective) layers."""
     recent_window: int = 0
@@ -65,7 +66,29 @@ class DepthConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class DenseFormerConfig:
+    period: int = 1
+    """Blocks from one average to the next; 1: one after every block."""
+    dilation: int = 1
+    """An average reads every dilation-th earlier hidden state, counted back from its own; 1: all of them."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class AttnResConfig:
+    block_size: int = 12
+    """Sublayers, two a layer, from one snapshot of the residual stream to the next."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class MHCConfig:
+    num_streams: int = 4
+    """Residual streams."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class ModelConfig:
+    method: Literal["depth_attention", "vanilla", "denseformer", "attnres", "mhc"] = "depth_attention"
+    """What layers share beside the hidden state, see docs/methods.md; vanilla: nothing."""
     num_layers: int = 8
     """Decoder layers that hold weights."""
     hidden_size: int = 192
@@ -95,6 +118,15 @@ class ModelConfig:
     spec: Literal["local", "te"] = "local"
     """Whose layers: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU)."""
     depth_attention: DepthConfig = field(default_factory=DepthConfig)
+    denseformer: DenseFormerConfig = field(default_factory=DenseFormerConfig)
+    attnres: AttnResConfig = field(default_factory=AttnResConfig)
+    mhc: MHCConfig = field(default_factory=MHCConfig)
+
+    @property
+    def layers_share(self) -> str:
+        """model.method, where Depth-Attention that is not enabled is vanilla."""
+        is_off = self.method == "depth_attention" and not self.depth_attention.enabled
+        return "vanilla" if is_off else self.method
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -36,10 +36,13 @@ PURE = {
     "preflight/compare.py": {f"{PACKAGE}.parallel.rank_spans", f"{PACKAGE}.preflight.report"},
     "data/order.py": {"numpy"},
 }
+METHODS = ("denseformer", "attnres", "mhc")
+DEFINITIONS = ("definition", "definitions", *(f"{name}.definition" for name in METHODS))
+PURE |= {f"methods/{name.replace('.', '/')}.py": {f"{PACKAGE}.methods"} for name in DEFINITIONS}
 # What a whole folder may import. Triton is torch's own kernel language and comes with it on GPU machines.
 ALLOWED_IN_FOLDER = {
     "ops": {"torch", "triton", f"{PACKAGE}.ops"},
-    "hf": {"torch", "transformers", "safetensors", f"{PACKAGE}.hf"},
+    "hf": {"torch", "transformers", "safetensors", f"{PACKAGE}.hf", *(f"{PACKAGE}.methods.{n}" for n in DEFINITIONS)},
 }
 FORBIDDEN_IN_FOLDER = {"model": {f"{PACKAGE}.train", f"{PACKAGE}.data", f"{PACKAGE}.hf"}}
 DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")

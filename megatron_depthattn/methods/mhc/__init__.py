@@ -1,0 +1,1 @@
+"""mHC, manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices."""
