@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 Shape = tuple[int, ...]
 Parameters = dict[str, Shape]
@@ -22,6 +23,9 @@ class CrossLayerMethod(ABC):
     A layer may leave its input to later layers: it is then a *source* of theirs. Between two layers flow
     ``num_streams`` hidden states, one for most methods.
     """
+
+    title: ClassVar[str]
+    """The method's name in sentences."""
 
     num_layers: int
     hidden_size: int

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_depthattn.model.source_plan import SourcePlan
+from megatron_depthattn.methods.definition import CrossLayerMethod
+from megatron_depthattn.model.source_plan import CrossLayerPlan
 
 
 def matrix_flops(num_weights: int) -> int:
@@ -47,7 +48,7 @@ class ForwardFlops:
     logits: int
     """The output layer."""
     mix: int
-    """Depth-Attention: group means, scores and weighted values over depth."""
+    """Depth-Attention: group means, scores and weighted values over depth; what another method adds to vanilla."""
 
     @property
     def total(self) -> int:
@@ -67,6 +68,8 @@ class DecoderShape:
     vocab_size: int
     """Rows of the embedding and of the output layer, padding included."""
     tie_embeddings: bool = False
+    method: CrossLayerMethod | None = None
+    """None for vanilla and Depth-Attention, which have the same weights."""
 
     @property
     def _query_size(self) -> int:
@@ -84,22 +87,25 @@ class DecoderShape:
 
     @property
     def parameters(self) -> int:
-        """Weights of the decoder; Depth-Attention adds none."""
+        """Weights of the decoder."""
         norms = 2 * self.hidden_size + 2 * self.kv_channels
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * (self._matrix_weights + norms) + self.hidden_size + embeddings
+        added = self.method.num_parameters if self.method else 0
+        return self.num_layers * (self._matrix_weights + norms) + self.hidden_size + embeddings + added
 
-    def forward_flops(self, sequence_length: int, plan: SourcePlan | None) -> ForwardFlops:
+    def forward_flops(self, sequence_length: int, plan: CrossLayerPlan | None) -> ForwardFlops:
         """Operations of one token's forward pass; recompute is not counted.
 
         Args:
             sequence_length: positions of a sequence, for the average length of causal attention.
-            plan: the source plan; None for a vanilla model.
+            plan: Depth-Attention's source plan; None for any other model.
         """
         sources = [len(plan.sources(layer)) for layer in range(self.num_layers)] if plan else []
         return ForwardFlops(
             projections=matrix_flops(self.num_layers * self._matrix_weights),
             attention=self.num_layers * attention_flops(self._query_size, sequence_length),
             logits=matrix_flops(self.hidden_size * self.vocab_size),
-            mix=sum(mix_flops(self._query_size, self._key_size, number) for number in sources),
+            mix=self.method.total_flops
+            if self.method
+            else sum(mix_flops(self._query_size, self._key_size, number) for number in sources),
         )

@@ -81,7 +81,7 @@ def build_gpt_model(
             f"tensor_model_parallel_size={config.tensor_model_parallel_size} does not divide the padded vocabulary of "
             f"{rows} rows (vocab_size={vocab_size} padded to a multiple of {VOCAB_MULTIPLE}): set a power of two."
         )
-    model_class = DepthGPTModel if config.depth_attention else GPTModel
+    model_class = DepthGPTModel if config.shares_over_layers else GPTModel
     return model_class(
         config=config,
         transformer_layer_spec=depth_attention_block_spec(config, backend, vp_stage),

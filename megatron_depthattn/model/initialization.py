@@ -6,7 +6,7 @@ rank draws the whole tensor and keeps its share. The same seed is the same model
 virtual pipeline layout.
 
 The rule is that of the released models: normal with one standard deviation for every matrix, no scaling with depth,
-norms at one.
+norms at one. Parameters that a method adds and that are no matrices begin at the values that it defines.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def initialize_weights(model: GPTModel, *, seed: int, init_std: float) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in globally_named_parameters(model):
+        if (initial := getattr(parameter, "initial", None)) is not None:  # a method's own, see methods/parameters.py
+            parameter.copy_(initial(tuple(parameter.shape)))
+            continue
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue

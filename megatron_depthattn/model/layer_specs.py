@@ -1,8 +1,9 @@
-"""Layer specs: Megatron's own, with Depth-Attention's layer and attention in place of the stock ones."""
+"""Layer specs: Megatron's own, with the layer of Depth-Attention or of another method in place of the stock one."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -12,6 +13,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_depthattn.methods.attnres.layer import with_attention_residuals
+from megatron_depthattn.methods.denseformer.layer import with_denseformer
+from megatron_depthattn.methods.mhc.layer import with_hyper_connections
 from megatron_depthattn.model.attention import DepthSelfAttention
 from megatron_depthattn.model.core_attention import AllGatherAttention
 from megatron_depthattn.model.layer import DepthAttentionLayer
@@ -38,8 +42,8 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
     """The spec of one decoder layer.
 
     Args:
-        config: decides on q/k norm and on Depth-Attention; with ``depth_attention=False`` the result is Megatron's own
-            spec, with norms and core attention that also run under sequence and context parallel.
+        config: decides on q/k norm and on the method; with ``depth_attention=False`` the result is Megatron's own spec,
+            with norms and core attention that also run under sequence and context parallel.
         backend: ``local`` (plain torch modules, any device) or ``te`` (TransformerEngine, GPU; also packed sequences,
             ``PackedSeqParams`` with ``qkv_format="thd"``).
 
@@ -53,7 +57,7 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
         spec = _transformer_engine_spec(config)
     else:
         raise ValueError(f"backend is {backend!r}; the layer specs are 'local' and 'te'.")
-    return with_depth_attention(spec) if config.depth_attention else spec
+    return WITH_METHOD[config.method](spec)
 
 
 def with_depth_attention(spec: ModuleSpec) -> ModuleSpec:
@@ -61,6 +65,16 @@ def with_depth_attention(spec: ModuleSpec) -> ModuleSpec:
     attention = dataclasses.replace(spec.submodules.self_attention, module=DepthSelfAttention)
     submodules = dataclasses.replace(spec.submodules, self_attention=attention)
     return dataclasses.replace(spec, module=DepthAttentionLayer, submodules=submodules)
+
+
+WITH_METHOD: Mapping[str, Callable[[ModuleSpec], ModuleSpec]] = {
+    "vanilla": lambda spec: spec,
+    "depth_attention": with_depth_attention,
+    "denseformer": with_denseformer,
+    "attnres": with_attention_residuals,
+    "mhc": with_hyper_connections,
+}
+"""The spec of a vanilla layer to that of each method's."""
 
 
 def _local_spec(config: DepthAttentionConfig) -> ModuleSpec:

@@ -1,54 +1,47 @@
-"""Who reads whom: the source plan of a Depth-Attention model.
+"""Who reads whom: the source plan of a model whose layers share more than the hidden state.
 
 Everything that a layer, a pipeline stage or a memory estimate has to know about cross-layer traffic follows from
-four integers and the pipeline cut. It is computed here, once, as a pure function, so that no rank has to be asked
+a few integers and the pipeline cut. It is computed here, once, as a pure function, so that no rank has to be asked
 and every rank can check that it holds the same plan.
 
-Layers count from 0. A *source* of layer ``l`` is an earlier layer whose key and mixed value ``l`` attends over. The
-model is cut into chunks; chunk ``c`` runs on pipeline rank ``c % num_ranks``. A rank that once received or made a
-source keeps it while one of its chunks still has to read it, so a source crosses the boundary between two ranks at
-most once in a micro-batch, and only if some rank behind that boundary reads it.
+Layers count from 0. A *source* of layer ``l`` is an earlier layer that left something for ``l`` to read: with
+Depth-Attention its key and mixed value, with other methods its input. The model is cut into chunks; chunk ``c`` runs
+on pipeline rank ``c % num_ranks``. A rank that once received or made a source keeps it while one of its chunks still
+has to read it, so a source crosses the boundary between two ranks at most once in a micro-batch, and only if some
+rank behind that boundary reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 
-@dataclass(frozen=True)
-class SourcePlan:
-    """The sources of every layer and what crosses every pipeline edge.
+class CrossLayerPlan(ABC):
+    """The sources of every layer and what crosses every pipeline edge; a frozen dataclass with these fields.
 
     Attributes:
         num_layers: layers of the whole model.
-        stride: every ``stride``-th layer (0, stride, 2*stride, ...) is a source of all later layers.
-        recent_window: the last ``recent_window`` layers are sources as well.
         chunk_starts: index of the first layer of every pipeline chunk, in model order; ``(0,)`` without pipelining.
             With interleaving there is one entry per virtual stage.
         num_ranks: pipeline ranks, which take turns at the chunks; None: every chunk has a rank of its own.
     """
 
     num_layers: int
-    stride: int
-    recent_window: int = 0
-    chunk_starts: tuple[int, ...] = (0,)
-    num_ranks: int | None = None
+    chunk_starts: tuple[int, ...]
+    num_ranks: int | None
+
+    @abstractmethod
+    def sources(self, layer: int) -> tuple[int, ...]:
+        """Layers that ``layer`` reads, ascending."""
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ValueError(
-                f"depth_attention_stride is {self.stride}; it counts layers between sources: set it to 1 or more "
-                "(1: every earlier layer), or leave it unset for half the layers."
-            )
-        if self.recent_window < 0:
-            raise ValueError(
-                f"depth_attention_recent_window is {self.recent_window}; it counts layers: set it to 0 or more."
-            )
         starts = self.chunk_starts
         if (
             not starts
@@ -64,10 +57,6 @@ class SourcePlan:
                 f"{self.num_ranks} pipeline ranks cannot take turns at {len(starts)} chunks: every rank must hold the "
                 "same number of chunks."
             )
-
-    def sources(self, layer: int) -> tuple[int, ...]:
-        """Layers that ``layer`` reads, ascending: every ``stride``-th earlier one and the last ``recent_window``."""
-        return tuple(i for i in range(layer) if i % self.stride == 0 or i >= layer - self.recent_window)
 
     @cached_property
     def _readers(self) -> tuple[tuple[int, ...], ...]:
@@ -139,7 +128,60 @@ class SourcePlan:
 
     def digest(self) -> str:
         """A fingerprint that is equal on two ranks exactly if their plans are equal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SourcePlan(CrossLayerPlan):
+    """Depth-Attention's plan.
+
+    Attributes:
+        stride: every ``stride``-th layer (0, stride, 2*stride, ...) is a source of all later layers.
+        recent_window: the last ``recent_window`` layers are sources as well.
+    """
+
+    num_layers: int
+    stride: int
+    recent_window: int = 0
+    chunk_starts: tuple[int, ...] = (0,)
+    num_ranks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ValueError(
+                f"depth_attention_stride is {self.stride}; it counts layers between sources: set it to 1 or more "
+                "(1: every earlier layer), or leave it unset for half the layers."
+            )
+        if self.recent_window < 0:
+            raise ValueError(
+                f"depth_attention_recent_window is {self.recent_window}; it counts layers: set it to 0 or more."
+            )
+        super().__post_init__()
+
+    def sources(self, layer: int) -> tuple[int, ...]:
+        """Every ``stride``-th earlier layer and the last ``recent_window``, ascending."""
+        return tuple(i for i in range(layer) if i % self.stride == 0 or i >= layer - self.recent_window)
+
+
+@dataclass(frozen=True)
+class ListedPlan(CrossLayerPlan):
+    """The plan of any other method.
+
+    Attributes:
+        reads: for every layer the layers that it reads, ascending.
+    """
+
+    reads: tuple[tuple[int, ...], ...]
+    chunk_starts: tuple[int, ...] = (0,)
+    num_ranks: int | None = None
+
+    @property
+    def num_layers(self) -> int:  # type: ignore[override]
+        return len(self.reads)
+
+    def sources(self, layer: int) -> tuple[int, ...]:
+        return self.reads[layer]
 
 
 def default_stride(num_layers: int) -> int:
@@ -148,13 +190,14 @@ def default_stride(num_layers: int) -> int:
 
 
 def hop_bytes(
-    plan: SourcePlan, *, hidden_size: int, source_size: int, tokens: int, bytes_per_element: int
+    plan: CrossLayerPlan, *, hidden_size: int, source_size: int, tokens: int, bytes_per_element: int
 ) -> Sequence[int]:
     """Bytes that one micro-batch sends forward over every pipeline edge (backward sends the same again).
 
     Args:
         hidden_size: numbers per token of the hidden state on one rank.
-        source_size: numbers per token of one source on one rank: key and value, ``2 * kv_heads * head_size``.
+        source_size: numbers per token of one source on one rank; of Depth-Attention's key and value together
+            ``2 * kv_heads * head_size``.
         tokens: tokens of a micro-batch on one rank.
         bytes_per_element: 4 for fp32, 2 for bf16.
     """

@@ -1,31 +1,35 @@
-"""Megatron's ``TransformerConfig`` with the four fields of Depth-Attention, and everything that it refuses."""
+"""Megatron's ``TransformerConfig`` with the fields of the cross-layer methods, Depth-Attention the first of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_depthattn.model.source_plan import SourcePlan, default_stride
+from megatron_depthattn.methods.definition import CrossLayerMethod
+from megatron_depthattn.methods.definitions import DEFINITIONS
+from megatron_depthattn.model.refusals import refusal_of
+from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
-from megatron_depthattn.parallel.payload import Payload, depth_payload
+from megatron_depthattn.parallel.payload import Payload, cross_layer_payload
 
 
 @dataclass
 class DepthAttentionConfig(TransformerConfig):
-    """A ``TransformerConfig`` whose layers attend over depth.
+    """A ``TransformerConfig`` whose layers attend over depth, or share something else.
 
     All of Megatron's fields keep their meaning; with ``depth_attention=False`` the model is Megatron's own.
-    Construction raises ``ValueError`` for every combination in ``REFUSALS``, with the reason and what to set.
+    Construction raises ``ValueError`` for every combination in `refusals.py`, with the reason and what to set.
     """
 
     depth_attention: bool = True
-    """Mix the values of earlier layers at the same token into the value that self-attention reads."""
+    """Mix the values of earlier layers at the same token into the value that self-attention reads. Always False with
+    another ``method``."""
 
     depth_attention_stride: int | None = None
     """Layers between sources; None: half the layers (the released models), 1: every earlier layer."""
@@ -37,11 +41,20 @@ class DepthAttentionConfig(TransformerConfig):
     """Implementation of the mix: ``lean`` (recomputes in backward), ``triton`` (the same in one GPU kernel each way, on
     GPUs only) or ``reference`` (plain autograd)."""
 
+    method: str = "depth_attention"
+    """What layers share: ``depth_attention``, ``vanilla`` (nothing) or one of `methods.definitions.DEFINITIONS`."""
+
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of one of the latter, by the names of its definition's fields."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.depth_attention:
+        if self.method == "depth_attention" and not self.depth_attention:
+            self.method = "vanilla"
+        self.depth_attention = self.method == "depth_attention"
+        if not self.shares_over_layers:
             return
-        if self.depth_attention_stride is None:
+        if self.depth_attention and self.depth_attention_stride is None:
             self.depth_attention_stride = default_stride(self.num_layers)
         self.validate()
         if self.pipeline_model_parallel_size > 1:
@@ -50,42 +63,74 @@ class DepthAttentionConfig(TransformerConfig):
             self.variable_seq_lengths = True
 
     @property
-    def source_plan(self) -> SourcePlan:
+    def shares_over_layers(self) -> bool:
+        """Whether layers share anything but the hidden state; False: vanilla."""
+        return self.method != "vanilla"
+
+    @property
+    def method_definition(self) -> CrossLayerMethod | None:
+        """The method's definition; None for vanilla and for Depth-Attention."""
+        if self.method not in DEFINITIONS:
+            return None
+        sizes = {"num_layers": self.num_layers, "hidden_size": self.hidden_size}
+        return DEFINITIONS[self.method](**sizes, **self.method_settings)
+
+    @property
+    def source_plan(self) -> CrossLayerPlan:
         """Who reads whom under this config's pipeline layout."""
+        cut: dict[str, Any] = {
+            "chunk_starts": pipeline_chunk_starts(self),
+            "num_ranks": self.pipeline_model_parallel_size,
+        }
+        if definition := self.method_definition:
+            return ListedPlan(tuple(map(definition.sources, range(self.num_layers))), **cut)
         assert self.depth_attention_stride is not None
-        return SourcePlan(
-            num_layers=self.num_layers,
-            stride=self.depth_attention_stride,
-            recent_window=self.depth_attention_recent_window,
-            chunk_starts=pipeline_chunk_starts(self),
-            num_ranks=self.pipeline_model_parallel_size,
-        )
+        return SourcePlan(self.num_layers, self.depth_attention_stride, self.depth_attention_recent_window, **cut)
+
+    @property
+    def source_kinds(self) -> tuple[str, ...]:
+        """What a layer leaves to later ones, in the words of the payload."""
+        return ("key", "value") if self.depth_attention else ("input",)
+
+    @property
+    def hidden_width(self) -> int:
+        """Numbers per token that flow from layer to layer."""
+        definition = self.method_definition
+        return self.hidden_size * (definition.num_streams if definition else 1)
+
+    @property
+    def part_width(self) -> int:
+        """Numbers per token of one part of a source on one rank."""
+        if not self.depth_attention:
+            return self.hidden_size
+        return max(1, self.num_query_groups // self.tensor_model_parallel_size) * self.kv_channels
 
     def message_into(self, chunk: int) -> Payload:
         """What pipeline chunk ``chunk`` (in model order) receives, with the widths of one rank."""
-        groups = max(1, self.num_query_groups // self.tensor_model_parallel_size)
-        shares = self.tensor_model_parallel_size if self.sequence_parallel else 1
-        return depth_payload(
+        # Under sequence parallel a rank has all positions of its own heads, but its share of the hidden state's.
+        spread = self.tensor_model_parallel_size if self.sequence_parallel and self.depth_attention else 1
+        return cross_layer_payload(
             self.source_plan.entering(chunk),
-            hidden_width=self.hidden_size,
-            source_width=groups * self.kv_channels * shares,
+            self.source_kinds,
+            hidden_width=self.hidden_width,
+            part_width=self.part_width * spread,
         )
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming what was given, why Depth-Attention refuses it and what to set."""
+        """Raise ``ValueError`` naming what was given, why the method refuses it and what to set."""
         if self.depth_attention_op not in DEPTH_MIX_IMPLEMENTATIONS:
             raise ValueError(
                 f"depth_attention_op is {self.depth_attention_op!r}; the implementations are "
                 f"{sorted(DEPTH_MIX_IMPLEMENTATIONS)}."
             )
-        for refusal in REFUSALS:
-            # Fields come and go between Megatron-Core versions: one that does not exist cannot be set wrongly.
-            value = getattr(self, refusal.field, None)
-            if refusal.applies(self, value):
-                raise ValueError(
-                    f"Depth-Attention refuses {refusal.field}={value!r}: {refusal.reason} {refusal.remedy}"
-                )
-        _ = self.source_plan  # its constructor checks stride, window and the pipeline cut
+        if not self.depth_attention and self.method not in DEFINITIONS:
+            raise ValueError(
+                f"method is {self.method!r}; the methods are {['depth_attention', 'vanilla', *DEFINITIONS]}."
+            )
+        refusal = refusal_of(self, self.method)
+        if refusal is not None:
+            raise ValueError(refusal)
+        _ = self.source_plan  # its constructor checks stride, window, the method's settings and the pipeline cut
 
 
 def pipeline_chunk_starts(config: TransformerConfig) -> tuple[int, ...]:
@@ -103,158 +148,3 @@ def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None, pp_rank: i
     if layout is not None:  # Megatron's own count answers for this process only, whatever rank it is asked about
         return layout.layout[pp_rank][vp_stage or 0].count(LayerType.decoder)
     return get_num_layers_to_build(config, vp_stage, pp_rank)
-
-
-class Refusal(NamedTuple):
-    """One combination that is not supported, in the words that the user will read."""
-
-    field: str
-    applies: Callable[[DepthAttentionConfig, Any], bool]
-    reason: str
-    remedy: str
-
-
-def _is_set(_: DepthAttentionConfig, value: Any) -> bool:
-    return bool(value)
-
-
-def _pipelined(config: DepthAttentionConfig, value: Any) -> bool:
-    return bool(value) and config.pipeline_model_parallel_size > 1
-
-
-def _interleaved(config: DepthAttentionConfig) -> bool:
-    return (config.virtual_pipeline_model_parallel_size or 1) > 1
-
-
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "fused_single_qkv_rope",
-        _is_set,
-        "the fused QKV-RoPE kernel never shows q, k and v apart, so there is no value to mix.",
-        "Set fused_single_qkv_rope=False.",
-    ),
-    Refusal(
-        "multi_latent_attention",
-        _is_set,
-        "keys and values of latent attention are not per-head tensors that another layer's query could score.",
-        "Set multi_latent_attention=False.",
-    ),
-    Refusal(
-        "mtp_num_layers",
-        _is_set,
-        "multi-token-prediction layers stand outside the decoder's source plan and would read no source.",
-        "Set mtp_num_layers=None.",
-    ),
-    Refusal(
-        "num_moe_experts",
-        _is_set,
-        "the layer specs build the dense decoder; expert layers have not been tried with sources.",
-        "Set num_moe_experts=None.",
-    ),
-    Refusal(
-        "overlap_moe_expert_parallel_comm",
-        _is_set,
-        "that schedule runs a layer in pieces and bypasses its forward, where sources are received and sent.",
-        "Set overlap_moe_expert_parallel_comm=False.",
-    ),
-    Refusal(
-        "experimental_attention_variant",
-        _is_set,
-        "these attention modules do not have the q, k, v seam that the mix uses.",
-        "Set experimental_attention_variant=None.",
-    ),
-    Refusal(
-        "attention_output_gate",
-        _is_set,
-        "the gated projection has not been tried with the mix.",
-        "Set attention_output_gate=False.",
-    ),
-    Refusal(
-        "heterogeneous_block_specs",
-        _is_set,
-        "layers of different shapes cannot score each other's keys.",
-        "Set heterogeneous_block_specs=False.",
-    ),
-    Refusal(
-        "softmax_scale",
-        lambda config, value: value is not None,
-        "the mix is defined with 1/sqrt(head size), and another temperature for the sequence leaves depth undefined.",
-        "Set softmax_scale=None.",
-    ),
-    Refusal(
-        "yarn_rotary_scaling_factor",
-        lambda config, value: value is not None,
-        "YaRN scales q and k inside RoPE; the mix, after RoPE in training and before it with a cache, would have two "
-        "temperatures.",
-        "Remove yarn_rotary_scaling_factor, or extend the context with a larger rotary base.",
-    ),
-    Refusal(
-        "fp8_multi_head_attention",
-        _is_set,
-        "the QKV projection would hand out FP8 tensors, and the mix reads bf16 (precision.py says why).",
-        "Set fp8_multi_head_attention=False; fp8_dot_product_attention casts after the mix.",
-    ),
-    Refusal("fp4", _is_set, "FP4 layers have not been tried with sources yet.", "Set fp4=None."),
-    Refusal(
-        "overlap_p2p_comm_warmup_flush",
-        _pipelined,
-        "it posts receives before their shapes are known, and messages differ in width from edge to edge.",
-        "Set overlap_p2p_comm_warmup_flush=False.",
-    ),
-    Refusal(
-        "use_ring_exchange_p2p",
-        _pipelined,
-        "the ring exchange does not ask for message shapes, and messages differ in width from edge to edge.",
-        "Set use_ring_exchange_p2p=False.",
-    ),
-    Refusal(
-        "cuda_graph_impl",
-        lambda config, value: value not in (None, "none"),
-        "a captured layer neither receives nor returns the sources.",
-        "Set cuda_graph_impl='none'.",
-    ),
-    Refusal(
-        "enable_cuda_graph", _is_set, "a captured layer neither receives nor returns the sources.", "Set it to False."
-    ),
-    Refusal(
-        "external_cuda_graph", _is_set, "a captured layer neither receives nor returns the sources.", "Set it to False."
-    ),
-    Refusal(
-        "cpu_offloading",
-        _is_set,
-        "offloading decides layer by layer what to keep, but a source is read by many layers.",
-        "Set cpu_offloading=False and use recompute_granularity instead.",
-    ),
-    Refusal(
-        "fine_grained_activation_offloading",
-        _is_set,
-        "offloaded activations of a layer may still be sources of later ones; not tried.",
-        "Set fine_grained_activation_offloading=False and use recompute_granularity instead.",
-    ),
-    Refusal(
-        "distribute_saved_activations",
-        _is_set,
-        "it splits the first argument of a recomputed layer over tensor ranks in place, and that is a pipeline "
-        "message here.",
-        "Set distribute_saved_activations=False; sequence_parallel saves the same memory.",
-    ),
-    Refusal(
-        "fp32_residual_connection",
-        _pipelined,
-        "a pipeline message has one dtype, and the sources are not fp32 when the residual stream is.",
-        "Set fp32_residual_connection=False, or pipeline_model_parallel_size=1.",
-    ),
-    Refusal(
-        "overlap_p2p_comm",
-        lambda config, value: _interleaved(config) and not value,
-        "without it the interleaved schedule batches two messages between the same two ranks, which mixed up gradients "
-        "with two stages and hung with four.",
-        "Set overlap_p2p_comm=True and batch_p2p_comm=False.",
-    ),
-    Refusal(
-        "batch_p2p_comm",
-        lambda config, value: _interleaved(config) and bool(value),
-        "batched messages between the same two ranks cannot be told apart by the interleaved schedule.",
-        "Set overlap_p2p_comm=True and batch_p2p_comm=False.",
-    ),
-)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron_depthattn.model.source_plan import SourcePlan, hop_bytes
+from megatron_depthattn.model.source_plan import CrossLayerPlan, hop_bytes
 
 
 def check_same_on_all_ranks(what: str, digest: str) -> None:
@@ -20,16 +20,22 @@ def check_same_on_all_ranks(what: str, digest: str) -> None:
 
 
 def describe_hops(
-    plan: SourcePlan, *, hidden_size: int, source_size: int, tokens: int, bytes_per_element: int
+    plan: CrossLayerPlan,
+    *,
+    vanilla_size: int,
+    hidden_size: int,
+    source_size: int,
+    tokens: int,
+    bytes_per_element: int,
 ) -> list[str]:
     """One line per pipeline edge: the sources that cross it and the bytes of one micro-batch, one way; for people.
 
-    Arguments as `hop_bytes`. Empty without pipelining.
+    Arguments as `hop_bytes`, and the numbers per token of a vanilla model's hidden state. Empty without pipelining.
     """
     sizes = hop_bytes(
         plan, hidden_size=hidden_size, source_size=source_size, tokens=tokens, bytes_per_element=bytes_per_element
     )
-    plain = tokens * bytes_per_element * hidden_size
+    plain = tokens * bytes_per_element * vanilla_size
     return [
         f"hop {i} -> {i + 1}: {size / 2**20:.2f} MiB a micro-batch each way ({size / plain:.2f}x vanilla), "
         f"sources of layers {list(edge)}"

@@ -7,13 +7,13 @@ offsets live here, in one place, from which packing, unpacking, the message's si
 
 Shape suffixes: S rows (sequence, or its share under sequence parallel), B micro-batch, W width.
 
-Under sequence parallel the hidden state holds 1/t of the positions while a source holds all positions of 1/t of the
-heads. The element counts match, so a source travels as ``[S, B, t * w]``: a reshape, no communication.
+Under sequence parallel the hidden state holds 1/t of the positions while a key or value holds all positions of 1/t of
+the heads. The element counts match, so it travels as ``[S, B, t * w]``: a reshape, no communication.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,9 @@ from torch import Tensor
 HIDDEN = "hidden"
 
 
-def source_parts(layer: int) -> tuple[str, str]:
-    """Names of the two parts that ``layer`` leaves to later ones: its key and its mixed value."""
-    return f"key.{layer}", f"value.{layer}"
+def source_parts(layer: int, kinds: Iterable[str]) -> tuple[str, ...]:
+    """Names of the parts that ``layer`` leaves to later ones, one of each kind, such as its key and its mixed value."""
+    return tuple(f"{kind}.{layer}" for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ class Payload:
         return dict(zip(self.widths, message_SBW.split(list(self.widths.values()), dim=-1), strict=True))
 
 
-def depth_payload(sources: tuple[int, ...], *, hidden_width: int, source_width: int) -> Payload:
-    """The message of a Depth-Attention edge: the hidden state, then key and mixed value of every live source.
+def cross_layer_payload(sources: Iterable[int], kinds: Sequence[str], *, hidden_width: int, part_width: int) -> Payload:
+    """The message of a pipeline edge: the hidden state, then the parts of every live source.
 
     Args:
-        sources: layers whose key and value cross the edge.
-        hidden_width: numbers per row of the hidden state.
-        source_width: numbers per row of one key (a value has the same).
+        sources: layers whose parts cross the edge.
+        kinds: what each of them leaves, see `source_parts`.
+        hidden_width: numbers per row of the hidden state, of all streams where there are several.
+        part_width: numbers per row of one part.
     """
     widths = {HIDDEN: hidden_width}
     for layer in sources:
-        widths |= dict.fromkeys(source_parts(layer), source_width)
+        widths |= dict.fromkeys(source_parts(layer, kinds), part_width)
     return Payload(widths)

@@ -1,4 +1,4 @@
-"""Megatron's pipeline schedules for Depth-Attention: message shapes from the source plan, a state per micro-batch.
+"""Megatron's pipeline schedules for cross-layer methods: message shapes from the source plan, a state per micro-batch.
 
 Messages differ in width from edge to edge. Megatron asks the neighbour for the shape of every message; but the source
 plan and the order of the schedule say all of them beforehand, so nothing has to be asked.
@@ -70,11 +70,11 @@ def run_schedule(
         )
     states = [MicrobatchState() for _ in microbatches]
     work = [
-        Work(microbatch, {"extra_block_kwargs": {"attention_bias": state}} if config.depth_attention else {})
+        Work(microbatch, {"extra_block_kwargs": {"attention_bias": state}} if config.shares_over_layers else {})
         for microbatch, state in zip(microbatches, states, strict=True)
     ]
     planned = {}
-    if config.depth_attention and config.pipeline_model_parallel_size > 1:
+    if config.shares_over_layers and config.pipeline_model_parallel_size > 1:
         groups = ProcessGroupCollection.use_mpu_process_groups(GROUPS)
         rows = sequence_length // config.context_parallel_size
         rows //= config.tensor_model_parallel_size if config.sequence_parallel else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -12,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
@@ -33,7 +36,8 @@ def transformer_config(config: RunConfig) -> DepthAttentionConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_std,
-        depth_attention=depth.enabled,
+        method=model.layers_share,
+        method_settings=dataclasses.asdict(getattr(model, model.method)) if model.method in DEFINITIONS else {},
         depth_attention_stride=depth.stride,
         depth_attention_recent_window=depth.recent_window,
         depth_attention_op=depth.op,

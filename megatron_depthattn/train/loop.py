@@ -278,7 +278,7 @@ def _collective_timeout(config: RunConfig) -> timedelta:
 def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
     if not config.preflight.enabled:
         check_same_on_all_ranks("run configs", config_digest(config))
-    if megatron.depth_attention:
+    if megatron.shares_over_layers:
         check_same_on_all_ranks("source plans", megatron.source_plan.digest())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
 from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
@@ -34,6 +36,7 @@ def decoder_shape(config: RunConfig) -> DecoderShape:
         ffn_hidden_size=model.ffn_hidden_size,
         vocab_size=padded_vocab_size(model.vocab_size),
         tie_embeddings=model.tie_embeddings,
+        method=method_of(dataclasses.asdict(model)),
     )
 
 

@@ -34,26 +34,32 @@ def opening_lines(
 
 
 def depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
-    """Depth-Attention's settings and arithmetic in one line."""
+    """What layers share and its arithmetic in one line."""
+    price = f"{100 * flops.mix / flops.total:.3f} % of the forward arithmetic"
+    if definition := megatron.method_definition:
+        settings = "".join(f", {key} {value}" for key, value in megatron.method_settings.items())
+        return f"{definition.title}{settings}: {definition.num_parameters:,} parameters more, {price}"
     if not megatron.depth_attention:
         return "depth attention: off (vanilla)"
     plan = megatron.source_plan
     everyone = sorted({source for layer in range(plan.num_layers) for source in plan.sources(layer)})
     return (
-        f"depth attention: stride {plan.stride}, recent window {plan.recent_window}; layers {everyone} are sources; "
-        f"{100 * flops.mix / flops.total:.3f} % of the forward arithmetic"
+        f"depth attention: stride {megatron.depth_attention_stride}, recent window "
+        f"{megatron.depth_attention_recent_window}; layers {everyone} are sources; {price}"
     )
 
 
 def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
-    """One line per pipeline edge; none without pipelining or without Depth-Attention."""
-    if not megatron.depth_attention:
+    """One line per pipeline edge; none without pipelining or for a vanilla model."""
+    if not megatron.shares_over_layers:
         return []
-    tensor = config.parallel.tensor
+    shares = config.parallel.tensor if config.parallel.sequence else 1
+    of_positions = 1 if megatron.depth_attention else shares  # a source's, where the hidden state's are 1 / shares
     return describe_hops(
         megatron.source_plan,
-        hidden_size=config.model.hidden_size // (tensor if config.parallel.sequence else 1),
-        source_size=2 * max(1, config.model.num_query_groups // tensor) * config.model.kv_channels,
+        vanilla_size=megatron.hidden_size // shares,
+        hidden_size=megatron.hidden_width // shares,
+        source_size=len(megatron.source_kinds) * megatron.part_width // of_positions,
         tokens=config.train.micro_batch_size * config.data.sequence_length // config.parallel.context,
         bytes_per_element=2 if config.precision.dtype == "bf16" else 4,
     )

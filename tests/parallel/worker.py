@@ -31,9 +31,9 @@ from torch import Tensor
 
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
-from megatron_depthattn.model.attention import DepthSelfAttention, Source
+from megatron_depthattn.model.attention import DepthSelfAttention
+from megatron_depthattn.model.cross_layer import CrossLayerLayer, SourceTensors
 from megatron_depthattn.model.initialization import globally_named_parameters
-from megatron_depthattn.model.layer import DepthAttentionLayer
 from megatron_depthattn.model.norm import RMSNorm
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
@@ -249,19 +249,19 @@ def sabotage(name: str) -> Any:
     return SABOTAGES[name]() if name else contextlib.nullcontext()
 
 
-def _detached(sources: Mapping[int, Source]) -> dict[int, Source]:
-    return {index: Source(*(tensor.detach() for tensor in source)) for index, source in sources.items()}
+def _detached(sources: Mapping[int, SourceTensors]) -> dict[int, SourceTensors]:
+    return {index: tuple(tensor.detach() for tensor in source) for index, source in sources.items()}
 
 
-def _received(change: Callable[[dict[int, Source]], dict[int, Source]]) -> Any:
+def _received(change: Callable[[dict[int, SourceTensors]], dict[int, SourceTensors]]) -> Any:
     """Every chunk gets something else than the sources that it received."""
-    unpack = DepthAttentionLayer._unpack
+    unpack = CrossLayerLayer._unpack
 
-    def wrong(self: Any, message: Tensor) -> tuple[Tensor, dict[int, Source]]:
+    def wrong(self: Any, message: Tensor) -> tuple[Tensor, dict[int, SourceTensors]]:
         hidden_states, sources = unpack(self, message)
         return hidden_states, change(sources)
 
-    return mock.patch.object(DepthAttentionLayer, "_unpack", wrong)
+    return mock.patch.object(CrossLayerLayer, "_unpack", wrong)
 
 
 def _payload_gradient_dropped() -> Any:
@@ -271,7 +271,7 @@ def _payload_gradient_dropped() -> Any:
 def _two_sources_swapped() -> Any:
     """The first and the last: a layer that reads both mixes the same set, and only layers that read one notice."""
 
-    def swap(sources: dict[int, Source]) -> dict[int, Source]:
+    def swap(sources: dict[int, SourceTensors]) -> dict[int, SourceTensors]:
         first, last = min(sources), max(sources)
         assert first != last
         return sources | {first: sources[last], last: sources[first]}

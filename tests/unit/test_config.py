@@ -301,7 +301,6 @@ REFUSALS = [
     (2, "engine.name=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1"),
     (1, "engine.name=deepspeed engine.offload_optimizer=true", "set engine.zero_stage=1 or more, or engine.offload"),
     (1, "engine.name=deepspeed precision.dtype=bf16", "DeepSpeed would sum gradients in bf16; set engine.zero_stage=1"),
-    (1, "model.method=mhc", "model.method=mhc is not available yet in this version"),
     (1, "model.num_loops=2", "model.num_loops=2 is not available yet in this version; set model.num_loops=1"),
     (1, "precision.fp8=delayed model.spec=te", "set precision.dtype=bf16"),
     (1, "train.hang_timeout=0", "train.hang_timeout is 0.0; set a number above 0"),

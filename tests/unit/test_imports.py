@@ -27,7 +27,7 @@ PURE = {
     "precision.py": {f"{PACKAGE}.config"},
     "precision_check.py": {f"{PACKAGE}.config", f"{PACKAGE}.precision"},
     "model/source_plan.py": {"torch"},
-    "model/flops.py": {f"{PACKAGE}.model.source_plan"},
+    "model/flops.py": {f"{PACKAGE}.model.source_plan", f"{PACKAGE}.methods.definition"},
     "model/activation_memory.py": {f"{PACKAGE}.model.source_plan"},
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
     "parallel/rank_spans.py": set(),
@@ -39,12 +39,15 @@ PURE = {
 METHODS = ("denseformer", "attnres", "mhc")
 DEFINITIONS = ("definition", "definitions", *(f"{name}.definition" for name in METHODS))
 PURE |= {f"methods/{name.replace('.', '/')}.py": {f"{PACKAGE}.methods"} for name in DEFINITIONS}
+PURE |= {f"methods/{name}/reference.py": {"torch"} for name in METHODS}
 # What a whole folder may import. Triton is torch's own kernel language and comes with it on GPU machines.
 ALLOWED_IN_FOLDER = {
     "ops": {"torch", "triton", f"{PACKAGE}.ops"},
     "hf": {"torch", "transformers", "safetensors", f"{PACKAGE}.hf", *(f"{PACKAGE}.methods.{n}" for n in DEFINITIONS)},
 }
-FORBIDDEN_IN_FOLDER = {"model": {f"{PACKAGE}.train", f"{PACKAGE}.data", f"{PACKAGE}.hf"}}
+FORBIDDEN_IN_FOLDER = {
+    folder: {f"{PACKAGE}.train", f"{PACKAGE}.data", f"{PACKAGE}.hf"} for folder in ("model", "methods")
+}
 DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 NEVER_IN_PACKAGE = {"tools", "launch", "tests"}
 PATCHING_FILE = "parallel/cpu_runtime.py"

@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
-from megatron_depthattn.parallel.payload import HIDDEN, Payload, depth_payload
+from megatron_depthattn.parallel.payload import HIDDEN, Payload, cross_layer_payload
 
 S, B, E, G, D, T = 12, 3, 20, 2, 4, 2
+KINDS = ("key", "value")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,7 +28,7 @@ def parts_of(sources: tuple[int, ...], *, rows: int) -> dict[str, torch.Tensor]:
 
 
 def test_widths_order_and_offsets():
-    payload = depth_payload((0, 4), hidden_width=E, source_width=G * D)
+    payload = cross_layer_payload((0, 4), KINDS, hidden_width=E, part_width=G * D)
     assert dict(payload.widths) == {HIDDEN: E, "key.0": 8, "value.0": 8, "key.4": 8, "value.4": 8}
     assert list(payload.widths) == [HIDDEN, "key.0", "value.0", "key.4", "value.4"]
     assert payload.width == E + 4 * 8
@@ -40,7 +41,7 @@ def test_widths_order_and_offsets():
 def test_round_trip(sources, tensor_ranks):
     """Under sequence parallel a source [S, B, G, D] travels as rows [S/T, B, T*G*D], the rows of the hidden state."""
     rows = S // tensor_ranks
-    payload = depth_payload(sources, hidden_width=E, source_width=tensor_ranks * G * D)
+    payload = cross_layer_payload(sources, KINDS, hidden_width=E, part_width=tensor_ranks * G * D)
     parts = parts_of(sources, rows=rows)
     message = payload.pack(parts)
     assert message.shape == (rows, B, payload.width)
@@ -55,7 +56,7 @@ def test_round_trip(sources, tensor_ranks):
 def test_message_is_fresh_memory(sources):
     """The schedules free the message after sending it, which must not touch what it was made of; nor keep it alive."""
     parts = parts_of(sources, rows=S)
-    message = depth_payload(sources, hidden_width=E, source_width=G * D).pack(parts)
+    message = cross_layer_payload(sources, KINDS, hidden_width=E, part_width=G * D).pack(parts)
     assert message._base is None and message.is_contiguous()
     assert message.untyped_storage().nbytes() == message.numel() * message.element_size()
     own = message.untyped_storage().data_ptr()
@@ -65,7 +66,7 @@ def test_message_is_fresh_memory(sources):
 @pytest.mark.parametrize("tensor_ranks", [1, T], ids=["plain", "sequence-parallel"])
 def test_gradients_reach_exactly_their_part(tensor_ranks):
     sources = (1, 2)
-    payload = depth_payload(sources, hidden_width=E, source_width=tensor_ranks * G * D)
+    payload = cross_layer_payload(sources, KINDS, hidden_width=E, part_width=tensor_ranks * G * D)
     parts = parts_of(sources, rows=S // tensor_ranks)
     upstream = {name: normal(*part.shape, seed=100 + i).detach() for i, (name, part) in enumerate(parts.items())}
     # As across a hop: the receiver's message is a leaf, and its gradient is what the sender's backward starts from.
@@ -79,7 +80,7 @@ def test_gradients_reach_exactly_their_part(tensor_ranks):
 
 
 def test_one_parts_gradient_leaves_the_others_alone():
-    payload = depth_payload((0,), hidden_width=E, source_width=G * D)
+    payload = cross_layer_payload((0,), KINDS, hidden_width=E, part_width=G * D)
     parts = parts_of((0,), rows=S)
     payload.unpack(payload.pack(parts))["value.0"].sum().backward()
     assert torch.equal(parts["value.0"].grad, torch.ones(S, B, G, D, dtype=torch.float64))

@@ -15,7 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_depthattn.model.core_attention import AllGatherAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.layer_specs import depth_attention_layer_spec
-from megatron_depthattn.model.transformer_config import REFUSALS, DepthAttentionConfig
+from megatron_depthattn.model.refusals import DEPTH_ATTENTION_REFUSALS, HIDDEN_STATE_REFUSALS, REFUSALS
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel import agreement
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
 
@@ -51,8 +52,15 @@ REFUSED_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "overlap_p2p_comm": (False, INTERLEAVED),
     "batch_p2p_comm": (True, INTERLEAVED),
 }
+OF_OTHER_METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "fp32_residual_connection": (True, {}),
+    "inference_fuse_tp_communication": (True, {}),
+    "fused_residual_rmsnorm": (True, {}),
+}
 NOT_IN_MEGATRON = {"yarn_rotary_scaling_factor"}
 """Fields that ``TransformerConfig`` has in none of the supported versions: set as an attribute, or by a subclass."""
+OF_DEPTH_ATTENTION = (*DEPTH_ATTENTION_REFUSALS, *REFUSALS)
+OTHER_METHODS = ("denseformer", "attnres", "mhc")
 
 
 def config_of(**overrides: Any) -> DepthAttentionConfig:
@@ -61,13 +69,14 @@ def config_of(**overrides: Any) -> DepthAttentionConfig:
 
 
 def test_the_table_is_covered():
-    assert [refusal.field for refusal in REFUSALS] == list(REFUSED_VALUES)
+    assert {refusal.field for refusal in OF_DEPTH_ATTENTION} == set(REFUSED_VALUES)
+    assert [refusal.field for refusal in HIDDEN_STATE_REFUSALS] == list(OF_OTHER_METHODS)
     fields = set(DepthAttentionConfig.__dataclass_fields__)
-    missing = {refusal.field for refusal in REFUSALS} - fields
-    assert missing == NOT_IN_MEGATRON, f"of {len(REFUSALS)} refused fields, this Megatron-Core lacks {sorted(missing)}"
+    missing = {refusal.field for refusal in OF_DEPTH_ATTENTION} - fields
+    assert missing == NOT_IN_MEGATRON, f"of {len(REFUSED_VALUES)} fields, this Megatron-Core lacks {sorted(missing)}"
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+@pytest.mark.parametrize("refusal", OF_DEPTH_ATTENTION, ids=lambda refusal: refusal.field)
 def test_refusal(refusal):
     """Set on a config that is fine without it, past Megatron's own checks."""
     value, others = REFUSED_VALUES[refusal.field]
@@ -80,6 +89,39 @@ def test_refusal(refusal):
     assert refusal.reason.endswith(".") and refusal.remedy.endswith(".")
 
 
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_refusals_of_other_methods(method):
+    """What every method refuses, and what those refuse that work on the hidden state; not what the mix's seam needs."""
+    title = {"denseformer": "DenseFormer", "attnres": "Attention Residuals", "mhc": "mHC"}[method]
+    cases = [(refusal, OF_OTHER_METHODS) for refusal in HIDDEN_STATE_REFUSALS]
+    cases += [(refusal, REFUSED_VALUES) for refusal in REFUSALS if refusal.field not in OF_OTHER_METHODS]
+    for refusal, values in cases:
+        value, others = values[refusal.field]
+        config = config_of(method=method, **others)
+        config.validate()
+        setattr(config, refusal.field, value)
+        with pytest.raises(ValueError, match=re.escape(f"{title} refuses {refusal.field}={value!r}: {refusal.reason}")):
+            config.validate()
+    config_of(method=method, softmax_scale=0.25)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "dense"}, "method is 'dense'; the methods are ['depth_attention', 'vanilla', 'denseformer',"),
+        (
+            {"method": "denseformer", "method_settings": {"period": 0}},
+            "model.denseformer.period is 0; it counts",
+        ),
+        ({"method": "attnres", "method_settings": {"block_size": 0}}, "model.attnres.block_size is 0; it counts"),
+        ({"method": "mhc", "method_settings": {"num_streams": 1}}, "model.mhc.num_streams is 1; with one stream"),
+    ],
+)
+def test_settings_of_methods(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_of(**given)
+
+
 REFUSED_BY_MEGATRON_FIRST = {
     "overlap_moe_expert_parallel_comm",
     "experimental_attention_variant",
@@ -90,7 +132,7 @@ TRANSLATED_BY_MEGATRON = {"enable_cuda_graph": "cuda_graph_impl", "external_cuda
 """Old names of another field: the constructor's message names the new one."""
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+@pytest.mark.parametrize("refusal", OF_DEPTH_ATTENTION, ids=lambda refusal: refusal.field)
 def test_the_constructor_never_accepts_a_refused_field(refusal):
     value, others = REFUSED_VALUES[refusal.field]
     named = TRANSLATED_BY_MEGATRON.get(refusal.field, refusal.field)

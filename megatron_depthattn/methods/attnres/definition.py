@@ -8,6 +8,7 @@ over the snapshots so far and the stream itself, and so does the final norm.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_depthattn.methods.definition import CrossLayerMethod, Parameters
 
@@ -18,6 +19,8 @@ FINAL = "final_aggregator"
 @dataclass(frozen=True, kw_only=True)
 class AttentionResiduals(CrossLayerMethod):
     """``block_size``: sublayers (two a layer) from one snapshot to the next."""
+
+    title: ClassVar[str] = "Attention Residuals"
 
     block_size: int = 12
 

@@ -8,6 +8,7 @@ its sources. The last layer also holds the average behind it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_depthattn.methods.definition import CrossLayerMethod, Parameters
 
@@ -16,6 +17,8 @@ from megatron_depthattn.methods.definition import CrossLayerMethod, Parameters
 class DenseFormer(CrossLayerMethod):
     """DenseFormer with ``period`` P and ``dilation`` d: every P-th block is followed by an average over each d-th
     earlier state, counted back from its own. 1 and 1: after every block, over all of them."""
+
+    title: ClassVar[str] = "DenseFormer"
 
     period: int = 1
     dilation: int = 1

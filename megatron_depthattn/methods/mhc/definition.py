@@ -6,6 +6,7 @@ Nothing is read from farther back, so there are no sources; every pipeline edge 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_depthattn.methods.definition import CrossLayerMethod, Parameters
 
@@ -17,6 +18,8 @@ SINKHORN_ITERATIONS = 20
 @dataclass(frozen=True, kw_only=True)
 class HyperConnections(CrossLayerMethod):
     """``num_streams``: residual streams n."""
+
+    title: ClassVar[str] = "mHC"
 
     num_streams: int = 4
 
