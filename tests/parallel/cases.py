@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 
 from megatron_depthattn.config import (
+    AttnResConfig,
     DataConfig,
     DepthConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ from megatron_depthattn.config import (
 
 STEPS, SAVE_AFTER = 10, 5
 SEQUENCE_LENGTH = 32
+SUBLAYERS_A_SNAPSHOT = 4
 FULL = os.environ.get("DEPTHATTN_PARITY") == "full"
 
 # Two key/value heads, so that four tensor ranks have to share them; heads times head size is not the hidden size.
@@ -38,6 +40,7 @@ MODEL = ModelConfig(
     vocab_size=250,
     max_position_embeddings=64,
     init_std=0.1,
+    attnres=AttnResConfig(block_size=SUBLAYERS_A_SNAPSHOT),
 )
 # Micro-batches of two rows: with one row a mixed-up order of positions and rows would go unnoticed.
 TRAIN = TrainConfig(steps=20, global_batch_size=8, micro_batch_size=2)
@@ -100,6 +103,7 @@ class Job:
     """One run of a layout. All start from the same weights."""
 
     layout: str
+    method: str = "depth_attention"
     stride: int = 2
     window: int = 1
     recompute: str = "none"
@@ -115,7 +119,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        parts = [self.layout, f"stride{self.stride}", f"window{self.window}", self.recompute]
+        spacing = [f"stride{self.stride}", f"window{self.window}"]
+        parts = [self.layout, *(spacing if self.method == "depth_attention" else [self.method]), self.recompute]
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
         parts += [f"from-{self.resume}"] * bool(self.resume)
         return "-".join(parts)
@@ -123,12 +128,14 @@ class Job:
     @property
     def reference(self) -> Job:
         """The single-process job whose losses and gradients are the truth."""
+        if self.method != "depth_attention":
+            return Job(layout="single", method=self.method)
         return REFERENCES[self.stride, self.window]
 
     def config(self) -> RunConfig:
         depth = DepthConfig(stride=self.stride, recent_window=self.window)
         return RunConfig(
-            model=dataclasses.replace(MODEL, depth_attention=depth),
+            model=dataclasses.replace(MODEL, method=self.method, depth_attention=depth),
             parallel=LAYOUTS[self.layout].parallel,
             recompute=RECOMPUTE[self.recompute],
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
@@ -162,7 +169,31 @@ def _parity_of(layout: str) -> list[Job]:
 
 PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
 
+METHODS = ("denseformer", "attnres", "mhc")
+METHOD_LAYOUTS = ("dp2", "pp2", "tp2+sp", "pp2xvpp2", "pp4", "tp2xpp2+sp", *(("cp2", "pp4xvpp2") if FULL else ()))
+"""The optimizer's steps of four processes take long: ten of them in the full campaign only."""
+
+
+def _parity_of_method(method: str) -> list[Job]:
+    jobs = [Job(layout="single", method=method, recompute="uniform1")]
+    for layout in METHOD_LAYOUTS:
+        steps = 3 if LAYOUTS[layout].world_size > 2 and not FULL else STEPS
+        jobs.append(Job(layout=layout, method=method, steps=steps))
+    # a rank's chunks and recomputed layers share what they read
+    return [*jobs, Job(layout="pp2xvpp2", method=method, recompute="uniform1", steps=STEPS if FULL else 1)]
+
+
+PARITY += [job for method in METHODS for job in _parity_of_method(method)]
+
+NO_GRADIENT = ("decoder.layers.0.attention_aggregator.",)
+"""How names of parameters begin whose gradient is zero by definition: that aggregator's two candidates are equal."""
+
 CONTROLS = [
+    Job(layout="pp2", method="denseformer", steps=2, sabotage="source_dropped"),
+    Job(layout="pp2", method="attnres", steps=2, sabotage="source_dropped"),
+    Job(layout="pp2", method="mhc", steps=2, sabotage="stream_dropped"),
+    Job(layout="pp2", method="attnres", steps=2, sabotage="payload_gradient_dropped"),
+    Job(layout="tp2+sp", method="mhc", steps=2, sabotage="method_parameters_not_reduced"),
     Job(layout="pp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp2xvpp2", steps=2, sabotage="lent_gradient_dropped"),
@@ -189,11 +220,13 @@ RESUMES = [
     }.items()
     for to in targets
 ]
+SAVES += [Job(layout="pp2", method=method, save=True) for method in METHODS]
+RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in METHODS]
 
 
 def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
     if job.agreement:
         return []
-    saver = [save for save in SAVES if save.layout == job.resume]
+    saver = [save for save in SAVES if (save.layout, save.method) == (job.resume, job.method)]
     return [job.reference] * (job != job.reference) + saver

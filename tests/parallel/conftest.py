@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.cases import CONTROLS, LAYOUTS, PARITY, REFERENCES, Job, needs
+from tests.parallel.cases import CONTROLS, LAYOUTS, METHODS, PARITY, Job, needs
 from tests.parallel.compare import worst_gradient_error, worst_loss_error
 from tests.parallel.launch import run_jobs
 
@@ -29,7 +29,7 @@ class Campaign:
                     j for j in everything if LAYOUTS[j.layout].world_size == world_size and bool(j.resume) == resuming
                 ]
                 # The single process first writes the common weights; then layout by layout.
-                jobs.sort(key=lambda j: (j not in REFERENCES.values(), list(LAYOUTS).index(j.layout)))
+                jobs.sort(key=lambda j: (j != j.reference, list(LAYOUTS).index(j.layout)))
                 rounds.append((world_size, jobs))
         self._rounds = rounds
 
@@ -61,7 +61,7 @@ class Campaign:
                 continue
             result, reference = self.result(job), self.result(job.reference)
             row = table.setdefault(
-                f"{job.layout} {job.sabotage}".strip(),
+                f"{job.layout} {job.method if job.method in METHODS else ''} {job.sabotage}".strip(),
                 {"cases": 0, "steps": 0, "loss": 0.0, "gradient": 0.0, "parameters": 0, "seconds": 0.0},
             )
             row["cases"] += 1

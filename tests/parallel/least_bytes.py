@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.parallel.cases import MODEL, SEQUENCE_LENGTH, TRAIN, Job, Layout
+from tests.parallel.cases import MODEL, SEQUENCE_LENGTH, SUBLAYERS_A_SNAPSHOT, TRAIN, Job, Layout
 
 
 def least_bytes(job: Job, layout: Layout, num_microbatches: int) -> dict[str, int]:
@@ -19,6 +19,8 @@ def least_bytes(job: Job, layout: Layout, num_microbatches: int) -> dict[str, in
     # A tensor rank holds whole heads of every token; its hidden states are those of its share of the tokens.
     hidden = tokens * MODEL.hidden_size // (parallel.tensor if parallel.sequence else 1)
     source = tokens * 2 * max(1, MODEL.num_query_groups // parallel.tensor) * MODEL.kv_channels
+    if job.method != "depth_attention":
+        source = hidden  # other methods read hidden states
 
     numbers: Counter[str] = Counter()
 
@@ -28,14 +30,21 @@ def least_bytes(job: Job, layout: Layout, num_microbatches: int) -> dict[str, in
         numbers[f"{there}>{stage}"] += count  # its gradient
 
     for chunk in range(chunks - 1):
-        cross(chunk % stages, hidden)
+        cross(chunk % stages, 4 * hidden if job.method == "mhc" else hidden)
     for layer in range(MODEL.num_layers):
-        readers = [
-            later
-            for later in range(layer + 1, MODEL.num_layers)
-            if layer % job.stride == 0 or later - job.window <= layer
-        ]
+        readers = [later for later in range(layer + 1, MODEL.num_layers) if _reads(job, later, layer)]
         farthest = max(((stage_of[reader] - stage_of[layer]) % stages for reader in readers), default=0)
         for step in range(farthest):
             cross((stage_of[layer] + step) % stages, source)
     return {edge: 4 * num_microbatches * count for edge, count in numbers.items()}
+
+
+def _reads(job: Job, layer: int, earlier: int) -> bool:
+    """Whether ``layer`` reads what was left where ``earlier`` stands; of other methods, the input of ``earlier``."""
+    if job.method == "denseformer":
+        return True
+    if job.method == "attnres":
+        return 2 * earlier % SUBLAYERS_A_SNAPSHOT == 0
+    if job.method == "mhc":
+        return False
+    return earlier % job.stride == 0 or layer - job.window <= earlier

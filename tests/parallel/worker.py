@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
+from megatron_depthattn.methods.parameters import method_parameters
 from megatron_depthattn.model.attention import DepthSelfAttention
 from megatron_depthattn.model.cross_layer import CrossLayerLayer, SourceTensors
 from megatron_depthattn.model.initialization import globally_named_parameters
@@ -44,7 +45,7 @@ from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
-from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
+from tests.parallel.cases import MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
 from tests.parallel.compare import relative_errors
 from tests.parallel.counted import counted_flops
 from tools.benchmarks.sent import recorded_sends, sent_between_stages
@@ -104,12 +105,12 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     result: dict[str, Any] = {}
     first = 0
     if job.resume:
-        saved = step_folder(folder / f"checkpoint-{job.resume}", SAVE_AFTER)
+        saved = step_folder(folder / f"checkpoint-{job.method}-{job.resume}", SAVE_AFTER)
         progress = load_checkpoint(saved, chunks, optimizer, scheduler).progress
         assert progress == progress_after(SAVE_AFTER)
         first = progress.step
     else:
-        load_checkpoint(common_weights(folder, chunks), chunks)
+        load_checkpoint(common_weights(folder / job.method, chunks), chunks)
         with recorded_sends() as sent:
             first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
         result["flops"] = counted_flops(config, chunks)
@@ -128,7 +129,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         result["losses"].append(done.loss)
         result["grad_norms"].append(done.grad_norm)
         if job.save and step + 1 == SAVE_AFTER:
-            directory = folder / f"checkpoint-{job.layout}"
+            directory = folder / f"checkpoint-{job.method}-{job.layout}"
             save_checkpoint(directory, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={})
     return result
 
@@ -146,7 +147,7 @@ def common_weights(folder: Path, chunks: Chunks) -> Path:
         with torch.no_grad():  # norms at one would hide a norm that is applied twice, or not at all
             generator = torch.Generator().manual_seed(0)
             for parameter in chunks[0].parameters():
-                if parameter.dim() == 1:
+                if parameter.dim() == 1:  # or values that a method begins with, and that make it vanilla
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
         save_checkpoint(folder / "weights", Progress(), chunks, None, None, config={})
     return weights
@@ -222,7 +223,12 @@ def compare_gradients(job: Job, folder: Path, gradients: dict[str, Tensor], spre
     file = folder / f"{job.reference.name}.pt"
     if job == job.reference:
         torch.save(gradients, file)
-    return {"gradient_errors": relative_errors(gradients, torch.load(file)), "copy_errors": spread}
+    reference = torch.load(file)
+    for name in [name for name in reference if name.startswith(NO_GRADIENT)]:
+        largest = max(float(gradient.norm()) for gradient in reference.values())
+        assert max(float(side.pop(name).norm()) for side in (gradients, reference)) < 1e-6 * largest, name
+        spread.pop(name, None)
+    return {"gradient_errors": relative_errors(gradients, reference), "copy_errors": spread}
 
 
 # ---- agreement
@@ -279,6 +285,40 @@ def _two_sources_swapped() -> Any:
     return _received(swap)
 
 
+def _source_dropped() -> Any:
+    """The first that arrives is all zeros."""
+
+    def drop(sources: dict[int, SourceTensors]) -> dict[int, SourceTensors]:
+        first = min(sources)
+        return sources | {first: tuple(torch.zeros_like(tensor) for tensor in sources[first])}
+
+    return _received(drop)
+
+
+def _stream_dropped() -> Any:
+    """Of the hidden states side by side, the last does not arrive."""
+    unpack = CrossLayerLayer._unpack
+
+    def wrong(self: Any, message: Tensor) -> tuple[Tensor, dict[int, SourceTensors]]:
+        streams, sources = unpack(self, message)
+        kept = streams[..., : -self.config.hidden_size]
+        return torch.nn.functional.pad(kept, (0, self.config.hidden_size)), sources
+
+    return mock.patch.object(CrossLayerLayer, "_unpack", wrong)
+
+
+def _method_parameters_not_reduced() -> Any:
+    """Under sequence parallel every tensor rank keeps the gradient of its own positions."""
+
+    def wrong(config: Any, *args: Any, **kwargs: Any) -> Any:
+        made = method_parameters(config, *args, **kwargs)
+        for parameter in made.values():
+            parameter.sequence_parallel = False
+        return made
+
+    return mock.patch("megatron_depthattn.methods.mhc.layer.method_parameters", wrong)
+
+
 def _lent_gradient_dropped() -> Any:
     """What a later chunk, or a recomputed layer, found out about a source it shares is thrown away."""
     collect = MicrobatchState.collect
@@ -307,6 +347,9 @@ SABOTAGES = {
     "payload_gradient_dropped": _payload_gradient_dropped,
     "lent_gradient_dropped": _lent_gradient_dropped,
     "shapes_exchanged": _shapes_exchanged,
+    "source_dropped": _source_dropped,
+    "stream_dropped": _stream_dropped,
+    "method_parameters_not_reduced": _method_parameters_not_reduced,
     "two_sources_swapped": _two_sources_swapped,
     "mean_query_of_own_heads": _mean_query_of_own_heads,
     "norms_not_reduced": _norms_not_reduced,
