@@ -16,8 +16,8 @@ HANDFUL = 16
 def relative_errors(gradients: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> dict[str, float]:
     """``||g - g_ref|| / ||g_ref||`` of every parameter.
 
-    Of a parameter with a handful of numbers ``||g_ref||`` is that of its whole module: a bias of scores, say, is summed
-    over all tokens, and what is left of a sum that cancels is a few thousand roundings.
+    Of a parameter with a handful of numbers ``||g_ref||`` is not taken as less than a thousandth of the whole
+    gradient's: a bias of scores, say, is summed over all tokens, and where that sum cancels roundings are left.
 
     Raises:
         ValueError: other parameters or shapes than the reference's, or a reference of zero, which would show nothing.
@@ -28,11 +28,11 @@ def relative_errors(gradients: Mapping[str, Tensor], references: Mapping[str, Te
         raise ValueError(f"parameters differ from the reference's: {sorted(odd)}")
     if zeros := [name for name, reference in references.items() if not reference.any()]:
         raise ValueError(f"the reference gradient of {zeros} is zero")
-    errors = {}
+    errors, whole = {}, math.hypot(*(float(reference.norm()) for reference in references.values()))
     for name, reference in references.items():
-        module = name.rpartition(".")[0] + "."
-        beside = [name] if reference.numel() > HANDFUL else [other for other in references if other.startswith(module)]
-        norm = math.hypot(*(float(references[other].double().norm()) for other in beside))
+        norm = float(reference.double().norm())
+        if reference.numel() <= HANDFUL:
+            norm = max(norm, 1e-3 * whole)
         errors[name] = float((gradients[name].double() - reference.double()).norm()) / norm
     return errors
 

@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_depthattn.model.gpt import build_gpt_model, padded_vocab_size, qwen3_style_config
+from tests.megatron_weights import concatenated_qkv, load, to_megatron
 from tests.reference_decoder import decoder_logits, mean_cross_entropy, random_weights
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -20,45 +21,6 @@ NUM_LAYERS, NUM_HEADS, HEAD_DIM = 6, 4, 8
 HIDDEN, FFN, VOCAB, SEQUENCE = 32, 48, 97, 17
 LOGIT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
-MEGATRON_NAMES = {
-    "embed_tokens.weight": "embedding.word_embeddings.weight",
-    "norm.weight": "decoder.final_layernorm.weight",
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
-    "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
-    "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
-    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
-    "lm_head.weight": "output_layer.weight",
-}
-
-
-def interleaved_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Rows as Megatron reads them: for every KV head its query heads, then its key, then its value."""
-    num_groups = k.shape[0] // HEAD_DIM
-    groups = zip(q.chunk(num_groups), k.chunk(num_groups), v.chunk(num_groups), strict=True)
-    return torch.cat([rows for group in groups for rows in group])
-
-
-def concatenated_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The wrong order: a control."""
-    return torch.cat([q, k, v])
-
-
-def to_megatron(weights: Mapping[str, Tensor], qkv=interleaved_qkv) -> dict[str, Tensor]:
-    """Weights (or gradients: the mapping only moves numbers) from Hugging Face's names to Megatron's."""
-    weights = dict(weights)
-    mapped = {}
-    for layer in range(NUM_LAYERS):
-        old, new = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        parts = [weights.pop(f"{old}self_attn.{name}_proj.weight") for name in "qkv"]
-        mapped[new + "self_attention.linear_qkv.weight"] = qkv(*parts)
-        mapped[new + "mlp.linear_fc1.weight"] = torch.cat(
-            [weights.pop(f"{old}mlp.{n}_proj.weight") for n in ("gate", "up")]
-        )
-        for name in [name for name in weights if name.startswith(old)]:
-            mapped[new + MEGATRON_NAMES[name.removeprefix(old)]] = weights.pop(name)
-    return mapped | {MEGATRON_NAMES[name.removeprefix("model.")]: weight for name, weight in weights.items()}
 
 
 def build(num_kv_heads: int, *, stride: int, window: int, tied: bool = False, **overrides) -> GPTModel:
@@ -75,19 +37,6 @@ def build(num_kv_heads: int, *, stride: int, window: int, tied: bool = False, **
         **overrides,
     )
     return build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE, tie_embeddings=tied)
-
-
-def load(model: GPTModel, weights: dict[str, Tensor]) -> None:
-    """Every parameter is written exactly once; rows of the padding get large numbers, which must not matter."""
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == weights.keys()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                parameters[name].fill_(99.0)
-                parameters[name][:VOCAB].copy_(weight)
-            else:
-                parameters[name].copy_(weight)
 
 
 def megatron_logits(model: GPTModel, tokens: Tensor) -> Tensor:
@@ -129,7 +78,7 @@ def test_logits(num_kv_heads, stride, window, tokens, record_property):
     weights = weights_of(num_kv_heads)
     expected = reference_logits(weights, tokens, num_kv_heads, stride=stride, window=window)
     model = build(num_kv_heads, stride=stride, window=window)
-    load(model, to_megatron(weights))
+    load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM), VOCAB)
     for op in ("lean", "reference"):
         model.config.depth_attention_op = op
         error = (megatron_logits(model, tokens) - expected).abs().max().item()
@@ -146,7 +95,7 @@ def test_logits_with_tied_embeddings(op, tokens, record_property):
     weights = weights_of(2, tied=True)
     expected = reference_logits(weights, tokens, 2, stride=2, window=1, tied=True)
     model = build(2, stride=2, window=1, tied=True, depth_attention_op=op)
-    load(model, to_megatron(weights))
+    load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM), VOCAB)
     error = (megatron_logits(model, tokens) - expected).abs().max().item()
     record_property("logit_error", error)
     assert error < LOGIT_TOLERANCE
@@ -156,7 +105,7 @@ def test_logits_with_tied_embeddings(op, tokens, record_property):
 def test_depth_attention_switched_off_is_the_vanilla_decoder(tokens):
     weights = weights_of(2)
     model = build(2, stride=2, window=1, depth_attention=False)
-    load(model, to_megatron(weights))
+    load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM), VOCAB)
     logits = megatron_logits(model, tokens)
     assert (logits - reference_logits(weights, tokens, 2, depth_attention=False)).abs().max() < LOGIT_TOLERANCE
     assert (logits - reference_logits(weights, tokens, 2, stride=2, window=1)).abs().max() > 1e-2
@@ -168,7 +117,7 @@ def test_control_another_order_of_the_qkv_rows_fails(num_kv_heads, tokens):
     weights = weights_of(num_kv_heads)
     expected = reference_logits(weights, tokens, num_kv_heads, stride=2)
     model = build(num_kv_heads, stride=2, window=0)
-    load(model, to_megatron(weights, qkv=concatenated_qkv))
+    load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM, qkv=concatenated_qkv), VOCAB)
     assert (megatron_logits(model, tokens) - expected).abs().max() > 1e-2
 
 
@@ -200,10 +149,10 @@ def check_gradients(tokens, record_property, num_kv_heads, *, stride, window, op
     weights = {name: weight.requires_grad_() for name, weight in weights_of(num_kv_heads, tied=tied).items()}
     options = {"stride": stride, "window": window, "tied": tied}
     mean_cross_entropy(reference_logits(weights, tokens, num_kv_heads, **options), labels).backward()
-    expected = to_megatron({name: weight.grad for name, weight in weights.items()})
+    expected = to_megatron({n: w.grad for n, w in weights.items()}, NUM_LAYERS, HEAD_DIM)
 
     model = build(num_kv_heads, stride=stride, window=window, tied=tied, depth_attention_op=op)
-    load(model, to_megatron({name: weight.detach() for name, weight in weights.items()}))
+    load(model, to_megatron({n: w.detach() for n, w in weights.items()}, NUM_LAYERS, HEAD_DIM), VOCAB)
     mean_cross_entropy(megatron_logits(model, tokens), labels).backward()
 
     errors = {}
