@@ -41,6 +41,7 @@ CASES = {
     "mhc": ("mhc", {}),
     "mhc-2": ("mhc", {"num_streams": 2}),
 }
+ALONE = ("parallel.pipeline=1",)
 METHODS = ("denseformer", "attnres", "mhc")
 every_case = pytest.mark.parametrize(("method", "settings"), CASES.values(), ids=CASES.keys())
 every_method = pytest.mark.parametrize("method", METHODS)
