@@ -106,6 +106,10 @@ class Job:
     steps: int = STEPS
     sabotage: str = ""
     """A deliberate mistake (see worker.py); the result must violate the bounds."""
+    loops: int = 1
+    """Times that the model's first layers are run; the model has as many layers in all as without loops."""
+    depth: bool = True
+    """Depth-Attention; False: the vanilla decoder."""
     save: bool = False
     """Save weights, optimizer and schedule after SAVE_AFTER steps."""
     resume: str = ""
@@ -117,18 +121,25 @@ class Job:
     def name(self) -> str:
         parts = [self.layout, f"stride{self.stride}", f"window{self.window}", self.recompute]
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
+        parts += [f"loops{self.loops}"] * (self.loops > 1) + ["vanilla"] * (not self.depth)
         parts += [f"from-{self.resume}"] * bool(self.resume)
         return "-".join(parts)
 
     @property
     def reference(self) -> Job:
         """The single-process job whose losses and gradients are the truth."""
-        return REFERENCES[self.stride, self.window]
+        return LOOPED_REFERENCES[self.depth] if self.loops > 1 else REFERENCES[self.stride, self.window]
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder of the checkpoint that this job saves or goes on from."""
+        return f"checkpoint-{self.resume or self.layout}-loops{self.loops}"
 
     def config(self) -> RunConfig:
-        depth = DepthConfig(stride=self.stride, recent_window=self.window)
+        depth = DepthConfig(enabled=self.depth, stride=self.stride, recent_window=self.window)
+        layers = MODEL.num_layers // self.loops
         return RunConfig(
-            model=dataclasses.replace(MODEL, depth_attention=depth),
+            model=dataclasses.replace(MODEL, num_layers=layers, num_loops=self.loops, depth_attention=depth),
             parallel=LAYOUTS[self.layout].parallel,
             recompute=RECOMPUTE[self.recompute],
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
@@ -139,6 +150,7 @@ class Job:
 
 SPACINGS = [(stride, window) for stride in (1, 2, MODEL.num_layers // 2) for window in (0, 1)]
 REFERENCES = {(stride, window): Job(layout="single", stride=stride, window=window) for stride, window in SPACINGS}
+LOOPED_REFERENCES = {depth: Job(layout="single", loops=2, depth=depth, save=depth) for depth in (True, False)}
 
 
 def _parity_of(layout: str) -> list[Job]:
@@ -162,6 +174,21 @@ def _parity_of(layout: str) -> list[Job]:
 
 PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
 
+# The first half of the layers, twice. A pipeline runs each loop as chunks of its own.
+LOOPED = [
+    Job(layout="pp2xvpp2", loops=2, save=True),
+    Job(layout="pp2xvpp2", loops=2, steps=1, recompute="uniform2"),
+    Job(layout="tp2+sp", loops=2, steps=STEPS if FULL else 3),
+    Job(layout="dp2", loops=2, steps=STEPS if FULL else 3),
+    Job(layout="cp2", loops=2, steps=STEPS if FULL else 1),
+    Job(layout="pp4xvpp2", loops=2, steps=STEPS if FULL else 3),
+]
+PARITY += LOOPED
+VANILLA_LOOPED = [
+    Job(layout="pp2xvpp2", loops=2, depth=False),
+    Job(layout="tp2+sp", loops=2, depth=False, steps=STEPS if FULL else 1),
+]
+
 CONTROLS = [
     Job(layout="pp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),
@@ -170,6 +197,7 @@ CONTROLS = [
     Job(layout="tp4+sp", steps=2, sabotage="mean_query_of_own_heads"),
     Job(layout="tp2+sp", steps=2, sabotage="norms_not_reduced"),
     Job(layout="single", recompute="uniform1", steps=2, sabotage="lent_gradient_dropped"),
+    Job(layout="pp2xvpp2", loops=2, steps=2, sabotage="later_loop_gradient_dropped"),
 ]
 
 CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
@@ -179,6 +207,7 @@ AGREEMENT = Job(layout="tp4", agreement=True)
 
 # Saved with the optimizer under one layout, continued under others; and under the same one, bit for bit.
 SAVES = [Job(layout=layout, save=True) for layout in ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2")]
+SAVES += [LOOPED_REFERENCES[True], LOOPED[0]]
 RESUMES = [
     Job(layout=to, resume=saved)
     for saved, targets in {
@@ -189,11 +218,12 @@ RESUMES = [
     }.items()
     for to in targets
 ]
+RESUMES += [Job(layout="pp2xvpp2", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
 
 
 def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
     if job.agreement:
         return []
-    saver = [save for save in SAVES if save.layout == job.resume]
+    saver = [save for save in SAVES if (save.layout, save.loops) == (job.resume, job.loops)]
     return [job.reference] * (job != job.reference) + saver

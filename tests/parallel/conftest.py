@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.cases import CONTROLS, LAYOUTS, PARITY, REFERENCES, Job, needs
+from tests.parallel.cases import CONTROLS, LAYOUTS, PARITY, REFERENCES, VANILLA_LOOPED, Job, needs
 from tests.parallel.compare import worst_gradient_error, worst_loss_error
 from tests.parallel.launch import run_jobs
 
@@ -55,13 +55,15 @@ class Campaign:
     def worst_errors(self) -> dict[str, dict[str, Any]]:
         """What a reader quotes: the worst errors of each layout's parity jobs, and of every control."""
         table: dict[str, dict[str, Any]] = {}
-        for job in (*PARITY, *CONTROLS):
+        for job in (*PARITY, *VANILLA_LOOPED, *CONTROLS):
             both = (job, job.reference)
             if any(self._error(one).exists() or not self._is_done(one) for one in both):
                 continue
             result, reference = self.result(job), self.result(job.reference)
             row = table.setdefault(
-                f"{job.layout} {job.sabotage}".strip(),
+                " ".join(
+                    [job.layout, *["looped"] * (job.loops > 1), *["vanilla"] * (not job.depth), job.sabotage]
+                ).strip(),
                 {"cases": 0, "steps": 0, "loss": 0.0, "gradient": 0.0, "parameters": 0, "seconds": 0.0},
             )
             row["cases"] += 1

@@ -31,9 +31,11 @@ from torch import Tensor
 
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
+from megatron_depthattn.model import gpt
 from megatron_depthattn.model.attention import DepthSelfAttention, Source
 from megatron_depthattn.model.initialization import globally_named_parameters
 from megatron_depthattn.model.layer import DepthAttentionLayer
+from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.norm import RMSNorm
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
@@ -104,7 +106,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     result: dict[str, Any] = {}
     first = 0
     if job.resume:
-        saved = step_folder(folder / f"checkpoint-{job.resume}", SAVE_AFTER)
+        saved = step_folder(folder / job.checkpoint, SAVE_AFTER)
         progress = load_checkpoint(saved, chunks, optimizer, scheduler).progress
         assert progress == progress_after(SAVE_AFTER)
         first = progress.step
@@ -128,8 +130,9 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         result["losses"].append(done.loss)
         result["grad_norms"].append(done.grad_norm)
         if job.save and step + 1 == SAVE_AFTER:
-            directory = folder / f"checkpoint-{job.layout}"
-            save_checkpoint(directory, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={})
+            save_checkpoint(
+                folder / job.checkpoint, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={}
+            )
     return result
 
 
@@ -303,7 +306,21 @@ def _shapes_exchanged() -> Any:
     return mock.patch.object(PlannedCommunicator, "_communicate_shapes", P2PCommunicator._communicate_shapes)
 
 
+def _later_loop_gradient_dropped() -> Any:
+    """A rank's second chunk computes with the weights of its first, and has no part in their gradient."""
+
+    def wrong(chunks: Sequence[Any], *, num_loops: int) -> None:
+        share_weights(chunks, num_loops=num_loops)
+        for module in chunks[-1].modules() if len(chunks) > 1 else ():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.nn.Parameter):
+                    vars(module)[name] = value.detach()
+
+    return mock.patch.object(gpt, "share_weights", wrong)
+
+
 SABOTAGES = {
+    "later_loop_gradient_dropped": _later_loop_gradient_dropped,
     "payload_gradient_dropped": _payload_gradient_dropped,
     "lent_gradient_dropped": _lent_gradient_dropped,
     "shapes_exchanged": _shapes_exchanged,

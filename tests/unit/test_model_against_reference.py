@@ -61,9 +61,12 @@ def to_megatron(weights: Mapping[str, Tensor], qkv=interleaved_qkv) -> dict[str,
     return mapped | {MEGATRON_NAMES[name.removeprefix("model.")]: weight for name, weight in weights.items()}
 
 
-def build(num_kv_heads: int, *, stride: int, window: int, tied: bool = False, **overrides) -> GPTModel:
+def build(
+    num_kv_heads: int, *, stride: int | None, window: int, tied: bool = False, num_loops: int = 1, **overrides
+) -> GPTModel:
     config = qwen3_style_config(
-        num_layers=NUM_LAYERS,
+        num_layers=NUM_LAYERS * num_loops,
+        num_loops=num_loops,
         hidden_size=HIDDEN,
         num_attention_heads=NUM_HEADS,
         num_query_groups=num_kv_heads,
@@ -195,14 +198,32 @@ def test_gradients_with_tied_embeddings(tokens, record_property):
     check_gradients(tokens, record_property, 2, stride=2, window=1, op="lean", tied=True)
 
 
-def check_gradients(tokens, record_property, num_kv_heads, *, stride, window, op, tied):
+@pytest.mark.parametrize("num_loops", [2, 3])
+@pytest.mark.parametrize("depth", [{}, {"stride": 4, "window": 1}, {"depth_attention": False}], ids=str)
+def test_loops(num_loops, depth, tokens, record_property):
+    """Logits, and gradients summed over the loops; the stride defaults to half the layers of all loops."""
+    options = {"stride": None, "window": 0, "num_loops": num_loops} | depth
+    weights = weights_of(2)
+    with torch.no_grad():
+        expected = reference_logits(weights, tokens, 2, **options)
+        once = reference_logits(weights, tokens, 2, **(options | {"num_loops": 1}))
+        model = build(2, **options)
+        load(model, to_megatron(weights))
+        error = (megatron_logits(model, tokens) - expected).abs().max().item()
+    record_property("logit_error", error)
+    assert error < LOGIT_TOLERANCE
+    assert (once - expected).abs().max() > 1e-2  # control: the loops change the function
+    check_gradients(tokens, record_property, 2, op="lean", tied=False, **options)
+
+
+def check_gradients(tokens, record_property, num_kv_heads, *, op, tied, **mixing):
     labels = tokens.roll(-1, dims=1)
     weights = {name: weight.requires_grad_() for name, weight in weights_of(num_kv_heads, tied=tied).items()}
-    options = {"stride": stride, "window": window, "tied": tied}
+    options = {"tied": tied} | mixing
     mean_cross_entropy(reference_logits(weights, tokens, num_kv_heads, **options), labels).backward()
     expected = to_megatron({name: weight.grad for name, weight in weights.items()})
 
-    model = build(num_kv_heads, stride=stride, window=window, tied=tied, depth_attention_op=op)
+    model = build(num_kv_heads, depth_attention_op=op, **options)
     load(model, to_megatron({name: weight.detach() for name, weight in weights.items()}))
     mean_cross_entropy(megatron_logits(model, tokens), labels).backward()
 
