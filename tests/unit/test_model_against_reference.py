@@ -198,8 +198,9 @@ def test_gradients_with_tied_embeddings(tokens, record_property):
     check_gradients(tokens, record_property, 2, stride=2, window=1, op="lean", tied=True)
 
 
-@pytest.mark.parametrize("num_loops", [2, 3])
-@pytest.mark.parametrize("depth", [{}, {"stride": 4, "window": 1}, {"depth_attention": False}], ids=str)
+@pytest.mark.parametrize(
+    ("num_loops", "depth"), [(2, {}), (3, {"stride": 4, "window": 1}), (2, {"depth_attention": False})], ids=str
+)
 def test_loops(num_loops, depth, tokens, record_property):
     """Logits, and gradients summed over the loops; the stride defaults to half the layers of all loops."""
     options = {"stride": None, "window": 0, "num_loops": num_loops} | depth
