@@ -15,13 +15,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_depthattn.config import from_dict
+from megatron_depthattn.config import from_dict, to_dict
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.train.build import build_chunk, build_model, build_optimizer, transformer_config
+from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.megatron_state import sharded_models
 from megatron_depthattn.train.metrics import decoder_shape
+from megatron_depthattn.train.step_folders import Progress
 from megatron_depthattn.train.summary import opening_lines
 from tests.e2e.small_run import MODEL
 
@@ -136,6 +138,31 @@ def test_every_weight_is_met_once():
 def stored_weights(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a sharded state's weights, without the modules' extra state."""
     return {one.key: tuple(one.data.shape) for one in state.values() if not isinstance(one, ShardedObject)}
+
+
+def test_weights_alone_start_a_run_with_another_number_of_loops(tmp_path):
+    once, twice = run_config(), run_config(num_loops=2)
+    source, target = (build_model(config, torch.device("cpu")) for config in (once, twice))
+    with torch.no_grad():
+        for number, parameter in enumerate(source[0].parameters()):
+            parameter.fill_(number)
+    folder = save_checkpoint(tmp_path, Progress(), source, None, None, config=to_dict(once))
+    loaded = load_checkpoint(folder, target, *build_optimizer(twice, target), config=to_dict(twice))
+    assert "note: model.num_loops is 2; the weights come from a model with 1" in loaded.notes
+    assert [parameter.unique().tolist() for parameter in target[0].parameters()] == [
+        [number] for number in range(len([*source[0].parameters()]))
+    ]
+
+
+def test_a_run_that_goes_on_keeps_its_number_of_loops(tmp_path):
+    once, twice = run_config(), run_config(num_loops=2)
+    chunks = build_model(once, torch.device("cpu"))
+    optimizer, scheduler = build_optimizer(once, chunks)
+    optimizer.step()
+    folder = save_checkpoint(tmp_path, Progress(1, 8, 8), chunks, optimizer, scheduler, config=to_dict(once))
+    chunks = build_model(twice, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"model\.num_loops \(was 1, is 2\)"):
+        load_checkpoint(folder, chunks, *build_optimizer(twice, chunks), config=to_dict(twice))
 
 
 def test_sharing_outlives_moves():
