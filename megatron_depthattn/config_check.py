@@ -7,9 +7,8 @@ each other, because the same mistakes found later are a hang, or an assertion in
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import yaml
-
 from megatron_depthattn.engine_check import engine_refusal
+from megatron_depthattn.loops_check import loops_refusal
 from megatron_depthattn.precision_check import precision_refusal
 
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
@@ -34,9 +33,8 @@ def validate(config: "RunConfig", world_size: int, *, needs_data: bool = True) -
     `needs_data=False` skips data.path and run.dir, for tools that size a run without starting it.
     """
     _check_ranges(config)
-    _check_available(config)
-    refusal = engine_refusal(config)
-    _require(refusal is None, refusal or "")
+    for refusal in (loops_refusal(config), engine_refusal(config)):
+        _require(refusal is None, refusal or "")
     if needs_data:
         _check_paths(config)
     _check_model(config)
@@ -132,14 +130,6 @@ def _check_ranges(config: "RunConfig") -> None:
         )
 
 
-def _check_available(config: "RunConfig") -> None:
-    """What the config surface names already and this version does not do yet."""
-    not_yet = (("model.num_loops", config.model.num_loops, 1),)
-    for key, value, available in not_yet:
-        shown = yaml.safe_dump(available).split()[0]
-        _require(value == available, f"{key}={value} is not available yet in this version; set {key}={shown}")
-
-
 def _check_paths(config: "RunConfig") -> None:
     data = config.data
     _require(
@@ -204,16 +194,26 @@ def _divisors(number: int) -> str:
 
 
 def _check_pipeline(config: "RunConfig") -> int:
-    stages, chunks, layers = (
+    """Layers of a chunk; those of all loops where there is no pipeline to cut them."""
+    stages, chunks, layers, loops = (
         config.parallel.pipeline,
         config.parallel.virtual_pipeline,
         config.model.num_layers,
+        config.model.num_loops,
     )
     _require(
         chunks == 1 or stages > 1,
         f"parallel.virtual_pipeline is {chunks} with parallel.pipeline=1: chunks are interleaved over "
         "several stages; set parallel.virtual_pipeline=1 or parallel.pipeline=2 or more",
     )
+    if loops > 1:
+        _require(
+            layers % stages == 0,
+            f"model.num_layers is {layers}, which is not a multiple of parallel.pipeline={stages}: every stage holds "
+            f"the same number of layers, and runs them in each of {loops} loops; "
+            f"set model.num_layers={_neighbours(layers, stages)}, or other stages",
+        )
+        return layers // stages if stages > 1 else layers * loops
     parts = stages * chunks
     _require(
         layers % parts == 0,

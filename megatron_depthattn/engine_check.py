@@ -30,6 +30,12 @@ def _deepspeed_refusal(config: "RunConfig") -> str | None:
     engine, parallel = config.engine, config.parallel
     if not 0 <= engine.zero_stage <= 3:
         return f"engine.zero_stage is {engine.zero_stage}; set one of DeepSpeed's stages: 0, 1, 2, 3"
+    if config.model.num_loops > 1:
+        return (
+            f"model.num_loops is {config.model.num_loops} with engine.name=deepspeed, which expects every weight's "
+            "gradient once in a backward pass and gathers ZeRO-3 weights for the one module that holds them; set "
+            "model.num_loops=1 or engine.name=megatron"
+        )
     for key, value in (("virtual_pipeline", parallel.virtual_pipeline), ("pipeline", parallel.pipeline)):
         if value > 1:
             return (

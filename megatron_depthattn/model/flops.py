@@ -60,6 +60,7 @@ class DecoderShape:
     """What weights and operations follow from, in Megatron's names."""
 
     num_layers: int
+    """Layers that hold weights, unlike Megatron's."""
     hidden_size: int
     num_attention_heads: int
     num_query_groups: int
@@ -70,6 +71,8 @@ class DecoderShape:
     tie_embeddings: bool = False
     method: CrossLayerMethod | None = None
     """None for vanilla and Depth-Attention, which have the same weights."""
+    num_loops: int = 1
+    """Times the layers are run with the same weights."""
 
     @property
     def _query_size(self) -> int:
@@ -98,12 +101,13 @@ class DecoderShape:
 
         Args:
             sequence_length: positions of a sequence, for the average length of causal attention.
-            plan: Depth-Attention's source plan; None for any other model.
+            plan: Depth-Attention's source plan, of the layers of all loops; None for any other model.
         """
-        sources = [len(plan.sources(layer)) for layer in range(self.num_layers)] if plan else []
+        num_layers = self.num_layers * self.num_loops
+        sources = [len(plan.sources(layer)) for layer in range(num_layers)] if plan else []
         return ForwardFlops(
-            projections=matrix_flops(self.num_layers * self._matrix_weights),
-            attention=self.num_layers * attention_flops(self._query_size, sequence_length),
+            projections=matrix_flops(num_layers * self._matrix_weights),
+            attention=num_layers * attention_flops(self._query_size, sequence_length),
             logits=matrix_flops(self.hidden_size * self.vocab_size),
             mix=self.method.total_flops
             if self.method

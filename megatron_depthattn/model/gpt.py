@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_depthattn.model.layer_specs import depth_attention_block_spec
+from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 
@@ -62,6 +63,7 @@ def build_gpt_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    first_chunk: GPTModel | None = None,
 ) -> GPTModel:
     """One pipeline chunk of the decoder; without pipelining the whole model.
 
@@ -71,9 +73,12 @@ def build_gpt_model(
         pre_process: this chunk holds the embedding.
         post_process: this chunk holds the final norm and the output layer.
         vp_stage: the chunk's virtual pipeline stage; None without interleaving.
+        first_chunk: this rank's first chunk, without wrappers: the later ones of a looped model
+            (``config.num_loops``) use its weights.
 
     Raises:
-        ValueError: the padded vocabulary cannot be split over the tensor ranks.
+        ValueError: the padded vocabulary cannot be split over the tensor ranks, or a looped model's later chunk was
+            given no first one.
     """
     rows = padded_vocab_size(vocab_size)
     if rows % config.tensor_model_parallel_size:
@@ -81,8 +86,13 @@ def build_gpt_model(
             f"tensor_model_parallel_size={config.tensor_model_parallel_size} does not divide the padded vocabulary of "
             f"{rows} rows (vocab_size={vocab_size} padded to a multiple of {VOCAB_MULTIPLE}): set a power of two."
         )
+    if config.num_loops > 1 and vp_stage and first_chunk is None:
+        raise ValueError(
+            f"virtual pipeline stage {vp_stage} of a model with num_loops={config.num_loops} uses the weights of its "
+            "rank's first chunk: build that one before, and give it as first_chunk."
+        )
     model_class = DepthGPTModel if config.shares_over_layers else GPTModel
-    return model_class(
+    model = model_class(
         config=config,
         transformer_layer_spec=depth_attention_block_spec(config, backend, vp_stage),
         vocab_size=rows,
@@ -95,3 +105,6 @@ def build_gpt_model(
         rotary_base=rotary_base,
         vp_stage=vp_stage,
     )
+    if config.num_loops > 1:
+        share_weights([model] if first_chunk is None else [first_chunk, model], num_loops=config.num_loops)
+    return model

@@ -1,4 +1,4 @@
-"""Megatron's ``TransformerConfig`` with the fields of the cross-layer methods, Depth-Attention the first of them."""
+"""Megatron's ``TransformerConfig`` with the fields of loops and of the cross-layer methods, Depth-Attention first."""
 
 from __future__ import annotations
 
@@ -47,8 +47,13 @@ class DepthAttentionConfig(TransformerConfig):
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     """The settings of one of the latter, by the names of its definition's fields."""
 
+    num_loops: int = 1
+    """Times the stack of layers is run with the same weights (loops.py). Megatron's ``num_layers`` counts effective
+    layers, those of all loops; the first ``num_layers / num_loops`` hold the weights."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_loops()
         if self.method == "depth_attention" and not self.depth_attention:
             self.method = "vanilla"
         self.depth_attention = self.method == "depth_attention"
@@ -115,6 +120,26 @@ class DepthAttentionConfig(TransformerConfig):
             hidden_width=self.hidden_width,
             part_width=self.part_width * spread,
         )
+
+    def _check_loops(self) -> None:
+        loops, layers, stages = self.num_loops, self.num_layers, self.pipeline_model_parallel_size
+        if loops < 1 or layers % loops:
+            raise ValueError(
+                f"num_loops is {loops} and num_layers is {layers}, which counts the layers of all loops: set num_loops "
+                "to 1 or more, and num_layers to a multiple of it."
+            )
+        if loops == 1 or stages == 1:
+            return
+        virtual = self.virtual_pipeline_model_parallel_size
+        starts = pipeline_chunk_starts(self)
+        if virtual != loops or [start * stages * loops for start in starts] != [layers * i for i in range(len(starts))]:
+            raise ValueError(
+                f"num_loops is {loops} with pipeline_model_parallel_size={stages} and "
+                f"virtual_pipeline_model_parallel_size={virtual}, which cuts {layers} layers at {list(starts)}: a "
+                "rank shares weights among its own chunks, so each has to hold the same part of one loop. Set "
+                f"virtual_pipeline_model_parallel_size={loops}, num_layers to a multiple of {stages * loops}, and no "
+                "uneven pipeline layout."
+            )
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming what was given, why the method refuses it and what to set."""

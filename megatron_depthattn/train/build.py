@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.methods.definitions import DEFINITIONS
@@ -28,7 +28,8 @@ def transformer_config(config: RunConfig) -> DepthAttentionConfig:
     model, parallel, depth = config.model, config.parallel, config.model.depth_attention
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     return qwen3_style_config(
-        num_layers=model.num_layers,
+        num_layers=model.num_layers * model.num_loops,
+        num_loops=model.num_loops,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
@@ -70,8 +71,9 @@ def build_chunk(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    first_chunk: GPTModel | None = None,
 ) -> GPTModel:
-    """One pipeline chunk, its weights not set yet; by default the whole model."""
+    """One pipeline chunk, its weights not set yet; by default the whole model. Arguments as `build_gpt_model`."""
     return build_gpt_model(
         megatron,
         vocab_size=config.model.vocab_size,
@@ -82,6 +84,7 @@ def build_chunk(
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
+        first_chunk=first_chunk,
     )
 
 
@@ -93,7 +96,7 @@ def build_model(config: RunConfig, device: torch.device) -> Chunks:
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, **data_parallel_fields(config.precision)
     )
-    chunks = []
+    chunks: Chunks = []
     for index in range(num_chunks):
         model = build_chunk(
             config,
@@ -101,6 +104,7 @@ def build_model(config: RunConfig, device: torch.device) -> Chunks:
             pre_process=rank == 0 and index == 0,
             post_process=rank == stages - 1 and index == num_chunks - 1,
             vp_stage=index if num_chunks > 1 else None,
+            first_chunk=unwrap_model(chunks[0]) if chunks else None,
         ).to(device)
         initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
         half = Float16Module(megatron, model) if megatron.bf16 else model

@@ -29,6 +29,7 @@ def decoder_shape(config: RunConfig) -> DecoderShape:
     model = config.model
     return DecoderShape(
         num_layers=model.num_layers,
+        num_loops=model.num_loops,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,

@@ -103,8 +103,10 @@ def diagnose(
     models: list[GPTModel] = unwrap_model(list(chunks))
     weights = [line for model in models for line in _broken_weights(model)]
     with ExitStack() as hooks:
+        now = _Moment()
         probes = [
-            _Probe(model, place, chunk=place.stage + index * stages, hooks=hooks) for index, model in enumerate(models)
+            _Probe(model, place, chunk=place.stage + index * stages, now=now, hooks=hooks)
+            for index, model in enumerate(models)
         ]
         second = replay()
     largest = max(probe.largest_gradient for probe in probes)
@@ -140,6 +142,14 @@ def _loss_finding(place: Place, microbatch: int) -> Finding:
     )
 
 
+@dataclass
+class _Moment:
+    """What this rank is doing, whichever of its chunks: a looped model's gradients reach weights of another chunk."""
+
+    backward: int = 0
+    """The microbatch in backward."""
+
+
 class _Probe:
     """Looks at every module's outputs, at their gradients and at the parameters' gradients, on one chunk.
 
@@ -147,14 +157,13 @@ class _Probe:
     module backward hooks would turn outputs into views, which Megatron's schedules refuse to free.
     """
 
-    def __init__(self, model: GPTModel, place: Place, chunk: int, hooks: ExitStack) -> None:
+    def __init__(self, model: GPTModel, place: Place, chunk: int, now: _Moment, hooks: ExitStack) -> None:
         self.largest_gradient = (0.0, "")
-        self._place, self._chunk = place, chunk
+        self._place, self._chunk, self._now = place, chunk, now
         self._findings: dict[tuple[Direction, int], Finding] = {}
         self._looked: Counter[tuple[Direction, int]] = Counter()
         self._num_started = 0
         self._forward: int | None = None  # the microbatch in forward; None in backward, when layers may be recomputed
-        self._backward = 0
         hooks.callback(model.register_forward_pre_hook(self._start).remove)
         for path, module in model.named_modules():
             name = _readable(_global_path(path, model)) if path else "the loss" if model.post_process else "the chunk"
@@ -183,11 +192,11 @@ class _Probe:
         self._forward = None
 
     def _start_backward(self, microbatch: int, _: Tensor) -> None:
-        self._backward = microbatch
+        self._now.backward = microbatch
 
     def _after_module(self, name: str, _: Any, args: Any, kwargs: Any, output: Any) -> None:
         recomputed = self._forward is None
-        microbatch = self._backward if self._forward is None else self._forward
+        microbatch = self._now.backward if self._forward is None else self._forward
         for tensor in _tensors(output):
             if not recomputed:
                 self._look("forward", microbatch, f"output of {name}", tensor, inputs=(args, kwargs))
@@ -198,7 +207,7 @@ class _Probe:
         self._look("backward", microbatch, f"gradient of the output of {name}", gradient)
 
     def _parameter_gradient(self, name: str, gradient: Tensor) -> None:
-        size = self._look("backward", self._backward, f"gradient of {name}", gradient)
+        size = self._look("backward", self._now.backward, f"gradient of {name}", gradient)
         if math.isfinite(size):
             self.largest_gradient = max(self.largest_gradient, (size, name))
 

@@ -20,8 +20,9 @@ def opening_lines(
 ) -> list[str]:
     """The model, the layout, what every pipeline hop costs, and where the run starts."""
     model, parallel = config.model, config.parallel
+    loops = f" run {model.num_loops} times" if model.num_loops > 1 else ""
     return [
-        f"model: {decoder_shape(config).parameters / 1e6:.1f} M parameters, {model.num_layers} layers x "
+        f"model: {decoder_shape(config).parameters / 1e6:.1f} M parameters, {model.num_layers} layers{loops} x "
         f"{model.hidden_size}, {model.num_attention_heads} heads / {model.num_query_groups} KV heads, "
         f"{config.precision.dtype}",
         depth_line(megatron, flops),

@@ -27,6 +27,7 @@ SHORT = ["train.steps=2", "train.eval_interval=null", "run.seed=3", "model.init_
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2", "model.vocab_size=391"]),
     "pp2-tied": (2, ["parallel.pipeline=2", "model.tie_embeddings=true", "model.depth_attention.stride=3"]),
+    "pp2-looped": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_loops=2"]),
     "tp2-pp2-bf16": (
         4,
         [
@@ -87,6 +88,7 @@ def reference(exported: Exported) -> torch.Tensor:
         stride=config["depth_attention_stride"],
         window=config["depth_attention_recent_window"],
         tied=config["tie_word_embeddings"],
+        num_loops=config["num_loops"],
     )
 
 
@@ -115,7 +117,7 @@ def test_verify_passes_as_a_command(exported):
     assert "FAILED" not in output
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2-tied"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2-tied", "pp2-looped"])
 def test_verify_passes(exported, layout: str):
     made = exported(layout)
     assert convert("verify", "--checkpoint", made.step, "--model", made.hf) == 0

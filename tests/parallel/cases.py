@@ -27,6 +27,7 @@ from megatron_depthattn.config import (
 STEPS, SAVE_AFTER = 10, 5
 SEQUENCE_LENGTH = 32
 SUBLAYERS_A_SNAPSHOT = 4
+METHODS = ("denseformer", "attnres", "mhc")
 FULL = os.environ.get("DEPTHATTN_PARITY") == "full"
 
 # Two key/value heads, so that four tensor ranks have to share them; heads times head size is not the hidden size.
@@ -110,6 +111,8 @@ class Job:
     steps: int = STEPS
     sabotage: str = ""
     """A deliberate mistake (see worker.py); the result must violate the bounds."""
+    loops: int = 1
+    """Times that the model's first layers are run; the model has as many layers in all as without loops."""
     save: bool = False
     """Save weights, optimizer and schedule after SAVE_AFTER steps."""
     resume: str = ""
@@ -122,20 +125,29 @@ class Job:
         spacing = [f"stride{self.stride}", f"window{self.window}"]
         parts = [self.layout, *(spacing if self.method == "depth_attention" else [self.method]), self.recompute]
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
+        parts += [f"loops{self.loops}"] * (self.loops > 1)
         parts += [f"from-{self.resume}"] * bool(self.resume)
         return "-".join(parts)
 
     @property
     def reference(self) -> Job:
         """The single-process job whose losses and gradients are the truth."""
-        if self.method != "depth_attention":
+        if self.method in METHODS:
             return Job(layout="single", method=self.method)
-        return REFERENCES[self.stride, self.window]
+        return LOOPED_REFERENCES[self.method] if self.loops > 1 else REFERENCES[self.stride, self.window]
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder of the checkpoint that this job saves or goes on from."""
+        return f"checkpoint-{self.resume or self.layout}-{self.method}-loops{self.loops}"
 
     def config(self) -> RunConfig:
         depth = DepthConfig(stride=self.stride, recent_window=self.window)
+        layers = MODEL.num_layers // self.loops
         return RunConfig(
-            model=dataclasses.replace(MODEL, method=self.method, depth_attention=depth),
+            model=dataclasses.replace(
+                MODEL, num_layers=layers, num_loops=self.loops, method=self.method, depth_attention=depth
+            ),
             parallel=LAYOUTS[self.layout].parallel,
             recompute=RECOMPUTE[self.recompute],
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
@@ -146,6 +158,10 @@ class Job:
 
 SPACINGS = [(stride, window) for stride in (1, 2, MODEL.num_layers // 2) for window in (0, 1)]
 REFERENCES = {(stride, window): Job(layout="single", stride=stride, window=window) for stride, window in SPACINGS}
+LOOPED_REFERENCES = {
+    "depth_attention": Job(layout="single", loops=2, save=True),
+    "vanilla": Job(layout="single", loops=2, method="vanilla"),
+}
 
 
 def _parity_of(layout: str) -> list[Job]:
@@ -169,7 +185,6 @@ def _parity_of(layout: str) -> list[Job]:
 
 PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
 
-METHODS = ("denseformer", "attnres", "mhc")
 METHOD_LAYOUTS = ("dp2", "pp2", "tp2+sp", "pp2xvpp2", "pp4", "tp2xpp2+sp", *(("cp2", "pp4xvpp2") if FULL else ()))
 """The optimizer's steps of four processes take long: ten of them in the full campaign only."""
 
@@ -187,6 +202,20 @@ PARITY += [job for method in METHODS for job in _parity_of_method(method)]
 
 NO_GRADIENT = ("decoder.layers.0.attention_aggregator.",)
 """How names of parameters begin whose gradient is zero by definition: that aggregator's two candidates are equal."""
+# The first half of the layers, twice. A pipeline runs each loop as chunks of its own.
+LOOPED = [
+    Job(layout="pp2xvpp2", loops=2, save=True),
+    Job(layout="pp2xvpp2", loops=2, steps=1, recompute="uniform2"),
+    Job(layout="tp2+sp", loops=2, steps=STEPS if FULL else 3),
+    Job(layout="dp2", loops=2, steps=STEPS if FULL else 3),
+    Job(layout="cp2", loops=2, steps=STEPS if FULL else 1),
+    Job(layout="pp4xvpp2", loops=2, steps=STEPS if FULL else 3),
+]
+PARITY += LOOPED
+VANILLA_LOOPED = [
+    Job(layout="pp2xvpp2", loops=2, method="vanilla"),
+    Job(layout="tp2+sp", loops=2, method="vanilla", steps=STEPS if FULL else 1),
+]
 
 CONTROLS = [
     Job(layout="pp2", method="denseformer", steps=2, sabotage="source_dropped"),
@@ -201,6 +230,7 @@ CONTROLS = [
     Job(layout="tp4+sp", steps=2, sabotage="mean_query_of_own_heads"),
     Job(layout="tp2+sp", steps=2, sabotage="norms_not_reduced"),
     Job(layout="single", recompute="uniform1", steps=2, sabotage="lent_gradient_dropped"),
+    Job(layout="pp2xvpp2", loops=2, steps=2, sabotage="later_loop_gradient_dropped"),
 ]
 
 CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
@@ -210,6 +240,7 @@ AGREEMENT = Job(layout="tp4", agreement=True)
 
 # Saved with the optimizer under one layout, continued under others; and under the same one, bit for bit.
 SAVES = [Job(layout=layout, save=True) for layout in ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2")]
+SAVES += [LOOPED_REFERENCES["depth_attention"], LOOPED[0]]
 RESUMES = [
     Job(layout=to, resume=saved)
     for saved, targets in {
@@ -222,11 +253,12 @@ RESUMES = [
 ]
 SAVES += [Job(layout="pp2", method=method, save=True) for method in METHODS]
 RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in METHODS]
+RESUMES += [Job(layout="pp2xvpp2", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
 
 
 def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
     if job.agreement:
         return []
-    saver = [save for save in SAVES if (save.layout, save.method) == (job.resume, job.method)]
+    saver = [save for save in SAVES if (save.layout, save.method, save.loops) == (job.resume, job.method, job.loops)]
     return [job.reference] * (job != job.reference) + saver

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.cases import CONTROLS, LAYOUTS, METHODS, PARITY, Job, needs
+from tests.parallel.cases import CONTROLS, LAYOUTS, PARITY, VANILLA_LOOPED, Job, needs
 from tests.parallel.compare import worst_gradient_error, worst_loss_error
 from tests.parallel.launch import run_jobs
 
@@ -29,7 +29,7 @@ class Campaign:
                     j for j in everything if LAYOUTS[j.layout].world_size == world_size and bool(j.resume) == resuming
                 ]
                 # The single process first writes the common weights; then layout by layout.
-                jobs.sort(key=lambda j: (j != j.reference, list(LAYOUTS).index(j.layout)))
+                jobs.sort(key=lambda j: (j != j.reference, list(LAYOUTS).index(j.layout), j.loops))
                 rounds.append((world_size, jobs))
         self._rounds = rounds
 
@@ -55,13 +55,16 @@ class Campaign:
     def worst_errors(self) -> dict[str, dict[str, Any]]:
         """What a reader quotes: the worst errors of each layout's parity jobs, and of every control."""
         table: dict[str, dict[str, Any]] = {}
-        for job in (*PARITY, *CONTROLS):
+        for job in (*PARITY, *VANILLA_LOOPED, *CONTROLS):
             both = (job, job.reference)
             if any(self._error(one).exists() or not self._is_done(one) for one in both):
                 continue
             result, reference = self.result(job), self.result(job.reference)
+            is_ours = job.method == "depth_attention"
             row = table.setdefault(
-                f"{job.layout} {job.method if job.method in METHODS else ''} {job.sabotage}".strip(),
+                " ".join(
+                    filter(None, [job.layout, "looped" * (job.loops > 1), job.method * (not is_ours), job.sabotage])
+                ),
                 {"cases": 0, "steps": 0, "loss": 0.0, "gradient": 0.0, "parameters": 0, "seconds": 0.0},
             )
             row["cases"] += 1

@@ -37,16 +37,19 @@ LAYER, MICROBATCH = 5, 1
 """Where the poison goes: layer and microbatch, both from 0."""
 FULL_RECOMPUTE = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
 LAYOUTS = {
-    "dp2xpp2": (ParallelConfig(pipeline=2), RecomputeConfig()),
-    "pp4": (ParallelConfig(pipeline=4), RecomputeConfig()),
-    "dp2xpp2xvpp2+recompute": (ParallelConfig(pipeline=2, virtual_pipeline=2), FULL_RECOMPUTE),
-    "tp2xpp2+sp": (ParallelConfig(tensor=2, pipeline=2, sequence=True), RecomputeConfig()),
+    "dp2xpp2": (ParallelConfig(pipeline=2), RecomputeConfig(), 1),
+    "pp4": (ParallelConfig(pipeline=4), RecomputeConfig(), 1),
+    "dp2xpp2xvpp2+recompute": (ParallelConfig(pipeline=2, virtual_pipeline=2), FULL_RECOMPUTE, 1),
+    "dp2xpp2xvpp2+loops": (ParallelConfig(pipeline=2, virtual_pipeline=2), RecomputeConfig(), 2),
+    "tp2xpp2+sp": (ParallelConfig(tensor=2, pipeline=2, sequence=True), RecomputeConfig(), 1),
 }
 
 
-def config_of(parallel: ParallelConfig, recompute: RecomputeConfig) -> RunConfig:
+def config_of(parallel: ParallelConfig, recompute: RecomputeConfig, num_loops: int = 1) -> RunConfig:
+    """As many layers in all, whatever the number of loops."""
+    model = dataclasses.replace(MODEL, num_layers=MODEL.num_layers // num_loops, num_loops=num_loops)
     return dataclasses.replace(
-        RunConfig(optimizer=OPTIMIZER, train=TRAIN), model=MODEL, parallel=parallel, recompute=recompute
+        RunConfig(optimizer=OPTIMIZER, train=TRAIN), model=model, parallel=parallel, recompute=recompute
     )
 
 
@@ -256,12 +259,12 @@ def main(file: Path, names: list[str]) -> None:
     device = initialize_distributed(launch_environment(), timeout=timedelta(minutes=1))
     results: dict[str, Any] = {}
     for name in names:
-        parallel, recompute = LAYOUTS[name]
+        parallel, recompute, num_loops = LAYOUTS[name]
         parallel_state.destroy_model_parallel()
         sizes = dataclasses.asdict(parallel)
         del sizes["sequence"]
         initialize_model_parallel(**sizes)
-        config = config_of(parallel, recompute)
+        config = config_of(parallel, recompute, num_loops)
         undisturbed = undisturbed_run(config, device)
         for case in cases_of(name):
             seen: list[Any] = [None] * dist.get_world_size()

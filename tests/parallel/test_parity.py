@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parallel.cases import AGREEMENT, CHATTY, CONTROLS, LAYOUTS, PARITY, RESUMES, SAVE_AFTER, Job, needs
+from tests.parallel.cases import (
+    AGREEMENT,
+    CHATTY,
+    CONTROLS,
+    LAYOUTS,
+    LOOPED,
+    PARITY,
+    RESUMES,
+    SAVE_AFTER,
+    VANILLA_LOOPED,
+    Job,
+    needs,
+)
 from tests.parallel.compare import BOUND, violations, worst_gradient_error, worst_loss_error
 from tests.parallel.least_bytes import least_bytes
 
@@ -16,12 +28,19 @@ def by_name(jobs: list[Job]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("job", jobs, ids=[job.name for job in jobs])
 
 
-@by_name(PARITY)
+@by_name([*PARITY, *VANILLA_LOOPED])
 def test_losses_and_gradients_are_those_of_one_process(campaign, job):
     result, reference = campaign.result(job), campaign.result(job.reference)
     assert len(result["losses"]) == job.steps
     assert result["gradient_errors"].keys() == reference["gradient_errors"].keys()
     assert not violations(result, reference)
+
+
+@by_name([job for job in (*LOOPED, *VANILLA_LOOPED) if job.steps > 1])
+def test_gradient_norms_count_every_weight_of_a_loop_once(campaign, job):
+    norms, expected = campaign.result(job)["grad_norms"], campaign.result(job.reference)["grad_norms"]
+    assert len(norms) == job.steps
+    assert norms == pytest.approx(expected[: job.steps], rel=BOUND)
 
 
 @by_name([job for job in PARITY if LAYOUTS[job.layout].parallel.pipeline > 1])
@@ -34,7 +53,7 @@ def test_a_pipeline_sends_the_fewest_bytes_possible(campaign, job):
     assert sent["messages"] == 2 * edges * num_microbatches
 
 
-@by_name(PARITY)
+@by_name([*PARITY, *VANILLA_LOOPED])
 def test_the_modules_of_all_ranks_count_up_to_the_formula(campaign, job):
     flops = campaign.result(job)["flops"]
     assert flops["modules"] == flops["formula"]

@@ -32,9 +32,11 @@ from torch import Tensor
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.methods.parameters import method_parameters
+from megatron_depthattn.model import gpt
 from megatron_depthattn.model.attention import DepthSelfAttention
 from megatron_depthattn.model.cross_layer import CrossLayerLayer, SourceTensors
 from megatron_depthattn.model.initialization import globally_named_parameters
+from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.norm import RMSNorm
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
@@ -45,7 +47,7 @@ from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
-from tests.parallel.cases import MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
+from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
 from tests.parallel.compare import relative_errors
 from tests.parallel.counted import counted_flops
 from tools.benchmarks.sent import recorded_sends, sent_between_stages
@@ -105,12 +107,12 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     result: dict[str, Any] = {}
     first = 0
     if job.resume:
-        saved = step_folder(folder / f"checkpoint-{job.method}-{job.resume}", SAVE_AFTER)
+        saved = step_folder(folder / job.checkpoint, SAVE_AFTER)
         progress = load_checkpoint(saved, chunks, optimizer, scheduler).progress
         assert progress == progress_after(SAVE_AFTER)
         first = progress.step
     else:
-        load_checkpoint(common_weights(folder / job.method, chunks), chunks)
+        load_checkpoint(common_weights(folder / (job.method if job.method in METHODS else "vanilla"), chunks), chunks)
         with recorded_sends() as sent:
             first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
         result["flops"] = counted_flops(config, chunks)
@@ -129,8 +131,9 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         result["losses"].append(done.loss)
         result["grad_norms"].append(done.grad_norm)
         if job.save and step + 1 == SAVE_AFTER:
-            directory = folder / f"checkpoint-{job.method}-{job.layout}"
-            save_checkpoint(directory, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={})
+            save_checkpoint(
+                folder / job.checkpoint, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={}
+            )
     return result
 
 
@@ -343,7 +346,21 @@ def _shapes_exchanged() -> Any:
     return mock.patch.object(PlannedCommunicator, "_communicate_shapes", P2PCommunicator._communicate_shapes)
 
 
+def _later_loop_gradient_dropped() -> Any:
+    """A rank's second chunk computes with the weights of its first, and has no part in their gradient."""
+
+    def wrong(chunks: Sequence[Any], *, num_loops: int) -> None:
+        share_weights(chunks, num_loops=num_loops)
+        for module in chunks[-1].modules() if len(chunks) > 1 else ():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.nn.Parameter):
+                    vars(module)[name] = value.detach()
+
+    return mock.patch.object(gpt, "share_weights", wrong)
+
+
 SABOTAGES = {
+    "later_loop_gradient_dropped": _later_loop_gradient_dropped,
     "payload_gradient_dropped": _payload_gradient_dropped,
     "lent_gradient_dropped": _lent_gradient_dropped,
     "shapes_exchanged": _shapes_exchanged,

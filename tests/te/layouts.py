@@ -6,6 +6,7 @@ A fake process group gives this process any rank of a world whose other ranks do
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,37 @@ def share(spec: str, *, rank: int) -> dict[str, Any]:
             "flops": dict(module_flops([model], config.data.sequence_length)),
             "keeps projection": _keeps_projection(model.decoder.layers[0].self_attention),
         }
+
+
+def loops() -> dict[str, Any]:
+    """Of the small model run twice: its weights and FLOPs, and whether later layers compute with the first loop's."""
+    with _world(Layout("small")), _a_gpu(torch.device("cpu")):
+        config = small_config("te")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=2))
+        model = build_chunk(config, transformer_config(config))
+        layers, half = model.decoder.layers, config.model.num_layers
+        used = {
+            (number, path): [id(weight) for weight in _used_weights(module)]
+            for number, layer in enumerate(layers)
+            for path, module in layer.named_modules()
+        }
+        return {
+            "parameters": [name for name, _ in model.named_parameters()],
+            "modules": {path: len(weights) for (_, path), weights in used.items() if weights},
+            "shared": all(used[number, path] == used[number % half, path] for number, path in used),
+            "apart": len({tuple(used[number, "mlp.linear_fc2"]) for number in range(half)}) == half,
+            "flops": dict(module_flops([model], config.data.sequence_length)),
+        }
+
+
+def _used_weights(module: Any) -> list[Tensor]:
+    """What TransformerEngine's forward asks its linear layers and its norms for."""
+    if hasattr(module, "weight_names"):
+        return [
+            *module._get_weight_tensors(),
+            *([module.layer_norm_weight] if "LayerNorm" in str(type(module)) else []),
+        ]
+    return [module.weight] if isinstance(getattr(module, "weight", None), Tensor) else []
 
 
 def _keeps_projection(attention: DepthSelfAttention) -> tuple[bool, bool]:

@@ -4,6 +4,7 @@ One process of its own builds everything that needs TransformerEngine (worker.py
 local spec, the converter and the comparisons.
 """
 
+import dataclasses
 import importlib.util
 import itertools
 import os
@@ -284,6 +285,23 @@ def test_control_a_missing_weight_is_an_error_under_both_specs(te):
     del loaded["output_layer.weight"]
     with pytest.raises(AssertionError, match=r"output_layer\.weight"):
         set_weights(models, {"model0": loaded})
+
+
+# ---- loops
+
+
+def test_later_loops_compute_with_the_first_loops_weights(te):
+    from megatron_depthattn.train.build import transformer_config
+    from megatron_depthattn.train.metrics import forward_flops
+
+    found = te.loops
+    assert found["shared"] and found["apart"]
+    linear = {"self_attention.linear_qkv": 2, "self_attention.linear_proj": 1, "mlp.linear_fc1": 2, "mlp.linear_fc2": 1}
+    assert found["modules"] == linear | {f"self_attention.{name}_layernorm": 1 for name in "qk"}
+    assert {*found["parameters"]} == under_te(te.initial).keys()
+    config = small_config("local")
+    looped = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=2))
+    assert found["flops"] == dataclasses.asdict(forward_flops(looped, transformer_config(looped)))
 
 
 # ---- full recompute through TransformerEngine's checkpoint function

@@ -35,6 +35,7 @@ def main(folder: Path) -> None:
         results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}
         results[spec]["shares"] = [layouts.share(spec, rank=rank) for rank in layouts.SMALL_RANKS]
         results[spec]["refusal"] = layouts.refusal(layouts.INDIVISIBLE, spec)
+    results["loops"] = layouts.loops()
     torch.save(results, folder / RESULTS)
 
 

@@ -301,7 +301,18 @@ REFUSALS = [
     (2, "engine.name=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1"),
     (1, "engine.name=deepspeed engine.offload_optimizer=true", "set engine.zero_stage=1 or more, or engine.offload"),
     (1, "engine.name=deepspeed precision.dtype=bf16", "DeepSpeed would sum gradients in bf16; set engine.zero_stage=1"),
-    (1, "model.num_loops=2", "model.num_loops=2 is not available yet in this version; set model.num_loops=1"),
+    (1, "model.num_loops=0", "model.num_loops is 0; set 1 or more"),
+    (1, "model.num_loops=2 engine.name=deepspeed", "set model.num_loops=1 or engine.name=megatron"),
+    (1, "model.num_loops=2 model.method=denseformer", "is not defined for a stack that is run again; set model.num_lo"),
+    (1, "model.num_loops=2 model.method=attnres", "set model.num_loops=1, or model.method to depth_attention"),
+    (1, "model.num_loops=2 model.method=mhc", "model.num_loops is 2 with model.method=mhc"),
+    (1, "model.num_loops=2 model.spec=te precision.dtype=bf16 precision.fp8=tensorwise", "set precision.fp8=null or"),
+    (2, "model.num_loops=2 parallel.pipeline=2", "set parallel.virtual_pipeline=2, or parallel.pipeline=1"),
+    (2, "model.num_loops=3 parallel.pipeline=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=3"),
+    (1, "model.num_loops=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline=2"),
+    (3, "model.num_loops=2 parallel.pipeline=3 parallel.virtual_pipeline=2", "set model.num_layers=6 or 9, or other"),
+    (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=2 recompute.granularity=full "
+     "recompute.method=uniform recompute.num_layers=5", "set recompute.num_layers from 1 to 4"),
     (1, "precision.fp8=delayed model.spec=te", "set precision.dtype=bf16"),
     (1, "train.hang_timeout=0", "train.hang_timeout is 0.0; set a number above 0"),
     (1, "train.max_fruitless_starts=0", "train.max_fruitless_starts is 0; set 1 or more"),
@@ -361,6 +372,11 @@ def test_refusals_say_what_to_set(base, world_size, arguments, message):
             "parallel.tensor=6 model.vocab_size=4098 model.ffn_hidden_size=516",
         ),  # three ranks share a KV head
         (1, "data.path=s3://bucket/shards data.cache=cache"),
+        (1, "model.num_loops=3 recompute.granularity=full recompute.method=uniform recompute.num_layers=24"),
+        (1, "model.num_loops=2 model.method=vanilla model.spec=te precision.dtype=bf16"),
+        # 4 layers a stage, 12 runs of them
+        (2, "model.num_loops=3 parallel.pipeline=2 parallel.virtual_pipeline=3"),
+        (4, "model.num_loops=2 parallel.sequence=true parallel.tensor=2 parallel.context=2"),
         (4, "parallel.sequence=true parallel.tensor=2 parallel.context=2"),
     ],
 )

@@ -26,34 +26,43 @@ SHAPE = {
 }
 
 
+def looped(num_loops: int, **overrides):
+    """A config whose model runs ``SHAPE``'s layers so many times."""
+    return qwen3_style_config(
+        **(SHAPE | {"num_layers": SHAPE["num_layers"] * num_loops}), num_loops=num_loops, **overrides
+    )
+
+
+@pytest.mark.parametrize("num_loops", [1, 2])
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_those_of_the_model(megatron_world_of_one, tied):
-    model = build_gpt_model(qwen3_style_config(**SHAPE), vocab_size=200, max_sequence_length=32, tie_embeddings=tied)
-    counted = DecoderShape(**SHAPE, vocab_size=256, tie_embeddings=tied).parameters
+def test_parameters_are_those_of_the_model(megatron_world_of_one, tied, num_loops):
+    model = build_gpt_model(looped(num_loops), vocab_size=200, max_sequence_length=32, tie_embeddings=tied)
+    counted = DecoderShape(**SHAPE, vocab_size=256, tie_embeddings=tied, num_loops=num_loops).parameters
     assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_matrix_operations_are_those_that_torch_counts(megatron_world_of_one):
+@pytest.mark.parametrize("num_loops", [1, 3])
+def test_matrix_operations_are_those_that_torch_counts(megatron_world_of_one, num_loops):
     """Torch counts the matrix products; the local attention computes the whole square, so twice the causal half."""
     sequence = 32
-    model = build_gpt_model(qwen3_style_config(**SHAPE), vocab_size=256, max_sequence_length=sequence)
+    model = build_gpt_model(looped(num_loops), vocab_size=256, max_sequence_length=sequence)
     tokens = torch.zeros(2, sequence, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(tokens, None, None)
-    ours = DecoderShape(**SHAPE, vocab_size=256).forward_flops(sequence, None)
+    ours = DecoderShape(**SHAPE, vocab_size=256, num_loops=num_loops).forward_flops(sequence, None)
     square = ours.attention * 2 * sequence // (sequence + 1)
     assert counter.get_total_flops() == tokens.numel() * (ours.projections + ours.logits + square)
 
 
+@pytest.mark.parametrize("num_loops", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("depth", [{"depth_attention": False}, {"depth_attention_stride": 1}, {}], ids=str)
-def test_counting_the_modules_gives_the_formula(megatron_world_of_one, depth, tied):
+def test_counting_the_modules_gives_the_formula(megatron_world_of_one, depth, tied, num_loops):
     """Line by line, exactly; and without the output layer where a chunk has none."""
-    config = qwen3_style_config(**SHAPE, **depth)
+    config = looped(num_loops, **depth)
     build = partial(build_gpt_model, config, vocab_size=200, max_sequence_length=32, tie_embeddings=tied)
-    formula = DecoderShape(**SHAPE, vocab_size=256, tie_embeddings=tied).forward_flops(
-        32, config.source_plan if config.depth_attention else None
-    )
+    shape = DecoderShape(**SHAPE, vocab_size=256, tie_embeddings=tied, num_loops=num_loops)
+    formula = shape.forward_flops(32, config.source_plan if config.depth_attention else None)
     counted = module_flops([build()], 32)
     assert {line: counted[line] for line in asdict(formula)} == asdict(formula)
     assert counted.total() == formula.total

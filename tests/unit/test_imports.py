@@ -22,8 +22,9 @@ PURE = {
     "config.py": {"omegaconf", "yaml", f"{PACKAGE}.strict_config", f"{PACKAGE}.config_check"},
     "strict_config.py": {"omegaconf", "yaml"},
     # config: for type checkers only
-    "config_check.py": {"yaml", *(f"{PACKAGE}.{name}" for name in ("config", "engine_check", "precision_check"))},
+    "config_check.py": {f"{PACKAGE}.{name}" for name in ("config", "engine_check", "loops_check", "precision_check")},
     "engine_check.py": {f"{PACKAGE}.config"},
+    "loops_check.py": {f"{PACKAGE}.config"},
     "precision.py": {f"{PACKAGE}.config"},
     "precision_check.py": {f"{PACKAGE}.config", f"{PACKAGE}.precision"},
     "model/source_plan.py": {"torch"},

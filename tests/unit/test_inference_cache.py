@@ -15,9 +15,11 @@ VOCAB, SEQUENCE, BATCH, PROMPT = 128, 20, 2, 7
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
 
 
-def build(**overrides) -> GPTModel:
+def build(*, num_loops: int = 1, **overrides) -> GPTModel:
+    """``NUM_LAYERS`` effective layers, whatever the number of loops."""
     config = qwen3_style_config(
         num_layers=NUM_LAYERS,
+        num_loops=num_loops,
         hidden_size=32,
         num_attention_heads=4,
         num_query_groups=NUM_KV_HEADS,
@@ -63,6 +65,9 @@ def cached_logits(model: GPTModel, tokens: Tensor, prompt: int) -> tuple[Tensor,
         # Layers without RoPE among others: with a cache the mix runs before RoPE, so without one it must, too.
         {"depth_attention_stride": 1, "no_rope_freq": 2},
         {"depth_attention": False},
+        # Every loop has slots of its own.
+        {"depth_attention_stride": 2, "num_loops": 2},
+        {"depth_attention": False, "num_loops": 3},
     ],
     ids=str,
 )

@@ -23,9 +23,12 @@ LOGIT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
 
 
-def build(num_kv_heads: int, *, stride: int, window: int, tied: bool = False, **overrides) -> GPTModel:
+def build(
+    num_kv_heads: int, *, stride: int | None, window: int, tied: bool = False, num_loops: int = 1, **overrides
+) -> GPTModel:
     config = qwen3_style_config(
-        num_layers=NUM_LAYERS,
+        num_layers=NUM_LAYERS * num_loops,
+        num_loops=num_loops,
         hidden_size=HIDDEN,
         num_attention_heads=NUM_HEADS,
         num_query_groups=num_kv_heads,
@@ -144,14 +147,33 @@ def test_gradients_with_tied_embeddings(tokens, record_property):
     check_gradients(tokens, record_property, 2, stride=2, window=1, op="lean", tied=True)
 
 
-def check_gradients(tokens, record_property, num_kv_heads, *, stride, window, op, tied):
+@pytest.mark.parametrize(
+    ("num_loops", "depth"), [(2, {}), (3, {"stride": 4, "window": 1}), (2, {"depth_attention": False})], ids=str
+)
+def test_loops(num_loops, depth, tokens, record_property):
+    """Logits, and gradients summed over the loops; the stride defaults to half the layers of all loops."""
+    options = {"stride": None, "window": 0, "num_loops": num_loops} | depth
+    weights = weights_of(2)
+    with torch.no_grad():
+        expected = reference_logits(weights, tokens, 2, **options)
+        once = reference_logits(weights, tokens, 2, **(options | {"num_loops": 1}))
+        model = build(2, **options)
+        load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM), VOCAB)
+        error = (megatron_logits(model, tokens) - expected).abs().max().item()
+    record_property("logit_error", error)
+    assert error < LOGIT_TOLERANCE
+    assert (once - expected).abs().max() > 1e-2  # control: the loops change the function
+    check_gradients(tokens, record_property, 2, op="lean", tied=False, **options)
+
+
+def check_gradients(tokens, record_property, num_kv_heads, *, op, tied, **mixing):
     labels = tokens.roll(-1, dims=1)
     weights = {name: weight.requires_grad_() for name, weight in weights_of(num_kv_heads, tied=tied).items()}
-    options = {"stride": stride, "window": window, "tied": tied}
+    options = {"tied": tied} | mixing
     mean_cross_entropy(reference_logits(weights, tokens, num_kv_heads, **options), labels).backward()
     expected = to_megatron({n: w.grad for n, w in weights.items()}, NUM_LAYERS, HEAD_DIM)
 
-    model = build(num_kv_heads, stride=stride, window=window, tied=tied, depth_attention_op=op)
+    model = build(num_kv_heads, depth_attention_op=op, **options)
     load(model, to_megatron({n: w.detach() for n, w in weights.items()}, NUM_LAYERS, HEAD_DIM), VOCAB)
     mean_cross_entropy(megatron_logits(model, tokens), labels).backward()
 

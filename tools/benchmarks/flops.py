@@ -36,7 +36,7 @@ def measure_flops(given: argparse.Namespace) -> Result:
     )
     for name in given.shape:
         config = load_config(SHAPES[name])
-        layers = config.model.num_layers
+        layers = config.model.num_layers * config.model.num_loops
         for stride in dict.fromkeys((max(1, layers // 2), 1)):
             plan = SourcePlan(num_layers=layers, stride=stride)
             flops = decoder_shape(config).forward_flops(config.data.sequence_length, plan)

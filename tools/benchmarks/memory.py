@@ -70,7 +70,7 @@ def _measure(given: argparse.Namespace, device: torch.device) -> Result:
             "layer that is read",
         ],
     )
-    layers = first.model.num_layers
+    layers = first.model.num_layers * first.model.num_loops
     for mode in given.recompute:
         options = RECOMPUTE[mode]
         vanilla = kept(run_config(given, device.type, **options, model__depth_attention__enabled=False), device)
@@ -124,9 +124,10 @@ def predicted_numbers(config: RunConfig, kind: str) -> tuple[int, int]:
     from megatron_depthattn.model.source_plan import SourcePlan, default_stride
 
     model, recompute = config.model, config.recompute
+    num_layers = model.num_layers * model.num_loops
     plan = SourcePlan(
-        num_layers=model.num_layers,
-        stride=model.depth_attention.stride or default_stride(model.num_layers),
+        num_layers=num_layers,
+        stride=model.depth_attention.stride or default_stride(num_layers),
         recent_window=model.depth_attention.recent_window,
     )
     key_size = model.num_query_groups * model.kv_channels
@@ -155,7 +156,7 @@ def _add_row(
     result.rows.append(
         [
             *(name, mode, f"{vanilla.saved / tokens:,.0f}", f"{more:+,.0f}", f"{predicted:+,}", f"{sources:,}"),
-            f"{more / size / config.model.num_layers:,.1f}",
+            f"{more / size / (config.model.num_layers * config.model.num_loops):,.1f}",
             *("" if value is None else f"{value:+,.0f}" for value in (allocated, peak)),
         ]
     )

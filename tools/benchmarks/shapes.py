@@ -52,6 +52,7 @@ def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
     """The model in a few words."""
     model = config.model
     cut = " (cut in depth)" if given.layers else ""
+    cut += f" run {model.num_loops} times" if model.num_loops > 1 else ""
     return (
         f"{model.num_layers} layers{cut}, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"{model.num_query_groups} KV heads of {model.kv_channels}, {config.train.micro_batch_size} x "

@@ -57,7 +57,7 @@ def measure_step(given: argparse.Namespace) -> Result:
 def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
     """Every model by its name, vanilla first."""
     vanilla = run_config(given, kind, model__depth_attention__enabled=False)
-    layers = vanilla.model.num_layers
+    layers = vanilla.model.num_layers * vanilla.model.num_loops
     configs = {VANILLA: vanilla}
     for stride in given.strides or dict.fromkeys((max(1, layers // 2), 1)):
         for op in given.ops or implementations_on(kind):
