@@ -72,6 +72,45 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (gated * torch.sigmoid(gated) * (x @ up.T)) @ down.T
 
 
+def below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def queries_keys_values(
+    own: Mapping[str, Tensor],
+    x: Tensor,
+    heads: tuple[int, int],
+    head_dim: int,
+    rope_theta: float,
+    eps: float,
+    k_norm_after_rope: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [b, s, H, d], k and v [b, s, G, d] of a layer that reads x [b, s, E]; `own`: its weights, `heads`: (H, G)."""
+    normed = rms_norm(x, own["input_layernorm.weight"], eps)
+    q, k, v = ((normed @ own[f"self_attn.{part}_proj.weight"].T).unflatten(-1, (-1, head_dim)) for part in "qkv")
+    assert (q.shape[2], k.shape[2]) == heads
+    q = rope(rms_norm(q, own["self_attn.q_norm.weight"], eps), rope_theta)
+    k_norm = own["self_attn.k_norm.weight"]
+    if k_norm_after_rope:
+        return q, rms_norm(rope(k, rope_theta), k_norm, eps), v
+    return q, rope(rms_norm(k, k_norm, eps), rope_theta), v
+
+
+def self_attention(
+    own: Mapping[str, Tensor], x: Tensor, heads: tuple[int, int], head_dim: int, rope_theta: float, eps: float
+) -> Tensor:
+    """What a vanilla layer's attention adds to the residual stream when it reads x [b, s, E], its norm included."""
+    q, k, v = queries_keys_values(own, x, heads, head_dim, rope_theta, eps)
+    return causal_attention(q, k, v).flatten(2) @ own["self_attn.o_proj.weight"].T
+
+
+def feed_forward(own: Mapping[str, Tensor], x: Tensor, eps: float) -> Tensor:
+    """What a layer's MLP adds to the residual stream when it reads x [b, s, E], its norm included."""
+    normed = rms_norm(x, own["post_attention_layernorm.weight"], eps)
+    return swiglu(normed, own["mlp.gate_proj.weight"], own["mlp.up_proj.weight"], own["mlp.down_proj.weight"])
+
+
 def decoder_logits(
     weights: Mapping[str, Tensor],
     tokens: Tensor,
@@ -110,7 +149,7 @@ def decoder_logits(
         depth_weights: an empty list to fill with each (effective) layer's weights [b, s, G, n + 1] over depth.
     """
     weights = {name: weight.double() for name, weight in weights.items()}
-    b, s = tokens.shape
+    heads = num_heads, num_kv_heads
     num_effective_layers = num_loops * num_layers
     if stride is None:
         stride = max(1, num_effective_layers // 2)
@@ -118,27 +157,15 @@ def decoder_logits(
     memory: list[tuple[Tensor, Tensor]] = []  # (k, vmix) of every effective layer so far
     x = weights["model.embed_tokens.weight"][tokens]
     for layer in range(num_effective_layers):
-        prefix = f"model.layers.{layer % num_layers}."
-        own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        normed = rms_norm(x, own["input_layernorm.weight"], eps)
-        q = (normed @ own["self_attn.q_proj.weight"].T).reshape(b, s, num_heads, head_dim)
-        k = (normed @ own["self_attn.k_proj.weight"].T).reshape(b, s, num_kv_heads, head_dim)
-        v = (normed @ own["self_attn.v_proj.weight"].T).reshape(b, s, num_kv_heads, head_dim)
-        q = rope(rms_norm(q, own["self_attn.q_norm.weight"], eps), rope_theta)
-        k_norm = own["self_attn.k_norm.weight"]
-        if k_norm_after_rope:
-            k = rms_norm(rope(k, rope_theta), k_norm, eps)
-        else:
-            k = rope(rms_norm(k, k_norm, eps), rope_theta)
+        own = below(f"model.layers.{layer % num_layers}.", weights)
+        q, k, v = queries_keys_values(own, x, heads, head_dim, rope_theta, eps, k_norm_after_rope)
         if depth_attention:
             v, mix = depth_mix(q, k, v, [memory[i] for i in depth_sources(layer, stride, window)])
             if depth_weights is not None:
                 depth_weights.append(mix)
         memory.append((k, v))
-        attended = causal_attention(q, k, v).reshape(b, s, num_heads * head_dim)
-        x = x + attended @ own["self_attn.o_proj.weight"].T
-        normed = rms_norm(x, own["post_attention_layernorm.weight"], eps)
-        x = x + swiglu(normed, own["mlp.gate_proj.weight"], own["mlp.up_proj.weight"], own["mlp.down_proj.weight"])
+        x = x + causal_attention(q, k, v).flatten(2) @ own["self_attn.o_proj.weight"].T
+        x = x + feed_forward(own, x, eps)
     x = rms_norm(x, weights["model.norm.weight"], eps)
     return x @ weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T
 
