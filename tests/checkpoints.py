@@ -11,6 +11,16 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.reference_methods import METHODS as METHOD_NAMES
+from tests.reference_methods import random_method_weights
+
+METHODS: dict[str, dict[str, Any]] = {
+    "denseformer": {"method": "denseformer", "denseformer": {"period": 1, "dilation": 1}},
+    "denseformer-dilated": {"method": "denseformer", "denseformer": {"period": 2, "dilation": 2}, "num_layers": 4},
+    "attnres": {"method": "attnres", "attnres": {"block_size": 4}},
+    "mhc": {"method": "mhc", "mhc": {"num_streams": 3}},
+}
+"""Changes to `model_section`, by what they make of it."""
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 3, 32, 4, 2, 8, 48
 
 
@@ -58,10 +68,26 @@ def random_weights(model: dict[str, Any], padded_vocab: int = 384) -> dict[str, 
             prefix + "mlp.linear_fc1.weight": random(2 * FFN, HIDDEN),
             prefix + "mlp.linear_fc2.weight": random(HIDDEN, FFN),
         }
+    weights |= _random_method_weights(model)
     weights["decoder.final_layernorm.weight"] = random(HIDDEN)
     if not model["tie_embeddings"]:
         weights["output_layer.weight"] = random(padded_vocab, HIDDEN)
     return weights
+
+
+def _random_method_weights(model: dict[str, Any]) -> dict[str, Tensor]:
+    """What the method adds; the last layer holds what comes behind it."""
+    method, layers = model.get("method"), model["num_layers"]
+    if method not in METHOD_NAMES:
+        return {}
+    weights = random_method_weights(6, method, num_layers=layers, hidden_size=HIDDEN, **model[method])
+    start, last = "model.layers.", f"decoder.layers.{layers - 1}."
+    return {
+        "decoder.layers." + name.removeprefix(start)
+        if name.startswith(start)
+        else last + name.removeprefix("model."): weight.float()
+        for name, weight in weights.items()
+    }
 
 
 def write_checkpoint(folder: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> Path:

@@ -43,5 +43,5 @@ def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:
     ) as folder:
         write_json(folder / CONFIG, config | {"depth_attention_k_norm_after_rope": True})
         write_weights(folder, sizes, lambda name: [(name, read_finite(source, name))])
-        files = [source.folder / GENERATION_CONFIG, *tokenizer_files(source.folder), *model_files()]
+        files = [source.folder / GENERATION_CONFIG, *tokenizer_files(source.folder), *model_files(config["model_type"])]
         copy_files(files, folder)

@@ -52,8 +52,8 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
         return torch.nn.functional.pad(merged, (0, 0, 0, padding)) if padding else merged
 
     run = to_dict(RunConfig())
-    depth = run["model"]["depth_attention"] | model["depth_attention"]
-    run["model"] |= model | {"depth_attention": depth}
+    for key, value in model.items():
+        run["model"][key] = run["model"][key] | value if isinstance(value, dict) else value
     common = {"progress": dataclasses.asdict(Progress()), "config": run, "imported_from": str(source.folder)}
     num_bytes = sum(tensor.nbytes for tensor in meta.values())
     tokenizer = tokenizer_files(source.folder)

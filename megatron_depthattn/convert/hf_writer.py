@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_depthattn import hf
+from megatron_depthattn.hf.model_config import AUTO_MAP
 from megatron_depthattn.hf.weights_folder import CONFIG, INDEX
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map*", "added_tokens*", "chat_template*", "vocab.*", "merges.txt")
@@ -45,9 +46,11 @@ def write_weights(
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})
 
 
-def model_files() -> list[Path]:
-    """The code of Depth-Attention, which lies beside the weights so that they load without this package."""
-    return [Path(hf.__path__[0]) / name for name in ("configuration_depthattn.py", "modeling_depthattn.py")]
+def model_files(model_type: str) -> list[Path]:
+    """The code of a model, which lies beside the weights so that they load without this package; none for Qwen3."""
+    if model_type not in AUTO_MAP:
+        return []
+    return [Path(hf.__path__[0]) / f"{part}_{model_type}.py" for part in ("configuration", "modeling")]
 
 
 def copy_files(files: Iterable[Path], folder: Path) -> None:

@@ -8,7 +8,21 @@ from typing import Any
 import yaml
 
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_depthattn.hf.model_config import needs_model_files
+from megatron_depthattn.hf.model_config import AUTO_MAP, METHOD_SETTINGS
+
+METHODS = {
+    "depthattn": (
+        "Depth-Attention (arXiv:2606.05014): every layer mixes the values of earlier layers at the same token into its "
+        "own."
+    ),
+    "denseformer": "DenseFormer (arXiv:2402.02622): layers read learned sums over the outputs of earlier ones.",
+    "attnres": "Attention Residuals: every sublayer reads an attention over snapshots of the residual stream.",
+    "mhc": "manifold-constrained hyper-connections: every sublayer reads, mixes and writes several residual streams.",
+}
+CODE = (
+    "The code beside the weights runs with transformers 4.57 and 5; decoding with a cache is exact, and the cache has "
+    "a vanilla decoder's size."
+)
 
 
 def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_bytes: int) -> str:
@@ -21,13 +35,13 @@ def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_by
     run: dict[str, Any] = checkpoint.common["config"]
     if "imported_from" in checkpoint.common:
         run = {"model": run["model"]}  # the rest are defaults that trained nothing
-    custom = needs_model_files(run["model"])
+    custom = config["model_type"] in AUTO_MAP
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [config["model_type"]]}
     trust = ", trust_remote_code=True" if custom else ""
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {Path(run.get('run', {}).get('dir') or checkpoint.folder.name).name}",
-        _summary(config, custom),
+        _summary(config),
         _table("Shape", _shape(config, num_bytes)),
         _table("Training", _training(checkpoint, run)),
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -41,17 +55,14 @@ def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_by
     return "\n\n".join(sections) + "\n"
 
 
-def _summary(config: Mapping[str, Any], custom: bool) -> str:
-    if not custom:
+def _summary(config: Mapping[str, Any]) -> str:
+    kind, num_loops = config["model_type"], config.get("num_loops", 1)
+    if kind not in AUTO_MAP:
         return "A Qwen3 decoder, loaded by transformers without custom code."
-    loops = f" Its layers are run {config['num_loops']} times with the same weights." if config["num_loops"] > 1 else ""
-    if not config["use_depth_attention"]:
+    loops = f" Its layers are run {num_loops} times with the same weights." if num_loops > 1 else ""
+    if not config.get("use_depth_attention", True):
         return f"A Qwen3-style decoder.{loops}"
-    return (
-        "A Qwen3-style decoder with Depth-Attention (arXiv:2606.05014): every layer mixes the values of earlier layers "
-        f"at the same token into its own.{loops} The code beside the weights runs with transformers 4.57 and 5; "
-        "decoding with a cache is exact, and the cache has a vanilla decoder's size."
-    )
+    return f"A Qwen3-style decoder with {METHODS[kind]}{loops} {CODE}"
 
 
 def _shape(config: Mapping[str, Any], num_bytes: int) -> dict[str, Any]:
@@ -59,6 +70,7 @@ def _shape(config: Mapping[str, Any], num_bytes: int) -> dict[str, Any]:
     keys = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
     keys += ["intermediate_size", "vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings"]
     keys += ["torch_dtype", "depth_attention_stride", "depth_attention_recent_window", "num_loops"]
+    keys += METHOD_SETTINGS.get(config["model_type"], {}).values()
     return {"parameters": f"{parameters:,}"} | {key: config[key] for key in keys if key in config}
 
 

@@ -20,7 +20,7 @@ from megatron_depthattn.convert.hf_writer import (
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
 from megatron_depthattn.hf.loading import load_tokenizer
-from megatron_depthattn.hf.model_config import needs_model_files, to_hf_config
+from megatron_depthattn.hf.model_config import to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.weights_folder import CONFIG
 
@@ -60,8 +60,7 @@ def export(
     ) as folder:
         write_json(folder / CONFIG, config)
         write_weights(folder, sizes, lambda name: hf_tensors(checkpoint, [by_name[name]]))
-        if needs_model_files(model):
-            copy_files(model_files(), folder)
+        copy_files(model_files(config["model_type"]), folder)
         if found:
             copy_files(tokenizer_files(found), folder)
         GenerationConfig(**special_tokens).save_pretrained(folder)

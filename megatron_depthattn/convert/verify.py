@@ -83,26 +83,34 @@ def _weights(checkpoint: MegatronCheckpoint, folder: HFFolder) -> Check:
 
 def _config(section: Mapping[str, Any], folder: HFFolder) -> Check:
     """The settings that decide what the weights compute."""
-    ours = to_model_section(to_hf_config(section, dtype="", special_tokens={}))
-    theirs = to_model_section(folder.config)
-    ours["depth_attention"] |= {"k_norm_after_rope": False}
-    theirs["depth_attention"] |= {"k_norm_after_rope": normalises_keys_after_rope(folder.config)}
-    for one in (ours, theirs):
-        one |= {f"depth_attention.{key}": value for key, value in one.pop("depth_attention").items()}
+    ours, theirs = (_settings(config) for config in (to_hf_config(section, dtype="", special_tokens={}), folder.config))
     # a Qwen3's config.json says nothing of how it was initialised or could be mixed
-    free = {"init_std"} | ({key for key in ours if "." in key} - {DEPTH_SWITCH} if not ours[DEPTH_SWITCH] else set())
-    wrong = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if key not in free and theirs[key] != ours[key]]
+    free = {"init_std"}
+    if not ours.get(DEPTH_SWITCH, True):
+        free |= {key for key in ours if "." in key} - {DEPTH_SWITCH}
+    keys = [key for key in ours if key not in free and theirs.get(key) != ours[key]]
+    wrong = [f"{key} {theirs.get(key)}, not {ours[key]}" for key in keys]
     return Check("config", "; ".join(wrong) or "same model", "equal", not wrong)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as our keys, dotted."""
+    settings: dict[str, Any] = {"depth_attention.k_norm_after_rope": normalises_keys_after_rope(config)}
+    for key, value in to_model_section(config).items():
+        settings |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return settings
 
 
 def _model_files(folder: HFFolder) -> list[Check]:
     """Whether the folder's code, which others run, is this package's, which is run here."""
-    if folder.config["model_type"] != "depthattn":
+    kind = folder.config["model_type"]
+    files = model_files(kind)
+    if not files:
         return []
-    names = [file.name for file in model_files()]
-    _, differing, unreadable = filecmp.cmpfiles(model_files()[0].parent, folder.folder, names, shallow=False)
+    names = [file.name for file in files]
+    _, differing, unreadable = filecmp.cmpfiles(files[0].parent, folder.folder, names, shallow=False)
     wrong = differing + unreadable
-    wrong += ["auto_map"] if folder.config.get("auto_map") != AUTO_MAP else []
+    wrong += ["auto_map"] if folder.config.get("auto_map") != AUTO_MAP[kind] else []
     return [Check("model files", f"{', '.join(wrong)} differ" if wrong else "this version's", "equal", not wrong)]
 
 

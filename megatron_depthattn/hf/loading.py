@@ -14,11 +14,17 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megatron_depthattn.hf.configuration_depthattn import DepthAttnConfig
+from megatron_depthattn.hf.modeling_attnres import AttnResForCausalLM
+from megatron_depthattn.hf.modeling_denseformer import DenseFormerForCausalLM
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
+from megatron_depthattn.hf.modeling_mhc import MHCForCausalLM
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder, some_names
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+_OWN_CLASSES: dict[str, type[PreTrainedModel]] = {
+    model.config_class.model_type: model
+    for model in (DepthAttnForCausalLM, DenseFormerForCausalLM, AttnResForCausalLM, MHCForCausalLM)
+}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -43,8 +49,9 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model on the CPU, in evaluation mode.
 
-    A folder of ``model_type`` "depthattn" is loaded with this package's own classes, any other with those of
-    transformers; code that lies in the folder is never run and nothing is downloaded.
+    A folder of a ``model_type`` of ours ("depthattn", "denseformer", "attnres", "mhc") is loaded with this package's
+    own classes, any other with those of transformers; code that lies in the folder is never run and nothing is
+    downloaded.
 
     Args:
         folder: a Hugging Face model folder with safetensors.
@@ -67,8 +74,8 @@ def load_causal_lm(
         options["attn_implementation"] = attn_implementation
     load: Callable[..., Any]
     model_type = source.config.get("model_type")
-    if model_type == DepthAttnConfig.model_type:
-        load = DepthAttnForCausalLM.from_pretrained
+    if model_type in _OWN_CLASSES:
+        load = _OWN_CLASSES[model_type].from_pretrained
     elif model_type in CONFIG_MAPPING:
         load = AutoModelForCausalLM.from_pretrained
         options["trust_remote_code"] = False

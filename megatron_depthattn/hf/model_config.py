@@ -20,19 +20,40 @@ SAME_MEANING = {
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
 }
+# By the model_type of those that come with model files of ours: how their classes' names begin.
+CLASSES = {"depthattn": "DepthAttn", "denseformer": "DenseFormer", "attnres": "AttnRes", "mhc": "MHC"}
 AUTO_MAP = {
-    "AutoConfig": "configuration_depthattn.DepthAttnConfig",
-    "AutoModel": "modeling_depthattn.DepthAttnModel",
-    "AutoModelForCausalLM": "modeling_depthattn.DepthAttnForCausalLM",
+    kind: {
+        "AutoConfig": f"configuration_{kind}.{name}Config",
+        "AutoModel": f"modeling_{kind}.{name}Model",
+        "AutoModelForCausalLM": f"modeling_{kind}.{name}ForCausalLM",
+    }
+    for kind, name in CLASSES.items()
 }
-MODEL_TYPES = ("depthattn", "qwen3", "llama")
+# A method's own section, named as its model_type is: our key, and Hugging Face's.
+METHOD_SETTINGS = {
+    "denseformer": {"period": "denseformer_period", "dilation": "denseformer_dilation"},
+    "attnres": {"block_size": "attnres_block_size"},
+    "mhc": {"num_streams": "mhc_num_streams"},
+}
+MODEL_TYPES = (*CLASSES, "qwen3", "llama")
 # What the released checkpoints carry and nothing reads, below whatever prefix.
 UNUSED_IN_RELEASED = ("lm_head_layernorm.weight",)
 
 
-def needs_model_files(model: Mapping[str, Any]) -> bool:
-    """Whether transformers' own Qwen3 cannot compute this model."""
-    return model["depth_attention"]["enabled"] or model["num_loops"] > 1
+def layers_share(model: Mapping[str, Any]) -> str:
+    """What `ModelConfig.layers_share` says, of a plain section; old ones name no method."""
+    method: str = model.get("method", "depth_attention")
+    is_off = method == "depth_attention" and not model["depth_attention"]["enabled"]
+    return "vanilla" if is_off else method
+
+
+def model_type(model: Mapping[str, Any]) -> str:
+    """The model_type that a model section is exported as; "qwen3", which needs no files of ours, where it can be."""
+    shared = layers_share(model)
+    if shared in METHOD_SETTINGS:
+        return shared
+    return "qwen3" if shared == "vanilla" and model["num_loops"] == 1 else "depthattn"
 
 
 def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mapping[str, int | None]) -> Section:
@@ -42,10 +63,10 @@ def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mappin
         dtype: of the weights, as torch names it ("bfloat16").
         special_tokens: bos_token_id, eos_token_id, pad_token_id; None where there is none.
     """
-    depth = model["depth_attention"]
+    kind = model_type(model)
     config: Section = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [f"{CLASSES.get(kind, 'Qwen3')}ForCausalLM"],
+        "model_type": kind,
         **{theirs: model[ours] for ours, theirs in SAME_MEANING.items()},
         "hidden_act": "silu",
         "attention_bias": False,
@@ -55,13 +76,14 @@ def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mappin
         "torch_dtype": dtype,
         **special_tokens,
     }
-    if needs_model_files(model):
-        effective_layers = model["num_layers"] * model["num_loops"]
+    if kind in AUTO_MAP:
+        config["auto_map"] = AUTO_MAP[kind]
+    if kind in METHOD_SETTINGS:
+        config |= {theirs: model[kind][ours] for ours, theirs in METHOD_SETTINGS[kind].items()}
+    if kind == "depthattn":
+        depth, effective_layers = model["depth_attention"], model["num_layers"] * model["num_loops"]
         config |= {
-            "architectures": ["DepthAttnForCausalLM"],
-            "auto_map": AUTO_MAP,
-            "model_type": "depthattn",
-            "use_depth_attention": depth["enabled"],
+            "use_depth_attention": layers_share(model) == "depth_attention",
             "depth_attention_stride": depth["stride"] or max(1, effective_layers // 2),
             "depth_attention_recent_window": depth["recent_window"],
             "depth_attention_k_norm_after_rope": False,
@@ -72,6 +94,8 @@ def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mappin
 
 def to_model_section(config: Mapping[str, Any]) -> Section:
     """The model section that a config.json describes: one of our exports, a Qwen3, or a released checkpoint.
+
+    Of the sections of the methods it holds the model's own; vanilla is Depth-Attention that is not enabled.
 
     Raises:
         ValueError: the model is of another kind, or has parts that this stack cannot train.
@@ -88,8 +112,12 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
     } | {key: value for key, value in config.items() if value is not None}
     section: Section = {ours: filled[theirs] for ours, theirs in SAME_MEANING.items()}
     section["rotary_base"] = float(section["rotary_base"])
+    section["num_loops"] = config["num_loops"]
+    if (kind := config["model_type"]) in METHOD_SETTINGS:
+        own = {ours: config[theirs] for ours, theirs in METHOD_SETTINGS[kind].items()}
+        return section | {"method": kind, kind: own}
     return section | {
-        "num_loops": config["num_loops"],
+        "method": "depth_attention",
         "depth_attention": {
             "enabled": bool(config["use_depth_attention"]),
             "stride": config.get("depth_attention_stride"),
@@ -123,6 +151,7 @@ def _check_is_trainable(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.json asks for what this stack cannot train: {'; '.join(refused)}")
     needed = ["max_position_embeddings", "rms_norm_eps", "vocab_size", "intermediate_size"]
     needed += ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    needed += METHOD_SETTINGS.get(kind, {}).values()
     missing = [key for key in needed if key not in config]
     if missing:
         raise ValueError(f"config.json does not say {', '.join(missing)}")

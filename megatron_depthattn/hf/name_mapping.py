@@ -1,9 +1,11 @@
-"""Which Hugging Face tensors hold the numbers of which Megatron tensor, both ways: a table and three special cases.
+"""Which Hugging Face tensors hold the numbers of which Megatron tensor, both ways: a table and four special cases.
 
 Megatron fuses the projections: `linear_qkv` interleaves its rows by key/value group (the group's query heads, its key,
 its value), `linear_fc1` stacks gate over up. Its vocabulary is padded with rows that Hugging Face does not have. A norm
 before a linear layer is that layer's `layer_norm_weight`, as in TransformerEngine; checkpoints of the local spec are
-stored under the same names. FP8 scaling state (`_extra_state`) is no weight and has no counterpart.
+stored under the same names. What a method adds keeps its name below the layer; what it adds behind the last layer is
+the last layer's in Megatron and the model's own in Hugging Face. FP8 scaling state (`_extra_state`) is no weight and
+has no counterpart.
 
 Pure functions of names, shapes and tensors. E hidden size, V vocabulary, H query heads, G key/value heads, d head size.
 """
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from megatron_depthattn.methods.definition import CrossLayerMethod, Shape
+from megatron_depthattn.methods.definitions import method_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +33,14 @@ class ModelShape:
     ffn_hidden_size: int
     vocab_size: int
     tie_embeddings: bool
+    method: CrossLayerMethod | None = None
+    """The method with weights of its own."""
 
     @classmethod
     def from_model_section(cls, model: Mapping[str, Any]) -> "ModelShape":
         """From the `model` section of a run's config; its other keys do not change a weight's shape."""
-        return cls(**{name: model[name] for name in cls.__dataclass_fields__})
+        sizes = {name: model[name] for name in cls.__dataclass_fields__ if name != "method"}
+        return cls(**sizes, method=method_of(model))
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,12 @@ def weight_groups(shape: ModelShape) -> list[WeightGroup]:
             ),
             _same(f"{mlp}.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (hidden, ffn)),
         ]
+        if shape.method:
+            added = shape.method.layer_parameters(layer)
+            groups += [_same(f"{ours}.{name}", f"{theirs}.{name}", size) for name, size in added.items()]
+    if shape.method:
+        added = shape.method.final_parameters()
+        groups += [_same(f"{ours}.{name}", f"model.{name}", size) for name, size in added.items()]
     groups.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
     if not shape.tie_embeddings:
         groups.append(_vocabulary("output_layer.weight", "lm_head.weight", shape))

@@ -44,7 +44,7 @@ def export(folder: Path, tokenizer: PreTrainedTokenizerBase | None, **settings: 
         tokenizer.save_pretrained(folder)
     for module in (configuration_depthattn, modeling_depthattn):
         shutil.copy(module.__file__, folder)
-    edit_json(folder / "config.json", auto_map=AUTO_MAP)
+    edit_json(folder / "config.json", auto_map=AUTO_MAP["depthattn"])
     return model
 
 

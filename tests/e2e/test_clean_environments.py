@@ -11,7 +11,7 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm, load_tokenizer
-from tests.checkpoints import model_section, random_weights, write_checkpoint
+from tests.checkpoints import METHODS, model_section, random_weights, write_checkpoint
 from tests.e2e.clean_environment import CleanEnvironment
 from tests.e2e.commands import must_succeed, run
 from tests.hf.models import largest
@@ -31,11 +31,11 @@ def transformers_5(tmp_path_factory) -> CleanEnvironment:
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What the converter writes: looped, in several files; tied, in one; each with a tokenizer."""
+    """What the converter writes: looped, in several files; tied, in one; each compared method; all with a tokenizer."""
     monkeypatch.setattr(hf_writer, "MAX_SHARD_BYTES", 60_000)
     train_bpe(iter([b"a few words, and a few more words"]), 300).save_pretrained(tmp_path / "tokenizer")
     made = []
-    for settings in ({"num_loops": 2}, {"tie_embeddings": True, "num_layers": 1}):
+    for settings in ({"num_loops": 2}, {"tie_embeddings": True, "num_layers": 1}, *METHODS.values()):
         model = model_section(**settings)
         step = write_checkpoint(tmp_path / f"step{len(made)}", model, random_weights(model))
         made.append(tmp_path / f"hf{len(made)}")
@@ -55,8 +55,9 @@ def test_exported_folder_loads_without_the_project(version, request, tmp_path, f
     assert result["transformers"].startswith(f"{version}.")
     tokens = torch.arange(3, 14)[None]
     for folder, there in zip(folders, result["models"], strict=True):
-        assert there["class"].startswith("transformers_modules.") and there["class"].endswith(".DepthAttnForCausalLM")
         model = load_causal_lm(folder)
+        assert there["class"].startswith("transformers_modules.")
+        assert there["class"].endswith(f".{type(model).__name__}")
         assert largest(torch.tensor(there["logits"]) - model(tokens).logits) < 1e-5
         here = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
         assert there["generated"] == here.tolist()

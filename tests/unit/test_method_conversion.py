@@ -1,0 +1,213 @@
+"""Export and import of the compared methods: names, bits, settings, files, the function that the folder computes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+
+from megatron_depthattn.convert import verify
+from megatron_depthattn.convert.from_hf import MODEL_YAML, import_checkpoint
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.convert.to_hf import export
+from megatron_depthattn.hf.loading import load_causal_lm
+from megatron_depthattn.hf.model_config import AUTO_MAP, METHOD_SETTINGS, to_hf_config, to_model_section
+from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
+from megatron_depthattn.hf.weights_folder import HFFolder
+from tests.checkpoints import METHODS, make, model_section, tensors_of, write_checkpoint
+from tests.reference_methods import method_logits
+
+TOKENS = torch.randint(301, (2, 12), generator=torch.Generator().manual_seed(2))
+
+each = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+each_method = pytest.mark.parametrize("method", METHOD_SETTINGS)
+
+
+def reference(tensors: dict[str, Tensor], model: dict[str, Any], tokens: Tensor = TOKENS) -> Tensor:
+    return method_logits(
+        model["method"],
+        tensors,
+        tokens,
+        model[model["method"]],
+        num_layers=model["num_layers"],
+        num_heads=model["num_attention_heads"],
+        num_kv_heads=model["num_query_groups"],
+        head_dim=model["kv_channels"],
+        rope_theta=model["rotary_base"],
+        eps=model["norm_epsilon"],
+        tied=model["tie_embeddings"],
+    )
+
+
+@each
+def test_exported_model_computes_the_reference(tmp_path: Path, changes: dict):
+    made = make(tmp_path, **changes)
+    export(MegatronCheckpoint(made.folder), made.output)
+    with torch.no_grad():
+        logits = load_causal_lm(made.output, dtype=torch.float32)(TOKENS).logits
+    expected = reference(tensors_of(made.output), made.model)
+    assert (logits - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+
+
+@each
+def test_every_megatron_name_stands_once_and_has_its_shape(tmp_path: Path, changes: dict):
+    model = model_section(**changes)
+    groups = weight_groups(ModelShape.from_model_section(model))
+    found = {name: tuple(weight.shape) for name, weight in make(tmp_path, **changes).weights.items()}
+    padded = {group.megatron: (384, *group.megatron_shape[1:]) for group in groups if group.has_vocabulary_rows}
+    assert len({group.megatron for group in groups}) == len(groups)
+    assert {group.megatron: group.megatron_shape for group in groups} | padded == found
+
+
+@pytest.mark.parametrize(
+    ("name", "megatron", "hf"),
+    [
+        ("denseformer", "decoder.layers.1.depth_average.weight", "model.layers.1.depth_average.weight"),
+        ("denseformer", "decoder.layers.2.final_depth_average.weight", "model.final_depth_average.weight"),
+        ("attnres", "decoder.layers.0.mlp_aggregator.query", "model.layers.0.mlp_aggregator.query"),
+        ("attnres", "decoder.layers.2.final_aggregator.recency_bias", "model.final_aggregator.recency_bias"),
+        ("mhc", "decoder.layers.1.attention_connector.projection", "model.layers.1.attention_connector.projection"),
+        ("mhc", "decoder.layers.2.stream_readout.weight", "model.stream_readout.weight"),
+    ],
+)
+def test_names(tmp_path: Path, name: str, megatron: str, hf: str):
+    made = make(tmp_path, **METHODS[name])
+    export(MegatronCheckpoint(made.folder), made.output)
+    assert torch.equal(tensors_of(made.output)[hf], made.weights[megatron])
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, changes: dict):
+    made = make(tmp_path, dtype, **changes)
+    export(MegatronCheckpoint(made.folder), made.output)
+    import_checkpoint(HFFolder(made.output), tmp_path / "back")
+    back = MegatronCheckpoint(tmp_path / "back")
+    assert back.weights.keys() == made.weights.keys()
+    for name, weight in made.weights.items():
+        rows = 301 if "word_embeddings" in name or "output_layer" in name else None
+        returned = back.read(name)
+        assert returned.dtype == dtype
+        assert torch.equal(returned[:rows], weight[:rows]), name
+    section, method = back.common["config"]["model"], changes["method"]
+    assert (section["method"], section[method]) == (method, changes[method])
+    assert section["depth_attention"]["op"] == "lean", "the other sections keep their defaults"
+    assert f"method: {method}" in (tmp_path / "back" / MODEL_YAML).read_text()
+    export(back, tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_bytes() == (made.output / "config.json").read_bytes()
+
+
+@each
+def test_config_survives_the_way_there_and_back(changes: dict):
+    section = model_section(**changes)
+    config = to_hf_config(section, dtype="bfloat16", special_tokens={"eos_token_id": 0})
+    assert config["model_type"] == changes["method"] and config["auto_map"] == AUTO_MAP[changes["method"]]
+    del section["spec"], section["depth_attention"]
+    assert to_model_section(config) == section
+
+
+@each_method
+def test_the_folder_comes_with_its_own_code(tmp_path: Path, method: str):
+    made = make(tmp_path, **METHODS[method])
+    export(MegatronCheckpoint(made.folder), made.output)
+    assert {file.name for file in made.output.glob("*.py")} == {
+        f"{n}_{method}.py" for n in ("configuration", "modeling")
+    }
+    card = (made.output / "README.md").read_text()
+    for key in METHOD_SETTINGS[method].values():
+        assert f"| {key} |" in card
+    assert "trust_remote_code=True" in card and "Depth-Attention" not in card
+
+
+@pytest.mark.parametrize("num_loops", [1, 2])
+def test_vanilla_by_name_is_the_vanilla_model(tmp_path: Path, num_loops: int):
+    """Whatever the section of Depth-Attention says: it is not read."""
+    changes = {"method": "vanilla", "num_loops": num_loops, "depth_attention": {"enabled": True}}
+    made = make(tmp_path, **changes)
+    export(MegatronCheckpoint(made.folder), made.output)
+    config = json.loads((made.output / "config.json").read_text())
+    if num_loops == 1:
+        assert type(AutoModelForCausalLM.from_pretrained(made.output)) is Qwen3ForCausalLM
+    else:
+        assert (config["model_type"], config["use_depth_attention"]) == ("depthattn", False)
+    assert to_model_section(config)["depth_attention"]["enabled"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("denseformer", {"decoder.layers.2.final_depth_average.weight": None}, "final_depth_average.weight is missing"),
+        ("denseformer", {"decoder.layers.1.depth_average.weight": torch.ones(3)}, r"is \[3\] and should be \[2\]"),
+        (
+            "attnres",
+            {"decoder.layers.0.final_aggregator.query": torch.ones(32)},
+            "0.final_aggregator.query is left over",
+        ),
+        ("mhc", {"decoder.layers.1.mlp_connector.post_bias": None}, "1.mlp_connector.post_bias is missing"),
+        ("mhc", {"decoder.layers.0.mlp_connector.pre_scale": torch.full((1,), torch.nan)}, "not finite"),
+    ],
+)
+def test_export_refuses_other_weights(tmp_path: Path, name: str, change: dict, message: str):
+    made = make(tmp_path, **METHODS[name])
+    weights = {key: weight for key, weight in (made.weights | change).items() if weight is not None}
+    checkpoint = MegatronCheckpoint(write_checkpoint(tmp_path / "damaged", made.model, weights))
+    with pytest.raises(ValueError, match=message):
+        export(checkpoint, made.output)
+
+
+@each_method
+def test_weights_of_a_method_are_not_those_of_another(tmp_path: Path, method: str):
+    made = make(tmp_path, **METHODS[method])
+    vanilla = model_section(depth_attention={"enabled": False})
+    with pytest.raises(ValueError, match="is left over"):
+        export(MegatronCheckpoint(write_checkpoint(tmp_path / "vanilla", vanilla, made.weights)), made.output)
+    (tmp_path / "own").mkdir()
+    plain = make(tmp_path / "own").weights
+    with pytest.raises(ValueError, match="is missing"):
+        export(MegatronCheckpoint(write_checkpoint(tmp_path / "plain", made.model, plain)), made.output)
+
+
+@each_method
+def test_import_and_loading_refuse_a_folder_that_lacks_something(tmp_path: Path, method: str):
+    made = make(tmp_path, **METHODS[method])
+    export(MegatronCheckpoint(made.folder), made.output)
+    tensors, file = tensors_of(made.output), made.output / "config.json"
+    lost = next(name for name in tensors if "final_" in name or "readout" in name)
+    save_file({n: w for n, w in tensors.items() if n != lost}, made.output / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{lost} is missing"):
+        import_checkpoint(HFFolder(made.output), tmp_path / "back")
+    with pytest.raises(ValueError, match=f"lacks {lost}"):
+        load_causal_lm(made.output)
+    key = next(iter(METHOD_SETTINGS[method].values()))
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    with pytest.raises(ValueError, match=f"config.json does not say {key}"):
+        import_checkpoint(HFFolder(made.output), tmp_path / "back")
+
+
+@each_method
+def test_verify_tells_the_model_from_another(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch):
+    """Megatron's logits are the reference's here: what is tested is all around them."""
+    made = make(tmp_path, **METHODS[method])
+    checkpoint = MegatronCheckpoint(made.folder)
+    export(checkpoint, made.output)
+    weights = tensors_of(made.output)
+    monkeypatch.setattr(verify, "megatron_logits", lambda _, tokens: reference(weights, made.model, tokens))
+    checks = verify.verify(checkpoint, made.output)
+    assert len(checks) == 6 and all(check.passed for check in checks), checks
+    other = tmp_path / "other"
+    shutil.copytree(made.output, other)
+    (other / f"modeling_{method}.py").write_text("")
+    config = json.loads((other / "config.json").read_text())
+    if method == "attnres":  # the only setting that no weight's shape tells
+        (other / "config.json").write_text(json.dumps(config | {"attnres_block_size": 2}))
+    failed = [check.name for check in verify.verify(checkpoint, other) if not check.passed]
+    assert failed == (["config", "model files", verify.LOGITS] if method == "attnres" else ["model files"])
+    vanilla = to_hf_config(model_section(depth_attention={"enabled": False}), dtype="float32", special_tokens={})
+    (other / "config.json").write_text(json.dumps(vanilla))
+    check = verify._config(made.model, HFFolder(other))
+    assert not check.passed and f"method depth_attention, not {method}" in check.result
