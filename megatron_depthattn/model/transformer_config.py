@@ -128,6 +128,11 @@ class DepthAttentionConfig(TransformerConfig):
                 f"num_loops is {loops} and num_layers is {layers}, which counts the layers of all loops: set num_loops "
                 "to 1 or more, and num_layers to a multiple of it."
             )
+        if loops > 1 and self.method in DEFINITIONS:
+            raise ValueError(
+                f"num_loops is {loops} with method={self.method!r}, which has weights of its own for every place in "
+                "depth: set num_loops=1, or method to 'depth_attention' or 'vanilla'."
+            )
         if loops == 1 or stages == 1:
             return
         virtual = self.virtual_pipeline_model_parallel_size

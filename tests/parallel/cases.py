@@ -185,17 +185,18 @@ def _parity_of(layout: str) -> list[Job]:
 
 PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
 
-METHOD_LAYOUTS = ("dp2", "pp2", "tp2+sp", "pp2xvpp2", "pp4", "tp2xpp2+sp", *(("cp2", "pp4xvpp2") if FULL else ()))
-"""The optimizer's steps of four processes take long: ten of them in the full campaign only."""
+METHOD_LAYOUTS = ("dp2", "tp2+sp", "pp2xvpp2", "pp4", "tp2xpp2+sp", *(("cp2", "pp4xvpp2") if FULL else ()))
 
 
 def _parity_of_method(method: str) -> list[Job]:
-    jobs = [Job(layout="single", method=method, recompute="uniform1")]
-    for layout in METHOD_LAYOUTS:
-        steps = 3 if LAYOUTS[layout].world_size > 2 and not FULL else STEPS
-        jobs.append(Job(layout=layout, method=method, steps=steps))
-    # a rank's chunks and recomputed layers share what they read
-    return [*jobs, Job(layout="pp2xvpp2", method=method, recompute="uniform1", steps=STEPS if FULL else 1)]
+    few = STEPS if FULL else 3
+    return [
+        Job(layout="pp2", method=method, save=True),
+        *(Job(layout=layout, method=method, steps=few) for layout in METHOD_LAYOUTS),
+        Job(layout="single", method=method, steps=few, recompute="uniform1"),
+        # a rank's chunks and recomputed layers share what they read
+        Job(layout="pp2xvpp2", method=method, steps=STEPS if FULL else 1, recompute="uniform1"),
+    ]
 
 
 PARITY += [job for method in METHODS for job in _parity_of_method(method)]
@@ -218,11 +219,11 @@ VANILLA_LOOPED = [
 ]
 
 CONTROLS = [
-    Job(layout="pp2", method="denseformer", steps=2, sabotage="source_dropped"),
-    Job(layout="pp2", method="attnres", steps=2, sabotage="source_dropped"),
-    Job(layout="pp2", method="mhc", steps=2, sabotage="stream_dropped"),
-    Job(layout="pp2", method="attnres", steps=2, sabotage="payload_gradient_dropped"),
-    Job(layout="tp2+sp", method="mhc", steps=2, sabotage="method_parameters_not_reduced"),
+    Job(layout="pp2", method="denseformer", steps=1, sabotage="source_dropped"),
+    Job(layout="pp2", method="attnres", steps=1, sabotage="source_dropped"),
+    Job(layout="pp2", method="mhc", steps=1, sabotage="stream_dropped"),
+    Job(layout="pp2", method="attnres", steps=1, sabotage="payload_gradient_dropped"),
+    Job(layout="tp2+sp", method="mhc", steps=1, sabotage="method_parameters_not_reduced"),
     Job(layout="pp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp2xvpp2", steps=2, sabotage="lent_gradient_dropped"),
@@ -251,7 +252,7 @@ RESUMES = [
     }.items()
     for to in targets
 ]
-SAVES += [Job(layout="pp2", method=method, save=True) for method in METHODS]
+SAVES += [job for job in PARITY if job.method in METHODS and job.save]
 RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in METHODS]
 RESUMES += [Job(layout="pp2xvpp2", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
 
