@@ -258,6 +258,16 @@ def test_hop(tmp_path):
     assert "12 of 12" in page
 
 
+def test_hop_of_methods(tmp_path):
+    """Four layers in two stages: after two layers DenseFormer sends three hidden states, mHC four."""
+    sizes = ("--layers", "4", "--hidden", "64", "--sequence-length", "16", "--microbatches", "2", "--runs", "1")
+    methods = ("vanilla", "depth_attention", "denseformer", "mhc")
+    figures, _ = run(tmp_path, "hop", "--layouts", "pp2", "--methods", *methods, *sizes)
+    assert all(of["sent"] == of["bound"] for of in figures.values())
+    ratios = [of["sent"] / of["vanilla_sent"] for of in figures.values()]
+    assert ratios == [1, 3, 3, 4]  # one head, so a source of Depth-Attention is two hidden states here
+
+
 def test_data(tmp_path):
     step = tmp_path / "step.json"
     step.write_text(json.dumps({"figures": {"vanilla": {"tokens_per_second": 2000.0}, "odd": {"failure": "x"}}}))

@@ -17,6 +17,7 @@ from tools.benchmarks.result import Result
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {"pp2": (2, 1), "pp4": (4, 1), "pp2xvpp2": (2, 2), "pp4xvpp2": (4, 2)}
 """Pipeline ranks and chunks a rank."""
+METHODS = ("vanilla", "depth_attention", "denseformer", "attnres", "mhc")
 
 
 def add_hop(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,6 +25,9 @@ def add_hop(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
     parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: 1, 2 and half the layers")
     parser.add_argument("--windows", nargs="+", type=int, default=[0, 1], metavar="N", help="default: 0 1")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="NAME", help="these in place of strides and windows"
+    )
     parser.add_argument("--layers", type=int, default=16, metavar="N", help="default 16")
     parser.add_argument("--hidden", type=int, default=256, metavar="N", help="hidden size (default 256), heads of 64")
     parser.add_argument("--sequence-length", type=int, default=256, metavar="N", help="default 256")
@@ -33,7 +37,7 @@ def add_hop(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def measure_hop(given: argparse.Namespace) -> Result:
-    """For every layout and source plan: bytes of one step sent and least possible, and the step's time.
+    """For every layout and source plan, or method: bytes of one step sent and least possible, and the step's time.
 
     Times are medians of forward and backward without the optimizer, beside the vanilla model of the same layout and
     the same model under Megatron's own communicator, which exchanges shapes; the three take turns.
@@ -41,17 +45,17 @@ def measure_hop(given: argparse.Namespace) -> Result:
     Raises:
         ValueError: a world of processes failed.
     """
-    strides = given.strides or [1, 2, given.layers // 2]
+    variants = _variants(given)
     result = Result(
         title=f"Sent in one step by a pipeline: {given.layers} layers, hidden {given.hidden}, {given.sequence_length} "
         f"tokens, {given.microbatches} microbatches, {given.runs} runs",
         columns=[
-            *("layout", "stride", "window", "sent, MiB", "bound, MiB", "messages"),
+            *("layout", *variants[0]["columns"], "sent, MiB", "bound, MiB", "/ vanilla", "messages"),
             *("time / vanilla", "link's bound", "exchanging"),
         ],
         notes=[
             "sent: hidden states, sources and gradients over all boundaries between ranks, counted below Megatron",
-            "bound: each source crosses every boundary on its way to its farthest reader once",
+            "bound: hidden states, and each source over every boundary on its way to its farthest reader once",
             "time: forward and backward, median of the ratios of neighbouring runs",
             "link's bound: vanilla's time and that of the busiest boundary's sources at the speed of an idle link",
             "exchanging: the time under Megatron's own communicator, which exchanges shapes first",
@@ -59,24 +63,40 @@ def measure_hop(given: argparse.Namespace) -> Result:
     )
     for layout in given.layouts:
         pipeline, virtual = LAYOUTS[layout]
-        for figures in _run_world(given, pipeline, virtual, strides):
+        for variant, figures in zip(variants, _run_world(given, pipeline, virtual, variants), strict=True):
             ratios = {kind: _ratio(figures["seconds"], kind) for kind in ("planned", "exchanged")}
             ratios["link_bound"] = _link_bound(figures, pipeline, virtual)
             result.rows.append(
                 [
                     layout,
-                    str(figures["stride"]),
-                    str(figures["window"]),
+                    *variant["columns"].values(),
                     f"{figures['sent'] / 2**20:.3f}",
                     f"{figures['bound'] / 2**20:.3f}",
+                    f"{figures['sent'] / figures['vanilla_sent']:.2f}",
                     f"{figures['messages']} of {figures['least_messages']}",
                     f"{ratios['planned']:.3f}",
                     f"{ratios['link_bound']:.3f}",
                     f"{ratios['exchanged']:.3f}",
                 ]
             )
-            result.figures[f"{layout} stride {figures['stride']} window {figures['window']}"] = figures | ratios
+            name = " ".join(f"{key} {value}" for key, value in variant["columns"].items())
+            result.figures[f"{layout} {name}"] = figures | ratios
     return result
+
+
+def _variants(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The models to measure: what the table says of each, and its keys of the ``model`` section."""
+    if given.methods:
+        return [{"columns": {"method": name}, "model": {"method": name}} for name in given.methods]
+    strides = given.strides or [1, 2, given.layers // 2]
+    return [
+        {
+            "columns": {"stride": str(stride), "window": str(window)},
+            "model": {"depth_attention": {"stride": stride, "recent_window": window}},
+        }
+        for stride in strides
+        for window in given.windows
+    ]
 
 
 def _ratio(seconds: dict[str, list[float]], kind: str) -> float:
@@ -100,11 +120,13 @@ def _link_bound(figures: dict[str, Any], pipeline: int, virtual: int) -> float:
     return 1 + seconds / statistics.median(figures["seconds"]["vanilla"])
 
 
-def _run_world(given: argparse.Namespace, pipeline: int, virtual: int, strides: list[int]) -> list[dict[str, Any]]:
+def _run_world(
+    given: argparse.Namespace, pipeline: int, virtual: int, variants: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         work, output = Path(name) / "work.json", Path(name) / "figures.json"
-        more = {"pipeline": pipeline, "virtual": virtual, "strides": strides}
-        kept = ("windows", "layers", "hidden", "sequence_length", "microbatches", "runs")
+        more = {"pipeline": pipeline, "virtual": virtual, "models": [variant["model"] for variant in variants]}
+        kept = ("layers", "hidden", "sequence_length", "microbatches", "runs")
         work.write_text(json.dumps({key: getattr(given, key) for key in kept} | more))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={pipeline}"]
         done = subprocess.run(

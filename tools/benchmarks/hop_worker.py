@@ -35,19 +35,17 @@ def main(work: dict[str, Any], output: Path) -> None:
     tokens = torch.randint(VOCAB, (1, work["sequence_length"] + 1), generator=torch.Generator().manual_seed(0))
     batch = {"tokens": tokens[:, :-1].to(device), "labels": tokens[:, 1:].to(device)}
     batches: list[Microbatch] = [batch] * work["microbatches"]
-    vanilla = build_model(_config(work, enabled=False), device)
+    vanilla = build_model(_config(work, {"method": "vanilla"}), device)
     link = _link_bytes_per_second(work["hidden"] * work["sequence_length"], device)
     figures = [
-        _measure(work, stride, window, vanilla, batches, device) | {"link_bytes_per_second": link}
-        for stride in work["strides"]
-        for window in work["windows"]
+        _measure(work, model, vanilla, batches, device) | {"link_bytes_per_second": link} for model in work["models"]
     ]
     if dist.get_rank() == 0:
         output.write_text(json.dumps(figures))
     shut_down()
 
 
-def _config(work: dict[str, Any], **depth_attention: Any) -> RunConfig:
+def _config(work: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
     heads = work["hidden"] // 64
     model = {
         "num_layers": work["layers"],
@@ -58,18 +56,17 @@ def _config(work: dict[str, Any], **depth_attention: Any) -> RunConfig:
         "ffn_hidden_size": 3 * work["hidden"],
         "vocab_size": VOCAB,
         "max_position_embeddings": work["sequence_length"],
-        "depth_attention": depth_attention,
-    }
+    } | changes
     parallel = {"pipeline": work["pipeline"], "virtual_pipeline": work["virtual"]}
     data = {"sequence_length": work["sequence_length"]}
     return from_dict({"model": model, "parallel": parallel, "data": data}, "the benchmark")
 
 
 def _measure(
-    work: dict[str, Any], stride: int, window: int, vanilla: Chunks, batches: list[Microbatch], device: torch.device
+    work: dict[str, Any], changes: dict[str, Any], vanilla: Chunks, batches: list[Microbatch], device: torch.device
 ) -> dict[str, Any]:
     """Bytes of one step, and seconds of every kind of step in turns; the same on every rank."""
-    config = _config(work, stride=stride, recent_window=window)
+    config = _config(work, changes)
     chunks = build_model(config, device)
     with recorded_sends() as sent:
         _step(chunks, batches)
@@ -87,20 +84,18 @@ def _measure(
             if run >= 0:
                 seconds[kind].append(took)
 
-    model = transformer_config(config)
-    edges = hop_bytes(
-        model.source_plan,
-        hidden_size=model.hidden_size,
-        source_size=2 * model.num_query_groups * model.kv_channels,
-        tokens=work["sequence_length"],
-        bytes_per_element=4,
-    )
+    model, tokens = transformer_config(config), work["sequence_length"]
+    if model.shares_over_layers:
+        sizes = {"hidden_size": model.hidden_width, "source_size": len(model.source_kinds) * model.part_width}
+        edges = hop_bytes(model.source_plan, **sizes, tokens=tokens, bytes_per_element=4)
+    else:
+        edges = [4 * tokens * model.hidden_size] * (work["pipeline"] * work["virtual"] - 1)
+    vanilla_edge = 2 * len(batches) * tokens * work["hidden"] * 4
     return {
-        "stride": stride,
-        "window": window,
         "sent": sum(between["bytes"].values()),
         "sent_between": between["bytes"],
-        "vanilla_edge": 2 * len(batches) * work["sequence_length"] * work["hidden"] * 4,
+        "vanilla_edge": vanilla_edge,
+        "vanilla_sent": vanilla_edge * len(edges),
         "bound": 2 * len(batches) * sum(edges),
         "messages": between["messages"],
         "least_messages": 2 * len(batches) * len(edges),
