@@ -4,11 +4,12 @@ Every refusal says what was given, why it is refused and what to set. Checked he
 each other, because the same mistakes found later are a hang, or an assertion inside Megatron on one rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from megatron_depthattn.engine_check import engine_refusal
 from megatron_depthattn.loops_check import loops_refusal
+from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.precision_check import precision_refusal
 
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
@@ -33,6 +34,7 @@ def validate(config: "RunConfig", world_size: int, *, needs_data: bool = True) -
     `needs_data=False` skips data.path and run.dir, for tools that size a run without starting it.
     """
     _check_ranges(config)
+    method_of(asdict(config.model))  # raises where its own settings are out of range
     for refusal in (loops_refusal(config), engine_refusal(config)):
         _require(refusal is None, refusal or "")
     if needs_data:

@@ -56,8 +56,8 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
         ValueError: DeepSpeed or what it builds itself with is not installed, no launcher started this process, or the
             mix's op cannot run on this device.
     """
-    depth = config.model.depth_attention
-    refusal = triton_refusal(device) if depth.enabled and depth.op == "triton" else None
+    mixes = config.model.layers_share == "depth_attention"
+    refusal = triton_refusal(device) if mixes and config.model.depth_attention.op == "triton" else None
     if refusal is not None:
         raise ValueError(f"model.depth_attention.op=triton {refusal}")
     if config.engine.name == "megatron":

@@ -69,7 +69,7 @@ def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
 _NEXT = (
     "what to try next (each is one key; give every run its own run.dir):",
     "  longer             train.steps=600 with the same run.dir and checkpoint.load=latest",
-    "  without the mix    model.depth_attention.enabled=false",
+    "  without the mix    model.method=vanilla (others: denseformer, attnres, mhc)",
     "  every layer reads every earlier one   model.depth_attention.stride=1",
     "  another layout     parallel.pipeline=1 parallel.tensor=2 parallel.sequence=true",
 )

@@ -88,7 +88,7 @@ LAYOUTS = {
 
 # Where strides, windows and recompute meet the most code. What other layouts add is how the groups are laid out: two
 # cases show that.
-THOROUGH = ("single", "pp2xvpp2", "pp4xvpp2")
+THOROUGH = ("single", "pp2xvpp2")
 
 RECOMPUTE = {
     "none": RecomputeConfig(),
@@ -185,7 +185,7 @@ def _parity_of(layout: str) -> list[Job]:
 
 PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
 
-METHOD_LAYOUTS = ("dp2", "tp2+sp", "pp2xvpp2", "pp4", "tp2xpp2+sp", *(("cp2", "pp4xvpp2") if FULL else ()))
+METHOD_LAYOUTS = ("tp2+sp", "pp4", "tp2xpp2+sp", *(("dp2", "cp2", "pp2xvpp2", "pp4xvpp2") if FULL else ()))
 
 
 def _parity_of_method(method: str) -> list[Job]:
@@ -208,8 +208,8 @@ LOOPED = [
     Job(layout="pp2xvpp2", loops=2, save=True),
     Job(layout="pp2xvpp2", loops=2, steps=1, recompute="uniform2"),
     Job(layout="tp2+sp", loops=2, steps=STEPS if FULL else 3),
-    Job(layout="dp2", loops=2, steps=STEPS if FULL else 3),
-    Job(layout="cp2", loops=2, steps=STEPS if FULL else 1),
+    Job(layout="dp2", loops=2, steps=STEPS if FULL else 1),
+    *([Job(layout="cp2", loops=2)] if FULL else []),
     Job(layout="pp4xvpp2", loops=2, steps=STEPS if FULL else 3),
 ]
 PARITY += LOOPED

@@ -22,7 +22,9 @@ PURE = {
     "config.py": {"omegaconf", "yaml", f"{PACKAGE}.strict_config", f"{PACKAGE}.config_check"},
     "strict_config.py": {"omegaconf", "yaml"},
     # config: for type checkers only
-    "config_check.py": {f"{PACKAGE}.{name}" for name in ("config", "engine_check", "loops_check", "precision_check")},
+    "config_check.py": {
+        f"{PACKAGE}.{name}" for name in ("config", "engine_check", "loops_check", "precision_check", "methods")
+    },
     "engine_check.py": {f"{PACKAGE}.config"},
     "loops_check.py": {f"{PACKAGE}.config"},
     "precision.py": {f"{PACKAGE}.config"},
