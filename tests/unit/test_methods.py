@@ -131,7 +131,8 @@ def test_gradients(method, settings, recompute, tokens, record_property):
             dead.append(name)
             assert error < 1e-7 * whole
         else:
-            errors[name] = error / max(reference.norm().item(), 1e-4 * whole)
+            floor = 1e-3 * whole if reference.numel() <= 16 else 0.0  # a sum over all tokens that may cancel
+            errors[name] = error / max(reference.norm().item(), floor)
     assert dead == [f"decoder.layers.0.attention_aggregator.{p}" for p in ("query", "norm_weight", "recency_bias")] * (
         method == "attnres"
     )
