@@ -37,7 +37,7 @@ def describe_hops(
     )
     plain = tokens * bytes_per_element * vanilla_size
     return [
-        f"hop {i} -> {i + 1}: {size / 2**20:.2f} MiB a micro-batch each way ({size / plain:.2f}x vanilla), "
-        f"sources of layers {list(edge)}"
+        f"hop {i} -> {i + 1}: {size / 2**20:.2f} MiB a micro-batch each way ({size / plain:.2f}x vanilla)"
+        + (f", sources of layers {list(edge)}" if edge else "")
         for i, (edge, size) in enumerate(zip(plan.edges(), sizes, strict=True))
     ]
