@@ -68,3 +68,12 @@ def load(model: GPTModel, weights: dict[str, Tensor], vocab_size: int) -> None:
                 parameters[name][:vocab_size].copy_(weight)
             else:
                 parameters[name].copy_(weight)
+
+
+@torch.no_grad()
+def leave_initial_values(model: torch.nn.Module) -> None:
+    """Move norms and what a method begins with, some of which makes other gradients zero; the same for every method."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -26,25 +26,25 @@ LOCAL, IMPORTED, TE, FP8 = "local", "imported", "te", "fp8"
 def results(folder: Path) -> dict[str, Any]:
     """Load what lies in ``folder``, write what is named above beside it."""
     found: dict[str, Any] = {}
-    run = _start()
+    run = start_te()
     found["initial"] = run.parameters()
     found["weight_decay"] = run.weight_decay()
     for name in (LOCAL, IMPORTED):
-        run = _start()
+        run = start_te()
         progress = run.load(folder / name).progress
         found[name] = {"step": progress.step, "parameters": run.parameters(), "groups": _steps(run)}
         if name == LOCAL:
             (folder / TE).mkdir()
             found["optimizer"] = type(run.optimizer.chained_optimizers[0].optimizer).__qualname__
             found[TE] = str(run.save(folder / TE))
-    run = _start(fp8="delayed")
+    run = start_te(fp8="delayed")
     run.load(folder / LOCAL)
     _scale(run)
     found[FP8] = {"folder": str(run.save(folder / FP8)), "saved": _scales(run)}
-    again = _start(fp8="delayed")
+    again = start_te(fp8="delayed")
     again.load(Path(found[FP8]["folder"]))
     found[FP8] |= {"loaded": _scales(again), "parameters": again.parameters()}
-    bf16 = _start()
+    bf16 = start_te()
     bf16.load(Path(found[FP8]["folder"]))
     found[FP8]["loaded without FP8"] = _scales(bf16)
     found["missing weight"] = _refusal_of_a_missing_layer(folder / LOCAL)
@@ -63,7 +63,8 @@ def _refusal_of_a_missing_layer(folder: Path) -> str:
     return ""
 
 
-def _start(**options: Any) -> Run:
+def start_te(**options: Any) -> Run:
+    """A run of the TransformerEngine spec at step 0, whose constructors believe that there is a GPU."""
     with patch("torch.cuda.is_available", lambda: True):
         return start("te", **options)
 

@@ -96,11 +96,11 @@ def describe(layout: Layout, spec: str) -> dict[str, Any]:
         }
 
 
-def share(spec: str, *, rank: int) -> dict[str, Any]:
+def share(spec: str, *, rank: int, method: str = "depth_attention") -> dict[str, Any]:
     """One of two tensor ranks of the small model, with real weights: each parameter's first values and marks."""
     layout = Layout("small", tensor=2)
     with _world(layout, rank=rank), _a_gpu(torch.device("cpu")):
-        config = small_config(spec, tensor=2, sequence=True)
+        config = small_config(spec, method=method, tensor=2, sequence=True)
         model = build_chunk(config, transformer_config(config))
         initialize_weights(model, seed=5, init_std=0.1)
         marks = {"tensor_model_parallel": False, "partition_dim": -1, "sequence_parallel": False}  # and their defaults
@@ -113,7 +113,10 @@ def share(spec: str, *, rank: int) -> dict[str, Any]:
                 for name, parameter in model.named_parameters()
             },
             "flops": dict(module_flops([model], config.data.sequence_length)),
-            "keeps projection": _keeps_projection(model.decoder.layers[0].self_attention),
+            "weights": _weights(model)["weights"],
+            "classes": _modules(model)["classes"],
+            "keeps projection": method == "depth_attention"
+            and _keeps_projection(model.decoder.layers[0].self_attention),
         }
 
 

@@ -17,13 +17,17 @@ from transformer_engine.pytorch import distributed as te_distributed
 from transformer_engine.pytorch import quantization
 
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+from tests.megatron_weights import leave_initial_values
+from tests.te.small import METHODS
 from tests.unit.test_recompute import RECOMPUTE, build, loss_of
 
-PLANS = {
+PLANS: dict[str, dict[str, Any]] = {
     "stride 2, window 1": {"depth_attention_stride": 2, "depth_attention_recent_window": 1},
     "stride 1": {"depth_attention_stride": 1},
 }
+OTHERS = {method: {"method": method, "method_settings": settings} for method, settings in METHODS.items()}
 MODES = [mode for mode, options in RECOMPUTE.items() if options["recompute_granularity"] == "full"]
+OTHERS_MODES = ["uniform-1", "uniform-2"]
 NONE, CONTROL = "none", "control"
 
 
@@ -44,14 +48,17 @@ def results() -> dict[str, dict[str, Any]]:
     te_distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     te_distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     found = {}
-    for plan, options in PLANS.items():
-        found[plan] = {NONE: _run(options)} | {mode: _run(options | RECOMPUTE[mode], fp8=True) for mode in MODES}
+    for plan, options in (PLANS | OTHERS).items():
+        modes = MODES if plan in PLANS else OTHERS_MODES
+        found[plan] = {NONE: _run(options)} | {mode: _run(options | RECOMPUTE[mode], fp8=True) for mode in modes}
         found[plan][CONTROL] = _run(options | RECOMPUTE["uniform-1"], fp8=True, state=PlainSources())
     return found
 
 
 def _run(options: dict[str, Any], *, fp8: bool = False, state: MicrobatchState | None = None) -> dict[str, Any]:
     model = build(**options)
+    if "method" in options:
+        leave_initial_values(model)
     model.config.fp8 = "hybrid" if fp8 else None
     checkpoint = te_distributed.checkpoint
     passes: Counter[tuple[bool, bool]] = Counter()

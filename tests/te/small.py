@@ -21,12 +21,25 @@ from tests.e2e.small_run import MODEL
 PROGRESS = Progress(step=2, consumed_samples=4, consumed_tokens=64)
 
 
+METHODS: dict[str, dict[str, int]] = {
+    "denseformer": {"dilation": 2},
+    "attnres": {"block_size": 4},
+    "mhc": {"num_streams": 2},
+}
+"""The other methods, with settings that make something of a few layers."""
+
+
 def small_config(
-    spec: str, *, fp8: str | None = None, num_layers: int = MODEL["num_layers"], **parallel: Any
+    spec: str,
+    *,
+    method: str = "depth_attention",
+    fp8: str | None = None,
+    num_layers: int = MODEL["num_layers"],
+    **parallel: Any,
 ) -> RunConfig:
     """A few layers, bf16."""
     values = {
-        "model": MODEL | {"spec": spec, "num_layers": num_layers},
+        "model": MODEL | METHODS | {"spec": spec, "num_layers": num_layers, "method": method},
         "precision": {"dtype": "bf16", "fp8": fp8},
         "parallel": parallel,
         "data": {"path": "unused"},
@@ -70,6 +83,19 @@ def start(spec: str, **options: Any) -> Run:
     config = small_config(spec, **options)
     chunks = build_model(config, torch.device("cpu"))
     return Run(config, chunks, *build_optimizer(config, chunks))
+
+
+def restarted(folder: Path, **options: Any) -> Run:
+    """A run of the local spec that goes on from ``folder``."""
+    run = start("local", **options)
+    run.load(folder)
+    return run
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names with the same bits."""
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def train_blindly(run: Run) -> None:

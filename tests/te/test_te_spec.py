@@ -1,66 +1,23 @@
 """The TransformerEngine layer spec without a GPU, against the local spec and the published names; see stand_in.py.
 
-One process of its own builds everything that needs TransformerEngine (worker.py). This one never sees it: here are the
-local spec, the converter and the comparisons.
+Here are the local spec, the converter and the comparisons; what needs TransformerEngine runs in worker.py.
 """
 
 import dataclasses
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_depthattn.config import load_config
 from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
 from megatron_depthattn.precision_check import Machine, recipe_refusal
-from tests.te import small, stand_in
-from tests.te.small import FUSED_NORMS, small_config, under_te
+from tests.te.small import FUSED_NORMS, assert_equal, restarted, small_config, under_te
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("360m", "1.5b", "3b")
 WORLDS = [world for world in itertools.product(SIZES, (1, 2, 8), (1, 4)) if world[:2] != ("1.5b", 8)]
-
-
-@pytest.fixture(scope="session")
-def te(megatron_world_of_one, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """What the worker found (``results``), the checkpoints (``folder``), and the run that saved the local one."""
-    if not (stand_in.FOLDER / "transformer_engine").is_dir():
-        pytest.skip(f"no TransformerEngine in {stand_in.FOLDER}: run make install, or set DEPTHATTN_TE")
-    if importlib.util.find_spec("transformer_engine"):
-        pytest.skip("this process sees TransformerEngine, and is meant to be the one that does not")
-    from megatron_depthattn.convert.from_hf import import_checkpoint
-    from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
-    from megatron_depthattn.convert.to_hf import export
-    from megatron_depthattn.hf.weights_folder import HFFolder
-    from tests.te import worker
-
-    folder = tmp_path_factory.mktemp("te")
-    run = small.start("local")
-    initial = run.parameters()
-    small.train_blindly(run)
-    run.save(folder).rename(folder / "local")
-    export(MegatronCheckpoint(folder / "local"), folder / "hf")
-    import_checkpoint(HFFolder(folder / "hf"), folder / "imported")
-    command = [sys.executable, "-W", "ignore", "-m", worker.__name__, folder]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"{worker.__name__} failed:\n{done.stderr[-4000:]}", pytrace=False)
-    results = torch.load(folder / worker.RESULTS)
-    print(results["versions"])
-    return SimpleNamespace(folder=folder, run=run, initial=initial, **results)
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def size_of(size: str):
@@ -212,14 +169,6 @@ def test_weight_decay_spares_the_norms(te):
 
 
 # ---- checkpoints
-
-
-def restarted(folder: Path) -> SimpleNamespace:
-    from tests.te.small import start
-
-    run = start("local")
-    run.load(folder)
-    return run
 
 
 def test_a_local_checkpoint_comes_back_through_the_te_spec_bit_by_bit(te):

@@ -23,19 +23,19 @@ def main(folder: Path) -> None:
 
     from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
     from megatron_depthattn.parallel.launch_env import launch_environment
-    from tests.te import conversion, layouts, recompute, support
+    from tests.te import conversion, layouts, methods, recompute, support
 
     quantization.get_device_compute_capability = lambda: (9, 0)  # an H100's
     initialize_distributed(launch_environment())
     initialize_model_parallel()
     results = {"versions": versions, "conversion": conversion.results(folder), "recompute": recompute.results()}
-    results["support"] = support.results()
+    results |= {"support": support.results(), "methods": methods.results(folder)}
     shut_down()
     for spec in layouts.SPECS:
         results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}
         results[spec]["shares"] = [layouts.share(spec, rank=rank) for rank in layouts.SMALL_RANKS]
         results[spec]["refusal"] = layouts.refusal(layouts.INDIVISIBLE, spec)
-    results["loops"] = layouts.loops()
+    results |= {"loops": layouts.loops(), "method_shares": methods.shares()}
     torch.save(results, folder / RESULTS)
 
 

@@ -1,0 +1,108 @@
+"""DenseFormer, Attention Residuals and mHC under the TransformerEngine spec; see test_te_spec.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_depthattn.config import to_dict
+from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
+from megatron_depthattn.methods.definitions import method_of
+from tests.parallel.compare import BOUND, relative_errors
+from tests.te.small import METHODS, assert_equal, restarted, small_config, under_te
+
+NO_GRADIENT = "decoder.layers.0.attention_aggregator."
+"""Its two candidates are equal: what is left is rounding."""
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def model_section(method: str) -> dict:
+    return to_dict(small_config("te", method=method))["model"]
+
+
+def added_parameters(method: str) -> set[str]:
+    """By their names in Megatron's model."""
+    definition = method_of(model_section(method))
+    last = definition.num_layers - 1
+    layers = {f"decoder.layers.{i}.{name}" for i in range(last + 1) for name in definition.layer_parameters(i)}
+    return layers | {f"decoder.layers.{last}.{name}" for name in definition.final_parameters()}
+
+
+@every_method
+def test_names_and_shapes_are_the_converters(te, method):
+    """Of the whole model, from one of two tensor ranks; both specs place the rank's parts alike."""
+    expected = {
+        group.megatron: list(group.megatron_shape)
+        for group in weight_groups(ModelShape.from_model_section(model_section(method)))
+    }
+    shares = te.method_shares[method]
+    for local, ours in zip(shares["local"], shares["te"], strict=True):
+        assert {name: weight["shape"] for name, weight in ours["weights"].items()} == expected
+        assert ours["weights"] == local["weights"]
+    assert ours["classes"]["decoder.layers.0.mlp.linear_fc1"].endswith("TELayerNormColumnParallelLinear"), "control"
+    assert ours["classes"]["decoder.layers.0"] == local["classes"]["decoder.layers.0"]
+
+
+@every_method
+def test_tensor_ranks_hold_the_same_shares_with_the_same_marks(te, method):
+    """The method's parameters are whole on both ranks, in bf16, and marked for the sum over tensor ranks."""
+    added = added_parameters(method)
+    shares = te.method_shares[method]
+    for local, ours in zip(shares["local"], shares["te"], strict=True):
+        assert_equal(ours["parameters"], under_te(local["parameters"]))
+        assert ours["marks"] == under_te(local["marks"])
+        assert ours["flops"] == local["flops"]
+        assert added <= ours["parameters"].keys()
+        for name in added:
+            assert ours["marks"][name] == [False, -1, True]
+            assert ours["parameters"][name].dtype == torch.bfloat16
+
+
+@every_method
+def test_the_same_seed_gives_the_same_weights_and_decay(te, method):
+    run, initial = te.runs[method]
+    found = te.methods[method]
+    assert_equal(found["initial"], under_te(initial))
+    assert found["weight_decay"] == run.weight_decay()
+
+
+@every_method
+def test_a_local_checkpoint_comes_back_through_the_te_spec_bit_by_bit(te, method):
+    """Weights, Adam's fp32 weights and moments; under FP8 the weights as well, the method's no FP8 tensors."""
+    run, initial = te.runs[method]
+    found = te.methods[method]
+    assert_equal(found["loaded"], under_te(run.parameters()))
+    assert_equal(found["loaded under FP8"], under_te(run.parameters()))
+    added = added_parameters(method)
+    assert all(type(found["loaded under FP8"][name]) is torch.Tensor for name in added)
+    assert any(not torch.equal(initial[name], run.parameters()[name]) for name in added), "control"
+    back = restarted(Path(found["saved"]), method=method)
+    assert_equal(back.parameters(), run.parameters())
+    for one, expected in zip(back.moments(), run.moments(), strict=True):
+        assert_equal(one, expected)
+
+
+@every_method
+def test_recompute_under_fp8_is_no_recompute(te, method):
+    """TransformerEngine's checkpoint function around layers that recompute their mix by torch's."""
+    runs = te.recompute[method]
+    expected = runs["none"]
+    for mode, calls in {"uniform-1": 6, "uniform-2": 3}.items():
+        found = runs[mode]
+        assert found["calls"] == calls
+        assert torch.equal(found["loss"], expected["loss"])
+        sides = [
+            {name: gradient for name, gradient in one["gradients"].items() if not name.startswith(NO_GRADIENT)}
+            for one in (found, expected)
+        ]
+        assert max(relative_errors(*sides).values()) < BOUND
+    assert runs["uniform-1"]["passes"] == {(True, False): 6, (True, True): 6}
+
+
+@pytest.mark.parametrize("method", ["denseformer", "attnres"])
+def test_control_plain_sources_lose_their_gradients(te, method):
+    runs = te.recompute[method]
+    assert torch.equal(runs["control"]["loss"], runs["none"]["loss"])
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    expected = runs["none"]["gradients"][name]
+    assert (runs["control"]["gradients"][name] - expected).norm() > 1e-2 * expected.norm()
