@@ -86,7 +86,7 @@ def build_with_document_attention(
     parts = dataclasses.replace(attention.submodules, core_attention=DocumentAttention)
     submodules = dataclasses.replace(layer.submodules, self_attention=dataclasses.replace(attention, submodules=parts))
     spec.layer_specs = [dataclasses.replace(layer, submodules=submodules)] * len(spec.layer_specs)
-    return (DepthGPTModel if config.depth_attention else GPTModel)(
+    return (DepthGPTModel if config.shares_over_layers else GPTModel)(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=vocab_size,

@@ -9,6 +9,8 @@ from torch import Tensor
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from tests.document_attention import build_with_document_attention, packed
+from tests.megatron_weights import leave_initial_values
+from tests.parallel.compare import relative_errors
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -60,6 +62,32 @@ def test_packed_documents_are_each_document_alone(mixing, recompute, record_prop
     assert one > 0.1, "control: without borders it is another function"
 
 
+METHODS = {
+    "denseformer": {"method": "denseformer"},
+    "attnres": {"method": "attnres", "method_settings": {"block_size": 4}},
+    "mhc": {"method": "mhc", "method_settings": {"num_streams": 3}},
+}
+NO_GRADIENT = "decoder.layers.0.attention_aggregator."
+"""Its two candidates are equal."""
+
+
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_documents_under_the_other_methods(method, recompute, record_property):
+    model = build(**METHODS[method], **recompute)
+    leave_initial_values(model)
+
+    def errors(lengths: list[int]) -> float:
+        sides = [run(model, documents(), **given) for given in ({"packed_seq_params": packed(lengths)}, {})]
+        (found, expected), gradients = zip(*sides, strict=True)
+        kept = [{name: one[name] for name in one if not name.startswith(NO_GRADIENT)} for one in gradients]
+        return max(difference((found, {}), (expected, {})), *relative_errors(*kept).values())
+
+    record_property("difference", found := errors(LENGTHS))
+    assert found < 1e-4  # mHC's three scales are one number each, sums over all tokens: 1.4e-5
+    assert errors([sum(LENGTHS)]) > 0.1, "control: without borders it is another function"
+
+
 def test_one_document_is_an_ordinary_sequence():
     """Against Megatron's own core attention, and so with RoPE on the other side of the mix."""
     tokens = documents()[1]
@@ -70,7 +98,11 @@ def test_one_document_is_an_ordinary_sequence():
     assert difference(run(own, [tokens], **given), run(plain.train(), [tokens])) < 1e-5
 
 
-@pytest.mark.parametrize("mixing", [{}, {"depth_attention": False}, {"recompute_granularity": "selective"}], ids=str)
+@pytest.mark.parametrize(
+    "mixing",
+    [{}, {"depth_attention": False}, {"recompute_granularity": "selective"}, *METHODS.values()],
+    ids=str,
+)
 def test_local_layers_refuse_packed_sequences(mixing):
     model = build_gpt_model(config_of(**mixing), vocab_size=VOCAB, max_sequence_length=sum(LENGTHS))
     with pytest.raises(ValueError, match=r"packed_seq_params was given: .* would attend across them. .*backend='te'"):
