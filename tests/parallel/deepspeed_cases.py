@@ -13,7 +13,7 @@ from megatron_depthattn.config import (
     RecomputeConfig,
     RunConfig,
 )
-from tests.parallel.cases import FULL, MODEL, OPTIMIZER, RECOMPUTE, SEQUENCE_LENGTH, TRAIN, Layout
+from tests.parallel.cases import FULL, METHODS, MODEL, OPTIMIZER, RECOMPUTE, SEQUENCE_LENGTH, TRAIN, Layout
 
 LAYOUTS = {
     "single": Layout(1, ParallelConfig()),
@@ -37,6 +37,7 @@ class Job:
     layout: str
     engine: str = "deepspeed"
     stage: int = 0
+    method: str = "depth_attention"
     rows: int = 1
     """Sequences of a microbatch; the global batch has eight."""
     dtype: str = "fp32"
@@ -55,7 +56,8 @@ class Job:
     @property
     def name(self) -> str:
         engine = f"zero{self.stage}" if self.engine == "deepspeed" else self.engine
-        parts = [engine, self.layout, f"rows{self.rows}", self.dtype]
+        parts = [engine, self.layout, *([self.method] if self.method in METHODS else [])]
+        parts += [f"rows{self.rows}", self.dtype]
         parts += ["offload"] * self.offload + [self.recompute] * (self.recompute != "none") + ["tied"] * self.tied
         parts += [self.sabotage] * bool(self.sabotage) + ["poison"] * self.poison + ["save"] * self.save
         return "-".join(parts + [f"from-{self.resume}"] * bool(self.resume))
@@ -63,13 +65,15 @@ class Job:
     @property
     def reference(self) -> Job:
         """The Megatron engine in one process: the truth."""
-        return Job(layout="single", engine="megatron", rows=2, dtype=self.dtype, tied=self.tied)
+        return Job(layout="single", engine="megatron", method=self.method, rows=2, dtype=self.dtype, tied=self.tied)
 
     def config(self) -> RunConfig:
         depth = dataclasses.replace(MODEL.depth_attention, stride=2, recent_window=1)
         return RunConfig(
             engine=EngineConfig(name=self.engine, zero_stage=self.stage, offload_optimizer=self.offload),
-            model=dataclasses.replace(MODEL, num_layers=4, depth_attention=depth, tie_embeddings=self.tied),
+            model=dataclasses.replace(
+                MODEL, num_layers=4, method=self.method, depth_attention=depth, tie_embeddings=self.tied
+            ),
             parallel=LAYOUTS[self.layout].parallel,
             precision=PrecisionConfig(dtype=self.dtype),
             recompute=RECOMPUTE[self.recompute] if self.recompute != "none" else RecomputeConfig(),
@@ -92,6 +96,12 @@ PARITY = [
     *(PRODUCT if FULL else BRIEF),
     Job(layout="dp2", stage=3, recompute="uniform1"),
     *([Job(layout="dp2", stage=2, offload=True)] if FULL else []),
+]
+# A layout and a stage for each method: its parameters reduced over tensor ranks, cut in pieces, gathered for a module.
+PARITY += [
+    Job(layout="tp2+sp", stage=0, rows=4, method="denseformer"),
+    Job(layout="tp2+sp", stage=2, rows=4, method="attnres"),
+    Job(layout="dp2", stage=3, rows=2, method="mhc", recompute="uniform1"),
 ]
 BF16 = [Job(layout="dp2", stage=3, dtype="bf16")]
 CONTROLS = [
@@ -118,7 +128,15 @@ if FULL:
         Job(layout="tp2+sp", stage=3, recompute="selective"),
         *(Job(layout="dp2", stage=stage, tied=True) for stage in (2, 3)),
         *(Job(layout="dp2", stage=stage, offload=True) for stage in (1, 3)),
+        *(
+            Job(layout=layout, stage=stage, method=method)
+            for method in METHODS
+            for layout in ("dp2", "tp2+sp")
+            for stage in range(4)
+        ),
+        *(Job(layout="tp2+sp", stage=3, method=method, recompute="uniform1") for method in METHODS),
     ]
+    PARITY = list(dict.fromkeys(PARITY))
     BF16 += [
         Job(layout="dp2", stage=2, dtype="bf16"),
         Job(layout="dp2xtp2+sp", stage=1, dtype="bf16"),
@@ -137,8 +155,9 @@ if FULL:
         Job(layout="dp2xtp2", stage=1, save=True),
         Job(layout="dp2", stage=0, save=True),
         Job(layout="dp2", stage=1, dtype="bf16", save=True),
+        Job(layout="dp2", stage=3, method="mhc", save=True),
     ]
-    _Z1, _Z0, _BF16 = (job.name for job in more)
+    _Z1, _Z0, _BF16, _MHC = (job.name for job in more)
     SAVES += more
     _Z2 = SAVES[2].name
     RESUMES += [
@@ -154,6 +173,8 @@ if FULL:
         Job(layout="dp2", stage=1, dtype="bf16", resume=_BF16),
         Job(layout="dp2", stage=3, dtype="bf16", resume=_BF16),
         Job(layout="single", engine="megatron", rows=2, dtype="bf16", resume=_BF16),
+        Job(layout="tp2+sp", stage=1, method="mhc", resume=_MHC),
+        Job(layout="single", engine="megatron", method="mhc", rows=2, resume=_MHC),
     ]
 
 

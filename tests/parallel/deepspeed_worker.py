@@ -19,15 +19,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_depthattn.config import validate
+from megatron_depthattn.config import to_dict, validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_model
+from megatron_depthattn.train.checkpoint import save_checkpoint
 from megatron_depthattn.train.engine import build_engine
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, run_microbatches
-from megatron_depthattn.train.step_folders import step_folder
-from tests.parallel.cases import MODEL, SAVE_AFTER, SEQUENCE_LENGTH, STEPS, TRAIN
+from megatron_depthattn.train.step_folders import Progress, step_folder
+from tests.megatron_weights import leave_initial_values
+from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, STEPS, TRAIN
 from tests.parallel.compare import relative_errors
 from tests.parallel.deepspeed_cases import Job
 from tests.parallel.worker import gather_gradients, progress_after, whole, work_off
@@ -49,6 +51,8 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     if job == job.reference:
         save_gradients(job, folder, device)
     engine = build_engine(config, device, launch_environment())
+    if job.method in METHODS:
+        engine.load(step_folder(folder / weights_of(job), 0))
     first = 0
     if job.resume:
         first = engine.load(step_folder(folder / job.resume, SAVE_AFTER)).progress.step
@@ -94,12 +98,20 @@ def microbatches(step: int, rows: int) -> list[Microbatch]:
 
 
 def save_gradients(job: Job, folder: Path, device: torch.device) -> None:
-    """The reference's first gradients, by a model of its own."""
+    """The reference's first gradients, by a model of its own, and the weights with which runs of a method begin."""
     chunks = build_model(job.config(), device)
+    if job.method in METHODS:
+        leave_initial_values(chunks[0])
+        save_checkpoint(folder / weights_of(job), Progress(), chunks, None, None, config=to_dict(job.config()))
     run_microbatches(chunks, microbatches(0, job.rows), (job.rows, SEQUENCE_LENGTH), forward_only=False)
     gathered = gather_gradients(chunks)
     assert gathered is not None
     torch.save(gathered[0], folder / f"{job.name}.pt")
+
+
+def weights_of(job: Job) -> str:
+    """The folder of the weights with which all runs of the job's method begin; without an optimizer."""
+    return f"weights-of-{job.reference.name}"
 
 
 def compare_gradients(job: Job, folder: Path, engine: Any) -> dict[str, Any]:
@@ -123,7 +135,11 @@ def compare_gradients(job: Job, folder: Path, engine: Any) -> dict[str, Any]:
             share, _ = pieces[name].setdefault(rank, (torch.full(shapes[name], torch.nan), split))
             share.view(-1)[start : start + gradient.numel()] = gradient
     wholes = {name: whole(name, by_rank) for name, by_rank in pieces.items()}
-    return {"gradient_errors": relative_errors(wholes, torch.load(folder / f"{job.reference.name}.pt"))}
+    references = torch.load(folder / f"{job.reference.name}.pt")
+    for name in [name for name in references if name.startswith(NO_GRADIENT)]:
+        largest = max(float(gradient.norm()) for gradient in references.values())
+        assert max(float(side.pop(name).norm()) for side in (wholes, references)) < 1e-6 * largest, name
+    return {"gradient_errors": relative_errors(wholes, references)}
 
 
 def split_dimension(parameter: Any) -> int:

@@ -45,8 +45,11 @@ class Connector(torch.nn.Module):
             self.register_parameter(name, parameter)
         self.eps = config.layernorm_epsilon
 
-    def read(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sublayer's input, and what `write` needs, see `reference.connect`."""
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sublayer's input, and what `write` needs, see `reference.connect`.
+
+        The weights are read here and nowhere else: ZeRO stage 3 gathers a module's for its ``forward`` only.
+        """
         names, weights = zip(*self.named_parameters(), strict=True)
 
         def run(streams: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -55,8 +58,9 @@ class Connector(torch.nn.Module):
 
         return recomputed(run, streams, *weights)  # type: ignore[return-value]
 
-    def write(self, streams: Tensor, output: Tensor, write: Tensor, mix: Tensor) -> Tensor:
-        """The next streams ``[s, b, n * h]``."""
+    @staticmethod
+    def write(streams: Tensor, output: Tensor, write: Tensor, mix: Tensor) -> Tensor:
+        """The next streams ``[s, b, n * h]``, of a sublayer's output ``[s, b, h]``."""
         return recomputed(write_back, streams, output, write, mix)  # type: ignore[return-value]
 
 
@@ -94,10 +98,10 @@ class HyperConnectionsLayer(SublayersLayer):
     ) -> tuple[Tensor, SourceTensors]:
         own = hidden_states
         streams = own.repeat(1, 1, self.num_streams) if self.layer_index == 0 else own
-        attention_input, *back = self.attention_connector.read(streams)
+        attention_input, *back = self.attention_connector(streams)
         output = self.attention_sublayer(attention_input, attention_bias=attention_bias, **kwargs)
         streams = self.attention_connector.write(streams, output, *back)
-        mlp_input, *back = self.mlp_connector.read(streams)
+        mlp_input, *back = self.mlp_connector(streams)
         streams = self.mlp_connector.write(streams, self.mlp_sublayer(mlp_input, **kwargs), *back)
         return self.stream_readout(streams) if self.is_last else streams, (own,)
 
