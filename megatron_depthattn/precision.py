@@ -20,9 +20,13 @@ themselves are kept in bf16, or with `fp8_params` in FP8 beside the optimizer's 
 So the QKV projection must hand out bf16 (`fp8_multi_head_attention` is refused), and FP8 attention, if asked for,
 casts q, k and the mixed value *after* the mix: sources and pipeline messages are never FP8.
 
+What the other methods add (`methods/`) stays out of it too: torch's arithmetic, in fp32 on bf16 hidden states, between
+TransformerEngine's modules. Their parameters are no module's of TransformerEngine, so bf16 also with `fp8_params`.
+
 **Recompute.** With full recompute under FP8 Megatron checkpoints layers through TransformerEngine, which remembers the
 scales of the first pass so that the second one computes the same numbers. Sources reach a recomputed layer through the
-micro-batch's state, whoever checkpoints (`parallel/microbatch_state.py`).
+micro-batch's state, whoever checkpoints (`parallel/microbatch_state.py`). Inside such a layer the other methods
+recompute their own mix by torch's checkpoint, in which nothing is FP8.
 
 Sources: TransformerEngine's `quantization.py` and `attention/dot_product_attention/utils.py` (2.20), Megatron-Core's
 `fp8_utils.py` and `transformer_config.py` (0.16, 0.19). Figures: docs/precision.md.
