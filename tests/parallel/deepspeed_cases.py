@@ -99,9 +99,9 @@ PARITY = [
 ]
 # A layout and a stage for each method: its parameters reduced over tensor ranks, cut in pieces, gathered for a module.
 PARITY += [
-    Job(layout="tp2+sp", stage=0, rows=4, method="denseformer"),
+    Job(layout="tp2+sp", stage=0, rows=8, method="denseformer"),
     Job(layout="tp2+sp", stage=2, rows=4, method="attnres"),
-    Job(layout="dp2", stage=3, rows=2, method="mhc", recompute="uniform1"),
+    Job(layout="dp2", stage=3, rows=4, method="mhc", recompute="uniform1"),
 ]
 BF16 = [Job(layout="dp2", stage=3, dtype="bf16")]
 CONTROLS = [
