@@ -19,6 +19,7 @@ import yaml
 
 from megatron_depthattn import strict_config
 from megatron_depthattn.config_check import Sizes, validate
+from megatron_depthattn.methods.definitions import effective_method
 
 __all__ = [
     "RunConfig",
@@ -123,10 +124,9 @@ class ModelConfig:
     mhc: MHCConfig = field(default_factory=MHCConfig)
 
     @property
-    def layers_share(self) -> str:
+    def effective_method(self) -> str:
         """model.method, where Depth-Attention that is not enabled is vanilla."""
-        is_off = self.method == "depth_attention" and not self.depth_attention.enabled
-        return "vanilla" if is_off else self.method
+        return effective_method(self.method, self.depth_attention.enabled)
 
 
 @dataclass(kw_only=True, frozen=True)

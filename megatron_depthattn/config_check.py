@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_depthattn.engine_check import engine_refusal
 from megatron_depthattn.loops_check import loops_refusal
-from megatron_depthattn.methods.definitions import method_of
+from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
 from megatron_depthattn.precision_check import precision_refusal
 
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
@@ -34,7 +34,8 @@ def validate(config: "RunConfig", world_size: int, *, needs_data: bool = True) -
     `needs_data=False` skips data.path and run.dir, for tools that size a run without starting it.
     """
     _check_ranges(config)
-    method_of(asdict(config.model))  # raises where its own settings are out of range
+    for method in DEFINITIONS:
+        method_of(asdict(config.model) | {"method": method})  # raises where a setting of it is out of range
     for refusal in (loops_refusal(config), engine_refusal(config)):
         _require(refusal is None, refusal or "")
     if needs_data:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_depthattn.methods import definitions
+
 Section = dict[str, Any]
 
 SAME_MEANING = {
@@ -41,16 +43,14 @@ MODEL_TYPES = (*CLASSES, "qwen3", "llama")
 UNUSED_IN_RELEASED = ("lm_head_layernorm.weight",)
 
 
-def layers_share(model: Mapping[str, Any]) -> str:
-    """What `ModelConfig.layers_share` says, of a plain section; old ones name no method."""
-    method: str = model.get("method", "depth_attention")
-    is_off = method == "depth_attention" and not model["depth_attention"]["enabled"]
-    return "vanilla" if is_off else method
+def effective_method(model: Mapping[str, Any]) -> str:
+    """What `ModelConfig.effective_method` says, of a plain section; old ones name no method."""
+    return definitions.effective_method(model.get("method", "depth_attention"), model["depth_attention"]["enabled"])
 
 
 def model_type(model: Mapping[str, Any]) -> str:
     """The model_type that a model section is exported as; "qwen3", which needs no files of ours, where it can be."""
-    shared = layers_share(model)
+    shared = effective_method(model)
     if shared in METHOD_SETTINGS:
         return shared
     return "qwen3" if shared == "vanilla" and model["num_loops"] == 1 else "depthattn"
@@ -83,7 +83,7 @@ def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mappin
     if kind == "depthattn":
         depth, effective_layers = model["depth_attention"], model["num_layers"] * model["num_loops"]
         config |= {
-            "use_depth_attention": layers_share(model) == "depth_attention",
+            "use_depth_attention": effective_method(model) == "depth_attention",
             "depth_attention_stride": depth["stride"] or max(1, effective_layers // 2),
             "depth_attention_recent_window": depth["recent_window"],
             "depth_attention_k_norm_after_rope": False,

@@ -90,7 +90,8 @@ def weight_groups(shape: ModelShape) -> list[WeightGroup]:
             groups += [_same(f"{ours}.{name}", f"{theirs}.{name}", size) for name, size in added.items()]
     if shape.method:
         added = shape.method.final_parameters()
-        groups += [_same(f"{ours}.{name}", f"model.{name}", size) for name, size in added.items()]
+        last = f"decoder.layers.{shape.num_layers - 1}"
+        groups += [_same(f"{last}.{name}", f"model.{name}", size) for name, size in added.items()]
     groups.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
     if not shape.tie_embeddings:
         groups.append(_vocabulary("output_layer.weight", "lm_head.weight", shape))

@@ -1,7 +1,7 @@
 """What the rest of the stack has to know of a method whose layers share more than the hidden state.
 
 Pure: integers in, integers and names out. Pipeline messages, memory, parameter counts, operations and the names of
-exported weights follow from it; nothing else of a method is known outside its folder.
+exported weights follow from it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,26 @@ DEFINITIONS: Mapping[str, type[CrossLayerMethod]] = {
 }
 
 
+def effective_method(method: str, depth_attention: bool) -> str:
+    """What layers share: ``method``, but Depth-Attention that is switched off is vanilla."""
+    return "vanilla" if method == "depth_attention" and not depth_attention else method
+
+
+def define(method: str, *, num_layers: int, hidden_size: int, settings: Mapping[str, Any]) -> CrossLayerMethod:
+    """The definition of one of `DEFINITIONS` on a model of a given size.
+
+    Raises:
+        ValueError: the method has no such setting, or it is out of range.
+    """
+    definition = DEFINITIONS[method]
+    known = [name for name in definition.__dataclass_fields__ if name not in ("num_layers", "hidden_size")]
+    if unknown := set(settings) - set(known):
+        raise ValueError(
+            f"model.{method} has no setting {', '.join(sorted(unknown))}: {definition.title} has {', '.join(known)}."
+        )
+    return definition(num_layers=num_layers, hidden_size=hidden_size, **settings)
+
+
 def method_of(model: Mapping[str, Any]) -> CrossLayerMethod | None:
     """The method of a ``model`` section (a plain dict); None for vanilla and for Depth-Attention.
 
@@ -26,5 +46,4 @@ def method_of(model: Mapping[str, Any]) -> CrossLayerMethod | None:
     name = model.get("method", "depth_attention")
     if name not in DEFINITIONS:
         return None
-    sizes = {key: model[key] for key in ("num_layers", "hidden_size")}
-    return DEFINITIONS[name](**sizes, **model[name])
+    return define(name, num_layers=model["num_layers"], hidden_size=model["hidden_size"], settings=model[name])

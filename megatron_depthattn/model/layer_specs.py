@@ -42,7 +42,7 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
     """The spec of one decoder layer.
 
     Args:
-        config: decides on q/k norm and on the method; with ``depth_attention=False`` the result is Megatron's own spec,
+        config: decides on q/k norm and on the method; of a vanilla model it is Megatron's own spec,
             with norms and core attention that also run under sequence and context parallel.
         backend: ``local`` (plain torch modules, any device) or ``te`` (TransformerEngine, GPU; also packed sequences,
             ``PackedSeqParams`` with ``qkv_format="thd"``).
@@ -57,7 +57,7 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
         spec = _transformer_engine_spec(config)
     else:
         raise ValueError(f"backend is {backend!r}; the layer specs are 'local' and 'te'.")
-    return WITH_METHOD[config.method](spec)
+    return WITH_METHOD[config.effective_method](spec)
 
 
 def with_depth_attention(spec: ModuleSpec) -> ModuleSpec:

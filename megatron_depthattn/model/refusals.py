@@ -134,20 +134,20 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "heterogeneous_block_specs",
         _is_set,
-        "layers of different shapes cannot score each other's keys.",
+        "layers of different shapes cannot read each other's sources.",
         "Set heterogeneous_block_specs=False.",
     ),
     Refusal("fp4", _is_set, "FP4 layers have not been tried with sources yet.", "Set fp4=None."),
     Refusal(
         "overlap_p2p_comm_warmup_flush",
         _pipelined,
-        "it posts receives before their shapes are known, and messages differ in width from edge to edge.",
+        "it posts receives before their shapes are known, and a message is wider than the hidden state.",
         "Set overlap_p2p_comm_warmup_flush=False.",
     ),
     Refusal(
         "use_ring_exchange_p2p",
         _pipelined,
-        "the ring exchange does not ask for message shapes, and messages differ in width from edge to edge.",
+        "the ring exchange does not ask for message shapes, and a message is wider than the hidden state.",
         "Set use_ring_exchange_p2p=False.",
     ),
     Refusal(

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_depthattn.methods.definition import CrossLayerMethod
-from megatron_depthattn.methods.definitions import DEFINITIONS
+from megatron_depthattn.methods.definitions import DEFINITIONS, define, effective_method
 from megatron_depthattn.model.refusals import refusal_of
 from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
@@ -23,13 +23,14 @@ from megatron_depthattn.parallel.payload import Payload, cross_layer_payload
 class DepthAttentionConfig(TransformerConfig):
     """A ``TransformerConfig`` whose layers attend over depth, or share something else.
 
-    All of Megatron's fields keep their meaning; with ``depth_attention=False`` the model is Megatron's own.
+    All of Megatron's fields keep their meaning; with ``depth_attention=False`` or ``method="vanilla"`` the model is
+    Megatron's own.
     Construction raises ``ValueError`` for every combination in `refusals.py`, with the reason and what to set.
     """
 
     depth_attention: bool = True
-    """Mix the values of earlier layers at the same token into the value that self-attention reads. Always False with
-    another ``method``."""
+    """Mix the values of earlier layers at the same token into the value that self-attention reads. Read where
+    ``method`` is ``depth_attention``."""
 
     depth_attention_stride: int | None = None
     """Layers between sources; None: half the layers (the released models), 1: every earlier layer."""
@@ -42,7 +43,8 @@ class DepthAttentionConfig(TransformerConfig):
     GPUs only) or ``reference`` (plain autograd)."""
 
     method: str = "depth_attention"
-    """What layers share: ``depth_attention``, ``vanilla`` (nothing) or one of `methods.definitions.DEFINITIONS`."""
+    """What layers share: ``depth_attention`` (if that is switched on), ``vanilla`` (nothing), or one of
+    `methods.definitions.DEFINITIONS`."""
 
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     """The settings of one of the latter, by the names of its definition's fields."""
@@ -54,12 +56,9 @@ class DepthAttentionConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_loops()
-        if self.method == "depth_attention" and not self.depth_attention:
-            self.method = "vanilla"
-        self.depth_attention = self.method == "depth_attention"
         if not self.shares_over_layers:
             return
-        if self.depth_attention and self.depth_attention_stride is None:
+        if self.attends_over_depth and self.depth_attention_stride is None:
             self.depth_attention_stride = default_stride(self.num_layers)
         self.validate()
         if self.pipeline_model_parallel_size > 1:
@@ -68,9 +67,19 @@ class DepthAttentionConfig(TransformerConfig):
             self.variable_seq_lengths = True
 
     @property
+    def effective_method(self) -> str:
+        """``method``, but Depth-Attention that is switched off is vanilla."""
+        return effective_method(self.method, self.depth_attention)
+
+    @property
     def shares_over_layers(self) -> bool:
         """Whether layers share anything but the hidden state; False: vanilla."""
-        return self.method != "vanilla"
+        return self.effective_method != "vanilla"
+
+    @property
+    def attends_over_depth(self) -> bool:
+        """Whether this is a model with Depth-Attention."""
+        return self.effective_method == "depth_attention"
 
     @property
     def method_definition(self) -> CrossLayerMethod | None:
@@ -78,7 +87,7 @@ class DepthAttentionConfig(TransformerConfig):
         if self.method not in DEFINITIONS:
             return None
         sizes = {"num_layers": self.num_layers, "hidden_size": self.hidden_size}
-        return DEFINITIONS[self.method](**sizes, **self.method_settings)
+        return define(self.method, **sizes, settings=self.method_settings)
 
     @property
     def source_plan(self) -> CrossLayerPlan:
@@ -95,7 +104,7 @@ class DepthAttentionConfig(TransformerConfig):
     @property
     def source_kinds(self) -> tuple[str, ...]:
         """What a layer leaves to later ones, in the words of the payload."""
-        return ("key", "value") if self.depth_attention else ("input",)
+        return ("key", "value") if self.attends_over_depth else ("input",)
 
     @property
     def hidden_width(self) -> int:
@@ -106,14 +115,14 @@ class DepthAttentionConfig(TransformerConfig):
     @property
     def part_width(self) -> int:
         """Numbers per token of one part of a source on one rank."""
-        if not self.depth_attention:
+        if not self.attends_over_depth:
             return self.hidden_size
         return max(1, self.num_query_groups // self.tensor_model_parallel_size) * self.kv_channels
 
     def message_into(self, chunk: int) -> Payload:
         """What pipeline chunk ``chunk`` (in model order) receives, with the widths of one rank."""
         # Under sequence parallel a rank has all positions of its own heads, but its share of the hidden state's.
-        spread = self.tensor_model_parallel_size if self.sequence_parallel and self.depth_attention else 1
+        spread = self.tensor_model_parallel_size if self.sequence_parallel and self.attends_over_depth else 1
         return cross_layer_payload(
             self.source_plan.entering(chunk),
             self.source_kinds,
@@ -132,6 +141,11 @@ class DepthAttentionConfig(TransformerConfig):
             raise ValueError(
                 f"num_loops is {loops} with method={self.method!r}, which has weights of its own for every place in "
                 "depth: set num_loops=1, or method to 'depth_attention' or 'vanilla'."
+            )
+        if loops > 1 and self.fp8:
+            raise ValueError(
+                f"num_loops is {loops} with fp8={self.fp8!r}: scaling state has not been tried with weights that "
+                "several layers use. Set fp8=None or num_loops=1."
             )
         if loops == 1 or stages == 1:
             return
@@ -153,7 +167,7 @@ class DepthAttentionConfig(TransformerConfig):
                 f"depth_attention_op is {self.depth_attention_op!r}; the implementations are "
                 f"{sorted(DEPTH_MIX_IMPLEMENTATIONS)}."
             )
-        if not self.depth_attention and self.method not in DEFINITIONS:
+        if self.method not in ("depth_attention", "vanilla", *DEFINITIONS):
             raise ValueError(
                 f"method is {self.method!r}; the methods are {['depth_attention', 'vanilla', *DEFINITIONS]}."
             )

@@ -37,7 +37,7 @@ def transformer_config(config: RunConfig) -> DepthAttentionConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_std,
-        method=model.layers_share,
+        method=model.effective_method,
         method_settings=dataclasses.asdict(getattr(model, model.method)) if model.method in DEFINITIONS else {},
         depth_attention_stride=depth.stride,
         depth_attention_recent_window=depth.recent_window,

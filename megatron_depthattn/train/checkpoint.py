@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_depthattn.hf.model_config import layers_share
+from megatron_depthattn.hf.model_config import effective_method
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.train.build import Chunks
@@ -200,7 +200,7 @@ def _fixed_by_weights(config: dict[str, Any]) -> dict[str, Any]:
     """The settings without which the weights are of another model, by their keys."""
     free = ("spec", "max_position_embeddings", "init_std", "num_loops", "depth_attention", "method", *DEFINITIONS)
     fixed = {f"model.{key}": value for key, value in config["model"].items() if key not in free}
-    shared = layers_share(config["model"])
+    shared = effective_method(config["model"])
     if shared not in DEFINITIONS:
         return fixed | {"model.method": "vanilla or depth_attention"}  # the same weights
     settings = {f"model.{shared}.{key}": value for key, value in config["model"][shared].items()}
@@ -212,7 +212,7 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     model, depth = config["model"], config["model"]["depth_attention"]
     fixed = _fixed_by_weights(config)
     fixed |= {f"model.{key}": model[key] for key in ("init_std", "num_loops")}
-    is_ours = fixed["model.depth_attention.enabled"] = layers_share(model) == "depth_attention"
+    is_ours = fixed["model.depth_attention.enabled"] = effective_method(model) == "depth_attention"
     if is_ours:
         stride = depth["stride"] or default_stride(model["num_layers"] * model["num_loops"])
         fixed["model.depth_attention.stride"] = stride

@@ -56,7 +56,7 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
         ValueError: DeepSpeed or what it builds itself with is not installed, no launcher started this process, or the
             mix's op cannot run on this device.
     """
-    mixes = config.model.layers_share == "depth_attention"
+    mixes = config.model.effective_method == "depth_attention"
     refusal = triton_refusal(device) if mixes and config.model.depth_attention.op == "triton" else None
     if refusal is not None:
         raise ValueError(f"model.depth_attention.op=triton {refusal}")

@@ -43,7 +43,7 @@ def decoder_shape(config: RunConfig) -> DecoderShape:
 
 def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardFlops:
     """Operations of one token's forward pass under this config."""
-    plan = megatron.source_plan if megatron.depth_attention else None
+    plan = megatron.source_plan if megatron.attends_over_depth else None
     return decoder_shape(config).forward_flops(config.data.sequence_length, plan)
 
 

@@ -40,7 +40,7 @@ def depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
     if definition := megatron.method_definition:
         settings = "".join(f", {key} {value}" for key, value in megatron.method_settings.items())
         return f"{definition.title}{settings}: {definition.num_parameters:,} parameters more, {price}"
-    if not megatron.depth_attention:
+    if not megatron.attends_over_depth:
         return "depth attention: off (vanilla)"
     plan = megatron.source_plan
     everyone = sorted({source for layer in range(plan.num_layers) for source in plan.sources(layer)})
@@ -55,7 +55,7 @@ def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
     if not megatron.shares_over_layers:
         return []
     shares = config.parallel.tensor if config.parallel.sequence else 1
-    of_positions = 1 if megatron.depth_attention else shares  # a source's, where the hidden state's are 1 / shares
+    of_positions = 1 if megatron.attends_over_depth else shares  # a source's, where the hidden state's are 1 / shares
     return describe_hops(
         megatron.source_plan,
         vanilla_size=megatron.hidden_size // shares,

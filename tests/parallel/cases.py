@@ -223,6 +223,7 @@ CONTROLS = [
     Job(layout="pp2", method="attnres", steps=1, sabotage="source_dropped"),
     Job(layout="pp2", method="mhc", steps=1, sabotage="stream_dropped"),
     Job(layout="pp2", method="attnres", steps=1, sabotage="payload_gradient_dropped"),
+    Job(layout="pp2xvpp2", method="denseformer", steps=1, recompute="uniform1", sabotage="lent_gradient_dropped"),
     Job(layout="tp2+sp", method="mhc", steps=1, sabotage="method_parameters_not_reduced"),
     Job(layout="pp2", steps=2, sabotage="payload_gradient_dropped"),
     Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),

@@ -301,7 +301,7 @@ REFUSALS = [
     (2, "engine.name=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1"),
     (1, "engine.name=deepspeed engine.offload_optimizer=true", "set engine.zero_stage=1 or more, or engine.offload"),
     (1, "engine.name=deepspeed precision.dtype=bf16", "DeepSpeed would sum gradients in bf16; set engine.zero_stage=1"),
-    (1, "model.method=mhc model.mhc.num_streams=1", "model.mhc.num_streams is 1; with one stream nothing is connected"),
+    (1, "model.mhc.num_streams=1", "model.mhc.num_streams is 1; with one stream nothing is connected"),
     (1, "model.method=denseformer model.denseformer.period=0", "model.denseformer.period is 0; it counts blocks"),
     (1, "model.method=attnres model.attnres.block_size=0", "model.attnres.block_size is 0; it counts sublayers"),
     (1, "model.num_loops=0", "model.num_loops is 0; set 1 or more"),
