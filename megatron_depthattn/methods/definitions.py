@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from megatron_depthattn.methods.attnres.definition import AttentionResiduals
@@ -29,7 +30,7 @@ def define(method: str, *, num_layers: int, hidden_size: int, settings: Mapping[
         ValueError: the method has no such setting, or it is out of range.
     """
     definition = DEFINITIONS[method]
-    known = [name for name in definition.__dataclass_fields__ if name not in ("num_layers", "hidden_size")]
+    known = [field.name for field in fields(definition) if field.name not in ("num_layers", "hidden_size")]
     if unknown := set(settings) - set(known):
         raise ValueError(
             f"model.{method} has no setting {', '.join(sorted(unknown))}: {definition.title} has {', '.join(known)}."

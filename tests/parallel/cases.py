@@ -188,11 +188,14 @@ PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
 METHOD_LAYOUTS = ("tp2+sp", "pp4", "tp2xpp2+sp", *(("dp2", "cp2", "pp2xvpp2", "pp4xvpp2") if FULL else ()))
 
 
+SAVING = ("tp2xpp2+sp", "pp4xvpp2")
+
+
 def _parity_of_method(method: str) -> list[Job]:
     few = STEPS if FULL else 3
     return [
         Job(layout="pp2", method=method, save=True),
-        *(Job(layout=layout, method=method, steps=few) for layout in METHOD_LAYOUTS),
+        *(Job(layout=layout, method=method, steps=few, save=FULL and layout in SAVING) for layout in METHOD_LAYOUTS),
         Job(layout="single", method=method, steps=few, recompute="uniform1"),
         # a rank's chunks and recomputed layers share what they read
         Job(layout="pp2xvpp2", method=method, steps=STEPS if FULL else 1, recompute="uniform1"),
@@ -255,6 +258,9 @@ RESUMES = [
 ]
 SAVES += [job for job in PARITY if job.method in METHODS and job.save]
 RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in METHODS]
+if FULL:
+    RESUMES += [Job(layout="pp2xvpp2", method=method, resume="tp2xpp2+sp") for method in METHODS]
+    RESUMES += [Job(layout="single", method=method, resume="pp4xvpp2") for method in METHODS]
 RESUMES += [Job(layout="pp2xvpp2", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
 
 

@@ -4,6 +4,7 @@ Megatron's fields come and go between versions, and its own checks come first: w
 field is pinned per field below, so that nothing passes unseen.
 """
 
+import dataclasses
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +109,8 @@ def test_refusals_of_other_methods(method):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"method": "mhc", "method_settings": {"streams": 2}}, "model.mhc has no setting streams: mHC has num_streams"),
+        ({"method": "vanilla", "num_loops": 2, "fp8": "hybrid"}, "num_loops is 2 with fp8='hybrid'"),
         ({"method": "dense"}, "method is 'dense'; the methods are ['depth_attention', 'vanilla', 'denseformer',"),
         (
             {"method": "denseformer", "method_settings": {"period": 0}},
@@ -120,6 +123,15 @@ def test_refusals_of_other_methods(method):
 def test_settings_of_methods(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config_of(**given)
+
+
+def test_a_changed_copy_is_what_was_asked_for():
+    """`dataclasses.replace` sees what was given, not what was made of it."""
+    off, other = config_of(depth_attention=False), config_of(method="mhc", method_settings={"num_streams": 2})
+    assert off.effective_method == "vanilla" and other.effective_method == "mhc"
+    assert dataclasses.replace(off, depth_attention=True).attends_over_depth
+    assert dataclasses.replace(other, method="depth_attention", method_settings={}).attends_over_depth
+    assert not dataclasses.replace(other, method="vanilla", method_settings={}).shares_over_layers
 
 
 REFUSED_BY_MEGATRON_FIRST = {
