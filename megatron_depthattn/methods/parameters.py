@@ -42,9 +42,15 @@ def of_prefix(shapes: Parameters, prefix: str) -> Parameters:
     return {name.removeprefix(f"{prefix}."): shape for name, shape in shapes.items() if name.startswith(f"{prefix}.")}
 
 
-def recomputed(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: object) -> Tensor | tuple[Tensor, ...]:
-    """``function(*inputs)``, of which only the inputs are kept for backward: they are kept by others anyway, while
-    the fp32 intermediates of a mix over many hidden states would be several times as much."""
-    if not torch.is_grad_enabled():
+def recomputed(
+    config: TransformerConfig, function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: object
+) -> Tensor | tuple[Tensor, ...]:
+    """``function(*inputs)``, of which only the inputs are kept for backward: most of them others keep anyway, while
+    the fp32 intermediates of a mix over many hidden states would be several times as much.
+
+    Where Megatron recomputes every layer this is part of one, and not recomputed once more.
+    """
+    within = config.recompute_granularity == "full" and config.recompute_method == "uniform"
+    if within or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]

@@ -33,11 +33,12 @@ class Aggregator(torch.nn.Module):
         }
         for name, parameter in method_parameters(config, shapes, initial).items():
             self.register_parameter(name, parameter)
-        self.eps = config.layernorm_epsilon
+        self.config = config
 
     def forward(self, stream: Tensor, *snapshots: Tensor) -> Tensor:
         parameters = self.query, self.norm_weight, self.recency_bias
-        return recomputed(aggregate, *parameters, self.eps, stream, *snapshots)  # type: ignore[return-value]
+        eps = self.config.layernorm_epsilon
+        return recomputed(self.config, aggregate, *parameters, eps, stream, *snapshots)  # type: ignore[return-value]
 
 
 class AttentionResidualsLayer(SublayersLayer):

@@ -21,10 +21,11 @@ class DepthAverage(torch.nn.Module):
 
     def __init__(self, config: DepthAttentionConfig, shapes: Parameters) -> None:
         super().__init__()
+        self.config = config
         self.weight = method_parameters(config, shapes, {"weight": _last_alone})["weight"]
 
     def forward(self, *states: Tensor) -> Tensor:
-        return recomputed(weighted_sum, self.weight, *states)  # type: ignore[return-value]
+        return recomputed(self.config, weighted_sum, self.weight, *states)  # type: ignore[return-value]
 
 
 def _last_alone(shape: tuple[int, ...]) -> Tensor:

@@ -43,7 +43,7 @@ class Connector(torch.nn.Module):
         }
         for name, parameter in method_parameters(config, shapes, initial).items():
             self.register_parameter(name, parameter)
-        self.eps = config.layernorm_epsilon
+        self.config = config
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sublayer's input, and what `write` needs, see `reference.connect`.
@@ -54,14 +54,13 @@ class Connector(torch.nn.Module):
 
         def run(streams: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
             own = dict(zip(names, weights, strict=True))
-            return connect(streams, own, eps=self.eps, iterations=SINKHORN_ITERATIONS)
+            return connect(streams, own, eps=self.config.layernorm_epsilon, iterations=SINKHORN_ITERATIONS)
 
-        return recomputed(run, streams, *weights)  # type: ignore[return-value]
+        return recomputed(self.config, run, streams, *weights)  # type: ignore[return-value]
 
-    @staticmethod
-    def write(streams: Tensor, output: Tensor, write: Tensor, mix: Tensor) -> Tensor:
+    def write(self, streams: Tensor, output: Tensor, write: Tensor, mix: Tensor) -> Tensor:
         """The next streams ``[s, b, n * h]``, of a sublayer's output ``[s, b, h]``."""
-        return recomputed(write_back, streams, output, write, mix)  # type: ignore[return-value]
+        return recomputed(self.config, write_back, streams, output, write, mix)  # type: ignore[return-value]
 
 
 class StreamReadout(torch.nn.Module):
@@ -69,6 +68,7 @@ class StreamReadout(torch.nn.Module):
 
     def __init__(self, config: DepthAttentionConfig, shapes: Parameters) -> None:
         super().__init__()
+        self.config = config
         self.weight = method_parameters(config, shapes, {"weight": torch.zeros})["weight"]
 
     def forward(self, streams: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class StreamReadout(torch.nn.Module):
             precise = torch.promote_types(streams.dtype, torch.float32)
             return weighted_streams(streams, weight.to(precise).softmax(dim=0))
 
-        return recomputed(run, streams, self.weight)  # type: ignore[return-value]
+        return recomputed(self.config, run, streams, self.weight)  # type: ignore[return-value]
 
 
 class HyperConnectionsLayer(SublayersLayer):
