@@ -157,7 +157,12 @@ class Job:
 
 
 SPACINGS = [(stride, window) for stride in (1, 2, MODEL.num_layers // 2) for window in (0, 1)]
-REFERENCES = {(stride, window): Job(layout="single", stride=stride, window=window) for stride, window in SPACINGS}
+SAVED = ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2")
+"""Layouts whose ten steps at stride 2 and window 1 are saved on the way, with the optimizer."""
+REFERENCES = {
+    (stride, window): Job(layout="single", stride=stride, window=window, save=(stride, window) == (2, 1))
+    for stride, window in SPACINGS
+}
 LOOPED_REFERENCES = {
     "depth_attention": Job(layout="single", loops=2, save=True),
     "vanilla": Job(layout="single", loops=2, method="vanilla"),
@@ -167,16 +172,17 @@ LOOPED_REFERENCES = {
 def _parity_of(layout: str) -> list[Job]:
     if layout not in THOROUGH and not FULL:
         # Collectives of four processes take most of the time on two cores.
-        steps = 3 if LAYOUTS[layout].world_size > 2 and layout != "tp2xpp2+sp" else STEPS
+        steps = STEPS if LAYOUTS[layout].world_size < 4 or layout in SAVED else 3 if layout == "tp4+sp" else 1
         return [
-            Job(layout=layout, steps=steps),
+            Job(layout=layout, steps=steps, save=layout in SAVED),
             Job(layout=layout, steps=1, stride=1, window=0, recompute="uniform1"),
         ]
     jobs = []
     if layout != "single":
         for stride, window in SPACINGS:
             steps = STEPS if FULL or (stride, window) == (2, 1) else 1
-            jobs.append(Job(layout=layout, stride=stride, window=window, steps=steps))
+            save = layout in SAVED and (stride, window) == (2, 1)
+            jobs.append(Job(layout=layout, stride=stride, window=window, steps=steps, save=save))
     for name, recompute in RECOMPUTE.items():
         if name != "none" and (recompute.num_layers or 0) <= LAYOUTS[layout].layers_per_chunk:
             jobs.append(Job(layout=layout, recompute=name, steps=STEPS if FULL else 1))
@@ -228,14 +234,14 @@ CONTROLS = [
     Job(layout="pp2", method="attnres", steps=1, sabotage="payload_gradient_dropped"),
     Job(layout="pp2xvpp2", method="denseformer", steps=1, recompute="uniform1", sabotage="lent_gradient_dropped"),
     Job(layout="tp2+sp", method="mhc", steps=1, sabotage="method_parameters_not_reduced"),
-    Job(layout="pp2", steps=2, sabotage="payload_gradient_dropped"),
-    Job(layout="pp4xvpp2", steps=2, sabotage="payload_gradient_dropped"),
-    Job(layout="pp2xvpp2", steps=2, sabotage="lent_gradient_dropped"),
-    Job(layout="pp2", steps=2, sabotage="two_sources_swapped"),
-    Job(layout="tp4+sp", steps=2, sabotage="mean_query_of_own_heads"),
-    Job(layout="tp2+sp", steps=2, sabotage="norms_not_reduced"),
-    Job(layout="single", recompute="uniform1", steps=2, sabotage="lent_gradient_dropped"),
-    Job(layout="pp2xvpp2", loops=2, steps=2, sabotage="later_loop_gradient_dropped"),
+    Job(layout="pp2", steps=1, sabotage="payload_gradient_dropped"),
+    Job(layout="pp4xvpp2", steps=1, sabotage="payload_gradient_dropped"),
+    Job(layout="pp2xvpp2", steps=1, sabotage="lent_gradient_dropped"),
+    Job(layout="pp2", steps=1, sabotage="two_sources_swapped"),
+    Job(layout="tp4+sp", steps=1, sabotage="mean_query_of_own_heads"),
+    Job(layout="tp2+sp", steps=1, sabotage="norms_not_reduced"),
+    Job(layout="single", recompute="uniform1", steps=1, sabotage="lent_gradient_dropped"),
+    Job(layout="pp2xvpp2", loops=2, steps=1, sabotage="later_loop_gradient_dropped"),
 ]
 
 CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
@@ -244,8 +250,7 @@ CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
 AGREEMENT = Job(layout="tp4", agreement=True)
 
 # Saved with the optimizer under one layout, continued under others; and under the same one, bit for bit.
-SAVES = [Job(layout=layout, save=True) for layout in ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2")]
-SAVES += [LOOPED_REFERENCES["depth_attention"], LOOPED[0]]
+SAVES = [job for job in (*REFERENCES.values(), *LOOPED_REFERENCES.values(), *PARITY) if job.save]
 RESUMES = [
     Job(layout=to, resume=saved)
     for saved, targets in {
@@ -256,8 +261,7 @@ RESUMES = [
     }.items()
     for to in targets
 ]
-SAVES += [job for job in PARITY if job.method in METHODS and job.save]
-RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in METHODS]
+RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in (METHODS if FULL else ("attnres",))]
 if FULL:
     RESUMES += [Job(layout="pp2xvpp2", method=method, resume="tp2xpp2+sp") for method in METHODS]
     RESUMES += [Job(layout="single", method=method, resume="pp4xvpp2") for method in METHODS]
