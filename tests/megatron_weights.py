@@ -77,3 +77,10 @@ def leave_initial_values(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def unpadded_logits(model: GPTModel, tokens: Tensor, vocab_size: int) -> Tensor:
+    """fp32 logits [b, s, V] of tokens [b, s], without the columns of the padding to a multiple of 128."""
+    logits = model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
+    assert logits.shape == (*tokens.shape, -(-vocab_size // 128) * 128) and logits.dtype == torch.float32
+    return logits[..., :vocab_size]

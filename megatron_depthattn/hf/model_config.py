@@ -34,9 +34,7 @@ AUTO_MAP = {
 }
 # A method's own section, named as its model_type is: our key, and Hugging Face's.
 METHOD_SETTINGS = {
-    "denseformer": {"period": "denseformer_period", "dilation": "denseformer_dilation"},
-    "attnres": {"block_size": "attnres_block_size"},
-    "mhc": {"num_streams": "mhc_num_streams"},
+    kind: {name: f"{kind}_{name}" for name in definitions.setting_names(kind)} for kind in definitions.DEFINITIONS
 }
 MODEL_TYPES = (*CLASSES, "qwen3", "llama")
 # What the released checkpoints carry and nothing reads, below whatever prefix.

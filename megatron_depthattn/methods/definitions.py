@@ -23,14 +23,18 @@ def effective_method(method: str, depth_attention: bool) -> str:
     return "vanilla" if method == "depth_attention" and not depth_attention else method
 
 
+def setting_names(method: str) -> list[str]:
+    """The settings of one of `DEFINITIONS`."""
+    return [field.name for field in fields(DEFINITIONS[method]) if field.name not in ("num_layers", "hidden_size")]
+
+
 def define(method: str, *, num_layers: int, hidden_size: int, settings: Mapping[str, Any]) -> CrossLayerMethod:
     """The definition of one of `DEFINITIONS` on a model of a given size.
 
     Raises:
         ValueError: the method has no such setting, or it is out of range.
     """
-    definition = DEFINITIONS[method]
-    known = [field.name for field in fields(definition) if field.name not in ("num_layers", "hidden_size")]
+    definition, known = DEFINITIONS[method], setting_names(method)
     if unknown := set(settings) - set(known):
         raise ValueError(
             f"model.{method} has no setting {', '.join(sorted(unknown))}: {definition.title} has {', '.join(known)}."

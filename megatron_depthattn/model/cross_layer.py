@@ -14,6 +14,7 @@ What a source is, and what a layer does with those it reads, is its method's: `r
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,7 @@ class CrossLayerLayer(TransformerLayer):
 
     # ---- what a method says
 
+    @abstractmethod
     def run_layer(
         self, hidden_states: Tensor, sources: Mapping[int, Any], attention_bias: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, SourceTensors]:
@@ -61,7 +63,10 @@ class CrossLayerLayer(TransformerLayer):
         Returns:
             The hidden state and what this layer leaves to later ones, of every one of ``kinds``.
         """
-        raise NotImplementedError
+
+    def forward_flops(self) -> dict[str, int]:
+        """What the method adds to the layer, operations per token; `module_flops` counts everything else."""
+        return {"mix": self.config.method_definition.flops(self.layer_index)}
 
     def source_of_message(self, parts: SourceTensors) -> SourceTensors:
         """A source from what arrived of it, each part ``[rows, b, width]``."""

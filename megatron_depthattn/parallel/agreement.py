@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron_depthattn.model.source_plan import CrossLayerPlan, hop_bytes
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 
 
 def check_same_on_all_ranks(what: str, digest: str) -> None:
@@ -19,25 +19,21 @@ def check_same_on_all_ranks(what: str, digest: str) -> None:
         )
 
 
-def describe_hops(
-    plan: CrossLayerPlan,
-    *,
-    vanilla_size: int,
-    hidden_size: int,
-    source_size: int,
-    tokens: int,
-    bytes_per_element: int,
-) -> list[str]:
+def describe_hops(config: DepthAttentionConfig, *, rows: int, bytes_per_element: int) -> list[str]:
     """One line per pipeline edge: the sources that cross it and the bytes of one micro-batch, one way; for people.
 
-    Arguments as `hop_bytes`, and the numbers per token of a vanilla model's hidden state. Empty without pipelining.
+    Args:
+        rows: of a message: positions of the hidden state on one rank, times the micro-batch.
+
+    Empty without pipelining.
     """
-    sizes = hop_bytes(
-        plan, hidden_size=hidden_size, source_size=source_size, tokens=tokens, bytes_per_element=bytes_per_element
-    )
-    plain = tokens * bytes_per_element * vanilla_size
+    plain = rows * bytes_per_element * config.hidden_size
+    sizes = [
+        rows * bytes_per_element * config.message_into(chunk).width
+        for chunk in range(1, len(config.source_plan.chunk_starts))
+    ]
     return [
         f"hop {i} -> {i + 1}: {size / 2**20:.2f} MiB a micro-batch each way ({size / plain:.2f}x vanilla)"
         + (f", sources of layers {list(edge)}" if edge else "")
-        for i, (edge, size) in enumerate(zip(plan.edges(), sizes, strict=True))
+        for i, (edge, size) in enumerate(zip(config.source_plan.edges(), sizes, strict=True))
     ]

@@ -54,14 +54,11 @@ def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
     """One line per pipeline edge; none without pipelining or for a vanilla model."""
     if not megatron.shares_over_layers:
         return []
-    shares = config.parallel.tensor if config.parallel.sequence else 1
-    of_positions = 1 if megatron.attends_over_depth else shares  # a source's, where the hidden state's are 1 / shares
+    parallel = config.parallel
+    positions = config.data.sequence_length // parallel.context // (parallel.tensor if parallel.sequence else 1)
     return describe_hops(
-        megatron.source_plan,
-        vanilla_size=megatron.hidden_size // shares,
-        hidden_size=megatron.hidden_width // shares,
-        source_size=len(megatron.source_kinds) * megatron.part_width // of_positions,
-        tokens=config.train.micro_batch_size * config.data.sequence_length // config.parallel.context,
+        megatron,
+        rows=config.train.micro_batch_size * positions,
         bytes_per_element=2 if config.precision.dtype == "bf16" else 4,
     )
 

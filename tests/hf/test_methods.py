@@ -1,5 +1,6 @@
 """The Hugging Face models of the compared methods: the fp64 decoders' logits and gradients, caches, files."""
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -317,3 +318,11 @@ def test_hidden_states_and_inputs(method):
 def test_config_refuses(method, settings, message):
     with pytest.raises(ValueError, match=message):
         MODELS[method].config_class(**settings)
+
+
+def test_what_every_shipped_file_repeats_is_the_same_in_all():
+    """A modelling file ships alone with its weights, so the same steps stand in each: they may not drift apart."""
+    files = (modeling_denseformer, modeling_attnres, modeling_mhc)
+    models = (modeling_denseformer.DenseFormerModel, modeling_attnres.AttnResModel, modeling_mhc.MHCModel)
+    assert len({inspect.getsource(file._start) for file in files}) == 1
+    assert len({inspect.getsource(model._placement) for model in models}) == 1

@@ -13,12 +13,12 @@ from torch import Tensor
 from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.methods.mhc.reference import sinkhorn
-from megatron_depthattn.model.gpt import DepthGPTModel, build_gpt_model, padded_vocab_size, qwen3_style_config
+from megatron_depthattn.model.gpt import DepthGPTModel, build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.module_flops import module_flops
 from megatron_depthattn.train.build import build_chunk, build_model, build_optimizer, transformer_config
 from megatron_depthattn.train.metrics import decoder_shape, forward_flops
-from tests.megatron_weights import load, to_megatron
+from tests.megatron_weights import load, to_megatron, unpadded_logits
 from tests.parallel.compare import CANCELLING
 from tests.reference_decoder import decoder_logits, mean_cross_entropy, random_weights
 from tests.reference_methods import averaged_entries, initial_method_weights, method_logits, random_method_weights
@@ -81,9 +81,7 @@ def tokens() -> Tensor:
 
 
 def logits_of(model: GPTModel, tokens: Tensor) -> Tensor:
-    logits = model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
-    assert logits.shape == (*tokens.shape, padded_vocab_size(VOCAB)) and logits.dtype == torch.float32
-    return logits[..., :VOCAB]
+    return unpadded_logits(model, tokens, VOCAB)
 
 
 def oracle(method: str, weights: dict[str, Tensor], tokens: Tensor, settings: dict[str, int]) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_depthattn.model.gpt import build_gpt_model, padded_vocab_size, qwen3_style_config
-from tests.megatron_weights import concatenated_qkv, load, to_megatron
+from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from tests.megatron_weights import concatenated_qkv, load, to_megatron, unpadded_logits
 from tests.reference_decoder import decoder_logits, mean_cross_entropy, random_weights
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -43,10 +43,7 @@ def build(
 
 
 def megatron_logits(model: GPTModel, tokens: Tensor) -> Tensor:
-    """[b, s, V], without the padding."""
-    logits = model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
-    assert logits.shape == (*tokens.shape, padded_vocab_size(VOCAB)) and logits.dtype == torch.float32
-    return logits[..., :VOCAB]
+    return unpadded_logits(model, tokens, VOCAB)
 
 
 def weights_of(num_kv_heads: int, *, tied: bool = False) -> dict[str, Tensor]:

@@ -70,10 +70,6 @@ class AttentionResidualsLayer(SublayersLayer):
             stream = self.final_aggregator(stream, *(inputs[index] for index in self.final_snapshots))
         return stream, (own,)
 
-    def forward_flops(self) -> dict[str, int]:
-        """The aggregators' operations per token."""
-        return {"mix": self.config.method_definition.flops(self.layer_index)}
-
 
 def with_attention_residuals(spec: ModuleSpec) -> ModuleSpec:
     """A copy of a dense decoder layer's spec with aggregators in place of residuals."""

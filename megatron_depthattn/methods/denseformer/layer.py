@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,11 +65,7 @@ class DenseFormerLayer(CrossLayerLayer):
             hidden_states = self.final_depth_average(*(states[state] for state in self.finally_averaged))
         return hidden_states, (own,)
 
-    def forward_flops(self) -> dict[str, int]:
-        """The averages' operations per token."""
-        return {"mix": self.config.method_definition.flops(self.layer_index)}
-
 
 def with_denseformer(spec: ModuleSpec) -> ModuleSpec:
     """A copy of a dense decoder layer's spec with depth-weighted averages."""
-    return ModuleSpec(module=DenseFormerLayer, params=spec.params, submodules=spec.submodules)
+    return dataclasses.replace(spec, module=DenseFormerLayer)

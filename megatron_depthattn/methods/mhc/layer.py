@@ -105,10 +105,6 @@ class HyperConnectionsLayer(SublayersLayer):
         streams = self.mlp_connector.write(streams, self.mlp_sublayer(mlp_input, **kwargs), *back)
         return self.stream_readout(streams) if self.is_last else streams, (own,)
 
-    def forward_flops(self) -> dict[str, int]:
-        """The connectors' operations per token."""
-        return {"mix": self.config.method_definition.flops(self.layer_index)}
-
 
 def with_hyper_connections(spec: ModuleSpec) -> ModuleSpec:
     """A copy of a dense decoder layer's spec with connectors in place of residuals."""
