@@ -216,6 +216,8 @@ class TrainConfig:
     """Global batches of one evaluation."""
     log_interval: int = 10
     """Steps between lines on the console; metrics.jsonl has every step."""
+    depth_interval: int | None = 100
+    """Steps between records of Depth-Attention's weights; the first step and the last have one, too; null: never."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """When loss or gradient is not finite: stop the run, or leave the step's update out and go on."""
     max_skipped_in_a_row: int = 10

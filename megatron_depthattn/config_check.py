@@ -91,6 +91,7 @@ def _check_ranges(config: "RunConfig") -> None:
         "train.eval_interval": train.eval_interval,
         "train.eval_batches": train.eval_batches,
         "train.log_interval": train.log_interval,
+        "train.depth_interval": train.depth_interval,
         "train.max_skipped_in_a_row": train.max_skipped_in_a_row,
         "train.max_fruitless_starts": train.max_fruitless_starts,
         "checkpoint.interval": config.checkpoint.interval,

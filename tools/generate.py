@@ -2,16 +2,23 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from megatron_depthattn.hf.depth_origins import depth_origins
 from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, load_tokenizer, pick_device
 from megatron_depthattn.hf.weights_folder import HFFolder
+
+SHOWN = 0.01
+"""Shares below this are left out of the table."""
 
 
 def check_room(tokens: torch.Tensor, new: int, model: PreTrainedModel) -> None:
@@ -58,18 +65,66 @@ def generate(given: argparse.Namespace) -> None:
         raise ValueError("the prompt is empty: give --prompt some text to continue")
     model = load_causal_lm(given.model, DTYPES[given.dtype]).to(device)
     check_room(tokens, given.max_new_tokens, model)
+    if given.show_depth is not None:
+        check_depth(model)
     # Set on the model, not handed to `generate`, which would fill its gaps from the folder's own settings.
     model.generation_config = generation_settings(given, model, tokenizer)
     torch.manual_seed(given.seed)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     with torch.inference_mode():
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer)
+        text = model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer)
+        if given.show_depth is not None:
+            first = max(tokens.shape[1] - 1, text.shape[1] - given.show_depth)
+            width = None if sys.stdout.isatty() else 10_000  # lines in a file are not broken
+            console = Console(markup=False, emoji=False, highlight=False, width=width)
+            console.print(depth_table(model, tokenizer, text, first))
+
+
+def check_depth(model: PreTrainedModel) -> None:
+    """Refuse a model of which there is nothing to show."""
+    config = model.config
+    layers = getattr(config, "num_effective_layers", 0)
+    if not hasattr(config, "depth_sources") or not any(config.depth_sources(i) for i in range(layers)):
+        raise ValueError(
+            f"--show-depth: no layer of this model (model_type {config.model_type!r}) attends over depth; leave the "
+            "option out, or give --model a folder with Depth-Attention"
+        )
+
+
+def depth_table(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, first: int) -> Table:
+    """What the values of ``tokens`` [1, t] from position ``first`` on are mixed of, in every layer that mixes."""
+    weights = model(tokens, use_cache=False, logits_to_keep=1, output_depth_weights=True).depth_weights
+    reads = [model.config.depth_sources(layer) for layer in range(len(weights))]
+    origins = depth_origins(weights, reads)
+    table = Table(
+        "token",
+        "layer",
+        "reads mixed values of",
+        "made of values of",
+        caption=f"means over KV heads; shares below {SHOWN:g} are left out",
+    )
+    for position in range(first, tokens.shape[1]):
+        name = f"{position} {tokenizer.decode(tokens[0, position])!r}"
+        for layer, sources in enumerate(reads):
+            if sources:
+                direct, made_of = (of[layer][0, :, position].float().mean(dim=0).tolist() for of in (weights, origins))
+                table.add_row(name, str(layer), shares([*sources, "itself"], direct), shares(range(layer + 1), made_of))
+                name = ""
+        table.add_section()
+    return table
+
+
+def shares(names: Iterable[object], values: Iterable[float]) -> str:
+    """``name:share`` of all that are not nearly nothing."""
+    return "  ".join(f"{name}:{share:.2f}" for name, share in zip(names, values, strict=False) if share >= SHOWN)
 
 
 def check(given: argparse.Namespace) -> None:
     """Refuse options out of range."""
     if given.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {given.max_new_tokens}: set at least 1")
+    if given.show_depth is not None and given.show_depth < 1:
+        raise ValueError(f"--show-depth {given.show_depth}: set at least 1 token")
     if not given.temperature >= 0:
         raise ValueError(f"--temperature {given.temperature}: set 0 (the likeliest token each time) or more")
     if not 0 < given.top_p <= 1:
@@ -103,6 +158,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: from all)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default 0)")
+    parser.add_argument(
+        "--show-depth",
+        type=int,
+        nargs="?",
+        const=4,
+        metavar="N",
+        help="behind the text: what the values of the last N tokens (default 4; the prompt's last and new ones) are "
+        "mixed of, in a model with Depth-Attention",
+    )
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the type in config.json")
     return parser.parse_args(arguments)

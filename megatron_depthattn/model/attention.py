@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_depthattn.model.depth_weights import listener
 from megatron_depthattn.ops import depth_mix
 
 
@@ -92,13 +93,17 @@ class DepthSelfAttention(SelfAttention):
         if not call.sources or not self._norm_keeps_projection(value):
             value = value.contiguous()
         if call.sources:
+            scoring, keys = self.group_queries(query), [source.key for source in call.sources.values()]
+            scale = self.hidden_size_per_attention_head**-0.5
+            if (listens := listener()) is not None:
+                listens.hear(self.layer_number - 1, scoring, keys, key, scale)
             value = depth_mix(
-                self.group_queries(query),
-                [source.key for source in call.sources.values()],
+                scoring,
+                keys,
                 [source.value for source in call.sources.values()],
                 key,
                 value,
-                self.hidden_size_per_attention_head**-0.5,
+                scale,
                 implementation=self.config.depth_attention_op,
             )
         call.made.append(Source(key, value))

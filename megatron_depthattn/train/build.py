@@ -23,8 +23,11 @@ from megatron_depthattn.precision import data_parallel_fields, optimizer_fields,
 Chunks = list[DistributedDataParallel]
 
 
-def transformer_config(config: RunConfig) -> DepthAttentionConfig:
-    """The model's and layout's config in Megatron's terms."""
+def transformer_config(config: RunConfig, *, only_counted: bool = False) -> DepthAttentionConfig:
+    """The model's and layout's config in Megatron's terms.
+
+    ``only_counted``: nothing will be built from it, so TransformerEngine need not be installed where it is asked for.
+    """
     model, parallel, depth = config.model, config.parallel, config.model.depth_attention
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     return qwen3_style_config(
@@ -51,7 +54,8 @@ def transformer_config(config: RunConfig) -> DepthAttentionConfig:
         params_dtype=dtype,
         bf16=config.precision.dtype == "bf16",
         **transformer_fields(config.precision),
-        apply_rope_fusion=model.spec == "te",  # of q and k one by one, so v is there to be mixed
+        # Of q and k one by one, so v is there to be mixed.
+        apply_rope_fusion=model.spec == "te" and not only_counted,
         recompute_granularity=config.recompute.granularity,
         recompute_method=config.recompute.method,
         recompute_num_layers=config.recompute.num_layers,

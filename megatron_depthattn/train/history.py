@@ -7,11 +7,15 @@ next start follows its start. The file is written by rank 0 and forced to disk.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import subprocess
 import time
 import uuid
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 import megatron_depthattn
 from megatron_depthattn.train.line_files import append_durably, read_records
@@ -31,6 +35,28 @@ def code_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def code_commit() -> str | None:
+    """Commit of the code that runs, with ``+changes`` if it has been edited since; None where nothing tells."""
+    root = Path(megatron_depthattn.__file__).parents[1]
+    frozen = root / "commit.txt"  # beside the code of a submitted job
+    if frozen.is_file():
+        commit, *changes = frozen.read_text(encoding="utf-8").strip().split(", ")
+        return commit[:12] + ("+changes" if changes else "")
+    try:
+        ask = ["git", "-C", str(root), "--no-optional-locks"]
+        run = {"capture_output": True, "text": True, "check": True, "timeout": 20}
+        commit = subprocess.run([*ask, "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
+        changes = subprocess.run([*ask, "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit[:12] + ("+changes" if changes else "")
+
+
+def machine_text() -> str:
+    """What one rank computes with, in a few words."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
 
 
 class RunHistory:
@@ -85,6 +111,7 @@ class RunHistory:
         self._append(
             {"event": "start", "step": step, "run_id": self.run_id, "version": version}
             | {"host": platform.node(), "world_size": world_size, "load": load}
+            | {"commit": code_commit(), "machine": machine_text()}
         )
 
     def end(self, step: int, outcome: Outcome, **more: Any) -> dict[str, Any]:

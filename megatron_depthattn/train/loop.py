@@ -26,6 +26,7 @@ from megatron_depthattn.preflight.run import enter_world
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches
+from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.engine import Engine, build_engine
 from megatron_depthattn.train.hardware import require_hardware
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
@@ -103,6 +104,7 @@ class Training:
             config, is_writer=self.is_writer, first_step=self.progress.step, last_step=self.last_step
         )
         self.checkpoints = RunCheckpoints(config, self._state, self.report, lambda: self._beat("checkpoint"))
+        self.depth = DepthRecord(config, self.megatron)
         self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
         self.cost = Cost()
         self.watchdog: Watchdog | None = None
@@ -153,17 +155,18 @@ class Training:
 
     def _step(self) -> int:
         """One optimizer step, on record; returns the signal by which some rank was asked to stop (0: none)."""
+        step = self.progress.step + 1
         started, waited = time.monotonic(), self.batches.data_seconds
         self.engine.advance_schedule()
         microbatches = self.batches.next()
-        result = self.engine.train_step(microbatches)
+        with self.depth.listening(step):
+            result = self.engine.train_step(microbatches)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the optimizer's kernels belong to this step
         seconds = time.monotonic() - started
         mine = RankStatus(self.batches.data_seconds - waited, peak_memory_gb(), self.signals.received)
         ranks = exchange_status(mine)
         stop_signal = round(max(rank.stop_signal for rank in ranks))
-        step = self.progress.step + 1
         self.sample_log.write(step, microbatches)
         if result.skipped:
             self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
@@ -172,6 +175,7 @@ class Training:
         self.cost.add_step(seconds)
         self._beat("step")
         record = self.meter.record(self.progress, result, lr=self.engine.learning_rate, seconds=seconds, ranks=ranks)
+        record["depth"] = self.depth.collect()
         record["checkpoint_seconds"] = self.checkpoints.take_stall()
         is_last = step == self.last_step
         if self.held_out and (is_last or (_is_due(step, self.config.train.eval_interval) and not stop_signal)):

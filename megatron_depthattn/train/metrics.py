@@ -71,7 +71,7 @@ class Meter:
     def record(
         self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, ranks: Sequence[RankStatus]
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; the loop fills in ``eval_loss`` and ``checkpoint_seconds``.
+        """One line of metrics.jsonl; the loop fills in ``eval_loss``, ``depth`` and ``checkpoint_seconds``.
 
         Memory is that of the rank that holds most of it. Loss and gradient norm are null where they are not finite.
         """
@@ -95,6 +95,7 @@ class Meter:
             "checkpoint_seconds": 0.0,
             "skipped_steps": progress.skipped_steps,
             "eval_loss": None,
+            "depth": None,
         }
 
 

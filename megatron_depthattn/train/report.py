@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_depthattn.config import RunConfig, save_config
+from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after
 
@@ -101,8 +102,8 @@ class Reporter:
     def _draw(self, metrics: dict[str, Any]) -> None:
         try:
             self._tensorboard = self._tensorboard or SummaryWriter(str(self._curves))
-            for name, value in metrics.items():
-                if name != "step" and value is not None:
+            for name, value in (metrics | depth_curves(metrics["depth"])).items():
+                if name not in ("step", "depth") and value is not None:
                     self._tensorboard.add_scalar(name, value, metrics["step"])
         except OSError:  # a full disk ends the writer's thread: the next step opens another file
             self._tensorboard = None

@@ -116,6 +116,40 @@ def test_the_folders_own_sampling_settings_are_not_used_but_its_end_of_text_is(o
     assert text == PROMPT + tokenizer.decode(new[: stop + 1], skip_special_tokens=True) + "\n"
 
 
+def test_show_depth_is_the_recursion_done_by_hand(folder, model, tokenizer, capsys):
+    """Layers 1 to 3 read 0, (0, 1) and (0, 2): their values unrolled, head by head."""
+    new = greedy(model, tokenizer.encode(PROMPT, add_special_tokens=False), 5)
+    ids = [*tokenizer.encode(PROMPT, add_special_tokens=False), *new]
+    with torch.no_grad():
+        _, one, two, three = model(torch.tensor([ids]), output_depth_weights=True).depth_weights
+    plain = generated(capsys, folder, "--prompt", PROMPT, "--max-new-tokens", 5)
+    told = generated(capsys, folder, "--prompt", PROMPT, "--max-new-tokens", 5, "--show-depth", 3)
+    assert told.startswith(plain)
+    rows = [line.split("│")[1:-1] for line in told.removeprefix(plain).splitlines() if line.startswith("│")]
+    assert [row[1].strip() for row in rows] == ["1", "2", "3"] * 3
+    assert [repr(tokenizer.decode(i)) in row[0] for i, row in zip(ids[-3:], rows[::3], strict=True)] == [True] * 3
+    for number, row in enumerate(rows):
+        a, b, c = (w[0, :, len(ids) - 3 + number // 3] for w in (one, two, three))  # [heads, n + 1]
+        of_1 = [a[:, 0], a[:, 1]]
+        of_2 = [b[:, 0] + b[:, 1] * a[:, 0], b[:, 1] * a[:, 1], b[:, 2]]
+        of_3 = [c[:, 0] + c[:, 1] * of_2[0], c[:, 1] * of_2[1], c[:, 1] * of_2[2], c[:, 2]]
+        expected = [of_1, of_2, of_3][number % 3]
+        direct = [a, b, c][number % 3].mean(dim=0).tolist()
+        sources = [["0"], ["0", "1"], ["0", "2"]][number % 3]
+        assert shares_of(row[2]) == pytest.approx(dict(zip([*sources, "itself"], direct, strict=True)), abs=0.006)
+        assert shares_of(row[3]) == pytest.approx({str(i): float(s.mean()) for i, s in enumerate(expected)}, abs=0.006)
+
+
+def shares_of(cell: str) -> dict[str, float]:
+    return {name: float(share) for name, share in (pair.split(":") for pair in cell.split())}
+
+
+def test_show_depth_wants_a_model_with_depth_attention(tokenizer, tmp_path, capsys):
+    export(tmp_path, tokenizer, use_depth_attention=False)
+    complaint = refusal(main, capsys, "--model", tmp_path, "--prompt", "a", "--max-new-tokens", 1, "--show-depth")
+    assert "--show-depth: no layer of this model (model_type 'depthattn') attends over depth" in complaint
+
+
 def test_bf16(folder, capsys):
     assert generated(capsys, folder, "--prompt", PROMPT, "--max-new-tokens", 4, "--dtype", "bf16").startswith(PROMPT)
 
@@ -130,6 +164,7 @@ def test_bf16(folder, capsys):
         (["--prompt", "a", "--temperature", "1", "--top-p", "0"], "--top-p 0.0: set a number in (0, 1]"),
         (["--prompt", "a", "--temperature", "1", "--top-k", "-1"], "--top-k -1: set at least 1, or 0"),
         (["--prompt", "a", "--top-k", "3"], "set --temperature above 0 as well"),
+        (["--prompt", "a", "--show-depth", "0"], "--show-depth 0: set at least 1 token"),
         (["--prompt", "a", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
         (
             ["--prompt", "a", "--max-new-tokens", "64"],

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.commands import must_succeed, python, torchrun
 
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "samples", "step_seconds", "data_seconds", "tokens_per_second"),
     *("tflops_per_device", "mfu", "memory_gb", "eval_loss", "data_seconds_min", "data_slowest_rank"),
-    *("checkpoint_seconds", "skipped_steps"),
+    *("checkpoint_seconds", "skipped_steps", "depth"),
 }
 SAME_EVERYWHERE = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "eval_loss")
 
@@ -46,7 +47,14 @@ def test_run_directory(undisturbed: Path):
     saved = yaml.safe_load((undisturbed / "config.yaml").read_text())
     assert saved["model"]["depth_attention"]["recent_window"] == 1
     assert (undisturbed / "checkpoints/latest").read_text().strip() == "step_00000012"
-    assert any((undisturbed / "tensorboard").iterdir())
+    assert [record["step"] for record in steps if record["depth"] is not None] == [1, 12]
+    depth = steps[-1]["depth"]
+    assert (depth["tokens"], [*depth["layers"]]) == (2 * 32, ["1", "2", "3"])
+    assert all(sum(told["weights"]) == pytest.approx(1, abs=1e-5) for told in depth["layers"].values())
+    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    curve = [(event.step, event.value) for event in events.Scalars("depth/layer_003/source_002")]
+    assert curve == [(step, pytest.approx(steps[step - 1]["depth"]["layers"]["3"]["weights"][1])) for step in (1, 12)]
     log = (undisturbed / "log.txt").read_text()
     assert "depth attention: stride 2" in log
     assert "held-out loss:" in log

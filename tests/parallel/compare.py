@@ -59,3 +59,20 @@ def violations(result: Mapping[str, Any], reference: Mapping[str, Any]) -> list[
             if not (math.isfinite(error) and error <= BOUND):
                 found.append(f"{kind} of {name}: {error:.2e}")
     return found
+
+
+DEPTH_BOUND = 2e-6
+"""Of numbers that are on record with six decimals."""
+
+
+def worst_depth_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Largest difference of any number of two records with the same layers."""
+    assert one["layers"].keys() == other["layers"].keys()
+    differences = [0.0]
+    for layer, ours in one["layers"].items():
+        theirs = other["layers"][layer]
+        assert ours["sources"] == theirs["sources"]
+        pairs = [*zip(ours["weights"], theirs["weights"], strict=True)]
+        pairs += [(ours[name], theirs[name]) for name in ("entropy", "collapsed")]
+        differences += [abs(a - b) for a, b in pairs]
+    return max(differences)

@@ -22,8 +22,9 @@ from torch import Tensor
 from megatron_depthattn.config import to_dict, validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.parallel.launch_env import launch_environment
-from megatron_depthattn.train.build import build_model
+from megatron_depthattn.train.build import build_model, transformer_config
 from megatron_depthattn.train.checkpoint import save_checkpoint
+from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.engine import build_engine
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, run_microbatches
@@ -53,6 +54,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     engine = build_engine(config, device, launch_environment())
     if job.method in METHODS:
         engine.load(step_folder(folder / weights_of(job), 0))
+    depth = DepthRecord(config, transformer_config(config))
     first = 0
     if job.resume:
         first = engine.load(step_folder(folder / job.resume, SAVE_AFTER)).progress.step
@@ -63,8 +65,10 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         engine.advance_schedule()
         if job.poison and step == SAVE_AFTER:
             result |= poisoned_step(engine, job)
-        done = engine.train_step(microbatches(step, job.rows))
+        with depth.listening(step + 1):
+            done = engine.train_step(microbatches(step, job.rows))
         assert not done.skipped
+        result["depth"] = result.get("depth") or depth.collect()
         result["losses"].append(done.loss)
         result["grad_norms"].append(done.grad_norm)
         result["learning_rates"].append(engine.learning_rate)

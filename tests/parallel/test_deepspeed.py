@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.commands import NEEDS_COMPILER
 from tests.parallel.cases import SAVE_AFTER, STEPS
-from tests.parallel.compare import BOUND
+from tests.parallel.compare import BOUND, DEPTH_BOUND, worst_depth_difference
 from tests.parallel.deepspeed_cases import (
     BF16,
     CLIP,
@@ -100,6 +100,14 @@ def test_ten_steps_are_those_of_the_megatron_engine(results, job):
     assert results(job)["gradient_errors"].keys() > {"output_layer.weight"} or job.tied
     assert found["loss"] <= BOUND and found["norm"] <= NORM_BOUND and found["gradient"] <= BOUND
     assert found["learning rate"] == 0
+
+
+@by_name([job for job in (*PARITY, SAVES[1]) if (job.layout, job.rows, job.method) == ("dp2", 1, "depth_attention")])
+def test_weights_over_depth_on_record_are_those_of_the_megatron_engine(results, job):
+    """Two replicas begin with a row each, the one process with both."""
+    ours, theirs = results(job)["depth"], results(job.reference)["depth"]
+    assert ours["tokens"] == theirs["tokens"] and [*ours["layers"]] == ["1", "2", "3"]
+    assert worst_depth_difference(ours, theirs) < DEPTH_BOUND
 
 
 @by_name([*BF16, *(job for job in SAVES if job.dtype == "bf16")])

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.config import validate
@@ -45,6 +45,7 @@ from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
+from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
@@ -113,8 +114,14 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         first = progress.step
     else:
         load_checkpoint(common_weights(folder / (job.method if job.method in METHODS else "vanilla"), chunks), chunks)
-        with recorded_sends() as sent:
+        depth = DepthRecord(config, get_model_config(chunks[0]))
+        with recorded_sends() as sent, depth.listening(1):
             first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
+        result |= {"first_loss": first_loss, "depth": depth.collect()}
+        if job == job.reference:  # what the second of two data-parallel ranks begins with
+            with depth.listening(1), torch.no_grad():
+                run_microbatches(chunks, microbatches(0)[1:], SHAPE, forward_only=True)
+            result["depth_of_second"] = depth.collect()
         result["flops"] = counted_flops(config, chunks)
         stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         result["sent"] = sent_between_stages(sent, stages)

@@ -9,7 +9,8 @@ from megatron_depthattn.config import RunConfig, config_keys, load_config, save_
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"quickstart": 2, "360m": 8, "1.5b": 64, "3b": 64}  # name -> ranks of a plausible run
-OVERLAYS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent not in (CONFIGS, CONFIGS / "lm_eval"))
+NO_OVERLAYS = (CONFIGS, CONFIGS / "lm_eval", CONFIGS / "studies")
+OVERLAYS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent not in NO_OVERLAYS)
 
 # Growing the surface is a decision: it shows up as a change of this list.
 KEYS = [
@@ -69,6 +70,7 @@ KEYS = [
     "train.eval_interval",
     "train.eval_batches",
     "train.log_interval",
+    "train.depth_interval",
     "train.on_non_finite",
     "train.max_skipped_in_a_row",
     "train.hang_timeout",
@@ -289,6 +291,7 @@ def test_sizes(base):
 REFUSALS = [
     (1, "model.num_layers=0", "model.num_layers is 0; set 1 or more"),
     (1, "train.stop_after=0", "train.stop_after is 0; set 1 or more"),
+    (1, "train.depth_interval=0", "train.depth_interval is 0; set 1 or more"),
     (1, "optimizer.lr=-1", "optimizer.lr is -1.0; set 0 or more"),
     (1, "model.norm_epsilon=0", "model.norm_epsilon is 0.0; set a number above 0"),
     (1, "optimizer.lr=.nan", "optimizer.lr is nan; set 0 or more"),
