@@ -2,9 +2,13 @@
 
 benchmark.py op          the depth mix alone, as multiples of the time in which its bytes could be copied
 benchmark.py step        a training step with Depth-Attention over one without
+benchmark.py record      a training step whose weights over depth go on record over one without
 benchmark.py memory      what is kept for backward above vanilla, beside what the source plan predicts
+benchmark.py rank-memory memory of every stage of a layout, what the planner predicts beside what is measured
 benchmark.py flops       the arithmetic of the mix, as a share of all
 benchmark.py hop         what a pipeline sends, against the least possible, and what that costs a step
+benchmark.py traffic     what a rank hands to the collectives of every axis, beside the estimate
+benchmark.py layouts     predicted and measured time of a step under several layouts
 benchmark.py data        how fast the loader reads, over how fast training consumes
 benchmark.py prepare     the whole corpus preparation against the bare tokenizer library, on the same cores
 benchmark.py precision   training in bf16 and every FP8 recipe against the same weights and batches in a base
@@ -24,14 +28,21 @@ from tools.benchmarks.checkpoint import add_checkpoint
 from tools.benchmarks.data import add_data
 from tools.benchmarks.flops import add_flops
 from tools.benchmarks.hop import add_hop
+from tools.benchmarks.layouts import add_layouts
 from tools.benchmarks.memory import add_memory
 from tools.benchmarks.op import add_op
 from tools.benchmarks.precision import add_precision
 from tools.benchmarks.prepare import add_prepare
+from tools.benchmarks.rank_memory import add_rank_memory
+from tools.benchmarks.record import add_record
 from tools.benchmarks.result import Result, machine_facts, machine_line, markdown, table
 from tools.benchmarks.step import add_step
+from tools.benchmarks.traffic import add_traffic
 
-VERBS = [add_op, add_step, add_memory, add_flops, add_hop, add_data, add_prepare, add_precision, add_checkpoint]
+VERBS = [
+    *(add_op, add_step, add_record, add_memory, add_rank_memory, add_flops, add_hop, add_traffic, add_layouts),
+    *(add_data, add_prepare, add_precision, add_checkpoint),
+]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -85,6 +85,7 @@ PARTS = (
     Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4"), 60),
     Part("memory-360m", MODEL, _memory(), 60),
     Part("memory-3b", MODEL, ("memory", "--shape", "3b", "--layers", "12", "--micro-batch", "1"), 60),
+    Part("record-360m", STEP, ("record", "--shape", "360m", "--micro-batch", "4", "--rounds", "12"), 60),
     Part("data", DATA, ("data", "--runs", "3", "--steps", "50"), 45),
 )
 

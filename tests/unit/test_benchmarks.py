@@ -194,6 +194,18 @@ def test_step(tmp_path, green, world, more):
     assert "cut in depth" in page
 
 
+def test_record(tmp_path, world, capsys):
+    rounds = ("--rounds", "3", "--warm-up", "1")
+    figures, page = run(tmp_path, "record", *TINY, "train.depth_interval=10", *rounds)
+    of = figures["stride 1"]
+    ratios = sorted(a / b for a, b in zip(of["seconds"]["on record"], of["seconds"]["plain"], strict=True))
+    assert len(ratios) == 3 and of["ratio"] == pytest.approx(ratios[1])
+    assert of["percent_at_interval"] == [pytest.approx(10 * (x - 1)) for x in (of["ratio"], *of["interval"])]
+    assert "cost at train.depth_interval=10" in page
+    assert benchmark.main(["record", *TINY, "train.depth_interval=null"]) == 1
+    assert "nothing goes on record" in capsys.readouterr().err
+
+
 def test_memory(tmp_path, world):
     figures, _ = run(tmp_path, "memory", *TINY)
     assert len(figures) == 3

@@ -41,7 +41,8 @@ def test_limits_are_within_nine_minutes_and_names_are_unique():
 def test_every_benchmark_part_is_a_command():
     parser = benchmark.build_parser()
     verbs = {parser.parse_args(part.arguments).measure.__name__ for part in gpu.PARTS if not part.is_tests}
-    assert verbs == {"measure_op", "measure_step", "measure_memory", "measure_data", "measure_precision"}
+    parts = ("op", "step", "memory", "data", "precision", "record")
+    assert verbs == {f"measure_{part}" for part in parts}
 
 
 def test_a_part_that_runs_fails_or_takes_too_long(tmp_path):

@@ -61,13 +61,14 @@ def _measure(given: argparse.Namespace, device: torch.device) -> Result:
         title=f"Kept for backward by one forward pass: {shape_text(first, given)}, layers: {first.model.spec}",
         columns=[
             *("model", "recompute", "vanilla, B/token", "above vanilla", "predicted", "the sources alone"),
+            *("all, predicted / measured", "off by"),
             *("above, numbers per layer", "allocator: above vanilla", "peak with backward: above vanilla"),
         ],
         notes=[
             "bytes per token, all layers together: distinct storages of the tensors that autograd saves "
             "(saved-tensor hooks), parameters left out; the allocator's columns on a GPU only",
             "predicted: megatron_depthattn/model/activation_memory.py; the sources alone: key and mixed value of every "
-            "layer that is read",
+            "layer that is read; all: megatron_depthattn/estimate/activations.py, embedding and logits included",
         ],
     )
     layers = first.model.num_layers * first.model.num_loops
@@ -102,8 +103,7 @@ def kept(config: RunConfig, device: torch.device) -> Kept:
 
     state = MicrobatchState()
     with saved_tensors(model, state) as saved:
-        is_depth = config.model.depth_attention.enabled
-        total = loss(extra_block_kwargs={"attention_bias": state}) if is_depth else loss()
+        total = loss(extra_block_kwargs={"attention_bias": state}) if megatron.shares_over_layers else loss()
     num_bytes = saved.num_bytes
     del saved, total, state
     if device.type != "cuda":
@@ -142,12 +142,20 @@ def predicted_numbers(config: RunConfig, kind: str) -> tuple[int, int]:
     return predicted.total, source_numbers(plan, key_size=key_size)
 
 
+def predicted_bytes(config: RunConfig) -> int:
+    """All that one micro-batch keeps, as the planner counts it."""
+    from megatron_depthattn.estimate.memory import chunk_activations
+
+    return chunk_activations(config, 0, device="cuda" if torch.cuda.is_available() else "cpu").kept().total
+
+
 def _add_row(
     result: Result, name: str, mode: str, config: RunConfig, own: Kept, vanilla: Kept, numbers: tuple[int, int]
 ) -> None:
     tokens = config.train.micro_batch_size * config.data.sequence_length
     size = 2 if config.precision.dtype == "bf16" else 4
     more = (own.saved - vanilla.saved) / tokens
+    whole = predicted_bytes(config)
     predicted, sources = (size * number for number in numbers)
     allocated, peak = (
         None if mine is None or theirs is None else (mine - theirs) / tokens
@@ -156,6 +164,7 @@ def _add_row(
     result.rows.append(
         [
             *(name, mode, f"{vanilla.saved / tokens:,.0f}", f"{more:+,.0f}", f"{predicted:+,}", f"{sources:,}"),
+            *(f"{whole / tokens:,.0f} / {own.saved / tokens:,.0f}", f"{100 * (whole / own.saved - 1):+.2f} %"),
             f"{more / size / (config.model.num_layers * config.model.num_loops):,.1f}",
             *("" if value is None else f"{value:+,.0f}" for value in (allocated, peak)),
         ]
@@ -163,6 +172,8 @@ def _add_row(
     result.figures[f"{name}, {mode}"] = {
         "bytes_per_token_above_vanilla": more,
         "vanilla_bytes_per_token": vanilla.saved / tokens,
+        "whole_bytes_per_token": own.saved / tokens,
+        "whole_predicted": whole / tokens,
         "predicted": predicted if "lean" in name else None,
         "sources": sources,
         "allocated_above_vanilla": allocated,

@@ -23,6 +23,10 @@ class SavedTensors:
         self._own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._tensors: list[Tensor] = []  # holds them, so that no address is used twice
 
+    def add(self, tensor: Tensor) -> None:
+        """Something that is kept beside autograd."""
+        self._tensors.append(tensor)
+
     @property
     def tensors(self) -> list[Tensor]:
         """Each one once, however often it was saved."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
+    from megatron_depthattn.train.depth_record import DepthRecord
 
 VANILLA = "vanilla"
 AUTHORS = {"reference": " (authors' formulation, eager torch)"}
@@ -26,6 +29,9 @@ def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     add_model_arguments(parser)
     parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="implementations of the mix; default: all that run here")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME=CONFIG.yaml", help="these run configs instead, the first is compared with"
+    )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="steps of each model (default 20)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
@@ -46,8 +52,9 @@ def measure_step(given: argparse.Namespace) -> Result:
     try:
         initialize_model_parallel()
         models, failures = _build(configs, device, given)
-        if VANILLA in failures:
-            raise ValueError(f"vanilla did not run, so there is nothing to compare with: {failures[VANILLA]}")
+        base = next(iter(configs))
+        if base in failures:
+            raise ValueError(f"{base} did not run, so there is nothing to compare with: {failures[base]}")
         seconds = _run(models, given.rounds)
     finally:
         shut_down()
@@ -55,7 +62,9 @@ def measure_step(given: argparse.Namespace) -> Result:
 
 
 def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
-    """Every model by its name, vanilla first."""
+    """Every model by its name; the first one is what the others are compared with."""
+    if given.models:
+        return dict(_named_config(text) for text in given.models)
     vanilla = run_config(given, kind, model__depth_attention__enabled=False)
     layers = vanilla.model.num_layers * vanilla.model.num_loops
     configs = {VANILLA: vanilla}
@@ -66,7 +75,21 @@ def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
     return configs
 
 
-class _Model:
+def _named_config(text: str) -> tuple[str, RunConfig]:
+    """The config behind NAME=CONFIG.yaml, with one micro-batch a step on one device."""
+    from megatron_depthattn.config import load_config, validate
+
+    name, equals, path = text.partition("=")
+    if not equals:
+        raise ValueError(f"--models {text}: write NAME=CONFIG.yaml")
+    batch = load_config(path).train.micro_batch_size
+    alone = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.context=1"]
+    config = load_config(path, [*alone, "parallel.sequence=false", f"train.global_batch_size={batch}"])
+    validate(config, 1, needs_data=False)
+    return name, config
+
+
+class Model:
     """One model with its optimizer, and the step that is timed."""
 
     def __init__(self, config: RunConfig, device: torch.device, *, has_optimizer: bool) -> None:
@@ -86,12 +109,20 @@ class _Model:
         self.flops_per_token = 3 * module_flops(self._chunks, self._shape[1]).total()
         self.peak_tflops = peak_tflops(config)
 
-    def step(self) -> float:
-        """Seconds of one step, until the device is done."""
+    def step(self, record: DepthRecord | None = None, *, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Seconds of one step, until the device is done; with ``record``, of one whose weights over depth it takes."""
+        self._synchronize()
+        started = clock()
+        with record.listening(1) if record else nullcontext():
+            self._run()
+        if record:
+            record.collect()
+        self._synchronize()
+        return clock() - started
+
+    def _run(self) -> None:
         from megatron_depthattn.train.step import run_microbatches, train_step
 
-        self._synchronize()
-        started = time.perf_counter()
         if self._optimizer:
             optimizer, schedule = self._optimizer
             schedule.step(increment=1)
@@ -100,8 +131,6 @@ class _Model:
             for chunk in self._chunks:
                 chunk.zero_grad_buffer()
             run_microbatches(self._chunks, self._batches, self._shape, forward_only=False)
-        self._synchronize()
-        return time.perf_counter() - started
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -110,13 +139,13 @@ class _Model:
 
 def _build(
     configs: dict[str, RunConfig], device: torch.device, given: argparse.Namespace
-) -> tuple[dict[str, _Model], dict[str, str]]:
+) -> tuple[dict[str, Model], dict[str, str]]:
     """The models that fit and run here, warmed up, with the same initial weights; and why the others do not."""
-    models: dict[str, _Model] = {}
+    models: dict[str, Model] = {}
     failures: dict[str, str] = {}
     for name, config in configs.items():
         try:
-            models[name] = _Model(config, device, has_optimizer=not given.no_optimizer)
+            models[name] = Model(config, device, has_optimizer=not given.no_optimizer)
             for _ in range(given.warm_up):
                 models[name].step()
         except (RuntimeError, ValueError, ImportError) as error:  # out of memory, or an op that does not run here
@@ -127,7 +156,7 @@ def _build(
     return models, failures
 
 
-def _run(models: dict[str, _Model], rounds: int) -> dict[str, list[float]]:
+def _run(models: dict[str, Model], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds):
         for name in taking_turns([*models], turn):
@@ -138,23 +167,24 @@ def _run(models: dict[str, _Model], rounds: int) -> dict[str, list[float]]:
 
 def _result(
     configs: dict[str, RunConfig],
-    models: dict[str, _Model],
+    models: dict[str, Model],
     seconds: dict[str, list[float]],
     failures: dict[str, str],
     given: argparse.Namespace,
 ) -> Result:
     what = "forward and backward" if given.no_optimizer else "training step"
+    base = next(iter(configs))
     result = Result(
-        title=f"A {what}: {shape_text(configs[VANILLA], given)}, {given.rounds} rounds",
+        title=f"A {what}: {shape_text(configs[base], given)}, {given.rounds} rounds",
         columns=[
-            *("model", "step, ms: median (quartiles)", "over vanilla: median (quartiles)", "95 % of the median"),
+            *("model", "step, ms: median (quartiles)", f"over {base}: median (quartiles)", "95 % of the median"),
             *("tokens/s", "MFU"),
         ],
         notes=[
-            f"recompute: {configs[VANILLA].recompute.granularity or 'none'}, layers: {configs[VANILLA].model.spec}; "
+            f"recompute: {configs[base].recompute.granularity or 'none'}, layers: {configs[base].model.spec}; "
             "the models are built side by side with the same weights and take turns step by step; a ratio is that of "
             "two steps of the same round; interval: percentile bootstrap",
-            *(["MFU: of the device's dense bf16 peak, FP8 or not"] if models[VANILLA].peak_tflops else []),
+            *(["MFU: of the device's dense bf16 peak, FP8 or not"] if models[base].peak_tflops else []),
         ],
     )
     for name in configs:
@@ -163,15 +193,15 @@ def _result(
             result.figures[name] = {"failure": failures[name]}
             continue
         model, times = models[name], seconds[name]
-        ratios = [own / vanilla for own, vanilla in zip(times, seconds[VANILLA], strict=True)]
+        ratios = [own / other for own, other in zip(times, seconds[base], strict=True)]
         low, high = bootstrap_interval(ratios)
         speed = model.tokens / spread(times).median
         mfu = model.flops_per_token * speed / 1e12 / model.peak_tflops if model.peak_tflops else None
-        is_vanilla = name == VANILLA
+        is_base = name == base
         result.rows.append(
             [
-                *(name, spread(times).text(1e-3, 1), "1" if is_vanilla else spread(ratios).text(1, 3)),
-                *("" if is_vanilla else f"{low:.3f} to {high:.3f}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""),
+                *(name, spread(times).text(1e-3, 1), "1" if is_base else spread(ratios).text(1, 3)),
+                *("" if is_base else f"{low:.3f} to {high:.3f}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""),
             ]
         )
         result.figures[name] = {

@@ -1,0 +1,235 @@
+"""The layouts of a config in a world of a given size, ranked by predicted step time among those that fit.
+
+A layout is what `Layout.overrides` lists; everything else of the config stays. A candidate is one that `validate`,
+Megatron's config and the padded vocabulary accept, with tensor-parallel ranks in one node: it also starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from megatron_depthattn.config import RunConfig, Sizes, validate
+from megatron_depthattn.estimate.machine import Machine
+from megatron_depthattn.estimate.memory import RankMemory, rank_memory
+from megatron_depthattn.estimate.step_time import StepTime, step_time
+from megatron_depthattn.estimate.traffic import CrossLayer
+from megatron_depthattn.model.gpt import padded_vocab_size
+from megatron_depthattn.train.build import transformer_config
+from megatron_depthattn.train.metrics import forward_flops
+
+MEMORY_RESERVE = 0.08
+"""Share of a device's memory left to the framework, to communication buffers and to fragmentation."""
+LARGEST_MICRO_BATCH = 16
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {"granularity": None, "method": None, "num_layers": None},
+    "selective": {"granularity": "selective", "method": None, "num_layers": None},
+    "full": {"granularity": "full", "method": "uniform", "num_layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a layout sets, with the config that it makes."""
+
+    config: RunConfig
+    shared: CrossLayer
+    sizes: Sizes
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Its keys of the run's config."""
+        sections: dict[str, Any] = {"parallel": self.config.parallel, "recompute": self.config.recompute}
+        keys = {
+            f"{name}.{key}": value
+            for name, section in sections.items()
+            for key, value in dataclasses.asdict(section).items()
+        }
+        return keys | {"train.micro_batch_size": self.config.train.micro_batch_size}
+
+    @property
+    def name(self) -> str:
+        """Short, for tables: dp2 tp2+sp pp4x2 cp2 mb4 full."""
+        return layout_name(self.config, self.sizes)
+
+
+@dataclass(frozen=True)
+class LayoutEstimate:
+    """What a layout is predicted to cost."""
+
+    name: str
+    overrides: dict[str, Any]
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    """Of the model's arithmetic (recompute not counted) over the peak; None where the machine has no peak."""
+    memory: RankMemory
+    """Of the fullest rank."""
+    breakdown: StepTime
+
+
+def layout_name(config: RunConfig, sizes: Sizes) -> str:
+    """A layout in a few letters; parts of one rank are left out."""
+    parallel = config.parallel
+    parts = [f"dp{sizes.data_parallel_size}"]
+    if parallel.tensor > 1:
+        parts.append(f"tp{parallel.tensor}{'+sp' if parallel.sequence else ''}")
+    if parallel.context > 1:
+        parts.append(f"cp{parallel.context}")
+    if parallel.pipeline > 1:
+        virtual = parallel.virtual_pipeline
+        parts.append(f"pp{parallel.pipeline}{f'xvpp{virtual}' if virtual > 1 else ''}")
+    mode = config.recompute.granularity or "none"
+    return " ".join([*parts, f"mb{config.train.micro_batch_size}", f"recompute {mode}"])
+
+
+def candidate_layouts(config: RunConfig, world_size: int, machine: Machine) -> Iterator[Layout]:
+    """Every layout that can run, in no particular order.
+
+    Micro-batches up to `LARGEST_MICRO_BATCH`, recompute modes as in `RECOMPUTE`.
+    """
+    for parallel in _parallel_settings(config, world_size, machine):
+        shared = None
+        for mode in RECOMPUTE.values():
+            recompute = dataclasses.replace(config.recompute, **mode)
+            for micro in _divisors(config.train.global_batch_size):
+                if micro > LARGEST_MICRO_BATCH:
+                    break
+                train = dataclasses.replace(config.train, micro_batch_size=micro)
+                candidate = dataclasses.replace(config, parallel=parallel, recompute=recompute, train=train)
+                if (sizes := _accepted(candidate, world_size)) is None:
+                    continue
+                if shared is None and (shared := _shared(candidate)) is None:
+                    break
+                yield Layout(candidate, shared, sizes)
+
+
+def best_layouts(
+    config: RunConfig,
+    world_size: int,
+    machine: Machine,
+    *,
+    limit: int = 10,
+    reserve: float = MEMORY_RESERVE,
+    accept: Callable[[RunConfig], bool] = lambda config: True,
+) -> list[LayoutEstimate]:
+    """The layouts that fit, fastest first.
+
+    Args:
+        limit: at most so many.
+        reserve: share of the device's memory that must stay free.
+        accept: narrows the candidates, such as to the recompute mode that a study fixes.
+
+    Raises:
+        ValueError: no layout is valid, or none fits; names the smallest and what to set.
+    """
+    candidates = [each for each in candidate_layouts(config, world_size, machine) if accept(each.config)]
+    if not candidates:
+        _refuse_all(config, world_size)
+    timed = [(step_time(each.config, each.shared, each.sizes, machine), each) for each in candidates]
+    timed.sort(key=lambda pair: pair[0].total)
+    room = machine.memory_gb * 1e9 * (1 - reserve) if machine.memory_gb else float("inf")
+    found: list[LayoutEstimate] = []
+    smallest: tuple[float, str] = (float("inf"), "")
+    too_large: dict[str, int] = {}  # a layout that did not fit does not fit with larger micro-batches
+    for time, layout in timed:
+        micro = layout.config.train.micro_batch_size
+        family = layout_name(dataclasses.replace(layout.config, train=config.train), layout.sizes)
+        if micro >= too_large.get(family, micro + 1):
+            continue
+        memory = fullest_rank(layout, world_size, room, device="cpu" if machine.is_host else "cuda")
+        if memory.total <= room:
+            found.append(estimate(layout, time, memory, world_size, machine))
+        else:
+            smallest = min(smallest, (memory.total, layout.name))
+            too_large[family] = micro
+        if len(found) == limit:
+            break
+    if not found:
+        raise ValueError(
+            f"none of {len(timed)} layouts on {world_size} x {machine.name} fits {room / 1e9:.1f} GB "
+            f"({machine.memory_gb:.0f} GB less {reserve:.0%}): the smallest, {smallest[1]}, needs "
+            f"{smallest[0] / 1e9:.1f} GB. Set a larger --world, a shorter data.sequence_length, or a smaller model"
+        )
+    return found
+
+
+def fullest_rank(
+    layout: Layout, world_size: int, room: float = float("inf"), *, device: Literal["cuda", "cpu"] = "cuda"
+) -> RankMemory:
+    """Memory of the pipeline stage that needs most, or of the first that needs more than ``room`` bytes."""
+    fullest = None
+    for stage in range(layout.config.parallel.pipeline):
+        memory = rank_memory(layout.config, world_size, pipeline_rank=stage, device=device)
+        if fullest is None or memory.total > fullest.total:
+            fullest = memory
+        if fullest.total > room:
+            break
+    assert fullest is not None
+    return fullest
+
+
+def estimate(layout: Layout, time: StepTime, memory: RankMemory, world_size: int, machine: Machine) -> LayoutEstimate:
+    """One layout's figures."""
+    config = layout.config
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    peak = machine.peak_tflops.get(config.precision.dtype)
+    arithmetic = 3 * forward_flops(config, layout.shared.megatron).total * tokens / world_size
+    return LayoutEstimate(
+        name=layout.name,
+        overrides=layout.overrides,
+        step_seconds=time.total,
+        tokens_per_second=tokens / time.total,
+        mfu=arithmetic / time.total / (peak * 1e12) if peak else None,
+        memory=memory,
+        breakdown=time,
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _parallel_settings(config: RunConfig, world_size: int, machine: Machine) -> Iterator[Any]:
+    depth = config.model.num_layers * config.model.num_loops
+    for tensor in _divisors(world_size):
+        if tensor > machine.devices_per_node:
+            break
+        for pipeline in _divisors(world_size // tensor):
+            for context in _divisors(world_size // tensor // pipeline):
+                for virtual in _divisors(depth // pipeline) if depth >= pipeline > 1 else [1]:
+                    for sequence in (False, True) if tensor > 1 else (False,):
+                        yield dataclasses.replace(
+                            config.parallel,
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual_pipeline=virtual,
+                            context=context,
+                            sequence=sequence,
+                        )
+
+
+def _accepted(config: RunConfig, world_size: int) -> Sizes | None:
+    if padded_vocab_size(config.model.vocab_size) % config.parallel.tensor:
+        return None  # refused by build_gpt_model
+    try:
+        return validate(config, world_size, needs_data=False)
+    except ValueError:
+        return None
+
+
+def _shared(config: RunConfig) -> CrossLayer | None:
+    try:
+        return CrossLayer.of(transformer_config(config, only_counted=True))
+    except ValueError:
+        return None
+
+
+def _refuse_all(config: RunConfig, world_size: int) -> NoReturn:
+    try:
+        validate(config, world_size, needs_data=False)
+    except ValueError as error:
+        raise ValueError(f"no layout of this config runs on {world_size} ranks; as it stands: {error}") from error
+    raise ValueError(f"no candidate was accepted on {world_size} ranks; widen what is accepted")

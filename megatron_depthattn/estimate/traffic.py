@@ -1,0 +1,263 @@
+"""Bytes that each rank sends in one optimizer step, by axis: integers in, integers out.
+
+A `Transfer` has the whole tensor of a collective (`size`: what is reduced, the gathered result, or what is scattered)
+and the bytes that a rank sends if the ring algorithm does it; libraries may choose another that sends more.
+
+Megatron's engine reduces fp32 gradients and gathers the new weights once a step (distributed optimizer). DeepSpeed's
+(docs/deepspeed.md): ZeRO 0 all-reduces gradients once a step, 1 and 2 reduce them to the ranks that step with them
+(2 after every micro-batch) and gather weights once, 3 gathers weights in every forward and backward. Context ranks
+hold the same weights: they count as data-parallel ranks there.
+
+Norms' gradients, the group means of query heads where tensor ranks share a key/value head, and scalars are small; the
+first two are counted, scalars are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from megatron_depthattn.config import RunConfig, Sizes
+from megatron_depthattn.model.gpt import padded_vocab_size
+from megatron_depthattn.model.source_plan import hop_bytes
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+
+Axis = Literal["data", "tensor", "context", "pipeline"]
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective of one rank."""
+
+    axis: Axis
+    what: str
+    kind: str
+    """all_reduce, all_gather, reduce_scatter, or send: to one neighbour in the pipeline."""
+    phase: Literal["forward", "backward", "step"]
+    """When: in forward or backward passes, or once a step."""
+    size: int
+    """Bytes of the whole tensor."""
+    ranks: int
+    count: int
+    """Of one optimizer step."""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank sends each time."""
+        if self.kind == "send":
+            return self.size
+        rounds = 2 if self.kind == "all_reduce" else 1
+        return rounds * self.size * (self.ranks - 1) // self.ranks
+
+
+@dataclass(frozen=True)
+class RankWeights:
+    """Numbers of the weights that a rank holds."""
+
+    matrices: int
+    norms: int
+    """Of norms (and a method's own weights), which every tensor rank holds whole."""
+    head_norms: int
+    """Of the norms of q and k, which are among ``norms``."""
+    embeddings: int
+    """Of embedding and output layer."""
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.norms + self.embeddings
+
+
+def rank_weights(config: RunConfig, megatron: DepthAttentionConfig, pipeline_rank: int) -> RankWeights:
+    """What one tensor rank of a pipeline stage holds."""
+    model, tensor, stages = config.model, config.parallel.tensor, config.parallel.pipeline
+    query, key = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
+    layers = model.num_layers // stages
+    is_first, is_last = pipeline_rank == 0, pipeline_rank == stages - 1
+    rows = padded_vocab_size(model.vocab_size) // tensor
+    copies = is_first + is_last - (model.tie_embeddings and stages == 1)
+    return RankWeights(
+        matrices=layers * (model.hidden_size * (2 * query + 2 * key + 3 * model.ffn_hidden_size) // tensor),
+        norms=layers * 2 * (model.hidden_size + model.kv_channels)
+        + is_last * model.hidden_size
+        + _method_weights(config, megatron, pipeline_rank),
+        head_norms=layers * 2 * model.kv_channels,
+        embeddings=copies * rows * model.hidden_size,
+    )
+
+
+def _method_weights(config: RunConfig, megatron: DepthAttentionConfig, pipeline_rank: int) -> int:
+    if (method := megatron.method_definition) is None:
+        return 0
+    tables = [method.layer_parameters(layer) for layer in stage_layers(config, pipeline_rank)]
+    if pipeline_rank == config.parallel.pipeline - 1:
+        tables.append(method.final_parameters())
+    return sum(prod(shape) for table in tables for shape in table.values())
+
+
+def stage_layers(config: RunConfig, pipeline_rank: int) -> list[int]:
+    """Effective layers that a pipeline stage runs, all its chunks together, ascending."""
+    parallel, layers = config.parallel, config.model.num_layers * config.model.num_loops
+    size = layers // (parallel.pipeline * parallel.virtual_pipeline)
+    starts = range(pipeline_rank * size, layers, parallel.pipeline * size)
+    return [layer for start in starts for layer in range(start, start + size)]
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Of weights and activations."""
+    return 2 if config.precision.dtype == "bf16" else FP32
+
+
+def rows(config: RunConfig) -> int:
+    """Positions of a micro-batch on one rank, times its sequences; under sequence parallel inside attention and MLP."""
+    return config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
+
+
+def hidden_rows(config: RunConfig) -> int:
+    """The same of the hidden state between layers."""
+    return rows(config) // (config.parallel.tensor if config.parallel.sequence else 1)
+
+
+@dataclass(frozen=True)
+class CrossLayer:
+    """What the layers of a layout share, worked out once for all its micro-batch sizes and recompute modes."""
+
+    megatron: DepthAttentionConfig
+    num_sources: tuple[int, ...]
+    """Of every effective layer."""
+    message_widths: tuple[int, ...]
+    """Numbers per row of the message over every pipeline edge."""
+
+    @classmethod
+    def of(cls, megatron: DepthAttentionConfig) -> CrossLayer:
+        """From the config in Megatron's terms."""
+        stages, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size or 1
+        if not megatron.shares_over_layers:
+            return cls(megatron, (0,) * megatron.num_layers, (megatron.hidden_size,) * (stages * chunks - 1))
+        plan = megatron.source_plan
+        # As message_into says, chunk by chunk; a test holds both equal.
+        spread = (
+            megatron.tensor_model_parallel_size if megatron.sequence_parallel and megatron.attends_over_depth else 1
+        )
+        source = len(megatron.source_kinds) * megatron.part_width * spread
+        widths = hop_bytes(plan, hidden_size=megatron.hidden_width, source_size=source, tokens=1, bytes_per_element=1)
+        return cls(megatron, tuple(len(plan.sources(layer)) for layer in range(plan.num_layers)), tuple(widths))
+
+
+def hop_sizes(config: RunConfig, shared: CrossLayer) -> list[int]:
+    """Bytes of one micro-batch's message over every pipeline edge in model order, one way."""
+    return [hidden_rows(config) * element_bytes(config) * width for width in shared.message_widths]
+
+
+def traffic(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: int) -> list[Transfer]:
+    """Everything that one rank of a pipeline stage sends in one optimizer step.
+
+    Args:
+        shared: what the layers of this layout share.
+        sizes: what `validate` returned for both.
+    """
+    found = [
+        *_pipeline(config, shared, sizes, pipeline_rank),
+        *_tensor(config, shared, sizes, pipeline_rank),
+        *_context(config, sizes, pipeline_rank),
+        *_data(config, sizes, rank_weights(config, shared.megatron, pipeline_rank)),
+    ]
+    return [transfer for transfer in found if transfer.size and transfer.count and transfer.ranks > 1]
+
+
+def _pipeline(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: int) -> Iterator[Transfer]:
+    stages, m = config.parallel.pipeline, sizes.num_microbatches
+    for edge, size in enumerate(hop_sizes(config, shared)):
+        if edge % stages == pipeline_rank:
+            yield Transfer("pipeline", f"hop {edge} -> {edge + 1}", "send", "forward", size, stages, m)
+        if (edge + 1) % stages == pipeline_rank:
+            yield Transfer("pipeline", f"hop {edge + 1} -> {edge}, gradient", "send", "backward", size, stages, m)
+    if config.model.tie_embeddings and stages > 1 and pipeline_rank in (0, stages - 1):
+        numbers = padded_vocab_size(config.model.vocab_size) // config.parallel.tensor * config.model.hidden_size
+        yield Transfer("pipeline", "tied embedding's gradient", "all_reduce", "step", FP32 * numbers, 2, 1)
+
+
+def _tensor(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: int) -> Iterator[Transfer]:
+    model, tensor, stages = config.model, config.parallel.tensor, config.parallel.pipeline
+    sequence, m = config.parallel.sequence, sizes.num_microbatches
+    layers = len(stage_layers(config, pipeline_rank))
+    again = recomputed_layers(config, layers)
+    hidden = rows(config) * model.hidden_size * element_bytes(config)
+
+    def each(what: str, kind: str, phase: Literal["forward", "backward"], count: int, size: int = hidden) -> Transfer:
+        return Transfer("tensor", what, kind, phase, size, tensor, m * count)
+
+    if sequence:
+        for kind, what in (("all_gather", "inputs of attention and MLP"), ("reduce_scatter", "outputs of both")):
+            yield each(what, kind, "forward", 2 * layers)
+            yield each(f"{what}, recomputed", kind, "backward", 2 * again)
+        yield each("inputs and gradients of outputs", "all_gather", "backward", 4 * layers)
+        yield each("gradients of inputs", "reduce_scatter", "backward", 2 * layers)
+    else:
+        yield each("outputs of attention and MLP", "all_reduce", "forward", 2 * layers)
+        yield each("outputs of both, recomputed", "all_reduce", "backward", 2 * again)
+        yield each("gradients of inputs", "all_reduce", "backward", 2 * layers)
+    if model.num_query_groups < tensor:
+        query, key = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
+        qkv = rows(config) * (query + 2 * key) * element_bytes(config)
+        yield each("QKV where ranks share a head", "all_gather", "forward", layers, qkv)
+        yield each("QKV where ranks share a head, recomputed", "all_gather", "backward", again, qkv)
+        yield each("gradient of the shared QKV", "reduce_scatter", "backward", layers, qkv)
+        if shared.megatron.attends_over_depth:
+            mixing = sum(shared.num_sources[layer] > 0 for layer in stage_layers(config, pipeline_rank))
+            means = rows(config) * tensor * model.kv_channels * FP32
+            yield each("group means of the query", "all_gather", "forward", mixing, means)
+            yield each("gradients of the means", "reduce_scatter", "backward", mixing, means)
+    if pipeline_rank == 0:
+        yield each("embedding", "reduce_scatter" if sequence else "all_reduce", "forward", 1)
+        yield each("gradient of the embedding", "all_gather", "backward", int(sequence))
+    if pipeline_rank == stages - 1:
+        yield each("input of the output layer", "all_gather", "forward", int(sequence))
+        yield each("input of the output layer, again", "all_gather", "backward", int(sequence))
+        yield each("its gradient", "reduce_scatter" if sequence else "all_reduce", "backward", 1)
+        yield each("cross entropy: maximum, label, sum", "all_reduce", "forward", 3, rows(config) * FP32)
+    weights = rank_weights(config, shared.megatron, pipeline_rank)
+    partial = weights.norms if sequence else weights.head_norms
+    yield Transfer("tensor", "norms' gradients", "all_reduce", "step", FP32 * partial, tensor, 1)
+
+
+def _context(config: RunConfig, sizes: Sizes, pipeline_rank: int) -> Iterator[Transfer]:
+    """Keys and values: gathered by the local core attention, sent round the ring by TransformerEngine's."""
+    model, ranks = config.model, config.parallel.context
+    layers = len(stage_layers(config, pipeline_rank))
+    width = max(1, model.num_query_groups // config.parallel.tensor) * model.kv_channels
+    whole = ranks * rows(config) * width * element_bytes(config)
+    count = 2 * sizes.num_microbatches  # of keys and of values
+    ring = " (ring)" if model.spec == "te" else ""
+    again = layers if config.recompute.granularity == "selective" else recomputed_layers(config, layers)
+    yield Transfer("context", f"keys, values{ring}", "all_gather", "forward", whole, ranks, count * layers)
+    yield Transfer("context", f"keys, values{ring}, recomputed", "all_gather", "backward", whole, ranks, count * again)
+    if ring:
+        yield Transfer("context", "keys, values (ring)", "all_gather", "backward", whole, ranks, count * layers)
+    yield Transfer("context", f"their gradients{ring}", "reduce_scatter", "backward", whole, ranks, count * layers)
+
+
+def _data(config: RunConfig, sizes: Sizes, weights: RankWeights) -> Iterator[Transfer]:
+    ranks, stage, m = sizes.data_parallel_size * config.parallel.context, config.engine.zero_stage, 1
+    gradients, values = FP32 * weights.total, element_bytes(config) * weights.total
+    if config.engine.name == "deepspeed" and stage == 0:
+        yield Transfer("data", "gradients", "all_reduce", "step", gradients, ranks, 1)
+        return
+    if config.engine.name == "deepspeed":
+        m = sizes.num_microbatches if stage >= 2 else 1
+    yield Transfer("data", "gradients", "reduce_scatter", "step" if m == 1 else "backward", gradients, ranks, m)
+    if stage == 3:
+        yield Transfer("data", "weights", "all_gather", "forward", values, ranks, sizes.num_microbatches)
+        yield Transfer("data", "weights", "all_gather", "backward", values, ranks, sizes.num_microbatches)
+    else:
+        yield Transfer("data", "weights", "all_gather", "step", values, ranks, 1)
+
+
+def recomputed_layers(config: RunConfig, layers: int) -> int:
+    """Of so many layers of a stage, those whose whole forward is run again in backward."""
+    recompute, chunks = config.recompute, config.parallel.virtual_pipeline
+    if recompute.granularity != "full":
+        return 0
+    return layers if recompute.method == "uniform" else min(layers, chunks * (recompute.num_layers or 0))

@@ -1,0 +1,311 @@
+"""Traffic, step time and layouts: against closed forms, the bound that runs are held to, and brute force."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_depthattn.config import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+    load_config,
+    validate,
+)
+from megatron_depthattn.estimate.calibrate import calibrate
+from megatron_depthattn.estimate.layouts import best_layouts, candidate_layouts
+from megatron_depthattn.estimate.machine import PRESETS, Cost, find_machine, load_machine, save_machine
+from megatron_depthattn.estimate.memory import rank_memory
+from megatron_depthattn.estimate.report import estimate_config
+from megatron_depthattn.estimate.step_time import step_time
+from megatron_depthattn.estimate.traffic import CrossLayer, hop_sizes, rank_weights, traffic
+from megatron_depthattn.train.build import transformer_config
+from megatron_depthattn.train.metrics import decoder_shape
+from tests.parallel.cases import LAYOUTS, Job
+from tests.parallel.least_bytes import least_bytes
+from tools.estimate import GPUS
+from tools.estimate import main as estimate_tool
+
+ROOT = Path(__file__).parents[2]
+H100 = PRESETS["H100"]
+SMALL = RunConfig(
+    model=ModelConfig(num_layers=4, vocab_size=256),
+    data=DataConfig(sequence_length=64),
+    train=TrainConfig(global_batch_size=16, micro_batch_size=2),
+)
+
+
+def shared_by(config):
+    return CrossLayer.of(transformer_config(config))
+
+
+def sent(config, world, stage=0):
+    """(axis, kind): bytes that a rank of the stage sends in a step."""
+    found = {}
+    for each in traffic(config, shared_by(config), validate(config, world, needs_data=False), stage):
+        key = each.axis, each.kind
+        found[key] = found.get(key, 0) + each.sent * each.count
+    return found
+
+
+def seconds(config, world, machine=H100):
+    return step_time(config, shared_by(config), validate(config, world, needs_data=False), machine)
+
+
+def with_layout(config, **parallel):
+    return replace(config, parallel=ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("layout", [name for name, each in LAYOUTS.items() if each.parallel.pipeline > 1])
+@pytest.mark.parametrize("method", ["depth_attention", "denseformer", "attnres", "mhc"])
+def test_hops_are_the_least_bytes_that_runs_are_held_to(layout, method):
+    """tests/parallel counts what is really sent and asserts that it is this bound, written without the package."""
+    job = Job(layout=layout, method=method)
+    config, where = job.config(), LAYOUTS[layout]
+    sizes = validate(config, where.world_size, needs_data=False)
+    found = {}
+    for stage in range(where.parallel.pipeline):
+        for each in traffic(config, shared_by(config), sizes, stage):
+            if each.axis == "pipeline":
+                step = 1 if each.phase == "forward" else -1
+                edge = f"{stage}>{(stage + step) % where.parallel.pipeline}"
+                found[edge] = found.get(edge, 0) + each.sent * each.count
+    bound = least_bytes(job, where, sizes.num_microbatches)
+    assert found == bound
+    narrower = replace(config, model=replace(config.model, kv_channels=8))
+    changed = [each.size for each in traffic(narrower, shared_by(narrower), sizes, 0) if each.axis == "pipeline"]
+    unchanged = [each.size for each in traffic(config, shared_by(config), sizes, 0) if each.axis == "pipeline"]
+    assert (changed != unchanged) == (method == "depth_attention")
+
+
+@pytest.mark.parametrize("layout", [name for name, each in LAYOUTS.items() if each.parallel.pipeline > 1])
+def test_hop_widths_are_the_messages(layout):
+    config = Job(layout=layout).config()
+    megatron = transformer_config(config)
+    chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    assert list(CrossLayer.of(megatron).message_widths) == [megatron.message_into(c).width for c in range(1, chunks)]
+
+
+def test_a_vanilla_hop_is_the_hidden_state():
+    config = with_layout(SMALL, pipeline=2)
+    vanilla = replace(config, model=replace(config.model, method="vanilla"))
+    assert hop_sizes(vanilla, shared_by(vanilla)) == [2 * 64 * 192 * 4]
+    assert hop_sizes(config, shared_by(config)) == [2 * 64 * (192 + 2 * 2 * 32) * 4]  # layer 0 is a source
+
+
+def test_data_parallel_traffic_in_closed_form():
+    numbers = decoder_shape(SMALL).parameters
+    assert sent(SMALL, 4) == {
+        ("data", "reduce_scatter"): 4 * numbers * 3 // 4,
+        ("data", "all_gather"): 4 * numbers * 3 // 4,
+    }
+    assert sent(SMALL, 1) == {}
+    bf16 = replace(SMALL, precision=replace(SMALL.precision, dtype="bf16"))
+    assert sent(bf16, 4)["data", "all_gather"] * 2 == sent(bf16, 4)["data", "reduce_scatter"]
+
+
+@pytest.mark.parametrize(("stage", "times"), [(1, 1), (2, 4), (3, 4)])
+def test_deepspeed_reduces_as_often_as_its_stage(stage, times):
+    config = replace(SMALL, engine=EngineConfig(name="deepspeed", zero_stage=stage))
+    numbers = 4 * decoder_shape(SMALL).parameters // 2
+    gathers = 2 * 4 if stage == 3 else 1
+    assert sent(config, 2) == {("data", "reduce_scatter"): times * numbers, ("data", "all_gather"): gathers * numbers}
+    plain = replace(SMALL, engine=EngineConfig(name="deepspeed"))
+    assert sent(plain, 2) == {("data", "all_reduce"): 2 * numbers}
+
+
+def test_sequence_parallel_gathers_half_as_much_again():
+    """An all-reduce is a reduce-scatter and a gather; sequence parallel gathers each input again in backward."""
+    plain = sent(with_layout(SMALL, tensor=2), 2)
+    spread = sent(with_layout(SMALL, tensor=2, sequence=True), 2)
+    hidden = 2 * 64 * 192 * 4 // 2
+    products = 4 * 2 + 1  # a layer's inputs of attention and MLP, forward and backward ... and the output layer's
+    assert spread["tensor", "reduce_scatter"] == 8 * hidden * (4 * 4 + 2)
+    assert spread["tensor", "all_gather"] == 8 * hidden * (4 * 4 + 2 + products)
+    small = 8 * 3 * 2 * 64 * 4 + 4 * 4 * 2 * 32  # cross entropy, and the norms of q and k
+    assert plain["tensor", "all_reduce"] == 8 * 2 * hidden * (4 * 4 + 2) + small
+
+
+def test_recompute_repeats_what_lies_in_the_recomputed_part():
+    full = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
+    for parallel, repeated in (({"tensor": 2}, ("full",)), ({"context": 2}, ("full", "selective"))):
+        config = with_layout(SMALL, **parallel)
+        base = sum(sent(config, 2).values())
+        modes = {"full": full, "selective": RecomputeConfig(granularity="selective")}
+        more = {
+            mode
+            for mode, recompute in modes.items()
+            if sum(sent(replace(config, recompute=recompute), 2).values()) > base
+        }
+        assert more == set(repeated)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", ["single", "tp4", "pp4xvpp2", "tp2xpp2+sp"])
+def test_weights_of_the_stages_are_the_memory_estimates(layout, tied):
+    """Two counts that were written apart; those are held against built models."""
+    config = Job(layout=layout).config()
+    config = replace(config, model=replace(config.model, tie_embeddings=tied))
+    for stage in range(config.parallel.pipeline):
+        counted = rank_memory(config, LAYOUTS[layout].world_size, pipeline_rank=stage).parameters
+        assert rank_weights(config, transformer_config(config), stage).total == counted
+
+
+def test_costs_are_piecewise_linear():
+    cost = Cost(((10.0, 1.0), (20.0, 3.0)))
+    assert [cost.seconds(x) for x in (0, 10, 15, 20, 30)] == [1.0, 1.0, 2.0, 3.0, 5.0]
+    assert Cost.line(2.0, 4.0).seconds(8) == pytest.approx(4.0)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    """On a machine that takes a second a FLOP of a product, and nothing for the rest: three times forward."""
+    free = Cost(((0.0, 0.0),))
+    kinds = dict.fromkeys(H100.intra_node, free)
+    machine = replace(
+        H100, products={"fp32": Cost.line(0.0, 1.0)}, attention={"fp32": free}, passes=free,
+        host_seconds=(0.0, 0.0), intra_node=kinds, inter_node=kinds,
+    )  # fmt: skip
+    flops = estimate_config(SMALL, 1, H100).flops
+    tokens = 16 * 64
+    assert seconds(SMALL, 1, machine).total == pytest.approx(3 * tokens * (flops["projections"] + flops["logits"]))
+    assert seconds(SMALL, 2, machine).total == pytest.approx(seconds(SMALL, 1, machine).total / 2)
+
+
+def test_the_bubble_is_that_of_the_schedule():
+    """Equal stages (a vocabulary that costs next to nothing): (p - 1) / (m v) of the work."""
+    config = load_config(ROOT / "configs/3b.yaml", ["model.vocab_size=128", "model.method=vanilla"])
+    for virtual in (1, 2, 3):
+        time = seconds(with_layout(config, pipeline=4, virtual_pipeline=virtual), 4)
+        work = time.total - time.bubble - time.data - time.optimizer
+        assert time.bubble / work == pytest.approx(3 / (256 * virtual), rel=0.03)
+    assert seconds(config, 4).bubble == 0
+
+
+def test_more_work_takes_longer_and_a_slower_link_never_less():
+    base = seconds(with_layout(SMALL, tensor=2), 2).total
+    full = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
+    assert seconds(replace(with_layout(SMALL, tensor=2), recompute=full), 2).total > base
+    slow = dict.fromkeys(H100.intra_node, Cost.line(1e-3, 1e9))
+    assert seconds(with_layout(SMALL, tensor=2), 2, replace(H100, intra_node=slow)).total > base
+    assert seconds(SMALL, 1, replace(H100, intra_node=slow)).total == seconds(SMALL, 1).total  # control: none is used
+    across = replace(H100, devices_per_node=1)
+    assert seconds(with_layout(SMALL, tensor=2), 2, across).total > base
+
+
+def test_candidates_are_all_that_validate_accepts():
+    """Brute force over every combination of integers up to the world's size."""
+    world, small = 4, replace(SMALL, train=replace(SMALL.train, global_batch_size=8))
+    found = {tuple(sorted(each.overrides.items(), key=str)) for each in candidate_layouts(small, world, H100)}
+    expected = set()
+    modes = [(None, None, None), ("selective", None, None), ("full", "uniform", 1)]
+    sizes = range(1, world + 1)
+    for tp, pp, vp, cp, sp, micro, mode in product(sizes, sizes, sizes, sizes, (False, True), range(1, 9), modes):
+        config = replace(
+            small,
+            parallel=ParallelConfig(tensor=tp, pipeline=pp, virtual_pipeline=vp, context=cp, sequence=sp),
+            train=replace(small.train, micro_batch_size=micro),
+            recompute=RecomputeConfig(granularity=mode[0], method=mode[1], num_layers=mode[2]),
+        )
+        try:
+            validate(config, world, needs_data=False)
+            transformer_config(config)
+        except ValueError:
+            continue
+        keys = {f"parallel.{k}": v for k, v in dataclasses.asdict(config.parallel).items()}
+        keys |= {f"recompute.{k}": v for k, v in dataclasses.asdict(config.recompute).items()}
+        expected.add(tuple(sorted((keys | {"train.micro_batch_size": micro}).items(), key=str)))
+    assert found == expected
+    assert len(found) > 50
+    assert found > {
+        tuple(sorted(each.overrides.items(), key=str))
+        for each in candidate_layouts(small, world, replace(H100, devices_per_node=1))
+    }
+
+
+@pytest.mark.parametrize("name", ["360m", "1.5b", "3b"])
+def test_released_configs_fit_32_gpus(name):
+    """With what a study would fix, so that few candidates are left; printed with their memory (pytest -s)."""
+    config = load_config(ROOT / f"configs/{name}.yaml")
+    best = best_layouts(
+        config, 32, H100, limit=3, accept=lambda c: c.parallel.context == 1 and c.parallel.virtual_pipeline == 1
+    )
+    assert [each.step_seconds for each in best] == sorted(each.step_seconds for each in best)
+    for each in best:
+        print(f"{name}: {each.name}, {each.step_seconds:.2f} s, {each.memory.total / 1e9:.1f} GB")
+        assert each.memory.total < 0.92 * 80e9
+        assert 0 < each.mfu < 1
+        settings = [f"{key}={'null' if value is None else value}" for key, value in each.overrides.items()]
+        validate(load_config(ROOT / f"configs/{name}.yaml", settings), 32, needs_data=False)
+
+
+def test_what_does_not_fit_says_so():
+    with pytest.raises(ValueError, match=r"none of \d+ layouts on 2 x H100 fits 0\.0 GB .* the smallest, .* needs"):
+        best_layouts(SMALL, 2, replace(H100, memory_gb=0.001))
+    with pytest.raises(ValueError, match="no layout of this config runs on 3 ranks"):
+        best_layouts(SMALL, 3, H100)
+
+
+def test_this_machine_can_be_measured(megatron_world_of_one, tmp_path):
+    """A world of one has no links; every other figure is there, in order, and predicts a step."""
+    machine = calibrate(SMALL, torch.device("cpu"), budget=1e-4)
+    for cost in (machine.products["fp32"], machine.attention["fp32"], machine.passes):
+        assert list(cost.points) == sorted(cost.points)
+        assert all(taken > 0 for _, taken in cost.points)
+    assert machine.measured
+    save_machine(machine, tmp_path / "machine.json")
+    assert seconds(SMALL, 1, load_machine(tmp_path / "machine.json")).total > 0
+
+
+def test_a_machine_is_read_back(tmp_path):
+    save_machine(H100, tmp_path / "machine.json")
+    assert load_machine(tmp_path / "machine.json") == H100
+    (tmp_path / "machine.json").write_text("[]")
+    with pytest.raises(ValueError, match="--calibrate"):
+        load_machine(tmp_path / "machine.json")
+    with pytest.raises(ValueError, match="set --gpu to one of H100"):
+        find_machine("T4")
+
+
+def test_the_tool_prints_and_writes(tmp_path, capsys):
+    settings = [str(ROOT / "configs/quickstart.yaml"), "--world", "2", "--layouts", "--json", str(tmp_path / "e.json")]
+    assert estimate_tool(settings) == 0
+    written = json.loads((tmp_path / "e.json").read_text())
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    assert written["parameters"] == decoder_shape(config).parameters
+    assert written["hops"] == [4 * 256 * (128 + 2 * 2 * 32) * 4]
+    assert set(written["memory_by_recompute"]) == {"none", "selective", "full"}
+    assert written["layouts"][0]["step_seconds"] <= written["layout"]["step_seconds"]
+    printed = capsys.readouterr().out
+    for said in (f"{written['parameters']:,}", "mix", f"{written['hops'][0]:,} bytes", "assumed, not measured"):
+        assert said in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "T4"], "set --gpu to one of"),
+        (["--world", "3"], "not a multiple of 2"),
+        (["--world", "0"], "set both to 1 or more"),
+        (["--gpu", "H100", "--machine", "m.json"], "give one of them"),
+        (["--machine", "nowhere.json"], "write it with --calibrate"),
+        (["train.step=1"], "train.steps"),
+        (["--gpu", "A100", "model.spec=te", "precision.dtype=bf16", "precision.fp8=delayed"], "no figures for fp8"),
+    ],
+)
+def test_the_tool_refuses_in_one_line(arguments, said, capsys):
+    assert estimate_tool([str(ROOT / "configs/quickstart.yaml"), *arguments]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_the_tool_names_every_preset():
+    assert set(GPUS) == set(PRESETS)
