@@ -33,15 +33,32 @@ PURE = {
     "model/flops.py": {f"{PACKAGE}.model.source_plan", f"{PACKAGE}.methods.definition"},
     "model/activation_memory.py": {f"{PACKAGE}.model.source_plan"},
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
+    **{
+        f"estimate/{name}.py": {f"{PACKAGE}.{n}" for n in ("config", "estimate", "methods", "model.source_plan")}
+        for name in (
+            *("activations", "in_flight", "local_layers", "memory", "parameters", "shapes", "states", "storages"),
+            "te_layers",
+        )
+    },
     "parallel/rank_spans.py": set(),
     "preflight/report.py": set(),
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
     "preflight/compare.py": {f"{PACKAGE}.parallel.rank_spans", f"{PACKAGE}.preflight.report"},
     "data/order.py": {"numpy"},
+    "study/report_inputs.py": {f"{PACKAGE}.train.line_files"},
+    "study/report_tables.py": {f"{PACKAGE}.study.report_inputs"},
+    "study/picture.py": {"matplotlib"},
+    "study/report.py": {"jinja2", f"{PACKAGE}.study"},
+}
+STATISTICS = ("law", "bootstrap", "differences", "multiplier", "fit")
+PURE |= {
+    f"study/{name}.py": {"numpy", "scipy", *(f"{PACKAGE}.study.{other}" for other in STATISTICS)} for name in STATISTICS
 }
 METHODS = ("denseformer", "attnres", "mhc")
 DEFINITIONS = ("definition", "definitions", *(f"{name}.definition" for name in METHODS))
 PURE |= {f"methods/{name.replace('.', '/')}.py": {f"{PACKAGE}.methods"} for name in DEFINITIONS}
+FIGURES = {"numpy", "matplotlib", *(f"{PACKAGE}.study.{n}" for n in ("picture", "report_inputs", "report_tables"))}
+PURE |= dict.fromkeys(("study/figures.py", "study/depth_figures.py"), FIGURES)
 PURE |= {f"methods/{name}/reference.py": {"torch"} for name in METHODS}
 # What a whole folder may import. Triton is torch's own kernel language and comes with it on GPU machines.
 ALLOWED_IN_FOLDER = {
@@ -197,6 +214,7 @@ BREAKS = [
     (rule_pure_files, "parallel/payload.py", "from ..model.layer import Layer"),
     (rule_pure_files, "parallel/payload.py", "import importlib\nimportlib.import_module('megatron.core')"),
     (rule_pure_files, "data/order.py", "import torch"),
+    (rule_pure_files, "study/fit.py", "from megatron_depthattn.study import report"),
     (rule_folders, "ops/lean.py", "from megatron.core import tensor_parallel"),
     (rule_folders, "ops/lean.py", "from ..model import source_plan"),
     (rule_folders, "ops/lean.py", "import torchvision"),  # a prefix of a permitted name is another package

@@ -1,0 +1,1 @@
+"""Scale studies: a ladder of runs, from its plan to its report."""

@@ -1,0 +1,179 @@
+"""Run a study's points on this machine: what is finished is left alone, what was cut goes on, a failure does not stop
+the others."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from megatron_depthattn.config import RunConfig, load_config, to_dict
+from megatron_depthattn.study.plan import Point
+from megatron_depthattn.train.history import HISTORY, METRICS
+from megatron_depthattn.train.line_files import read_records
+from megatron_depthattn.train.stop_signals import EXIT_REQUEUE
+
+State = Literal["new", "cut", "finished"]
+_DECIDES = ("model", "data", "optimizer", "precision")
+"""Sections of the config that decide what a run computes; layout, checkpoints and the like do not."""
+_DECIDES_TRAIN = ("steps", "global_batch_size", "eval_batches")
+
+
+class Progress(NamedTuple):
+    """How far a point is."""
+
+    state: State
+    step: int
+
+
+def progress_of(point: Point, output: Path) -> Progress:
+    """How far a point is, by its run's record.
+
+    Raises:
+        ValueError: its folder holds a run of another config.
+    """
+    run_dir = output / point.run_dir
+    records = list(read_records(run_dir / METRICS))
+    saved = run_dir / "config.yaml"
+    if saved.is_file():
+        differing = _differences(load_config(output / point.config), load_config(saved))
+        if differing:
+            raise ValueError(
+                f"{run_dir} was trained with another config ({'; '.join(differing[:3])}): the study has changed since. "
+                "Give another --output, or move that folder away."
+            )
+    step = records[-1]["step"] if records else 0
+    outcomes = [record.get("outcome") for record in read_records(run_dir / HISTORY) if record["event"] == "end"]
+    if step >= point.steps and outcomes[-1:] == ["finished"]:
+        return Progress("finished", step)
+    return Progress("cut" if saved.is_file() else "new", step)
+
+
+def run_points(
+    points: Sequence[Point], output: Path, *, jobs: int, tell: Callable[[str], None]
+) -> tuple[list[Point], bool]:
+    """Train every unfinished point, ``jobs`` at a time, smallest first as planned.
+
+    SIGINT and SIGTERM are passed on once: every running point saves and the function returns.
+
+    Args:
+        tell: gets a line at the start and at the end of every point.
+
+    Returns:
+        The points that failed, and whether a signal stopped the rest.
+    """
+    runner = _Runner(output, tell)
+    waiting = []
+    for point in points:
+        progress = progress_of(point, output)
+        if progress.state == "finished":
+            tell(f"{point.id}: finished already")
+        else:
+            waiting.append(point)
+    tell(f"{len(points) - len(waiting)} of {len(points)} points are finished, {len(waiting)} to run, {jobs} at a time")
+    with runner.passing_signals_on(), ThreadPoolExecutor(jobs) as pool:
+        outcomes = list(pool.map(runner.run, waiting))
+    failed = [point for point, code in zip(waiting, outcomes, strict=True) if code not in (0, EXIT_REQUEUE, None)]
+    return failed, runner.is_stopped
+
+
+class _Runner:
+    """The processes of the points that run now."""
+
+    def __init__(self, output: Path, tell: Callable[[str], None]) -> None:
+        self._output, self._tell = output, tell
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self.is_stopped = False
+
+    def run(self, point: Point) -> int | None:
+        """The exit code of the point's training; None if it was not started."""
+        log = self._output / "logs" / f"{point.id}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        before = progress_of(point, self._output)
+        with log.open("ab") as file:
+            with self._lock:
+                if self.is_stopped:
+                    return None
+                self._tell(
+                    f"{point.id}: {'goes on at' if before.step else 'starts; of'} step {before.step or point.steps}"
+                )
+                command = training_command(self._output / point.config, point.world)
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+                self._running.append(process)
+            code = process.wait()
+        with self._lock:
+            self._running.remove(process)
+        after = progress_of(point, self._output)
+        if after.state == "finished":  # whatever a signal did to the process after that
+            self._tell(f"{point.id}: {describe_end(point, self._output)}")
+            return 0
+        why = f"ended with code {code}: {_last_line(log)}"
+        if code == EXIT_REQUEUE or (self.is_stopped and code < 0):  # below 0: so early that it had nothing to save
+            why = "stopped by a signal" + (", saved" if code == EXIT_REQUEUE else "")
+        self._tell(f"{point.id}: at step {after.step} of {point.steps}, {why} (log: {log})")
+        return code or 1
+
+    def passing_signals_on(self) -> _PassingOn:
+        return _PassingOn(self._stop)
+
+    def _stop(self, number: int) -> None:
+        """Called in a signal handler, in the main thread, which only waits and holds no lock."""
+        self.is_stopped = True
+        for process in list(self._running):
+            process.send_signal(number)
+
+
+class _PassingOn:
+    """While entered, SIGINT and SIGTERM are handed to ``stop`` once each; a thread's wait is not disturbed."""
+
+    def __init__(self, stop: Callable[[int], None]) -> None:
+        self._stop = stop
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, lambda given, _: self._stop(given))
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def training_command(config: Path, world: int) -> list[str]:
+    """What trains the config in ``world`` processes of this machine."""
+    train = ["-m", "megatron_depthattn.train", str(config)]
+    if world == 1:
+        return [sys.executable, *train]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    return [sys.executable, *torchrun, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT", *train]
+
+
+def describe_end(point: Point, output: Path) -> str:
+    """Held-out loss and seconds of a finished point."""
+    records = list(read_records(output / point.run_dir / METRICS))
+    seconds = sum(record["step_seconds"] for record in records)
+    return f"finished, held-out loss {records[-1]['eval_loss']:.4f}, {seconds:.0f} s in steps"
+
+
+def _differences(wanted: RunConfig, found: RunConfig) -> list[str]:
+    one, other = (_deciding(config) for config in (wanted, found))
+    return [f"{key} is {other[key]}, not {one[key]}" for key in one if one[key] != other[key]]
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    nested = to_dict(config)
+    keys = {f"{section}.{key}": value for section in _DECIDES for key, value in nested[section].items()}
+    keys |= {f"train.{key}": nested["train"][key] for key in _DECIDES_TRAIN}
+    ignored = {"data.path", "data.cache", "data.num_workers"}
+    return {key: value for key, value in keys.items() if key not in ignored} | {"run.seed": config.run.seed}
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "no output"

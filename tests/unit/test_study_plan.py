@@ -1,0 +1,193 @@
+"""Studies: the ladder's rules, what a plan holds, what is refused; nothing is trained."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_depthattn.config import load_config, to_dict, validate
+from megatron_depthattn.study.ladder import Ladder
+from megatron_depthattn.study.plan import make_plan, read_points
+from megatron_depthattn.study.run import progress_of, training_command
+from megatron_depthattn.study.slurm import write_array
+from megatron_depthattn.study.study import load_study
+
+STUDIES = Path(__file__).parents[2] / "configs/studies"
+SMALL = {
+    "title": "small",
+    "config": str(STUDIES.parent / "quickstart.yaml"),
+    "settings": {"parallel.pipeline": 1, "data.path": "data/none", "model.depth_attention.stride": None},
+    "ladder": {"layers": [2, 4], "hidden_per_layer": 16, "head_size": 16, "ffn_multiple": 16, "reference_size": 1e5},
+    "methods": {"vanilla": {}, "depth_attention": {}, "looped": {"settings": {"model.num_loops": 2}, "rungs": ["d2"]}},
+    "seeds": [1, 2],
+    "tokens_per_parameter": [2, 4],
+}
+
+
+def planned(folder: Path, **changes) -> tuple[Path, dict]:
+    """A study's output folder and plan."""
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(SMALL | changes, sort_keys=False))
+    return folder / "out", make_plan(load_study(file), folder, folder / "out")
+
+
+def test_the_ladder_turns_width_with_depth():
+    shape = Ladder(layers=[4, 8], hidden_per_layer=24, head_size=32, ffn_multiple=32).shape(8)
+    assert shape == {
+        "model.num_layers": 8,
+        "model.hidden_size": 192,
+        "model.num_attention_heads": 6,
+        "model.num_query_groups": 3,
+        "model.kv_channels": 32,
+        "model.ffn_hidden_size": 512,  # 8/3 x 192
+    }
+
+
+def test_batch_and_rate_follow_their_powers():
+    ladder = Ladder(layers=[4], reference_size=1e6, reference_batch=16, reference_lr=3e-3)
+    assert ladder.recipe(1e6) == {
+        "train.global_batch_size": 16,
+        "train.micro_batch_size": 16,
+        "optimizer.lr": 3e-3,
+    }
+    larger = ladder.recipe(8e6)
+    assert larger["train.global_batch_size"] == 64, "8^(2/3) = 4 times"
+    assert larger["optimizer.lr"] == 1.5e-3, "8^(1/3) = 2 times less"
+    assert larger["train.micro_batch_size"] == 16
+
+
+def test_a_plan_has_every_point_once_with_its_whole_config(tmp_path):
+    output, plan = planned(tmp_path)
+    ids = [point["id"] for point in plan["points"]]
+    wanted = [
+        f"{rung}/{method}/x{budget}/seed{seed}"
+        for rung, methods in (("d2", SMALL["methods"]), ("d4", ["vanilla", "depth_attention"]))
+        for budget in (2, 4)
+        for seed in (1, 2)
+        for method in methods
+    ]
+    assert ids == wanted, "those of a pair one after the other"
+    for point in read_points(output):
+        config = load_config(output / point.config)
+        batch, length = config.train.global_batch_size, config.data.sequence_length
+        assert point.tokens == config.train.steps * batch * length
+        assert point.tokens - batch * length < point.tokens_per_parameter * point.size <= point.tokens
+        assert config.train.eval_batches * batch == 128, "the same held-out sequences at every size"
+        assert config.checkpoint.load == "latest" and config.run.seed == point.seed
+
+
+def test_methods_of_a_pair_differ_in_the_method_alone(tmp_path):
+    output, _ = planned(tmp_path)
+    one, other = (
+        to_dict(load_config(output / f"configs/d4/{method}/x2/seed1.yaml")) for method in ("vanilla", "depth_attention")
+    )
+    assert (one["model"].pop("method"), other["model"].pop("method")) == ("vanilla", "depth_attention")
+    assert one["run"].pop("dir") != other["run"].pop("dir")
+    assert one == other
+
+
+def test_size_leaves_the_embedding_out_and_is_the_rungs_not_the_methods(tmp_path):
+    _, plan = planned(tmp_path, methods={"vanilla": {}, "mhc": {}})
+    vanilla, mhc = (next(p for p in plan["points"] if p["method"] == method) for method in ("vanilla", "mhc"))
+    embedding = 2048 * 32  # vocabulary x hidden of d2
+    assert vanilla["size"] == mhc["size"] == vanilla["parameters"] - embedding
+    assert mhc["parameters"] > vanilla["parameters"]
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu"])
+def test_shipped_studies_can_be_planned(name, tmp_path):
+    plan = make_plan(load_study(STUDIES / f"{name}.yaml"), STUDIES, tmp_path)
+    assert {point["method"] for point in plan["points"]} >= {"vanilla", "depth_attention"}
+    assert json.loads((tmp_path / "plan.json").read_text()) == plan
+
+
+def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
+    """One rung and two methods of it; the whole takes a minute."""
+    study = load_study(STUDIES / "paper.yaml")
+    assert study.rung_names == ["360m", "1.5b", "3b"] and len(study.methods) == 5
+    study.rungs = (study.rungs or [])[:1]
+    study.methods = {name: study.methods[name] for name in ("vanilla", "mhc")}
+    plan = make_plan(study, STUDIES, tmp_path)
+    vanilla, mhc = plan["points"]
+    assert vanilla["steps"] == 50000 and vanilla["world"] == 32
+    assert 0 < vanilla["predicted_step_seconds"] < mhc["predicted_step_seconds"]
+    for point in (vanilla, mhc):
+        config = load_config(tmp_path / point["config"])
+        assert config.parallel.tensor == point["layout"]["parallel.tensor"]
+        assert validate(config, 32).num_microbatches >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"seed": [1]}, "unknown key 'seed' in .*nearest valid key is 'seeds'"),
+        ({"ladder": SMALL["ladder"] | {"layer": [2]}}, "unknown key 'ladder.layer' in .*'layers'"),
+        ({"seeds": "three"}, "seeds"),
+        ({"ladder": None}, "as a ladder or as rungs"),
+        ({"baseline": "plain"}, "baseline 'plain' is none of the methods"),
+        ({"methods": {"vanilla": {}, "looped": {}}}, "methods.looped is no method"),
+        ({"methods": {"vanilla": {"rungs": ["d9"]}}}, r"names \['d9'\]; the rungs are"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"tokens_per_parameter": [0]}, "must be above 0"),
+        ({"tokens_per_parameter_at": {"d9": [1]}}, "the rungs are"),
+        ({"confidence": 90}, "between 0 and 1"),
+        ({"ladder": SMALL["ladder"] | {"layers": [4, 2]}}, "ascending"),
+        ({"eval_sequences": 100}, "multiple of"),
+        ({"settings": SMALL["settings"] | {"model.layers": 3}}, "unknown key 'model.layers' in settings of the study"),
+        ({"settings": SMALL["settings"] | {"parallel.tensor": 2}}, "d2/vanilla/x2/seed1: .*world"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_one_line(changes, complaint, tmp_path):
+    with pytest.raises(ValueError, match=complaint) as told:
+        planned(tmp_path, **changes)
+    assert "\n" not in str(told.value)
+
+
+def write_run(output: Path, point, *, steps: int, outcome: str | None, **changes) -> None:
+    """What a run of ``steps`` steps leaves."""
+    folder = output / point.run_dir
+    folder.mkdir(parents=True)
+    text = (output / point.config).read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "config.yaml").write_text(text)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
+    history = [{"event": "start"}, *([{"event": "end", "outcome": outcome}] if outcome else [])]
+    (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+
+
+def test_a_point_is_finished_when_its_run_says_so(tmp_path):
+    output, _ = planned(tmp_path)
+    done, cut, killed, new, *_ = read_points(output)
+    write_run(output, done, steps=done.steps, outcome="finished")
+    write_run(output, cut, steps=3, outcome="signal")
+    write_run(output, killed, steps=killed.steps, outcome=None)
+    assert progress_of(done, output) == ("finished", done.steps)
+    assert progress_of(cut, output) == ("cut", 3)
+    assert progress_of(killed, output).state == "cut", "its last checkpoint may not have been written"
+    assert progress_of(new, output) == ("new", 0)
+    tasks, job = write_array([done, cut, new], output)
+    assert tasks is not None
+    assert tasks.read_text().split() == [str(output / point.config) for point in (cut, new)]
+    assert (job / "task_0").resolve() == (output / cut.run_dir).resolve()
+    assert write_array([done], output)[0] is None
+
+
+def test_a_run_of_another_config_is_not_taken_for_the_points(tmp_path):
+    output, _ = planned(tmp_path)
+    point = read_points(output)[0]
+    write_run(output, point, steps=point.steps, outcome="finished", **{"num_layers: 2": "num_layers: 3"})
+    with pytest.raises(ValueError, match=r"another config .*model\.num_layers is 3, not 2"):
+        progress_of(point, output)
+
+
+def test_no_plan_no_points(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no plan\.json"):
+        read_points(tmp_path)
+
+
+def test_several_processes_are_torchruns():
+    assert "torch.distributed.run" in training_command(Path("c.yaml"), 2)
+    assert "torch.distributed.run" not in training_command(Path("c.yaml"), 1)

@@ -1,0 +1,285 @@
+"""Is a method worth it, at which size, at what cost: a ladder of runs, from its plan to its report.
+
+scale_study.py plan STUDY.yaml     write every run's config; print the points, their cost and the commands of a dry run
+scale_study.py run STUDY.yaml      train what is not finished, here or (--slurm) as an array; then time the methods
+scale_study.py fit STUDY.yaml      laws, paired differences and compute multipliers, with intervals, to fit.json
+scale_study.py report STUDY.yaml   one HTML page and a Markdown table
+
+Each verb goes on where the last one stopped; all of them write below --output (default: runs/studies/<name>).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from megatron_depthattn.study.study import Study, load_study
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def plan(given: argparse.Namespace, study: Study, output: Path) -> int:
+    """Write the plan and print what it costs."""
+    from megatron_depthattn.study.plan import make_plan, read_points
+    from megatron_depthattn.study.run import progress_of, training_command
+
+    made = make_plan(study, given.study.parent, output)
+    points = read_points(output)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(_rung_table(made))
+    console.print(_cost_table(made, output))
+    for point in points:
+        progress = progress_of(point, output)
+        layout = " ".join(f"{key}={value}" for key, value in point.layout.items())
+        print(
+            f"{point.id}: {progress.state}, step {progress.step} of {point.steps}; {layout or 'layout of the config'}"
+        )
+    example = training_command(output / points[0].config, points[0].world)
+    print(
+        f"dry run: {len(points)} runs such as\n  {' '.join(['python', *example[1:]])}\nnothing was started; to do so: "
+        f"tools/scale_study.py run {given.study}"
+    )
+    return 0
+
+
+def run(given: argparse.Namespace, study: Study, output: Path) -> int:
+    """Train what is not finished, then time the methods where that has not been done."""
+    from megatron_depthattn.study.plan import make_plan, read_points
+    from megatron_depthattn.study.results import collect_results
+    from megatron_depthattn.study.run import run_points
+
+    make_plan(study, given.study.parent, output)
+    points = [point for point in read_points(output) if given.only in point.id]
+    _prepare(study, output)
+    if given.slurm is not None:
+        return _submit(given, points, output)
+    failed, is_stopped = run_points(points, output, jobs=given.jobs, tell=lambda line: print(line, flush=True))
+    if not is_stopped and not failed and study.timing_rounds and not given.no_timing:
+        _time(study, output, again=given.time_again)
+    collect_results(read_points(output), output, baseline=study.baseline)
+    if is_stopped:
+        print("stopped: the same command goes on")
+        return 75
+    for point in failed:
+        print(
+            f"error: {point.id} failed, see {output}/logs/{point.id}.log; the same command tries again", file=sys.stderr
+        )
+    return int(bool(failed))
+
+
+def fit(given: argparse.Namespace, study: Study, output: Path) -> int:
+    """Fit what is finished."""
+    from megatron_depthattn.study.fit import Observation, fit_study
+    from megatron_depthattn.study.plan import read_points
+    from megatron_depthattn.study.results import collect_results
+
+    points = read_points(output)
+    results = collect_results(points, output, baseline=study.baseline)
+    losses = {result["id"]: result["loss"] for result in results["results"]}
+    observations = [
+        Observation(
+            rung=point.rung,
+            method=point.method,
+            seed=point.seed,
+            size=point.size,
+            tokens=point.tokens,
+            loss=losses[point.id],
+            tokens_per_parameter=point.tokens_per_parameter,
+        )
+        for point in points
+        if losses[point.id] is not None
+    ]
+    if not observations:
+        raise ValueError(f"no point below {output} is finished; train first: tools/scale_study.py run {given.study}")
+    ratios = {
+        (rung, method): figures["ratio"]
+        for rung, methods in results["timing"].items()
+        for method, figures in methods.items()
+    }
+    fitted = fit_study(
+        observations,
+        baseline=study.baseline,
+        time_ratios=ratios,
+        confidence=study.confidence,
+        resamples=study.resamples,
+    )
+    (output / "fit.json").write_text(json.dumps(fitted, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(observations)} of {len(points)} points are finished")
+    for method, figures in fitted["multipliers"].items():
+        print(f"{method}: {figures.get('sentence') or figures['refused']}")
+    print(f"written: {output / 'fit.json'}")
+    return 0
+
+
+def report(given: argparse.Namespace, study: Study, output: Path) -> int:
+    """Write the page and the tables."""
+    from megatron_depthattn.study.report import write_report
+
+    for path in write_report(output, **({"figures_dir": given.figures} if given.figures else {})):
+        print(f"written: {path}")
+    return 0
+
+
+def _prepare(study: Study, output: Path) -> None:
+    """The corpus, where the study names a text and it is not there yet."""
+    from megatron_depthattn.config import load_config
+    from megatron_depthattn.study.plan import read_points
+
+    if study.corpus is None:
+        return
+    config = load_config(output / read_points(output)[0].config)
+    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", study.corpus.input]
+    command += ["--tokenizer", study.corpus.tokenizer, "--output", config.data.path]
+    command += ["--sequence-length", str(config.data.sequence_length)]
+    command += ["--validation-fraction", str(study.corpus.validation_fraction)]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(f"the corpus of the study could not be prepared in {config.data.path}, see above")
+
+
+def _submit(given: argparse.Namespace, points: list[Any], output: Path) -> int:
+    """The unfinished points as one Slurm array, through launch/submit, which checks and freezes them."""
+    from megatron_depthattn.study.slurm import write_array
+
+    tasks, job = write_array(points, output)
+    if tasks is None:
+        print("every point is finished: nothing to submit")
+        return 0
+    base = output / points[0].config
+    command = [str(ROOT / "launch/submit"), str(base), f"run.dir={job}", "--array", str(tasks), *given.slurm]
+    return subprocess.run(command, check=False).returncode
+
+
+def _time(study: Study, output: Path, *, again: bool) -> None:
+    """Interleaved steps of all methods of every rung that has not been timed yet."""
+    from megatron_depthattn.study.plan import read_points
+    from megatron_depthattn.study.results import TIMING
+
+    file = output / TIMING
+    known = json.loads(file.read_text(encoding="utf-8"))["timing"] if file.is_file() and not again else {}
+    configs: dict[str, dict[str, str]] = defaultdict(dict)
+    for point in read_points(output):
+        configs[point.rung].setdefault(point.method, str(output / point.config))
+    for rung, models in configs.items():
+        if set(models) <= set(known.get(rung, {})) or study.baseline not in models:
+            continue
+        named = [f"{name}={models[name]}" for name in sorted(models, key=lambda name: name != study.baseline)]
+        with tempfile.TemporaryDirectory() as work:
+            figures = Path(work) / "figures.json"
+            command = [
+                sys.executable,
+                str(ROOT / "tools/benchmark.py"),
+                "--json",
+                str(figures),
+                "step",
+                "--tests-passed",
+            ]
+            command += ["--models", *named, "--rounds", str(study.timing_rounds)]
+            print(f"{rung}: timing {', '.join(models)}", flush=True)
+            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+                raise ValueError(f"timing failed; see it fail: {' '.join(command[1:])}")
+            measured = json.loads(figures.read_text(encoding="utf-8"))["figures"]
+        known[rung] = {name: _timed(measured[name]) for name in models if "seconds" in measured[name]}
+        source = f"interleaved steps, median of {study.timing_rounds} rounds, one process"
+        file.write_text(json.dumps({"timing": known, "timing_source": source}, indent=1) + "\n", encoding="utf-8")
+
+
+def _timed(figures: dict[str, Any]) -> dict[str, float]:
+    low, high = figures["interval"]
+    middle = sorted(figures["seconds"])[len(figures["seconds"]) // 2]
+    return {"seconds_per_step": middle, "ratio": figures["ratio"], "low": low, "high": high}
+
+
+def _rung_table(made: dict[str, Any]) -> Table:
+    table = Table(
+        "rung", "layers", "hidden", "N", "parameters", "batch", "tokens a sequence", "lr", title=made["title"]
+    )
+    for rung in made["rungs"]:
+        table.add_row(
+            *(rung["rung"], str(rung["num_layers"]), str(rung["hidden_size"])),
+            *(f"{rung['size']:,}", f"{rung['parameters']:,}", str(rung["global_batch_size"])),
+            *(str(rung["sequence_length"]), f"{rung['learning_rate']:.3g}"),
+        )
+    return table
+
+
+def _cost_table(made: dict[str, Any], output: Path) -> Table:
+    """Points of a rung and method in one row; device-hours where a step has been predicted or timed."""
+    from megatron_depthattn.study.results import TIMING
+
+    timed = output / TIMING
+    timing = json.loads(timed.read_text(encoding="utf-8"))["timing"] if timed.is_file() else {}
+    table = Table("rung", "method", "runs", "tokens, M", "PFLOPs", "s a step", "device-hours", title="Cost")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for point in made["points"]:
+        groups[point["rung"], point["method"]].append(point)
+    totals = [0.0, 0.0, 0.0]
+    for (rung, method), points in groups.items():
+        seconds = points[0]["predicted_step_seconds"] or timing.get(rung, {}).get(method, {}).get("seconds_per_step")
+        tokens, flops = (sum(point[key] for point in points) for key in ("tokens", "flops"))
+        hours = sum(point["steps"] * point["world"] for point in points) * (seconds or 0.0) / 3600
+        totals = [total + more for total, more in zip(totals, (tokens, flops, hours), strict=True)]
+        table.add_row(
+            *(rung, method, str(len(points)), f"{tokens / 1e6:,.2f}", f"{flops / 1e15:,.4g}"),
+            *(f"{seconds:.3g}" if seconds else "not timed yet", f"{hours:,.2f}" if seconds else ""),
+        )
+    tokens, flops, hours = totals
+    table.add_row(
+        "all", "", str(len(made["points"])), f"{tokens / 1e6:,.2f}", f"{flops / 1e15:,.4g}", "", f"{hours:,.2f}"
+    )
+    return table
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for function in (plan, run, fit, report):
+        verb = verbs.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
+        verb.add_argument("study", type=Path, metavar="STUDY.yaml")
+        verb.add_argument("--output", type=Path, metavar="DIR", help="default: runs/studies/<name of the study's file>")
+        verb.set_defaults(function=function)
+        if function is run:
+            verb.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time (default 1)")
+            verb.add_argument("--only", default="", metavar="TEXT", help="points with TEXT in their id, such as d4/")
+            verb.add_argument("--no-timing", action="store_true", help="do not time the methods afterwards")
+            verb.add_argument("--time-again", action="store_true", help="time all rungs, even those that have been")
+            verb.add_argument(
+                "--slurm",
+                nargs=argparse.REMAINDER,
+                metavar="OPTION",
+                default=None,
+                help="submit an array with launch/submit instead; what follows are its options",
+            )
+        if function is report:
+            verb.add_argument("--figures", type=Path, metavar="DIR", help="write the main figures there as well")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 75 when a signal stopped it; 1 with one line on stderr for what cannot be done."""
+    given = parse_arguments(arguments)
+    warnings.simplefilter("ignore")  # what torch and Megatron say about themselves
+    try:
+        study = load_study(given.study)
+        output = given.output or Path("runs/studies") / given.study.stem
+        code: int = given.function(given, study, output)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
