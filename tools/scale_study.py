@@ -46,11 +46,16 @@ def plan(given: argparse.Namespace, study: Study, output: Path) -> int:
         print(
             f"{point.id}: {progress.state}, step {progress.step} of {point.steps}; {layout or 'layout of the config'}"
         )
-    example = training_command(output / points[0].config, points[0].world)
-    print(
-        f"dry run: {len(points)} runs such as\n  {' '.join(['python', *example[1:]])}\nnothing was started; to do so: "
-        f"tools/scale_study.py run {given.study}"
-    )
+    again = f"tools/scale_study.py run {given.study}"
+    if study.world.nodes > 1:
+        again += f" --slurm {_slurm_options(study)} --time ..."
+        print(
+            f"dry run: {len(points)} runs of {study.world.nodes} nodes each; with --dry-run at the end, job files only"
+        )
+    else:
+        example = training_command(output / points[0].config, points[0].world)
+        print(f"dry run: {len(points)} runs such as\n  {' '.join(['python', *example[1:]])}")
+    print(f"nothing was started; to do so: {again}")
     return 0
 
 
@@ -60,6 +65,11 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     from megatron_depthattn.study.results import collect_results
     from megatron_depthattn.study.run import run_points
 
+    if given.slurm is None and study.world.nodes > 1:
+        raise ValueError(
+            f"a run of {given.study} needs {study.world.devices} devices, {study.world.devices_per_node} a node: give "
+            f"--slurm {_slurm_options(study)} and its other options at the end, or set world.devices"
+        )
     make_plan(study, given.study.parent, output)
     points = [point for point in read_points(output) if given.only in point.id]
     _prepare(study, output)
@@ -130,6 +140,10 @@ def report(given: argparse.Namespace, study: Study, output: Path) -> int:
     for path in write_report(output, **({"figures_dir": given.figures} if given.figures else {})):
         print(f"written: {path}")
     return 0
+
+
+def _slurm_options(study: Study) -> str:
+    return f"--nodes {study.world.nodes} --gpus-per-node {study.world.devices_per_node}"
 
 
 def _prepare(study: Study, output: Path) -> None:

@@ -9,6 +9,7 @@ run comes from `config` and `settings`, in the keys of the run's config.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -65,6 +66,11 @@ class World:
     gpu: str | None = None
     """Name of the GPU, for which the planner chooses layout, micro-batch and recompute (tools/estimate.py); null: the
     config's own."""
+
+    @property
+    def nodes(self) -> int:
+        """How many a run needs."""
+        return math.ceil(self.devices / self.devices_per_node)
 
 
 @dataclass

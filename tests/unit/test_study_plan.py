@@ -12,6 +12,7 @@ from megatron_depthattn.study.plan import make_plan, read_points
 from megatron_depthattn.study.run import progress_of, training_command
 from megatron_depthattn.study.slurm import write_array
 from megatron_depthattn.study.study import load_study
+from tools.scale_study import main
 
 STUDIES = Path(__file__).parents[2] / "configs/studies"
 SMALL = {
@@ -191,3 +192,10 @@ def test_no_plan_no_points(tmp_path):
 def test_several_processes_are_torchruns():
     assert "torch.distributed.run" in training_command(Path("c.yaml"), 2)
     assert "torch.distributed.run" not in training_command(Path("c.yaml"), 1)
+
+
+def test_a_study_of_several_nodes_is_not_started_here(tmp_path, capsys):
+    assert main(["run", str(STUDIES / "paper.yaml"), "--output", str(tmp_path)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "needs 32 devices, 8 a node: give --slurm --nodes 4 --gpus-per-node 8" in line
+    assert not list(tmp_path.iterdir())
