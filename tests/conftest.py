@@ -1,24 +1,31 @@
 """What several tests need: one process with Megatron's groups."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
 TOGETHER = {
-    **dict.fromkeys(("parallel/test_parity.py", "parallel/test_depth_record.py"), "campaign"),
-    **dict.fromkeys(("launch/test_local.py", "launch/test_two_nodes.py", "launch/test_slurm.py"), "launch"),
+    **dict.fromkeys(("tests/parallel/test_parity.py", "tests/parallel/test_depth_record.py"), "campaign"),
+    **dict.fromkeys(
+        ("tests/launch/test_local.py", "tests/launch/test_two_nodes.py", "tests/launch/test_slurm.py"), "launch"
+    ),
 }
 """Files whose tests share worlds that take a minute to run: with several pytest processes, one makes them once."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`: a process takes a whole file at a time, or all files that belong together."""
-    for item in items:
-        file = item.path.relative_to(TESTS).as_posix()
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(file, file)))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a process takes all files that belong together; marks of `xdist_group` do nothing under
+    pytest 9.2."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    return LoadFilesTogether(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
