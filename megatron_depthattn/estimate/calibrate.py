@@ -75,24 +75,39 @@ def calibrate(config: RunConfig, device: torch.device, budget: float = 0.05) -> 
 
 
 class _Clock:
-    """Lower deciles of repeated calls, the mean over ranks: what other programs do in between only ever adds.
-
-    Of collectives the median: ranks that wait for one another are part of them.
-    """
+    """Seconds of repeated calls, the mean over ranks."""
 
     def __init__(self, device: torch.device, budget: float) -> None:
         self._device, self._budget = device, budget
 
-    def seconds(self, function: Callable[[], object], decile: int = 1) -> float:
+    def seconds(self, function: Callable[[], object]) -> float:
+        """The lower decile: what other programs do in between only ever adds."""
+        repeats = self._repeats(function)
+        return self._mean(statistics.quantiles([self._once(function) for _ in range(repeats)], n=10)[0])
+
+    def added(self, collective: Callable[[], object], work: Callable[[], object]) -> float:
+        """What a collective adds to work before it, by medians of calls in turns: waiting for others is part of it."""
+
+        def both() -> None:
+            work()
+            collective()
+
+        pairs = [(self._once(work), self._once(both)) for _ in range(2 * self._repeats(both))]
+        alone, together = (statistics.median(taken) for taken in zip(*pairs, strict=True))
+        return self._mean(max(0.0, together - alone))
+
+    def _repeats(self, function: Callable[[], object]) -> int:
+        """As many as the budget allows, equally many everywhere, since collectives are among them."""
         for _ in range(2):
             self._once(function)
         dist.barrier()
         repeats = max(10, min(300, int(self._budget / max(1e-6, self._once(function)))))
         agreed = torch.tensor([repeats], device=self._device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)  # collectives are called equally often everywhere
-        taken = [self._once(function) for _ in range(int(agreed))]
-        mine = statistics.quantiles(taken, n=10)[decile - 1]
-        mean = torch.tensor([mine], dtype=torch.float64, device=self._device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        return int(agreed)
+
+    def _mean(self, seconds: float) -> float:
+        mean = torch.tensor([seconds], dtype=torch.float64, device=self._device)
         dist.all_reduce(mean)
         return float(mean) / dist.get_world_size()
 
@@ -203,7 +218,6 @@ def _link(clock: _Clock, kind: str, device: torch.device) -> Cost:
     def arithmetic() -> Tensor:
         return (x @ x).add_(1.0)
 
-    alone = clock.seconds(arithmetic, decile=5)
     for size in LINK_BYTES:
         whole = torch.zeros(size // 4 // ranks * ranks, device=device)
         share = torch.zeros(whole.numel() // ranks, device=device)
@@ -221,8 +235,7 @@ def _link(clock: _Clock, kind: str, device: torch.device) -> Cost:
             "reduce_scatter": lambda: dist.reduce_scatter_tensor(share, whole),  # noqa: B023
             "send": pass_on,
         }[kind]
-        both = clock.seconds(lambda: (arithmetic(), call()), decile=5)  # noqa: B023
-        seconds = max(0.0, both - alone)
+        seconds = clock.added(call, arithmetic)
         if kind == "send":
             sent, seconds = whole.nbytes, seconds / 2 * ranks / 2  # ranks that do not take part count no time
         points.append((float(sent), seconds))

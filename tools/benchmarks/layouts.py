@@ -32,12 +32,13 @@ LAYOUTS = {
     "pp x vpp 2": ["parallel.pipeline={world}", "parallel.virtual_pipeline=2"],
     "pp, two micro-batches": ["parallel.pipeline={world}", "train.micro_batch_size={half}"],
     "pp, two micro-batches, full recompute": ["parallel.pipeline={world}", "train.micro_batch_size={half}", *FULL],
+    "pp, one micro-batch, full recompute": ["parallel.pipeline={world}", "train.micro_batch_size={whole}", *FULL],
 }
 FIVE = [
-    *("dp", "tp", "dp, full recompute", "pp, two micro-batches, full recompute"),
+    *("dp", "tp", "pp, two micro-batches, full recompute", "pp, one micro-batch, full recompute"),
     "tp+sp, micro-batch 1, full recompute",
 ]
-"""Of different axes, and far enough apart in their prediction that noise need not decide their order."""
+"""Of different axes, and a quarter or more apart in their predictions, so that noise need not decide their order."""
 
 
 def add_layouts(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,6 +47,7 @@ def add_layouts(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config")
     parser.add_argument("--world", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=FIVE, metavar="NAME", help="default: five")
+    parser.add_argument("--all", action="store_const", const=list(LAYOUTS), dest="layouts", help="all that are known")
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="runs of every layout (default 4)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="of a run, the first not counted (default 5)")
     parser.add_argument("--machine", type=Path, metavar="FILE", help="of estimate.py --calibrate; default: measure now")
@@ -67,9 +69,9 @@ def measure_layouts(given: argparse.Namespace) -> Result:
     from megatron_depthattn.train.build import transformer_config
     from tools.calibration import calibrate_world
 
-    half = load_config(given.config, given.set).train.global_batch_size // 2
+    whole = load_config(given.config, given.set).train.global_batch_size
     settings = {
-        name: [*given.set, *(each.format(world=given.world, half=half) for each in LAYOUTS[name])]
+        name: [*given.set, *(each.format(world=given.world, half=whole // 2, whole=whole) for each in LAYOUTS[name])]
         for name in given.layouts
     }
     configs = {name: load_config(given.config, settings[name]) for name in given.layouts}
