@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_depthattn.study.bootstrap import Noise, estimate, interval
 from megatron_depthattn.study.differences import Clusters, Observation, cluster, paired_differences, why_no_fall
-from megatron_depthattn.study.law import EXPONENTS, FORM, MISFIT_LEVEL, PARAMETERS, Cells, Law, LawFit, fit_law, why_not
+from megatron_depthattn.study.law import EXPONENTS, FORM, PARAMETERS, Cells, Law, LawFit, fit_law, why_not
 from megatron_depthattn.study.multiplier import Fitted, Multiplier, multipliers, sentence, time_ratio
 
 BAND_POINTS = 20
@@ -93,7 +93,7 @@ def _law(of: ResampledLaw, confidence: float) -> dict[str, Any]:
     }
     found["rmse"] = of.fit.rmse
     notes = []
-    if of.fit.misfit_p is not None and of.fit.misfit_p < MISFIT_LEVEL:
+    if of.fit.misses:
         notes.append(
             f"the law misses the means of its points by more than seeds explain (p = {of.fit.misfit_p:.2g}); "
             "its intervals are widened accordingly"
@@ -172,6 +172,7 @@ def _multipliers(
         else:
             assert isinstance(law, ResampledLaw)
             fits[method] = multipliers(clusters, baseline, method, law.fit.law, law.laws, noise)
+    law_misses = isinstance(law, ResampledLaw) and law.fit.misses
     for method, of in fits.items():
         common = of.common
         if not math.isfinite(common.value):
@@ -189,8 +190,8 @@ def _multipliers(
         found[method] = both(common) | {
             "rungs": {rung: both(one) for rung, one in of.by_rung.items() if math.isfinite(one.value)},
             "budgets": {f"{budget:g}": both(one) for budget, one in of.by_budget.items() if math.isfinite(one.value)},
-            "verdict": common.verdict(1 - (1 - confidence) / len(fits)),
-            "sentence": sentence(method, baseline, of, ratio, confidence, len(fits)),
+            "verdict": of.verdict(1 - (1 - confidence) / len(fits)),
+            "sentence": sentence(method, baseline, of, ratio, confidence, len(fits), law_misses=law_misses),
         }
     return found
 

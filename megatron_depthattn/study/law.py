@@ -72,6 +72,11 @@ class LawFit:
     rmse: float
     misfit_p: float | None
 
+    @property
+    def misses(self) -> bool:
+        """The law misses its points by more than their seeds explain."""
+        return self.misfit_p is not None and self.misfit_p < MISFIT_LEVEL
+
 
 def why_not(sizes: Floats, tokens: Floats) -> str | None:
     """Why these runs cannot tell the five parameters apart, and what to add; None if they can."""

@@ -77,6 +77,21 @@ class Fitted(NamedTuple):
     by_budget: dict[float, Multiplier]
     p_budgets: float | None
 
+    @property
+    def varies(self) -> bool:
+        """One multiplier does not hold for all token budgets."""
+        return self.p_budgets is not None and self.p_budgets < HETEROGENEITY_LEVEL
+
+    def verdict(self, confidence: float) -> str:
+        """Over all pairs; where budgets differ, with what it is not at the largest one."""
+        found = self.common.verdict(confidence)
+        budget, at = list(self.by_budget.items())[-1]
+        late = at.verdict(confidence)
+        if found == "no difference shown" or not self.varies or late == found:
+            return found
+        late = late if late in ("better", "worse") else "not shown"
+        return f"{found} over all runs, {late} at {budget:g} tokens per weight"
+
 
 def multipliers(clusters: Clusters, baseline: str, method: str, law: Law, resampled: list[Law], noise: Noise) -> Fitted:
     """Over all pairs, by rung and by token budget."""
@@ -134,6 +149,8 @@ def sentence(
     ratio: float | str,
     confidence: float,
     methods: int,
+    *,
+    law_misses: bool = False,
 ) -> str:
     """What the figures show and cannot show, for a reader who sees nothing else."""
     of, corrected = fitted.common, 1 - (1 - confidence) / methods
@@ -164,11 +181,16 @@ def sentence(
         text += " It ran at one size only: nothing is said of other sizes."
     elif fitted.p_rungs is not None and fitted.p_rungs < HETEROGENEITY_LEVEL:
         text += f" Its rungs differ by more than their noise (p = {fitted.p_rungs:.2g}): see each rung's figure."
-    if fitted.p_budgets is not None and fitted.p_budgets < HETEROGENEITY_LEVEL:
+    if fitted.varies:
         (few, early), *_, (many, late) = fitted.by_budget.items()
         text += (
             f" One figure does not hold for all token budgets (p = {fitted.p_budgets:.2g}): it is {early.value:.3f} at "
             f"{few:g} tokens per weight and {late.value:.3f} at {many:g}; what it is at more is not known."
+        )
+    if law_misses:
+        text += (
+            f" The law of {baseline} misses its own points by more than their noise, so the size of the multiplier is "
+            "rough; the paired differences do not rest on the law."
         )
     if methods > 1:
         text += f" One of {methods} methods compared; their verdicts hold together at {confidence:.0%} (Bonferroni)."
