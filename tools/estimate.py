@@ -57,8 +57,8 @@ def run(given: argparse.Namespace) -> None:
     silence_noise()
     from megatron_depthattn.config import load_config
     from megatron_depthattn.estimate.layouts import best_layouts
-    from megatron_depthattn.estimate.machine import find_machine, load_machine
-    from megatron_depthattn.estimate.report import estimate_config
+    from megatron_depthattn.estimate.machine import check_calibration, find_machine, load_machine
+    from megatron_depthattn.estimate.report import Estimate, estimate_config
     from megatron_depthattn.estimate.step_time import MODEL
     from tools.calibration import calibrate_world
     from tools.estimate_tables import show, show_layouts, show_machine
@@ -75,14 +75,21 @@ def run(given: argparse.Namespace) -> None:
         show_machine(load_machine(given.calibrate))
         return
     machine = load_machine(given.machine) if given.machine else find_machine(given.gpu or "H100")
-    as_it_stands = estimate_config(config, world, machine)
+    check_calibration(machine, config, world)
+    as_it_stands: Estimate | None = None
+    try:
+        as_it_stands = estimate_config(config, world, machine)
+        show(config, as_it_stands, machine)
+    except ValueError as error:
+        if not given.layouts:
+            raise
+        print(f"as it stands it does not run on {world} ranks: {error}")
     layouts = best_layouts(config, world, machine, limit=given.limit) if given.layouts else []
-    show(config, as_it_stands, machine)
     if given.layouts:
         show_layouts(layouts, machine)
     show_machine(machine)
     if given.json:
-        values = as_it_stands.as_dict() | {
+        values = (as_it_stands.as_dict() if as_it_stands else {}) | {
             "layouts": [asdict(each) for each in layouts],
             "machine": asdict(machine),
             "model": MODEL,

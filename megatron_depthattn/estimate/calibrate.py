@@ -21,7 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_depthattn.config import ModelConfig, RunConfig, from_dict
-from megatron_depthattn.estimate.machine import COLLECTIVES, PRESETS, Cost, LayerCost, Machine, save_machine
+from megatron_depthattn.estimate.machine import (
+    COLLECTIVES,
+    PRESETS,
+    Cost,
+    LayerCost,
+    Machine,
+    layer_settings,
+    save_machine,
+)
 from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
@@ -48,13 +56,17 @@ def calibrate(config: RunConfig, device: torch.device, budget: float = 0.05) -> 
     assumed: tuple[str, ...] = ()
     if world > 1:
         links = {kind: _link(clock, kind, device) for kind in COLLECTIVES}
-    elif preset:
-        links = dict(preset.intra_node)
-        assumed = (f"links of {preset.name} (one process measures none): {preset.assumed[0]}",)
+    between, node = links, world
+    if preset:
+        between = dict(preset.inter_node)
+        assumed = (f"links between nodes are those of {preset.name}: {preset.assumed[0]}",)
+        if world == 1:
+            links, node = dict(preset.intra_node), preset.devices_per_node
+            assumed = (f"links of {preset.name} (one process measures none): {preset.assumed[0]}",)
     return Machine(
         name=f"{world} x {name}",
         memory_gb=torch.cuda.get_device_properties(device).total_memory / 1e9 if on_gpu else None,
-        devices_per_node=world,
+        devices_per_node=node,
         products={dtype: _products(clock, config, device)},
         attention={dtype: _attention(clock, config, device)},
         passes=passes,
@@ -62,8 +74,9 @@ def calibrate(config: RunConfig, device: torch.device, budget: float = 0.05) -> 
         host_seconds=_host_seconds(_Clock(device, 20 * budget), config, device),
         is_host=not on_gpu,
         layers={str(degree): _layer(clock, config, device, degree) for degree in _degrees(config)},
+        calibrated_for=layer_settings(config),
         intra_node=links,
-        inter_node=links,
+        inter_node=between,
         peak_tflops=dict(preset.peak_tflops) if preset else {},
         assumed=assumed,
         measured=(

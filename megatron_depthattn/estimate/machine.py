@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_depthattn.config import RunConfig
 from megatron_depthattn.train.metrics import PEAK_TFLOPS_BF16
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "send")
@@ -45,6 +46,10 @@ class Cost:
         last = min(bisect_left(self.points, (amount,)), len(self.points) - 1)
         (x0, y0), (x1, y1) = self.points[last - 1], self.points[last]
         return y0 + (amount - x0) * max(0.0, y1 - y0) / (x1 - x0)
+
+    def in_proportion(self, amount: float) -> float:
+        """The same, but below the first point in proportion: of work that a start-up time is no part of."""
+        return self.seconds(amount) * min(1.0, amount / self.points[0][0])
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,48 @@ class Machine:
     layers: Mapping[str, LayerCost] = field(default_factory=dict)
     """Of the config that was calibrated, by over how many tensor ranks a layer is cut; in place of the sum over its
     operations."""
+    calibrated_for: Mapping[str, Any] = field(default_factory=dict)
+    """What of a config those layers depend on (`layer_settings`)."""
     peak_tflops: Mapping[str, float] = field(default_factory=dict)
     """By type; what MFU is a fraction of."""
     assumed: tuple[str, ...] = ()
     """What of this was neither measured nor said by the vendor, in lines for people."""
     measured: tuple[str, ...] = ()
     """How the rest was measured."""
+
+
+def layer_settings(config: RunConfig) -> dict[str, Any]:
+    """What the time of one layer depends on, but for layout, micro-batch and how many layers it reads."""
+    model = config.model
+    keys = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size")
+    return {f"model.{key}": getattr(model, key) for key in (*keys, "spec", "method")} | {
+        "model.depth_attention.enabled": model.depth_attention.enabled,
+        "data.sequence_length": config.data.sequence_length,
+        "precision.dtype": config.precision.dtype,
+    }
+
+
+def check_calibration(machine: Machine, config: RunConfig, world_size: int) -> None:
+    """That a machine's figures say something of this config.
+
+    Raises:
+        ValueError: it was calibrated with another model, or by fewer processes and nothing is known of other links.
+    """
+    settings = layer_settings(config)
+    other = [
+        f"{key} is {settings[key]}, not {measured}"
+        for key, measured in machine.calibrated_for.items()
+        if settings.get(key) != measured
+    ]
+    if other:
+        raise ValueError(
+            f"{machine.name} was calibrated with another config: {'; '.join(other)}: calibrate with this one"
+        )
+    if world_size > machine.devices_per_node and not machine.assumed:
+        raise ValueError(
+            f"{machine.name} was calibrated by {machine.devices_per_node} process(es), which says nothing of the links "
+            f"of {world_size} ranks: calibrate with --world {world_size}, or set a smaller --world"
+        )
 
 
 def _node(

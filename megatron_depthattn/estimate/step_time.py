@@ -41,6 +41,7 @@ MODEL = (
     "step = m * slowest stage + fill and drain by the other stages / v + gradient reduction + optimizer; a stage's "
     "micro-batch = matrix products by operations + other operations by bytes + tensor, context and pipeline messages",
     "not overlapped: tensor, context, data; hops only where the interleaved schedule overlaps them on a GPU",
+    "not in it: the step in host memory and the transfers of engine.offload_optimizer",
 )
 
 # Bytes moved for each number of a tensor, in multiples of its size, of torch's unfused operations: read off the local
@@ -151,12 +152,12 @@ def _stage_time(
     }
     products, attention = layer_products(config, machine), attention_seconds(config, machine)
     if measured := machine.layers.get(str(config.parallel.tensor)):
-        one = measured.forward.seconds(rows(config))
-        ends_of_model = measured.ends.seconds(rows(config)) if stage == config.parallel.pipeline - 1 else 0.0
+        one = measured.forward.in_proportion(rows(config))
+        ends_of_model = measured.ends.in_proportion(rows(config)) if stage == config.parallel.pipeline - 1 else 0.0
         recompute = again * one
         if config.recompute.granularity == "selective":
             recompute = count * (attention.products + attention.passes)
-        whole = count * (one + measured.backward.seconds(rows(config))) + ends_of_model
+        whole = count * (one + measured.backward.in_proportion(rows(config))) + ends_of_model
         return StageTime(layers=whole, recompute=recompute, **messages)
     passes = sum(machine.passes.seconds(moved) for moved in _layer_passes(config)) + _exponentials(config, machine)
     mix_forward, mix_backward = _mix_seconds(config, shared, machine, layers)

@@ -22,7 +22,16 @@ from megatron_depthattn.config import (
 )
 from megatron_depthattn.estimate.calibrate import calibrate
 from megatron_depthattn.estimate.layouts import best_layouts, candidate_layouts
-from megatron_depthattn.estimate.machine import PRESETS, Cost, find_machine, load_machine, save_machine
+from megatron_depthattn.estimate.machine import (
+    PRESETS,
+    Cost,
+    LayerCost,
+    check_calibration,
+    find_machine,
+    layer_settings,
+    load_machine,
+    save_machine,
+)
 from megatron_depthattn.estimate.memory import rank_memory
 from megatron_depthattn.estimate.report import estimate_config
 from megatron_depthattn.estimate.step_time import step_time
@@ -309,3 +318,43 @@ def test_the_tool_refuses_in_one_line(arguments, said, capsys):
 
 def test_the_tool_names_every_preset():
     assert set(GPUS) == set(PRESETS)
+
+
+def calibrated(config, **changes):
+    """A machine on which a layer takes a second a position, as if two processes had measured it."""
+    layer = LayerCost(*(Cost(((64.0, 64.0), (128.0, 128.0))) for _ in range(3)))
+    figures = {"layers": {"1": layer}, "calibrated_for": layer_settings(config), "devices_per_node": 2, "assumed": ()}
+    return replace(H100, **(figures | changes))
+
+
+def test_a_part_of_a_sequence_costs_its_part_of_a_measured_layer():
+    one = replace(SMALL, train=replace(SMALL.train, micro_batch_size=1))
+    whole, half = seconds(one, 1, calibrated(SMALL)), seconds(with_layout(one, context=2), 2, calibrated(SMALL))
+    assert whole.layers == 2 * half.layers == 16 * 64 * (4 * 2 + 1)
+
+
+def test_a_calibration_is_refused_for_other_layers_and_for_more_ranks():
+    check_calibration(H100, SMALL, 4096)
+    check_calibration(calibrated(SMALL), SMALL, 2)
+    check_calibration(calibrated(SMALL, assumed=("links",)), SMALL, 4)
+    with pytest.raises(ValueError, match=r"calibrated by 2 process\(es\).*--world 4"):
+        check_calibration(calibrated(SMALL), SMALL, 4)
+    longer = replace(SMALL, data=replace(SMALL.data, sequence_length=128))
+    with pytest.raises(ValueError, match=r"data\.sequence_length is 128, not 64"):
+        check_calibration(calibrated(SMALL), longer, 2)
+
+
+def test_the_tool_ranks_layouts_of_a_config_that_does_not_run_as_it_stands(capsys):
+    arguments = [str(ROOT / "configs/360m.yaml"), "--world", "24"]
+    assert estimate_tool(arguments) == 1
+    assert "not a multiple of" in capsys.readouterr().err
+    assert estimate_tool([*arguments, "parallel.pipeline=4", "train.global_batch_size=513", "--layouts"]) == 0
+    told = capsys.readouterr().out
+    assert "as it stands it does not run on 24 ranks: train.global_batch_size" in told and "layouts that fit" in told
+
+
+def test_a_mode_that_the_config_refuses_is_left_out(capsys):
+    fp8 = ["model.spec=te", "precision.fp8_attention=true", "recompute.granularity=null"]
+    arguments = [str(ROOT / "configs/3b.yaml"), str(ROOT / "configs/precision/fp8.yaml"), *fp8, "--world", "32"]
+    assert estimate_tool(arguments) == 0, capsys.readouterr().err
+    assert "selective" not in capsys.readouterr().out
