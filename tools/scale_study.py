@@ -73,12 +73,13 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     make_plan(study, given.study.parent, output)
     points = [point for point in read_points(output) if given.only in point.id]
     _prepare(study, output)
+    _check_held_out(study, output)
     if given.slurm is not None:
         return _submit(given, points, output)
     failed, is_stopped = run_points(points, output, jobs=given.jobs, tell=lambda line: print(line, flush=True))
     if not is_stopped and not failed and study.timing_rounds and not given.no_timing:
         _time(study, output, again=given.time_again)
-    collect_results(read_points(output), output, baseline=study.baseline)
+    collect_results(read_points(output), output, baseline=study.baseline, own_steps=not study.timing_rounds)
     if is_stopped:
         print("stopped: the same command goes on")
         return 75
@@ -96,7 +97,7 @@ def fit(given: argparse.Namespace, study: Study, output: Path) -> int:
     from megatron_depthattn.study.results import collect_results
 
     points = read_points(output)
-    results = collect_results(points, output, baseline=study.baseline)
+    results = collect_results(points, output, baseline=study.baseline, own_steps=not study.timing_rounds)
     losses = {result["id"]: result["loss"] for result in results["results"]}
     observations = [
         Observation(
@@ -162,6 +163,22 @@ def _prepare(study: Study, output: Path) -> None:
         raise ValueError(f"the corpus of the study could not be prepared in {config.data.path}, see above")
 
 
+def _check_held_out(study: Study, output: Path) -> None:
+    """That every size can be evaluated over all of `eval_sequences`; a URL is not looked into."""
+    from megatron_depthattn.config import load_config
+    from megatron_depthattn.study.plan import read_points
+
+    index = Path(load_config(output / read_points(output)[0].config).data.path) / "val" / "index.json"
+    if not index.is_file():
+        return
+    sequences = sum(shard["samples"] for shard in json.loads(index.read_text(encoding="utf-8"))["shards"])
+    if sequences < study.eval_sequences:
+        raise ValueError(
+            f"{index.parent} holds {sequences} sequences and eval_sequences is {study.eval_sequences}: sizes with "
+            f"other batches would be evaluated on other text; set it to at most {sequences}, or hold out more"
+        )
+
+
 def _submit(given: argparse.Namespace, points: list[Any], output: Path) -> int:
     """The unfinished points as one Slurm array, through launch/submit, which checks and freezes them."""
     from megatron_depthattn.study.slurm import write_array
@@ -177,8 +194,12 @@ def _submit(given: argparse.Namespace, points: list[Any], output: Path) -> int:
 
 def _time(study: Study, output: Path, *, again: bool) -> None:
     """Interleaved steps of all methods of every rung that has not been timed yet."""
+    from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.study.plan import read_points
     from megatron_depthattn.study.results import TIMING
+
+    def micro_batches(config: str) -> int:
+        return validate(load_config(config), study.world.devices, needs_data=False).num_microbatches
 
     file = output / TIMING
     known = json.loads(file.read_text(encoding="utf-8"))["timing"] if file.is_file() and not again else {}
@@ -204,15 +225,20 @@ def _time(study: Study, output: Path, *, again: bool) -> None:
             if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
                 raise ValueError(f"timing failed; see it fail: {' '.join(command[1:])}")
             measured = json.loads(figures.read_text(encoding="utf-8"))["figures"]
-        known[rung] = {name: _timed(measured[name]) for name in models if "seconds" in measured[name]}
-        source = f"interleaved steps, median of {study.timing_rounds} rounds, one process"
+        known[rung] = {
+            name: _timed(measured[name], micro_batches(models[name])) for name in models if "seconds" in measured[name]
+        }
+        source = (
+            f"interleaved steps of one micro-batch on one device, median of {study.timing_rounds} rounds, times the "
+            "micro-batches of a rank; parallel ranks and messages between them are not in it"
+        )
         file.write_text(json.dumps({"timing": known, "timing_source": source}, indent=1) + "\n", encoding="utf-8")
 
 
-def _timed(figures: dict[str, Any]) -> dict[str, float]:
+def _timed(figures: dict[str, Any], micro_batches: int) -> dict[str, float]:
     low, high = figures["interval"]
     middle = sorted(figures["seconds"])[len(figures["seconds"]) // 2]
-    return {"seconds_per_step": middle, "ratio": figures["ratio"], "low": low, "high": high}
+    return {"seconds_per_step": middle * micro_batches, "ratio": figures["ratio"], "low": low, "high": high}
 
 
 def _rung_table(made: dict[str, Any]) -> Table:

@@ -90,7 +90,7 @@ class Fitted(NamedTuple):
         if found == "no difference shown" or not self.varies or late == found:
             return found
         late = late if late in ("better", "worse") else "not shown"
-        return f"{found} over all runs, {late} at {budget:g} tokens per weight"
+        return f"{found} over all runs, {late} at {budget:g} tokens per weight ({', '.join(at.rungs)})"
 
 
 def multipliers(clusters: Clusters, baseline: str, method: str, law: Law, resampled: list[Law], noise: Noise) -> Fitted:
@@ -115,7 +115,7 @@ def multipliers(clusters: Clusters, baseline: str, method: str, law: Law, resamp
         found = {}
         for name, here in groups.items():
             samples = None
-            if drawn is not None:
+            if drawn is not None and clusters.num_blocks(here) > 1:  # one seed says nothing of its noise
                 samples = _multiplier(_shift(drawn_terms[:, here], fitted[here] + drawn[:, here]), betas)
             value = float(_multiplier(shifts[name], law.beta))
             rungs = tuple(rung for rung, of in of_rungs.items() if (of & here).any())
@@ -185,7 +185,8 @@ def sentence(
         (few, early), *_, (many, late) = fitted.by_budget.items()
         text += (
             f" One figure does not hold for all token budgets (p = {fitted.p_budgets:.2g}): it is {early.value:.3f} at "
-            f"{few:g} tokens per weight and {late.value:.3f} at {many:g}; what it is at more is not known."
+            f"{few:g} tokens per weight ({', '.join(early.rungs)}) and {late.value:.3f} at {many:g} "
+            f"({', '.join(late.rungs)}); what it is at more is not known."
         )
     if law_misses:
         text += (

@@ -19,9 +19,9 @@ from megatron_depthattn.train.line_files import read_records
 RESULTS, TIMING = "results.json", "timing.json"
 
 
-def collect_results(points: Sequence[Point], output: Path, *, baseline: str) -> dict[str, Any]:
+def collect_results(points: Sequence[Point], output: Path, *, baseline: str, own_steps: bool = False) -> dict[str, Any]:
     """Write ``results.json`` below ``output`` and return what it holds: every point, finished or not, and timing."""
-    timing, source = _timing(points, output, baseline)
+    timing, source = _timing(points, output, baseline, own_steps=own_steps)
     results = {
         "results": [_result(point, output) for point in points],
         "timing": timing,
@@ -63,12 +63,14 @@ def _why_unfinished(history: Sequence[dict[str, Any]]) -> str:
     return f"stopped by {last['signal']}" if "signal" in last else f"ended: {last['outcome']}"
 
 
-def _timing(points: Sequence[Point], output: Path, baseline: str) -> tuple[dict[str, Any], str]:
+def _timing(points: Sequence[Point], output: Path, baseline: str, *, own_steps: bool) -> tuple[dict[str, Any], str]:
     """Seconds of a step of every method at every rung, and where they are from."""
     file = output / TIMING
     if file.is_file():
         measured = json.loads(file.read_text(encoding="utf-8"))
         return measured["timing"], measured["timing_source"]
+    if not own_steps:  # runs that may have shared their machine do not tell how long a step takes
+        return {}, "not timed yet"
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for point in points:
         steps = [record["step_seconds"] for record in read_records(output / point.run_dir / METRICS)]

@@ -259,9 +259,17 @@ def test_a_gain_that_training_longer_takes_back_is_not_passed_over():
     assert list(found) == [10, 20, 40]
     assert all(found[budget]["low"] < mu < found[budget]["high"] for budget, mu in worth.items())
     assert "does not hold for all token budgets" in of["sentence"]
-    assert of["verdict"] == "better over all runs, not shown at 40 tokens per weight"
+    assert of["verdict"] == "better over all runs, not shown at 40 tokens per weight (d0, d1, d2, d3)"
     control = fit(steady)["multipliers"]["method"]
     assert control["verdict"] == "better" and "for all token budgets" not in control["sentence"]
+
+
+def test_one_pair_at_a_budget_has_no_interval_there():
+    runs = ladder(np.random.default_rng(5), {"m": 1.2})
+    kept = [run for run in runs if run.tokens_per_parameter < 40 or (run.rung, run.seed) == ("d1", 1)]
+    budgets = fit(kept)["multipliers"]["m"]["budgets"]
+    assert budgets["40"]["equal_tokens"]["low"] is None is budgets["40"]["equal_tokens"]["high"]
+    assert budgets["20"]["equal_tokens"]["low"] is not None
 
 
 def test_time_can_eat_a_gain_and_is_said():
