@@ -73,7 +73,6 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     make_plan(study, given.study.parent, output)
     points = [point for point in read_points(output) if given.only in point.id]
     _prepare(study, output)
-    _check_held_out(study, output)
     if given.slurm is not None:
         return _submit(given, points, output)
     failed, is_stopped = run_points(points, output, jobs=given.jobs, tell=lambda line: print(line, flush=True))
@@ -148,27 +147,23 @@ def _slurm_options(study: Study) -> str:
 
 
 def _prepare(study: Study, output: Path) -> None:
-    """The corpus, where the study names a text and it is not there yet."""
+    """The corpus, where the study names a text and it is not there yet; and that it suffices."""
     from megatron_depthattn.config import load_config
     from megatron_depthattn.study.plan import read_points
 
-    if study.corpus is None:
-        return
-    config = load_config(output / read_points(output)[0].config)
-    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", study.corpus.input]
-    command += ["--tokenizer", study.corpus.tokenizer, "--output", config.data.path]
-    command += ["--sequence-length", str(config.data.sequence_length)]
-    command += ["--validation-fraction", str(study.corpus.validation_fraction)]
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError(f"the corpus of the study could not be prepared in {config.data.path}, see above")
+    data = load_config(output / read_points(output)[0].config).data
+    if study.corpus is not None:
+        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", study.corpus.input]
+        command += ["--tokenizer", study.corpus.tokenizer, "--output", data.path]
+        command += ["--sequence-length", str(data.sequence_length)]
+        command += ["--validation-fraction", str(study.corpus.validation_fraction)]
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"the corpus of the study could not be prepared in {data.path}, see above")
+    check_held_out(study, Path(data.path) / "val" / "index.json")
 
 
-def _check_held_out(study: Study, output: Path) -> None:
+def check_held_out(study: Study, index: Path) -> None:
     """That every size can be evaluated over all of `eval_sequences`; a URL is not looked into."""
-    from megatron_depthattn.config import load_config
-    from megatron_depthattn.study.plan import read_points
-
-    index = Path(load_config(output / read_points(output)[0].config).data.path) / "val" / "index.json"
     if not index.is_file():
         return
     sequences = sum(shard["samples"] for shard in json.loads(index.read_text(encoding="utf-8"))["shards"])

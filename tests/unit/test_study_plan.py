@@ -12,7 +12,7 @@ from megatron_depthattn.study.plan import make_plan, read_points
 from megatron_depthattn.study.run import progress_of, training_command
 from megatron_depthattn.study.slurm import write_array
 from megatron_depthattn.study.study import load_study
-from tools.scale_study import main
+from tools.scale_study import check_held_out, main
 
 STUDIES = Path(__file__).parents[2] / "configs/studies"
 SMALL = {
@@ -199,3 +199,14 @@ def test_a_study_of_several_nodes_is_not_started_here(tmp_path, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "needs 32 devices, 8 a node: give --slurm --nodes 4 --gpus-per-node 8" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_held_out_text_that_is_too_short_is_refused(tmp_path):
+    """As many sequences as are asked for are enough, one less is not."""
+    planned(tmp_path)
+    study, index = load_study(tmp_path / "small.yaml"), tmp_path / "index.json"
+    index.write_text(json.dumps({"shards": [{"samples": study.eval_sequences - 1}, {"samples": 1}]}))
+    check_held_out(study, index)
+    index.write_text(json.dumps({"shards": [{"samples": study.eval_sequences - 1}]}))
+    with pytest.raises(ValueError, match=f"holds {study.eval_sequences - 1} sequences and eval_sequences is"):
+        check_held_out(study, index)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.result import Result
+from tools.benchmarks.world import run_world
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {"pp2": (2, 1), "pp4": (4, 1), "pp2xvpp2": (2, 2), "pp4xvpp2": (4, 2)}
 """Pipeline ranks and chunks a rank."""
 METHODS = ("vanilla", "depth_attention", "denseformer", "attnres", "mhc")
@@ -123,19 +117,7 @@ def _link_bound(figures: dict[str, Any], pipeline: int, virtual: int) -> float:
 def _run_world(
     given: argparse.Namespace, pipeline: int, virtual: int, variants: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as name:
-        work, output = Path(name) / "work.json", Path(name) / "figures.json"
-        more = {"pipeline": pipeline, "virtual": virtual, "models": [variant["model"] for variant in variants]}
-        kept = ("layers", "hidden", "sequence_length", "microbatches", "runs")
-        work.write_text(json.dumps({key: getattr(given, key) for key in kept} | more))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={pipeline}"]
-        done = subprocess.run(
-            [*torchrun, "-m", "tools.benchmarks.hop_worker", str(work), str(output)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise ValueError(f"the world of {pipeline} processes failed: {done.stderr[-2000:]}")
-        return json.loads(output.read_text())  # type: ignore[no-any-return]
+    more = {"pipeline": pipeline, "virtual": virtual, "models": [variant["model"] for variant in variants]}
+    kept = ("layers", "hidden", "sequence_length", "microbatches", "runs")
+    work = {key: getattr(given, key) for key in kept} | more
+    return run_world("tools.benchmarks.hop_worker", work, pipeline)  # type: ignore[no-any-return]

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.result import Result
+from tools.benchmarks.world import run_world
 
-ROOT = Path(__file__).resolve().parents[2]
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
 CASES: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -60,17 +54,5 @@ def count_traffic(cases: list[str]) -> dict[str, dict[str, list[int]]]:
     Raises:
         ValueError: the processes failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        work, output = Path(folder) / "work.json", Path(folder) / "found.json"
-        work.write_text(json.dumps({name: CASES[name] for name in cases}))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run(
-            [*torchrun, "-m", "tools.benchmarks.traffic_worker", str(work), str(output)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise ValueError(f"the world of 2 processes failed: {done.stderr[-2000:]}")
-        return json.loads(output.read_text())  # type: ignore[no-any-return]
+    work = {name: CASES[name] for name in cases}
+    return run_world("tools.benchmarks.traffic_worker", work, 2)  # type: ignore[no-any-return]
