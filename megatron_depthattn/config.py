@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from omegaconf import OmegaConf
 
 from megatron_depthattn import strict_config
 from megatron_depthattn.config_check import Sizes, validate
@@ -308,8 +308,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     overlays = [argument for argument in overrides if _is_overlay(argument)]
     layers = [layer for file in (path, *overlays) for layer in strict_config.read_yaml(file)]
-    layers.append(strict_config.parse_overrides([argument for argument in overrides if not _is_overlay(argument)]))
-    return strict_config.build(RunConfig, layers)
+    settings = [argument for argument in overrides if not _is_overlay(argument)]
+    return strict_config.build(RunConfig, [*layers, strict_config.parse_overrides(RunConfig, settings)])
 
 
 def _is_overlay(argument: str) -> bool:
@@ -338,5 +338,6 @@ def from_dict(values: dict[str, Any], source: str) -> RunConfig:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write every key as YAML that `load_config` reads back to an equal config."""
+    # OmegaConf's own dumper: it quotes the strings that its loader would take for numbers, such as 1e3.
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    Path(path).write_text(OmegaConf.to_yaml(to_dict(config)), encoding="utf-8")

@@ -4,16 +4,52 @@ Every refusal says what was given, why it is refused and what to set. Checked he
 each other, because the same mistakes found later are a hang, or an assertion inside Megatron on one rank.
 """
 
+import functools
+import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_depthattn.engine_check import engine_refusal
 from megatron_depthattn.loops_check import loops_refusal
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
 from megatron_depthattn.precision_check import precision_refusal
+from megatron_depthattn.vocabulary import VOCAB_MULTIPLE, padded_vocab_size
 
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
     from megatron_depthattn.config import RunConfig
+
+MOST = 2**31 - 1
+"""Largest count where no other is given: libraries count elements and samples with 32 bits."""
+COUNTS = (
+    *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups")),
+    *(f"model.{name}" for name in ("kv_channels", "ffn_hidden_size", "vocab_size", "max_position_embeddings")),
+    *("model.num_loops", "model.depth_attention.stride", "recompute.num_layers", "data.sequence_length"),
+    *(f"parallel.{name}" for name in ("tensor", "pipeline", "virtual_pipeline", "context")),
+    *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "stop_after", "eval_interval")),
+    *(f"train.{name}" for name in ("eval_batches", "log_interval", "depth_interval", "max_skipped_in_a_row")),
+    *("train.max_fruitless_starts", "checkpoint.interval", "checkpoint.keep"),
+)
+AT_LEAST_ZERO = (
+    *("run.seed", "model.depth_attention.recent_window", "model.init_std", "data.num_workers"),
+    *("precision.bf16_first_layers", "precision.bf16_last_layers"),
+    *("optimizer.lr", "optimizer.weight_decay", "optimizer.grad_clip"),
+)
+ABOVE_ZERO = ("model.rotary_base", "model.norm_epsilon", "optimizer.eps", "train.hang_timeout", "preflight.timeout")
+FRACTIONS = {
+    "optimizer.min_lr_ratio": True,
+    "optimizer.warmup_ratio": True,
+    "optimizer.beta1": False,
+    "optimizer.beta2": False,
+}
+"""Whether 1 is valid."""
+LARGEST: dict[str, float] = {
+    "model.num_layers": 1 << 16,
+    "model.num_loops": 1 << 16,
+    "train.steps": 10**8 - 1,  # the names of step folders have eight digits
+    "data.num_workers": 1024,
+    "train.hang_timeout": 31 * 86400,
+    "preflight.timeout": 31 * 86400,
+}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -67,67 +103,23 @@ def _neighbours(value: int, step: int) -> str:
 
 
 def _check_ranges(config: "RunConfig") -> None:
-    model, parallel, train, optimizer = config.model, config.parallel, config.train, config.optimizer
-    at_least_one = {
-        "model.num_layers": model.num_layers,
-        "model.hidden_size": model.hidden_size,
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.num_query_groups,
-        "model.kv_channels": model.kv_channels,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.vocab_size": model.vocab_size,
-        "model.num_loops": model.num_loops,
-        "model.depth_attention.stride": model.depth_attention.stride,
-        "parallel.tensor": parallel.tensor,
-        "parallel.pipeline": parallel.pipeline,
-        "parallel.virtual_pipeline": parallel.virtual_pipeline,
-        "parallel.context": parallel.context,
-        "recompute.num_layers": config.recompute.num_layers,
-        "data.sequence_length": config.data.sequence_length,
-        "train.steps": train.steps,
-        "train.global_batch_size": train.global_batch_size,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.stop_after": train.stop_after,
-        "train.eval_interval": train.eval_interval,
-        "train.eval_batches": train.eval_batches,
-        "train.log_interval": train.log_interval,
-        "train.depth_interval": train.depth_interval,
-        "train.max_skipped_in_a_row": train.max_skipped_in_a_row,
-        "train.max_fruitless_starts": train.max_fruitless_starts,
-        "checkpoint.interval": config.checkpoint.interval,
-        "checkpoint.keep": config.checkpoint.keep,
-    }
-    for key, count in at_least_one.items():
+    def value_of(key: str) -> Any:
+        return functools.reduce(getattr, key.split("."), config)
+
+    for key in COUNTS:
+        count, largest = value_of(key), LARGEST.get(key, MOST)
         _require(count is None or count >= 1, f"{key} is {count}; set 1 or more")
-    at_least_zero = {
-        "run.seed": config.run.seed,
-        "model.depth_attention.recent_window": model.depth_attention.recent_window,
-        "model.init_std": model.init_std,
-        "precision.bf16_first_layers": config.precision.bf16_first_layers,
-        "precision.bf16_last_layers": config.precision.bf16_last_layers,
-        "data.num_workers": config.data.num_workers,
-        "optimizer.lr": optimizer.lr,
-        "optimizer.weight_decay": optimizer.weight_decay,
-        "optimizer.grad_clip": optimizer.grad_clip,
-    }
-    for key, number in at_least_zero.items():
-        _require(number >= 0, f"{key} is {number}; set 0 or more")
-    above_zero = {
-        "model.rotary_base": model.rotary_base,
-        "model.norm_epsilon": model.norm_epsilon,
-        "optimizer.eps": optimizer.eps,
-        "train.hang_timeout": train.hang_timeout,
-        "preflight.timeout": config.preflight.timeout,
-    }
-    for key, positive in above_zero.items():
-        _require(positive is None or positive > 0, f"{key} is {positive}; set a number above 0")
-    fractions = {
-        "optimizer.min_lr_ratio": (optimizer.min_lr_ratio, True),
-        "optimizer.warmup_ratio": (optimizer.warmup_ratio, True),
-        "optimizer.beta1": (optimizer.beta1, False),
-        "optimizer.beta2": (optimizer.beta2, False),
-    }
-    for key, (number, one_is_valid) in fractions.items():
+        _require(count is None or count <= largest, f"{key} is {count}; set {largest} or less")
+    for key in AT_LEAST_ZERO:
+        number, largest = value_of(key), LARGEST.get(key, math.inf)
+        _require(0 <= number < math.inf, f"{key} is {number}; set a number of 0 or more")
+        _require(number <= largest, f"{key} is {number}; set {largest} or less")
+    for key in ABOVE_ZERO:
+        number, largest = value_of(key), LARGEST.get(key, math.inf)
+        _require(number is None or 0 < number < math.inf, f"{key} is {number}; set a number above 0")
+        _require(number is None or number <= largest, f"{key} is {number}; set {largest} or less")
+    for key, one_is_valid in FRACTIONS.items():
+        number = value_of(key)
         _require(
             0 <= number < 1 or (one_is_valid and number == 1),
             f"{key} is {number}; set a number from 0 to 1{'' if one_is_valid else ', 1 excluded'}",
@@ -191,10 +183,19 @@ def _check_model(config: "RunConfig") -> None:
             f"{key} is {size}, which parallel.tensor={tensor} does not divide: each tensor-parallel rank "
             f"holds an equal share; set {key}={_neighbours(size, tensor)}, or another parallel.tensor",
         )
+    rows = padded_vocab_size(model.vocab_size)
+    _require(
+        rows % tensor == 0,
+        f"model.vocab_size is {model.vocab_size}, whose embedding of {rows} rows (padded to a multiple of "
+        f"{VOCAB_MULTIPLE}) parallel.tensor={tensor} does not divide: each tensor-parallel rank holds an equal share; "
+        f"set model.vocab_size={math.lcm(VOCAB_MULTIPLE, tensor) * -(-rows // math.lcm(VOCAB_MULTIPLE, tensor))}, or "
+        "parallel.tensor to a power of two",
+    )
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return ", ".join(str(divisor) for divisor in sorted({*small, *(number // divisor for divisor in small)}))
 
 
 def _check_pipeline(config: "RunConfig") -> int:

@@ -3,14 +3,18 @@
 The tree of a config is its dataclass, so nothing is declared twice: the dotted keys, their types and their
 defaults are read from the fields. A field may be a list of sections, `tuple[SomeDataclass, ...]`, whose value is
 given as a whole. Each value remembers where it came from, because "unknown key" is only
-useful with the file to open. OmegaConf reads the text (its loader takes `1e-3` as a number, which plain YAML
-1.1 does not) and resolves `${a.b}`; the checks are ours.
+useful with the file to open. OmegaConf reads YAML (its loader takes `1e-3` as a number, which plain YAML 1.1 does
+not). Its interpolations are not used: they can read environment variables, and a config may come from elsewhere.
+`${a.b}` stands for another key of the config and for nothing else.
 """
 
 import dataclasses
 import difflib
+import os
+import re
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -23,6 +27,12 @@ T = TypeVar("T")
 
 BASE_KEY = "base"
 COMMAND_LINE = "the command line"
+LONGEST_TEXT = 4096
+"""Characters of a string; Linux takes no longer path."""
+LONGEST_SHOWN = 200
+_REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+_PLAIN_SCALAR = re.compile(r"[\w.+-]*", re.ASCII)
+_PADDED_INTEGER = re.compile(r"[+-]?0[0-9]+")
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -58,34 +68,60 @@ def read_yaml(path: str | Path, _including: tuple[Path, ...] = ()) -> list[Layer
     if path.resolve() in (seen.resolve() for seen in _including):
         chain = " -> ".join(str(seen) for seen in (*_including, path))
         raise ValueError(f"{path} includes itself through '{BASE_KEY}': {chain}; remove one of these entries")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {_show(content)} at its top level; it must hold 'section: {{key: value}}'")
+    content = load_yaml(path)
     bases = content.pop(BASE_KEY, None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"'{BASE_KEY}' in {path} is {_show(bases)}; give one YAML path or a list of them")
-    layers = [layer for base in bases for layer in read_yaml(path.parent / base, (*_including, path))]
+    layers = [
+        layer for base in bases for layer in read_yaml(path.parent / os.path.expanduser(base), (*_including, path))
+    ]
     return [*layers, layer(str(path), content)]
 
 
-def parse_overrides(arguments: Sequence[str]) -> Layer:
-    """`a.b=c` arguments as one layer; values are read as YAML, so `null`, `true` and `1e-3` work."""
+def load_yaml(path: Path) -> dict[Any, Any]:
+    """The sections of one YAML file; ValueError if it cannot be read or holds anything else."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, OSError, ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is not valid YAML: {_shortened(repr(' '.join(str(error).split()))[1:-1])}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {_show(content)} at its top level; it must hold 'section: {{key: value}}'")
+    return content
+
+
+def parse_overrides(cls: type, arguments: Sequence[str]) -> Layer:
+    """`a.b=c` arguments as one layer: a string key of `cls` takes its text literally, other values are YAML."""
+    leaves = leaf_types(cls)
     values: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals or not key:
-            raise ValueError(f"argument '{argument}' is neither a .yaml file nor key=value, such as train.steps=100")
+            raise ValueError(
+                f"argument {_quoted(argument)} is neither a .yaml file nor key=value, such as train.steps=100"
+            )
+        options = _options(leaves.get(key))
+        if str in options:
+            values[key] = None if text == "null" and types.NoneType in options else text
+            continue
         try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(f"the value in argument '{argument}' is not valid YAML; quote it") from error
-        assert isinstance(parsed, dict)
-        values |= _flatten(parsed)
+            values |= _flatten({key: _yaml_value(text)})
+        except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
+            raise ValueError(f"the value in argument {_quoted(argument)} is not valid YAML; quote it") from error
     return Layer(COMMAND_LINE, values)
+
+
+def _yaml_value(text: str) -> Any:
+    """A number, true, false, null, or a list or section in brackets; any other text is itself."""
+    if _PADDED_INTEGER.fullmatch(text):  # octal in YAML 1.1; 007 on a command line is seven
+        return int(text)
+    if text.startswith(("[", "{")):
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    if _PLAIN_SCALAR.fullmatch(text):  # without what YAML would cut off or split: no space, '#', ':', ...
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index,call-overload]
+    return text
 
 
 def build(cls: type[T], layers: Sequence[Layer]) -> T:
@@ -99,35 +135,60 @@ def build(cls: type[T], layers: Sequence[Layer]) -> T:
                 merged[key], sources[key] = value, layer.source
             elif not (value is None and _is_section(key, leaves)):  # 'train:' with every line commented out
                 raise ValueError(_unknown_key(key, layer.source, leaves))
-    tree = OmegaConf.create()
-    for key, value in merged.items():
-        OmegaConf.update(tree, key, value, merge=False)
-    try:
-        nested = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        origin = f"{error.full_key} (from {sources.get(str(error.full_key))})"
-        raise ValueError(f"{origin} cannot be resolved: {str(error).splitlines()[0]}") from error
-    assert isinstance(nested, dict)
-    return _construct(cls, nested, sources, "")
+    values = {key: _resolved(key, merged, sources) for key in merged}
+    return _construct(cls, values, sources, "")
 
 
-def _construct(cls: type[T], nested: Mapping[Any, Any], sources: Mapping[str, str], prefix: str) -> T:
+def _resolved(key: str, merged: Mapping[str, Any], sources: Mapping[str, str], chain: tuple[str, ...] = ()) -> Any:
+    """The value of `key` with every `${a.b}` in it replaced by the value of that key."""
+
+    def fail(reason: str) -> typing.NoReturn:
+        raise ValueError(f"{key} (from {sources[key]}) cannot be resolved: {reason}")
+
+    def referenced(name: str) -> Any:
+        if name not in merged:
+            fail(
+                f"{_quoted(name)} is no key of the config; write '${{section.key}}', environment variables are not read"
+            )
+        return _resolved(name, merged, sources, (*chain, key))
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [resolve(entry) for entry in value]
+        if isinstance(value, Mapping):
+            return {name: resolve(entry) for name, entry in value.items()}
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        whole = _REFERENCE.fullmatch(value)
+        result = referenced(whole[1]) if whole else _REFERENCE.sub(lambda match: str(referenced(match[1])), value)
+        if isinstance(result, str) and "${" in result:
+            fail(f"{_quoted(result)} holds a '${{' that is no '${{section.key}}'")
+        return result
+
+    if key in chain:
+        fail(f"it refers to itself: {' -> '.join((*chain, key))}")
+    return resolve(merged[key])
+
+
+def _construct(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str], prefix: str) -> T:
     arguments: dict[str, Any] = {}
     for name, annotation in typing.get_type_hints(cls).items():
         key = prefix + name
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            arguments[name] = _construct(annotation, nested[name], sources, f"{key}.")
+            arguments[name] = _construct(annotation, values, sources, f"{key}.")
         else:
-            arguments[name] = _checked(nested[name], annotation, key, sources[key])
+            arguments[name] = _checked(values[key], annotation, key, sources[key])
     return cls(**arguments)
 
 
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types that a key may have: those of a union, or the one."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)  # Literal | None is the former
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
 def _checked(value: Any, annotation: Any, key: str, source: str) -> Any:
-    is_union = typing.get_origin(annotation) in (
-        typing.Union,
-        types.UnionType,
-    )  # Literal | None is the former
-    options = typing.get_args(annotation) if is_union else (annotation,)
+    options = _options(annotation)
     for option in options:
         if typing.get_origin(option) is Literal:
             if isinstance(value, str) and value in typing.get_args(option):
@@ -136,11 +197,31 @@ def _checked(value: Any, annotation: Any, key: str, source: str) -> Any:
             if isinstance(value, list | tuple):
                 item = typing.get_args(option)[0]
                 return tuple(_item(item, entry, f"{key}[{i}]", source) for i, entry in enumerate(value))
+        elif type(value) is int and option in (int, float) and abs(value) >= 1 << 63:
+            raise ValueError(f"{key} is an integer of {value.bit_length()} bits (from {source}); set one below 2^63")
         elif option is float and type(value) is int:
             return float(value)
+        elif option is str and isinstance(value, str):
+            return _checked_text(value, key, source)
         elif type(value) is option:  # not isinstance: a bool is an int, and `true` is no layer count
             return value
     raise ValueError(f"{key} is {_show(value)} (from {source}); expected {_describe(options)}")
+
+
+def _checked_text(text: str, key: str, source: str) -> str:
+    """Text that can stand in a path, a log line and a job script; `~` is the home folder, as in a shell."""
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{key} (from {source}) has {len(text)} characters; set at most {LONGEST_TEXT}")
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+        raise ValueError(
+            f"{key} is {_quoted(text)} (from {source}), which has a control character or is not UTF-8; leave it out"
+        )
+    expanded = os.path.expanduser(text)
+    if expanded.partition("/")[0] == "~":
+        raise ValueError(
+            f"{key} is {_quoted(text)} (from {source}), but no home folder is known; set HOME, or the whole path"
+        )
+    return expanded
 
 
 def _item(cls: type, entry: Any, key: str, source: str) -> Any:
@@ -153,7 +234,7 @@ def _item(cls: type, entry: Any, key: str, source: str) -> Any:
         raise ValueError(_unknown_key(unknown, source, leaves))
     for missing in (name for name in leaves if name not in values):
         raise ValueError(f"{missing} is missing (in {source}); set it")
-    return _construct(cls, entry, dict.fromkeys(values, source), f"{key}.")
+    return _construct(cls, values, dict.fromkeys(values, source), f"{key}.")
 
 
 def _describe(options: Sequence[Any]) -> str:
@@ -174,7 +255,16 @@ def _show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     kinds = {str: "string ", list: "list ", dict: "section ", int: "integer ", float: "number "}
-    return f"{kinds.get(type(value), '')}{value!r}"
+    return f"{kinds.get(type(value), '')}{_quoted(value) if isinstance(value, str) else _shortened(repr(value))}"
+
+
+def _quoted(text: str) -> str:
+    """Text of a user or a file in a message: control characters escaped, and not too long to read."""
+    return _shortened(repr(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -200,4 +290,4 @@ def _unknown_key(key: str, source: str, leaves: Mapping[str, Any]) -> str:
     same_name = [leaf for leaf in leaves if leaf.rpartition(".")[2] == key.rpartition(".")[2]]
     if same_name:
         nearest = difflib.get_close_matches(key, same_name, n=1, cutoff=0.0)[0]
-    return f"unknown key '{key}' in {source}; the nearest valid key is '{nearest}'"
+    return f"unknown key {_quoted(key)} in {source}; the nearest valid key is '{nearest}'"

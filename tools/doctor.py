@@ -78,7 +78,7 @@ def refusal(settings: Sequence[str]) -> str | None:
     except ImportError:  # told already: omegaconf or pyyaml is missing
         return None
     extra = ["model.spec=te", "precision.dtype=bf16"] if any("fp8" in setting for setting in settings) else []
-    config = strict_config.build(RunConfig, [strict_config.parse_overrides([*extra, *settings])])
+    config = strict_config.build(RunConfig, [strict_config.parse_overrides(RunConfig, [*extra, *settings])])
     try:
         validate(config, 1, needs_data=False)
     except ValueError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -153,8 +154,13 @@ def _prepare(study: Study, output: Path) -> None:
 
     data = load_config(output / read_points(output)[0].config).data
     if study.corpus is not None:
-        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", study.corpus.input]
-        command += ["--tokenizer", study.corpus.tokenizer, "--output", data.path]
+        command = [
+            sys.executable,
+            str(ROOT / "tools/prepare_data.py"),
+            "--input",
+            os.path.expanduser(study.corpus.input),
+        ]
+        command += ["--tokenizer", os.path.expanduser(study.corpus.tokenizer), "--output", data.path]
         command += ["--sequence-length", str(data.sequence_length)]
         command += ["--validation-fraction", str(study.corpus.validation_fraction)]
         if subprocess.run(command, check=False).returncode:

@@ -17,9 +17,9 @@ from megatron_depthattn.convert.to_hf import TOKENIZER
 from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_keys_after_rope, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.weights_folder import HFFolder, some_names
-from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.train.manifest import MANIFEST, digest_files, write_manifest
 from megatron_depthattn.train.step_folders import Progress
+from megatron_depthattn.vocabulary import padded_vocab_size
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MODEL_YAML = "model.yaml"

@@ -30,10 +30,10 @@ from megatron_depthattn.estimate.machine import (
     layer_settings,
     save_machine,
 )
-from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_chunk, transformer_config
+from megatron_depthattn.vocabulary import padded_vocab_size
 
 PASS_BYTES = [3 << 10, 3 << 14, 3 << 17, 3 << 20, 3 << 22, 3 << 24]
 LINK_BYTES = [1 << 10, 1 << 14, 1 << 17, 1 << 19, 1 << 21, 1 << 23, 1 << 25]

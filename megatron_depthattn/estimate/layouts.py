@@ -16,7 +16,6 @@ from megatron_depthattn.estimate.machine import Machine
 from megatron_depthattn.estimate.memory import RankMemory, rank_memory
 from megatron_depthattn.estimate.step_time import StepTime, step_time
 from megatron_depthattn.estimate.traffic import CrossLayer
-from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.metrics import forward_flops
 
@@ -212,8 +211,6 @@ def _parallel_settings(config: RunConfig, world_size: int, machine: Machine) -> 
 
 
 def _accepted(config: RunConfig, world_size: int) -> Sizes | None:
-    if padded_vocab_size(config.model.vocab_size) % config.parallel.tensor:
-        return None  # refused by build_gpt_model
     try:
         return validate(config, world_size, needs_data=False)
     except ValueError:

@@ -19,9 +19,8 @@ from megatron_depthattn.estimate.states import model_states
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
+from megatron_depthattn.vocabulary import padded_vocab_size
 
-VOCAB_MULTIPLE = 128
-"""As in model/gpt.py."""
 Device = Literal["cuda", "cpu"]
 
 
@@ -133,7 +132,7 @@ def rank_shape(config: RunConfig, *, device: Device = "cuda") -> RankShape:
         projection_size=projection if is_gathered else projection // tensor,
         head_size=model.kv_channels,
         ffn_size=model.ffn_hidden_size // tensor,
-        vocab_size=padded_vocab_size(config) // tensor,
+        vocab_size=padded_vocab_size(config.model.vocab_size) // tensor,
         element=2 if config.precision.dtype == "bf16" else 4,
         tensor=tensor,
         on_cpu=device == "cpu",
@@ -155,11 +154,6 @@ def source_plan(config: RunConfig, method: CrossLayerMethod | None) -> CrossLaye
     return SourcePlan(num_layers, stride, depth.recent_window, starts, config.parallel.pipeline)
 
 
-def padded_vocab_size(config: RunConfig) -> int:
-    """Rows of the embedding."""
-    return -(-config.model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
 def _chunks(config: RunConfig, pipeline_rank: int) -> range:
     parallel = config.parallel
     return range(pipeline_rank, parallel.pipeline * parallel.virtual_pipeline, parallel.pipeline)
@@ -179,7 +173,7 @@ def _weights(config: RunConfig, chunk: int) -> list[Weight]:
         key_size=model.num_query_groups * model.kv_channels,
         head_size=model.kv_channels,
         ffn_size=model.ffn_hidden_size,
-        vocab_size=padded_vocab_size(config),
+        vocab_size=padded_vocab_size(config.model.vocab_size),
         tensor=parallel.tensor,
     )
     return chunk_weights(

@@ -35,7 +35,7 @@ from megatron_depthattn.estimate.traffic import (
     stage_layers,
     traffic,
 )
-from megatron_depthattn.model.gpt import padded_vocab_size
+from megatron_depthattn.vocabulary import padded_vocab_size
 
 MODEL = (
     "step = m * slowest stage + fill and drain by the other stages / v + gradient reduction + optimizer; a stage's "

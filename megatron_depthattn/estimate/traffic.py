@@ -20,9 +20,9 @@ from math import prod
 from typing import Literal
 
 from megatron_depthattn.config import RunConfig, Sizes
-from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.model.source_plan import hop_bytes
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.vocabulary import padded_vocab_size
 
 Axis = Literal["data", "tensor", "context", "pipeline"]
 FP32 = 4

@@ -11,14 +11,7 @@ from megatron_depthattn.model.layer_specs import depth_attention_block_spec
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
-
-VOCAB_MULTIPLE = 128
-"""The embedding is padded to a multiple of this, whatever the layout, so that a checkpoint has one shape everywhere."""
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding for ``vocab_size`` tokens."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+from megatron_depthattn.vocabulary import VOCAB_MULTIPLE, padded_vocab_size
 
 
 def qwen3_style_config(**overrides: Any) -> DepthAttentionConfig:

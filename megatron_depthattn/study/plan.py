@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +237,7 @@ def _as_vanilla(config: RunConfig) -> RunConfig:
 
 
 def _files(folder: Path, file: str | None) -> list[Layer]:
-    return strict_config.read_yaml(folder / file) if file else []
+    return strict_config.read_yaml(folder / os.path.expanduser(file)) if file else []
 
 
 def _own(folder: Path, rung: Rung) -> list[Layer]:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megatron_depthattn.methods.definitions import DEFINITIONS
+from megatron_depthattn.strict_config import load_yaml
 from megatron_depthattn.study.ladder import Ladder
 
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 METHODS = ("vanilla", "depth_attention", *DEFINITIONS)
 """Labels that set ``model.method`` by themselves."""
 
@@ -126,12 +128,15 @@ def load_study(path: Path) -> Study:
         raise ValueError(
             f"study {path} does not exist; give the path of a YAML file, such as configs/studies/smoke.yaml"
         )
+    content = load_yaml(path)
+    if "${" in repr(content):  # OmegaConf would also read environment variables
+        raise ValueError(f"{path} holds '${{': a study takes no references; write the value")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.load(path))
+        merged = OmegaConf.merge(OmegaConf.structured(Study), content)
         study = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ValueError(_unknown_key(path, error)) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(study, Study)
     _check(study, path)
@@ -168,6 +173,8 @@ def _check(study: Study, path: Path) -> None:
     )
     require(bool(study.seeds) and len(set(study.seeds)) == len(study.seeds), "seeds must be different, one at least")
     names = study.rung_names
+    odd = [name for name in (*names, *study.methods) if not PLAIN_NAME.fullmatch(name)]
+    require(not odd, f"{odd} name folders of runs: use letters, digits, '-', '_' and '.', a letter or digit first")
     require(len(set(names)) == len(names), f"the rungs {names} are not all different")
     require(0 < study.confidence < 1, f"confidence is {study.confidence}; set it between 0 and 1, such as 0.9")
     require(study.evaluations >= 1 and study.eval_sequences >= 1, "set evaluations and eval_sequences to 1 or more")
@@ -175,7 +182,10 @@ def _check(study: Study, path: Path) -> None:
     require(not other, f"tokens_per_parameter_at names {other}; the rungs are {names}")
     budgets = [study.tokens_per_parameter or [], *study.tokens_per_parameter_at.values()]
     budgets += [arm.tokens_per_parameter or [] for arm in study.methods.values()]
-    require(all(budget > 0 for each in budgets for budget in each), "tokens_per_parameter must be above 0")
+    require(
+        all(0 < budget < math.inf for each in budgets for budget in each),
+        "tokens_per_parameter must be numbers above 0",
+    )
     for name, arm in study.methods.items():
         unknown = [rung for rung in arm.rungs or [] if rung not in names]
         require(not unknown, f"methods.{name}.rungs names {unknown}; the rungs are {names}")

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
-from megatron_depthattn.model.gpt import padded_vocab_size
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.train.step import StepResult
 from megatron_depthattn.train.step_folders import Progress
+from megatron_depthattn.vocabulary import padded_vocab_size
 
 PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 """Dense bf16 peak of a device by the name that CUDA gives it, from the vendor's data sheets; others have no MFU.

@@ -1,11 +1,12 @@
 """The config's surface, its layering, its refusals, and every YAML that ships."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from megatron_depthattn.config import RunConfig, config_keys, load_config, save_config, to_dict, validate
+from megatron_depthattn.config import RunConfig, StreamConfig, config_keys, load_config, save_config, to_dict, validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"quickstart": 2, "360m": 8, "1.5b": 64, "3b": 64}  # name -> ranks of a plausible run
@@ -191,8 +192,93 @@ def test_a_run_folder_may_contain_an_equals_sign(tmp_path, base):
 
 def test_references_between_keys_are_resolved(base):
     assert load_config(base, ["checkpoint.dir=${run.dir}/saved"]).checkpoint.dir == "out/saved"
-    with pytest.raises(ValueError, match=r"checkpoint\.dir \(from the command line\) cannot be resolved"):
-        load_config(base, ["checkpoint.dir=${run.folder}/saved"])
+    assert load_config(base, ["train.stop_after=${train.steps}", "train.steps=7"]).train.stop_after == 7
+    assert load_config(
+        base, ["data.path=null", "data.streams=[{path: '${run.dir}/a', proportion: 1}]"]
+    ).data.streams == (StreamConfig(path="out/a", proportion=1.0),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${run.folder}/saved",
+        "${oc.env:DEPTHATTN_SECRET}",
+        "s3://bucket/${oc.env:DEPTHATTN_SECRET,x}",
+        "${oc.decode:${oc.env:DEPTHATTN_SECRET}}",
+        "${oc.select:run.dir}",
+        "${.dir}",
+        "${run}",
+        "${",
+        "a${}",
+        "\\${run.dir}",
+        "${checkpoint.dir}",
+        "$${run.dir}{run.dir}",
+    ],
+)
+@pytest.mark.parametrize("is_file", [False, True], ids=["argument", "file"])
+def test_a_reference_is_to_another_key_and_nothing_else(tmp_path, base, monkeypatch, text, is_file):
+    """A config from elsewhere could otherwise send an environment variable to a bucket, or into a folder's name."""
+    monkeypatch.setenv("DEPTHATTN_SECRET", "hunter2")
+    overlay = write(tmp_path / "overlay.yaml", f"run: {{dir: $}}\ncheckpoint: {{dir: '{text}'}}")
+    given = [str(overlay)] if is_file else [f"checkpoint.dir={text}", "run.dir=$"]
+    if text == "\\${run.dir}":
+        assert load_config(base, given).checkpoint.dir == "\\$"
+        return
+    with pytest.raises(ValueError) as raised:
+        load_config(base, given)
+    assert "hunter2" not in str(raised.value)
+    assert "checkpoint.dir" in str(raised.value) or "overlay.yaml" in str(raised.value)
+
+
+STRING_KEYS = ("run.dir", "checkpoint.dir", "checkpoint.load", "data.path", "data.cache")
+
+
+@pytest.mark.parametrize("key", STRING_KEYS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "runs/lr #1",
+        "a: b",
+        "0x10",
+        "1e3",
+        "3",
+        "true",
+        "",
+        "'quoted'",
+        "[a",
+        "{b}",
+        "???",
+        "a=b",
+        " a ",
+        "-",
+        "*x",
+        "&y",
+        "!!int 3",
+        "# c",
+        "%d",
+        "a~/b",
+    ],
+)
+def test_a_string_key_takes_its_text_literally(base, key, text):
+    section, _, name = key.partition(".")
+    config = load_config(base, [f"{key}={text}"])
+    assert getattr(getattr(config, section), name) == text
+
+
+def test_tilde_is_the_home_folder(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    overlay = write(
+        tmp_path / "home.yaml", "run: {dir: ~/runs}\ndata: {path: '', streams: [{path: ~/a, proportion: 1}]}"
+    )
+    config = load_config(base, [str(overlay), "checkpoint.dir=~/x", "data.cache=~"])
+    assert (config.run.dir, config.checkpoint.dir, config.data.cache) == (
+        "/home/someone/runs",
+        "/home/someone/x",
+        "/home/someone",
+    )
+    assert config.data.sources[0].path == "/home/someone/a"
+    assert load_config(base, ["data.cache=null"]).data.cache is None
+    assert load_config(base, ["run.seed=007"]).run.seed == 7
 
 
 def test_checkpoint_dir_defaults_below_the_run(base):
@@ -201,7 +287,8 @@ def test_checkpoint_dir_defaults_below_the_run(base):
 
 
 def test_round_trip(tmp_path):
-    config = load_config(CONFIGS / "3b.yaml", ["optimizer.eps=1e-9", "model.depth_attention.stride=null"])
+    odd = ["run.dir=0E0", "data.cache=12e03", "data.path=???"]
+    config = load_config(CONFIGS / "3b.yaml", ["optimizer.eps=1e-9", "model.depth_attention.stride=null", *odd])
     save_config(config, tmp_path / "run" / "config.yaml")
     assert load_config(tmp_path / "run" / "config.yaml") == config
     assert to_dict(config)["model"]["depth_attention"]["stride"] is None
@@ -237,9 +324,9 @@ def test_a_section_takes_no_value(base):
         load_config(base, ["precision=bf16"])
 
 
-@pytest.mark.parametrize("argument", ["train.steps", "=3", "--steps", "data.path={"])
+@pytest.mark.parametrize("argument", ["train.steps", "=3", "--steps", "data.streams={", "train.steps=[1,"])
 def test_malformed_arguments_are_refused(base, argument):
-    with pytest.raises(ValueError, match=f"argument '{argument}'"):
+    with pytest.raises(ValueError, match=re.escape(f"argument '{argument}'")):
         load_config(base, [argument])
 
 
@@ -253,13 +340,23 @@ def test_malformed_arguments_are_refused(base, argument):
         ("train.steps=[1]", "train.steps is list [1] (from the command line); expected an integer"),
         ("optimizer.lr=fast", "optimizer.lr is string 'fast' (from the command line); expected a number"),
         ("data.shuffle=1", "data.shuffle is integer 1 (from the command line); expected true or false"),
-        ("data.cache=3", "data.cache is integer 3 (from the command line); expected a string or null"),
         ("engine.name=jax", "engine.name is string 'jax' (from the command line); expected one of megatron, "
          "deepspeed"),
         ("precision.fp8=e4m3", "precision.fp8 is string 'e4m3' (from the command line); expected one of "
          "delayed, tensorwise, blockwise, mxfp8 or null"),
         ("model.spec=null", "model.spec is null (from the command line); expected one of local, te"),
-        ("run.dir=???", "run.dir (from the command line) cannot be resolved: Missing mandatory value: dir"),
+        ("train.steps=10 #1", "train.steps is string '10 #1' (from the command line); expected an integer"),
+        ("train.steps=1:30", "train.steps is string '1:30' (from the command line); expected an integer"),
+        ("train.steps=", "train.steps is null (from the command line); expected an integer"),
+        ("run.seed=18446744073709551616", "run.seed is an integer of 65 bits (from the command line); set one below "
+         "2^63"),
+        ("optimizer.lr=0x" + "f" * 9999, "optimizer.lr is an integer of 39996 bits (from the command line); set one "
+         "below 2^63"),
+        ("run.dir=a\nb", "run.dir is 'a\\nb' (from the command line), which has a control character or is not UTF-8; "
+         "leave it out"),
+        ("run.dir=a\udcff", "run.dir is 'a\\udcff' (from the command line), which has a control character or is not "
+         "UTF-8; leave it out"),
+        ("data.path=" + "x" * 4097, "data.path (from the command line) has 4097 characters; set at most 4096"),
     ],
 )  # fmt: skip
 def test_wrong_types_are_refused(base, argument, message):
@@ -292,9 +389,17 @@ REFUSALS = [
     (1, "model.num_layers=0", "model.num_layers is 0; set 1 or more"),
     (1, "train.stop_after=0", "train.stop_after is 0; set 1 or more"),
     (1, "train.depth_interval=0", "train.depth_interval is 0; set 1 or more"),
-    (1, "optimizer.lr=-1", "optimizer.lr is -1.0; set 0 or more"),
+    (1, "optimizer.lr=-1", "optimizer.lr is -1.0; set a number of 0 or more"),
     (1, "model.norm_epsilon=0", "model.norm_epsilon is 0.0; set a number above 0"),
-    (1, "optimizer.lr=.nan", "optimizer.lr is nan; set 0 or more"),
+    (1, "optimizer.lr=.nan", "optimizer.lr is nan; set a number of 0 or more"),
+    (1, "optimizer.lr=.inf", "optimizer.lr is inf; set a number of 0 or more"),
+    (1, "train.hang_timeout=.inf", "train.hang_timeout is inf; set a number above 0"),
+    (1, "preflight.timeout=1e9", "preflight.timeout is 1000000000.0; set 2678400 or less"),
+    (1, "train.steps=100000000", "train.steps is 100000000; set 99999999 or less"),
+    (1, "model.num_layers=1000000000", "model.num_layers is 1000000000; set 65536 or less"),
+    (1, "model.hidden_size=4294967296", "model.hidden_size is 4294967296; set 2147483647 or less"),
+    (1, "data.num_workers=100000", "data.num_workers is 100000; set 1024 or less"),
+    (3, "parallel.tensor=3 model.num_query_groups=3 model.ffn_hidden_size=513", "set model.vocab_size=4224, or par"),
     (1, "optimizer.beta2=1", "optimizer.beta2 is 1.0; set a number from 0 to 1, 1 excluded"),
     (1, "optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio is 1.5; set a number from 0 to 1"),
     (1, "engine.zero_stage=1", "set engine.zero_stage=0 (its optimizer's state"),
@@ -322,8 +427,8 @@ REFUSALS = [
     (1, "precision.fp8=delayed model.spec=te", "set precision.dtype=bf16"),
     (1, "train.hang_timeout=0", "train.hang_timeout is 0.0; set a number above 0"),
     (1, "train.max_fruitless_starts=0", "train.max_fruitless_starts is 0; set 1 or more"),
-    (1, "data.path=''", "data.path is not set: the run has nothing to read"),
-    (1, "run.dir=''", "run.dir is not set: the run has nowhere to write"),
+    (1, "data.path=", "data.path is not set: the run has nothing to read"),
+    (1, "run.dir=", "run.dir is not set: the run has nowhere to write"),
     (1, "data.path=s3://bucket/shards", "set data.cache to a local folder of each node"),
     (1, "model.num_query_groups=4", "set num_query_groups to one of 1, 2, 3, 6"),
     (1, "model.kv_channels=33", "model.kv_channels is 33: RoPE turns pairs of channels; set an even number"),

@@ -19,12 +19,14 @@ MAX_FUNCTION_LINES = 80
 # Files whose mistakes would be silent: functions of integers and shapes, testable without processes. What
 # each may import besides the standard library; names inside the package are full module names.
 PURE = {
-    "config.py": {"omegaconf", "yaml", *(f"{PACKAGE}.{name}" for name in ("strict_config", "config_check", "methods"))},
+    "config.py": {"omegaconf", *(f"{PACKAGE}.{name}" for name in ("strict_config", "config_check", "methods"))},
     "strict_config.py": {"omegaconf", "yaml"},
     # config: for type checkers only
     "config_check.py": {
-        f"{PACKAGE}.{name}" for name in ("config", "engine_check", "loops_check", "precision_check", "methods")
+        f"{PACKAGE}.{name}"
+        for name in ("config", "engine_check", "loops_check", "precision_check", "methods", "vocabulary")
     },
+    "vocabulary.py": set(),
     "engine_check.py": {f"{PACKAGE}.config"},
     "loops_check.py": {f"{PACKAGE}.config"},
     "precision.py": {f"{PACKAGE}.config"},
@@ -34,7 +36,9 @@ PURE = {
     "model/activation_memory.py": {f"{PACKAGE}.model.source_plan"},
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
     **{
-        f"estimate/{name}.py": {f"{PACKAGE}.{n}" for n in ("config", "estimate", "methods", "model.source_plan")}
+        f"estimate/{name}.py": {
+            f"{PACKAGE}.{n}" for n in ("config", "estimate", "methods", "model.source_plan", "vocabulary")
+        }
         for name in (
             *("activations", "in_flight", "local_layers", "memory", "parameters", "shapes", "states", "storages"),
             "te_layers",
@@ -243,7 +247,7 @@ KEEPS = [
     (
         rule_pure_files,
         "config.py",
-        "import yaml, dataclasses\nfrom megatron_depthattn.config_check import validate",
+        "import omegaconf, dataclasses\nfrom megatron_depthattn.config_check import validate",
     ),
     (rule_pure_files, "model/layer.py", "import megatron.core"),
     (
