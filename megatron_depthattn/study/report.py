@@ -7,6 +7,7 @@ run directories. The same inputs give the same bytes. The page fetches nothing: 
 from __future__ import annotations
 
 import importlib.util
+import re
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,6 +104,8 @@ def _render(template: str, values: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    # A study's own words, which may come from elsewhere: no HTML, link or picture of theirs in the Markdown.
+    environment.filters["plain"] = lambda text: re.sub(r"[<>\[\]`\\]", r"\\\g<0>", " ".join(text.split()))
     environment.tests["number"] = lambda text: text[:1].isdigit() or text[:2].strip("+-")[:1].isdigit()
     return environment.get_template(template).render(values)
 

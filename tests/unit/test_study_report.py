@@ -31,7 +31,12 @@ def law(size: float, tokens: float) -> float:
 def write_study(folder: Path) -> Path:
     """Plan, results and run directories of a ladder that follows `law`, a gain in tokens a method, and noise."""
     rng = np.random.default_rng(7)
-    plan = {"study": "cpu", "title": "Depth-Attention & others <on CPU>", "baseline": "vanilla", "confidence": 0.9}
+    plan = {
+        "study": "cpu",
+        "title": "Depth-Attention & others <on CPU> ![](https://a.example)",
+        "baseline": "vanilla",
+        "confidence": 0.9,
+    }
     plan |= {"rungs": [], "points": []}
     results: dict = {"results": [], "timing": {}, "timing_source": "interleaved steps, median of 40 rounds"}
     for rung, (layers, width, size) in RUNGS.items():
@@ -271,7 +276,9 @@ def test_figures_are_well_formed_named_and_keep_their_ids_apart(study, page):
     assert {"fit-d4.svg", "held-out.svg", "multipliers-equal-tokens.svg"} <= {file.name for file in files}
     for file in files:
         xml.etree.ElementTree.parse(file)
-    for path in re.findall(r"!\[.*\]\((.*)\)", (study / "report.md").read_text()):
+    markdown = (study / "report.md").read_text()
+    assert markdown.startswith("# Depth-Attention & others \\<on CPU\\> !\\[\\](https://a.example)\n")
+    for path in re.findall(r"!\[.*\]\((.*)\)", markdown):
         assert (study / path).is_file() and not Path(path).is_absolute()
 
 
