@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from streaming import MDSWriter
 
-from megatron_depthattn.data.stream import TOKEN_COLUMN
+from megatron_depthattn.data.shard_index import TOKEN_COLUMN
 from megatron_depthattn.durable import fsync_path
 
 SHARD_BYTES = 32 << 20  # of samples, before compression

@@ -1,7 +1,6 @@
 """A prepared corpus as a data set of token sequences, read by sample number."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,29 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from megatron_depthattn.data.shard_reader import Shards, download, is_remote, logger
+from megatron_depthattn.data.shard_reader import Shards, is_remote, logger, read_small_file
 
 MANIFEST_NAME = "manifest.json"
-TOKEN_COLUMN = "tokens"
 
 
 def _read_manifest(path: str) -> dict[str, Any] | None:
     """The corpus's manifest, or None where there is none (MDS shards from elsewhere)."""
-    if not is_remote(path):
-        file = Path(path, MANIFEST_NAME)
-        return json.loads(file.read_text()) if file.is_file() else None
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            manifest: dict[str, Any] = json.loads(download(f"{path.rstrip('/')}/{MANIFEST_NAME}", Path(folder)))
-        except ValueError as error:  # stores do not agree on how they say that there is none
-            logger.warning("note: vocabulary and tokenizer of %s are not checked: %s", path, error)
-            return None
+    file = f"{path.rstrip('/')}/{MANIFEST_NAME}"
+    try:
+        content = read_small_file(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # stores do not agree on how they say that there is none
+        if not is_remote(path):
+            raise
+        logger.warning("note: vocabulary and tokenizer of %s are not checked: %s", path, error)
+        return None
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}; copy or prepare the corpus again") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{file} is no manifest: copy or prepare the corpus again")
     return manifest
 
 
@@ -58,12 +63,13 @@ class TokenDataset(Dataset[torch.Tensor]):
                 f"data.path {self.path} is remote and data.cache is not set: set data.cache to a local folder"
             )
         self._shards = Shards(self.path, split, None if cache is None else Path(cache))
-        self.digest = self._shards.digest
+        index = self._shards.index
+        self.digest = index.digest
         """SHA-256 of the split's index, which holds the hash of every shard."""
         self.samples_per_shard: npt.NDArray[np.int64] = self._shards.samples_per_shard
         self.num_samples = len(self._shards)
         self.manifest = _read_manifest(self.path)
-        self.sequence_length = self._stored_sequence_length()
+        self.sequence_length = index.tokens_per_sample - 1
         if sequence_length is not None and sequence_length != self.sequence_length:
             raise ValueError(
                 f"data.sequence_length is {sequence_length}, but {self.path} was prepared with "
@@ -72,17 +78,6 @@ class TokenDataset(Dataset[torch.Tensor]):
             )
         if not self._shards.has_hashes:
             logger.warning("note: %s has no hashes in its index: only the sizes of its shards are checked", self.path)
-
-    def _stored_sequence_length(self) -> int:
-        # From the shards themselves: they are what will be read, with or without a manifest.
-        columns = self._shards.columns
-        kind, _, shape = columns.get(TOKEN_COLUMN, "").rpartition(":")
-        if not kind.startswith("ndarray:") or not shape.isdigit():
-            raise ValueError(
-                f"{self.path} has the columns {columns}, not '{TOKEN_COLUMN}' of a fixed length: "
-                "prepare the corpus with tools/prepare_data.py"
-            )
-        return int(shape) - 1
 
     def __len__(self) -> int:
         return self.num_samples
@@ -93,4 +88,4 @@ class TokenDataset(Dataset[torch.Tensor]):
         Raises:
             ValueError: the shard is damaged or missing; names the file.
         """
-        return torch.from_numpy(self._shards[index][TOKEN_COLUMN].astype(np.int64))
+        return torch.from_numpy(self._shards[index].astype(np.int64))

@@ -363,3 +363,75 @@ def test_remote_damage_is_named(bucket: Path, tmp_path: Path) -> None:
     assert read(dataset, range(int(ends[0]))) == TOKENS[: ends[0]].tolist()
     with pytest.raises(ValueError, match=r"s3://bucket/nothing/train/index\.json could not be downloaded"):
         TokenDataset("s3://bucket/nothing", cache=tmp_path / "cache")
+
+
+# --------------------------------------------------------------------- an index written by a stranger
+
+
+def edit_index(split: Path, change: Callable[[dict], object], shard: int = 1) -> None:
+    """Change one shard's entry in the index."""
+    index = json.loads((split / "index.json").read_text())
+    change(index["shards"][shard])
+    (split / "index.json").write_text(json.dumps(index))
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder but those of `corpus/train`, where shards are expanded."""
+    files = {str(file.relative_to(folder)): file.read_bytes() if file.is_file() else None for file in folder.rglob("*")}
+    return {name: content for name, content in files.items() if not name.startswith("corpus/train/")}
+
+
+NOT_PLAIN_NAMES = [
+    "../../victim.mds",
+    "{}/victim.mds",
+    "../../victim.mds.zstd",
+    "below/victim.mds",
+    "below\\victim.mds",
+    "..",
+    "",
+    ".bashrc",
+    ".shard.00000.mds.part",
+    "-r.mds",
+    "index.json",
+    "../manifest.json",
+    "shard.00000.mds",
+    "SHARD.00000.MDS",
+    "Shard.00000.mds",
+    "shard.00001.mds\0",
+    "shard\n00001.mds",
+    "\x1b]0;title\x07.mds",
+    "shard.0000\u0661.mds",
+    "s" * 300 + ".mds",
+    7,
+    None,
+    ["shard.00001.mds"],
+]
+
+
+@pytest.mark.parametrize("key", ["raw_data", "zip_data"])
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize("name", NOT_PLAIN_NAMES, ids=repr)
+def test_a_name_that_is_no_plain_file_name_touches_nothing(
+    corpus: Path, tmp_path: Path, name: object, with_cache: bool, key: str
+) -> None:
+    """As in a downloaded corpus that would replace a file of its reader's, such as a start-up file of the shell."""
+    (tmp_path / "victim.mds").write_text("precious")
+    (corpus / "manifest.json").write_text("{}")
+    name = name.format(tmp_path) if isinstance(name, str) else name
+    edit_index(corpus / "train", lambda shard: shard[key].update(basename=name))
+    before, in_split = tree(tmp_path), names(corpus / "train")
+    with pytest.raises(ValueError, match=r"corpus/train/index\.json, shard 1: ") as error:
+        read(TokenDataset(corpus, cache=tmp_path / "cache" if with_cache else None))
+    assert "; copy or prepare the corpus again" in str(error.value) and str(error.value).isprintable()
+    assert tree(tmp_path) == before
+    assert names(corpus / "train") == in_split
+
+
+def test_a_bucket_cannot_name_files_outside_the_cache(bucket: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim.mds").write_text("precious")
+    for name in ("../../victim.mds", f"{tmp_path}/victim.mds", "../../../../victim.mds", ".profile"):
+        edit_index(bucket / "corpus" / "train", lambda shard, name=name: shard["raw_data"].update(basename=name))
+        before = tree(tmp_path)
+        with pytest.raises(ValueError, match=r"s3://bucket/corpus/train/index\.json, shard 1: its file is named"):
+            read(TokenDataset("s3://bucket/corpus", cache=tmp_path / "cache"))
+        assert tree(tmp_path) == before
