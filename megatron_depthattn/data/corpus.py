@@ -39,8 +39,15 @@ class Corpus(Dataset[torch.Tensor]):
     ) -> None:
         self.slots = slots_of(proportions)
         self.streams = [TokenDataset(path, split, sequence_length=sequence_length, cache=cache) for path in paths]
+        self.sequence_length = self.streams[0].sequence_length
         if len(self.streams) > 1:
             self._check_tokenizers()
+        for stream in self.streams:
+            if stream.sequence_length != self.sequence_length:
+                raise ValueError(
+                    f"{stream.path} was prepared with --sequence-length {stream.sequence_length}, and "
+                    f"{self.streams[0].path} with {self.sequence_length}: prepare all streams with the same"
+                )
         self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
 
     def _check_tokenizers(self) -> None:

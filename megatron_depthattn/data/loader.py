@@ -3,16 +3,25 @@
 The loader's processes are forked, so they inherit what the run does on a signal; and a scheduler sends its signals to
 every process of a job. They must go on: the run wants to finish its step and save. So they ignore SIGINT, SIGUSR1 and
 SIGUSR2, and end on SIGTERM only if their parent sent it. They end within a second of its death.
+
+They write a step into memory that was shared with them when they were forked, and say so through a pipe. DataLoader's
+own way needs room in /dev/shm and a socket below TMPDIR, whose path can be too long, and fails in a thread of the
+worker's, where the error is printed, the step is dropped, and the run waits for it for ever.
 """
 
+import math
+import mmap
+import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,27 +30,53 @@ from megatron_depthattn.data.order import Ids, SampleIds, num_micro_batches, ste
 STEPS_AHEAD = 2
 """Whole steps that every loader process holds ready."""
 SECONDS_BETWEEN_LOOKS = 1.0
-"""How long a loader process can outlive its parent."""
+"""How long a loader process can outlive its parent, and be dead unnoticed."""
 _IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 MicroBatch = dict[str, torch.Tensor]
-_Step = tuple[torch.Tensor, torch.Tensor] | str
 
 
-class _Steps(Dataset[_Step]):
-    """Maps the sample ids of a step to their tokens; this is what the loader's processes run."""
+class Samples(Protocol):
+    """What can be read by sample number, such as a `TokenDataset` or a `Corpus`."""
 
-    def __init__(self, samples: Dataset[torch.Tensor]) -> None:
-        self.samples = samples
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sample, less one."""
 
-    def __getitem__(self, ids: Ids) -> _Step:
-        """Tokens int32 [num_micro_batches, mbs, N + 1] and their ids; or what is wrong with the data."""
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Tokens of one sample: int64 [sequence_length + 1]."""
+
+
+class _Steps(Dataset[str | None]):
+    """Reads the samples of a step into a slot; this is what the loader's processes run.
+
+    Args:
+        slots: int32 [number of slots, num_micro_batches, mbs, N + 1], shared with forked processes.
+    """
+
+    def __init__(self, samples: Samples, slots: torch.Tensor) -> None:
+        self.samples, self.slots = samples, slots
+
+    def __getitem__(self, item: tuple[int, Ids]) -> str | None:
+        """Fill a slot with the samples of these ids; returns what is wrong with the data, or None."""
+        slot, ids = item
         try:
-            rows = torch.stack([self.samples[int(i)] for i in ids.ravel()])
+            for row, sample in zip(self.slots[slot].flatten(0, 1), ids.ravel().tolist(), strict=True):
+                row.copy_(self.samples[sample])
         except ValueError as error:
             return str(error)  # raised in a worker, it would come out as pages of traceback
-        # int32: half the bytes to hand over. Two tensors a step and not more, because each holds a file descriptor.
-        return rows.to(torch.int32).view(*ids.shape, -1), torch.from_numpy(np.ascontiguousarray(ids))
+        return None
+
+
+def _shared_slots(*shape: int) -> torch.Tensor:
+    """Zeros int32 of a shape, in memory of its own that forked processes write to as well."""
+    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.int32).view(shape)
+
+
+def _end_worker(error: Exception, _result: object) -> None:
+    """End a loader process that cannot say how a step went: Python's own way is to print the error and go on."""
+    print(f"error: a loader process could not hand over a step: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _shield_worker(parent: int, _number: int) -> None:
@@ -53,6 +88,7 @@ def _shield_worker(parent: int, _number: int) -> None:
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
     def end_with_parent() -> None:
         while True:
@@ -64,14 +100,38 @@ def _shield_worker(parent: int, _number: int) -> None:
 
 
 class TokenLoader(Iterator[list[MicroBatch]]):
-    """Endless iterator of steps; `data_seconds` sums the time spent waiting for the next one, in seconds."""
+    """Endless iterator of steps; `data_seconds` sums the time spent waiting for the next one, in seconds.
 
-    def __init__(self, loader: "DataLoader[_Step]") -> None:
+    Args:
+        samples: what is read.
+        steps: sample ids [num_micro_batches, mbs] of one step after the other.
+        shape: num_micro_batches, mbs.
+        num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
+    """
+
+    def __init__(self, samples: Samples, steps: Iterator[Ids], shape: tuple[int, int], num_workers: int) -> None:
+        # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
+        # copied from its slot a moment later. Hence one slot more.
+        self._slots = _shared_slots(num_workers * STEPS_AHEAD + 1, *shape, samples.sequence_length + 1)
+        self._asked: deque[tuple[int, Ids]] = deque()
+        # batch_size=None: each item of the sampler is a whole step of ids, computed in this process once and not in
+        # every worker. fork: workers start at once, with the index in memory, and never touch an accelerator.
+        loader: DataLoader[str | None] = DataLoader(
+            _Steps(samples, self._slots),
+            sampler=self._ask(steps),  # type: ignore[arg-type]  # an iterator is enough: it is taken once
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=STEPS_AHEAD if num_workers else None,
+            timeout=SECONDS_BETWEEN_LOOKS if num_workers else 0,
+            worker_init_fn=partial(_shield_worker, os.getpid()),
+            multiprocessing_context="fork" if num_workers else None,
+            generator=torch.Generator(),  # it draws a seed for its workers, and that must not come out of the run's
+        )
         # Blocked before the fork: a signal in a worker's first moments would still meet the inherited handlers.
         on_child = signal.getsignal(signal.SIGCHLD)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_IGNORED, signal.SIGTERM))
         try:
-            self._iterator: Iterator[_Step] | None = iter(loader)
+            self._iterator: Iterator[str | None] | None = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if threading.current_thread() is threading.main_thread():
@@ -79,6 +139,11 @@ class TokenLoader(Iterator[list[MicroBatch]]):
             # saving; without it the next `next` tells.
             signal.signal(signal.SIGCHLD, on_child)
         self.data_seconds = 0.0
+
+    def _ask(self, steps: Iterator[Ids]) -> Iterator[tuple[int, Ids]]:
+        for number, ids in enumerate(steps):
+            self._asked.append((number % len(self._slots), ids))
+            yield self._asked[-1]
 
     def __next__(self) -> list[MicroBatch]:
         """The micro-batches of one step.
@@ -90,22 +155,31 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         if self._iterator is None:
             raise StopIteration
         start = time.perf_counter()
-        try:
-            step = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ChildProcessError(  # no ValueError: a new start may get further
-                f"a loader process of this rank died: {' '.join(str(error).split())}. Most likely the machine ran out "
-                "of memory (see dmesg), or of shared memory (df /dev/shm): set data.num_workers=0, or give it more"
-            ) from error
+        error = self._wait(self._iterator)
+        slot, ids = self._asked.popleft()
+        rows = self._slots[slot].long()  # a copy: the slot is filled again
         self.data_seconds += time.perf_counter() - start
-        if isinstance(step, str):
-            raise ValueError(step)
+        if error is not None:
+            raise ValueError(error)
         return [
             {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "sample_ids": ids}
-            for rows, ids in zip(step[0].long(), step[1], strict=True)
+            for rows, ids in zip(rows, torch.from_numpy(ids), strict=True)
         ]
+
+    @staticmethod
+    def _wait(results: Iterator[str | None]) -> str | None:
+        while True:
+            try:
+                return next(results)
+            except RuntimeError as error:
+                if "DataLoader timed out" in str(error):
+                    continue  # all workers live
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ChildProcessError(  # no ValueError: a new start may get further
+                    f"a loader process of this rank died: {' '.join(str(error).split())}. Most likely the machine ran "
+                    "out of memory (see dmesg): set data.num_workers=0, or give it more"
+                ) from error
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice; `next` then raises StopIteration."""
@@ -113,7 +187,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
 
 
 def build_loader(
-    dataset: Dataset[torch.Tensor],
+    dataset: Samples,
     sequence: SampleIds,
     *,
     consumed_samples: int,
@@ -142,17 +216,6 @@ def build_loader(
         "micro_batch_size": micro_batch_size,
         "data_parallel_size": data_parallel_size,
     }
-    num_micro_batches(**layout)
-    # batch_size=None: each item of the sampler is a whole step of ids, computed in this process once and not in every
-    # worker. fork: workers start at once, with the index in memory, and never touch an accelerator.
-    loader: DataLoader[_Step] = DataLoader(
-        _Steps(dataset),
-        sampler=steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout),  # type: ignore[arg-type]  # an iterator is enough: it is taken once
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=STEPS_AHEAD if num_workers else None,
-        worker_init_fn=partial(_shield_worker, os.getpid()),
-        multiprocessing_context="fork" if num_workers else None,
-        generator=torch.Generator(),  # it draws a seed for its workers, and that must not come out of the run's
-    )
-    return TokenLoader(loader)
+    shape = num_micro_batches(**layout), micro_batch_size
+    ids = steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout)
+    return TokenLoader(dataset, ids, shape, num_workers)

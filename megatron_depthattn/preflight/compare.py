@@ -235,7 +235,7 @@ def _memory(reports: Sequence[RankReport], needs: Needs) -> list[Finding]:
         there = min((report.shared_memory_bytes or 0) for report in group)
         if there < wanted:
             text = f"shared memory: {host}: /dev/shm has {size(there)} free; its {len(group)} ranks take up to "
-            advice = "Make it larger (docker run --shm-size=..., mount -o remount,size=...), or set data.num_workers=0."
+            advice = "Make it larger (docker run --shm-size=..., mount -o remount,size=...)."
             findings.append(Finding("stop", f"{text}{size(wanted)}. {advice}"))
     return findings
 

@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 import megatron_depthattn
 from megatron_depthattn.config import RunConfig, config_digest, config_keys, validate
-from megatron_depthattn.data.loader import STEPS_AHEAD
 from megatron_depthattn.durable import write_durably
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, communication_variables
@@ -252,17 +251,16 @@ def needs_of(config: RunConfig, world_size: int) -> Needs:
     """What the config takes of every machine.
 
     A checkpoint: the weights in their own type and 12 bytes more of each for the optimizer. Of them ``checkpoint.keep``
-    and the one under way, less those that are there; at least one. Shared memory: the steps that loader processes hold
-    ready, and 32 MiB for NCCL on GPUs.
+    and the one under way, less those that are there; at least one. Shared memory: 32 MiB for NCCL on GPUs.
+
+    Raises:
+        ValueError: the config does not fit the world.
     """
-    sizes = validate(config, world_size)
+    validate(config, world_size)
     weight_bytes = 2 if config.precision.dtype == "bf16" else 4
     there = len(complete_folders(Path(config.checkpoint_dir)))
-    samples = sizes.num_microbatches * config.train.micro_batch_size
-    step_bytes = samples * (4 * (config.data.sequence_length + 1) + 8)  # int32 tokens and an id, see data/loader.py
     return Needs(
         checkpoint_bytes=decoder_shape(config).parameters * (weight_bytes + OPTIMIZER_BYTES),
         checkpoints=max(1, (config.checkpoint.keep or 1) + 1 - there),
-        shared_memory_bytes=config.data.num_workers * STEPS_AHEAD * step_bytes
-        + (NCCL_SHARED_MEMORY if torch.cuda.is_available() else 0),
+        shared_memory_bytes=NCCL_SHARED_MEMORY if torch.cuda.is_available() else 0,
     )

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,39 @@ def test_a_killed_worker_is_one_clear_error_at_the_next_batch(loader: TokenLoade
     ) as e:
         [next(loader) for _ in range(8)]
     assert "\n" not in str(e.value)
+
+
+def test_workers_need_neither_a_short_tmpdir_nor_shared_memory(
+    dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket below TMPDIR has a path of at most 107 bytes; a small container has no room in /dev/shm."""
+    long = tmp_path / ("l" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    with contextlib.closing(start(dataset, workers=1)) as loader:
+        assert [len(next(loader)) for _ in range(4)] == [2] * 4
+        (worker,) = workers()
+        assert not worker.net_connections(kind="unix")
+        assert not [line for line in Path(f"/proc/{worker.pid}/maps").read_text().splitlines() if "/torch_" in line]
+    assert not list(long.iterdir())
+
+
+def test_a_worker_that_cannot_hand_an_error_over_ends(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python prints that it cannot, drops the step, and goes on: the run would wait for ever."""
+
+    class StoreError(Exception):
+        """Of a kind that is made at run time, as boto3's are, so that no pipe can carry it."""
+
+    def fail(*_) -> None:
+        raise StoreError("no such key")
+
+    monkeypatch.setattr(TokenDataset, "__getitem__", fail)
+    with contextlib.closing(start(dataset, workers=1)) as loader, pytest.raises(ChildProcessError, match="died"):
+        next(loader)
+    assert "error: a loader process could not hand over a step: Can't pickle local object" in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- killed runs
