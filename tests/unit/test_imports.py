@@ -45,6 +45,7 @@ PURE = {
         )
     },
     "parallel/rank_spans.py": set(),
+    "terminal.py": set(),
     "preflight/report.py": set(),
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
     "preflight/compare.py": {f"{PACKAGE}.parallel.rank_spans", f"{PACKAGE}.preflight.report"},

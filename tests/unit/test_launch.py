@@ -12,6 +12,7 @@ from launch.submit import REPOSITORY, _check, _parser, render, seconds_of, sweep
 from launch.verdict import Ended, Failure, decide, ended_from, to_json, verdict_from
 from launch.world import count_gpus, read_world
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import OtherRankError, RunError, write_error_record
 
 KILLED = Failure(10.0, "a", "rank 1", "killed")
@@ -179,6 +180,19 @@ def test_time_limits(limit: str | None, seconds: int | None):
 def test_options_that_do_not_fit_together(options: tuple, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         _check(_parser().parse_intermixed_args([*SUBMIT, *options]))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("äß 漢字\t👩\u200d🚀\n", "äß 漢字\t👩\u200d🚀\n"),
+        ("\x1b]0;title\x07\x1b[2J\r", "\\x1b]0;title\\x07\\x1b[2J\\r"),
+        ("\x9b31m \x7f\0", "\\x9b31m \\x7f\\x00"),
+        ("a\u202egpj.exe \udc80", "a\\u202egpj.exe \\udc80"),
+    ],
+)
+def test_a_terminal_obeys_nothing_in_printable_text(text: str, shown: str):
+    assert printable(text) == shown
 
 
 def test_the_environment_that_a_user_has_set_stays():
