@@ -68,7 +68,10 @@ PURE |= {f"methods/{name}/reference.py": {"torch"} for name in METHODS}
 # What a whole folder may import. Triton is torch's own kernel language and comes with it on GPU machines.
 ALLOWED_IN_FOLDER = {
     "ops": {"torch", "triton", f"{PACKAGE}.ops"},
-    "hf": {"torch", "transformers", "safetensors", f"{PACKAGE}.hf", *(f"{PACKAGE}.methods.{n}" for n in DEFINITIONS)},
+    "hf": {
+        *("torch", "transformers", "safetensors", f"{PACKAGE}.hf", f"{PACKAGE}.links"),
+        *(f"{PACKAGE}.methods.{n}" for n in DEFINITIONS),
+    },
 }
 FORBIDDEN_IN_FOLDER = {
     folder: {f"{PACKAGE}.train", f"{PACKAGE}.data", f"{PACKAGE}.hf"} for folder in ("model", "methods")
