@@ -12,6 +12,7 @@ submits it. What is wrong is told in one line (exit code 1) before anything is q
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import re
 import shlex
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from launch.freeze import freeze
 from megatron_depthattn.config import RunConfig, load_config, validate
+from megatron_depthattn.terminal import printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MARK = "# ---- settings of launch/submit\n"
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return submit(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -64,8 +66,9 @@ def submit(options: argparse.Namespace) -> int:
         except ValueError as error:
             place = f"{name}, " if len(configs) > 1 else ""
             raise ValueError(f"not submitted: {place}{options.nodes} nodes x {processes} processes: {error}") from error
-    _check(options)
     run_dir = Path(load_config(options.config, options.overrides).run.dir).resolve()
+    _check(options)
+    _check_text(options, run_dir)
     job = run_dir / "job"
     print(freeze(job, configs, REPOSITORY, replace=options.refreeze))
     script = job / "job.sbatch"
@@ -73,7 +76,7 @@ def submit(options: argparse.Namespace) -> int:
     script.write_text(render(template, options, run_dir, len(configs), processes), encoding="utf-8")
     print(f"job script: {script}")
     if options.dry_run:
-        print(f"nothing submitted (--dry-run); to do so: sbatch {script}")
+        print(f"nothing submitted (--dry-run); to do so: {shlex.join(['sbatch', str(script)])}")
         return 0
     ids: list[str] = []
     for _ in range(options.chain):
@@ -82,7 +85,8 @@ def submit(options: argparse.Namespace) -> int:
     log = job / ("slurm-<job>_<task>.out" if options.array else f"slurm-{ids[0]}.out")
     print(f"submitted {', '.join(ids)}")
     print(f"log: {log}; of the ranks: {run_dir}/{'task_*/' if options.array else ''}logs/<start>/")
-    print(f"follow: tail -F {log}; queue: squeue -j {','.join(ids)}; cancel: scancel {' '.join(ids)}")
+    follow = shlex.join(["tail", "-F", str(log)])
+    print(f"follow: {follow}; queue: squeue -j {','.join(ids)}; cancel: scancel {' '.join(ids)}")
     return 0
 
 
@@ -94,20 +98,22 @@ def render(template: str, options: argparse.Namespace, run_dir: Path, num_config
     if options.gpus_per_node:
         flags["gpus-per-node"] = str(options.gpus_per_node)
     flags["signal"] = f"B:USR1@{options.signal_lead}"
-    flags["output"] = str(job / ("slurm-%A_%a.out" if options.array else "slurm-%j.out"))
+    flags["output"] = str(job).replace("%", "%%") + ("/slurm-%A_%a.out" if options.array else "/slurm-%j.out")
     if options.array:
         flags["array"] = f"0-{num_configs - 1}" + (f"%{options.array_limit}" if options.array_limit else "")
     if dependency := options.dependency or (options.after and f"afterok:{options.after}"):
         flags["dependency"] = dependency
     lines = [f"--{name}={value}" for name, value in flags.items()]
     lines += ["--exclusive"] * options.exclusive + ["--no-requeue"] * (options.max_requeues == 0) + options.sbatch
-    config = job / ("config_${SLURM_ARRAY_TASK_ID}.yaml" if options.array else "config.yaml")
-    own_dir = run_dir / "task_${SLURM_ARRAY_TASK_ID}" if options.array else run_dir
+    config, own_dir = shlex.quote(f"{job}/config.yaml"), shlex.quote(str(run_dir))
+    if options.array:  # only the number is the shell's to fill in
+        config = shlex.quote(f"{job}/config_") + '"$SLURM_ARRAY_TASK_ID".yaml'
+        own_dir = shlex.quote(f"{run_dir}/task_") + '"$SLURM_ARRAY_TASK_ID"'
     settings = [
         f"CODE={shlex.quote(str(job / 'code'))}",
         f"PYTHON={shlex.quote(options.python)}",
-        f'ARGUMENTS=("{config}")',
-        f'RUN_DIR="{own_dir}"',
+        f"ARGUMENTS=({config})",
+        f"RUN_DIR={own_dir}",
         f"MAX_REQUEUES={options.max_requeues}",
         f"export NPROC_PER_NODE={processes}",
         *_container(options, run_dir),
@@ -118,8 +124,16 @@ def render(template: str, options: argparse.Namespace, run_dir: Path, num_config
     if options.max_requeues == 0:
         kept.remove("#SBATCH --requeue")
     first = next(number for number, line in enumerate(kept) if line.startswith("#SBATCH"))
-    kept[first:first] = [f"#SBATCH {line}" for line in lines]
+    kept[first:first] = [f"#SBATCH {_quoted_for_sbatch(line)}" for line in lines]
     return "\n".join([*kept, MARK.rstrip(), *settings]) + "\n" + body
+
+
+def _quoted_for_sbatch(option: str) -> str:
+    """One option for a line of #SBATCH, of which Slurm makes words as a shell does, but for `$` and backquotes."""
+    if not re.search(r"[^\w@%+=:,./-]", option):
+        return option
+    escaped = re.sub(r'["\\]', r"\\\g<0>", option)
+    return f'"{escaped}"'
 
 
 def _flag_of(line: str) -> str:
@@ -142,17 +156,22 @@ def _container(options: argparse.Namespace, run_dir: Path) -> list[str]:
 
 
 def _configs(options: argparse.Namespace) -> dict[str, RunConfig]:
-    """The config of each task, by file name; tasks of an array have folders of their own in run.dir."""
+    """The config of each task, by file name; tasks of an array have folders of their own in run.dir, and in
+    checkpoint.dir where several of them share it."""
     config = load_config(options.config, options.overrides)
     if not options.array:
         return {"config.yaml": config}
     if not config.run.dir:
         raise ValueError("run.dir is not set: the tasks of an array have their folders in it; set run.dir=runs/sweep")
+    tasks = [load_config(options.config, [*options.overrides, *settings]) for settings in sweep(options.array)]
+    uses = collections.Counter(task.checkpoint.dir for task in tasks)
     found = {}
-    for number, settings in enumerate(sweep(options.array)):
-        task = load_config(options.config, [*options.overrides, *settings])
-        own = dataclasses.replace(task.run, dir=str(Path(config.run.dir) / f"task_{number}"))
-        found[f"config_{number}.yaml"] = dataclasses.replace(task, run=own)
+    for number, task in enumerate(tasks):
+        run, checkpoint = task.run, task.checkpoint
+        run = dataclasses.replace(run, dir=str(Path(config.run.dir) / f"task_{number}"))
+        if checkpoint.dir and uses[checkpoint.dir] > 1:
+            checkpoint = dataclasses.replace(checkpoint, dir=str(Path(checkpoint.dir) / f"task_{number}"))
+        found[f"config_{number}.yaml"] = dataclasses.replace(task, run=run, checkpoint=checkpoint)
     return found
 
 
@@ -192,6 +211,27 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--after and --dependency say the same: give one of them")
     if options.container_mounts and not options.container:
         raise ValueError("--container-mounts without --container: give the image as well")
+
+
+def _check_text(options: argparse.Namespace, run_dir: Path) -> None:
+    """What the job script is made of: Slurm and bash read it, and no quoting helps against a newline in an option."""
+    names = [name for name, _ in PASSED_ON]
+    names += ["dependency", "after", "python", "container", "container-mounts"]
+    texts = [("run.dir", str(run_dir)), ("the current folder", str(Path.cwd()))]
+    texts += [(f"--{name}", getattr(options, name.replace("-", "_")) or "") for name in names]
+    texts += [("--sbatch", option) for option in options.sbatch]
+    for name, text in texts:
+        if not text.isprintable():
+            raise ValueError(f"{name} is {text!r}: a job script takes no control characters; set another")
+    for option in options.sbatch:
+        if not option.startswith("-"):
+            raise ValueError(f"--sbatch={option} is no option; give it with its dashes, as --sbatch=--nice=100")
+    if "\\" in str(run_dir):
+        raise ValueError(f"run.dir is {run_dir}: Slurm reads a backslash in the path of a log otherwise; set another")
+    if options.container:
+        for name, folder in texts[:2]:
+            if set(",:") & set(folder):
+                raise ValueError(f"{name} is {folder}: a container's mounts are split at , and : ; use another folder")
 
 
 def seconds_of(limit: str | None) -> int | None:

@@ -108,7 +108,15 @@ REFUSALS = [
     ({"lines": ("node0",)}, "hosts, line 1: 'node0' is not `host slots=N`"),
     ({"lines": ("node0 slots=1", "node0 slots=1")}, "hosts, line 2: node0 is there already"),
     ({"lines": ("# none",)}, "hosts names no host"),
-    ({"lines": ("node0 slots=1",), "MASTER_PORT": "ssh"}, "error: MASTER_PORT=ssh is no number"),
+    ({"lines": ("node0 slots=1",), "MASTER_PORT": "ssh"}, "error: MASTER_PORT=ssh is no port"),
+    ({"lines": ("node0 slots=1",), "MASTER_ADDR": "-x"}, "error: MASTER_ADDR=-x is no host name"),
+    (
+        {"lines": ("-oProxyCommand=touch${IFS}x slots=1",)},
+        "hosts, line 1: '-oProxyCommand=touch${IFS}x' is no",
+    ),
+    ({"lines": ("\x1b[2Jnode0",)}, "hosts, line 1: '?[2Jnode0' is no host name"),
+    ({"lines": ("a@-oProxyCommand=x slots=1",)}, "hosts, line 1: 'a@-oProxyCommand=x' is no host name"),
+    ({"lines": ("node[0-9],$(touch${IFS}x) slots=1",)}, "hosts, line 1: 'node[0-9],$(touch${IFS}x)' is no"),
     ({"lines": ("node0 slots=1",), "NODE_RANK": "1"}, "error: NODE_RANK=1 with 1 hosts in "),
     ({"lines": ("node0 slots=3",)}, "error: with 3 processes (the hostfile's slots): train.global_batch_size is 8"),
 ]
@@ -177,11 +185,15 @@ def ssh_args(tmp_path: Path) -> Iterator[str]:
 
 @FULL
 def test_hosts_reached_over_ssh(config_file, undisturbed, tmp_path, ssh_args):
-    run_dir = tmp_path / "run"
+    hostile = tmp_path / f"$(touch {tmp_path}/obeyed) `touch {tmp_path}/obeyed`'; touch {tmp_path}/obeyed; \"$HOME"
+    run_dir, overlay = hostile / "run", hostile / "overlay.yaml"
+    hostile.mkdir(parents=True)
+    overlay.write_text(json.dumps({"run": {"dir": str(run_dir)}}))
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SSH_ARGS": ssh_args}
     hosts = hostfile(tmp_path, "localhost slots=1", "127.0.0.1 slots=1")
-    must_succeed(launch(config_file, f"run.dir={run_dir}", *SHORT, HOSTFILE=hosts, **common))
+    must_succeed(launch(config_file, overlay, *SHORT, HOSTFILE=hosts, **common))
     assert_same_beginning(run_dir, undisturbed)
+    assert not (tmp_path / "obeyed").exists(), "a value of the config ran on a host"
 
 
 def test_a_host_that_ssh_does_not_reach_is_named(config_file, tmp_path, ssh_args):

@@ -34,6 +34,15 @@ def write_config(path: Path, corpus: Path) -> Path:
     return path
 
 
+def hostile_run_dir(folder: Path) -> tuple[Path, Path]:
+    """A run.dir that a shell or Slurm would obey, which leaves ``folder/obeyed`` then, and the overlay that sets it."""
+    order = f"touch {folder}/obeyed"
+    run_dir = folder / f"run #1 %j $({order}) `{order}` \"; {order}; '"
+    overlay = folder / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"run": {"dir": str(run_dir)}}))
+    return run_dir, overlay
+
+
 def environment(**variables: str) -> dict[str, str]:
     """A user's environment, without what a launcher or a scheduler around the tests may have set."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "NPROC_PER_NODE")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.e2e.commands import wait_until
-from tests.launch.jobs import FULL, environment, history, must_reach, records, run, trajectory
+from tests.launch.jobs import FULL, environment, history, hostile_run_dir, must_reach, records, run, trajectory
 
 pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(600)]
 TWO_NODES = ("--nodes", "2", "--processes-per-node", "1")
@@ -44,9 +44,15 @@ def must_end(job: str, log: Path, *, seconds: float = 240) -> list[str]:
 
 
 def test_a_job_that_is_warned_saves_requeues_and_goes_on(config: Path, undisturbed: Path, tmp_path: Path):
-    """Two nodes; the warning is sent as Slurm sends it before the time limit (`make launch-full` waits for that)."""
-    run_dir = tmp_path / "run"
-    job = submit(config, f"run.dir={run_dir}", *TWO_NODES, "--time", "10", "--signal-lead", "60")
+    """Two nodes; the warning is sent as Slurm sends it before the time limit (`make launch-full` waits for that).
+
+    The run's folder has a name that a shell would obey: it, and every other value, reaches the job as it is.
+    """
+    run_dir, overlay = hostile_run_dir(tmp_path)
+    comment = f"$(touch {tmp_path}/obeyed) #2"
+    job = submit(config, overlay, *TWO_NODES, "--time", "10", "--signal-lead", "60", f"--sbatch=--comment={comment}")
+    shown = slurm_says("scontrol", "show", "job", job)
+    assert f"JobName={run_dir.name}\n" in shown and f"Comment={comment} \n" in shown
     log = run_dir / f"job/slurm-{job}.out"
     must_reach(run_dir, 10, log)
     slurm_says("scancel", "--batch", "--signal=USR1", job)
@@ -59,6 +65,7 @@ def test_a_job_that_is_warned_saves_requeues_and_goes_on(config: Path, undisturb
     assert len(begins) == 2 and begins[1]["step"] >= 10
     assert len({record["run_id"] for record in begins}) == 1, "loggers see one run"
     hosts = {path.name: path.read_text() for path in run_dir.glob("logs/*/node_1.log")}
+    assert not (tmp_path / "obeyed").exists(), "a value ran as a command"
     assert len(hosts) == 1 and (run_dir / "job/code/megatron_depthattn/train/loop.py").exists()
 
 
@@ -80,13 +87,14 @@ def test_a_job_at_its_real_time_limit(config: Path, tmp_path: Path):
 
 @FULL
 def test_an_array_of_three(config: Path, tmp_path: Path):
-    run_dir = tmp_path / "sweep"
+    run_dir, overlay = hostile_run_dir(tmp_path)
     settings = ("train.steps=6", "checkpoint.interval=6", "--nodes", "1", "--processes-per-node", "1")
-    job = submit(config, f"run.dir={run_dir}", *settings, "--array", "run.seed=1,2,1")
+    job = submit(config, overlay, *settings, f"checkpoint.dir={tmp_path}/saved", "--array", "run.seed=1,2,1")
     assert must_end(job, run_dir / "job") == ["COMPLETED"] * 3
     losses = [[record["loss"] for record in records(run_dir / f"task_{task}")] for task in range(3)]
     assert [len(run) for run in losses] == [6, 6, 6]
     assert losses[0] == losses[2] != losses[1], "each task has its own seed, and nothing else"
+    assert len(list((tmp_path / "saved").glob("task_[012]/step_00000006"))) == 3 and not (tmp_path / "obeyed").exists()
     assert sorted(path.name for path in (run_dir / "job").glob("slurm-*.out")) == [
         f"slurm-{job}_{task}.out" for task in range(3)
     ]
@@ -182,6 +190,10 @@ def test_hosts_are_never_guessed():
         job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": nodes, "SLURM_JOB_NUM_NODES": "2"}
         refused = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30, **job)
         assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+    for name, value in {"SLURM_JOB_ID": "a[$(touch obeyed)]", "MAX_REQUEUES": "many"}.items():
+        job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"} | {name: value}
+        refused = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30, **job)
+        assert refused.returncode == 1 and f"{name}='{value}' is not a whole number" in refused.stderr, refused.stderr
     outside = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30)
     assert outside.returncode == 1 and "submit it with sbatch" in outside.stderr
 

@@ -2,13 +2,15 @@
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from launch.submit import REPOSITORY, _check, _parser, render, seconds_of, sweep
+from launch.submit import REPOSITORY, _check, _configs, _parser, render, seconds_of, submit, sweep
 from launch.verdict import Ended, Failure, decide, ended_from, to_json, verdict_from
 from launch.world import count_gpus, read_world
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
@@ -85,17 +87,21 @@ def test_gpus_are_counted_as_the_processes_would_see_them(monkeypatch: pytest.Mo
 SUBMIT = ("config.yaml", "--nodes", "4", "--gpus-per-node", "8")
 
 
-def script(*options: str, num_configs: int = 1) -> str:
+def script(*options: str, num_configs: int = 1, run_dir: str = "/runs/my run") -> str:
     """A rendered job script, after bash has read it."""
     parsed = _parser().parse_intermixed_args([*SUBMIT, *options])
     template = (REPOSITORY / "launch/slurm.sbatch").read_text()
-    text = render(template, parsed, Path("/runs/my run"), num_configs, 8)
+    text = render(template, parsed, Path(run_dir), num_configs, 8)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=30)
     return text
 
 
 def flags(text: str) -> list[str]:
-    return re.findall(r"^#SBATCH (--\S.*)$", text, flags=re.M)
+    """The options as Slurm reads them: words as of a shell, up to a `#`."""
+    lines = re.findall(r"^#SBATCH (\S.*)$", text, flags=re.M)
+    words = [shlex.split(line, comments=True) for line in lines]
+    assert [len(each) for each in words] == [1] * len(lines)
+    return [word for (word,) in words]
 
 
 def settings(text: str, *names: str) -> list[str]:
@@ -119,6 +125,72 @@ def test_a_job_script_says_what_was_asked_for():
         "/runs/my run/job/config.yaml",
         "8",
     ]
+
+
+@pytest.mark.parametrize("array", [(), ("--array", "run.seed=1,2")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$(touch {})",
+        "`touch {}`",
+        '"; touch {}; "',
+        "'; touch {}; '",
+        "$(touch {})'\"`touch {}`",
+        "a #b",
+        "-x %j $HOME",
+    ],
+)
+def test_values_reach_the_job_as_they_are(text: str, array: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    sentinel = tmp_path / "obeyed"
+    hostile = text.replace("{}", str(sentinel))
+    run_dir = f"{tmp_path}/{hostile}"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    more = ("--partition", hostile, "--account", hostile, f"--sbatch=--comment={hostile}", "--python", hostile)
+    box = ("--container", hostile, "--container-mounts", hostile.replace(":", ""))
+    rendered = script(*more, *box, *array, num_configs=2, run_dir=run_dir)
+    config, own_dir = ("/job/config_1.yaml", "/task_1") if array else ("/job/config.yaml", "")
+    found = settings(rendered, "CODE", "ARGUMENTS", "RUN_DIR", "PYTHON")
+    assert found == [f"{run_dir}/job/code", run_dir + config, run_dir + own_dir, hostile]
+    assert f"--container-image={hostile}" in settings(rendered, "SRUN")
+    asked = {f"--{name}={hostile}" for name in ("partition", "account", "comment")}
+    assert asked | {f"--job-name={Path(run_dir).name}"} <= set(flags(rendered))
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        *(("run.dir", text) for text in ("a\n#SBATCH --uid=0", "a\ntouch obeyed", "a\rb", "a\x1b[2Jb", "a\u2028b")),
+        *((option, "--x=a\ntouch obeyed") for option in ("--partition", "--job-name", "--sbatch", "--python")),
+    ],
+)
+def test_control_characters_are_refused_before_anything_is_written(where: str, text: str, tmp_path: Path):
+    config = tmp_path / "config.yaml"
+    run_dir = str(tmp_path / (text if where == "run.dir" else "run"))
+    settings = {"run": {"dir": run_dir}, "data": {"path": "corpus"}, "train": {"global_batch_size": 128}}
+    config.write_text(yaml.safe_dump(settings))
+    more = () if where == "run.dir" else (f"{where}={text}",)
+    command = _parser().parse_intermixed_args([str(config), *SUBMIT[1:], "--dry-run", *more])
+    with pytest.raises(ValueError, match="control character") as refused:
+        submit(command)
+    assert str(refused.value).isprintable()
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_tasks_that_share_a_folder_of_checkpoints_get_their_own_in_it(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("data: {path: corpus}\n")
+    lines = tmp_path / "tasks.txt"
+    lines.write_text("run.seed=1\nrun.seed=2\nrun.seed=3 checkpoint.dir=own\n")
+
+    def folders(*options: str) -> list[str | None]:
+        given = [str(tmp_path / "config.yaml"), "run.dir=runs/sweep", *SUBMIT[1:], *options]
+        return [config.checkpoint.dir for config in _configs(_parser().parse_intermixed_args(given)).values()]
+
+    assert folders("checkpoint.dir=X", "--array", "optimizer.lr=0.1,0.2") == ["X/task_0", "X/task_1"]
+    assert folders("checkpoint.dir=X", "--array", str(lines)) == ["X/task_0", "X/task_1", "own"]
+    assert folders("--array", "checkpoint.dir=a,b") == ["a", "b"]
+    assert folders("--array", "run.seed=1,2") == [None, None]
+    assert folders("checkpoint.dir=X") == ["X"]
 
 
 def test_the_jobs_of_a_chain_need_not_be_requeued():
