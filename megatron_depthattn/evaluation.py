@@ -84,7 +84,8 @@ def open_split(data: Path, split: str | None = None) -> Iterator[Split]:
     with nullcontext() if writable else tempfile.TemporaryDirectory() as cache:
         dataset = TokenDataset(folder, name, cache=cache)
         manifest = dataset.manifest
-        if manifest is not None and name not in manifest.get("splits", {}):
+        needed = {"vocab_size", "eos_token_id", "tokenizer_sha256", "splits"}
+        if manifest is not None and not (needed <= manifest.keys() and manifest["splits"].get(name, {}).get("tokens")):
             manifest = None  # of something else, which lies beside the shards
         yield Split(dataset=dataset, name=name, manifest=manifest, tokenizer_folder=folder / "tokenizer")
 
@@ -152,7 +153,8 @@ def evaluate(
     samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     byte_counts = token_byte_counts(tokenizer) if tokenizer is not None else None
     if byte_counts is not None and split.manifest is not None:
-        byte_counts[split.manifest["eos_token_id"]] = 0
+        end = split.manifest["eos_token_id"]
+        byte_counts[end : end + 1] = 0
     total, num_bytes = 0.0, 0
     for start in range(0, samples, batch_size):
         rows = torch.stack([dataset[i] for i in range(start, min(start + batch_size, samples))])
@@ -192,10 +194,11 @@ def _summed_loss(model: PreTrainedModel, rows: Tensor) -> float:
 
 
 def _check_tokens(rows: Tensor, vocab_size: int, byte_counts: Tensor | None) -> None:
-    largest = int(rows.max())
-    if largest >= vocab_size:
+    smallest, largest = (int(token) for token in rows.aminmax())
+    if smallest < 0 or largest >= vocab_size:
+        unknown = smallest if smallest < 0 else largest
         raise ValueError(
-            f"the data has token {largest} and the model a vocabulary of {vocab_size}: prepare the data with the "
+            f"the data has token {unknown} and the model a vocabulary of {vocab_size}: prepare the data with the "
             "model's tokenizer"
         )
     if byte_counts is not None and largest >= len(byte_counts):
@@ -210,7 +213,7 @@ def _average_bytes(split: Split, tokens: int) -> tuple[float | None, str]:
     if split.manifest is None:
         return None, "unknown: no byte-level tokenizer beside data or model, and no manifest.json"
     counts = split.manifest["splits"][split.name]
-    average = counts["bytes"] / counts["tokens"]
+    average = counts.get("bytes", 0) / counts["tokens"]
     return (
         tokens * average,
         f"estimate: the split's average of {average:.4f} bytes a token (tokenizer is not byte-level)",

@@ -172,7 +172,9 @@ def check_held_out(study: Study, index: Path) -> None:
     """That every size can be evaluated over all of `eval_sequences`; a URL is not looked into."""
     if not index.is_file():
         return
-    sequences = sum(shard["samples"] for shard in json.loads(index.read_text(encoding="utf-8"))["shards"])
+    from megatron_depthattn.data.shard_index import parse_index
+
+    sequences = sum(shard.samples for shard in parse_index(index.read_bytes(), str(index)).shards)
     if sequences < study.eval_sequences:
         raise ValueError(
             f"{index.parent} holds {sequences} sequences and eval_sequences is {study.eval_sequences}: sizes with "

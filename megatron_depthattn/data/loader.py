@@ -52,10 +52,11 @@ class _Steps(Dataset[str | None]):
 
     Args:
         slots: int32 [number of slots, num_micro_batches, mbs, N + 1], shared with forked processes.
+        vocab_size: what a token must be below; None: not checked.
     """
 
-    def __init__(self, samples: Samples, slots: torch.Tensor) -> None:
-        self.samples, self.slots = samples, slots
+    def __init__(self, samples: Samples, slots: torch.Tensor, vocab_size: int | None) -> None:
+        self.samples, self.slots, self.vocab_size = samples, slots, vocab_size
 
     def __getitem__(self, item: tuple[int, Ids]) -> str | None:
         """Fill a slot with the samples of these ids; returns what is wrong with the data, or None."""
@@ -65,6 +66,13 @@ class _Steps(Dataset[str | None]):
                 row.copy_(self.samples[sample])
         except ValueError as error:
             return str(error)  # raised in a worker, it would come out as pages of traceback
+        low, high = (int(token) for token in self.slots[slot].aminmax())
+        if self.vocab_size is not None and not 0 <= low <= high < self.vocab_size:
+            # The embedding would crash a GPU, or look up nothing where tensor ranks share it.
+            return (
+                f"the data has token {low if low < 0 else high}, in samples {ids.min()} to {ids.max()}, and "
+                f"model.vocab_size is {self.vocab_size}: prepare the data with the model's tokenizer"
+            )
         return None
 
 
@@ -107,9 +115,12 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         steps: sample ids [num_micro_batches, mbs] of one step after the other.
         shape: num_micro_batches, mbs.
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
+        vocab_size: what a token must be below; None: not checked.
     """
 
-    def __init__(self, samples: Samples, steps: Iterator[Ids], shape: tuple[int, int], num_workers: int) -> None:
+    def __init__(
+        self, samples: Samples, steps: Iterator[Ids], shape: tuple[int, int], num_workers: int, vocab_size: int | None
+    ) -> None:
         # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
         # copied from its slot a moment later. Hence one slot more.
         self._slots = _shared_slots(num_workers * STEPS_AHEAD + 1, *shape, samples.sequence_length + 1)
@@ -117,7 +128,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         # batch_size=None: each item of the sampler is a whole step of ids, computed in this process once and not in
         # every worker. fork: workers start at once, with the index in memory, and never touch an accelerator.
         loader: DataLoader[str | None] = DataLoader(
-            _Steps(samples, self._slots),
+            _Steps(samples, self._slots, vocab_size),
             sampler=self._ask(steps),  # type: ignore[arg-type]  # an iterator is enough: it is taken once
             batch_size=None,
             num_workers=num_workers,
@@ -149,7 +160,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         """The micro-batches of one step.
 
         Raises:
-            ValueError: a shard is damaged or missing.
+            ValueError: a shard is damaged or missing, or a token is outside the vocabulary.
             ChildProcessError: a loader process died.
         """
         if self._iterator is None:
@@ -196,6 +207,7 @@ def build_loader(
     data_parallel_rank: int,
     data_parallel_size: int,
     num_workers: int = 0,
+    vocab_size: int | None = None,
 ) -> TokenLoader:
     """The steps of one data-parallel rank, from `consumed_samples` on, without end.
 
@@ -203,6 +215,7 @@ def build_loader(
 
     Args:
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
+        vocab_size: what a token must be below; None: not checked.
 
     Returns:
         An iterator of lists of micro-batches {"tokens": int64 [mbs, N], "labels": int64 [mbs, N],
@@ -218,4 +231,4 @@ def build_loader(
     }
     shape = num_micro_batches(**layout), micro_batch_size
     ids = steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout)
-    return TokenLoader(dataset, ids, shape, num_workers)
+    return TokenLoader(dataset, ids, shape, num_workers, vocab_size)

@@ -103,6 +103,18 @@ def new_hash(algorithm: str) -> Any:
     return getattr(xxhash, algorithm)() if algorithm in xxhash.algorithms_available else hashlib.new(algorithm)
 
 
+def count(entry: Mapping[str, Any], key: str) -> int:
+    """The value of a key, a whole number from 0 on that fits 63 bits.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = entry.get(key)
+    if type(value) is not int or not 0 <= value < 1 << 63:  # a bool is an int as well
+        raise ValueError(f"{key} is {reprlib.repr(value)}, not a count")
+    return value
+
+
 def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     pairs = zip(entry["column_names"], entry["column_encodings"], strict=True)
     return {str(name): str(encoding) for name, encoding in pairs}
@@ -112,7 +124,7 @@ def _shard(entry: Mapping[str, Any], sample_bytes: int) -> ShardEntry:
     kind = entry.get("format"), entry.get("version")
     if kind != ("mds", 2):
         raise ValueError(f"its format is {reprlib.repr(kind)}, not MDS version 2")
-    samples = _count(entry, "samples")
+    samples = count(entry, "samples")
     if samples < 1:
         raise ValueError("it holds no samples")
     raw = _file(entry.get("raw_data"), "raw_data")
@@ -149,12 +161,5 @@ def _file(entry: Any, key: str) -> StoredFile:
     if hashes and not known:
         raise ValueError(f"its hashes are {reprlib.repr(list(hashes))}, none of which this machine can compute")
     return StoredFile(
-        name=entry["basename"], bytes=_count(entry, "bytes"), hashes={name: str(hashes[name]) for name in known}
+        name=entry["basename"], bytes=count(entry, "bytes"), hashes={name: str(hashes[name]) for name in known}
     )
-
-
-def _count(entry: Mapping[str, Any], key: str) -> int:
-    value = entry.get(key)
-    if type(value) is not int or value < 0:  # a bool is an int as well
-        raise ValueError(f"{key} is {reprlib.repr(value)}, not a count")
-    return value

@@ -90,10 +90,11 @@ def read_small_file(place: str) -> bytes:
             file = Path(folder, "content")
             download(place, file)
         with _open_plain(file, place) as stream:
-            content = stream.read(MAX_INDEX_BYTES + 1)
-    if len(content) > MAX_INDEX_BYTES:
-        raise ValueError(f"{place} has more than {MAX_INDEX_BYTES:,} bytes: prepare the corpus with larger shards")
-    return content
+            if os.fstat(stream.fileno()).st_size > MAX_INDEX_BYTES:
+                raise ValueError(
+                    f"{place} has more than {MAX_INDEX_BYTES:,} bytes: prepare the corpus with larger shards"
+                )
+            return stream.read()
 
 
 def _open_plain(file: Path, name: object = None) -> IO[bytes]:

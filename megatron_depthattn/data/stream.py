@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from megatron_depthattn.data.shard_index import count
 from megatron_depthattn.data.shard_reader import Shards, is_remote, logger, read_small_file
 
 MANIFEST_NAME = "manifest.json"
@@ -28,11 +29,21 @@ def _read_manifest(path: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}; copy or prepare the corpus again") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{file} is no manifest: copy or prepare the corpus again")
-    return manifest
+        _check_manifest(manifest)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no manifest of a corpus: {error}; copy or prepare the corpus again") from error
+    return cast(dict[str, Any], manifest)
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Check the type of whatever is used of a manifest; all of it may be absent."""
+    for key in manifest.keys() & {"vocab_size", "eos_token_id"}:
+        count(manifest, key)
+    if not isinstance(manifest.get("tokenizer_sha256", ""), str):
+        raise ValueError("tokenizer_sha256 is no text")
+    for counts in manifest.get("splits", {}).values():
+        for key in counts.keys() & {"bytes", "tokens"}:
+            count(counts, key)
 
 
 class TokenDataset(Dataset[torch.Tensor]):

@@ -70,6 +70,7 @@ class GlobalBatches:
             self._corpus,
             self._corpus.sequence(seed=self._seed, shuffle=config.data.shuffle and self._is_training),
             consumed_samples=consumed_samples,
+            vocab_size=config.model.vocab_size,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),

@@ -128,6 +128,18 @@ def test_a_damaged_shard_is_one_line_from_a_worker_as_well(dataset: TokenDataset
     assert "Traceback" not in str(raised.value)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_token_outside_the_vocabulary_is_one_line(dataset: TokenDataset, num_workers: int) -> None:
+    """Tensor ranks that share an embedding would look up nothing, and train on."""
+    assert TOKENS.max() > 60000
+    with (
+        contextlib.closing(start(dataset, workers=num_workers, vocab_size=60000)) as loader,
+        pytest.raises(ValueError, match=r"the data has token 6\d{4}, in samples \d+ to \d+, and model.vocab_size is"),
+    ):
+        [next(loader) for _ in range(20)]
+    read(dataset, 1, workers=num_workers, vocab_size=1 << 16)
+
+
 # --------------------------------------------------------------------------------------------- signals
 
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import functools
+import gzip
 import http.server
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -15,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
+import zstandard
 from filelock import FileLock
 from streaming import MDSWriter
 
@@ -320,7 +325,7 @@ def bucket(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.copytree(corpus, corpus.parent / "served" / "bucket" / "corpus")
     handler = functools.partial(_Quiet, directory=str(corpus.parent / "served"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "test")
@@ -408,30 +413,199 @@ NOT_PLAIN_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("key", ["raw_data", "zip_data"])
-@pytest.mark.parametrize("with_cache", [False, True])
-@pytest.mark.parametrize("name", NOT_PLAIN_NAMES, ids=repr)
-def test_a_name_that_is_no_plain_file_name_touches_nothing(
-    corpus: Path, tmp_path: Path, name: object, with_cache: bool, key: str
-) -> None:
+@pytest.mark.parametrize("name", NOT_PLAIN_NAMES, ids=lambda name: repr(name)[:30])
+def test_a_name_that_is_no_plain_file_name_touches_nothing(corpus: Path, tmp_path: Path, name: object) -> None:
     """As in a downloaded corpus that would replace a file of its reader's, such as a start-up file of the shell."""
     (tmp_path / "victim.mds").write_text("precious")
     (corpus / "manifest.json").write_text("{}")
+    split, intact = corpus / "train", (corpus / "train" / "index.json").read_bytes()
     name = name.format(tmp_path) if isinstance(name, str) else name
-    edit_index(corpus / "train", lambda shard: shard[key].update(basename=name))
-    before, in_split = tree(tmp_path), names(corpus / "train")
-    with pytest.raises(ValueError, match=r"corpus/train/index\.json, shard 1: ") as error:
-        read(TokenDataset(corpus, cache=tmp_path / "cache" if with_cache else None))
-    assert "; copy or prepare the corpus again" in str(error.value) and str(error.value).isprintable()
-    assert tree(tmp_path) == before
-    assert names(corpus / "train") == in_split
+    before, in_split = tree(tmp_path), names(split)
+    for key in ("raw_data", "zip_data"):
+        edit_index(split, lambda shard, key=key: shard[key].update(basename=name))
+        for cache in (None, tmp_path / "cache"):
+            with pytest.raises(ValueError, match=r"corpus/train/index\.json, shard 1: .*; copy or prepare") as error:
+                read(TokenDataset(corpus, cache=cache))
+            assert str(error.value).isprintable()
+            assert (tree(tmp_path), names(split)) == (before, in_split)
+        (split / "index.json").write_bytes(intact)
 
 
 def test_a_bucket_cannot_name_files_outside_the_cache(bucket: Path, tmp_path: Path) -> None:
     (tmp_path / "victim.mds").write_text("precious")
-    for name in ("../../victim.mds", f"{tmp_path}/victim.mds", "../../../../victim.mds", ".profile"):
-        edit_index(bucket / "corpus" / "train", lambda shard, name=name: shard["raw_data"].update(basename=name))
-        before = tree(tmp_path)
-        with pytest.raises(ValueError, match=r"s3://bucket/corpus/train/index\.json, shard 1: its file is named"):
-            read(TokenDataset("s3://bucket/corpus", cache=tmp_path / "cache"))
-        assert tree(tmp_path) == before
+    edit_index(bucket / "corpus" / "train", lambda shard: shard["raw_data"].update(basename="../../victim.mds"))
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"s3://bucket/corpus/train/index\.json, shard 1: its file is named"):
+        read(TokenDataset("s3://bucket/corpus", cache=tmp_path / "cache"))
+    assert tree(tmp_path) == before
+
+
+def columns(encoding: str, names: tuple[str, ...] = ("tokens",)) -> dict:
+    return {"column_names": list(names), "column_encodings": [encoding] * len(names)}
+
+
+LIES = [
+    *(({"samples": n}, "samples is") for n in (-1, 33.0, "33", True, None, [33])),
+    ({"samples": 0}, "it holds no samples"),
+    ({"samples": 10**9}, r"shard\.00001\.mds has \d+ bytes, and 1000000000 samples of 18 bytes"),
+    *(({"raw_data": {"bytes": n}}, "bytes is") for n in (-1, 590.0, "590", True, None, 10**4000)),
+    *(({"raw_data": {"bytes": n}}, r"shard\.00001\.mds has \d+ bytes, and") for n in (0, 10**6, 1 << 33)),
+    *(({"zip_data": {"bytes": n}}, "bytes is|has 8589934592 bytes") for n in (-1, 590.0, 1 << 33)),
+    *(({"raw_data": {"hashes": of}}, "hashes") for of in ("xxh64", ["xxh64"], {"none": "0"}, {"shake_128": "0"})),
+    *(
+        ({key: of}, f"{key} is")
+        for key, of in (("raw_data", None), ("raw_data", "x"), ("zip_data", 7), ("zip_data", []))
+    ),
+    *(({"compression": name}, "is compressed with") for name in (None, "br", "snappy", "../zstd", ["zstd"], 7)),
+    ({"compression": "gz"}, r"is named 'shard.00001.mds.zstd', not shard.00001.mds.gz"),
+    *(({"format": name}, "its format is") for name in ("json", "csv", None, ["mds"])),
+    ({"version": 3}, "its format is"),
+    *((columns(kind), "its columns are") for kind in ("pkl", "ndarray:float64:9", "ndarray:uint16:10", "pil")),
+    (columns("ndarray:uint16:9", ("tokens", "more")), "its columns are"),
+    ({"column_names": 7}, "is no index of MDS shards"),
+    ({"column_names": ["tokens", "more"]}, "is no index of MDS shards"),
+]
+
+
+@pytest.mark.parametrize(("lie", "reason"), LIES, ids=lambda of: repr(of)[:40])
+def test_an_index_with_impossible_sizes_or_types_is_refused(corpus: Path, lie: dict, reason: str) -> None:
+    def change(shard: dict) -> None:
+        for key, value in lie.items():
+            shard[key] = shard[key] | value if isinstance(value, dict) else value
+
+    edit_index(corpus / "train", change)
+    with pytest.raises(ValueError, match=rf"corpus/train/index\.json(, shard 1:)? .*({reason})") as error:
+        TokenDataset(corpus)
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "kind", ["pkl", "json", "jpeg", "ndarray", "ndarray:uint16", "ndarray:uint16:0", "ndarray:O:9"]
+)
+def test_shards_of_anything_but_tokens_are_refused(corpus: Path, kind: str) -> None:
+    index = json.loads((corpus / "train" / "index.json").read_text())
+    for shard in index["shards"]:
+        shard |= columns(kind)
+    (corpus / "train" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has the columns .*, not 'tokens' of a fixed length"):
+        TokenDataset(corpus)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"shards": 7}',
+        b'{"shards": {"a": 1}}',
+        b'{"shards": [null]}',
+        b"[" * 99999,
+    ],
+    ids=lambda content: repr(content)[:20],
+)
+def test_what_is_no_index_or_manifest_is_named(corpus: Path, content: bytes) -> None:
+    for name in ("manifest.json", "train/index.json"):
+        (corpus / name).write_bytes(content)
+        if name == "train/index.json" or not content.startswith(b"{"):
+            with pytest.raises(ValueError, match=rf"corpus/{name} is no "):
+                TokenDataset(corpus)
+        (corpus / "manifest.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [{"vocab_size": "7"}, {"eos_token_id": -1}, {"tokenizer_sha256": 7}, {"splits": [1]}, {"splits": {"a": 1}}],
+)
+def test_a_manifest_of_other_types_is_refused(corpus: Path, manifest: dict) -> None:
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"corpus/manifest\.json is no manifest of a corpus: .*; copy or prepare"):
+        TokenDataset(corpus)
+
+
+def test_an_index_too_large_to_be_one_is_not_read(corpus: Path) -> None:
+    with (corpus / "train" / "index.json").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(ValueError, match=r"corpus/train/index\.json has more than 67,108,864 bytes"):
+        TokenDataset(corpus)
+
+
+@pytest.mark.parametrize(("compression", "compress"), [("zstd", zstandard.compress), ("gz", gzip.compress)])
+def test_a_bomb_is_expanded_to_the_size_in_the_index_and_no_further(
+    corpus: Path, compression: str, compress: Callable[[bytes], bytes]
+) -> None:
+    """A few kilobytes that would become 64 MB; with hashes that are right."""
+    bomb = compress(bytes(1 << 26))
+    file = corpus / "train" / f"shard.00001.mds.{compression}"
+    hashes = {"xxh64": xxhash.xxh64(bomb).hexdigest()}
+    described = {"basename": file.name, "bytes": len(bomb), "hashes": hashes}
+    edit_index(corpus / "train", lambda shard: shard.update(compression=compression, zip_data=described))
+    file.write_bytes(bomb)
+    dataset = TokenDataset(corpus)
+    tracemalloc.start()
+    with pytest.raises(
+        ValueError, match=rf"mds\.{compression} expands to shard.00001.mds, which has more than the 590"
+    ):
+        dataset[int(dataset.samples_per_shard[0])]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    assert names(corpus / "train") == {path.name for path in (corpus / "train").glob("[a-z]*")}
+
+
+def test_offsets_that_lead_elsewhere_are_named(tmp_path: Path) -> None:
+    write_shards(tmp_path / "train", compression=None, hashes=[])
+    file = tmp_path / "train" / "shard.00000.mds"
+    for offsets in ((0, 1 << 31), (50, 40), (0, 0), (1 << 31, (1 << 31) + 18)):
+        content = bytearray(file.read_bytes())
+        content[4:12] = np.array(offsets, "<u4").tobytes()
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"shard\.00000\.mds cannot be read: its sample 0 is not 18 bytes inside"):
+            TokenDataset(tmp_path)[0]
+
+
+# --------------------------------------------------------------------- links, pipes, and others in a cache
+
+
+@pytest.mark.parametrize(
+    "place", [".shard.00000.mds.part", ".shard.00000.mds.fetched", ".lock.0", "shard.00000.mds", "", "..."]
+)
+def test_nothing_is_written_or_read_through_a_link_in_a_shared_cache(corpus: Path, tmp_path: Path, place: str) -> None:
+    """Placed there by another user of the cache, who cannot write to the victim's folder."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("precious")
+    dataset = TokenDataset(corpus, cache=tmp_path / "cache")
+    folder = dataset._shards._folder
+    link = folder if place == "" else folder / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim if place in ("", ".shard.00000.mds.fetched") else victim / "file")
+    if place.endswith((".part", ".fetched", "...")):
+        assert read(dataset) == TOKENS.tolist()  # a link at a temporary name is replaced
+    else:
+        with pytest.raises(ValueError, match=r"is a link|cannot be written \(Too many levels of symbolic links\)"):
+            read(dataset)
+    assert names(victim) == {"file"}
+    assert (victim / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["shard.00000.mds.zstd", "index.json", "../manifest.json"])
+@pytest.mark.parametrize("kind", ["link", "device", "pipe"])
+def test_only_plain_files_of_a_corpus_are_read(corpus: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """A link leads to what its author cannot read, a device has no end, a pipe keeps its reader waiting."""
+    file = corpus / "train" / name
+    (corpus / "manifest.json").write_text("{}")
+    file.rename(tmp_path / "moved")
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(tmp_path / "moved" if kind == "link" else "/dev/zero")
+    with pytest.raises(ValueError, match=rf"{file.name} cannot be read: it is (a link, and files|no plain file)"):
+        read(TokenDataset(corpus))
+
+
+def test_a_corpus_is_reached_through_a_link(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(corpus)
+    assert read(TokenDataset(tmp_path / "link", cache=tmp_path / "cache")) == TOKENS.tolist()

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from streaming import MDSWriter
 
 from megatron_depthattn.config import load_config, to_dict, validate
 from megatron_depthattn.study.ladder import Ladder
@@ -211,9 +213,13 @@ def test_a_study_of_several_nodes_is_not_started_here(tmp_path, capsys):
 def test_a_held_out_text_that_is_too_short_is_refused(tmp_path):
     """As many sequences as are asked for are enough, one less is not."""
     planned(tmp_path)
-    study, index = load_study(tmp_path / "small.yaml"), tmp_path / "index.json"
-    index.write_text(json.dumps({"shards": [{"samples": study.eval_sequences - 1}, {"samples": 1}]}))
-    check_held_out(study, index)
-    index.write_text(json.dumps({"shards": [{"samples": study.eval_sequences - 1}]}))
+    study = load_study(tmp_path / "small.yaml")
+    for count in (study.eval_sequences, study.eval_sequences - 1):
+        index = tmp_path / str(count) / "index.json"
+        with MDSWriter(columns={"tokens": "ndarray:uint16:3"}, out=str(index.parent), size_limit=500) as writer:
+            for _ in range(count):
+                writer.write({"tokens": np.zeros(3, np.uint16)})
+        if count == study.eval_sequences:
+            check_held_out(study, index)
     with pytest.raises(ValueError, match=f"holds {study.eval_sequences - 1} sequences and eval_sequences is"):
         check_held_out(study, index)
