@@ -246,7 +246,10 @@ class Shards:
 
     def _check_presence(self) -> None:
         """Refuse a local split that lacks files now, rather than in the middle of the run."""
-        present = {file.name for file in Path(self.origin).iterdir()}
+        try:
+            present = set(os.listdir(self.origin))
+        except OSError as error:
+            raise ValueError(f"{self.origin} cannot be read: {error.strerror}") from error
         for shard in self.index.shards:
             stored = shard.packed or shard.raw
             if not {stored.name, shard.raw.name} & present:

@@ -1,6 +1,7 @@
 """A prepared corpus as a data set of token sequences, read by sample number."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,8 +40,9 @@ def _check_manifest(manifest: Any) -> None:
     """Check the type of whatever is used of a manifest; all of it may be absent."""
     for key in manifest.keys() & {"vocab_size", "eos_token_id"}:
         count(manifest, key)
-    if not isinstance(manifest.get("tokenizer_sha256", ""), str):
-        raise ValueError("tokenizer_sha256 is no text")
+    digest = manifest.get("tokenizer_sha256", "0")
+    if not isinstance(digest, str) or not digest.isalnum():  # it is printed
+        raise ValueError(f"tokenizer_sha256 is {reprlib.repr(digest)}, not a hash")
     for counts in manifest.get("splits", {}).values():
         for key in counts.keys() & {"bytes", "tokens"}:
             count(counts, key)

@@ -517,7 +517,7 @@ def test_what_is_no_index_or_manifest_is_named(corpus: Path, content: bytes) -> 
 
 @pytest.mark.parametrize(
     "manifest",
-    [{"vocab_size": "7"}, {"eos_token_id": -1}, {"tokenizer_sha256": 7}, {"splits": [1]}, {"splits": {"a": 1}}],
+    [{"vocab_size": "7"}, {"eos_token_id": -1}, {"tokenizer_sha256": "\x1b[2J"}, {"splits": [1]}, {"splits": {"a": 1}}],
 )
 def test_a_manifest_of_other_types_is_refused(corpus: Path, manifest: dict) -> None:
     (corpus / "manifest.json").write_text(json.dumps(manifest))
