@@ -1,17 +1,24 @@
-"""What a job will run, kept in the run's folder: resolved configs and code, whatever happens to the checkout."""
+"""What a job will run, kept in the run's folder: resolved configs and code, whatever happens to the checkout.
+
+The folder is closed to other users, whatever the umask, and holds code alone: what else lies in the checkout's folders
+(settings with passwords, keys, notebooks) stays there. The record of uncommitted changes is the owner's alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_depthattn.config import RunConfig, load_config, save_config, to_dict
 
 CODE_FOLDERS = ("megatron_depthattn", "launch")
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+CODE_SUFFIXES = (".py", ".sh", ".sbatch", ".j2")
+"""Of the files that a job runs, beside commands without a suffix."""
 
 
 def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replace: bool) -> str:
@@ -34,29 +41,53 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
         job.rename(job.with_name(f"{job.name}.{time.strftime('%Y%m%dT%H%M%S')}"))
     part = job.with_name(f".{job.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.mkdir(mode=0o770)
     for name, config in configs.items():
         save_config(config, part / name)
-    for folder in CODE_FOLDERS:
-        shutil.copytree(repository / folder, part / "code" / folder, ignore=_LEFT_OUT)
+    code = [name for name, is_code in _files(repository) if is_code]
+    left_out = [name for name, is_code in _files(repository) if not is_code]
+    for name in code:
+        (part / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(repository / name, part / "code" / name)
     commit = _git(repository, "rev-parse", "HEAD").strip()
-    changes = _git(repository, "diff", "HEAD") if commit else ""
-    (part / "code/commit.txt").write_text(
-        f"{commit or 'no git repository'}{', with uncommitted.diff' if changes else ''}\n", encoding="utf-8"
-    )
+    changes = _git(repository, "diff", "HEAD", "--", *code) if commit else ""
+    with_changes = ", with uncommitted.diff" if changes else ""
+    (part / "code/commit.txt").write_text(f"{commit or 'no git repository'}{with_changes}\n", encoding="utf-8")
     if changes:
-        (part / "code/uncommitted.diff").write_text(changes, encoding="utf-8")
+        record = os.open(part / "code/uncommitted.diff", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(record, "w", encoding="utf-8") as file:
+            file.write(changes)
     part.rename(job)
-    return f"frozen in {job}: {len(configs)} config{'s' if len(configs) > 1 else ''}, code {code_digest(job / 'code')}"
+    not_code = f"; left out, as no code: {', '.join(left_out)}" if left_out else ""
+    many = "s" if len(configs) > 1 else ""
+    return f"frozen in {job}: {len(configs)} config{many}, code {code_digest(job / 'code')}{not_code}"
 
 
 def code_digest(root: Path) -> str:
-    """SHA-256 of the frozen folders' files below ``root``, shortened."""
+    """SHA-256 of the code below ``root``, shortened."""
     digest = hashlib.sha256()
+    for name, is_code in _files(root):
+        if is_code:
+            digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _files(root: Path) -> Iterator[tuple[str, bool]]:
+    """Name and whether it is code, of every file in the folders that are frozen."""
     for folder in CODE_FOLDERS:
         for path in sorted((root / folder).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+            name = path.relative_to(root)
+            if path.is_file() and "__pycache__" not in name.parts:
+                is_hidden = any(part.startswith(".") for part in name.parts)
+                yield name.as_posix(), not is_hidden and (path.suffix in CODE_SUFFIXES or _is_command(path))
+
+
+def _is_command(path: Path) -> bool:
+    if path.suffix:
+        return False
+    with path.open("rb") as file:
+        return file.read(2) == b"#!"
 
 
 def _differences(job: Path, configs: dict[str, RunConfig], repository: Path) -> list[str]:
@@ -85,8 +116,9 @@ def _git(repository: Path, *arguments: str) -> str:
     """Output of a git command; empty where that is no git repository, or there is no git."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=60, check=False
-        )
+            ["git", "-C", str(repository), *arguments],
+            capture_output=True, text=True, errors="replace", timeout=60, check=False,
+        )  # fmt: skip
     except OSError:
         return ""
     return done.stdout if done.returncode == 0 else ""
