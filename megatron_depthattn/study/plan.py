@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,9 @@ def make_plan(study: Study, folder: Path, output: Path) -> dict[str, Any]:
         of_rung = [point for method, arm in arms.items() for point in rung.points(method, arm, output)]
         # Pairs one after the other: a study that is cut has whole ones.
         points += sorted(of_rung, key=lambda point: (point.tokens_per_parameter, study.seeds.index(point.seed)))
+    for identity, count in Counter(point.id for point in points).items():
+        if count > 1:
+            raise ValueError(f"{count} runs of the study are {identity}: take token budgets that differ by more")
     plan = {
         "study": output.name,
         "title": study.title,
@@ -157,6 +161,8 @@ class _RungPlan:
                 multiple = budget if budget is not None else steps * sequences / size
                 identity = f"{self.name}/{method}/x{multiple:.3g}/seed{seed}"
                 keys = {"run.dir": str(output / "runs" / identity), "run.seed": seed, "train.steps": steps}
+                if config.checkpoint.dir:
+                    keys["checkpoint.dir"] = str(Path(config.checkpoint.dir) / identity)
                 keys |= self._course(config, steps) | layout
                 run = strict_config.build(RunConfig, [*self.layers, own, Layer(f"the study at {identity}", keys)])
                 found.append(self._point(identity, run, method, multiple, layout, seconds, output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,5 +30,5 @@ def write_array(points: Sequence[Point], output: Path) -> tuple[Path | None, Pat
         run_dir.mkdir(parents=True, exist_ok=True)
         (job / f"task_{number}").symlink_to(Path("../..") / point.run_dir)
     tasks = job.with_suffix(".tasks")
-    tasks.write_text("".join(f"{output / point.config}\n" for point in waiting), encoding="utf-8")
+    tasks.write_text("".join(f"{shlex.quote(str(output / point.config))}\n" for point in waiting), encoding="utf-8")
     return tasks, job

@@ -23,7 +23,6 @@ from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.strict_config import load_yaml
 from megatron_depthattn.study.ladder import Ladder
 
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 METHODS = ("vanilla", "depth_attention", *DEFINITIONS)
 """Labels that set ``model.method`` by themselves."""
 
@@ -173,8 +172,11 @@ def _check(study: Study, path: Path) -> None:
     )
     require(bool(study.seeds) and len(set(study.seeds)) == len(study.seeds), "seeds must be different, one at least")
     names = study.rung_names
-    odd = [name for name in (*names, *study.methods) if not PLAIN_NAME.fullmatch(name)]
-    require(not odd, f"{odd} name folders of runs: use letters, digits, '-', '_' and '.', a letter or digit first")
+    for name in (*names, *study.methods):
+        require(
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) is not None,
+            f"a rung or method is named {name!r}, and its runs' folders after it: take letters, digits and _ . + -",
+        )
     require(len(set(names)) == len(names), f"the rungs {names} are not all different")
     require(0 < study.confidence < 1, f"confidence is {study.confidence}; set it between 0 and 1, such as 0.9")
     require(study.evaluations >= 1 and study.eval_sequences >= 1, "set evaluations and eval_sequences to 1 or more")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from streaming import MDSWriter
 
+from launch.submit import sweep
 from megatron_depthattn.config import load_config, to_dict, validate
 from megatron_depthattn.study.ladder import Ladder
 from megatron_depthattn.study.plan import make_plan, read_points
@@ -80,13 +81,14 @@ def test_a_plan_has_every_point_once_with_its_whole_config(tmp_path):
         assert config.checkpoint.load == "latest" and config.run.seed == point.seed
 
 
-def test_methods_of_a_pair_differ_in_the_method_alone(tmp_path):
-    output, _ = planned(tmp_path)
+def test_methods_of_a_pair_differ_in_the_method_and_their_folders_alone(tmp_path):
+    output, _ = planned(tmp_path, settings=SMALL["settings"] | {"checkpoint.dir": "saved"})
     one, other = (
         to_dict(load_config(output / f"configs/d4/{method}/x2/seed1.yaml")) for method in ("vanilla", "depth_attention")
     )
     assert (one["model"].pop("method"), other["model"].pop("method")) == ("vanilla", "depth_attention")
     assert one["run"].pop("dir") != other["run"].pop("dir")
+    assert one["checkpoint"].pop("dir") == "saved/d4/vanilla/x2/seed1" != other["checkpoint"].pop("dir")
     assert one == other
 
 
@@ -131,15 +133,18 @@ def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
         ({"baseline": "plain"}, "baseline 'plain' is none of the methods"),
         ({"methods": {"vanilla": {}, "looped": {}}}, "methods.looped is no method"),
         ({"methods": {"vanilla": {"rungs": ["d9"]}}}, r"names \['d9'\]; the rungs are"),
+        (
+            {"methods": SMALL["methods"] | {"../../up": {"settings": {"model.num_loops": 2}}}},
+            r"is named '\.\./\.\./up'",
+        ),
+        ({"methods": SMALL["methods"] | {"-x\n": {"settings": {"model.num_loops": 2}}}}, r"is named '-x\\n'"),
+        ({"ladder": None, "rungs": [{"name": "/etc/x", "config": SMALL["config"]}]}, "is named '/etc/x'"),
+        ({"tokens_per_parameter": [2, 2.0001]}, "2 runs of the study are d2/vanilla/x2/seed1"),
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"tokens_per_parameter": [0]}, "must be numbers above 0"),
         ({"tokens_per_parameter": [float("inf")]}, "must be numbers above 0"),
         ({"title": "${oc.env:HOME}"}, "small.yaml holds '.*': a study takes no references"),
         ({"settings": SMALL["settings"] | {"run.dir": "${oc.env:HOME}"}}, "a study takes no references"),
-        (
-            {"methods": SMALL["methods"] | {"../../x": {"settings": {"model.num_loops": 2}}}},
-            r"\['../../x'\] name folders",
-        ),
         ({"tokens_per_parameter_at": {"d9": [1]}}, "the rungs are"),
         ({"confidence": 90}, "between 0 and 1"),
         ({"ladder": SMALL["ladder"] | {"layers": [4, 2]}}, "ascending"),
@@ -169,7 +174,9 @@ def write_run(output: Path, point, *, steps: int, outcome: str | None, **changes
 
 
 def test_a_point_is_finished_when_its_run_says_so(tmp_path):
-    output, _ = planned(tmp_path)
+    folder = tmp_path / "of $(touch obeyed) 'mine' #1"
+    folder.mkdir()
+    output, _ = planned(folder)
     done, cut, killed, new, *_ = read_points(output)
     write_run(output, done, steps=done.steps, outcome="finished")
     write_run(output, cut, steps=3, outcome="signal")
@@ -180,7 +187,7 @@ def test_a_point_is_finished_when_its_run_says_so(tmp_path):
     assert progress_of(new, output) == ("new", 0)
     tasks, job = write_array([done, cut, new], output)
     assert tasks is not None
-    assert tasks.read_text().split() == [str(output / point.config) for point in (cut, new)]
+    assert sweep(str(tasks)) == [[str(output / point.config)] for point in (cut, new)]
     assert (job / "task_0").resolve() == (output / cut.run_dir).resolve()
     assert write_array([done], output)[0] is None
 
