@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launch.world import World
+from megatron_depthattn.terminal import printable
 
 STAMP_WIDTH = len("2026-01-31 23:59:59.999")
 OTHERS_LINES = 10
@@ -65,13 +66,13 @@ class Follower:
 
     def _show(self, source: _Source, line: str) -> None:
         if source.rank == 0:
-            print(line, file=sys.stdout if source.stream == "out" else sys.stderr, flush=True)
+            print(printable(line), file=sys.stdout if source.stream == "out" else sys.stderr, flush=True)
         elif source.stream == "err" and self._others <= OTHERS_LINES:
             self._others += 1
             text = (
                 f"[rank {source.rank}] {line}" if self._others <= OTHERS_LINES else f"more of other ranks: {self._logs}"
             )
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 class _Source:

@@ -10,34 +10,35 @@ from __future__ import annotations
 import argparse
 import heapq
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launch.follow import STAMP_WIDTH
 from launch.node import LAST_ERROR
+from megatron_depthattn.terminal import printable
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on stderr."""
     parser = argparse.ArgumentParser(prog="launch/logs", description="Logs of all ranks, merged by time.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--all", action="store_true", help="every start, not the newest only")
     parser.add_argument("--rank", type=int, action="append", help="these ranks only")
     parser.add_argument("--errors", action="store_true", help="stderr only")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     starts = sorted(path for path in (options.run_dir / "logs").glob("*") if path.is_dir())
     if not starts:
         print(f"error: {options.run_dir}/logs holds no start; give the run.dir of a run of launch/", file=sys.stderr)
         return 1
     for start in starts if options.all else starts[-1:]:
-        print(f"==== start {start.name}")
+        print(printable(f"==== start {start.name}"))
         for line in merged(start):
             rank, stream = line.split(" | ", 1)[0].split()[-2:]
             if (not options.rank or int(rank) in options.rank) and (stream == "err" or not options.errors):
-                print(line)
+                print(printable(line))
         failure = start / LAST_ERROR
         if failure.exists():
-            print(f"==== {failure.read_text(encoding='utf-8').rstrip()}")
+            print(printable(f"==== {failure.read_text(encoding='utf-8', errors='replace').rstrip()}"))
     return 0
 
 

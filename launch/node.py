@@ -27,6 +27,7 @@ from launch.verdict import EXIT_ERROR, EXIT_REQUEUE, Ended, Verdict, decide
 from launch.workers import run_ranks
 from launch.world import World, read_world
 from megatron_depthattn.config import config_digest, load_config, validate
+from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.history import code_digest
 from megatron_depthattn.train.stop_signals import STOP_SIGNALS
 
@@ -52,7 +53,7 @@ def main() -> int:
         command = ["megatron_depthattn.train", arguments.config, *arguments.overrides]
         return Node(world, command, Path(config.run.dir), _settings(world, config_digest(config))).run()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         return EXIT_ERROR
     except Stopped:
         print("stopped by a signal before the ranks were started", file=sys.stderr, flush=True)
@@ -176,7 +177,9 @@ class Node:
             self._say(verdict.line)
             return
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(failure.time))
-        text = f"first failure of the run, at {moment}: {failure.who} on {failure.host}\n{failure.text.rstrip()}"
+        text = printable(
+            f"first failure of the run, at {moment}: {failure.who} on {failure.host}\n{failure.text.rstrip()}"
+        )
         with contextlib.suppress(OSError):
             (self._logs(start) / LAST_ERROR).write_text(text + "\n", encoding="utf-8")
         self._say(f"exit code {verdict.code}: {verdict.line}")
@@ -185,7 +188,7 @@ class Node:
             print(text, file=sys.stderr, flush=True)
 
     def _say(self, line: str) -> None:
-        print(f"node {self._world.node_rank}: {line}", file=sys.stderr, flush=True)
+        print(printable(f"node {self._world.node_rank}: {line}"), file=sys.stderr, flush=True)
 
 
 def _check_ports(world: World) -> None:

@@ -70,7 +70,7 @@ def submit(options: argparse.Namespace) -> int:
     _check(options)
     _check_text(options, run_dir)
     job = run_dir / "job"
-    print(freeze(job, configs, REPOSITORY, replace=options.refreeze))
+    print(printable(freeze(job, configs, REPOSITORY, replace=options.refreeze)))
     script = job / "job.sbatch"
     template = (job / "code/launch/slurm.sbatch").read_text(encoding="utf-8")
     script.write_text(render(template, options, run_dir, len(configs), processes), encoding="utf-8")

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from megatron_depthattn.preflight import machine
 from megatron_depthattn.preflight.compare import size
+from megatron_depthattn.terminal import printable
 from tools.diagnosis.facts import Machine, Package, find_machine, find_packages, run_python
 from tools.diagnosis.features import ASKED_FOR, Feature, features
 
@@ -51,9 +52,9 @@ def main() -> int:
     mend = [f"{row.name}: {row.mend}" for row in rows if row.name in needed and not row.is_ready] + problems
     show(packages, here, rows, needed)
     for line in mend:
-        print(f"TO MEND: {line}")
+        print(printable(f"TO MEND: {line}"))
     subject = given.config or "training"
-    print(f"{'not ready for' if mend else 'ready for'} {subject}: {', '.join(needed)}")
+    print(printable(f"{'not ready for' if mend else 'ready for'} {subject}: {', '.join(needed)}"))
     if given.json is not None:
         report = {
             "packages": [asdict(each) for each in packages.values()],
@@ -65,7 +66,10 @@ def main() -> int:
         try:
             given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            print(f"error: --json {given.json}: {error.strerror}; name a file that can be written", file=sys.stderr)
+            print(
+                printable(f"error: --json {given.json}: {error.strerror}; name a file that can be written"),
+                file=sys.stderr,
+            )
             return 1
     return 1 if mend else 0
 
@@ -158,7 +162,9 @@ def show(packages: dict[str, Package], here: Machine, rows: Sequence[Feature], n
     print(
         f"{here.system}; python {here.python}; {memory} of memory free, /dev/shm {shared}, disk {size(here.disk_bytes)}"
     )
-    print(f"ulimit -n {here.open_files}; text is {here.encoding}; driver: {here.driver or here.driver_error}")
+    print(
+        printable(f"ulimit -n {here.open_files}; text is {here.encoding}; driver: {here.driver or here.driver_error}")
+    )
     _table(
         ("package", "wanted", "here", ""),
         [
@@ -186,11 +192,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print("\n" + "\n".join(" | ".join(row) for row in (columns, *rows)))
+        print(printable("\n" + "\n".join(" | ".join(row) for row in (columns, *rows))))
         return
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*(printable(cell).replace("[", "\\[") for cell in row))
     console = Console()
     console.print(table) if console.is_terminal else Console(width=160).print(table)
 

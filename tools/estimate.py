@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.__main__ import silence_noise
 
 GPUS = ("H100", "H200", "A100", "B200")
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # Megatron's, on each of thousands of candidates
             run(given)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 1
     return 0
 

@@ -15,6 +15,7 @@ from megatron_depthattn.estimate.memory import RankMemory
 from megatron_depthattn.estimate.report import Estimate
 from megatron_depthattn.estimate.step_time import MODEL
 from megatron_depthattn.preflight.compare import size
+from megatron_depthattn.terminal import printable
 
 CONSOLE = Console() if Console().is_terminal else Console(width=150)
 PARTS = {
@@ -31,7 +32,9 @@ PARTS = {
 def show(config: RunConfig, found: Estimate, machine: Machine) -> None:
     """The config as it stands."""
     layout, train = found.layout, config.train
-    print(f"{found.world_size} x {machine.name}: {layout.name}, {found.num_microbatches} micro-batches a step")
+    print(
+        f"{found.world_size} x {printable(machine.name)}: {layout.name}, {found.num_microbatches} micro-batches a step"
+    )
     print(f"parameters: {found.parameters:,}")
     total = found.flops["total"]
     shares = ", ".join(f"{line} {n / 1e6:,.2f} M ({100 * n / total:.3f} %)" for line, n in found.flops.items())
@@ -100,9 +103,9 @@ def show_machine(machine: Machine) -> None:
     for line in MODEL:
         print(f"model: {line}")
     for line in machine.measured:
-        print(f"measured: {line}")
+        print(printable(f"measured: {line}"))
     for line in machine.assumed:
-        print(f"assumed, not measured: {line}")
+        print(printable(f"assumed, not measured: {line}"))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from megatron_depthattn.study.study import Study, load_study
+from megatron_depthattn.terminal import printable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +50,7 @@ def plan(given: argparse.Namespace, study: Study, output: Path) -> int:
         print(
             f"{point.id}: {progress.state}, step {progress.step} of {point.steps}; {layout or 'layout of the config'}"
         )
-    again = f"tools/scale_study.py run {given.study}"
+    again = f"tools/scale_study.py run {shlex.quote(str(given.study))}"
     if study.world.nodes > 1:
         again += f" --slurm {_slurm_options(study)} --time ..."
         print(
@@ -55,7 +58,7 @@ def plan(given: argparse.Namespace, study: Study, output: Path) -> int:
         )
     else:
         example = training_command(output / points[0].config, points[0].world)
-        print(f"dry run: {len(points)} runs such as\n  {' '.join(['python', *example[1:]])}")
+        print(f"dry run: {len(points)} runs such as\n  {shlex.join(['python', *example[1:]])}")
     print(f"nothing was started; to do so: {again}")
     return 0
 
@@ -76,7 +79,9 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     _prepare(study, output)
     if given.slurm is not None:
         return _submit(given, points, output)
-    failed, is_stopped = run_points(points, output, jobs=given.jobs, tell=lambda line: print(line, flush=True))
+    failed, is_stopped = run_points(
+        points, output, jobs=given.jobs, tell=lambda line: print(printable(line), flush=True)
+    )
     if not is_stopped and not failed and study.timing_rounds and not given.no_timing:
         _time(study, output, again=given.time_again)
     collect_results(read_points(output), output, baseline=study.baseline, own_steps=not study.timing_rounds)
@@ -191,7 +196,7 @@ def _submit(given: argparse.Namespace, points: list[Any], output: Path) -> int:
         print("every point is finished: nothing to submit")
         return 0
     base = output / points[0].config
-    command = [str(ROOT / "launch/submit"), str(base), f"run.dir={job}", "--array", str(tasks), *given.slurm]
+    command = [str(ROOT / "launch/submit"), str(base), f"run.dir={job}", "--array", str(tasks.resolve()), *given.slurm]
     return subprocess.run(command, check=False).returncode
 
 
@@ -226,7 +231,7 @@ def _time(study: Study, output: Path, *, again: bool) -> None:
             command += ["--models", *named, "--rounds", str(study.timing_rounds)]
             print(f"{rung}: timing {', '.join(models)}", flush=True)
             if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
-                raise ValueError(f"timing failed; see it fail: {' '.join(command[1:])}")
+                raise ValueError(f"timing failed; see it fail: {shlex.join(command[1:])}")
             measured = json.loads(figures.read_text(encoding="utf-8"))["figures"]
         known[rung] = {
             name: _timed(measured[name], micro_batches(models[name])) for name in models if "seconds" in measured[name]
@@ -246,7 +251,15 @@ def _timed(figures: dict[str, Any], micro_batches: int) -> dict[str, float]:
 
 def _rung_table(made: dict[str, Any]) -> Table:
     table = Table(
-        "rung", "layers", "hidden", "N", "parameters", "batch", "tokens a sequence", "lr", title=made["title"]
+        "rung",
+        "layers",
+        "hidden",
+        "N",
+        "parameters",
+        "batch",
+        "tokens a sequence",
+        "lr",
+        title=escape(printable(made["title"])),
     )
     for rung in made["rungs"]:
         table.add_row(
@@ -319,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         output = given.output or Path("runs/studies") / given.study.stem
         code: int = given.function(given, study, output)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 1
     return code
 

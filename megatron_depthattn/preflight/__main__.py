@@ -23,6 +23,7 @@ def main() -> int:
 
     from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.parallel.launch_env import launch_environment
+    from megatron_depthattn.terminal import printable
     from megatron_depthattn.train.__main__ import silence_noise
 
     silence_noise()
@@ -40,10 +41,10 @@ def main() -> int:
 
         _, lines = enter_world(config, environment, timedelta(minutes=5))
         if rank == 0:
-            print("\n".join(lines), flush=True)
+            print(printable("\n".join(lines)), flush=True)
         shut_down()
     except (ValueError, OSError) as error:
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        print(printable(f"error (rank {rank}): {error}"), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # exit handlers would wait for ranks that may wait for this one
     return 0

@@ -33,6 +33,7 @@ from megatron_depthattn.preflight.describe import describe_world
 from megatron_depthattn.preflight.links import Sample, compare_samples, measure
 from megatron_depthattn.preflight.meeting import Meeting
 from megatron_depthattn.preflight.report import Needs, RankReport, from_json, to_json
+from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.history import code_digest
 from megatron_depthattn.train.metrics import decoder_shape
 from megatron_depthattn.train.step_folders import complete_folders
@@ -183,7 +184,7 @@ class Preflight:
         self.lines += told
         if self.environment.rank == 0:
             for line in told:
-                print(line, file=sys.stderr, flush=True)
+                print(printable(line), file=sys.stderr, flush=True)
         if refused:
             self._meeting.wait_until_heard(stage)
             more = f" (and {len(refused) - 1} more, see rank 0's lines)" if len(refused) > 1 else ""

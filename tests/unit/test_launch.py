@@ -1,6 +1,7 @@
 """The launchers' pure parts: what follows from how nodes ended, and what a job script says."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,9 +11,14 @@ import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from launch.follow import Follower
+from launch.freeze import CODE_FOLDERS, freeze
+from launch.logs import main as show_logs
+from launch.node import LAST_ERROR
 from launch.submit import REPOSITORY, _check, _configs, _parser, render, seconds_of, submit, sweep
 from launch.verdict import Ended, Failure, decide, ended_from, to_json, verdict_from
-from launch.world import count_gpus, read_world
+from launch.world import World, count_gpus, read_world
+from megatron_depthattn.config import RunConfig
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import OtherRankError, RunError, write_error_record
@@ -254,6 +260,47 @@ def test_options_that_do_not_fit_together(options: tuple, message: str):
         _check(_parser().parse_intermixed_args([*SUBMIT, *options]))
 
 
+def test_what_is_frozen_is_code_and_closed_to_others(tmp_path: Path):
+    """Secrets beside the code stay there; changes of the code are recorded for its owner alone."""
+    checkout, job = tmp_path / "checkout", tmp_path / "shared/run/job"
+    code = {"launch/submit": "#!/bin/sh\n", "launch/a.py": "a = 1\n", "megatron_depthattn/b.sh": "b\n"}
+    secrets = ("launch/.env", "launch/credentials", "megatron_depthattn/key.pem", ".env", "launch/.netrc.py")
+    for name, text in code.items() | {(name, "none\n") for name in secrets}:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "-f", "."), (*identity, "commit", "-qm", "all")):
+        subprocess.run(["git", "-C", checkout, *command], check=True, timeout=30)
+    for name in ("launch/a.py", *secrets):
+        (checkout / name).write_text(f"password of {name}\n")
+    umask = os.umask(0)
+    try:
+        said = freeze(job, {"config.yaml": RunConfig()}, checkout, replace=False)
+    finally:
+        os.umask(umask)
+    frozen = {str(path.relative_to(job / "code")): path for path in (job / "code").rglob("*") if path.is_file()}
+    assert set(frozen) == {*code, "commit.txt", "uncommitted.diff"}
+    assert job.stat().st_mode & 0o007 == 0, "no other user gets in, whatever the umask"
+    assert frozen["uncommitted.diff"].stat().st_mode & 0o777 == 0o600
+    diff = frozen["uncommitted.diff"].read_text()
+    assert "+password of launch/a.py" in diff and diff.count("password") == 1
+    assert said.endswith(
+        "left out, as no code: megatron_depthattn/key.pem, launch/.env, launch/.netrc.py, launch/credentials"
+    )
+    assert "holds this config and code already" in freeze(job, {"config.yaml": RunConfig()}, checkout, replace=False)
+
+
+def test_all_code_of_this_repository_is_frozen(tmp_path: Path):
+    tracked = subprocess.run(
+        ["git", "-C", REPOSITORY, "ls-files", *CODE_FOLDERS], capture_output=True, text=True, check=True, timeout=30
+    ).stdout.split()
+    freeze(tmp_path / "job", {"config.yaml": RunConfig()}, REPOSITORY, replace=False)
+    assert [
+        name for name in tracked if (REPOSITORY / name).exists() and not (tmp_path / "job/code" / name).exists()
+    ] == []
+    assert os.access(tmp_path / "job/code/launch/node.sh", os.X_OK)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -265,6 +312,26 @@ def test_options_that_do_not_fit_together(options: tuple, message: str):
 )
 def test_a_terminal_obeys_nothing_in_printable_text(text: str, shown: str):
     assert printable(text) == shown
+
+
+def test_logs_of_other_machines_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """On the console while the ranks run, and merged afterwards; the files hold what was written."""
+    start, attack = tmp_path / "logs/20260101T000000", "a\x1b]0;owned\x07\x1b[2J\r\x9bm"
+    start.mkdir(parents=True)
+    for rank in (0, 1):
+        for stream in ("out", "err"):
+            (start / f"rank_{rank:05d}.{stream}").write_text(f"{attack}\n")
+    (start / LAST_ERROR).write_text(f"failed {attack}\n")
+    follower = Follower(start, World(num_nodes=1, node_rank=0, processes_per_node=2))
+    follower.follow()
+    follower.close()
+    followed = capsys.readouterr()
+    assert show_logs([str(tmp_path)]) == 0
+    merged = capsys.readouterr()
+    for text, lines in ((followed.out, 1), (followed.err, 2), (merged.out, 5)):
+        shown = text.replace("\n", "")
+        assert shown.isprintable() and shown.count("\\x1b[2J") == lines
+    assert attack in (start / "node_0.log").read_bytes().decode()
 
 
 def test_the_environment_that_a_user_has_set_stays():
