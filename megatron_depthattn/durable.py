@@ -6,9 +6,15 @@ a file system is atomic; without the two forced writes a power cut can still lea
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_PROBE_BYTES = 1 << 20
 
 
 def fsync_path(path: Path) -> None:
@@ -23,13 +29,95 @@ def fsync_path(path: Path) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.part")
+    with naming(path):
+        try:
+            _write_new(aside, text)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        fsync_path(path.parent)
+
+
+def create_durably(path: Path, text: str) -> None:
+    """Write a small file that nobody else has made: of several processes that try, one succeeds.
+
+    Raises:
+        FileExistsError: the file is there.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    with naming(path):
+        try:
+            _write_new(aside, text)
+            try:
+                os.link(aside, path)  # a rename would replace what another process has written
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(text)
+        finally:
+            aside.unlink(missing_ok=True)
+        fsync_path(path.parent)
+
+
+def _write_new(path: Path, text: str) -> None:
+    """A link that somebody has put in the way is removed, not followed."""
+    path.unlink(missing_ok=True)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the operating system the file's name: a failed write comes without one."""
     try:
-        aside.write_text(text, encoding="utf-8")
-        fsync_path(aside)
-        aside.replace(path)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_error(problem: BaseException, folder: Path) -> str | None:
+    """Why files could not be written into ``folder``, by the operating system, in one line; None: it takes files.
+
+    Torch reports a failed write as a wrong position in its file. The error behind it is in the chain of exceptions
+    where Python wrote the file, and comes back with the next file where C++ did.
+    """
+    cause: BaseException | None = problem
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        cause = _probe(folder)
+    if not isinstance(cause, OSError):
+        return None
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full, or your share of it: {cause.strerror}: {cause.filename or folder}"
+    return f"{cause.strerror}: {cause.filename or folder}"
+
+
+def _probe(folder: Path) -> OSError | None:
+    """The error that a file in ``folder`` meets now, if any."""
+    path = folder / f".probe.{uuid.uuid4().hex}"
+    try:
+        with naming(folder):
+            path.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error
     finally:
-        aside.unlink(missing_ok=True)
-    fsync_path(path.parent)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a link to one without following it; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def publish_folder(aside: Path, final: Path) -> None:
@@ -41,20 +129,20 @@ def publish_folder(aside: Path, final: Path) -> None:
     replaced = _replaced(final)
     fsync_path(aside)
     try:
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(final):
+            remove(replaced)
             final.rename(replaced)
         aside.rename(final)
         fsync_path(final.parent)
     finally:
         recover_folder(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 def recover_folder(final: Path) -> None:
     """Bring back the folder that a process was about to replace when it died."""
     replaced = _replaced(final)
-    if replaced.exists() and not final.exists():
+    if os.path.lexists(replaced) and not os.path.lexists(final):
         replaced.rename(final)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_depthattn.durable import publish_folder, recover_folder
+from megatron_depthattn.durable import publish_folder, recover_folder, remove, write_error
 
 
 @contextmanager
@@ -40,13 +40,16 @@ def complete_folder(
         free = shutil.disk_usage(output.parent).free
         if free < num_bytes:
             raise ValueError(f"{output.parent} has {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB are needed")
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
+        remove(aside)  # what a killed conversion left
         recover_folder(output)
         aside.mkdir()
         yield aside
         publish_folder(aside, output)
-    except (OSError, SafetensorError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # torch.save raises RuntimeError
+        reason = write_error(error, aside)
+        if reason is None and isinstance(error, RuntimeError):
+            raise
+        reason = reason or str(error).strip().splitlines()[-1]
         raise ValueError(f"{output} could not be written, and nothing new is left there: {reason}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)

@@ -1,13 +1,9 @@
 """A Megatron step folder as a mapping from names to tensors: no process groups, one tensor in memory at a time.
 
 Both sides are torch's distributed checkpoint format, which stores every tensor under its name in the whole model with
-its shape, whatever the layout that saved it. Like every file that torch unpickles, a step folder can hold code: convert
-only what you trust.
+its shape, whatever the layout that saved it. Nothing in it is run, see `train/step_reader.py`.
 """
 
-import functools
-import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +11,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_depthattn.train.manifest import MANIFEST, find_damage
-from megatron_depthattn.train.step_folders import COMMON, LATEST
-
-COMMON_ENTRY = "common_state/shard_0_1"
+from megatron_depthattn.train.step_folders import COMMON, LATEST, read_latest
+from megatron_depthattn.train.step_reader import StepReader, read_common
 
 
 class MegatronCheckpoint:
@@ -35,7 +30,10 @@ class MegatronCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         if (folder / LATEST).is_file():
-            folder = folder / (folder / LATEST).read_text().strip()
+            name = read_latest(folder)
+            if name is None:
+                raise ValueError(f"{folder / LATEST} names no step folder: give one, such as {folder}/step_00000100")
+            folder = folder / name
         if not (folder / "metadata.json").is_file():
             raise ValueError(
                 f"{folder} is no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
@@ -43,12 +41,9 @@ class MegatronCheckpoint:
         if (folder / MANIFEST).is_file():
             _check_files(folder)
         self.folder = folder
-        self._reader = _Reader(folder)
-        try:
-            stored = self._reader.read_metadata().state_dict_metadata
-            self.common: dict[str, Any] = self._read_common()
-        except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-            raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
+        self._reader = StepReader(folder)
+        stored = self._reader.read_metadata().state_dict_metadata
+        self.common: dict[str, Any] = read_common(folder)
         if "config" not in self.common:
             raise ValueError(f"{folder} does not say which model it holds: its {COMMON} has no 'config'")
         self.weights: dict[str, TensorStorageMetadata] = {
@@ -57,18 +52,6 @@ class MegatronCheckpoint:
             if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
         }
         """Shape and dtype of every weight, by Megatron's name. Optimizer state and FP8 scaling state are no weights."""
-
-    def _read_common(self) -> dict[str, Any]:
-        """What is no tensor: megatron-core 0.16 has a file for it, 0.19 one more entry beside the tensors."""
-        if (self.folder / COMMON).is_file():
-            return torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
-        entry: dict[str, Any] = {COMMON_ENTRY: io.BytesIO()}
-        dcp.load(entry, storage_reader=self._reader, no_dist=True)
-        stored = entry[COMMON_ENTRY]
-        if isinstance(stored, io.BytesIO):
-            stored.seek(0)
-            stored = torch.load(stored, map_location="cpu", weights_only=True)
-        return stored[0]
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, gathered from the shards that were saved.
@@ -96,15 +79,3 @@ def _check_files(folder: Path) -> None:
         damage = [str(error)]
     if damage:
         raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")
-
-
-class _Reader(dcp.FileSystemReader):
-    """torch's reader, reading the metadata once instead of once a tensor."""
-
-    @functools.cache  # noqa: B019 one reader lives as long as its checkpoint
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return super().read_metadata(*args, **kwargs)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

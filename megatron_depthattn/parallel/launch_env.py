@@ -53,8 +53,8 @@ def communication_variables() -> dict[str, str]:
 def pickled_fp8_scales_allowed() -> Iterator[None]:
     """Let TransformerEngine load the state of delayed FP8 scaling, which it saves as a pickle.
 
-    Without the variable TransformerEngine 2.20 refuses, and a run could not go on from its own checkpoint. Reading a
-    checkpoint has unpickled its metadata by then, so this trusts nobody further. What the user has set wins.
+    Without the variable TransformerEngine 2.20 does not, and a run could not resume from its own checkpoint. Only for
+    state that `check_fp8_state` has let through. What the user has set wins.
     """
     name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
     if name in os.environ:

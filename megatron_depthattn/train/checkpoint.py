@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_depthattn.hf.model_config import effective_method
 from megatron_depthattn.methods.definitions import DEFINITIONS
@@ -28,6 +27,7 @@ from megatron_depthattn.train.megatron_state import MegatronState, set_weights, 
 from megatron_depthattn.train.rng_state import RNG, restore_generators, sharded_rng_state
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step_folders import Progress
+from megatron_depthattn.train.step_reader import StepReader, read_common
 
 _MIXING = ("model.num_loops", *(f"model.depth_attention.{key}" for key in ("enabled", "stride", "recent_window")))
 
@@ -143,7 +143,9 @@ def load_into(
     config: dict[str, Any] | None = None,
 ) -> Loaded:
     """`load_checkpoint` into any engine, whichever saved."""
-    common = dist_checkpointing.load_common_state_dict(str(folder))
+    common = read_common(folder)
+    if not isinstance(common.get("config"), dict):
+        raise ValueError(f"{folder} does not say which model it holds: it was not written by this package")
     has_run = "scheduler" in common
     if config is not None:
         settings = _fixed_in_a_run if has_run else _fixed_by_weights
@@ -176,11 +178,21 @@ def load_weights(folder: Path, models: Sequence[torch.nn.Module]) -> None:
 
 
 def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Fill ``state`` from the folder, but for FP8 scaling state that it does not hold: the modules keep their own."""
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    """Fill ``state`` from the folder, but for FP8 scaling state that it does not hold: the modules keep their own.
+
+    Megatron unpickles what it finds, with whatever code that names. So everything that it will unpickle is read here
+    before, by a reader that runs none: `.metadata`, the common state, and the objects that this rank wants.
+
+    Raises:
+        ValueError: the folder holds what no checkpoint does.
+    """
+    reader = StepReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
     _, state = extract_matching_values(
         state, lambda value: isinstance(value, ShardedObject) and value.unique_key not in stored
     )
+    read_common(folder)
+    reader.read_objects({value.unique_key for value in nested_values(state) if isinstance(value, ShardedObject)})
     return dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
 
 

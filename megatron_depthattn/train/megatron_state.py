@@ -14,6 +14,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron_depthattn.parallel.launch_env import pickled_fp8_scales_allowed
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.step_folders import SAVED_METADATA
+from megatron_depthattn.train.step_reader import check_fp8_state
 
 FP8_STATE = "_extra_state"
 """How names of FP8 scaling state end."""
@@ -74,6 +75,9 @@ def set_weights(models: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> No
         state, megatron = loaded[f"model{index}"], get_model_config(model)
         if not (megatron.fp8 and megatron.fp8_recipe == "delayed"):
             state = {key: value for key, value in state.items() if not key.endswith(FP8_STATE)}
+        for key, value in state.items():
+            if key.endswith(FP8_STATE):
+                check_fp8_state(key, value)
         with pickled_fp8_scales_allowed():
             keys = model.load_state_dict(state, strict=False)
         lost = [key for key in keys.missing_keys if not key.endswith(FP8_STATE)] + keys.unexpected_keys

@@ -13,7 +13,6 @@ files. It changes neither the run nor the checkpoints that exist.
 from __future__ import annotations
 
 import itertools
-import shutil
 import threading
 import time
 import traceback
@@ -37,7 +36,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_depthattn.durable import publish_folder
+from megatron_depthattn.durable import publish_folder, remove, write_error
 from megatron_depthattn.train.manifest import Digests, digest_files, write_manifest
 from megatron_depthattn.train.step_folders import (
     SAVED_METADATA,
@@ -111,7 +110,7 @@ class CheckpointSaver:
                     content_metadata=dict(SAVED_METADATA),
                 )
             except (OSError, RuntimeError) as problem:  # rank 0 writes the common state; torch.save raises either
-                error = f"rank {dist.get_rank()}: {_reason(problem)}"
+                error = f"rank {dist.get_rank()}: {_reason(problem, aside)}"
             self._is_first = False
         copy = self._strategy.take()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -123,7 +122,7 @@ class CheckpointSaver:
             try:
                 num_bytes, reason = self._write(progress.step, aside, copy, error)
             except Exception as problem:  # another rank is gone: the loop will meet that itself
-                reason = _reason(problem)
+                reason = _reason(problem, aside)
             seconds = time.monotonic() - started
             folder, warning = step_folder(self._directory, progress.step), self._warning
             self._outcome = SaveOutcome(progress.step, folder, num_bytes, seconds, reason, warning)
@@ -170,7 +169,7 @@ class CheckpointSaver:
         if dist.get_rank() == 0 and error is None:
             self._warning = point_and_prune(step_folder(self._directory, step), self._keep)
         elif dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
         return sum(file["bytes"] for _, digests in gathered for file in digests.values()), error
 
     def _write_files(self, aside: Path, state: dict[str, Any]) -> tuple[Digests, str | None]:
@@ -188,10 +187,10 @@ class CheckpointSaver:
             # Torch keeps the first error in a cycle with its frames. Were the cycle left to the garbage collector,
             # Python 3.12 could crash on it: on a view of an io.BytesIO that is cleared after its owner.
             traceback.clear_frames(problem.__traceback__)
-            rank, (cause, _) = next(iter(problem.failures.items()))
-            return {}, f"rank {rank}: {_reason(cause)}"
+            mine = problem.failures.get(dist.get_rank())  # a rank that has not failed leaves it to those that have
+            return {}, f"rank {dist.get_rank()}: {_reason(mine[0], aside)}" if mine else None
         except Exception as problem:  # nothing that goes wrong with a save may end the run
-            return {}, f"rank {dist.get_rank()}: {_reason(problem)}"
+            return {}, f"rank {dist.get_rank()}: {_reason(problem, aside)}"
 
     def _publish(self, step: int, aside: Path, digests: list[Digests]) -> str | None:
         try:
@@ -201,7 +200,7 @@ class CheckpointSaver:
             write_manifest(aside, written | digest_files(aside, rest))
             publish_folder(aside, step_folder(self._directory, step))
         except Exception as problem:
-            return _reason(problem)
+            return _reason(problem, aside)
         return None
 
     def _agree(self, error: str | None) -> str | None:
@@ -249,15 +248,15 @@ class _CopyToHost(TorchDistSaveShardedStrategy):
 def _make_empty(folder: Path) -> str | None:
     """An empty folder in this place, or why there is none."""
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
+        remove(folder)  # what an interrupted save left, or a link that somebody has put in the way
         folder.mkdir(parents=True)
     except OSError as problem:
-        return _reason(problem)
+        return _reason(problem, folder)
     return None
 
 
-def _reason(problem: BaseException) -> str:
-    if isinstance(problem, OSError) and problem.strerror:
-        return f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror
+def _reason(problem: BaseException, folder: Path) -> str:
+    if text := write_error(problem, folder):
+        return text
     lines = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {lines[-1] if lines else ''}"

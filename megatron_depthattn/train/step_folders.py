@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_depthattn.durable import recover_folder, write_durably
+from megatron_depthattn.durable import recover_folder, remove, write_durably
 from megatron_depthattn.train.manifest import MANIFEST
 
 LATEST = "latest"
 """The file that names the newest complete step folder."""
+OWNER = "owner.json"
+"""The file that names the run which a folder of checkpoints belongs to, see owner.py."""
 COMMON = "common.pt"
 """What is no tensor: progress, config, schedule."""
 SAVED_METADATA: dict[str, Any] = {
@@ -22,6 +25,7 @@ SAVED_METADATA: dict[str, Any] = {
 }
 """How Megatron lays tensors out: per-parameter optimizer state, and layers by their number in the whole model."""
 _STEP = "step_????????"
+_NAME = re.compile(r"step_\d{8}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,23 @@ def aside_folder(directory: Path, step: int) -> Path:
 
 def complete_folders(directory: Path) -> list[Path]:
     """The complete step folders, oldest first."""
-    return [folder for folder in sorted(directory.glob(_STEP)) if (folder / MANIFEST).is_file()]
+    folders = sorted(folder for folder in directory.glob(_STEP) if _NAME.fullmatch(folder.name))
+    return [folder for folder in folders if (folder / MANIFEST).is_file()]
+
+
+def is_run_checkpoint(folder: Path) -> bool:
+    """Whether a run that saves beside this folder would take it for its own, there or not."""
+    is_saved_to = any((folder.parent / name).is_file() for name in (OWNER, LATEST))
+    return is_saved_to and _NAME.fullmatch(folder.name) is not None
+
+
+def read_latest(directory: Path) -> str | None:
+    """The name of the step folder that ``latest`` holds; None: there is no such file, or something else is in it."""
+    try:
+        name = (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return name if _NAME.fullmatch(name) else None
 
 
 def newest_step(directory: Path) -> int | None:
@@ -66,9 +86,9 @@ def point_and_prune(final: Path, keep: int | None) -> str | None:
         write_durably(final.with_name(LATEST), final.name + "\n")
         for folder in complete_folders(final.parent)[: -keep if keep is not None else 0]:
             doomed = folder.with_name(f".{folder.name}.removed")  # half removed, it must not look like a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
             folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
     except OSError as error:
         return f"{final} is complete, but '{LATEST}' or older checkpoints could not be changed: {error}"
     return None
@@ -80,14 +100,14 @@ def tidy(directory: Path) -> None:
         recover_folder(folder.with_name(folder.name[1 : -len(".old")]))
     for end in ("part", "removed", "old"):
         for folder in directory.glob(f".{_STEP}.{end}"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
 
 def set_aside(folder: Path, why: str) -> Path:
     """Rename a step folder to ``<name>.<why>``: no run loads it by itself any more, and nothing is lost."""
     target = folder.with_name(f"{folder.name}.{why}")
     number = 1
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = folder.with_name(f"{folder.name}.{why}-{number}")
     return folder.rename(target)
@@ -121,7 +141,7 @@ def resolve_checkpoint(load: str | None, directory: Path) -> list[Path]:
     pointer = directory / LATEST
     if not candidates and pointer.exists():
         raise ValueError(
-            f"checkpoint.load=latest: {pointer} names {pointer.read_text().strip()}, but {directory} holds no complete "
-            "checkpoint. Bring it back, or start anew with checkpoint.load=null and another run.dir."
+            f"checkpoint.load=latest: {pointer} names {read_latest(directory) or 'no step folder'}, but {directory} "
+            "holds no complete checkpoint. Bring it back, or start anew with checkpoint.load=null and another run.dir."
         )
     return candidates

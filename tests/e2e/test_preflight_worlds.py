@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import REPOSITORY, must_succeed, python, torchrun
-from tests.faults.campaign import can_mount
 from tests.launch.jobs import FULL
+from tests.small_disk import can_mount
 
 ODD_RANK = "tests/e2e/odd_rank.py"
 TRAIN = "megatron_depthattn.train"

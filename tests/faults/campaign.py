@@ -14,12 +14,11 @@ import platform
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from tests.e2e.commands import wait_until
 from tests.e2e.small_run import MODEL, prepare_small_corpus
 from tests.faults.job import Job, RunState
 from tests.faults.kinds import ENDS_THE_JOB, JOB_GOES_ON, START_SECONDS, Scene
+from tests.small_disk import small_disk
 
 NUM_PROCESSES = 4
 STEPS = 400
@@ -227,27 +227,6 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
-
-
-@contextmanager
-def small_disk(folder: Path):
-    """A file system of 48 MB of its own; needs the right to mount."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-        folder.rmdir()
-
-
-def can_mount(folder: Path) -> bool:
-    """Whether `small_disk` works here."""
-    try:
-        with small_disk(folder / "probe"):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
 
 
 def table(blows: Sequence[Blow]) -> list[str]:

@@ -1,8 +1,13 @@
 """Saving from a run's memory: what is written is the step that was saved, however late it is written."""
 
+import dataclasses
+import io
 import itertools
+import os
+import pickle
 import random
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_depthattn.config import from_dict, to_dict
-from megatron_depthattn.train.manifest import find_damage
-from megatron_depthattn.train.step_folders import Progress, complete_folders, step_folder
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
+from megatron_depthattn.train.step_folders import COMMON, Progress, complete_folders, step_folder
+from megatron_depthattn.train.step_reader import COMMON_ENTRY, check_fp8_state, read_common
+from tests.small_disk import can_mount, small_disk
 
 SETTINGS = {
     "model": {
@@ -127,7 +135,7 @@ def test_each_checkpoint_is_of_its_own_step(megatron_world_of_one, tmp_path, is_
     for step, (folder, expected) in enumerate(zip(folders, weights, strict=True), start=1):
         loaded = reader.load(folder)
         assert loaded.progress == Progress(step=step, consumed_samples=2 * step)
-        assert loaded.run_id == "abc"
+        assert read_common(folder)["run_id"] == "abc"
         assert equal(reader.weights(), expected) == list(expected)
 
 
@@ -201,7 +209,7 @@ def test_a_save_that_fails_changes_nothing_and_the_next_one_works(run, tmp_path,
     run.save()
     outcome = run.outcome()
     no_room(resource.RLIM_INFINITY)
-    assert outcome.error is not None and outcome.error.startswith("rank 0: "), outcome
+    assert outcome.error is not None and outcome.error.startswith("rank 0: File too large: "), outcome
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000001"]
     assert find_damage(step_folder(directory, 1)) == []
     assert (directory / "latest").read_text() == "step_00000001\n"
@@ -209,6 +217,34 @@ def test_a_save_that_fails_changes_nothing_and_the_next_one_works(run, tmp_path,
     run.save()
     assert run.outcome().error is None
     assert (directory / "latest").read_text() == "step_00000002\n"
+
+
+@pytest.mark.parametrize("taken", [0.97, 1.0])  # the tensors do not fit; not even the common state does
+def test_a_full_disk_is_named(run, tmp_path, taken):
+    """Torch says `unexpected pos 704 vs 598`, with the system's error behind it or, from C++, with none."""
+    if not can_mount(tmp_path):
+        pytest.skip("needs the right to mount a small file system")
+    (tmp_path / "checkpoints").mkdir()
+    with small_disk(tmp_path / "checkpoints", "1m") as disk:
+        (disk / "filler").write_bytes(bytes(int(taken * 2**20)))
+        run.step()
+        run.save()
+        error = run.outcome().error
+        assert error.startswith("rank 0: the disk is full, or your share of it: No space left on device: "), error
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+def test_a_link_in_the_way_of_a_save_is_not_written_through(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/kept").write_text("kept")
+    (tmp_path / "checkpoints").mkdir()
+    for name in (".step_00000001.part", ".step_00000001.old", ".latest.part"):
+        (tmp_path / "checkpoints" / name).symlink_to(tmp_path / ("mine/kept" if "latest" in name else "mine"))
+    run.step()
+    run.save()
+    assert run.outcome().error is None
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["kept"]
+    assert not any(path.is_symlink() for path in (tmp_path / "checkpoints").rglob("*"))
 
 
 def test_a_folder_that_cannot_be_made_is_told(megatron_world_of_one, tmp_path):
@@ -234,3 +270,118 @@ def test_generators_come_back(run, tmp_path):
     assert draw() != drawn, "control: generators move on"
     run.load(step_folder(tmp_path / "checkpoints", 1))
     assert draw() == drawn
+
+
+# ---- step folders from strangers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(megatron_world_of_one, tmp_path_factory) -> tuple[Run, Path]:
+    """A run and the step folder that it has saved."""
+    directory = tmp_path_factory.mktemp("saved")
+    run = Run(directory, is_async=False)
+    run.step()
+    run.save()
+    assert run.outcome().error is None
+    return run, step_folder(directory, 1)
+
+
+class Code:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sentinel),)
+
+
+def in_metadata(folder: Path, code: Code) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(code))
+
+
+def in_common(folder: Path, code: Code) -> None:
+    torch.save({"config": code}, folder / COMMON)
+
+
+def as_entry(folder: Path, code: Code, name: str, *, is_new: bool = False) -> None:
+    """One entry of the folder becomes an object that is code."""
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    torch.save([code], folder / "__9_0.distcp")
+    where = dataclasses.replace(
+        next(iter(metadata.storage_data.values())),
+        relative_path="__9_0.distcp",
+        offset=0,
+        length=(folder / "__9_0.distcp").stat().st_size,
+    )
+    assert is_new or name in metadata.state_dict_metadata, sorted(metadata.state_dict_metadata)
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    metadata.storage_data = {index: info for index, info in metadata.storage_data.items() if index.fqn != name}
+    metadata.storage_data[MetadataIndex(name)] = where
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def as_object(folder: Path, code: Code) -> None:
+    as_entry(folder, code, "rng_state/shard_0.0_1.1")
+
+
+def as_weight(folder: Path, code: Code) -> None:
+    as_entry(folder, code, "decoder.final_layernorm.weight")
+
+
+def as_common_entry(folder: Path, code: Code) -> None:
+    """Where megatron-core 0.19 keeps the common state."""
+    as_entry(folder, code, COMMON_ENTRY, is_new=True)
+    (folder / COMMON).unlink(missing_ok=True)
+
+
+def elsewhere(folder: Path, code: Code) -> None:
+    """No code, but a shard outside of the folder."""
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../{folder.name}/{info.relative_path}"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("attack", [in_metadata, in_common, as_object, as_weight, as_common_entry, elsewhere])
+def test_a_step_folder_runs_no_code_and_leads_nowhere_else(saved, tmp_path, attack):
+    run, genuine = saved
+    folder = shutil.copytree(genuine, tmp_path / genuine.name)
+    attack(folder, Code(tmp_path / "sentinel"))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, digest_files(folder, [path.name for path in folder.iterdir()]))
+    assert find_damage(folder) == [], "hashes do not stop it"
+    said = r"refers to (posix\.)?mkdir|which is no file of this folder|is no tensor"
+    if attack is not as_object:  # which no export reads
+        with pytest.raises(ValueError, match=said):
+            MegatronCheckpoint(folder)
+    with pytest.raises(ValueError, match=said):
+        run.load(folder)
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_fp8_state_is_looked_at_before_it_is_unpickled(tmp_path):
+    def state(content) -> torch.Tensor:
+        return torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
+
+    check_fp8_state("a", state({"scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}))
+    check_fp8_state("a", torch.empty(0, dtype=torch.uint8))
+    inner = io.BytesIO()
+    torch.save(Code(tmp_path / "sentinel"), inner, _use_new_zipfile_serialization=False)
+
+    class Storage:
+        """How a tensor's values are pickled: bytes that are loaded in their turn."""
+
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (inner.getvalue(),)
+
+    for content in (Code(tmp_path / "sentinel"), {"scale_fwd": Storage()}):
+        with pytest.raises(ValueError, match=r"a of the checkpoint refers to (posix\.)?mkdir"):
+            check_fp8_state("a", state(content))
+    # A class whose hook becomes a function that is allowed, to be called with other bytes when the class is.
+    hooked = b"ctransformer_engine.common.recipe\nFormat\n(N}V_missing_\nctorch.storage\n_load_from_bytes\nstb."
+    with pytest.raises(ValueError, match="sets _missing_ of a class"):
+        check_fp8_state("a", torch.frombuffer(bytearray(hooked), dtype=torch.uint8))
+    assert not (tmp_path / "sentinel").exists()
