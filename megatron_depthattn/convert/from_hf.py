@@ -18,7 +18,7 @@ from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_ke
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.weights_folder import HFFolder, some_names
 from megatron_depthattn.train.manifest import MANIFEST, digest_files, write_manifest
-from megatron_depthattn.train.step_folders import Progress
+from megatron_depthattn.train.step_folders import Progress, is_run_checkpoint
 from megatron_depthattn.vocabulary import padded_vocab_size
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -40,6 +40,10 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
         ValueError: the model is of a kind that cannot be trained here; a tensor is missing, left over, not finite or of
             the wrong shape; the output exists or cannot be written.
     """
+    if is_run_checkpoint(output.resolve()):
+        raise ValueError(
+            f"{output} would be a checkpoint of the run that saves in {output.parent}: give another output"
+        )
     model = to_model_section(source.config)
     groups = hf_groups(source, model)
     meta = {group.megatron: _meta(source, group) for group in groups}

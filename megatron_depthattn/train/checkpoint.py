@@ -103,8 +103,6 @@ class Loaded(NamedTuple):
     """What a checkpoint says about the run that saved it."""
 
     progress: Progress
-    run_id: str | None = None
-    """Identity of the run that saved, for one that goes on."""
     corpus: str | None = None
     """Digest of the corpus that it read."""
     notes: Sequence[str] = ()
@@ -159,7 +157,7 @@ def load_into(
         restore_generators(loaded[RNG])
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
-    return Loaded(Progress(**common["progress"]), run_id=common.get("run_id"), corpus=common.get("corpus"))
+    return Loaded(Progress(**common["progress"]), corpus=common.get("corpus"))
 
 
 def changed_function(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

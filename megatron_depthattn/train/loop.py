@@ -31,10 +31,11 @@ from megatron_depthattn.train.engine import Engine, build_engine
 from megatron_depthattn.train.hardware import require_hardware
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
 from megatron_depthattn.train.metrics import Meter, RankStatus, exchange_status, forward_flops, peak_memory_gb
+from megatron_depthattn.train.owner import claim_checkpoints, lock_run
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
-from megatron_depthattn.train.start import Start, find_start, from_rank_0, is_own_checkpoint, lock_run
+from megatron_depthattn.train.start import Start, find_start, from_rank_0, is_own_checkpoint
 from megatron_depthattn.train.step import NonFiniteError, SkippedSteps
 from megatron_depthattn.train.step_folders import Progress, set_aside_after
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
@@ -96,7 +97,7 @@ class Training:
                 "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
                 "checkpoint.load=null."
             )
-        self.history, self.run_id = self._enter_history(start, loaded)
+        self.history, self.run_id = self._enter_history(start)
         self.sample_log = SampleLog(config, first_step=self.progress.step)
         self.flops = forward_flops(config, self.megatron)
         self.meter = Meter(config, self.flops, environment.world_size)
@@ -208,11 +209,12 @@ class Training:
         return self.engine.checkpoint_state(run_id=self.run_id, corpus=self.batches.corpus_digest)
 
     def _lock(self) -> str:
-        """Take the run's folder for this start, until this process ends; returns a name that no other start has."""
+        """Take the run's folders for this start, until this process ends; returns a name that no other start has."""
         self.lock = lock_run(Path(self.config.run.dir))
+        self.claim = claim_checkpoints(Path(self.config.checkpoint_dir), Path(self.config.run.dir))
         return uuid.uuid4().hex
 
-    def _enter_history(self, start: Start, loaded: Loaded) -> tuple[RunHistory | None, str]:
+    def _enter_history(self, start: Start) -> tuple[RunHistory | None, str]:
         """The run's history (on rank 0) and identity, once it is sure that this start makes sense."""
         config, progress = self.config, self.progress
         directory = Path(config.checkpoint_dir)
@@ -221,7 +223,8 @@ class Training:
 
         def enter() -> str:
             nonlocal history
-            history = RunHistory(Path(config.run.dir), loaded.run_id if continues else None)
+            history = RunHistory(Path(config.run.dir), self.claim.run_id)
+            start.warnings += self.claim.notes
             version = f"{config_digest(config)}-{code_digest()}"
             history.refuse_restart_loop(progress.step, version, config.train.max_fruitless_starts)
             if continues:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.train.history import RunHistory
@@ -18,7 +17,6 @@ from megatron_depthattn.train.manifest import find_damage
 from megatron_depthattn.train.step_folders import LATEST, complete_folders, resolve_checkpoint, set_aside, tidy
 
 T = TypeVar("T")
-LOCK_SECONDS = 30.0
 
 
 @dataclass
@@ -68,26 +66,6 @@ def find_start(config: RunConfig) -> Start:
 def is_own_checkpoint(folder: Path | None, checkpoints: Path) -> bool:
     """Whether a run that starts from ``folder`` goes on, rather than begins with the weights or state of another."""
     return folder is not None and folder.resolve().parent == checkpoints.resolve()
-
-
-def lock_run(run_dir: Path) -> FileLock:
-    """Keep other processes out of a run's folder until this one ends, in whatever way; made if it is not there.
-
-    Raises:
-        ValueError: another process has it. One that was just killed may take a moment to let it go, so this waits.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock", timeout=LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"another process is training in {run_dir}: two would overwrite each other's checkpoints. Wait for it, end "
-            "it, or set another run.dir."
-        ) from error
-    except NotImplementedError:  # a file system without locks
-        pass
-    return lock
 
 
 def from_rank_0(function: Callable[[], T]) -> T:

@@ -79,6 +79,20 @@ def test_export_refuses_what_is_no_checkpoint(tmp_path: Path):
         MegatronCheckpoint(made.folder)
 
 
+@pytest.mark.parametrize("marker", ["owner.json", "latest"])
+def test_an_import_does_not_become_a_checkpoint_of_a_run(tmp_path: Path, marker: str):
+    """The run would go on from it, or remove it; --overwrite would replace what the run has saved."""
+    made = make(tmp_path)
+    (tmp_path / marker).touch()
+    export(MegatronCheckpoint(made.folder), made.output)
+    before = sorted(path.name for path in made.folder.iterdir())
+    for folder in (made.folder, tmp_path / "step_00000009"):
+        with pytest.raises(ValueError, match="would be a checkpoint of the run that saves in"):
+            import_checkpoint(HFFolder(made.output), folder, overwrite=True)
+    assert sorted(path.name for path in made.folder.iterdir()) == before
+    import_checkpoint(HFFolder(made.output), tmp_path / "imported")
+
+
 def test_an_existing_output_is_kept_unless_told(tmp_path: Path):
     made = make(tmp_path)
     made.output.mkdir()

@@ -1,15 +1,25 @@
-"""Where a run starts: damage against what only cannot be read, what a rank 0 error becomes, one process per folder."""
+"""Where a run starts: damage against what only cannot be read, what a rank 0 error becomes; one run and one process per
+folder."""
 
 import errno
+import json
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_depthattn.config import from_dict
-from megatron_depthattn.train import manifest
+from megatron_depthattn.train import manifest, owner
 from megatron_depthattn.train.history import RunHistory
-from tests.unit.test_checkpoint_folders import flip, publish
+from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
+from megatron_depthattn.train.step_folders import OWNER, set_aside_after, tidy
+from tests.unit.test_checkpoint_folders import flip, publish, steps
 
 
 @pytest.fixture
@@ -74,20 +84,235 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(run_dir, tmp_path
         assert "was interrupted: it goes on from" in found.warnings[0]
 
 
-def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
-    from megatron_depthattn.train import start as module
-
-    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
-    lock = module.lock_run(tmp_path / "run")
-    with pytest.raises(ValueError, match="another process is training in"):
-        module.lock_run(tmp_path / "run")
-    lock.release()
-    module.lock_run(tmp_path / "run").release()
-
-
 def test_errors_of_rank_0_reach_every_rank(megatron_world_of_one):
     from megatron_depthattn.train.start import from_rank_0
 
     assert from_rank_0(lambda: 3) == 3
     with pytest.raises(ValueError, match="told"):
         from_rank_0(lambda: (_ for _ in ()).throw(ValueError("told")))
+
+
+# ---- one run and one process per folder -----------------------------------------------------------------------------
+
+
+def in_child(function: Callable[[], object]) -> int:
+    """What a forked process ends with: 0, or 1 and a traceback on stderr."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def test_one_process_trains_in_a_folder_and_a_killed_one_lets_it_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "LOCK_SECONDS", 0.1)
+    held = tmp_path / "held"
+
+    def hold() -> None:
+        lock = owner.lock_run(tmp_path / "run")
+        held.touch()
+        time.sleep(60)
+        lock.release()
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    while not held.exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another process is training in"):
+        owner.lock_run(tmp_path / "run")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    owner.lock_run(tmp_path / "run").release()
+
+
+def test_of_two_runs_that_start_together_one_owns_the_checkpoints(tmp_path):
+    """And the other one ends at once, with a line; whichever it is."""
+    context = multiprocessing.get_context("fork")
+
+    def run(name: str, directory: Path, barrier, results) -> None:
+        barrier.wait(30)
+        try:
+            claim = owner.claim_checkpoints(directory, tmp_path / name)
+            results.put((name, ""))
+            barrier.wait(30)  # it trains meanwhile
+            claim.lock.release()
+        except ValueError as error:
+            results.put((name, str(error)))
+            barrier.wait(30)
+
+    for number in range(8):
+        directory, barrier, results = tmp_path / f"checkpoints{number}", context.Barrier(2), context.SimpleQueue()
+        processes = [context.Process(target=run, args=(each, directory, barrier, results)) for each in "ab"]
+        for process in processes:
+            process.start()
+        said = dict(results.get() for _ in processes)
+        for process in processes:
+            process.join()
+        (winner,) = [name for name, error in said.items() if not error]
+        (loser,) = [name for name in said if name != winner]
+        owned = json.loads((directory / OWNER).read_text())
+        assert owned["run_dir"] == str(tmp_path / winner)
+        for word in (f"checkpoint.dir={directory} ", owned["run_id"], f"run.dir={tmp_path / winner}:", "Set another"):
+            assert word in said[loser], said[loser]
+        assert sorted(path.name for path in directory.iterdir()) == [".checkpoints.lock", OWNER]
+
+
+class Folders:
+    """Runs and a folder of checkpoints, as `claim_checkpoints` sees them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.shared = root, root / "shared"
+
+    def claim(self, run: str, checkpoints: str | None = None) -> owner.Claim:
+        """Start and end a run; its identity comes to its history."""
+        directory = self.root / checkpoints if checkpoints else self.root / run / "checkpoints"
+        found = owner.claim_checkpoints(directory, self.root / run)
+        found.lock.release()
+        RunHistory(self.root / run, found.run_id).start(0, "v", 1, "latest")
+        return found
+
+    def save(self, checkpoints: str, run_id: str | None, run_dir: str) -> None:
+        """A checkpoint from before there were owners."""
+        folder = publish(self.root / checkpoints, 100)
+        common = {"config": {"run": {"dir": str(self.root / run_dir)}}} | ({"run_id": run_id} if run_id else {})
+        torch.save(common, folder / "common.pt")
+
+    def tree(self) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in self.shared.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folders(tmp_path) -> Folders:
+    return Folders(tmp_path)
+
+
+def test_a_folder_of_checkpoints_stays_with_its_run(folders):
+    first = folders.claim("a", "shared")
+    publish(folders.shared, 100)
+    before = folders.tree()
+    with pytest.raises(ValueError, match=f"belongs to run {first.run_id} of run.dir={folders.root}/a: .*set run.dir="):
+        folders.claim("b", "shared")
+    with pytest.raises(ValueError, match="belongs to run"):
+        folders.claim("c", "shared")
+    assert folders.tree() == before
+    assert folders.claim("a", "shared").run_id == first.run_id
+    (folders.root / "a/history.jsonl").unlink()  # as when run.dir was lost
+    again = folders.claim("a", "shared")
+    assert (again.run_id, again.notes) == (first.run_id, [])
+
+
+def test_a_run_that_has_history_takes_no_folder_of_another(folders):
+    folders.claim("a", "shared")
+    folders.claim("b")
+    with pytest.raises(ValueError, match="belongs to run"):
+        folders.claim("b", "shared")
+    folders.claim("c", "a/checkpoints")  # before a has ever used it
+    with pytest.raises(ValueError, match=f"belongs to run .* of run.dir={folders.root}/c"):
+        folders.claim("a")
+
+
+@pytest.mark.parametrize("checkpoints", [None, "shared"])
+def test_a_run_folder_that_was_moved(folders, checkpoints):
+    first = folders.claim("a", checkpoints)
+    (folders.root / "a").rename(folders.root / "b")
+    second = folders.claim("b", checkpoints)
+    assert second.run_id == first.run_id
+    assert [note.partition(" was moved from ")[0] for note in second.notes] == [f"run {first.run_id}"] * bool(
+        checkpoints
+    )
+    assert folders.claim("b", checkpoints).notes == []
+
+
+def test_a_run_folder_that_was_copied(folders):
+    first = folders.claim("a")
+    shutil.copytree(folders.root / "a", folders.root / "b")
+    assert folders.claim("b").run_id == folders.claim("a").run_id == first.run_id  # each has its own checkpoints
+    first = folders.claim("c", "shared")
+    shutil.copytree(folders.root / "c", folders.root / "d")
+    with pytest.raises(ValueError, match=r"d is a copy of .*/c, .* start a new run from its last checkpoint"):
+        folders.claim("d", "shared")
+    assert folders.claim("c", "shared").run_id == first.run_id
+
+
+@pytest.mark.parametrize(
+    ("run_id", "run_dir", "has_history", "run", "checkpoints", "is_own"),
+    [
+        ("abc", "a", True, "a", "shared", True),
+        ("abc", "a", False, "a", "shared", True),  # run.dir was lost: its name is in the checkpoint
+        ("abc", "a", False, "a", "a/checkpoints", True),
+        (None, "a", False, "a", "a/checkpoints", True),  # an imported model, put there by hand
+        ("abc", "other", False, "a", "shared", False),
+        ("xyz", "a", True, "a", "shared", False),
+        (None, "other", True, "a", "shared", False),
+    ],
+)
+def test_checkpoints_from_before_there_were_owners(folders, run_id, run_dir, has_history, run, checkpoints, is_own):
+    folders.save(checkpoints, run_id, run_dir)
+    if has_history:
+        RunHistory(folders.root / run, "abc").start(0, "v", 1, None)
+    if is_own:
+        found = folders.claim(run, checkpoints)
+        assert run_id in (None, found.run_id)
+        assert "had no owner" in found.notes[0]
+        assert folders.claim(run, checkpoints).notes == []
+    else:
+        before = folders.tree()
+        with pytest.raises(
+            ValueError, match=r"holds checkpoints of .* and no owner.json .* Set another checkpoint.dir"
+        ):
+            folders.claim(run, checkpoints)
+        assert folders.tree() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"run_id": "a"}', b"[" * 100_000])
+def test_a_garbled_owner_is_named(folders, content):
+    folders.claim("a", "shared")
+    (folders.shared / OWNER).write_bytes(content)
+    with pytest.raises(ValueError, match=r"shared/owner.json does not name a run .* remove that file"):
+        folders.claim("a", "shared")
+    (folders.shared / OWNER).unlink()
+    folders.claim("a", "shared")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two other users")
+def test_a_teammate_continues_a_run(tmp_path):
+    """Two users of one group: everything that the first one leaves behind the second one can change."""
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    os.chown(run_dir, 0, 2000)
+    run_dir.chmod(0o2775)
+
+    def become(user: int) -> None:
+        os.setgroups([])
+        os.setgid(2000 if user == 1001 else 2001)
+        os.setgroups([2000])
+        os.setuid(user)
+        os.umask(0o002)
+
+    def train(user: int, first: int) -> None:
+        become(user)
+        lock = owner.lock_run(run_dir)
+        claim = owner.claim_checkpoints(run_dir / "checkpoints", run_dir)
+        tidy(run_dir / "checkpoints")
+        set_aside_after(run_dir / "checkpoints", first)
+        RunHistory(run_dir, claim.run_id).start(first, "v", 1, "latest")
+        drop_steps_after(run_dir / "metrics.jsonl", first)
+        metrics, log = AppendFile(run_dir / "metrics.jsonl"), AppendFile(run_dir / "log.txt")
+        log.write("start\n")
+        for step in (first + 1, first + 2):
+            metrics.write(json.dumps({"step": step}) + "\n")
+            publish(run_dir / "checkpoints", step, keep=2)
+        metrics.close()
+        log.close()
+        shutil.copytree(run_dir / "checkpoints" / f"step_{first + 2:08d}", run_dir / "checkpoints/.step_00000009.part")
+        claim.lock.release()
+        lock.release()
+
+    assert in_child(lambda: train(1001, 0)) == 0
+    assert in_child(lambda: train(1002, 1)) == 0
+    assert in_child(lambda: train(1001, 3)) == 0
+    assert [record["step"] for record in read_records(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert steps(run_dir / "checkpoints") == [4, 5]
+    closed = [path for path in run_dir.rglob("*") if path.stat().st_mode & 0o060 != 0o060 or path.stat().st_gid != 2000]
+    assert closed == []

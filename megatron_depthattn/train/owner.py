@@ -1,0 +1,212 @@
+"""Which run owns a folder of checkpoints, and which process is in it: no other one reads, prunes or writes there.
+
+`owner.json` in the folder names the run's id and its run.dir; the run's history names the same id. A run whose folder
+was moved takes its checkpoints along. The file says who may start, a lock beside it who has: a process that ends, in
+whatever way, lets the lock go and leaves the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from megatron_depthattn.durable import create_durably, write_durably
+from megatron_depthattn.train.history import new_run_id, recorded_run_id
+from megatron_depthattn.train.step_folders import OWNER, complete_folders
+from megatron_depthattn.train.step_reader import read_common
+
+LOCK_SECONDS = 30.0
+_RUN_LOCK, _CHECKPOINTS_LOCK = ".lock", ".checkpoints.lock"  # checkpoint.dir may be run.dir
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose a folder of checkpoints is."""
+
+    run_id: str
+    run_dir: str
+    """Absolute, or from the folder of checkpoints where that lies in it: they are moved and copied together."""
+
+    def home(self, directory: Path) -> Path:
+        """The run's folder."""
+        return (directory.resolve() / self.run_dir).resolve()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run's hold on its folder of checkpoints, until the process ends."""
+
+    run_id: str
+    lock: FileLock
+    notes: list[str] = field(default_factory=list)
+    """What to say about how the folder became this run's."""
+
+
+def lock_run(run_dir: Path) -> FileLock:
+    """Keep other processes out of a run's folder until this one ends, in whatever way; made if it is not there.
+
+    Raises:
+        ValueError: another process has it. One that was just killed may take a moment to let it go, so this waits.
+    """
+    return _lock(
+        run_dir / _RUN_LOCK,
+        f"another process is training in {run_dir}: two would overwrite each other's checkpoints. Wait for it, end it, "
+        "or set another run.dir",
+    )
+
+
+def claim_checkpoints(directory: Path, run_dir: Path) -> Claim:
+    """Make a run the owner of its folder of checkpoints, or find that it is; ``run_dir`` must be locked.
+
+    Raises:
+        ValueError: the folder is another run's, or holds checkpoints of which nothing says that they are this run's.
+            Nothing was changed in it.
+    """
+    known, notes = recorded_run_id(run_dir), []
+    directory.mkdir(parents=True, exist_ok=True)
+    if read_owner(directory) is None:
+        notes = _claim_unowned(directory, run_dir, known)
+    _require_own(directory, run_dir, known)  # another run's is refused at once, not after the wait for its lock
+    lock = _lock(
+        directory / _CHECKPOINTS_LOCK,
+        f"another process saves to checkpoint.dir={directory}, perhaps on another host: two would overwrite each "
+        "other's checkpoints. Wait for it, end it, or set another checkpoint.dir",
+    )
+    owner = _require_own(directory, run_dir, known)
+    if not _same(owner.home(directory), run_dir):
+        write_durably(directory / OWNER, _text(Owner(owner.run_id, _written(run_dir, directory))))
+        notes.append(f"run {owner.run_id} was moved from {owner.run_dir}; {directory} now belongs to {run_dir}")
+    return Claim(owner.run_id, lock, notes)
+
+
+def read_owner(directory: Path) -> Owner | None:
+    """Whose a folder of checkpoints is, as its file says; None: it has none.
+
+    Raises:
+        ValueError: the file says nothing.
+    """
+    path = directory / OWNER
+    try:
+        content = json.loads(path.read_bytes())
+        return Owner(str(content["run_id"]), str(content["run_dir"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} does not name a run ({type(error).__name__}: {error}). If {directory} is this run's alone, remove "
+            "that file and start again."
+        ) from error
+
+
+def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
+    """The folder's owner, which is this run.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    owner = read_owner(directory)
+    if owner is None:
+        raise ValueError(f"{directory / OWNER} was removed while a run started: start again.")
+    home = owner.home(directory)
+    is_home = _same(home, run_dir)
+    if known == owner.run_id and not is_home and recorded_run_id(home) == known:
+        raise ValueError(
+            f"run.dir={run_dir} is a copy of {home}, and checkpoint.dir={directory} belongs to the original (run "
+            f"{known}): both would overwrite each other's checkpoints. Continue the original, or start a new run from "
+            "its last checkpoint: another run.dir, another checkpoint.dir and checkpoint.load=<step folder>."
+        )
+    if known not in (None, owner.run_id) or (known is None and not is_home):
+        raise ValueError(
+            f"checkpoint.dir={directory} belongs to run {owner.run_id} of run.dir={home}: two runs would overwrite "
+            f"each other's checkpoints. Set another checkpoint.dir (null: below run.dir); to continue that run set "
+            f"run.dir={home}."
+        )
+    return owner
+
+
+def _claim_unowned(directory: Path, run_dir: Path, known: str | None) -> list[str]:
+    """Write the owner of a folder that has none; returns what to say about checkpoints that were there before.
+
+    Raises:
+        ValueError: nothing says that those are this run's.
+    """
+    run_id, notes = known, []
+    if complete_folders(directory):
+        saved = _newest_common(directory)
+        their_id, their_dir = saved.get("run_id"), _run_dir_of(saved)
+        if known is None:
+            is_ours = _is_within(directory, run_dir) or (their_dir is not None and _same(Path(their_dir), run_dir))
+        else:
+            is_ours = their_id == known or (their_id is None and _is_within(directory, run_dir))
+        if not is_ours:
+            whose = f"run {their_id} of run.dir={their_dir}" if their_id else "a run that they do not name"
+            raise ValueError(
+                f"checkpoint.dir={directory} holds checkpoints of {whose}, and no {OWNER} that makes them this run's: "
+                f"they would be overwritten. Set another checkpoint.dir; to continue that run set its run.dir."
+            )
+        run_id = known or their_id
+        notes = [
+            f"{directory} had no owner; by its checkpoints and run.dir it is this run's, and now says so ({OWNER})"
+        ]
+    owner = Owner(run_id or new_run_id(), _written(run_dir, directory))
+    try:
+        create_durably(directory / OWNER, _text(owner))
+    except FileExistsError:  # another start was faster: it owns the folder, and is compared with this one
+        return []
+    return notes
+
+
+def _newest_common(directory: Path) -> dict[str, Any]:
+    """What the newest checkpoint that can be read says about its run."""
+    for folder in reversed(complete_folders(directory)):
+        try:
+            return read_common(folder)
+        except ValueError:
+            continue
+    return {}
+
+
+def _run_dir_of(common: dict[str, Any]) -> str | None:
+    try:
+        return str(common["config"]["run"]["dir"])
+    except (KeyError, TypeError):
+        return None
+
+
+def _written(run_dir: Path, directory: Path) -> str:
+    if _is_within(directory, run_dir):
+        return os.path.relpath(run_dir.resolve(), directory.resolve())
+    return str(run_dir.resolve())
+
+
+def _is_within(directory: Path, run_dir: Path) -> bool:
+    return directory.resolve().is_relative_to(run_dir.resolve())
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one folder, of which one need not exist."""
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:
+        return one.resolve() == other.resolve()
+
+
+def _text(owner: Owner) -> str:
+    return json.dumps(asdict(owner)) + "\n"
+
+
+def _lock(path: Path, message: str) -> FileLock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=LOCK_SECONDS)  # no mode of its own: the umask decides who else may continue the run
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{message}. (The lock is {path}.)") from error
+    except NotImplementedError:  # a file system without locks
+        pass
+    return lock
