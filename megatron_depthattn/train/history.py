@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 import megatron_depthattn
-from megatron_depthattn.train.line_files import append_durably, read_records
+from megatron_depthattn.train.line_files import NUMBER, append_durably, read_records
 
 HISTORY = "history.jsonl"
 METRICS = "metrics.jsonl"
@@ -59,19 +59,28 @@ def machine_text() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
 
 
+def new_run_id() -> str:
+    """An identity that no other run has."""
+    return uuid.uuid4().hex[:12]
+
+
+def recorded_run_id(run_dir: Path) -> str | None:
+    """The identity of the run in ``run_dir``, by its history; None: it has none yet."""
+    return next((record["run_id"] for record in read_records(run_dir / HISTORY, run_id=str)), None)
+
+
 class RunHistory:
     """Starts and ends of the run in ``run_dir``; on rank 0 only.
 
     Args:
         run_dir: the run's folder.
-        run_id: the identity that the checkpoint names, for a run whose folder was lost; else the first start gives one.
+        run_id: the identity that the folder of checkpoints names, for a run that has no history; else a new one.
     """
 
     def __init__(self, run_dir: Path, run_id: str | None = None) -> None:
         self._path, self._metrics = run_dir / HISTORY, run_dir / METRICS
-        self._records = list(read_records(self._path))
-        known = [record["run_id"] for record in self._records if "run_id" in record]
-        self.run_id: str = known[0] if known else run_id or uuid.uuid4().hex[:12]
+        self._records = list(read_records(self._path, event=str, time=NUMBER))
+        self.run_id: str = recorded_run_id(run_dir) or run_id or new_run_id()
         """Who the run is for loggers, the same after every restart."""
 
     def refuse_restart_loop(self, step: int, version: str, limit: int | None) -> None:
@@ -87,10 +96,10 @@ class RunHistory:
         """
         fruitless = 0
         for record in reversed(self._records):
-            if record["event"] == "end" and record["outcome"] in DELIBERATE:
+            if record["event"] == "end" and record.get("outcome") in DELIBERATE:
                 break
             if record["event"] == "start":
-                if (record["step"], record["version"]) != (step, version):
+                if (record.get("step"), record.get("version")) != (step, version):
                     break
                 fruitless += 1
         if limit is not None and fruitless >= limit:
@@ -102,9 +111,11 @@ class RunHistory:
 
     def has_started_from(self, load: str | None) -> bool:
         """Whether the run was interrupted after a start with this ``checkpoint.load``, so that it may go on."""
-        if not self._records or (self._records[-1]["event"] == "end" and self._records[-1]["outcome"] in DELIBERATE):
+        if not self._records or (
+            self._records[-1]["event"] == "end" and self._records[-1].get("outcome") in DELIBERATE
+        ):
             return False
-        return any(record["event"] == "start" and record["load"] == load for record in self._records)
+        return any(record["event"] == "start" and record.get("load", ...) == load for record in self._records)
 
     def start(self, step: int, version: str, world_size: int, load: str | None) -> None:
         """Record that training begins after ``step`` steps, as ``checkpoint.load`` says."""
@@ -131,12 +142,12 @@ class RunHistory:
         for record in self._records:
             if record["event"] == "start":
                 began = began if began is not None else record["time"]
-            elif record["outcome"] in DELIBERATE and began is not None:
+            elif record.get("outcome") in DELIBERATE and began is not None:
                 wall += record["time"] - began
                 began = None
         if began is not None:
             wall += now - began
-        useful = sum(record["step_seconds"] for record in read_records(self._metrics))
+        useful = sum(record["step_seconds"] for record in read_records(self._metrics, step_seconds=NUMBER))
         starts = sum(record["event"] == "start" for record in self._records)
         return {
             "goodput": useful / wall if wall else 0.0,

@@ -9,22 +9,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_depthattn.durable import write_durably
+from megatron_depthattn.durable import naming, write_durably
+
+NUMBER = (int, float)
 
 
 class AppendFile:
     """A file of lines on a disk that may be full for a while: what cannot be written waits for the next line."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)  # less the umask
         self._pending = b""
+        self.problem: str | None = None
+        """Why the last line could not be written, while it waits."""
 
     def write(self, text: str) -> None:
         """Add text that ends with a line's end."""
-        self._pending += text.encode()
-        with contextlib.suppress(OSError):  # a report that cannot be written must not end the run
+        self._pending += text.encode(errors="replace")
+        self.problem = None
+        try:
             while self._pending:
                 self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+        except OSError as error:  # a report that cannot be written must not end the run
+            self.problem = error.strerror or str(error)
 
     def force_to_disk(self) -> None:
         """Return when a power cut can no longer take what was written; a full disk is as for `write`."""
@@ -41,7 +48,7 @@ class AppendFile:
 def append_durably(path: Path, record: dict[str, Any]) -> None:
     """Add one object to a .jsonl file, on a line of its own even after one that a crash cut off; force it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with naming(path), path.open("ab+") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         begin = b"" if file.read() in (b"", b"\n") else b"\n"
         file.write(begin + json.dumps(record).encode() + b"\n")
@@ -49,17 +56,23 @@ def append_durably(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, but for lines that a crash has cut off; none if there is no file."""
+def read_records(path: Path, **kinds: type | tuple[type, ...]) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, but for lines that a crash has cut off; none if there is no file.
+
+    Args:
+        kinds: keys that a line must have to count, and of which type their values are.
+    """
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+                    yield record
 
 
 def drop_steps_after(path: Path, step: int) -> None:
     """Keep the lines up to ``step``, whole ones: a run that goes on from there writes the later ones again."""
     if path.exists():
-        kept = "".join(json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step)
+        kept = "".join(json.dumps(record) + "\n" for record in read_records(path, step=int) if record["step"] <= step)
         if kept != path.read_text(encoding="utf-8", errors="replace"):
             write_durably(path, kept)

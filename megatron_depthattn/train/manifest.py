@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -60,13 +61,23 @@ def find_damage(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     try:
         manifest = json.loads(text)
         files = sorted((name, int(known["bytes"]), known[HASH]) for name, known in manifest["files"].items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return [f"{folder / MANIFEST} is no manifest: {error}"]
+    if outside := [name for name, *_ in files if not _is_inside(name)]:
+        return [f"{folder / MANIFEST} is no manifest: {outside[0]!r} is no file of this folder"]
     return [problem for name, *known in files[part::parts] if (problem := _problem(folder / name, *known))]
 
 
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
 def _problem(path: Path, num_bytes: int, digest: str) -> str | None:
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device would be read for ever
+        return f"{path} is no plain file"
+    size = status.st_size
     if size != num_bytes:
         return f"{path} has {size} bytes, not {num_bytes}"
     if file_hash(path) != digest:

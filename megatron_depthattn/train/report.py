@@ -11,11 +11,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_depthattn.config import RunConfig, save_config
+from megatron_depthattn.config import RunConfig, to_dict
+from megatron_depthattn.durable import write_durably
 from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after
@@ -38,13 +40,14 @@ class Reporter:
             return
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
+        write_durably(run_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         drop_steps_after(run_dir / METRICS, first_step)
         self._metrics, self._log = AppendFile(run_dir / METRICS), AppendFile(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard"
         self._tensorboard: SummaryWriter | None = SummaryWriter(str(self._curves), purge_step=first_step + 1)
         self._progress = _progress_bar() if sys.stdout.isatty() else None
         self._task = self._progress.add_task("train", total=last_step, completed=first_step) if self._progress else None
+        self._is_waiting = False
         self._started, self._first_step = time.monotonic(), first_step
 
     def lines(self, texts: Iterable[str]) -> None:
@@ -72,6 +75,9 @@ class Reporter:
             return
         step = metrics["step"]
         self._metrics.write(json.dumps(metrics) + "\n")
+        if self._metrics.problem and not self._is_waiting:
+            self.warn([f"{METRICS} cannot be written: {self._metrics.problem}; its lines wait in memory"])
+        self._is_waiting = self._metrics.problem is not None
         self._draw(metrics)
         if self._progress and self._task is not None:
             if not self._progress.live.is_started:
@@ -98,6 +104,8 @@ class Reporter:
                     self._tensorboard.close()
             self._metrics.close()
             self._log.close()
+            if self._metrics.problem:
+                _print(f"the last lines of {METRICS} are lost: {self._metrics.problem}", sys.stderr)
 
     def _draw(self, metrics: dict[str, Any]) -> None:
         try:

@@ -1,10 +1,12 @@
 """What a checkpoint folder goes through: manifest, publication, `latest`, retention, damage, being set aside."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.durable import publish_folder, recover_folder, write_durably
 from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
 from megatron_depthattn.train.step_folders import (
@@ -63,6 +65,22 @@ def test_the_same_step_again_replaces_it(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000100"]
 
 
+def test_a_link_to_a_checkpoint_is_removed_and_what_it_names_stays(tmp_path):
+    kept = publish(tmp_path / "archive", 100)
+    publish(tmp_path / "checkpoints", 200)
+    step_folder(tmp_path / "checkpoints", 100).symlink_to(kept)
+    (tmp_path / "checkpoints/.step_00000050.removed").symlink_to(kept)
+    (tmp_path / "checkpoints/step_notanint").mkdir()
+    tidy(tmp_path / "checkpoints")
+    publish(tmp_path / "checkpoints", 300, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*step_0*")) == [
+        "step_00000200",
+        "step_00000300",
+    ]
+    assert not list((tmp_path / "checkpoints").glob(".step*"))
+    assert find_damage(kept) == []
+
+
 def test_resolving(tmp_path):
     assert resolve_checkpoint(None, tmp_path) == []
     assert resolve_checkpoint("latest", tmp_path) == []
@@ -81,10 +99,20 @@ def test_a_folder_is_complete_by_its_manifest(tmp_path):
     assert resolve_checkpoint("latest", tmp_path) == [step_folder(tmp_path, 100)]
 
 
-def test_latest_without_any_checkpoint_is_no_fresh_start(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"step_00000100\n", "step_00000100"),
+        *[(garbled, "no step folder") for garbled in (b"", b"\xff\xfe\x00\x93", b"../../step_00000100", b"/etc")],
+    ],
+)
+def test_latest_without_any_checkpoint_is_no_fresh_start(tmp_path, content, named):
     publish(tmp_path, 100).rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"names step_00000100, but .* holds no complete checkpoint"):
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/latest names {named}, but .* holds no complete checkpoint"):
         resolve_checkpoint("latest", tmp_path)
+    with pytest.raises(ValueError, match=r"is no complete checkpoint|names no step folder"):
+        MegatronCheckpoint(tmp_path)
 
 
 def test_a_run_that_goes_back_leaves_the_later_checkpoints_under_another_name(tmp_path):
@@ -175,12 +203,42 @@ def test_ranks_share_the_reading(tmp_path):
     assert [len(share) for share in shares] == [0, 1, 0]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}'])
+def entry(name: str, num_bytes: str = "3") -> str:
+    return json.dumps({"files": {name: {"bytes": 0, "xxh3_128": "x"}}}).replace('"bytes": 0', f'"bytes": {num_bytes}')
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "",
+            "{",
+            "[]",
+            '{"files": 3}',
+            "[" * 100_000,
+            "\udc80",
+            entry("a.distcp", "Infinity"),
+            entry("a.distcp", "null"),
+        ),
+        *map(entry, ("../outside", "/etc/passwd", "a/../../outside", "..", "", ".", "a\0b")),
+    ],
+)
 def test_a_damaged_manifest_is_damage(tmp_path, content):
+    """Names that lead out of the folder included: nothing there is read, not even to find that it is not there."""
     folder = publish(tmp_path, 100)
-    (folder / MANIFEST).write_text(content)
+    (folder / MANIFEST).write_bytes(content.encode(errors="surrogateescape"))
     (problem,) = find_damage(folder)
     assert "manifest.json is no manifest" in problem
+
+
+def test_a_device_is_no_file_of_a_checkpoint(tmp_path):
+    """It has no bytes, as the manifest says, and would be read for ever."""
+    folder = publish(tmp_path, 100)
+    (folder / "c.distcp").write_bytes(b"")
+    write_manifest(folder, digest_files(folder, ["c.distcp"]))
+    (folder / "c.distcp").unlink()
+    (folder / "c.distcp").symlink_to("/dev/zero")
+    assert find_damage(folder) == [f"{folder / 'c.distcp'} is no plain file"]
 
 
 def test_what_goes_wrong_after_publication_is_told_and_the_checkpoint_stays(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_depthattn.train import history as module
 from megatron_depthattn.train.history import RunHistory, code_digest
+from megatron_depthattn.train.line_files import drop_steps_after
 
 
 @pytest.fixture
@@ -119,10 +120,26 @@ def test_goodput_leaves_out_what_follows_a_deliberate_end(tmp_path, clock):
     }
 
 
-def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path):
+GARBLED = [
+    '{"time": 1, "event": "st',
+    "3",
+    "null",
+    "[1]",
+    '{"event": "start"}',
+    '{"time": 1, "event": "end"}',
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("line", [*(line.encode() for line in GARBLED), b"\xff\xfe\x00"])
+def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path, line):
     RunHistory(tmp_path).start(0, "v", 1, "latest")
-    with (tmp_path / "history.jsonl").open("a") as file:
-        file.write('{"time": 1, "event": "st')
+    for name in ("history.jsonl", "metrics.jsonl"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(line)
+    drop_steps_after(tmp_path / "metrics.jsonl", 1)
+    assert not RunHistory(tmp_path).has_started_from(None)
+    RunHistory(tmp_path).refuse_restart_loop(0, "v", 2)
     history = RunHistory(tmp_path)
     history.start(3, "v", 1, "latest")
     assert RunHistory(tmp_path).run_id == history.run_id
