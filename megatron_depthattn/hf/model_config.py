@@ -29,6 +29,7 @@ AUTO_MAP = {
         "AutoConfig": f"configuration_{kind}.{name}Config",
         "AutoModel": f"modeling_{kind}.{name}Model",
         "AutoModelForCausalLM": f"modeling_{kind}.{name}ForCausalLM",
+        "AutoModelForSequenceClassification": f"modeling_{kind}.{name}ForSequenceClassification",
     }
     for kind, name in CLASSES.items()
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
@@ -31,8 +31,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration_denseformer import DenseFormerConfig
 
-# transformers renamed and dropped arguments of these functions between 4.57 and 5.
+# transformers renamed and dropped arguments of these functions between 4.57 and 5, and `past_key_values` in 5.24.
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+_CACHE = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
 _ATTENTION_ARGUMENTS = frozenset(inspect.signature(Qwen3Attention.forward).parameters)
 
 
@@ -141,9 +142,10 @@ class DenseFormerModel(DenseFormerPreTrainedModel):
         use_cache = config.use_cache if use_cache is None else use_cache
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = kwargs.pop(_CACHE, past_key_values)
         past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
         kwargs |= self._placement(hidden_states, attention_mask, position_ids, cache_position, past_key_values)
-        kwargs |= {"past_key_values": past_key_values, "use_cache": use_cache}
+        kwargs |= {_CACHE: past_key_values, "use_cache": use_cache}
 
         states = [hidden_states]  # the embedding, and the output of every block
         for index, layer in enumerate(self.layers):
@@ -155,7 +157,7 @@ class DenseFormerModel(DenseFormerPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{_CACHE: past_key_values if use_cache else None},
             hidden_states=(*states[:-1], hidden_states) if output_hidden_states else None,
         )
 
@@ -169,14 +171,14 @@ class DenseFormerModel(DenseFormerPreTrainedModel):
     ) -> dict[str, Any]:
         """Where the tokens stand and what they may read, as every layer takes it."""
         if cache_position is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
             cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]  # `generate` has made it already
         else:
-            arguments = {"config": self.config, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            arguments = {"config": self.config, "attention_mask": attention_mask, _CACHE: past_key_values}
             arguments |= {"position_ids": position_ids, "cache_position": cache_position}
             arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
             mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
@@ -198,4 +200,21 @@ class DenseFormerForCausalLM(DenseFormerPreTrainedModel, Qwen3ForCausalLM):
         self.post_init()
 
 
-__all__ = ["DenseFormerForCausalLM", "DenseFormerModel", "DenseFormerPreTrainedModel"]
+class DenseFormerForSequenceClassification(GenericForSequenceClassification, DenseFormerPreTrainedModel):
+    """The decoder with a linear head ``score`` on the last token that is not padding, as for reward models."""
+
+    def __init__(self, config: DenseFormerConfig) -> None:
+        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DenseFormerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "DenseFormerForCausalLM",
+    "DenseFormerForSequenceClassification",
+    "DenseFormerModel",
+    "DenseFormerPreTrainedModel",
+]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -40,8 +40,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration_depthattn import DepthAttnConfig
 
-# transformers renamed and dropped arguments of this function between 4.57 and 5.
+# transformers renamed and dropped arguments of this function between 4.57 and 5, and `past_key_values` in 5.24.
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+_CACHE = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
 
 
 @dataclass
@@ -94,7 +95,6 @@ class DepthAttnAttention(Qwen3Attention):
         *sources: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
         cache_slot: int | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
@@ -104,7 +104,7 @@ class DepthAttnAttention(Qwen3Attention):
         Args:
             sources: k_0, v_0, k_1, v_1, ... of the source layers, each [b, G, t, d]; none: vanilla attention.
             cache_slot: the cache's layer to read and write; None: this layer's own index.
-            kwargs: handed to the attention function.
+            kwargs: the cache, by transformers' name for it; the rest is handed to the attention function.
 
         Returns:
             Output [b, t, hidden], this layer's source (key, mixed value), the attention weights where the attention
@@ -126,10 +126,13 @@ class DepthAttnAttention(Qwen3Attention):
             depth_weights = key.new_ones((*key.shape[:-1], 1), dtype=torch.promote_types(key.dtype, torch.float32))
 
         all_keys, all_values = key, value
-        if past_key_values is not None:
+        if (cache := kwargs.pop(_CACHE, None)) is not None:
             slot = self.layer_idx if cache_slot is None else cache_slot
-            placement = {"sin": sin, "cos": cos, "cache_position": cache_position}  # transformers 5 ignores it
-            all_keys, all_values = past_key_values.update(key, value, slot, placement)
+            if _CACHE == "cache":  # a paged one completes the attention function's arguments
+                all_keys, all_values = cache.update(key, value, slot, kwargs=kwargs)
+            else:
+                placement = {"sin": sin, "cos": cos, "cache_position": cache_position}  # transformers 5 ignores it
+                all_keys, all_values = cache.update(key, value, slot, placement)
 
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":
@@ -211,7 +214,8 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             kwargs: handed to every layer's attention function.
 
         Raises:
-            ValueError: not exactly one of both inputs; attention weights asked of a function that does not give them.
+            ValueError: not exactly one of both inputs; attention weights asked of a function that does not give them;
+                a paged cache for a looped model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -226,10 +230,14 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             )
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = kwargs.pop(_CACHE, past_key_values)
+        if "cache" in kwargs or not isinstance(past_key_values, Cache | None):
+            _check_paged(config)
         past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
-        if past_key_values is not None:
+        if past_key_values is not None and config.num_loops > 1:
             _add_cache_slots(past_key_values, config.num_effective_layers)
-        placement = self._placement(hidden_states, attention_mask, position_ids, cache_position, past_key_values)
+        kwargs |= self._placement(hidden_states, attention_mask, position_ids, cache_position, past_key_values)
+        kwargs |= {_CACHE: past_key_values, "use_cache": use_cache}
 
         all_hidden_states, attentions, depth_weights = [], [], []
         live: dict[int, tuple[Tensor, Tensor]] = {}  # the sources that a later layer still reads, by effective layer
@@ -240,9 +248,6 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
                 hidden_states,
                 *(tensor for source in config.depth_sources(index) for tensor in live[source]),
                 cache_slot=index,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **placement,
                 **kwargs,
             )
             live[index] = key, mixed_value
@@ -253,7 +258,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return DepthAttnModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{_CACHE: past_key_values if use_cache else None},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             depth_weights=tuple(depth_weights) if output_depth_weights else None,
@@ -269,14 +274,14 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
     ) -> dict[str, Any]:
         """Where the tokens stand and what they may read, as every layer takes it."""
         if cache_position is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
             cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]  # `generate` has made it already
         else:
-            arguments = {"config": self.config, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            arguments = {"config": self.config, "attention_mask": attention_mask, _CACHE: past_key_values}
             arguments |= {"position_ids": position_ids, "cache_position": cache_position}
             arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
             mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
@@ -286,6 +291,15 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             "position_embeddings": self.rotary_emb(hidden_states, position_ids),
             "cache_position": cache_position,
         }
+
+
+def _check_paged(config: DepthAttnConfig) -> None:
+    """Continuous batching keeps a paged cache for each layer that holds weights, which passes would share."""
+    if config.num_loops > 1:
+        raise ValueError(
+            f"num_loops={config.num_loops}: continuous batching (paged attention) has one cache for all passes of a "
+            "layer, which would give wrong tokens; use generate"
+        )
 
 
 def _add_cache_slots(cache: Cache, num_slots: int) -> None:
@@ -310,6 +324,11 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which runs the model in a thread and only logs what is raised there."""
+        _check_paged(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -340,11 +359,23 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         return DepthAttnCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: outputs[_CACHE] if _CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             depth_weights=outputs.depth_weights,
         )
 
 
-__all__ = ["DepthAttnForCausalLM", "DepthAttnModel", "DepthAttnPreTrainedModel"]
+class DepthAttnForSequenceClassification(GenericForSequenceClassification, DepthAttnPreTrainedModel):
+    """The decoder with a linear head ``score`` on the last token that is not padding, as for reward models."""
+
+    def __init__(self, config: DepthAttnConfig) -> None:
+        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DepthAttnModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["DepthAttnForCausalLM", "DepthAttnForSequenceClassification", "DepthAttnModel", "DepthAttnPreTrainedModel"]

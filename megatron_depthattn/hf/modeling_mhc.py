@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
@@ -33,8 +33,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mhc import MHCConfig
 
-# transformers renamed and dropped arguments of these functions between 4.57 and 5.
+# transformers renamed and dropped arguments of these functions between 4.57 and 5, and `past_key_values` in 5.24.
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+_CACHE = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
 _ATTENTION_ARGUMENTS = frozenset(inspect.signature(Qwen3Attention.forward).parameters)
 
 SINKHORN_ITERATIONS = 20
@@ -208,9 +209,10 @@ class MHCModel(MHCPreTrainedModel):
         use_cache = config.use_cache if use_cache is None else use_cache
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = kwargs.pop(_CACHE, past_key_values)
         past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
         kwargs |= self._placement(hidden_states, attention_mask, position_ids, cache_position, past_key_values)
-        kwargs |= {"past_key_values": past_key_values, "use_cache": use_cache}
+        kwargs |= {_CACHE: past_key_values, "use_cache": use_cache}
 
         all_streams = []
         streams = hidden_states.unsqueeze(-2).expand(-1, -1, config.mhc_num_streams, -1)
@@ -221,7 +223,7 @@ class MHCModel(MHCPreTrainedModel):
         hidden_states = self.norm(self.stream_readout(streams))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{_CACHE: past_key_values if use_cache else None},
             hidden_states=(*all_streams, hidden_states) if output_hidden_states else None,
         )
 
@@ -235,14 +237,14 @@ class MHCModel(MHCPreTrainedModel):
     ) -> dict[str, Any]:
         """Where the tokens stand and what they may read, as every layer takes it."""
         if cache_position is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
             cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]  # `generate` has made it already
         else:
-            arguments = {"config": self.config, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            arguments = {"config": self.config, "attention_mask": attention_mask, _CACHE: past_key_values}
             arguments |= {"position_ids": position_ids, "cache_position": cache_position}
             arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
             mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
@@ -264,4 +266,16 @@ class MHCForCausalLM(MHCPreTrainedModel, Qwen3ForCausalLM):
         self.post_init()
 
 
-__all__ = ["MHCForCausalLM", "MHCModel", "MHCPreTrainedModel"]
+class MHCForSequenceClassification(GenericForSequenceClassification, MHCPreTrainedModel):
+    """The decoder with a linear head ``score`` on the last token that is not padding, as for reward models."""
+
+    def __init__(self, config: MHCConfig) -> None:
+        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MHCModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["MHCForCausalLM", "MHCForSequenceClassification", "MHCModel", "MHCPreTrainedModel"]

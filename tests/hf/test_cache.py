@@ -223,3 +223,12 @@ def test_compiled_decoding_equals_eager():
         logits.append(torch.stack(output.logits))
     assert counters["stats"]["unique_graphs"] == 1
     assert largest(logits[0] - logits[1]) < TOLERANCE
+
+
+def test_continuous_batching_of_a_looped_model_is_refused():
+    """A paged cache belongs to a layer that holds weights: every pass would read and write the same."""
+    model, message = make_model(**DENSE, num_loops=2), "num_loops=2: continuous batching .* use generate"
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(ValueError, match=message):
+        model(make_tokens(1), cache=object(), use_cache=False)

@@ -1,8 +1,11 @@
 """The Hugging Face model without a cache: against the independent fp64 decoder and transformers' own Qwen3."""
 
+import sys
+
 import pytest
 import torch
 
+from tests.hf.method_models import MODELS, make_method_model
 from tests.hf.models import (
     DENSE,
     NUM_LAYERS,
@@ -220,3 +223,24 @@ def test_model_refuses_rope_that_scales_queries_and_keys(key):
 def test_stride_defaults_to_half_the_effective_layers(num_layers, num_loops, stride):
     config = make_config(num_hidden_layers=num_layers, num_loops=num_loops)
     assert config.depth_attention_stride == stride
+
+
+@pytest.mark.parametrize("variant", ["one_loop", "two_loops", *MODELS])
+def test_a_sequence_is_classified_by_its_last_token_that_is_not_padding(variant, tmp_path):
+    """The weights of the causal model and a head of its own, as reward models start."""
+    if variant in MODELS:
+        model = make_method_model(variant, pad_token_id=0)
+    else:
+        model = make_model(**DENSE, num_loops=2 if variant == "two_loops" else 1, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    name = type(model).__name__.replace("CausalLM", "SequenceClassification")
+    head_class = getattr(sys.modules[type(model).__module__], name)
+    classifier, report = head_class.from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
+    assert {*report["missing_keys"]} == {"score.weight"} and {*report["unexpected_keys"]} == {"lm_head.weight"}
+    short = make_tokens(1, 6).clamp(min=1)
+    padded = torch.cat([torch.nn.functional.pad(short, sides) for sides in ((0, 3), (3, 0))])
+    output = classifier.eval()(padded, attention_mask=(padded != 0).long(), labels=torch.tensor([0.5, 1.0]))
+    expected = classifier.score(model.model(short).last_hidden_state[:, -1])
+    assert largest(output.logits - expected) < 1e-5
+    output.loss.backward()
+    assert classifier.score.weight.grad.abs().sum() > 0
