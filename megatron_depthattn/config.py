@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from megatron_depthattn import strict_config
 from megatron_depthattn.config_check import Sizes, validate
+from megatron_depthattn.durable import write_durably
 from megatron_depthattn.methods.definitions import effective_method
 
 __all__ = [
@@ -340,4 +341,4 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     """Write every key as YAML that `load_config` reads back to an equal config."""
     # OmegaConf's own dumper: it quotes the strings that its loader would take for numbers, such as 1e3.
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(OmegaConf.to_yaml(to_dict(config)), encoding="utf-8")
+    write_durably(Path(path), OmegaConf.to_yaml(to_dict(config)))

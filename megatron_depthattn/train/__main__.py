@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
-import os
 import sys
 import traceback
 import warnings
 
 from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
-from megatron_depthattn.train.errors import RunError, write_error_record
+from megatron_depthattn.train.errors import RunError, leave_at_once, write_error_record
+from megatron_depthattn.train.stop_signals import StopSignals
 
 # What Megatron-Core and torch say, on every rank, about optional packages and themselves; none of it is about the run.
 _NOISE = (
@@ -24,7 +23,8 @@ _NOISE = (
 
 
 def main() -> int:
-    """Run the command; returns the exit code: 0 done, 75 saved after a signal (start again), 1 an error."""
+    """Run the command; returns the exit code: 0 done, 75 stopped by a signal (start again), 1 an error."""
+    signals = StopSignals()
     parser = argparse.ArgumentParser(prog="python -m megatron_depthattn.train", description="Train a decoder.")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
@@ -33,18 +33,22 @@ def main() -> int:
 
     environment = LaunchEnvironment(rank=0, world_size=1, local_rank=0, launched=False)
     try:
-        environment = launch_environment()  # the config first: a mistake in it is told before torch is imported
+        environment = launch_environment()
+        signals.rank = environment.rank
+        # the config first: a mistake in it is told before torch is imported
         config = load_config(arguments.config, arguments.overrides)
         validate(config, environment.world_size)
         from megatron_depthattn.train.loop import train
 
-        return train(config, environment)
-    except (SystemExit, KeyboardInterrupt):
+        return train(config, environment, signals)
+    except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
+        if signals.received and signals.nothing_to_save:  # most likely another rank got it too, and has left
+            signals.leave(signals.received)
         _tell(error, environment)
     if environment.world_size > 1:
-        _leave_at_once()
+        leave_at_once(1)  # once this rank is gone, the launcher ends the others
     return 1
 
 
@@ -55,15 +59,6 @@ def _tell(error: BaseException, environment: LaunchEnvironment) -> None:
     text = line if is_one_line else "".join(traceback.format_exception(error))
     write_error_record(environment, error, text)
     print(text, file=sys.stderr, flush=True)
-
-
-def _leave_at_once() -> None:
-    """Exit handlers would wait for ranks that may wait for this one; once it is gone, the launcher ends the others."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def silence_noise() -> None:

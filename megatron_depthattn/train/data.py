@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.data.corpus import Corpus
-from megatron_depthattn.data.loader import TokenLoader, build_loader
+from megatron_depthattn.data.loader import MicroBatch, TokenLoader, build_loader
 from megatron_depthattn.train.errors import OtherRankError
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
@@ -38,6 +42,7 @@ class GlobalBatches:
         self._seed = config.run.seed if self._is_training else 0
         self._corpus = _open_on_all_ranks(config, split)
         self._loader: TokenLoader | None = None
+        self._reader: _Reader | None = None
         self._waited_before = 0.0
         self.seek(consumed_samples)
 
@@ -77,6 +82,11 @@ class GlobalBatches:
             data_parallel_size=self._sizes.data_parallel_size,
             num_workers=config.data.num_workers if self._is_training else 0,
         )
+        self._reader = _Reader(self._loader)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether what `next` returns is here, after up to so many seconds; it is not used up by that."""
+        return self._reader is None or bool(wait([self._reader.request()], seconds).done)
 
     def next(self) -> list[Microbatch]:
         """This rank's microbatches of the next global batch; empty ones on a stage that reads nothing.
@@ -84,19 +94,57 @@ class GlobalBatches:
         Raises:
             ValueError: a shard is damaged or missing (names the file), or a loader process died.
         """
-        if self._loader is None:
+        if self._reader is None:
             return [{}] * self._sizes.num_microbatches
         return [
             {name: tensor.to(self._device) if name != SAMPLE_IDS else tensor for name, tensor in batch.items()}
-            for batch in next(self._loader)
+            for batch in self._reader.take()
         ]
 
     def close(self) -> None:
         """End the loader's processes."""
+        if self._reader:
+            self._reader.close()
+            self._reader = None
         if self._loader:
             self._loader.close()
             self._waited_before += self._loader.data_seconds
             self._loader = None
+
+
+class _Reader:
+    """Takes steps from a loader in a thread, so that who waits for one can look up meanwhile.
+
+    A read from a file server that has gone does not return, and nothing in Python ends it.
+    """
+
+    def __init__(self, loader: TokenLoader) -> None:
+        self._loader, self._requests = loader, SimpleQueue[Future[list[MicroBatch]] | None]()
+        self._request: Future[list[MicroBatch]] | None = None
+        threading.Thread(target=self._serve, name="data reader", daemon=True).start()
+
+    def request(self) -> Future[list[MicroBatch]]:
+        """The next step, once it is read; the same one until it is taken."""
+        if self._request is None:
+            self._request = Future()
+            self._requests.put(self._request)
+        return self._request
+
+    def take(self) -> list[MicroBatch]:
+        """The next step; raises what the loader raised."""
+        request, self._request = self.request(), None
+        return request.result()
+
+    def close(self) -> None:
+        """End the thread, when the loader returns."""
+        self._requests.put(None)
+
+    def _serve(self) -> None:
+        while (request := self._requests.get()) is not None:
+            try:
+                request.set_result(next(self._loader))
+            except BaseException as error:
+                request.set_exception(error)
 
 
 def _open_on_all_ranks(config: RunConfig, split: str) -> Corpus:

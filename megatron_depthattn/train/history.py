@@ -92,16 +92,20 @@ class RunHistory:
             limit: fruitless starts that are let through.
 
         Raises:
-            ValueError: the last ``limit`` starts all began here, with this version, and none saved a checkpoint.
+            ValueError: the last ``limit`` starts all began here, with this version, and none saved a checkpoint;
+                those that a signal stopped are not counted.
         """
-        fruitless = 0
+        fruitless, outcome = 0, None
         for record in reversed(self._records):
-            if record["event"] == "end" and record.get("outcome") in DELIBERATE:
-                break
-            if record["event"] == "start":
+            if record["event"] == "end":
+                outcome = record.get("outcome")
+                if outcome in DELIBERATE:
+                    break
+            elif record["event"] == "start":
                 if (record.get("step"), record.get("version")) != (step, version):
                     break
-                fruitless += 1
+                fruitless += outcome != "signal"
+                outcome = None
         if limit is not None and fruitless >= limit:
             raise ValueError(
                 f"the last {fruitless} starts all began at step {step} and none reached another checkpoint, with the "

@@ -70,9 +70,13 @@ def read_records(path: Path, **kinds: type | tuple[type, ...]) -> Iterator[dict[
                     yield record
 
 
-def drop_steps_after(path: Path, step: int) -> None:
-    """Keep the lines up to ``step``, whole ones: a run that goes on from there writes the later ones again."""
+def drop_steps_after(path: Path, step: int, *instead: dict[str, Any]) -> None:
+    """Keep the lines up to ``step``, whole ones: a run that goes on from there writes the later ones again.
+
+    ``instead`` is written in place of what is dropped.
+    """
     if path.exists():
-        kept = "".join(json.dumps(record) + "\n" for record in read_records(path, step=int) if record["step"] <= step)
-        if kept != path.read_text(encoding="utf-8", errors="replace"):
-            write_durably(path, kept)
+        kept = [record for record in read_records(path, step=int) if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in [*kept, *instead])
+        if text != path.read_text(encoding="utf-8", errors="replace"):
+            write_durably(path, text)

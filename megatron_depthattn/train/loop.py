@@ -30,7 +30,7 @@ from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.engine import Engine, build_engine
 from megatron_depthattn.train.hardware import require_hardware
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
-from megatron_depthattn.train.metrics import Meter, RankStatus, exchange_status, forward_flops, peak_memory_gb
+from megatron_depthattn.train.metrics import Meter, RankStatus, exchange, forward_flops, peak_memory_gb
 from megatron_depthattn.train.owner import claim_checkpoints, lock_run
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
@@ -42,19 +42,22 @@ from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
 from megatron_depthattn.train.summary import Cost, opening_lines
 from megatron_depthattn.train.watchdog import Watchdog
 
+LOOK_SECONDS = 0.5
+"""How long a rank waits for its data before it asks the others whether to stop."""
 
-def train(config: RunConfig, environment: LaunchEnvironment) -> int:
+
+def train(config: RunConfig, environment: LaunchEnvironment, signals: StopSignals) -> int:
     """Train as ``config`` says, from scratch or from a checkpoint, to the end, to ``train.stop_after`` or to a signal.
 
     Returns:
-        The exit code: 0 at the end or at ``train.stop_after``, `EXIT_REQUEUE` after a signal; the state is saved.
+        The exit code: 0 at the end or at ``train.stop_after``, `EXIT_REQUEUE` after a signal; its state is saved.
 
     Raises:
         ValueError: the config cannot run here; says what to set.
         NonFiniteError: loss or gradient stopped being finite; the last checkpoint is untouched.
         CheckpointError: the last state could not be saved.
     """
-    training = Training(config, environment)
+    training = Training(config, environment, signals)
     try:
         exit_code = training.run()
     except BaseException as error:
@@ -70,9 +73,10 @@ class Training:
     Args:
         config: the run's config.
         environment: this process's place in the world.
+        signals: end this process at once until here, where a start is about to be put on record.
     """
 
-    def __init__(self, config: RunConfig, environment: LaunchEnvironment) -> None:
+    def __init__(self, config: RunConfig, environment: LaunchEnvironment, signals: StopSignals) -> None:
         self.config, self.world_size, self.is_writer = config, environment.world_size, environment.rank == 0
         sizes = validate(config, environment.world_size)
         require_hardware(config)
@@ -97,6 +101,8 @@ class Training:
                 "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
                 "checkpoint.load=null."
             )
+        self.signals, self.stop_signal = signals, 0
+        signals.only_note()
         self.history, self.run_id = self._enter_history(start)
         self.sample_log = SampleLog(config, first_step=self.progress.step)
         self.flops = forward_flops(config, self.megatron)
@@ -113,7 +119,6 @@ class Training:
         gc.collect()
         gc.freeze()  # what has been built stays: no later collection (each save makes one) looks at it again
         atexit.register(gc.unfreeze)
-        self.signals = StopSignals()  # not before: a start that is asked to stop has nothing to save
 
     def run(self) -> int:
         """Step until the last step or a stop signal; returns the exit code."""
@@ -121,25 +126,27 @@ class Training:
             return self._run()
 
     def _run(self) -> int:
-        stop_signal = 0
         self._beat("first step")
         try:
-            if self.held_out and self.progress.step == 0:
-                self.cost.add_held_out(0, self._evaluate(self.held_out))
-            while self.progress.step < self.last_step and not stop_signal:
-                stop_signal = self._step()
-                if self.progress.step == self.last_step or stop_signal:
+            if self.progress.step == 0:
+                self._evaluate()
+            elif self._is_evaluation_due() and from_rank_0(lambda: self.report.lacks_held_out(self.progress.step)):
+                self.report.add_held_out(self.progress.step, self._evaluate())  # a stop has cut it off
+            while self.progress.step < self.last_step and self._step():
+                if self.progress.step == self.last_step:
                     self.checkpoints.save_last(self.progress)
                 elif _is_due(self.progress.step, self.config.checkpoint.interval):
                     self.checkpoints.save(self.progress)
                 self.checkpoints.tell()
                 self._beat("step")
+            if self.stop_signal and not self.signals.nothing_to_save:
+                self.checkpoints.save_last(self.progress)
         except NonFiniteError:
             self.checkpoints.finish()  # one may still be under way
             self._end("not finite")
             raise
-        if stop_signal and self.progress.step < self.last_step:
-            self._end("signal", signal=signal.Signals(stop_signal).name)
+        if self.stop_signal:
+            self._end("signal", signal=signal.Signals(self.stop_signal).name)
             return EXIT_REQUEUE
         self._end("finished" if self.progress.step >= self.config.train.steps else "stop_after")
         return 0
@@ -152,12 +159,28 @@ class Training:
         self.sample_log.close()
         self.report.close()
         shut_down()
-        self.signals.close()
 
-    def _step(self) -> int:
-        """One optimizer step, on record; returns the signal by which some rank was asked to stop (0: none)."""
+    def _may_go_on(self, batches: GlobalBatches) -> bool:
+        """Wait for all ranks' next global batch; false if one of them was asked to stop: `stop_signal` says by what.
+
+        The one place where ranks agree to stop: before each training step and each batch of an evaluation. They do so
+        again while a rank waits for its data, which may never come.
+        """
+        while not self.stop_signal:
+            is_here = batches.wait(0.0 if self.signals.received else LOOK_SECONDS)
+            ranks = exchange([self.signals.received, is_here])
+            self.stop_signal = round(max(received for received, _ in ranks))
+            if not self.stop_signal and all(here for _, here in ranks):
+                return True
+        return False
+
+    def _step(self) -> bool:
+        """One optimizer step, on record; false if there was none, because some rank was asked to stop."""
         step = self.progress.step + 1
         started, waited = time.monotonic(), self.batches.data_seconds
+        if not self._may_go_on(self.batches):
+            return False
+        self.signals.nothing_to_save = False
         self.engine.advance_schedule()
         microbatches = self.batches.next()
         with self.depth.listening(step):
@@ -165,9 +188,8 @@ class Training:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the optimizer's kernels belong to this step
         seconds = time.monotonic() - started
-        mine = RankStatus(self.batches.data_seconds - waited, peak_memory_gb(), self.signals.received)
-        ranks = exchange_status(mine)
-        stop_signal = round(max(rank.stop_signal for rank in ranks))
+        mine = RankStatus(self.batches.data_seconds - waited, peak_memory_gb())
+        ranks = [RankStatus(*status) for status in exchange(mine)]
         self.sample_log.write(step, microbatches)
         if result.skipped:
             self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
@@ -178,15 +200,29 @@ class Training:
         record = self.meter.record(self.progress, result, lr=self.engine.learning_rate, seconds=seconds, ranks=ranks)
         record["depth"] = self.depth.collect()
         record["checkpoint_seconds"] = self.checkpoints.take_stall()
-        is_last = step == self.last_step
-        if self.held_out and (is_last or (_is_due(step, self.config.train.eval_interval) and not stop_signal)):
-            record["eval_loss"] = self._evaluate(self.held_out)
-            self.cost.add_held_out(step, record["eval_loss"])
+        if step == self.last_step or self._is_evaluation_due():
+            record["eval_loss"] = self._evaluate()
         self.report.step(record)
-        return stop_signal
+        return True
 
-    def _evaluate(self, held_out: GlobalBatches) -> float:
-        return evaluate(self.config, self.engine, held_out, on_batch=lambda: self._beat("evaluation"))
+    def _is_evaluation_due(self) -> bool:
+        settings = self.config.train
+        return self.progress.step == settings.steps or _is_due(self.progress.step, settings.eval_interval)
+
+    def _evaluate(self) -> float | None:
+        """The held-out loss; None without an evaluation, or if it was dropped because some rank was asked to stop."""
+        held_out = self.held_out
+        if held_out is None:
+            return None
+
+        def may_go_on() -> bool:
+            self._beat("evaluation")
+            return self._may_go_on(held_out)
+
+        loss = evaluate(self.config, self.engine, held_out, may_go_on)
+        if loss is not None:
+            self.cost.add_held_out(self.progress.step, loss)
+        return loss
 
     def _watch(self) -> AbstractContextManager[Watchdog | None]:
         if self.config.train.hang_timeout is None:
@@ -258,17 +294,19 @@ class Training:
         self.report.lines(self.cost.closing_lines(self.config, self.progress, self.world_size, record))
 
 
-def evaluate(
-    config: RunConfig, engine: Engine, held_out: GlobalBatches, *, on_batch: Callable[[], None] = lambda: None
-) -> float:
-    """Mean loss in nats per token over the first ``train.eval_batches`` global batches of the val split."""
+def evaluate(config: RunConfig, engine: Engine, held_out: GlobalBatches, may_go_on: Callable[[], bool]) -> float | None:
+    """Mean loss in nats per token over the first ``train.eval_batches`` global batches of the val split.
+
+    None where ``may_go_on``, asked before each of them, says no.
+    """
     num_batches = max(1, min(config.train.eval_batches, held_out.num_samples // config.train.global_batch_size))
     held_out.seek(0)
     losses = []
     with engine.evaluating():
         for _ in range(num_batches):
+            if not may_go_on():
+                return None
             losses.append(engine.loss(held_out.next()))
-            on_batch()
     loss = sum(losses) / num_batches
     if not math.isfinite(loss):
         raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")

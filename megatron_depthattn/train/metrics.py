@@ -105,16 +105,14 @@ class RankStatus(NamedTuple):
     data_seconds: float
     """How long the step waited for samples."""
     memory_gb: float
-    stop_signal: float
-    """Number of the signal that asked this rank to stop; 0: none."""
 
 
-def exchange_status(mine: RankStatus) -> list[RankStatus]:
-    """Every rank's status, by rank, on every rank: the one collective by which ranks also agree to stop."""
+def exchange(mine: Sequence[float]) -> list[list[float]]:
+    """Every rank's numbers, by rank, on every rank: one small collective."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     everyone = torch.empty(dist.get_world_size() * len(mine), dtype=torch.float64, device=device)
     dist.all_gather_into_tensor(everyone, torch.tensor(mine, dtype=torch.float64, device=device))
-    return [RankStatus(*values) for values in everyone.view(-1, len(mine)).tolist()]
+    return everyone.view(-1, len(mine)).tolist()  # type: ignore[no-any-return]
 
 
 def peak_memory_gb() -> float:

@@ -11,16 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_depthattn.config import RunConfig, to_dict
-from megatron_depthattn.durable import write_durably
+from megatron_depthattn.config import RunConfig, save_config
 from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
-from megatron_depthattn.train.line_files import AppendFile, drop_steps_after
+from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
 
 
 class Reporter:
@@ -40,9 +38,10 @@ class Reporter:
             return
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_durably(run_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        drop_steps_after(run_dir / METRICS, first_step)
-        self._metrics, self._log = AppendFile(run_dir / METRICS), AppendFile(run_dir / "log.txt")
+        save_config(config, run_dir / "config.yaml")
+        self._path = run_dir / METRICS
+        drop_steps_after(self._path, first_step)
+        self._metrics, self._log = AppendFile(self._path), AppendFile(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard"
         self._tensorboard: SummaryWriter | None = SummaryWriter(str(self._curves), purge_step=first_step + 1)
         self._progress = _progress_bar() if sys.stdout.isatty() else None
@@ -88,6 +87,22 @@ class Reporter:
         if self._progress and step == self.last_step:
             self._progress.stop()
             self._progress = None
+
+    def lacks_held_out(self, step: int) -> bool:
+        """Whether the record has this step without a held-out loss; on the rank that writes."""
+        return any(record["step"] == step and record["eval_loss"] is None for record in read_records(self._path))
+
+    def add_held_out(self, step: int, loss: float | None) -> None:
+        """Complete the newest step of the record, which an earlier start wrote; not if ``loss`` is None."""
+        if not self.is_writer or loss is None:
+            return
+        *_, newest = read_records(self._path)
+        self._metrics.close()
+        with contextlib.suppress(OSError):
+            drop_steps_after(self._path, step - 1, newest | {"eval_loss": loss})
+        self._metrics = AppendFile(self._path)
+        self._draw({"step": step, "depth": None, "eval_loss": loss})
+        self.lines([f"step {step}/{self.last_step} | held-out {loss:.4f}"])
 
     def force_to_disk(self) -> None:
         """Before a checkpoint: the record must not end before it, whatever happens then."""

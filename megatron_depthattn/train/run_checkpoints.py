@@ -63,11 +63,14 @@ class RunCheckpoints:
         self.tell()
 
     def save_last(self, progress: Progress) -> None:
-        """A checkpoint that is there when this returns.
+        """A checkpoint that is there when this returns; written now, unless it is the last one that was.
 
         Raises:
             CheckpointError: it could not be written.
         """
+        self.finish()
+        if self._last is not None and self._last.step == progress.step and self._last.error is None:
+            return
         for attempt in range(FINAL_ATTEMPTS):
             if attempt:
                 self._report.lines([f"trying again in {PAUSE_SECONDS:.0f} s"])

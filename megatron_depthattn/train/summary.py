@@ -96,6 +96,9 @@ class Cost:
         """What was trained, what it cost, what it brought and what to do next; ``end``: see `RunHistory.end`."""
         if not self._steps and end["outcome"] in DELIBERATE:
             return [f"nothing to do: {config.run.dir} is at step {progress.step}; set train.steps higher to go on"]
+        stopped = f"stopped by {end.get('signal')} at step {progress.step}"
+        if not self._steps and end["outcome"] == "signal":
+            return [f"{stopped}, nothing new to save: start the same command again"]
         tokens = self._steps * config.train.global_batch_size * config.data.sequence_length
         lines = [
             f"trained {self._steps} steps to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
@@ -117,7 +120,7 @@ class Cost:
         if progress.skipped_steps:
             lines.append(f"{progress.skipped_steps} steps of the run were not finite and changed nothing")
         if end["outcome"] == "signal":
-            return [*lines, f"stopped by {end['signal']} at step {progress.step}, saved: start the same command again"]
+            return [*lines, f"{stopped}, saved: start the same command again"]
         if end["outcome"] == "not finite":
             return lines
         return [

@@ -4,25 +4,25 @@
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import REPOSITORY, must_succeed, python
+from tests.e2e.commands import must_succeed, python
 
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
 
 
-def records(run_dir: Path) -> list[dict]:
+def read_lines(file: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+
+
+def records(run_dir: Path) -> list[dict]:
+    return read_lines(run_dir / "metrics.jsonl")
 
 
 def trajectory(run_dir: Path) -> list[tuple]:
@@ -40,33 +40,74 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run_dir
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(undisturbed: Path, config_file: Path, tmp_path: Path):
-    run_dir = tmp_path / "run"
-    settings = [f"run.dir={run_dir}", "train.steps=40", "checkpoint.load=latest", "checkpoint.async_save=true"]
-    command = [sys.executable, "-m", "megatron_depthattn.train", str(config_file), *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            for line in process.stdout:
-                if line.startswith("step 4/"):
-                    process.send_signal(signal.SIGUSR1)
-                    break
-            output = process.stdout.read()
-            assert process.wait(60) == 75
-        finally:
-            process.kill()
-    stopped_at = records(run_dir)[-1]["step"]
-    assert 4 < stopped_at < 40, "the step under way is finished, and no more than that begun"
-    assert f"stopped by SIGUSR1 at step {stopped_at}, saved: start the same command again" in output
-    assert (run_dir / "checkpoints/latest").read_text() == f"step_{stopped_at:08d}\n"
-    assert history(run_dir)[-1]["outcome"] == "signal"
-    must_succeed(python(*command[1:]))
-    assert trajectory(run_dir) == trajectory(undisturbed)
-    starts = [record for record in history(run_dir) if record["event"] == "start"]
-    assert [start["step"] for start in starts] == [0, stopped_at]
-    assert len({start["run_id"] for start in starts}) == 1
-    assert 0 < history(run_dir)[-1]["goodput"]["goodput"] < 1
-    assert "nothing to do" in must_succeed(python(*command[1:])).stdout
+@pytest.fixture(scope="module")
+def stopped(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each case of stop_worlds.py."""
+    work = tmp_path_factory.mktemp("stopped")
+    must_succeed(python("-W", "ignore", "-m", "tests.e2e.stop_worlds", work, config_file, seconds=400))
+    return work
+
+
+def starts(case: Path) -> list[dict]:
+    return json.loads((case / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "signal", "steps", "saved"),
+    [
+        ("step", "SIGUSR1", 3, 3),
+        ("first evaluation", "SIGHUP", 0, None),
+        ("evaluation", "SIGHUP", 2, 2),
+        ("last evaluation", "SIGHUP", 4, 4),
+        ("data", "SIGINT", 2, 2),
+        ("save", "SIGTERM", 2, 2),
+        ("start", "SIGUSR2", None, None),
+    ],
+)
+def test_a_stop_is_obeyed_where_the_run_is(stopped: Path, name: str, signal: str, steps: int | None, saved: int | None):
+    """No rank begins a step after the signal, whoever got it; what was trained is saved, once."""
+    case = stopped / name
+    stop, *_ = starts(case)
+    said, errors = stop["output"][0], "".join(stop["errors"])
+    assert set(stop["codes"]) == {75}, stop
+    assert "Traceback" not in errors
+    if steps is None:
+        line = f"stopped by {signal} before the first step, nothing to save: start the same command again"
+        assert stop["errors"] == [f"{line} (rank {rank})\n" for rank in range(2)]
+        assert not (case / "run/history.jsonl").exists(), "a start that did not begin is no restart without progress"
+        return
+    assert len(read_lines(case / "metrics.jsonl")) == steps
+    done = "nothing new to save" if saved is None else "saved"
+    assert f"stopped by {signal} at step {steps}, {done}: start the same command again" in said
+    end = history(case / "run")[1]
+    assert (end["outcome"], end["step"]) == ("signal", steps)
+    if saved is None:
+        assert not list((case / "run/checkpoints").glob("step_*"))
+    else:
+        assert said.count(f"/step_{saved:08d}: ") == 1
+
+
+@pytest.mark.parametrize("name", ["step", "evaluation", "last evaluation"])
+def test_the_same_command_goes_on_as_if_nothing_had_happened(stopped: Path, name: str):
+    """Nothing that was read ahead is missing, no held-out loss that a stop has cut off."""
+    _, again = starts(stopped / name)
+    assert again["codes"] == [0]
+    expected = records(stopped / "undisturbed/run")
+    assert len(expected) == 4
+    for ours, theirs in zip(records(stopped / name / "run"), expected, strict=True):
+        is_exact = name != "evaluation"  # which ran in a pipeline until the stop
+        for key in (*SAME, "eval_loss"):
+            value = theirs[key] if is_exact or theirs[key] is None else pytest.approx(theirs[key], rel=1e-4)
+            assert ours[key] == value, (ours["step"], key)
+    begins = [record for record in history(stopped / name / "run") if record["event"] == "start"]
+    assert len({start["run_id"] for start in begins}) == 1
+    assert 0 < history(stopped / name / "run")[-1]["goodput"]["goodput"] < 1
+    assert ("nothing to do" in again["output"][0]) is (name == "last evaluation")
+
+
+@pytest.mark.parametrize(("name", "batch"), [("first evaluation", 2), ("evaluation", 4), ("last evaluation", 5)])
+def test_an_evaluation_ends_after_the_batch_with_the_signal(stopped: Path, name: str, batch: int):
+    assert {len(file.read_text()) for file in (stopped / name).glob("batches_*")} == {batch}
 
 
 def flip_a_bit(folder: Path) -> None:

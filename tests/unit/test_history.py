@@ -65,6 +65,7 @@ def test_a_restart_loop_is_refused(tmp_path):
             "v",
         ),
         ([*[START] * 5, ("end", 100, "stop_after")], 100, "v"),
+        ([START, ("end", 100, "signal")] * 5, 100, "v"),  # stopped before a step was trained, which says nothing
     ],
 )
 def test_control_a_run_that_gets_on_may_start_again(tmp_path, records, step, version):

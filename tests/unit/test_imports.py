@@ -19,7 +19,10 @@ MAX_FUNCTION_LINES = 80
 # Files whose mistakes would be silent: functions of integers and shapes, testable without processes. What
 # each may import besides the standard library; names inside the package are full module names.
 PURE = {
-    "config.py": {"omegaconf", *(f"{PACKAGE}.{name}" for name in ("strict_config", "config_check", "methods"))},
+    "config.py": {
+        "omegaconf",
+        *(f"{PACKAGE}.{name}" for name in ("strict_config", "config_check", "durable", "methods")),
+    },
     "strict_config.py": {"omegaconf", "yaml"},
     # config: for type checkers only
     "config_check.py": {
