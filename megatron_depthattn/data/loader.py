@@ -177,9 +177,8 @@ class TokenLoader(Iterator[list[MicroBatch]]):
             for rows, ids in zip(rows, torch.from_numpy(ids), strict=True)
         ]
 
-    @staticmethod
-    def _wait(results: Iterator[str | None]) -> str | None:
-        while True:
+    def _wait(self, results: Iterator[str | None]) -> str | None:
+        while self._iterator is not None:
             try:
                 return next(results)
             except RuntimeError as error:
@@ -191,6 +190,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
                     f"a loader process of this rank died: {' '.join(str(error).split())}. Most likely the machine ran "
                     "out of memory (see dmesg): set data.num_workers=0, or give it more"
                 ) from error
+        raise StopIteration  # closed by another thread
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice; `next` then raises StopIteration."""
