@@ -91,7 +91,8 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
     start = time.perf_counter()
     check_settings(settings)
     files = corpus_files(settings.inputs)
-    record = settings_record(settings, files)
+    given = bpe_vocab(settings.tokenizer) or load_tokenizer(settings.tokenizer)
+    record = settings_record(settings, files, "" if isinstance(given, int) else Encoder(given).sha256)
     output = settings.output.absolute()
     recover_folder(output)
     manifest = existing_manifest(settings, record)
@@ -100,7 +101,7 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
         refuse_skipped_damage(settings, manifest["skipped"], str(output))
         return Prepared(manifest=manifest, already_prepared=True)
     with open_unfinished(output) as unfinished:
-        preparation = _Preparation(settings, files, record, unfinished, on_progress)
+        preparation = _Preparation(settings, files, record, given, unfinished, on_progress)
         manifest = preparation.run()
         publish_folder(unfinished.corpus, output)
         unfinished.clear()
@@ -124,6 +125,7 @@ class _Preparation:
         settings: PrepareSettings,
         files: Sequence[CorpusFile],
         record: dict[str, Any],
+        tokenizer: "PreTrainedTokenizerFast | int",
         unfinished: Unfinished,
         on_progress: ProgressCallback,
     ) -> None:
@@ -131,6 +133,7 @@ class _Preparation:
         self._settings = settings
         self._files = files
         self._record = record
+        self._tokenizer = tokenizer  # an int: the size of the vocabulary to train
         self._unfinished = unfinished
         self._on_progress = on_progress
         self._recipe = Recipe(settings.text_field, settings.validation_fraction)
@@ -170,16 +173,14 @@ class _Preparation:
 
     def _prepare_tokenizer(self, *, is_new: bool) -> "PreTrainedTokenizerFast":
         folder = self._unfinished.corpus / "tokenizer"
-        vocab = bpe_vocab(self._settings.tokenizer)
-        if vocab is None:
-            tokenizer = load_tokenizer(self._settings.tokenizer)
-            if is_new:
-                tokenizer.save_pretrained(folder)
-        else:
+        tokenizer = self._tokenizer
+        if isinstance(tokenizer, int):
             if is_new:
                 self._on_progress(Progress(phase="training the tokenizer", total_bytes=self._total_bytes))
-                train_bpe(self._training_documents(), vocab).save_pretrained(folder)
+                train_bpe(self._training_documents(), tokenizer).save_pretrained(folder)
             tokenizer = load_tokenizer(str(folder))  # the same way whether it was trained now or before a break
+        elif is_new:
+            tokenizer.save_pretrained(folder)
         _fsync_tree(self._unfinished.corpus)
         return tokenizer
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from megatron_depthattn.data.documents import BUILTIN_STDLIB, CorpusFile
 from megatron_depthattn.data.stream import MANIFEST_NAME
-from megatron_depthattn.data.tokenizer import tokenizer_identity
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -59,8 +58,11 @@ def check_settings(settings: PrepareSettings) -> None:
             raise ValueError(f"--output {settings.output} lies inside --input {given}: choose a folder outside of it")
 
 
-def settings_record(settings: PrepareSettings, files: Sequence[CorpusFile]) -> dict[str, Any]:
+def settings_record(settings: PrepareSettings, files: Sequence[CorpusFile], tokenizer_sha256: str) -> dict[str, Any]:
     """What decides the result, as stored in the manifest.
+
+    `tokenizer_sha256` is that of the loaded tokenizer, or "" for one that is to be trained. A list of files that
+    decide it would be that of some kinds of tokenizer only.
 
     The corpus counts by file names and sizes: reading every byte to find that nothing changed would cost as
     much as preparing. An edit that keeps a file's size needs --overwrite.
@@ -70,7 +72,7 @@ def settings_record(settings: PrepareSettings, files: Sequence[CorpusFile]) -> d
         "format_version": FORMAT_VERSION,
         "input": list(settings.inputs),
         "corpus_files_sha256": hashlib.sha256(names_and_sizes.encode()).hexdigest(),
-        "tokenizer": tokenizer_identity(settings.tokenizer),
+        "tokenizer": settings.tokenizer + (f" (sha256 {tokenizer_sha256})" if tokenizer_sha256 else ""),
         "sequence_length": settings.sequence_length,
         "validation_fraction": settings.validation_fraction,
         "text_field": settings.text_field,
@@ -90,7 +92,14 @@ def existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict
     if settings.overwrite:
         return None
     manifest: dict[str, Any] = json.loads(file.read_text())
-    changed = changed_settings(manifest.get("settings", {}), record)
+    stored = manifest.get("settings", {})
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"--output {output} was prepared by another version of this tool (format_version "
+            f"{stored.get('format_version')}, here {FORMAT_VERSION}), which read some files in another way: use it as "
+            "it is, choose another folder, or pass --overwrite to prepare it again"
+        )
+    changed = changed_settings(stored, record)
     if changed:
         raise ValueError(f"--output {output} was prepared with {changed}: choose another folder or pass --overwrite")
     return manifest

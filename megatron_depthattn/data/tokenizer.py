@@ -23,7 +23,6 @@ TRAIN_BPE = "train-bpe:"
 BPE_TRAINING_BYTES = 32 << 20  # of the train split, from its start: the merges hardly change after that
 MIN_BPE_VOCAB = 256 + 2  # every byte and the two special tokens
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
-KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # for a bare tokenizer.json, which names none
 
 
 def bpe_vocab(given: str) -> int | None:
@@ -74,41 +73,17 @@ def load_tokenizer(given: str) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: it does not exist or load, is not a fast tokenizer, or has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 
-    path = Path(given)
-    if not path.exists():
-        raise ValueError(f"--tokenizer {given} does not exist: give a folder, a tokenizer.json, or {TRAIN_BPE}VOCAB")
-    if path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
-        path = path.parent  # the folder also names the special tokens
     try:
-        if path.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-            tokenizer.eos_token = next((t for t in KNOWN_EOS if t in tokenizer.get_vocab()), None)
-    except Exception as error:  # these loaders raise bare Exception, among others
-        raise ValueError(f"--tokenizer {given} does not load: {str(error).splitlines()[0]}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"--tokenizer {given} has no tokenizer.json: save it as a fast tokenizer first")
+        tokenizer = load_fast_tokenizer(given)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error  # it begins with "tokenizer", and its place
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"--tokenizer {given} has no end-of-sequence token: set eos_token in its tokenizer_config.json"
         )
     return tokenizer
-
-
-def tokenizer_identity(given: str) -> str:
-    """`--tokenizer` as given, plus the digest of the files that decide the tokens; checks `train-bpe:`."""
-    if bpe_vocab(given) is not None:
-        return given
-    path = Path(given)
-    folder = path if path.is_dir() else path.parent
-    # The tokenizer, and what names its EOS.
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    files = [folder / name for name in names] if path.is_dir() or path.name == names[0] else [path]
-    digests = [file_sha256(file) for file in files if file.is_file()]
-    return f"{given} (sha256 {hashlib.sha256(' '.join(digests).encode()).hexdigest()})" if digests else given
 
 
 def file_sha256(path: Path) -> str:
@@ -123,6 +98,7 @@ class Encoder:
         dtype: the smallest of uint16 and uint32 that holds every id.
         end: EOS, [1].
         no_tokens: [0].
+        sha256: of everything that decides the tokens of a text, whatever files it came from.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -134,6 +110,7 @@ class Encoder:
         self._backend: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.sha256 = hashlib.sha256(f"{self.end[0]} {self._backend.to_str()}".encode()).hexdigest()
         # "<|endoftext|>" spelt out in a document is text, not its end.
         self._backend.encode_special_tokens = True
 

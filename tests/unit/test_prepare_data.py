@@ -265,6 +265,51 @@ def test_a_bare_tokenizer_file_needs_a_known_eos(tmp_path: Path) -> None:
     assert load_tokenizer(str(word_tokenizer_file(tmp_path))).eos_token == "</s>"
 
 
+def test_any_change_of_a_tokenizer_is_noticed(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of a vocabulary and merges, which have no tokenizer.json; a file that does not matter does not."""
+    folder, output = tmp_path / "tok", tmp_path / "out"
+    folder.mkdir()
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "al", "ta"]
+    files = {
+        "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}),
+        "merges.txt": "#version: 0.2\na l\nt a\n",
+        "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}',
+        "README.md": "",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    changes = {"tokenizer": str(folder), "workers": 1}
+    assert prepare_corpus(settings(corpus[0], output, **changes)).manifest["vocab_size"] == len(tokens)
+    (folder / "README.md").write_text("read me")
+    assert prepare_corpus(settings(corpus[0], output, **changes)).already_prepared
+    for name, text in (
+        ("merges.txt", "#version: 0.2\na l\n"),
+        ("vocab.json", files["vocab.json"].replace('"al": 257, "ta": 258', '"ta": 257, "al": 258')),
+        ("added_tokens.json", '{"alpha": 259}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer", "eos_token": "a"}'),
+    ):
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=r"was prepared with tokenizer '.*tok \(sha256 .*', not '.*tok \(sha256"):
+            prepare_corpus(settings(corpus[0], output, **changes))
+        if name in files:
+            (folder / name).write_text(files[name])
+        else:
+            (folder / name).unlink()
+    assert prepare_corpus(settings(corpus[0], output, **changes)).already_prepared
+
+
+def test_a_corpus_of_an_earlier_version_is_neither_taken_nor_replaced(
+    corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    manifest = json.loads((corpus[1] / "manifest.json").read_text())
+    manifest["settings"]["format_version"] = 2
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"by another version of this tool \(format_version 2, here 3\).*use it as it is"
+    ):
+        prepare_corpus(settings(corpus[0], tmp_path))
+
+
 def test_the_builtin_corpus_is_the_standard_library() -> None:
     names = {file.name for file in corpus_files(["builtin:python-stdlib"])}
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= names
