@@ -52,7 +52,7 @@ class ProgressReport:
         if is_new or self._first is None:
             self._phase, self._phase_start, self._first = progress.phase, now, progress
         if progress.message:
-            self._console.print(progress.message, highlight=False, soft_wrap=True, markup=False)
+            self._console.print(printable(progress.message), highlight=False, soft_wrap=True, markup=False)
         figures = self._figures(progress, self._first, now - self._phase_start)
         if self._bar is not None and self._task is not None:
             self._bar.update(
@@ -112,6 +112,11 @@ def summary(output: Path, prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
+def printable(text: str) -> str:
+    """The text with its control characters spelt out: a file's name must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def parse_arguments(arguments: list[str] | None) -> PrepareSettings:
     """Settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,8 +125,8 @@ def parse_arguments(arguments: list[str] | None) -> PrepareSettings:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files or folders (every file below them): text (a document each), .jsonl or .json lines (a document per "
-        "line), each also as .gz or .zst; .parquet, .arrow, .feather (a document per row); or "
+        help="files or folders (every file below them): text (a document each), .jsonl or .json (a document per "
+        "record), each also as .gz or .zst; .parquet, .arrow, .feather (a document per row); or "
         f"{BUILTIN_STDLIB} (the source of this Python's standard library)",
     )
     parser.add_argument(
@@ -167,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         with ProgressReport() as report:
             prepared = prepare_corpus(settings, report)
     except (ValueError, OSError, WorkerDiedError) as error:
-        print(f"error: {' '.join(str(error).split())}{continuation(settings.output)}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}{continuation(settings.output)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"error: interrupted{continuation(settings.output) or '; nothing was written'}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """One column of text of a parquet file or an Arrow file (IPC file or stream form, as `datasets` writes them)."""
 
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,14 @@ import pyarrow.parquet
 from megatron_depthattn.data.documents import CorpusFile, Format
 from megatron_depthattn.data.file_bytes import DamagedFileError
 
-BATCH_BYTES = 2 << 20  # of parquet decoded at a time, about
+BATCH_BYTES = 2 << 20  # of rows decoded at a time, about
+MAX_BATCH_ROWS = 1 << 16
+INDEX_BYTES = 16  # a row of parquet with fewer is an index into a dictionary
+_BYTES = {
+    pyarrow.string(): pyarrow.binary(),
+    pyarrow.large_string(): pyarrow.large_binary(),
+    pyarrow.string_view(): pyarrow.binary_view(),
+}
 
 
 def column_rows(file: CorpusFile, name: str, start: int) -> Iterator[tuple[list[bytes | None], int]]:
@@ -21,54 +29,138 @@ def column_rows(file: CorpusFile, name: str, start: int) -> Iterator[tuple[list[
     batches = _parquet_batches if file.format is Format.PARQUET else _arrow_batches
     try:
         for column, consumed in batches(file, name, start):
-            if pyarrow.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            yield column.cast(pyarrow.large_binary()).to_pylist(), consumed
-    except (pyarrow.ArrowException, OSError) as error:
+            for rows in _rows(column):
+                yield rows, consumed
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the machine's error, not the file's
             raise
         raise DamagedFileError(f"the {file.format.value} data is damaged ({' '.join(str(error).split())})") from error
 
 
+def _rows(column: Any) -> Iterator[list[bytes | None]]:
+    """The bytes of strings, a few rows at a time: a file may be one batch.
+
+    Offsets and indices that point outside of their buffers are an ArrowInvalid.
+    """
+    if pyarrow.types.is_dictionary(column.type):
+        # The words once, not for every row: a few bytes of indices can stand for gigabytes.
+        words = [word for rows in _rows(column.dictionary) for word in rows]
+        for part in _slices(column.indices):
+            indices = part.to_pylist()
+            if any(i is not None and not 0 <= i < len(words) for i in indices):
+                raise pyarrow.ArrowInvalid("an index is outside of the dictionary")
+            yield [None if i is None else words[i] for i in indices]
+    else:
+        for part in _slices(column.view(_BYTES[column.type])):  # without a check for UTF-8, which comes later
+            yield part.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _slices(column: Any) -> Iterator[Any]:
+    column.validate(full=True)
+    rows = min(max(BATCH_BYTES * len(column) // max(column.nbytes, 1), 16), MAX_BATCH_ROWS)
+    return (column.slice(first, rows) for first in range(0, len(column), rows))
+
+
 def _parquet_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[Any, int]]:
     """(column of consecutive rows, bytes on disk so far)"""
-    with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
+    metadata = pyarrow.parquet.read_metadata(file.path)
+    column = metadata.schema.names.index(name) if name in metadata.schema.names else None
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    # A few bytes a row are indices of words, which are then expanded by `_values`; elsewhere that would be slower.
+    stored = sum(group.column(column).total_uncompressed_size for group in groups) if column is not None else 0
+    words = [name] if stored < INDEX_BYTES * metadata.num_rows else None
+    with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True, read_dictionary=words) as table:
         _check_column(table.schema_arrow, name)
-        num_rows, first = max(table.metadata.num_rows, 1), 0
-        for group in range(table.metadata.num_row_groups):
-            info = table.metadata.row_group(group)
+        _check_single_parquet(file, metadata, groups)
+        num_rows, first = max(metadata.num_rows, 1), 0
+        for number, group in enumerate(groups):
             skip = start - first
-            first += info.num_rows
-            if skip >= info.num_rows:
+            first += group.num_rows
+            if skip >= group.num_rows:
                 continue
-            rows = min(max(BATCH_BYTES * info.num_rows // max(info.total_byte_size, 1), 16), 1 << 16)
-            row = first - info.num_rows
-            for batch in table.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False):
+            rows = min(max(BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1), 16), MAX_BATCH_ROWS)
+            row = first - group.num_rows
+            for batch in table.iter_batches(rows, row_groups=[number], columns=[name], use_threads=False):
                 row += batch.num_rows
                 yield batch.column(0)[max(skip, 0) :], file.size * row // num_rows
                 skip -= batch.num_rows
+            if row != first:
+                raise pyarrow.ArrowInvalid(f"row group {number} ends at row {row} and not {first}")
+
+
+def _check_single_parquet(file: CorpusFile, metadata: Any, groups: list[Any]) -> None:
+    """Refuse files that were joined: the last one's index would find the first one's rows.
+
+    Between the last column and the index lie at most statistics, in a whole file.
+    """
+    ends = [4]
+    for group in groups:
+        columns = [group.column(i) for i in range(group.num_columns)]
+        ends += [(c.dictionary_page_offset or c.data_page_offset) + c.total_compressed_size for c in columns]
+    if file.size - 8 - metadata.serialized_size - max(ends) < file.size // 100:
+        return
+    with file.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.find(b"PAR1PAR1") >= 0:
+            raise DamagedFileError("it is several parquet files joined: take them apart")
 
 
 def _arrow_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[Any, int]]:
     with pyarrow.memory_map(str(file.path)) as source:
-        is_file_form = source.read(6) == b"ARROW1"
-        source.seek(0)
-        opened = pyarrow.ipc.open_file(source) if is_file_form else pyarrow.ipc.open_stream(source)
-        _check_column(opened.schema, name)
-        batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file_form else opened
         skip = start
-        for number, batch in enumerate(batches, start=1):
-            consumed = file.size * number // opened.num_record_batches if is_file_form else source.tell()
+        for batch, consumed in _arrow_file(source) if source.read(6) == b"ARROW1" else _arrow_streams(source):
+            if isinstance(batch, pyarrow.Schema):
+                _check_column(batch, name)
+                continue
             if skip < batch.num_rows:
                 yield batch.column(name)[max(skip, 0) :], consumed
             skip -= batch.num_rows
 
 
+def _arrow_file(source: Any) -> Iterator[tuple[Any, int]]:
+    """(schema or batch, bytes on disk so far) of the file form."""
+    size = source.size()
+    source.seek(0)
+    opened = pyarrow.ipc.open_file(source)
+    _check_single_arrow(source, size)
+    yield opened.schema, 0
+    for i in range(opened.num_record_batches):
+        yield opened.get_batch(i), size * (i + 1) // opened.num_record_batches
+
+
+def _check_single_arrow(source: Any, size: int) -> None:
+    """Refuse files that were joined: the last one's index would find the first one's rows.
+
+    A whole file is a magic word of 8 bytes, messages that end with an empty one, an index, its size, a magic word.
+    """
+    source.seek(8)
+    messages = pyarrow.ipc.MessageReader.open_stream(source)
+    try:
+        while True:
+            messages.read_next_message()
+    except StopIteration:
+        end = source.tell()
+    except (pyarrow.ArrowException, OSError):  # a writer that leaves the empty message out
+        return
+    source.seek(size - 10)
+    if end + int.from_bytes(source.read(4), "little") + 10 < size:
+        raise DamagedFileError("it is several Arrow files joined: take them apart")
+
+
+def _arrow_streams(source: Any) -> Iterator[tuple[Any, int]]:
+    """The same of the stream form; streams may follow each other."""
+    source.seek(0)
+    while source.tell() < source.size():
+        opened = pyarrow.ipc.open_stream(source)
+        yield opened.schema, source.tell()
+        for batch in opened:
+            yield batch, source.tell()
+
+
 def _check_column(schema: Any, name: str) -> None:
-    if name not in schema.names:
-        raise DamagedFileError(f'there is no column "{name}" (but {", ".join(schema.names)}): set --text-field')
+    if schema.names.count(name) != 1:
+        there = f'are {schema.names.count(name)} columns "{name}"' if name in schema.names else f'is no column "{name}"'
+        raise DamagedFileError(f"there {there} (but {', '.join(schema.names)}): set --text-field")
     kind = schema.field(name).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-    if not any(test(kind) for test in is_text):
+    if kind not in _BYTES:
         raise DamagedFileError(f'the column "{name}" holds {kind}, not strings: set --text-field')

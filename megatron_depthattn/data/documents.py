@@ -3,9 +3,10 @@
 A document goes to train or val by a hash of its bytes, whatever the order of the files; copies of a document therefore
 land on the same side.
 
-Standard library only: every encoding process imports this file.
+Nothing but the standard library is behind it: every encoding process imports this file.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
+
+from megatron_depthattn.links import leads_out, link_root
 
 BUILTIN_STDLIB = "builtin:python-stdlib"
 PIECE_BYTES = 2 << 20  # a longer document is encoded in pieces, which bounds memory and lets all cores work on it
@@ -27,12 +30,12 @@ ARCHIVES = frozenset(
 
 
 class Format(StrEnum):
-    """How a file is read; the last three are not, and are counted."""
+    """How a file is read; the last four are not, and are counted."""
 
     TEXT = "text"
     JSON_LINES = "json lines"
     JSON = "json"
-    """A .json file: JSON lines if its first line is a record, else a text. Known once it is opened."""
+    """A .json file: records, one a line or in an array, or a text. Known once it is opened."""
     PARQUET = "parquet"
     ARROW = "arrow"
     ARCHIVE = "archive"
@@ -40,6 +43,8 @@ class Format(StrEnum):
     """What `datasets.save_to_disk` and its cache put beside the Arrow files."""
     SPECIAL = "special"
     """A link to a folder, a broken link, a socket, a pipe."""
+    LINK = "link out of the folder"
+    """Below a folder given as input, which may come from anywhere: its links are no way to other files."""
 
 
 ENDINGS = {
@@ -71,13 +76,15 @@ def corpus_files(inputs: Sequence[str]) -> list[CorpusFile]:
 
     Raises:
         ValueError: an input does not exist, is an archive, or is an unknown builtin.
+        OSError: a folder cannot be listed.
     """
     files: list[CorpusFile] = []
     for given in inputs:
         path = Path(given)
         if given == BUILTIN_STDLIB:
             skip = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-            files += [f for f in _walk(Path(sysconfig.get_paths()["stdlib"]), skip) if f.path.suffix == ".py"]
+            found = _walk(Path(sysconfig.get_paths()["stdlib"]), skip)
+            files += [f for f in found if f.path.suffix == ".py" and f.format is Format.TEXT]
         elif given.startswith("builtin:"):
             raise ValueError(f"--input {given} is not known: the builtin corpus is {BUILTIN_STDLIB}")
         elif path.is_dir():
@@ -95,16 +102,24 @@ def corpus_files(inputs: Sequence[str]) -> list[CorpusFile]:
 
 
 def _walk(root: Path, skip_folders: set[str]) -> Iterator[CorpusFile]:
-    for folder, folders, names in os.walk(root):
+    stays_in = link_root(root)
+    for folder, folders, names in os.walk(root, onerror=_raise):
         links = [name for name in folders if Path(folder, name).is_symlink()]  # not followed: they can form loops
         folders[:] = sorted(set(folders) - skip_folders)
         data_files = _saved_dataset_files(Path(folder), names)
         for name in sorted(names + links) if data_files is None else [*data_files, *sorted(set(names) - {*data_files})]:
             path = Path(folder, name)
             file = _corpus_file(path, path.relative_to(root).as_posix())
-            if name == "dataset_dict.json" or (data_files is not None and name not in data_files):
+            if file.format is not Format.SPECIAL and leads_out(path, stays_in):
+                file = file._replace(format=Format.LINK, size=0, modified_ns=0)
+            elif name == "dataset_dict.json" or (data_files is not None and name not in data_files):
                 file = file._replace(format=Format.DATASET_METADATA)
             yield file
+
+
+def _raise(error: OSError) -> None:
+    """What `os.walk` does with a folder that it cannot list; without this it leaves the folder out."""
+    raise error
 
 
 def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None:
@@ -112,9 +127,13 @@ def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None
     if not {"state.json", "dataset_info.json"} <= {*names}:
         return None
     try:
-        listed = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
-    except (ValueError, KeyError, TypeError):
-        return None
+        state = json.loads((folder / "state.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / 'state.json'} is damaged ({error}): copy the data set again") from error
+    try:
+        listed = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        return None  # of another program
     missing = [name for name in listed if name not in names]
     if missing:
         raise ValueError(f"{folder / 'state.json'} names {missing[0]}, which is not there: copy the data set again")
@@ -124,8 +143,10 @@ def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None
 def _corpus_file(path: Path, name: str) -> CorpusFile:
     try:
         status = path.stat()
-    except FileNotFoundError:  # a broken link
-        return CorpusFile(path, name, 0, 0, Format.SPECIAL)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return CorpusFile(path, name, 0, 0, Format.SPECIAL)  # a broken link, or one to itself
     if not stat.S_ISREG(status.st_mode):
         return CorpusFile(path, name, 0, 0, Format.SPECIAL)
     ending, compression = path.suffix.lower(), ""

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_depthattn.data.documents import character_start, is_validation, pieces
+from megatron_depthattn.data.text_bytes import byte_order_mark, check_text, to_utf8
 from megatron_depthattn.data.tokenizer import Encoder
 
+JSON = json.JSONDecoder(parse_int=float)  # Python refuses integers of more than 4,300 digits, which JSON allows
 SPLITS = ("train", "val")
 FIRST_BLOCK_BYTES = 1 << 16  # a large binary file mostly shows itself here, and is then not read whole
 
@@ -34,7 +37,18 @@ class TextFiles(NamedTuple):
 
 
 class Documents(NamedTuple):
+    """Whole texts, which the reader has looked through."""
+
     documents: list[bytes]
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of one columnar file, a document each; b"" for a null."""
+
+    rows: list[bytes]
+    path: Path
+    first_row: int
+    """Counts from 1."""
 
 
 class JsonLines(NamedTuple):
@@ -44,6 +58,8 @@ class JsonLines(NamedTuple):
     path: Path
     first_line: int
     """Counts from 1."""
+    unit: str = "line"
+    """What a line is in the file: a line, or a record of a JSON array."""
 
 
 class Piece(NamedTuple):
@@ -57,12 +73,13 @@ class Piece(NamedTuple):
     """The document is not valid UTF-8."""
 
 
-Content = TextFiles | Documents | JsonLines | Piece
+Content = TextFiles | Documents | Rows | JsonLines | Piece
 
 
 class Recipe(NamedTuple):
     text_field: str
     validation_fraction: float
+    max_bytes: int | None = None
 
 
 @dataclass
@@ -74,13 +91,18 @@ class Encoded:
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
     """Per split: documents, documents_with_replaced_utf8, bytes, tokens."""
     empty_documents: int = 0
-    binary_files: list[int] = field(default_factory=list)
+    left_out: list[tuple[int, str]] = field(default_factory=list)
+    """(index in the corpus, binary or undecodable) of the files that are no text."""
     damaged_records: int = 0
     first_damage: str = ""
 
     @property
     def bytes(self) -> int:
         return sum(counts["bytes"] for counts in self.counts.values())
+
+    def damage(self, message: str) -> None:
+        self.damaged_records += 1
+        self.first_damage = self.first_damage or message
 
 
 # ---- documents -------------------------------------------------------------------------------------------
@@ -103,18 +125,42 @@ def _documents(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[t
     """(document, whether it was repaired already)"""
     if isinstance(content, Documents):
         yield from ((document, False) for document in content.documents)
+    elif isinstance(content, Rows):
+        yield from _row_documents(content, encoded)
     elif isinstance(content, JsonLines):
         yield from _json_documents(content, recipe.text_field, encoded)
     elif isinstance(content, TextFiles):
         for index, path in content.files:
-            with path.open("rb") as file:
-                data = file.read(FIRST_BLOCK_BYTES)
-                if b"\0" not in data:
-                    data += file.read()
-            if b"\0" in data:
-                encoded.binary_files.append(index)
+            data, problem = _text_file(path)
+            if problem:
+                encoded.left_out.append((index, problem))
             else:
                 yield data, False
+
+
+def _text_file(path: Path) -> tuple[bytes, str]:
+    """(a small file's text in UTF-8, or "binary" or "undecodable" if it is none)"""
+    with path.open("rb") as file:
+        data = file.read(FIRST_BLOCK_BYTES)
+        if b"\0" in data and byte_order_mark(data)[1] == "utf-8":
+            return b"", "binary"
+        data += file.read()
+    try:
+        data = to_utf8(data)
+    except UnicodeDecodeError:
+        return b"", "undecodable"
+    if b"\0" in data:
+        return b"", "binary"
+    return (data, "") if check_text(data).finish() else (b"", "undecodable")
+
+
+def _row_documents(content: Rows, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
+    for number, row in enumerate(content.rows, start=content.first_row):
+        text = "" if _is_utf8(row) else row.decode(errors="replace")
+        if _is_mostly_replaced(text):
+            encoded.damage(f"{content.path}: row {number} is mostly invalid UTF-8")
+        else:
+            yield row, False
 
 
 def _json_documents(content: JsonLines, text_field: str, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
@@ -123,26 +169,28 @@ def _json_documents(content: JsonLines, text_field: str, encoded: Encoded) -> It
             continue
         text, is_repaired = json_text(line, text_field)
         if text is None:
-            encoded.damaged_records += 1
-            encoded.first_damage = encoded.first_damage or (
-                f'{content.path}, line {number} is not a JSON object with a string field "{text_field}"'
+            encoded.damage(
+                f'{content.path}, {content.unit} {number} is not a JSON object with a string field "{text_field}" '
+                "(--text-field)"
             )
-            continue
-        try:
-            yield text.encode(), is_repaired
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-            yield text.encode(errors="replace"), True
+        elif is_repaired and _is_mostly_replaced(text):
+            encoded.damage(f"{content.path}, {content.unit} {number} is mostly invalid UTF-8")
+        else:
+            try:
+                yield text.encode(), is_repaired
+            except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+                yield text.encode(errors="replace"), True
 
 
 def json_text(line: bytes, text_field: str) -> tuple[str | None, bool]:
     """(the field's text, whether invalid UTF-8 was replaced); None if there is none, "" if it is null."""
-    is_repaired = False
+    line = line.removeprefix(BOM_UTF8)  # files with a mark that were joined
     try:
         try:
-            record = json.loads(line)
+            decoded, is_repaired = line.decode(), False
         except UnicodeDecodeError:
-            record, is_repaired = json.loads(line.decode(errors="replace")), True
-        text = record[text_field]
+            decoded, is_repaired = line.decode(errors="replace"), True
+        text = JSON.decode(decoded)[text_field]
     except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, no such field, not an object, nested too deep
         return None, False
     text = "" if text is None else text
@@ -155,6 +203,11 @@ def _is_utf8(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _is_mostly_replaced(text: str) -> bool:
+    """Whether a text that was repaired is mostly repair."""
+    return text.count("\ufffd") * 4 > len(text)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------

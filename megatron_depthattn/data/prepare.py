@@ -136,7 +136,7 @@ class _Preparation:
         self._tokenizer = tokenizer  # an int: the size of the vocabulary to train
         self._unfinished = unfinished
         self._on_progress = on_progress
-        self._recipe = Recipe(settings.text_field, settings.validation_fraction)
+        self._recipe = Recipe(settings.text_field, settings.validation_fraction, settings.max_bytes)
         self._splits = SPLITS if settings.validation_fraction > 0 else SPLITS[:1]
         total = sum(file.size for file in files)
         self._total_bytes = min(total, settings.max_bytes or total)
@@ -238,8 +238,8 @@ class _Preparation:
             writer.write(encoded.tokens[split])
             merged.counts[split].update(encoded.counts[split])
             self.new_tokens += len(encoded.tokens[split])
-        binary = [Outcome(index, "binary") for index in encoded.binary_files]
-        for outcome in [*binary, *([unit.outcome] if unit.outcome else [])]:
+        left_out = [Outcome(*entry) for entry in encoded.left_out]
+        for outcome in [*left_out, *([unit.outcome] if unit.outcome else [])]:
             merged.outcomes.append(outcome)
             merged.skipped[SKIPPED[outcome.kind]] += 1
         merged.skipped["empty_documents"] += encoded.empty_documents

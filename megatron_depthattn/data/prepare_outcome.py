@@ -26,7 +26,9 @@ SKIPPED = {
     "binary": "binary_files_skipped",
     "archive": "archive_files_skipped",
     "dataset metadata": "dataset_metadata_files_skipped",
+    "undecodable": "undecodable_files_skipped",
     "special": "special_files_skipped",
+    "link out of the folder": "links_out_of_the_folder_skipped",
     "damaged": "damaged_files",
     "json as text": "json_files_read_as_text",
 }

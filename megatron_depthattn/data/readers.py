@@ -5,21 +5,22 @@ system, opening is what costs). Compressed files are expanded as a stream; of a 
 Reading can start at the end of any unit.
 """
 
-import codecs
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_depthattn.data.columns import column_rows
 from megatron_depthattn.data.documents import CorpusFile, Format, digest_is_validation, pieces
-from megatron_depthattn.data.encode import Content, Documents, JsonLines, Piece, Recipe, TextFiles, json_text
-from megatron_depthattn.data.file_bytes import DamagedFileError, file_blocks
+from megatron_depthattn.data.encode import Content, Documents, JsonLines, Piece, Recipe, Rows, TextFiles
+from megatron_depthattn.data.file_bytes import DamagedFileError, UndecodableError, file_blocks
+from megatron_depthattn.data.json_files import MAX_RECORD_BYTES, json_content
+from megatron_depthattn.data.text_bytes import TextCheck, check_text
 
 UNIT_BYTES = 2 << 20  # about: a unit ends with the document that passes it
 UNIT_FILES = 4096
-SNIFFED_BYTES = 16 << 20  # a .json file whose first line is longer is a text
-NOT_READ = (Format.ARCHIVE, Format.DATASET_METADATA, Format.SPECIAL)
+NOT_READ = (Format.ARCHIVE, Format.DATASET_METADATA, Format.SPECIAL, Format.LINK)
 NO_DOCUMENTS = Documents([])
 
 
@@ -40,7 +41,7 @@ class Outcome(NamedTuple):
 
     file: int
     kind: str
-    """binary, archive, dataset metadata, special, damaged, or json as text."""
+    """binary, undecodable, archive, dataset metadata, special, link out of the folder, damaged, or json as text."""
     message: str = ""
 
 
@@ -92,31 +93,25 @@ def _units_of_file(index: int, file: CorpusFile, before: int, recipe: Recipe, st
         outcome = Outcome(index, file.format.value)
     else:
         try:
-            is_lines = file.format is Format.JSON_LINES or (
-                file.format is Format.JSON and _starts_with_record(file, recipe)
-            )
             if file.format in (Format.PARQUET, Format.ARROW):
                 read = _column(file, recipe.text_field, start.offset)
-            elif is_lines:
+            elif file.format is Format.JSON_LINES:
                 read = _lines(file, start.offset, start.lines)
+            elif file.format is Format.JSON:
+                read, reason = _json(file, recipe, start)
+                outcome = Outcome(index, "json as text", reason) if reason else None
             else:
                 read = _text(file, recipe, start.offset)
-                outcome = Outcome(index, "json as text") if file.format is Format.JSON else None
             for content, offset, lines, consumed in read:
                 yield Unit(content, Position(index, offset, lines), before + consumed)
-        except _BinaryFileError:
-            outcome = Outcome(index, "binary")
+        except _NoTextError as error:
+            outcome = Outcome(index, error.kind, str(error))
         except DamagedFileError as error:
             outcome = Outcome(index, "damaged", str(error))
     yield Unit(NO_DOCUMENTS, Position(index + 1), before + file.size, outcome)
 
 
 # ---- JSON lines ------------------------------------------------------------------------------------------
-
-
-def _starts_with_record(file: CorpusFile, recipe: Recipe) -> bool:
-    with file.path.open("rb") as stream:
-        return json_text(stream.readline(SNIFFED_BYTES), recipe.text_field)[0] is not None
 
 
 def _lines(file: CorpusFile, offset: int, lines: int) -> Iterator[_Read]:
@@ -132,13 +127,16 @@ def _lines(file: CorpusFile, offset: int, lines: int) -> Iterator[_Read]:
             block, damage = b"", error
         rest.append(block)
         size += len(block)
-        if block and (size < UNIT_BYTES or b"\n" not in block):
+        is_too_long = size > MAX_RECORD_BYTES and b"\n" not in block
+        if block and not is_too_long and (size < UNIT_BYTES or b"\n" not in block):
             continue
         data = b"".join(rest)
         whole = len(data) if not block and damage is None else data.rfind(b"\n") + 1
         if whole:
             first, offset, lines = lines + 1, offset + whole, lines + data.count(b"\n", 0, whole)
             yield _Read(JsonLines(data[:whole], file.path, first), offset, lines, consumed)
+        if is_too_long and block:
+            raise DamagedFileError(f"line {lines + 1} is longer than {MAX_RECORD_BYTES:,} bytes")
         if damage is not None:
             raise damage
         if not block:
@@ -146,23 +144,60 @@ def _lines(file: CorpusFile, offset: int, lines: int) -> Iterator[_Read]:
         rest, size = [data[whole:]], len(data) - whole
 
 
+def _json(file: CorpusFile, recipe: Recipe, start: Position) -> tuple[Iterator[_Read], str]:
+    """What to read of a .json file, and why it is a text, if it is."""
+    records, why_text = json_content(file, recipe.text_field)
+    if why_text:
+        return _text(file, recipe, start.offset), why_text
+    if records is None:
+        return _lines(file, start.offset, start.lines), ""
+    return _records(records, file, recipe.text_field, start.offset), ""
+
+
+def _records(records: list[Any], file: CorpusFile, text_field: str, start: int) -> Iterator[_Read]:
+    """The records of an array from number `start` on, as lines of nothing but the field."""
+    lines: list[bytes] = []
+    size, first = 0, start
+    for number, record in enumerate(records[start:], start=start + 1):
+        text = record.get(text_field, 0) if isinstance(record, dict) else 0
+        lines.append(json.dumps({text_field: text if text is None or isinstance(text, str) else 0}).encode() + b"\n")
+        size += len(lines[-1])
+        if size >= UNIT_BYTES or number == len(records):
+            content = JsonLines(b"".join(lines), file.path, first + 1, "record")
+            yield _Read(content, number, 0, file.size * number // len(records))
+            lines, size, first = [], 0, number
+
+
 # ---- text ------------------------------------------------------------------------------------------------
 
 
-class _BinaryFileError(Exception):
-    """The file holds a NUL byte."""
+class _NoTextError(Exception):
+    """The file holds a NUL byte, or other things that are no text."""
+
+    def __init__(self, kind: str, message: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def _text(file: CorpusFile, recipe: Recipe, offset: int) -> Iterator[_Read]:
     """The file's one document: whole if it is short, else looked through first and then read in pieces."""
+    try:
+        yield from _text_reads(file, recipe, offset)
+    except UndecodableError as error:
+        raise _NoTextError("undecodable", str(error)) from error
+
+
+def _text_reads(file: CorpusFile, recipe: Recipe, offset: int) -> Iterator[_Read]:
     head = b""
     for block, _ in file_blocks(file):
         head += block
         if b"\0" in block:
-            raise _BinaryFileError
+            raise _NoTextError("binary")
         if len(head) > UNIT_BYTES:
             break
     else:
+        if not check_text(head).finish():
+            raise _NoTextError("undecodable")
         if offset == 0:
             yield _Read(Documents([head]), len(head), 0, file.size)
         return
@@ -180,27 +215,31 @@ def _text(file: CorpusFile, recipe: Recipe, offset: int) -> Iterator[_Read]:
             is_repaired=not is_utf8,
         )
         position += len(data)
-        yield _Read(piece, position, 0, file.size * position // size)
+        yield _Read(piece, position, 0, min(file.size * position // size, file.size))
 
 
 def _look_through(blocks: Callable[[], Iterator[bytes]], recipe: Recipe) -> tuple[str, bool, bool, int]:
-    """(split, whether it is blank, whether it is UTF-8, size in bytes) of a long document."""
-    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    is_blank, is_utf8, size = True, True, 0
+    """(split, whether it is blank, whether it is UTF-8, size in bytes) of a long document.
+
+    Of one that is longer than all that is wanted only so much, and a block, is looked at: it is cut there at the
+    latest, and what it expands to has no bounds.
+    """
+    digest, check = hashlib.sha256(), TextCheck()
+    is_blank, is_whole, size = True, True, 0
     for block in blocks():
         if b"\0" in block:
-            raise _BinaryFileError
+            raise _NoTextError("binary")
         digest.update(block)
+        check.add(block)
         size += len(block)
         is_blank = is_blank and not block.strip()
-        try:
-            if is_utf8:
-                decoder.decode(block)
-        except UnicodeDecodeError:
-            is_utf8 = False
-    is_utf8 = is_utf8 and not decoder.getstate()[0]  # no half of a character at the end
+        if recipe.max_bytes is not None and size > recipe.max_bytes:
+            is_blank = is_whole = False
+            break
+    if not check.finish(is_whole=is_whole):
+        raise _NoTextError("undecodable")
     split = "val" if digest_is_validation(digest.digest(), recipe.validation_fraction) else "train"
-    return split, is_blank, is_utf8, size
+    return split, is_blank, check.is_utf8, size
 
 
 # ---- columns ---------------------------------------------------------------------------------------------
@@ -218,11 +257,11 @@ def _column(file: CorpusFile, name: str, start: int) -> Iterator[_Read]:
                 size += len(documents[-1])
                 row += 1
                 if size >= UNIT_BYTES:
-                    yield _Read(Documents(documents), row, 0, consumed)
+                    yield _Read(Rows(documents, file.path, row - len(documents) + 1), row, 0, consumed)
                     documents, size = [], 0
     except DamagedFileError as error:
         damage = DamagedFileError(f"after row {row}, {error}")
     if documents:
-        yield _Read(Documents(documents), row, 0, file.size)
+        yield _Read(Rows(documents, file.path, row - len(documents) + 1), row, 0, file.size)
     if damage is not None:
         raise damage

@@ -64,6 +64,23 @@ def test_tool_fails_with_one_line(source: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: --input {tmp_path / 'missing'} does not exist")
 
 
+def test_names_and_code_from_elsewhere_end_in_one_line(
+    tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file's name does not steer the terminal; a tokenizer's code is neither run nor asked about."""
+    name = tmp_path / "in\x1b[2J\u202e\n.jsonl"
+    name.write_text("{")
+    assert tool.main(command(name, tmp_path / "out")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}/in\\x1b[2J\\u202e .jsonl, line 1 is not a JSON object")
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}')
+    (tmp_path / "tok" / "mine.py").write_text("raise SystemExit")
+    assert tool.main([*command(source, tmp_path / "out"), "--tokenizer", str(tmp_path / "tok")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: --tokenizer {tmp_path / 'tok'} does not load: tokenizer_config.json names code of")
+
+
 def test_damage_late_in_the_corpus_says_that_the_work_is_kept(
     tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
