@@ -31,7 +31,7 @@ from megatron_depthattn.train.engine import Engine, build_engine
 from megatron_depthattn.train.hardware import require_hardware
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
 from megatron_depthattn.train.metrics import Meter, RankStatus, exchange, forward_flops, peak_memory_gb
-from megatron_depthattn.train.owner import claim_checkpoints, lock_run
+from megatron_depthattn.train.owner import check_owner, claim_checkpoints, lock_run
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
@@ -80,6 +80,7 @@ class Training:
         self.config, self.world_size, self.is_writer = config, environment.world_size, environment.rank == 0
         sizes = validate(config, environment.world_size)
         require_hardware(config)
+        check_owner(Path(config.checkpoint_dir), Path(config.run.dir))  # preflight writes there
         timeout = _collective_timeout(config)
         self.device, self.fitness = enter_world(config, environment, timeout)
         self.megatron = transformer_config(config)

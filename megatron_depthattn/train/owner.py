@@ -60,6 +60,16 @@ def lock_run(run_dir: Path) -> FileLock:
     )
 
 
+def check_owner(directory: Path, run_dir: Path) -> None:
+    """Let through a run's own folder of checkpoints and one without an owner; any rank may ask, and nothing is written.
+
+    Raises:
+        ValueError: the folder is another run's.
+    """
+    if read_owner(directory) is not None:
+        _require_own(directory, run_dir, recorded_run_id(run_dir))
+
+
 def claim_checkpoints(directory: Path, run_dir: Path) -> Claim:
     """Make a run the owner of its folder of checkpoints, or find that it is; ``run_dir`` must be locked.
 
@@ -192,7 +202,7 @@ def _same(one: Path, other: Path) -> bool:
     """Whether two paths are one folder, of which one need not exist."""
     try:
         return one.samefile(other)
-    except FileNotFoundError:
+    except OSError:
         return one.resolve() == other.resolve()
 
 

@@ -78,9 +78,10 @@ class RunCheckpoints:
             self.save(progress)
             self.finish()
             assert self._last is not None and self._last.step == progress.step
-            if self._last.error is None:
+            error = self._last.error
+            if error is None:
                 return
-        raise CheckpointError(f"the state after step {progress.step} is lost: its checkpoint could not be written")
+        raise CheckpointError(f"the state after step {progress.step} is lost: its checkpoint was not written: {error}")
 
     def take_stall(self) -> float:
         """Seconds that the loop has waited for checkpoints since this was last asked: those after the step before."""

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import os
 import pickle
 import random
@@ -217,6 +218,33 @@ def test_a_save_that_fails_changes_nothing_and_the_next_one_works(run, tmp_path,
     run.save()
     assert run.outcome().error is None
     assert (directory / "latest").read_text() == "step_00000002\n"
+
+
+def test_the_record_waits_for_room_and_says_so(megatron_world_of_one, tmp_path, no_room, capsys):
+    from megatron_depthattn.train.report import Reporter
+
+    record = dict.fromkeys(("eval_loss", "depth")) | {
+        "loss": 1.0,
+        "grad_norm": 1.0,
+        "lr": 1.0,
+        "tokens_per_second": 1.0,
+    }
+    config = from_dict(SETTINGS | {"run": {"dir": str(tmp_path)}}, "a test")
+
+    def report(*sizes: int) -> list[int]:
+        """The steps on record, one written under each limit."""
+        reporter = Reporter(config, is_writer=True, first_step=0, last_step=99)
+        for step, size in enumerate(sizes, start=1):
+            no_room(size)
+            reporter.step(record | {"step": step})
+        reporter.close()
+        no_room(resource.RLIM_INFINITY)
+        return [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    assert report(0, 0, resource.RLIM_INFINITY) == [1, 2, 3]
+    assert capsys.readouterr().err == "metrics.jsonl cannot be written: File too large; its lines wait in memory\n"
+    assert report(0) == []
+    assert capsys.readouterr().err.endswith("the last lines of metrics.jsonl are lost: File too large\n")
 
 
 @pytest.mark.parametrize("taken", [0.97, 1.0])  # the tensors do not fit; not even the common state does
