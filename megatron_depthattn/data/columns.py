@@ -11,7 +11,7 @@ from megatron_depthattn.data.documents import CorpusFile, Format
 from megatron_depthattn.data.file_bytes import DamagedFileError
 
 BATCH_BYTES = 2 << 20  # of rows decoded at a time, about
-MAX_BATCH_ROWS = 1 << 16
+MAX_BATCH_ROWS = 1 << 14
 INDEX_BYTES = 16  # a row of parquet with fewer is an index into a dictionary
 _BYTES = {
     pyarrow.string(): pyarrow.binary(),
@@ -64,14 +64,15 @@ def _slices(column: Any) -> Iterator[Any]:
 def _parquet_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[Any, int]]:
     """(column of consecutive rows, bytes on disk so far)"""
     metadata = pyarrow.parquet.read_metadata(file.path)
-    column = metadata.schema.names.index(name) if name in metadata.schema.names else None
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    # A few bytes a row are indices of words, which are then expanded by `_values`; elsewhere that would be slower.
-    stored = sum(group.column(column).total_uncompressed_size for group in groups) if column is not None else 0
-    words = [name] if stored < INDEX_BYTES * metadata.num_rows else None
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]  # not their columns: damaged, they abort
+    if sum(max(group.num_rows, 0) for group in groups) != metadata.num_rows:
+        raise DamagedFileError("the parquet data is damaged (its row groups have not the rows of the file)")
+    # A few bytes a row are indices of words, which `_rows` expands; elsewhere that would be slower.
+    is_indices = sum(group.total_byte_size for group in groups) < INDEX_BYTES * metadata.num_rows
+    words = [name] if is_indices and name in metadata.schema.names else []
     with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True, read_dictionary=words) as table:
         _check_column(table.schema_arrow, name)
-        _check_single_parquet(file, metadata, groups)
+        _check_single_parquet(file)
         num_rows, first = max(metadata.num_rows, 1), 0
         for number, group in enumerate(groups):
             skip = start - first
@@ -88,20 +89,17 @@ def _parquet_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[
                 raise pyarrow.ArrowInvalid(f"row group {number} ends at row {row} and not {first}")
 
 
-def _check_single_parquet(file: CorpusFile, metadata: Any, groups: list[Any]) -> None:
+def _check_single_parquet(file: CorpusFile) -> None:
     """Refuse files that were joined: the last one's index would find the first one's rows.
 
-    Between the last column and the index lie at most statistics, in a whole file.
+    A file ends with the size of its index and a magic word, the next begins with that word.
     """
-    ends = [4]
-    for group in groups:
-        columns = [group.column(i) for i in range(group.num_columns)]
-        ends += [(c.dictionary_page_offset or c.data_page_offset) + c.total_compressed_size for c in columns]
-    if file.size - 8 - metadata.serialized_size - max(ends) < file.size // 100:
-        return
     with file.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data.find(b"PAR1PAR1") >= 0:
-            raise DamagedFileError("it is several parquet files joined: take them apart")
+        at = data.find(b"PAR1PAR1")
+        while at >= 0:
+            if 0 < int.from_bytes(data[at - 4 : at], "little") < at:  # else it is text
+                raise DamagedFileError("it is several parquet files joined: take them apart")
+            at = data.find(b"PAR1PAR1", at + 1)
 
 
 def _arrow_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[Any, int]]:

@@ -364,7 +364,7 @@ RECORDS = [{"n": i, "text": text} for i, text in enumerate(["one", "zwölf"])]
 RECORD_LINES = json_lines(["one", "zwölf"])
 LONG = "9" * 5000
 # name -> (file, its bytes, its documents, what is counted, a part of the message)
-FILES: dict[str, tuple[str, bytes, list[str], list[str], str]] = {
+FILES: dict[str, tuple[str, bytes | Callable[[Path], bytes], list[str], list[str], str]] = {
     "mark": ("a.txt", MARK + b"text", ["text"], [], ""),
     "mark, gzip": ("a.txt.gz", gzip.compress(MARK + b"text"), ["text"], [], ""),
     "mark, two members": ("a.jsonl.gz", gzip.compress(MARK + b'{"text": "a"}\n') * 2, ["a", "a"], [], ""),
@@ -433,7 +433,14 @@ FILES: dict[str, tuple[str, bytes, list[str], list[str], str]] = {
     "a number": ("a.jsonl", b'{"text": 12}\n', [], ["record"], "line 1 is not a JSON object with a string field"),
     "half a pair": ("a.json", b'[{"text": "a\\ud800"}\n]', ["a?"], ["repaired"], ""),
     "deep": ("a.jsonl", b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b', "text": "a"}\n', [], ["record"], "line 1 is not"),
-    "joined parquet": ("a.parquet", b"", [], ["damaged"], "several parquet files joined"),
+    "joined parquet": ("a.parquet", lambda f: parquet_bytes(f) * 2, [], ["damaged"], "several parquet files joined"),
+    "parquet without the column": (
+        "a.parquet",
+        lambda f: (pyarrow.parquet.write_table(table(TEXTS).select(["id"]), f / "t"), (f / "t").read_bytes())[1],
+        [],
+        ["damaged"],
+        'there is no column "text" (but id): set --text-field',
+    ),
 }
 
 
@@ -446,7 +453,7 @@ def test_a_file_has_these_documents(
     monkeypatch.setattr(readers, "UNIT_BYTES", unit_bytes)
     name, data, documents, counted, message = FILES[case]
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_bytes(data or parquet_bytes(tmp_path) * 2)
+    (tmp_path / "in" / name).write_bytes(data if isinstance(data, bytes) else data(tmp_path))
     found = read(tmp_path / "in")
     assert found[:2] == (documents, counted)
     assert message in found[2]
