@@ -14,11 +14,15 @@ meet again, with the lost one if somebody starts it anew. A head that is lost an
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from launch.verdict import Ended, Failure, decide, ended_from, to_json
 from launch.world import World
@@ -62,7 +66,7 @@ class Head:
         self._open: set[Guest] = set()
         self._loop = asyncio.new_event_loop()
         self._server = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, port=world.master_port, reuse_address=True)
+            asyncio.start_server(self._serve, listens_at(world.master_addr), port=world.master_port, reuse_address=True)
         )
         self._loop.create_task(self._keep_time())
         threading.Thread(target=self._loop.run_forever, name="head", daemon=True).start()
@@ -179,6 +183,20 @@ class Head:
             # a second early: its neighbours may have failed for want of it before this was noticed
             failure = Failure(time.time() - 1, guest.hello["host"], f"node {guest.node}", f"its launcher {why}")
             self._note_end(guest, Ended(guest.node, "lost", failure))
+
+
+def listens_at(master_addr: str) -> list[str] | None:
+    """The addresses of this node that MASTER_ADDR means; None: all, as it is translated on the way, or a name that
+    means a loopback address here (Debian's 127.0.1.1) and another one elsewhere."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(master_addr, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return None
+    own = {each.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for each in addresses}
+    may_differ = master_addr not in {"localhost", *found} and any(
+        ipaddress.ip_address(each).is_loopback for each in found
+    )
+    return None if may_differ or not found <= own else sorted(found)
 
 
 def _objection(guest: Guest, reference: Guest | None, num_nodes: int) -> str:

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launch.follow import Follower
 from launch.freeze import CODE_FOLDERS, freeze
 from launch.logs import main as show_logs
+from launch.meet import listens_at
 from launch.node import LAST_ERROR
 from launch.submit import REPOSITORY, _check, _configs, _parser, render, seconds_of, submit, sweep
 from launch.verdict import Ended, Failure, decide, ended_from, to_json, verdict_from
@@ -332,6 +333,15 @@ def test_logs_of_other_machines_are_shown_and_not_obeyed(tmp_path: Path, capsys:
         shown = text.replace("\n", "")
         assert shown.isprintable() and shown.count("\\x1b[2J") == lines
     assert attack in (start / "node_0.log").read_bytes().decode()
+
+
+@pytest.mark.parametrize(
+    ("master_addr", "addresses"),
+    [("127.0.0.1", ["127.0.0.1"]), ("192.0.2.1", None), ("no-such-name.invalid", None)],
+)
+def test_the_head_listens_where_it_is_called(master_addr: str, addresses: list[str] | None):
+    """Everywhere only where MASTER_ADDR is no address of this node."""
+    assert listens_at(master_addr) == addresses
 
 
 def test_the_environment_that_a_user_has_set_stays():
