@@ -28,7 +28,7 @@ _default PYTORCH_ALLOC_CONF expandable_segments:True # sequence lengths and micr
 # is in order only with a single hardware queue: Megatron asserts 1 on GPUs before Blackwell (compute capability below 10).
 # From Blackwell on order is kept without it, and one queue only costs overlap. It must not be 1 with the UCC backend or
 # with fully sharded parameters, which this package does not use. Without a GPU nobody reads it.
-_gpu_capability() { command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 's/\..*//;1p'; }
+_gpu_capability() { command -v nvidia-smi >/dev/null && timeout 60 nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 's/\..*//;1p'; }
 if [ -z "${CUDA_DEVICE_MAX_CONNECTIONS+set}" ]; then
     _capability=$(_gpu_capability) || _capability=
     if [ -n "$_capability" ] && [ "$_capability" -lt 10 ]; then export CUDA_DEVICE_MAX_CONNECTIONS=1; fi

@@ -119,6 +119,6 @@ def _git(repository: Path, *arguments: str) -> str:
             ["git", "-C", str(repository), *arguments],
             capture_output=True, text=True, errors="replace", timeout=60, check=False,
         )  # fmt: skip
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -256,6 +256,10 @@ def _sbatch(arguments: list[str]) -> str:
         )
     except FileNotFoundError as error:
         raise ValueError("there is no sbatch here: submit from a node that has Slurm's commands") from error
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            "sbatch has not answered for 300 s: see scontrol ping; squeue says whether it queued it"
+        ) from error
     if done.returncode:
         raise ValueError(f"sbatch refuses: {' '.join(done.stderr.split())}")
     return done.stdout.strip().partition(";")[0]

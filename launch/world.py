@@ -88,7 +88,10 @@ def count_gpus() -> int:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
     if not shutil.which("nvidia-smi"):
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError("nvidia-smi has not answered for 60 s, so GPUs are not counted: set NPROC_PER_NODE") from error
     return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
 
 

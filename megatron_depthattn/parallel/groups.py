@@ -10,7 +10,8 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
-from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment, store_address
+from megatron_depthattn.parallel.patience import WaitedInVain, announced, within
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for the others before it gives up, at the least; for what comes before the first step, since
@@ -31,13 +32,19 @@ def join_store(
     """
     if not environment.launched:
         return dist.HashStore()
+    patience = patience or timeout
+    seconds, me = patience.total_seconds(), f"rank {environment.rank} of {environment.world_size}"
+    where = f"the store of rank 0 at {store_address()}"
     try:
-        store, _, _ = next(rendezvous("env://", timeout=patience or timeout))
-    except dist.DistError as error:
+        store, _, _ = within(  # torch's own limit is not for a port at which something else listens, and never answers
+            seconds + min(5.0, seconds), me, lambda: where, lambda: next(rendezvous("env://", timeout=patience))
+        )
+    except (dist.DistError, WaitedInVain) as error:
+        why = str(error).splitlines()[0] if isinstance(error, dist.DistError) else "what listens there does not answer"
         raise TimeoutError(
-            f"rank {environment.rank} of {environment.world_size} waited at MASTER_ADDR:MASTER_PORT in vain "
-            f"({str(error).splitlines()[0]}). See that all ranks were started, with the address of rank 0's host, and "
-            "that this port is open between the hosts; where imports are slow set preflight.timeout higher."
+            f"{me} waited at MASTER_ADDR:MASTER_PORT ({store_address()}) in vain ({why}). See that all ranks were "
+            "started, with the address of rank 0's host, and that this port is open between the hosts and nobody "
+            "else's; where imports are slow set preflight.timeout higher."
         ) from error
     store.set_timeout(timeout)
     return store
@@ -52,13 +59,15 @@ def initialize_distributed(
     if not on_cpu:
         torch.cuda.set_device(device)
     backend = "gloo" if on_cpu else "nccl"
-    dist.init_process_group(
-        backend,
-        timeout=timeout,
-        store=dist.PrefixStore("default_pg", store or join_store(environment, timeout)),
-        rank=environment.rank,
-        world_size=environment.world_size,
-    )
+    store = store or join_store(environment, timeout)
+    with announced(f"rank {environment.rank}", lambda: "all ranks to join the world", timeout.total_seconds()):
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=dist.PrefixStore("default_pg", store),
+            rank=environment.rank,
+            world_size=environment.world_size,
+        )
     return device
 
 
@@ -72,13 +81,14 @@ def initialize_model_parallel(
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> None:
     """Build Megatron's groups for this layout over the world that was joined, and seed its random number trackers."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
-        context_parallel_size=context,
-        distributed_timeout_minutes=round(timeout.total_seconds() / 60),
-    )
+    with announced(f"rank {dist.get_rank()}", lambda: "the ranks of its groups", timeout.total_seconds()):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+            context_parallel_size=context,
+            distributed_timeout_minutes=round(timeout.total_seconds() / 60),
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

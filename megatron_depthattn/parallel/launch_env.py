@@ -4,6 +4,7 @@ communication, and what a library can be told in no other way."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,7 +26,8 @@ def launch_environment() -> LaunchEnvironment:
     """Read torchrun's variables.
 
     Raises:
-        ValueError: some of them are set and others are not: guessing would start worlds that never meet.
+        ValueError: some of them are set and others are not, as guessing would start worlds that never meet; or one is
+            not a number that it can be.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
@@ -36,9 +38,27 @@ def launch_environment() -> LaunchEnvironment:
             f"the environment sets some of torchrun's variables but not {', '.join(missing)}: start the program "
             "with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a world of one."
         )
-    rank, world_size, local_rank = (int(os.environ[name]) for name in names[:3])
+    world_size = _whole("WORLD_SIZE", "how many ranks there are", 1, 10**9)
+    rank = _whole("RANK", "which of the WORLD_SIZE ranks this is", 0, world_size - 1)
+    local_rank = _whole("LOCAL_RANK", "which rank of its host this is", 0, world_size - 1)
+    _whole("MASTER_PORT", "the port at which ranks find each other on MASTER_ADDR", 1, 65535)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE") or None
     return LaunchEnvironment(rank, world_size, local_rank, launched=True, error_file=error_file)
+
+
+def _whole(name: str, meaning: str, least: int, most: int) -> int:
+    value = os.environ[name].strip()
+    if not re.fullmatch(r"[0-9]{1,10}", value) or not least <= int(value) <= most:
+        raise ValueError(
+            f"{name}={value[:40]} is not a whole number from {least} to {most}; it says {meaning}: start the program "
+            f"with torchrun, which sets it, or set {name} to such a number."
+        )
+    return int(value)
+
+
+def store_address() -> str:
+    """Where torchrun's variables say that ranks find each other."""
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS")

@@ -12,24 +12,23 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch.distributed as dist
 
+from megatron_depthattn.parallel.patience import WaitedInVain, within
 from megatron_depthattn.parallel.rank_spans import rank_spans
 
 Message = dict[str, Any]
+T = TypeVar("T")
 _MARGIN = 10.0
 """Seconds that the others wait longer than rank 0, so that they hear from it who is silent."""
-_PATIENCE = 15.0
-"""Seconds after which rank 0 says whom it waits for."""
 _MAX_NAMED = 16
 
 
@@ -50,16 +49,10 @@ class Meeting:
         self._greetings: dict[int, Message] = {}
         root = dist.PrefixStore("preflight", store)
         self.name = uuid.uuid4().hex
-        me = {"name": self.name, "host": socket.gethostname(), "pid": os.getpid()}
-        if rank == 0:
-            self.store = dist.PrefixStore(self.name, root)
-            self._welcome(root)
-        else:
-            root.set(f"hello/{rank}", json.dumps(me))
-            self.name = self._receive(root, f"welcome/{self.name}")["start"]
-            self.store = dist.PrefixStore(self.name, root)
-            self.store.set(f"here/{rank}", json.dumps(me))
-        self.clock_offset, self.clock_error = self._compare_clocks()
+        self._silent = list(range(1, world_size))  # on rank 0: for whom it waits
+        self.store = dist.PrefixStore(self.name, root)
+        self._bounded("join", lambda: self._join(root))
+        self.clock_offset, self.clock_error = self._bounded("clock", self._compare_clocks)
 
     def exchange(self, stage: str, mine: Message, judge: Callable[[list[Message]], Message]) -> Message:
         """Send ``mine``, and get what ``judge`` makes of all ranks' messages, in their order, on rank 0.
@@ -67,15 +60,18 @@ class Meeting:
         Raises:
             TimeoutError: on all ranks; names the silent ones.
         """
-        if self.rank:
-            self.store.set(f"{stage}/{self.rank}", json.dumps(mine))
-            answer = self._receive(self.store, stage)
-            self.store.set(f"{stage}/heard/{self.rank}", "")
+
+        def exchange() -> Message:
+            if self.rank:
+                self.store.set(f"{stage}/{self.rank}", json.dumps(mine))
+                answer = self._receive(self.store, stage)
+                self.store.set(f"{stage}/heard/{self.rank}", "")
+                return answer
+            answer = judge([mine, *(message for message, _ in self._collect(stage))])
+            self.store.set(stage, json.dumps(answer))
             return answer
-        messages = [mine, *(message for message, _ in self._collect(stage))]
-        answer = judge(messages)
-        self.store.set(stage, json.dumps(answer))
-        return answer
+
+        return self._bounded(stage, exchange)
 
     def wait_until_heard(self, stage: str) -> None:
         """On rank 0, before it ends: where it keeps the store itself, the others need it to learn why."""
@@ -85,9 +81,34 @@ class Meeting:
 
     # ---- the parts
 
+    def _bounded(self, stage: str, call: Callable[[], T]) -> T:
+        """What ``call`` returns; its own limits hold as long as the process that keeps the store answers."""
+
+        def whom() -> str:
+            others = f"{rank_spans(self._silent)} of {self.world_size}" if self._silent else "its own folders"
+            return f"{'rank 0, through the store of the world' if self.rank else others} ({stage})"
+
+        try:
+            return within(2 * self.timeout + 3 * _MARGIN, f"preflight: rank {self.rank}", whom, call)
+        except WaitedInVain as error:
+            raise TimeoutError(
+                f"{error}: the process that keeps the store (torchrun on its host, or rank 0) is stopped, its host is "
+                "gone, or a file system hangs on rank 0. Look there first."
+            ) from error
+
+    def _join(self, root: dist.Store) -> None:
+        me = {"name": self.name, "host": socket.gethostname(), "pid": os.getpid()}
+        if self.rank == 0:
+            return self._welcome(root)
+        root.set(f"hello/{self.rank}", json.dumps(me))
+        self.name = self._receive(root, f"welcome/{self.name}")["start"]
+        self.store = dist.PrefixStore(self.name, root)
+        self.store.set(f"here/{self.rank}", json.dumps(me))
+        return None
+
     def _welcome(self, root: dist.Store) -> None:
         """On rank 0: give everyone who greets the name of this start, until all have used it."""
-        started, is_told = time.monotonic(), False
+        started = time.monotonic()
         missing, welcomed = set(range(1, self.world_size)), set[str]()
         while missing:
             for rank in sorted(missing):
@@ -102,10 +123,7 @@ class Meeting:
             waited = time.monotonic() - started
             if missing and waited > self.timeout:
                 self._give_up("clock", "join", sorted(missing))
-            if missing and waited > _PATIENCE and not is_told:
-                is_told = True
-                text = f"{rank_spans(sorted(missing))} of {self.world_size} not here after {waited:.0f} s"
-                print(f"preflight: {text}, waiting until {self.timeout:g} s", file=sys.stderr, flush=True)
+            self._silent = sorted(missing)  # in a new list, as another thread reads it
             time.sleep(0.01 if missing else 0.0)
 
     def _compare_clocks(self) -> tuple[float, float]:
@@ -133,11 +151,13 @@ class Meeting:
         arrived: list[tuple[Message, float]] = []
         for rank in range(1, self.world_size):
             key = f"{stage}/{rank}"
+            self._silent = [rank]
             if not _wait(self.store, [key], max(0.001, deadline - time.monotonic())):
                 everyone = range(1, self.world_size)
                 silent = [other for other in everyone if not self.store.check([f"{stage}/{other}"])]
                 self._give_up("clocks" if stage == "clock" else stage, stage, silent)
             arrived.append((json.loads(self.store.get(key)), time.time()))
+        self._silent = []
         return arrived
 
     def _give_up(self, answer: str, stage: str, silent: list[int]) -> None:

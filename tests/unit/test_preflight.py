@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import threading
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
+from megatron_depthattn.parallel import patience
+from megatron_depthattn.parallel.groups import join_store
+from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.preflight import meeting
 from megatron_depthattn.preflight.compare import Finding, compare_reports, group_by_host, size
 from megatron_depthattn.preflight.describe import describe_world
 from megatron_depthattn.preflight.links import Sample, compare_samples
@@ -55,6 +63,50 @@ def changed(ranks: list[int], **fields) -> list[RankReport]:
 
 def folders(**checkpoint) -> tuple[Folder, ...]:
     return (HEALTHY.folders[0], dataclasses.replace(HEALTHY.folders[1], **checkpoint))
+
+
+def test_a_port_that_is_somebody_elses_is_named_in_time(monkeypatch, capsys):
+    """What listens there takes the connection, and never answers: torch alone would wait for it for ever."""
+    monkeypatch.setattr(patience, "SAID_AFTER", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        variables = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(
+            TimeoutError, match=rf"rank 1 of 2 waited .*127\.0\.0\.1:{port}.* in vain .*does not answer"
+        ):
+            join_store(launch_environment(), timedelta(minutes=1), patience=timedelta(seconds=0.5))
+    assert capsys.readouterr().err == (
+        f"rank 1 of 2: waiting for the store of rank 0 at 127.0.0.1:{port}, until 1 s have passed\n"
+    )
+
+
+def test_a_store_that_is_stopped_ends_the_meeting_in_time(monkeypatch):
+    """Its host takes what is sent and answers nothing more."""
+    monkeypatch.setattr(meeting, "_MARGIN", 0.2)
+    is_alive = True
+    keeper = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def forward(source: socket.socket, target: socket.socket) -> None:
+        while data := source.recv(4096):
+            if is_alive:
+                target.sendall(data)
+
+    def serve() -> None:
+        rank, _ = listener.accept()
+        store = socket.create_connection(("127.0.0.1", keeper.port))
+        threading.Thread(target=forward, args=(rank, store), daemon=True).start()
+        forward(store, rank)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        store = dist.TCPStore("127.0.0.1", listener.getsockname()[1], wait_for_workers=False)
+        is_alive = False
+        with pytest.raises(
+            TimeoutError, match="preflight: rank 1 has waited 1 s in vain for rank 0, through the store"
+        ):
+            meeting.Meeting(store, 1, 2, timeout=0.2)
 
 
 def test_a_healthy_world_has_no_finding():

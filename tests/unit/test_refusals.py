@@ -283,6 +283,26 @@ def test_partial_torchrun_environment(missing, monkeypatch):
     assert "or unset RANK" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        *(("RANK", value, "from 0 to 7") for value in ("x", "8", "-1", "", "1.0", "٣", "9" * 5000)),
+        *(("WORLD_SIZE", value, "from 1 to") for value in ("0", "eight")),
+        ("LOCAL_RANK", "8", "from 0 to 7"),
+        *(("MASTER_PORT", value, "from 1 to 65535") for value in ("abc", "0", "65536")),
+    ],
+)
+def test_a_torchrun_variable_that_is_no_such_number(name, value, limits, monkeypatch):
+    for each, usual in TORCHRUN.items():
+        monkeypatch.setenv(each, usual)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=f"^{name}={value[:40]} is not a whole number {limits}.*; it says .*set {name}"
+    ) as error:
+        launch_environment()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 def test_whole_and_absent_torchrun_environments(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
