@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_depthattn.durable import fsync_path, write_durably
+from megatron_depthattn.durable import fsync_path, naming, write_durably
 
 MANIFEST = "manifest.json"
 HASH = "xxh3_128"
@@ -37,7 +37,7 @@ def digest_files(folder: Path, names: Iterable[str]) -> Digests:
 
 def file_hash(path: Path) -> str:
     """XXH3-128 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 
 

@@ -103,7 +103,9 @@ def read_owner(directory: Path) -> Owner | None:
     path = directory / OWNER
     try:
         content = json.loads(path.read_bytes())
-        return Owner(str(content["run_id"]), str(content["run_dir"]))
+        owner = Owner(str(content["run_id"]), str(content["run_dir"]))
+        owner.home(directory)
+        return owner
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -132,9 +134,9 @@ def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
         )
     if known not in (None, owner.run_id) or (known is None and not is_home):
         raise ValueError(
-            f"checkpoint.dir={directory} belongs to run {owner.run_id} of run.dir={home}: two runs would overwrite "
-            f"each other's checkpoints. Set another checkpoint.dir (null: below run.dir); to continue that run set "
-            f"run.dir={home}."
+            f"checkpoint.dir={directory} belongs to run {owner.run_id} of run.dir={home}: that and this run "
+            f"({known or 'a new one'}) would overwrite each other's checkpoints. Set another checkpoint.dir (null: below "
+            f"run.dir); to continue that run set run.dir={home}."
         )
     return owner
 

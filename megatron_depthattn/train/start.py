@@ -117,6 +117,6 @@ def _damage(folder: Path) -> list[str]:
     gone = from_rank_0(lambda: {name for name in names if not os.path.exists(name)})
     for _, problem in found:
         if problem and problem[0] not in gone:
-            raise ValueError(f"{folder} cannot be read by {problem[1]}. Mend that, start again; nothing was renamed.")
+            raise ValueError(f"{folder} cannot be read by {problem[1]}. Fix that and start again; nothing was renamed.")
     damage = [f"{name} is missing" for name in names] + [text for texts, _ in found for text in texts]
     return list(dict.fromkeys(damage))  # a damaged manifest is found by every rank

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
@@ -142,7 +143,9 @@ class StepReader(dcp.FileSystemReader):
         state: dict[str, Any] = {name: io.BytesIO() for name in names}
         self.read_metadata()
         try:
-            dcp.load(state, storage_reader=self, planner=_WeightsOnly(), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that this process loads alone, as it is asked to
+                dcp.load(state, storage_reader=self, planner=_WeightsOnly(), no_dist=True)
         except CheckpointException as error:
             cause = next((each for each, _ in error.failures.values()), error)
             raise ValueError(f"{self._folder} {_reason(cause)}") from error

@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, way: str):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # a write beyond it fails as on a full disk
     try:
-        with pytest.raises(ValueError, match="could not be written, and nothing new is left there"):
+        with pytest.raises(ValueError, match="could not be written, and nothing new is left there: File too large: "):
             convert(tmp_path / "second")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

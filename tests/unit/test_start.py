@@ -59,11 +59,13 @@ def test_a_missing_file_is_damage(run_dir):
 def test_a_file_that_cannot_be_read_is_no_damage(run_dir, monkeypatch):
     """A disk that fails, a mount that went away: nothing may be renamed for that."""
 
-    def fail(path: Path) -> str:
-        raise OSError(errno.EIO, "Input/output error", str(path))
+    def fail(*_) -> None:
+        raise OSError(errno.EIO, "Input/output error")  # as a read does: without the file's name
 
-    monkeypatch.setattr(manifest, "file_hash", fail)
-    with pytest.raises(ValueError, match=r"cannot be read by rank 0 on .*Input/output error.*nothing was renamed"):
+    monkeypatch.setattr(manifest.hashlib, "file_digest", fail)
+    with pytest.raises(
+        ValueError, match=r"cannot be read by rank 0 on .*Input/output error: '.*distcp'.*nothing was renamed"
+    ):
         start(run_dir)
     assert names(run_dir) == ["step_00000100", "step_00000200"]
     monkeypatch.undo()
@@ -122,6 +124,11 @@ def test_one_process_trains_in_a_folder_and_a_killed_one_lets_it_go(tmp_path, mo
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     owner.lock_run(tmp_path / "run").release()
+    # the same run, on two hosts where run.dir is a folder of each
+    claim = owner.claim_checkpoints(tmp_path / "checkpoints", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another process saves to checkpoint\.dir="):
+        owner.claim_checkpoints(tmp_path / "checkpoints", tmp_path / "run")
+    claim.lock.release()
 
 
 def test_of_two_runs_that_start_together_one_owns_the_checkpoints(tmp_path):
@@ -263,7 +270,9 @@ def test_checkpoints_from_before_there_were_owners(folders, run_id, run_dir, has
         assert folders.tree() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"run_id": "a"}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"[]", b'{"run_id": "a"}', b'{"run_id": "a", "run_dir": "\\u0000"}', b"[" * 100_000]
+)
 def test_a_garbled_owner_is_named(folders, content):
     folders.claim("a", "shared")
     (folders.shared / OWNER).write_bytes(content)
