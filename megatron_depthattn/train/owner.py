@@ -135,8 +135,8 @@ def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
     if known not in (None, owner.run_id) or (known is None and not is_home):
         raise ValueError(
             f"checkpoint.dir={directory} belongs to run {owner.run_id} of run.dir={home}: that and this run "
-            f"({known or 'a new one'}) would overwrite each other's checkpoints. Set another checkpoint.dir (null: below "
-            f"run.dir); to continue that run set run.dir={home}."
+            f"({known or 'a new one'}) would overwrite each other's checkpoints. Set another checkpoint.dir (null: one "
+            f"below run.dir); to continue that run set run.dir={home}."
         )
     return owner
 

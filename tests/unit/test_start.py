@@ -146,7 +146,7 @@ def test_of_two_runs_that_start_together_one_owns_the_checkpoints(tmp_path):
             results.put((name, str(error)))
             barrier.wait(30)
 
-    for number in range(8):
+    for number in range(4):
         directory, barrier, results = tmp_path / f"checkpoints{number}", context.Barrier(2), context.SimpleQueue()
         processes = [context.Process(target=run, args=(each, directory, barrier, results)) for each in "ab"]
         for process in processes:
