@@ -13,6 +13,7 @@ tensors that the layer writes to the cache. Sources are positional tensor argume
 flow through them under both kinds of gradient checkpointing.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -307,9 +308,7 @@ def _add_cache_slots(cache: Cache, num_slots: int) -> None:
     if cache.layer_class_to_replicate is not None:
         return  # it grows by itself
     while len(cache.layers) < num_slots:
-        first = cache.layers[0]
-        size = {"max_cache_len": first.max_cache_len} if hasattr(first, "max_cache_len") else {}
-        cache.layers.append(type(first)(**size))
+        cache.layers.append(copy.deepcopy(cache.layers[0]))  # empty as yet; with its size, or how it quantizes
 
 
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
@@ -356,14 +355,8 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return DepthAttnCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            **{_CACHE: outputs[_CACHE] if _CACHE in outputs else None},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            depth_weights=outputs.depth_weights,
-        )
+        shared = {name: outputs.get(name) for name in (_CACHE, "hidden_states", "attentions", "depth_weights")}
+        return DepthAttnCausalLMOutput(loss=loss, logits=logits, **shared)
 
 
 class DepthAttnForSequenceClassification(GenericForSequenceClassification, DepthAttnPreTrainedModel):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from megatron_depthattn.hf import modeling_depthattn
 from tests.hf.models import DENSE, NUM_LAYERS, SEQUENCE, largest, make_model, make_tokens, make_vanilla
@@ -232,3 +233,19 @@ def test_continuous_batching_of_a_looped_model_is_refused():
         model.generate_batch([[1, 2, 3]])
     with pytest.raises(ValueError, match=message):
         model(make_tokens(1), cache=object(), use_cache=False)
+
+
+class RoundingLayer(DynamicLayer):
+    """A cache's layer with a setting of its own, as those that quantize have."""
+
+    def __init__(self, step: float = 0.0) -> None:
+        super().__init__()
+        self.step = step
+
+
+@torch.no_grad()
+def test_every_pass_of_a_looped_model_has_the_settings_of_its_cache():
+    cache = Cache(layers=[RoundingLayer(0.5) for _ in range(NUM_LAYERS)])
+    make_model(**DENSE, num_loops=2)(make_tokens(1), past_key_values=cache, use_cache=True)
+    assert [layer.step for layer in cache.layers] == [0.5] * (2 * NUM_LAYERS)
+    assert len({layer.keys.data_ptr() for layer in cache.layers}) == 2 * NUM_LAYERS

@@ -14,6 +14,7 @@ import pytest
 PACKAGE = "megatron_depthattn"
 ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 350
+MAX_SHIPPED_LINES = 400  # a modelling file is whole: it ships beside the weights
 MAX_FUNCTION_LINES = 80
 
 # Files whose mistakes would be silent: functions of integers and shapes, testable without processes. What
@@ -182,7 +183,8 @@ def rule_environment_is_read_in_one_place(file: str, text: str) -> list[str]:
 
 def rule_sizes(file: str, text: str) -> list[str]:
     lines = text.count("\n")
-    complaints = [f"{file} has {lines} lines, over {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
+    limit = MAX_SHIPPED_LINES if file.startswith("hf/modeling_") else MAX_FILE_LINES
+    complaints = [f"{file} has {lines} lines, over {limit}"] if lines > limit else []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
