@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from megatron_depthattn.data.stream import TokenDataset
 from megatron_depthattn.data.token_bytes import token_byte_counts
 from megatron_depthattn.data.tokenizer import file_sha256
-from megatron_depthattn.hf.loading import load_tokenizer
+from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 
 DEFAULT_SPLIT = "val"
 EXACT = "exact: the bytes of each predicted token"
@@ -113,8 +113,8 @@ def check_fit(split: Split, config: PretrainedConfig, model_folder: Path) -> Non
     file = model_folder / "tokenizer.json"
     if not file.is_file() or file_sha256(file) == split.manifest["tokenizer_sha256"]:
         return
-    own = load_tokenizer(split.tokenizer_folder).get_vocab() if split.tokenizer_folder.is_dir() else None
-    if own is None or not own.items() <= load_tokenizer(model_folder).get_vocab().items():
+    own = load_fast_tokenizer(split.tokenizer_folder).get_vocab() if split.tokenizer_folder.is_dir() else None
+    if own is None or not own.items() <= load_fast_tokenizer(model_folder).get_vocab().items():
         raise ValueError(
             f"the data was prepared with another tokenizer than {file} (its sha256 is not the manifest's "
             "tokenizer_sha256): prepare the data with the model's tokenizer"
@@ -125,7 +125,7 @@ def find_tokenizer(split: Split, model_folder: Path) -> PreTrainedTokenizerBase 
     """The tokenizer that the split was made with: the corpus's, or else the model's; None: neither has one."""
     for folder in (split.tokenizer_folder, model_folder):
         if (folder / "tokenizer.json").is_file():
-            return load_tokenizer(folder)
+            return load_fast_tokenizer(folder)
     return None
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.hf.weights_folder import HFFolder
+from megatron_depthattn.terminal import printable
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return {"to-hf": _to_hf, "from-hf": _from_hf, "adopt": _adopt, "verify": _verify}[given.verb](given)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
 
 
@@ -77,7 +79,7 @@ def _adopt(given: argparse.Namespace) -> int:
 def _wrote(output: Path, notes: list[str]) -> int:
     print(f"wrote {output}")
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     return 0
 
 
@@ -87,7 +89,7 @@ def _verify(given: argparse.Namespace) -> int:
     checks = verify(MegatronCheckpoint(given.checkpoint), given.model)
     table = Table("check", "result", "bound", "")
     for check in checks:
-        table.add_row(check.name, check.result, check.bound, "ok" if check.passed else "FAILED")
+        table.add_row(check.name, Text(printable(check.result)), check.bound, "ok" if check.passed else "FAILED")
     Console(width=120).print(table)
     return 0 if all(check.passed for check in checks) else 1
 

@@ -21,6 +21,7 @@ from megatron_depthattn.evaluation import (
     save_json,
 )
 from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, pick_device
+from megatron_depthattn.terminal import printable
 
 
 def run(given: argparse.Namespace) -> None:
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(given)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as out of memory
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -14,8 +14,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from megatron_depthattn.hf.depth_origins import depth_origins
-from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, load_tokenizer, pick_device
+from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, pick_device
+from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import HFFolder
+from megatron_depthattn.terminal import printable
 
 SHOWN = 0.01
 """Shares below this are left out of the table."""
@@ -55,10 +57,10 @@ def generation_settings(
 def generate(given: argparse.Namespace) -> None:
     """Load, check, and print the prompt and its continuation."""
     check(given)
-    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    prompt = read_prompt(given.prompt)
     device = pick_device(given.device)
     HFFolder(given.model)  # a wrong folder is refused as such, not for lack of a tokenizer
-    tokenizer = load_tokenizer(given.model)
+    tokenizer = load_fast_tokenizer(given.model)
     # As training text is encoded: without special tokens.
     tokens = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], dtype=torch.long, device=device)
     if not tokens.numel():
@@ -70,7 +72,7 @@ def generate(given: argparse.Namespace) -> None:
     # Set on the model, not handed to `generate`, which would fill its gaps from the folder's own settings.
     model.generation_config = generation_settings(given, model, tokenizer)
     torch.manual_seed(given.seed)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    streamer = PrintableStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     with torch.inference_mode():
         text = model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer)
         if given.show_depth is not None:
@@ -78,6 +80,25 @@ def generate(given: argparse.Namespace) -> None:
             width = None if sys.stdout.isatty() else 10_000  # lines in a file are not broken
             console = Console(markup=False, emoji=False, highlight=False, width=width)
             console.print(depth_table(model, tokenizer, text, first))
+
+
+class PrintableStreamer(TextStreamer):  # type: ignore[misc]
+    """Writes out on a terminal what it would obey; into a file or a pipe the text goes as it is."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is ready."""
+        super().on_finalized_text(printable(text) if sys.stdout.isatty() else text, stream_end)
+
+
+def read_prompt(given: str) -> str:
+    """The text of --prompt."""
+    try:
+        prompt = sys.stdin.read() if given == "-" else given
+        prompt.encode()  # bytes of the command line that are no UTF-8 are kept as lone surrogates
+    except UnicodeError as error:
+        place = "standard input (--prompt -)" if given == "-" else "--prompt"
+        raise ValueError(f"{place} is not UTF-8 ({error}): give text in UTF-8") from error
+    return prompt
 
 
 def check_depth(model: PreTrainedModel) -> None:
@@ -178,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         generate(given)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as out of memory
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

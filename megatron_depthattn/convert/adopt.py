@@ -10,9 +10,11 @@ from megatron_depthattn.convert.hf_writer import (
     model_files,
     tokenizer_files,
     write_json,
+    write_tokenizer,
     write_weights,
 )
 from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
+from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder
 
 
@@ -38,10 +40,12 @@ def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:
     dtype = str(source.dtypes[names[0]]).removeprefix("torch.")
     config = to_hf_config(model, dtype=dtype, special_tokens=special_tokens)
     sizes = {name: source.num_bytes(name) for name in names}
+    tokenizer = load_fast_tokenizer(source.folder) if tokenizer_files(source.folder) else None
     with complete_folder(
         output, marker=CONFIG, source=source.folder, num_bytes=sum(sizes.values()), overwrite=overwrite
     ) as folder:
         write_json(folder / CONFIG, config | {"depth_attention_k_norm_after_rope": True})
         write_weights(folder, sizes, lambda name: [(name, read_finite(source, name))])
-        files = [source.folder / GENERATION_CONFIG, *tokenizer_files(source.folder), *model_files(config["model_type"])]
-        copy_files(files, folder)
+        copy_files([source.folder / GENERATION_CONFIG, *model_files(config["model_type"])], folder)
+        if tokenizer:
+            write_tokenizer(source.folder, tokenizer, folder)

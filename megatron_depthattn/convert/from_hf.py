@@ -11,14 +11,15 @@ from torch import Tensor
 
 from megatron_depthattn.config import RunConfig, to_dict
 from megatron_depthattn.convert.complete_folder import complete_folder
-from megatron_depthattn.convert.hf_writer import GENERATION_CONFIG, copy_files, tokenizer_files
+from megatron_depthattn.convert.hf_writer import GENERATION_CONFIG, tokenizer_files, write_tokenizer
 from megatron_depthattn.convert.megatron_writer import write_megatron_checkpoint
 from megatron_depthattn.convert.to_hf import TOKENIZER
 from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_keys_after_rope, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
-from megatron_depthattn.hf.weights_folder import HFFolder, some_names
+from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
+from megatron_depthattn.hf.weights_folder import HFFolder, read_json, some_names
 from megatron_depthattn.train.manifest import MANIFEST, digest_files, write_manifest
-from megatron_depthattn.train.step_folders import Progress, is_run_checkpoint
+from megatron_depthattn.train.step_folders import GENERATION, Progress, is_run_checkpoint
 from megatron_depthattn.vocabulary import padded_vocab_size
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -31,14 +32,15 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
     """Write the step folder ``output`` from an export of ours, a Qwen3 or a released checkpoint.
 
     Every tensor keeps its dtype and its bits; padding rows of the vocabulary are zero. Beside the weights lie
-    `model.yaml`, the config overlay of this model, and the tokenizer.
+    `model.yaml`, the config overlay of this model, and the tokenizer. The generation config is in what the checkpoint
+    holds besides tensors: runs that start from it hand it on.
 
     Returns:
         What the user should know: lines about what will differ from the source.
 
     Raises:
         ValueError: the model is of a kind that cannot be trained here; a tensor is missing, left over, not finite or of
-            the wrong shape; the output exists or cannot be written.
+            the wrong shape; its tokenizer does not load; the output exists or cannot be written.
     """
     if is_run_checkpoint(output.resolve()):
         raise ValueError(
@@ -58,17 +60,23 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
     run = to_dict(RunConfig())
     for key, value in model.items():
         run["model"][key] = run["model"][key] | value if isinstance(value, dict) else value
-    common = {"progress": dataclasses.asdict(Progress()), "config": run, "imported_from": str(source.folder)}
+    common: dict[str, Any] = {
+        "progress": dataclasses.asdict(Progress()),
+        "config": run,
+        "imported_from": str(source.folder),
+    }
+    if (source.folder / GENERATION_CONFIG).exists():
+        common[GENERATION] = read_json(source.folder / GENERATION_CONFIG)
     num_bytes = sum(tensor.nbytes for tensor in meta.values())
-    tokenizer = tokenizer_files(source.folder)
+    tokenizer = load_fast_tokenizer(source.folder) if tokenizer_files(source.folder) else None
     with complete_folder(
         output, marker=MANIFEST, source=source.folder, num_bytes=num_bytes, overwrite=overwrite
     ) as folder:
         write_megatron_checkpoint(folder, meta, produce, common)
         (folder / MODEL_YAML).write_text(yaml.safe_dump({"model": model}, sort_keys=False), encoding="utf-8")
         (folder / TOKENIZER).mkdir()
-        copy_files(tokenizer, folder / TOKENIZER)
-        copy_files([source.folder / GENERATION_CONFIG], folder)
+        if tokenizer:
+            write_tokenizer(source.folder, tokenizer, folder / TOKENIZER)
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         write_manifest(folder, digest_files(folder, files))
     return [*_differences(source, model), *([] if tokenizer else [NO_TOKENIZER.format(source.folder)])]

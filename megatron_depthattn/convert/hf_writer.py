@@ -9,12 +9,19 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from megatron_depthattn import hf
 from megatron_depthattn.hf.model_config import AUTO_MAP
 from megatron_depthattn.hf.weights_folder import CONFIG, INDEX
+from megatron_depthattn.links import leads_out, link_root
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map*", "added_tokens*", "chat_template*", "vocab.*", "merges.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
+)
+"""All that is read of a tokenizer; a folder's code, and files that only look like these, are left where they are."""
+MODEL_INPUTS = ["input_ids", "attention_mask"]
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
 
@@ -54,15 +61,38 @@ def model_files(model_type: str) -> list[Path]:
 
 
 def copy_files(files: Iterable[Path], folder: Path) -> None:
-    """Copy those that exist, under their names."""
+    """Copy those that exist, under their names.
+
+    Raises:
+        ValueError: one is a link to a file elsewhere.
+    """
     for file in files:
+        if leads_out(file, link_root(file.parent)):
+            raise ValueError(f"{file} is a link out of its folder, which is not followed: copy the file itself there")
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """A tokenizer's files in a model folder or a folder of its own."""
-    return sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def write_tokenizer(source: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Copy the files of a tokenizer that was loaded from ``source``, and say what transformers would guess wrongly.
+
+    Its class: transformers 5 saves one that 4 does not have, and where ours stands for another it is the plain one.
+    What it makes: by default also token types, which the models do not take.
+    """
+    copy_files(tokenizer_files(source), folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    config |= {"model_input_names": MODEL_INPUTS}
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        config["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 5's name of what 4 and 5 read
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

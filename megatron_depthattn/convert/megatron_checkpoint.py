@@ -17,6 +17,22 @@ from megatron_depthattn.train.manifest import MANIFEST, find_damage
 from megatron_depthattn.train.step_folders import COMMON, LATEST, read_latest
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
+METADATA = "metadata.json"
+_VIA_HF = "export it to a Hugging Face folder with the program that made it, then use from-hf"
+_FOREIGN = f"a Megatron-Core checkpoint of another program, which does not say which model it holds; {_VIA_HF}"
+_KINDS = {
+    # by what lies in the folder
+    "config.json": "a Hugging Face model folder: give it as --model, to from-hf or verify",
+    "adapter_config.json": "a LoRA adapter: merge it into its model first",
+    "latest_checkpointed_iteration.txt": f"a folder of Megatron-LM's checkpoints; {_VIA_HF}",
+    "mp_rank_*": f"a legacy checkpoint of Megatron-LM or DeepSpeed; {_VIA_HF}",
+    "model_optim_rng.pt": f"one rank's part of a legacy checkpoint of Megatron-LM; {_VIA_HF}",
+    "global_step*": f"a folder of DeepSpeed's checkpoints; {_VIA_HF}",
+    "zero_to_fp32.py": f"a folder of DeepSpeed's checkpoints; {_VIA_HF}",
+    "*.distcp": f"a checkpoint of torch's (FSDP, torchtitan), or an incomplete one of Megatron-Core; {_VIA_HF}",
+    "checkpoints/step_*": "a run folder: give its folder checkpoints",
+}
+
 
 class MegatronCheckpoint:
     """The weights of one step folder.
@@ -34,18 +50,21 @@ class MegatronCheckpoint:
             if name is None:
                 raise ValueError(f"{folder / LATEST} names no step folder: give one, such as {folder}/step_00000100")
             folder = folder / name
-        if not (folder / "metadata.json").is_file():
-            raise ValueError(
-                f"{folder} is no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
-            )
+        if not (folder / METADATA).is_file():
+            raise ValueError(f"{folder} is {_kind(folder)}")
         if (folder / MANIFEST).is_file():
             _check_files(folder)
         self.folder = folder
         self._reader = StepReader(folder)
         stored = self._reader.read_metadata().state_dict_metadata
-        self.common: dict[str, Any] = read_common(folder)
+        try:
+            self.common: dict[str, Any] = read_common(folder)
+        except ValueError as error:
+            if "argparse.Namespace" in str(error):  # Megatron-LM keeps its arguments there
+                raise ValueError(f"{folder} is {_FOREIGN}") from error
+            raise
         if "config" not in self.common:
-            raise ValueError(f"{folder} does not say which model it holds: its {COMMON} has no 'config'")
+            raise ValueError(f"{folder} is {_FOREIGN}: its {COMMON} has no 'config'")
         self.weights: dict[str, TensorStorageMetadata] = {
             name: entry
             for name, entry in stored.items()
@@ -70,6 +89,18 @@ class MegatronCheckpoint:
                 "damaged: take another step folder"
             ) from error
         return tensor
+
+
+def _kind(folder: Path) -> str:
+    """What a path that is no step folder is instead, and what to do."""
+    if not folder.exists():
+        return "no complete checkpoint: it does not exist"
+    if not folder.is_dir():
+        return "a file: give a step folder, such as checkpoints/step_00000100"
+    for pattern, kind in _KINDS.items():
+        if any(folder.glob(pattern)):
+            return kind
+    return "no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
 
 
 def _check_files(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """The README.md of an exported folder: what the model is, what it was trained on, how far, and how to use it."""
 
+import html
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import yaml
 
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.hf.model_config import AUTO_MAP, METHOD_SETTINGS
+from megatron_depthattn.terminal import printable
 
 METHODS = {
     "depthattn": (
@@ -38,19 +42,31 @@ def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_by
     custom = config["model_type"] in AUTO_MAP
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [config["model_type"]]}
     trust = ", trust_remote_code=True" if custom else ""
+    folder = shlex.quote(printable(str(checkpoint.folder)))
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {Path(run.get('run', {}).get('dir') or checkpoint.folder.name).name}",
+        f"# {_as_text(Path(run.get('run', {}).get('dir') or checkpoint.folder.name).name)}",
         _summary(config),
         _table("Shape", _shape(config, num_bytes)),
         _table("Training", _training(checkpoint, run)),
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n```',
-        f"## Made by\n\n```bash\npython tools/convert_checkpoint.py to-hf --checkpoint {checkpoint.folder} "
-        "--output HF_DIR\npython tools/convert_checkpoint.py verify "
-        f"--checkpoint {checkpoint.folder} --model HF_DIR\n```",
-        f"## Run config\n\n```yaml\n{yaml.safe_dump(run, sort_keys=False)}```",
+        "## Use",
+        _fenced(
+            "python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("."{trust})\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n'
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n",
+        ),
+        "`AutoModelForSequenceClassification` puts a new head on the same weights, for reward models and the like.",
+        "## Made by",
+        _fenced(
+            "bash",
+            f"python tools/convert_checkpoint.py to-hf --checkpoint {folder} --output HF_DIR\n"
+            f"python tools/convert_checkpoint.py verify --checkpoint {folder} --model HF_DIR\n",
+        ),
+        "## Run config",
+        _fenced("yaml", yaml.safe_dump(run, sort_keys=False)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -111,5 +127,16 @@ def _losses(checkpoint: MegatronCheckpoint, step: int) -> dict[str, str]:
 
 
 def _table(title: str, facts: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {_as_text(value)} |" for name, value in facts.items())
     return f"## {title}\n\n| | |\n|---|---|\n{rows}"
+
+
+def _as_text(value: object) -> str:
+    """A value that others may have chosen, as one line that neither Markdown nor HTML takes for more."""
+    return re.sub(r"([\\`*\[\]|!])", r"\\\1", html.escape(" ".join(printable(str(value)).split()), quote=False))
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code that nothing in it can end."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"{fence}{language}\n{text}{fence}"

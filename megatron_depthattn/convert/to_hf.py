@@ -1,12 +1,14 @@
 """Export: a Megatron step folder to a Hugging Face folder that loads without this package."""
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from megatron_depthattn.convert.complete_folder import complete_folder
 from megatron_depthattn.convert.hf_writer import (
@@ -15,14 +17,16 @@ from megatron_depthattn.convert.hf_writer import (
     model_files,
     tokenizer_files,
     write_json,
+    write_tokenizer,
     write_weights,
 )
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
-from megatron_depthattn.hf.loading import load_tokenizer
 from megatron_depthattn.hf.model_config import to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
-from megatron_depthattn.hf.weights_folder import CONFIG
+from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
+from megatron_depthattn.hf.weights_folder import CONFIG, read_json
+from megatron_depthattn.train.step_folders import GENERATION
 
 TOKENIZER = "tokenizer"
 
@@ -47,10 +51,13 @@ def export(
     model = checkpoint.common["config"]["model"]
     groups = megatron_groups(checkpoint)
     found = tokenizer or find_tokenizer(checkpoint)
-    special_tokens = _check_tokenizer(found, model["vocab_size"]) if found else {}
+    loaded = _load_fitting(found, model["vocab_size"]) if found else None
+    kinds = ("bos", "eos", "pad") if loaded else ()
+    special_tokens = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in kinds}
     dtype = checkpoint.weights[groups[0].megatron].properties.dtype
     config = to_hf_config(model, dtype=str(dtype).removeprefix("torch."), special_tokens=special_tokens)
 
+    generation = _imported_generation(checkpoint, special_tokens.get("eos_token_id"))
     by_name = {group.megatron: group for group in groups}
     sizes = {name: _num_bytes(checkpoint, group) for name, group in by_name.items()}
     num_bytes = sum(sizes.values())
@@ -61,10 +68,11 @@ def export(
         write_json(folder / CONFIG, config)
         write_weights(folder, sizes, lambda name: hf_tensors(checkpoint, [by_name[name]]))
         copy_files(model_files(config["model_type"]), folder)
-        if found:
-            copy_files(tokenizer_files(found), folder)
+        if found and loaded:
+            write_tokenizer(found, loaded, folder)
         GenerationConfig(**special_tokens).save_pretrained(folder)
-        copy_files([checkpoint.folder / GENERATION_CONFIG], folder)  # an imported model brings its own
+        if generation:
+            write_json(folder / GENERATION_CONFIG, generation)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return [] if found else ["no tokenizer was found beside the checkpoint or in the run's data: give --tokenizer DIR"]
 
@@ -100,19 +108,57 @@ def hf_tensors(checkpoint: MegatronCheckpoint, groups: list[WeightGroup]) -> Ite
 
 
 def find_tokenizer(checkpoint: MegatronCheckpoint) -> Path | None:
-    """The tokenizer's folder beside an imported checkpoint, or in the data folder of the run that saved it."""
-    data = checkpoint.common["config"].get("data", {}).get("path")
-    places = [checkpoint.folder / TOKENIZER, *([Path(data) / TOKENIZER] if data else [])]
-    return next((place for place in places if tokenizer_files(place)), None)
+    """The tokenizer's folder beside an imported checkpoint, or in the data folders of the run that saved it.
+
+    Raises:
+        ValueError: the data folders hold different ones, or another one than their manifest says.
+    """
+    data = checkpoint.common["config"].get("data", {})
+    paths = [stream["path"] for stream in data.get("streams") or ()] or [data.get("path")]
+    corpora = [Path(path) for path in paths if path and tokenizer_files(Path(path) / TOKENIZER)]
+    if tokenizer_files(checkpoint.folder / TOKENIZER):
+        return checkpoint.folder / TOKENIZER
+    digests = {corpus: _tokenizer_digest(corpus) for corpus in corpora}
+    if len(set(digests.values())) > 1:
+        raise ValueError(f"{', '.join(map(str, corpora))} hold different tokenizers: give --tokenizer DIR")
+    return corpora[0] / TOKENIZER if corpora else None
 
 
-def _check_tokenizer(folder: Path, vocab_size: int) -> dict[str, int | None]:
-    """Its special tokens' ids, by their keys in config.json."""
-    tokenizer = load_tokenizer(folder)
+def _tokenizer_digest(corpus: Path) -> str:
+    """Of the tokenizer.json that made a corpus."""
+    file = corpus / TOKENIZER / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}: give --tokenizer DIR")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest = corpus / "manifest.json"
+    made_by = read_json(manifest).get("tokenizer_sha256", digest) if manifest.is_file() else digest
+    if digest != made_by:
+        raise ValueError(
+            f"{file} is not the one that made the data (tokenizer_sha256 in {manifest}): give --tokenizer DIR"
+        )
+    return digest
+
+
+def _load_fitting(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer, whose ids the model has all."""
+    tokenizer = load_fast_tokenizer(folder)
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(f"tokenizer {folder} has ids up to {largest}, the model's vocabulary has {vocab_size}")
-    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    return tokenizer
+
+
+def _imported_generation(checkpoint: MegatronCheckpoint, end: int | None) -> Mapping[str, Any] | None:
+    """The generation config of the imported model that the run started from; it also stops at ``end``, as trained."""
+    generation: dict[str, Any] | None = checkpoint.common.get(GENERATION)
+    if generation is None:
+        file = checkpoint.folder / GENERATION_CONFIG  # imports of earlier versions
+        return read_json(file) if file.is_file() else None
+    known = generation.get("eos_token_id")
+    ends = known if isinstance(known, list) else [known] if known is not None else []
+    if end is None or end in ends:
+        return generation
+    return generation | {"eos_token_id": [*ends, end] if ends else end}
 
 
 def _num_bytes(checkpoint: MegatronCheckpoint, group: WeightGroup) -> int:

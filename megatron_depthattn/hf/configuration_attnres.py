@@ -12,7 +12,7 @@ METHOD_KEYS = ("attnres_block_size",)
 
 
 class AttnResConfig(Qwen3Config):
-    """Qwen3's configuration and the setting of Attention Residuals.
+    """Qwen3's configuration and the setting of Attention Residuals; None is its default.
 
     Args:
         attnres_block_size: sublayers, two a layer, from one snapshot of the residual stream to the next; snapshots are
@@ -27,7 +27,7 @@ class AttnResConfig(Qwen3Config):
     # Every layer reads the snapshots: a pipeline that hands on the residual stream alone would lose them.
     base_model_pp_plan = None
 
-    def __init__(self, attnres_block_size: int = 12, **kwargs: Any) -> None:
+    def __init__(self, attnres_block_size: int | None = 12, **kwargs: Any) -> None:
         # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
         rope = kwargs.get("rope_parameters") or {}
         if "rope_theta" in rope:
@@ -35,8 +35,8 @@ class AttnResConfig(Qwen3Config):
         if rope.get("rope_type", "default") != "default":
             kwargs["rope_scaling"] = kwargs.get("rope_scaling") or rope
         super().__init__(**kwargs)
-        self.attnres_block_size = attnres_block_size
-        if attnres_block_size < 1:
+        self.attnres_block_size = 12 if attnres_block_size is None else attnres_block_size
+        if self.attnres_block_size < 1:
             raise ValueError(f"attnres_block_size={attnres_block_size} must be at least 1: it counts sublayers")
         if any(kind != "full_attention" for kind in self.layer_types):
             raise ValueError("sliding-window layers are not supported: set use_sliding_window=false")

@@ -12,7 +12,7 @@ METHOD_KEYS = ("denseformer_period", "denseformer_dilation")
 
 
 class DenseFormerConfig(Qwen3Config):
-    """Qwen3's configuration and the settings of DenseFormer.
+    """Qwen3's configuration and the settings of DenseFormer; a setting that is None has its default.
 
     Args:
         denseformer_period: blocks from one average over earlier hidden states to the next; 1: one after every block.
@@ -27,7 +27,7 @@ class DenseFormerConfig(Qwen3Config):
     # Averages read any earlier layer: a pipeline that hands on one hidden state would lose the others.
     base_model_pp_plan = None
 
-    def __init__(self, denseformer_period: int = 1, denseformer_dilation: int = 1, **kwargs: Any) -> None:
+    def __init__(self, denseformer_period: int | None = 1, denseformer_dilation: int | None = 1, **kwargs: Any) -> None:
         # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
         rope = kwargs.get("rope_parameters") or {}
         if "rope_theta" in rope:
@@ -35,8 +35,8 @@ class DenseFormerConfig(Qwen3Config):
         if rope.get("rope_type", "default") != "default":
             kwargs["rope_scaling"] = kwargs.get("rope_scaling") or rope
         super().__init__(**kwargs)
-        self.denseformer_period = denseformer_period
-        self.denseformer_dilation = denseformer_dilation
+        self.denseformer_period = 1 if denseformer_period is None else denseformer_period
+        self.denseformer_dilation = 1 if denseformer_dilation is None else denseformer_dilation
         for key in METHOD_KEYS:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1: it counts blocks")

@@ -18,7 +18,7 @@ DEPTH_KEYS = (
 
 
 class DepthAttnConfig(Qwen3Config):
-    """Qwen3's configuration and the settings of Depth-Attention.
+    """Qwen3's configuration and the settings of Depth-Attention; a setting that is None has its default.
 
     Counting effective layers from 0 (``num_loops * num_hidden_layers`` of them), layer ``e`` reads the layers ``i < e``
     with ``i % depth_attention_stride == 0`` or ``i >= e - depth_attention_recent_window``.
@@ -42,11 +42,11 @@ class DepthAttnConfig(Qwen3Config):
 
     def __init__(
         self,
-        use_depth_attention: bool = True,
+        use_depth_attention: bool | None = True,
         depth_attention_stride: int | None = None,
-        depth_attention_recent_window: int = 0,
-        depth_attention_k_norm_after_rope: bool = False,
-        num_loops: int = 1,
+        depth_attention_recent_window: int | None = 0,
+        depth_attention_k_norm_after_rope: bool | None = False,
+        num_loops: int | None = 1,
         **kwargs: Any,
     ) -> None:
         # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
@@ -56,15 +56,15 @@ class DepthAttnConfig(Qwen3Config):
         if rope.get("rope_type", "default") != "default":
             kwargs["rope_scaling"] = kwargs.get("rope_scaling") or rope
         super().__init__(**kwargs)
-        if num_loops < 1:
+        self.use_depth_attention = True if use_depth_attention is None else use_depth_attention
+        self.num_loops = 1 if num_loops is None else num_loops
+        if self.num_loops < 1:
             raise ValueError(f"num_loops={num_loops} must be at least 1")
-        self.use_depth_attention = use_depth_attention
-        self.num_loops = num_loops
         self.depth_attention_stride = (
             depth_attention_stride if depth_attention_stride is not None else max(1, self.num_effective_layers // 2)
         )
-        self.depth_attention_recent_window = depth_attention_recent_window
-        self.depth_attention_k_norm_after_rope = depth_attention_k_norm_after_rope
+        self.depth_attention_recent_window = depth_attention_recent_window or 0
+        self.depth_attention_k_norm_after_rope = bool(depth_attention_k_norm_after_rope)
         self._check_depth_attention()
 
     @property

@@ -12,7 +12,7 @@ METHOD_KEYS = ("mhc_num_streams",)
 
 
 class MHCConfig(Qwen3Config):
-    """Qwen3's configuration and the setting of manifold-constrained hyper-connections.
+    """Qwen3's configuration and the setting of manifold-constrained hyper-connections; None is its default.
 
     Args:
         mhc_num_streams: residual streams that flow from layer to layer.
@@ -26,7 +26,7 @@ class MHCConfig(Qwen3Config):
     # Several streams flow between layers: a pipeline that hands on one hidden state would lose the others.
     base_model_pp_plan = None
 
-    def __init__(self, mhc_num_streams: int = 4, **kwargs: Any) -> None:
+    def __init__(self, mhc_num_streams: int | None = 4, **kwargs: Any) -> None:
         # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
         rope = kwargs.get("rope_parameters") or {}
         if "rope_theta" in rope:
@@ -34,8 +34,8 @@ class MHCConfig(Qwen3Config):
         if rope.get("rope_type", "default") != "default":
             kwargs["rope_scaling"] = kwargs.get("rope_scaling") or rope
         super().__init__(**kwargs)
-        self.mhc_num_streams = mhc_num_streams
-        if mhc_num_streams < 2:
+        self.mhc_num_streams = 4 if mhc_num_streams is None else mhc_num_streams
+        if self.mhc_num_streams < 2:
             raise ValueError(f"mhc_num_streams={mhc_num_streams} must be at least 2: one stream has no other to mix")
         if any(kind != "full_attention" for kind in self.layer_types):
             raise ValueError("sliding-window layers are not supported: set use_sliding_window=false")

@@ -4,14 +4,14 @@ transformers fills tensors that it cannot find with fresh random numbers and say
 a perplexity that looks like a bad model's. Here such a folder is refused, by the name of the file or tensor at fault.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
 from megatron_depthattn.hf.modeling_attnres import AttnResForCausalLM
@@ -25,7 +25,7 @@ _OWN_CLASSES: dict[str, type[PreTrainedModel]] = {
     model.config_class.model_type: model
     for model in (DepthAttnForCausalLM, DenseFormerForCausalLM, AttnResForCausalLM, MHCForCausalLM)
 }
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_ADAPTER = "adapter_config.json"
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,7 +56,8 @@ def load_causal_lm(
     Args:
         folder: a Hugging Face model folder with safetensors.
         dtype: type of the weights; None: the type in ``config.json``, or else that of the stored weights.
-        attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
+        attn_implementation: "eager", "sdpa", ...; None: "sdpa" where the model has it. Never what config.json says,
+            which can name code to download.
 
     Raises:
         ValueError: the folder is no model, its weights do not load, or a tensor is missing, unexpected or has
@@ -64,74 +65,63 @@ def load_causal_lm(
     """
     folder = Path(folder)
     source = HFFolder(folder)
-    options: dict[str, Any] = {
-        "dtype": "auto" if dtype is None else dtype,
-        "local_files_only": True,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # so that they are reported, and refused below
-    }
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    load: Callable[..., Any]
-    model_type = source.config.get("model_type")
-    if model_type in _OWN_CLASSES:
-        load = _OWN_CLASSES[model_type].from_pretrained
-    elif model_type in CONFIG_MAPPING:
-        load = AutoModelForCausalLM.from_pretrained
-        options["trust_remote_code"] = False
-    else:
+    if (folder / _ADAPTER).exists():
         raise ValueError(
-            f"{folder / CONFIG} has model_type {model_type!r}, which transformers {transformers.__version__} does "
-            "not know (code in the folder is never run): take another model or another transformers"
+            f"{folder} has {_ADAPTER}, which names another model to load: merge the adapter into its model"
         )
+    model_class = _model_class(source)
+    attention = attn_implementation or ("sdpa" if model_class._supports_sdpa else "eager")
+    options = {"attn_implementation": attention, "local_files_only": True}
     try:
         with _quiet():
-            model, info = load(folder, **options)
-    except Exception as error:  # the loaders raise nearly everything
+            config = model_class.config_class.from_pretrained(folder, **options)
+            config._attn_implementation = attention
+            with torch.device("meta"):
+                shapes = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    except Exception as error:  # the configs and models raise nearly everything
         raise ValueError(f"{folder} does not load: {_one_line(error)}") from error
-    _refuse_partly_loaded(source, model, info)
+    if "quantization_config" not in source.config:  # else they are packed
+        _refuse_other_shapes(source, shapes)
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(folder, config=config, dtype=dtype or "auto", **options)
+    except Exception as error:
+        raise ValueError(f"{folder} does not load: {_one_line(error)}") from error
+    _refuse_partly_loaded(source, info)
     return model.eval()
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
-
-    Raises:
-        ValueError: there is none, or it does not load.
-    """
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ValueError(f"{folder} has no tokenizer: copy tokenizer.json and tokenizer_config.json into it")
-    try:
-        with _quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # the loaders raise bare Exception, among others
-        raise ValueError(f"the tokenizer in {folder} does not load: {_one_line(error)}") from error
-    return tokenizer
+def _model_class(source: HFFolder) -> type[PreTrainedModel]:
+    kind = str(source.config.get("model_type"))
+    if kind in _OWN_CLASSES:
+        return _OWN_CLASSES[kind]
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{source.folder / CONFIG} has model_type {kind!r}, which transformers {transformers.__version__} does "
+            "not know (code in the folder is never run): take another model or another transformers"
+        )
+    found: type[PreTrainedModel] | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[kind], None)
+    if found is None:
+        raise ValueError(f"{source.folder / CONFIG} has model_type {kind!r}, which is no causal language model")
+    return found
 
 
-def _refuse_partly_loaded(source: HFFolder, model: PreTrainedModel, info: Any) -> None:
-    """Refuse a model that has tensors of which the folder holds nothing, or not what it should."""
-    # Names in transformers 4, (name, stored shape, model's shape) in 5.
-    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+def _refuse_other_shapes(source: HFFolder, wanted: Mapping[str, Sequence[int]]) -> None:
+    """Before memory is taken for what the config asks for, which may be far more than the folder holds."""
+    others = [name for name, shape in wanted.items() if source.shapes.get(name, tuple(shape)) != tuple(shape)]
+    if others:
+        held = (f"{name} of shape {list(source.shapes[name])}, not {list(wanted[name])}" for name in others)
+        raise ValueError(f"{source.folder} holds {some_names(held)}: its weights are not those of its {CONFIG}")
+
+
+def _refuse_partly_loaded(source: HFFolder, info: Any) -> None:
+    """Refuse a model that has tensors of which the folder holds nothing, or holds what it has no place for."""
     complaints = []
-    if missing := set(info["missing_keys"]) - mismatched:
+    if missing := info["missing_keys"]:
         complaints.append(f"lacks {some_names(missing)}")
     if unexpected := info["unexpected_keys"]:
         complaints.append(f"holds {some_names(unexpected)}, which the config has no place for")
-    if mismatched:
-        wanted = model.state_dict()
-        complaints.append(
-            "holds "
-            + some_names(
-                f"{name} of shape {list(source.shapes[name])}, not {list(wanted[name].shape)}"
-                if name in source.shapes and name in wanted
-                else f"{name} of another shape"
-                for name in mismatched
-            )
-        )
     if info.get("error_msgs"):
         complaints.append(f"does not load: {_one_line(info['error_msgs'][0])}")
     if complaints:

@@ -1,6 +1,7 @@
 """Between the `model` section of a run's config and a Hugging Face config.json: pure dictionaries, both ways."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_depthattn.methods import definitions
@@ -38,6 +39,16 @@ METHOD_SETTINGS = {
     kind: {name: f"{kind}_{name}" for name in definitions.setting_names(kind)} for kind in definitions.DEFINITIONS
 }
 MODEL_TYPES = (*CLASSES, "qwen3", "llama")
+# What config.json's settings are, where they are not null, which is absent. Others are handed to transformers.
+INTEGERS = {"num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
+INTEGERS |= {"intermediate_size", "vocab_size", "max_position_embeddings", "depth_attention_stride", "num_loops"}
+INTEGERS |= {key for settings in METHOD_SETTINGS.values() for key in settings.values()}
+NUMBERS = {"rope_theta", "rms_norm_eps", "initializer_range"}
+SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qk_norm", "scale_embeds"}
+SWITCHES |= {"use_depth_attention", "depth_attention_k_norm_after_rope"}
+SECTIONS = {"rope_parameters", "rope_scaling"}
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+MAX_LOOPS = 1024
 # What the released checkpoints carry and nothing reads, below whatever prefix.
 UNUSED_IN_RELEASED = ("lm_head_layernorm.weight",)
 
@@ -99,16 +110,19 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
     Raises:
         ValueError: the model is of another kind, or has parts that this stack cannot train.
     """
+    config = {key: value for key, value in config.items() if value is not None}
+    check_settings(config)
     _check_is_trainable(config)
     config = {"use_depth_attention": False, "depth_attention_recent_window": 0, "num_loops": 1, **config}
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _rope(config)
     filled = {
         # transformers' defaults where config.json is silent
         "head_dim": config["hidden_size"] // config["num_attention_heads"] if config["model_type"] == "llama" else 128,
+        "num_key_value_heads": config["num_attention_heads"],
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
         "rope_theta": rope.get("rope_theta", 10000.0),
-    } | {key: value for key, value in config.items() if value is not None}
+    } | config
     section: Section = {ours: filled[theirs] for ours, theirs in SAME_MEANING.items()}
     section["rotary_base"] = float(section["rotary_base"])
     section["num_loops"] = config["num_loops"]
@@ -125,6 +139,50 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
     }
 
 
+def check_settings(config: Mapping[str, Any], num_tensors: int | None = None) -> None:
+    """Refuse settings that are of another type than they should be, or would build more than the weights fill.
+
+    Args:
+        num_tensors: that the folder holds; every layer has one at least.
+
+    Raises:
+        ValueError: names the key, what it is and what it should be.
+    """
+    rules: list[tuple[set[str], Callable[[Any], bool], str]]
+    rules = [(INTEGERS, _is_size, "an integer of at least 1"), (NUMBERS, _is_number, "a number")]
+    rules += [(SWITCHES, lambda value: isinstance(value, bool), "true or false")]
+    rules += [(SECTIONS, lambda value: isinstance(value, dict), "an object")]
+    rules += [({"depth_attention_recent_window"}, lambda value: value == 0 or _is_size(value), "an integer")]
+    rules += [({"layer_types"}, lambda value: isinstance(value, list), "a list")]
+    for keys, is_right, wanted in rules if config.get("model_type") in MODEL_TYPES else ():
+        for key in sorted(keys & config.keys()):
+            if config[key] is not None and not is_right(config[key]):
+                raise ValueError(f"{key}={config[key]!r} must be {wanted}")
+    if isinstance(loops := config.get("num_loops"), int) and loops > MAX_LOOPS:
+        raise ValueError(f"num_loops={loops} is more than {MAX_LOOPS}")
+    for key in LAYER_COUNTS:
+        count = config.get(key)
+        if num_tensors is not None and isinstance(count, int) and count > num_tensors:
+            raise ValueError(f"{key}={count} is more than the weights can fill, which are {num_tensors} tensors")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that is no float
+        return False
+
+
+def _rope(config: Mapping[str, Any]) -> Section:
+    """Its settings, as transformers 5 or 4 writes them; null is absent."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {key: value for key, value in rope.items() if value is not None}
+
+
 def normalises_keys_after_rope(config: Mapping[str, Any]) -> bool:
     """Whether keys are normalised after the rotary embedding: the released checkpoints, and ours made from them."""
     return config["model_type"] == "llama" or bool(config.get("depth_attention_k_norm_after_rope"))
@@ -134,14 +192,17 @@ def _check_is_trainable(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type={kind!r} cannot be imported: this stack trains {', '.join(MODEL_TYPES)}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _rope(config)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if not _is_number(theta := rope.get("rope_theta", 1.0)):
+        raise ValueError(f"rope_theta={theta!r} must be a number")
     refusals = {
         "use_qk_norm: Llama models without q and k norms": kind == "llama" and not config.get("use_qk_norm"),
         "attention_bias=true": bool(config.get("attention_bias")),
         "mlp_bias=true": bool(config.get("mlp_bias")),
         f"hidden_act={config.get('hidden_act')!r} (only silu)": config.get("hidden_act", "silu") != "silu",
         "use_sliding_window=true": bool(config.get("use_sliding_window")),
+        "layer_types other than full_attention": any(t != "full_attention" for t in config.get("layer_types", ())),
         f"rope type {rope_type!r} (only default)": rope_type != "default",
         "scale_embeds=true": bool(config.get("scale_embeds")),
     }
@@ -149,7 +210,7 @@ def _check_is_trainable(config: Mapping[str, Any]) -> None:
     if refused:
         raise ValueError(f"config.json asks for what this stack cannot train: {'; '.join(refused)}")
     needed = ["max_position_embeddings", "rms_norm_eps", "vocab_size", "intermediate_size"]
-    needed += ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    needed += ["hidden_size", "num_hidden_layers", "num_attention_heads"]
     needed += METHOD_SETTINGS.get(kind, {}).values()
     missing = [key for key in needed if key not in config]
     if missing:

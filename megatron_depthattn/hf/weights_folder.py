@@ -10,6 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_depthattn.hf.model_config import check_settings
+from megatron_depthattn.links import leads_out, link_root
+
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES_SHOWN = 3
@@ -34,7 +37,7 @@ class HFFolder:
         if not (folder / CONFIG).is_file():
             fault = f"has no {CONFIG}" if folder.is_dir() else "does not exist"
             raise ValueError(f"model folder {folder} {fault}: give a Hugging Face model folder")
-        self.config = _read_json(folder / CONFIG)
+        self.config = read_json(folder / CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Path] = {}
@@ -44,13 +47,17 @@ class HFFolder:
             self._add_indexed_files()
         else:
             raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX}: save the model as safetensors")
+        try:
+            check_settings(self.config, num_tensors=len(self.shapes))
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
 
     def _add_indexed_files(self) -> None:
-        weight_map = _read_json(self.folder / INDEX).get("weight_map")
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{self.folder / INDEX} has no weight_map: copy or export the model again")
         for file in sorted({str(file) for file in weight_map.values()}):
-            path = self.folder / file
+            path = self.folder / plain_name(file, self.folder / INDEX)
             if not path.is_file():
                 raise ValueError(f"{path} is missing ({INDEX} names it): copy or export the model again")
             held = self._add_file(path)
@@ -104,10 +111,28 @@ def some_names(names: Iterable[str]) -> str:
     return ", ".join(ordered[:_NAMES_SHOWN]) + (f" and {more} more tensors" if more > 0 else "")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def plain_name(name: str, named_in: Path) -> str:
+    """The name of a file or folder beside the file that names it.
+
+    Raises:
+        ValueError: it leads elsewhere.
+    """
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(f"{named_in} names {name!r}, which is no plain name of a file in its folder")
+    return name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the folder.
+
+    Raises:
+        ValueError: the file is a link to one elsewhere, cannot be read or holds something else.
+    """
+    if leads_out(path, link_root(path.parent)):
+        raise ValueError(f"{path} is a link out of its folder, which is not followed: copy the file itself there")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
         raise ValueError(f"{path} cannot be read ({error}): copy or export the model again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: copy or export the model again")

@@ -26,7 +26,7 @@ from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.megatron_state import MegatronState, set_weights, sharded_models
 from megatron_depthattn.train.rng_state import RNG, restore_generators, sharded_rng_state
 from megatron_depthattn.train.save import CheckpointSaver
-from megatron_depthattn.train.step_folders import Progress
+from megatron_depthattn.train.step_folders import GENERATION, Progress
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
 _MIXING = ("model.num_loops", *(f"model.depth_attention.{key}" for key in ("enabled", "stride", "recent_window")))
@@ -105,6 +105,8 @@ class Loaded(NamedTuple):
     progress: Progress
     corpus: str | None = None
     """Digest of the corpus that it read."""
+    generation: dict[str, Any] | None = None
+    """Generation config of the imported model that it started from."""
     notes: Sequence[str] = ()
     """How this run mixes otherwise than the model whose weights it starts from, one line a setting."""
 
@@ -150,14 +152,15 @@ def load_into(
         _check_same(folder, settings(common["config"]), settings(config))
     if not has_run:
         state.take_weights(_load(folder, state.sharded_weights()))
-        return Loaded(Progress(), notes=changed_function(common["config"], config) if config else ())
+        notes = changed_function(common["config"], config) if config else ()
+        return Loaded(Progress(), generation=common.get(GENERATION), notes=notes)
     loaded = _load(folder, state.sharded(is_loading=True) | {RNG: sharded_rng_state()})
     state.take(loaded)
     if RNG in loaded:  # saved under these tensor and pipeline sizes
         restore_generators(loaded[RNG])
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
-    return Loaded(Progress(**common["progress"]), corpus=common.get("corpus"))
+    return Loaded(Progress(**common["progress"]), corpus=common.get("corpus"), generation=common.get(GENERATION))
 
 
 def changed_function(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

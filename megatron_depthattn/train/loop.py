@@ -37,7 +37,7 @@ from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
 from megatron_depthattn.train.start import Start, find_start, from_rank_0, is_own_checkpoint
 from megatron_depthattn.train.step import NonFiniteError, SkippedSteps
-from megatron_depthattn.train.step_folders import Progress, set_aside_after
+from megatron_depthattn.train.step_folders import GENERATION, Progress, set_aside_after
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
 from megatron_depthattn.train.summary import Cost, opening_lines
 from megatron_depthattn.train.watchdog import Watchdog
@@ -90,7 +90,7 @@ class Training:
 
         self.engine = build_engine(config, self.device, environment)
         loaded = self.engine.load(start.folder) if start.folder else Loaded(Progress())
-        self.progress = loaded.progress
+        self.progress, self.generation = loaded.progress, loaded.generation
         self.last_step = _last_step(config, self.progress)
         self.batches = GlobalBatches(
             config, sizes, self.device, split="train", consumed_samples=self.progress.consumed_samples
@@ -243,7 +243,8 @@ class Training:
             self.watchdog.beat(self.progress.step, phase)
 
     def _state(self) -> dict[str, Any]:
-        return self.engine.checkpoint_state(run_id=self.run_id, corpus=self.batches.corpus_digest)
+        kept = {GENERATION: self.generation}
+        return self.engine.checkpoint_state(run_id=self.run_id, corpus=self.batches.corpus_digest, **kept)
 
     def _lock(self) -> str:
         """Take the run's folders for this start, until this process ends; returns a name that no other start has."""

@@ -17,6 +17,8 @@ OWNER = "owner.json"
 """The file that names the run which a folder of checkpoints belongs to, see owner.py."""
 COMMON = "common.pt"
 """What is no tensor: progress, config, schedule."""
+GENERATION = "generation_config"
+"""In `COMMON`: the generation config of the imported model that a run started from, handed on for its export."""
 SAVED_METADATA: dict[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(cache: str, *folders: str) -> None:
@@ -23,7 +24,7 @@ def main(cache: str, *folders: str) -> None:
 def result_of(folder: str) -> dict[str, object]:
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
@@ -32,13 +33,39 @@ def result_of(folder: str) -> dict[str, object]:
     assert parameters.keys() == stored.keys()
     assert all(torch.equal(parameters[name], tensor) for name, tensor in stored.items())
     tokens = torch.arange(3, 14)[None]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+    classifier.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         return {
             "logits": model(tokens).logits.tolist(),
             "generated": model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist(),
-            "tokens": AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("a few words")["input_ids"],
+            "tokens": tokenizer("a few words")["input_ids"],
+            "as_on_the_card": model.generate(
+                **tokenizer("a few words", return_tensors="pt"), max_new_tokens=8
+            ).tolist(),
+            "batched": batched(model, tokens[0].tolist()),
+            "classifier": type(classifier).__name__,
+            "is_same_decoder": torch.equal(classifier.model(tokens)[0], model.model(tokens)[0]),
             "class": f"{type(model).__module__}.{type(model).__name__}",
         }
+
+
+def batched(model: Any, tokens: list[int]) -> list[int] | str | None:
+    """New tokens of continuous batching, or why not; None before transformers 5, where it needs a GPU."""
+    import transformers
+
+    if transformers.__version__.startswith("4."):
+        return None
+    sizes = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    settings = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    try:
+        (output,) = model.generate_batch(
+            [tokens], generation_config=settings, continuous_batching_config=sizes, progress_bar=False
+        ).values()
+    except ValueError as error:
+        return str(error)
+    return output.generated_tokens
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from megatron_depthattn.convert import hf_writer
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
-from megatron_depthattn.hf.loading import load_causal_lm, load_tokenizer
+from megatron_depthattn.hf.loading import load_causal_lm
+from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from tests.checkpoints import METHODS, model_section, random_weights, write_checkpoint
 from tests.e2e.clean_environment import CleanEnvironment
 from tests.e2e.commands import must_succeed, run
@@ -31,11 +32,18 @@ def transformers_5(tmp_path_factory) -> CleanEnvironment:
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What the converter writes: looped, in several files; tied, in one; each compared method; all with a tokenizer."""
+    """What the converter writes: looped, in several files; tied, in one; vanilla; each compared method.
+
+    All with a tokenizer, as transformers 5 saves it.
+    """
     monkeypatch.setattr(hf_writer, "MAX_SHARD_BYTES", 60_000)
     train_bpe(iter([b"a few words, and a few more words"]), 300).save_pretrained(tmp_path / "tokenizer")
+    named = tmp_path / "tokenizer/tokenizer_config.json"
+    later = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["few"]}
+    named.write_text(json.dumps(json.loads(named.read_text()) | later))
     made = []
-    for settings in ({"num_loops": 2}, {"tie_embeddings": True, "num_layers": 1}, *METHODS.values()):
+    vanilla = {"depth_attention": {"enabled": False}}
+    for settings in ({"num_loops": 2}, {"tie_embeddings": True, "num_layers": 1}, vanilla, *METHODS.values()):
         model = model_section(**settings)
         step = write_checkpoint(tmp_path / f"step{len(made)}", model, random_weights(model))
         made.append(tmp_path / f"hf{len(made)}")
@@ -56,12 +64,21 @@ def test_exported_folder_loads_without_the_project(version, request, tmp_path, f
     tokens = torch.arange(3, 14)[None]
     for folder, there in zip(folders, result["models"], strict=True):
         model = load_causal_lm(folder)
-        assert there["class"].startswith("transformers_modules.")
+        own_code = any(folder.glob("*.py"))
+        assert there["class"].startswith("transformers_modules." if own_code else "transformers.models.qwen3.")
         assert there["class"].endswith(f".{type(model).__name__}")
         assert largest(torch.tensor(there["logits"]) - model(tokens).logits) < 1e-5
         here = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
         assert there["generated"] == here.tolist()
-        assert there["tokens"] == load_tokenizer(folder)("a few words")["input_ids"]
+        assert there["tokens"] == load_fast_tokenizer(folder)("a few words")["input_ids"]
+        assert there["as_on_the_card"][0][: len(there["tokens"])] == there["tokens"]
+        assert there["classifier"] == type(model).__name__.replace("CausalLM", "SequenceClassification")
+        assert there["is_same_decoder"]
+        if version == 5 and getattr(model.config, "num_loops", 1) > 1:
+            assert "num_loops=2: continuous batching" in there["batched"]
+        elif version == 5:
+            free = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
+            assert there["batched"] == free[0, tokens.shape[1] :].tolist()
 
 
 def test_model_tests_pass_under_transformers_5(transformers_5):

@@ -155,8 +155,11 @@ def test_verify_fails_for_another_model(
 def test_an_import_trains_under_another_layout_from_the_same_bits(exported, config_file: Path, tmp_path: Path):
     """tp2 x pp2 -> Hugging Face -> pp4: a step too small to change a bit shows what pp4 had loaded."""
     made = exported("tp2-pp2-bf16")
-    imported = tmp_path / "imported"
-    assert convert("from-hf", "--model", made.hf, "--output", imported) == 0
+    imported, source = tmp_path / "imported", tmp_path / "hf"
+    shutil.copytree(made.hf, source)
+    generation = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    assert convert("from-hf", "--model", source, "--output", imported) == 0
     model = yaml.safe_load((imported / "model.yaml").read_text())["model"]
     assert model["depth_attention"] == {"enabled": True, "stride": 2, "recent_window": 2}
     settings = ["parallel.pipeline=4", "precision.dtype=bf16", "optimizer.lr=1e-30", f"run.dir={tmp_path / 'run'}"]
@@ -168,6 +171,8 @@ def test_an_import_trains_under_another_layout_from_the_same_bits(exported, conf
     for name in before.weights:
         rows = 397 if "word_embeddings" in name or "output_layer" in name else None
         assert torch.equal(before.read(name)[:rows], after.read(name)[:rows]), name
+    assert convert("to-hf", "--checkpoint", tmp_path / "run/checkpoints", "--output", tmp_path / "back") == 0
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == generation
 
 
 def test_an_import_of_another_shape_is_refused(exported, config_file: Path, tmp_path: Path):

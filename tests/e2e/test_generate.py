@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_the_prompt_can_come_from_standard_input(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     piped = generated(capsys, folder, "--prompt", "-", "--max-new-tokens", 8)
     assert piped == generated(capsys, folder, "--prompt", PROMPT, "--max-new-tokens", 8)
+
+
+@pytest.mark.parametrize("place", ["--prompt", "standard input"])
+def test_a_prompt_that_is_not_utf_8(folder, capsys, monkeypatch, place):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    given = "-" if place == "standard input" else os.fsdecode(b"caf\xe9")
+    complaint = refusal(main, capsys, "--model", folder, "--prompt", given)
+    assert complaint.startswith(f"error: {place}") and "is not UTF-8 (" in complaint
+
+
+def test_a_terminal_obeys_nothing_of_the_text(folder, capsys, monkeypatch):
+    """A title, a cleared screen, text that runs backwards; a file or a pipe gets the text as it is."""
+    prompt = "a\x1b]0;title\x07\x1b[2J\u202eb"
+    options = ("--prompt", prompt, "--max-new-tokens", 2)
+    assert generated(capsys, folder, *options).startswith(prompt)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert generated(capsys, folder, *options).startswith(r"a\x1b]0;title\x07\x1b[2J\u202eb")
 
 
 def test_seeds_reproduce_and_differ(folder, capsys):
@@ -187,9 +205,8 @@ def test_generate_refuses_folders_that_are_no_model(own_folder, tmp_path, capsys
     for file in own_folder.glob("tokenizer*"):
         file.unlink()
     (own_folder / "special_tokens_map.json").unlink(missing_ok=True)
-    assert f"{own_folder} has no tokenizer: copy tokenizer.json" in refusal(
-        main, capsys, "--model", own_folder, *options
-    )
+    complaint = refusal(main, capsys, "--model", own_folder, *options)
+    assert f"tokenizer {own_folder} does not load: there is no tokenizer.json" in complaint
 
 
 def test_generate_refuses_another_models_tokenizer(tokenizer, tmp_path, capsys):

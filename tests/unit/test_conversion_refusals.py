@@ -220,7 +220,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path):
     assert json.loads((made.output / "generation_config.json").read_text())["eos_token_id"] == 0
     text = " ".join(f"word{i}" for i in range(500)).encode()
     train_bpe(iter([text]), 320).save_pretrained(tmp_path / "large")
-    refused = {"large": "has ids up to 319, the model's vocabulary has 301", "gone": "has no tokenizer"}
+    refused = {"large": "has ids up to 319, the model's vocabulary has 301", "gone": "gone does not exist"}
     for folder, message in refused.items():
         with pytest.raises(ValueError, match=message):
             export(MegatronCheckpoint(made.folder), tmp_path / "second", tokenizer=tmp_path / folder)
