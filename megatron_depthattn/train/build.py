@@ -19,6 +19,7 @@ from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.precision import data_parallel_fields, optimizer_fields, transformer_fields
+from megatron_depthattn.train.fp8_state import Fp8State
 
 Chunks = list[DistributedDataParallel]
 
@@ -110,6 +111,7 @@ def build_model(config: RunConfig, device: torch.device) -> Chunks:
             vp_stage=index if num_chunks > 1 else None,
             first_chunk=unwrap_model(chunks[0]) if chunks else None,
         ).to(device)
+        Fp8State([model]).reset()  # else the weights that are replaced now would stay in the histories
         initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
         half = Float16Module(megatron, model) if megatron.bf16 else model
         chunks.append(DistributedDataParallel(megatron, ddp, half, disable_bucketing=index > 0))

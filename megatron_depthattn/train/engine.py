@@ -17,6 +17,7 @@ from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
+from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.step import Microbatch, StepResult, run_microbatches, train_step
 
 
@@ -99,6 +100,7 @@ class MegatronEngine:
         self._shape = (config.train.micro_batch_size, config.data.sequence_length)
         self._chunks = build_model(config, device)
         self._optimizer, self._scheduler = build_optimizer(config, self._chunks)
+        self._fp8 = Fp8State(self._chunks)
 
     def describe(self) -> list[str]:
         return []
@@ -111,11 +113,11 @@ class MegatronEngine:
         return get_canonical_lr_for_logging(self._optimizer.param_groups)
 
     def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
-        return train_step(self._chunks, self._optimizer, microbatches, self._shape)
+        return train_step(self._chunks, self._optimizer, microbatches, self._shape, self._fp8)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        with evaluation_mode(self._chunks):
+        with evaluation_mode(self._chunks), self._fp8.untouched():
             yield
 
     def loss(self, microbatches: Sequence[Microbatch]) -> float:
@@ -125,6 +127,7 @@ class MegatronEngine:
         return checkpoint_state(self._chunks, self._optimizer, self._scheduler, config=to_dict(self._config), **more)
 
     def load(self, folder: Path) -> Loaded:
+        self._fp8.reset()  # of the initial weights; a checkpoint of a run in FP8 brings its own
         return load_checkpoint(folder, self._chunks, self._optimizer, self._scheduler, config=to_dict(self._config))
 
 

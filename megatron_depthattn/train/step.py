@@ -18,6 +18,7 @@ from megatron_depthattn.model.core_attention import context_parallel_positions
 from megatron_depthattn.parallel.schedule import Work, run_schedule
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.errors import RunError
+from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.non_finite import Attempt, diagnose
 
 Microbatch = Mapping[str, Tensor]
@@ -109,8 +110,9 @@ def train_step(
     optimizer: MegatronOptimizer,
     microbatches: Sequence[Microbatch],
     shape: tuple[int, int],
+    fp8: Fp8State | None = None,
 ) -> StepResult:
-    """One optimizer step, or none: a loss or gradient that is not finite changes no weight and no optimizer state.
+    """One optimizer step, or none: a loss or gradient that is not finite changes no weight, optimizer or FP8 state.
 
     The decision is the same on all ranks. Such a step is run a second time to find the offenders; what follows from
     it is the caller's to say, see `SkippedSteps`.
@@ -121,7 +123,17 @@ def train_step(
             clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
         optimizer.step_with_ready_grads()
 
-    return step_if_finite(partial(_attempt, chunks, optimizer, microbatches, shape), update, chunks, microbatches)
+    state = fp8 or Fp8State(())
+    state.keep()
+
+    def attempt() -> Attempt:
+        state.restore()  # the second one, too, computes with the scales of the first
+        return _attempt(chunks, optimizer, microbatches, shape)
+
+    result = step_if_finite(attempt, update, chunks, microbatches)
+    if result.skipped:
+        state.restore()
+    return result
 
 
 def step_if_finite(

@@ -34,15 +34,17 @@ def small_config(
     *,
     method: str = "depth_attention",
     fp8: str | None = None,
+    fp8_params: bool = False,
+    length: int = 16,
     num_layers: int = MODEL["num_layers"],
     **parallel: Any,
 ) -> RunConfig:
     """A few layers, bf16."""
     values = {
         "model": MODEL | METHODS | {"spec": spec, "num_layers": num_layers, "method": method},
-        "precision": {"dtype": "bf16", "fp8": fp8},
+        "precision": {"dtype": "bf16", "fp8": fp8, "fp8_params": fp8_params},
         "parallel": parallel,
-        "data": {"path": "unused"},
+        "data": {"path": "unused", "sequence_length": length},
     }
     return from_dict(values, "tests/te")
 

@@ -309,3 +309,25 @@ def test_a_recipe_is_refused_where_transformer_engine_refuses_it(te):
     refused = {key for key in te.support if recipe_refusal(key[0], Machine("a GPU", key[1], key[2], "2.20.2"))}
     assert refused - STRICTER_HERE == {key for key, runs in te.support.items() if not runs}
     assert {key[0] for key in te.support.keys() - refused} == {"delayed", "tensorwise", "blockwise", "mxfp8"}
+
+
+# ---- delayed FP8 scaling
+
+
+@pytest.mark.parametrize("weights", ["weights in bf16", "weights in FP8"])
+@pytest.mark.parametrize("other", ["again", "evaluated", "skipped"])
+def test_what_is_no_training_step_leaves_no_trace_in_fp8_scales(te, weights, other):
+    """Another build of the same seed, an evaluation before every step, skipped steps: the same losses, to the last bit,
+    and the same scales and histories."""
+    plain, run = te.delayed[weights]["plain"], te.delayed[weights][other]
+    assert run["losses"] == plain["losses"]
+    for moment in ("initial", "final"):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run[moment], plain[moment], strict=True))
+
+
+@pytest.mark.parametrize("weights", ["weights in bf16", "weights in FP8"])
+def test_control_an_evaluation_would_change_the_training(te, weights):
+    plain, control = te.delayed[weights]["plain"], te.delayed[weights]["control"]
+    assert control["losses"][0] == plain["losses"][0] and control["losses"][1:] != plain["losses"][1:]
+    scaled = sum(bool(scale.ne(1).any()) for scale in plain["final"][::2])
+    assert scaled == 2 * 4 * 4, "both ways of four linear layers in four layers; attention is in bf16"

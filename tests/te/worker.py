@@ -15,7 +15,8 @@ def main(folder: Path) -> None:
     versions = use_transformer_engine()
     from megatron_depthattn.parallel import cpu_runtime
 
-    # As on a GPU: TransformerEngine's Adam keeps the optimizer's state. It takes no step here.
+    # As on a GPU: TransformerEngine's Adam keeps the optimizer's state. It takes no step here, so delayed.py is last.
+    use_torch_adam = cpu_runtime._replace_fused_optimizer
     cpu_runtime._replace_fused_optimizer = lambda: None
     cpu_runtime.enter_cpu_runtime()
     import torch
@@ -23,13 +24,15 @@ def main(folder: Path) -> None:
 
     from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
     from megatron_depthattn.parallel.launch_env import launch_environment
-    from tests.te import conversion, layouts, methods, recompute, support
+    from tests.te import conversion, delayed, layouts, methods, recompute, support
 
     quantization.get_device_compute_capability = lambda: (9, 0)  # an H100's
     initialize_distributed(launch_environment())
     initialize_model_parallel()
     results = {"versions": versions, "conversion": conversion.results(folder), "recompute": recompute.results()}
     results |= {"support": support.results(), "methods": methods.results(folder)}
+    use_torch_adam()
+    results["delayed"] = delayed.results()
     shut_down()
     for spec in layouts.SPECS:
         results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}

@@ -1,0 +1,96 @@
+"""Training in delayed FP8 scaling: what evaluations, skipped steps and other builds leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core.distributed import param_and_grad_buffer
+from torch import Tensor
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+from megatron_depthattn.train import build, step
+from megatron_depthattn.train.engine import MegatronEngine
+from megatron_depthattn.train.fp8_state import Fp8State
+from tests.te.kernels import computing
+from tests.te.small import small_config
+
+LENGTH = 32
+PARAMETERS = {"weights in bf16": False, "weights in FP8": True}
+
+
+def results() -> dict[str, dict[str, dict[str, Any]]]:
+    """By how weights are kept: a plain run, one again, one with evaluations, with skipped steps, and the control."""
+    own = build.build_chunk
+
+    def build_chunk(*arguments: Any, **options: Any) -> Any:
+        with patch("torch.cuda.is_available", lambda: True):
+            return own(*arguments, **options)
+
+    found = {}
+    with (
+        computing(),
+        patch.object(build, "build_chunk", build_chunk),
+        # gloo's coalesced all-gather garbles buffers of two dtypes; NCCL's does not.
+        patch.object(param_and_grad_buffer, "_coalescing_manager", _one_by_one),
+    ):
+        for name, fp8_params in PARAMETERS.items():
+            found[name] = {
+                "plain": _trained(fp8_params),
+                "again": _trained(fp8_params),
+                "evaluated": _trained(fp8_params, before_step=_evaluate),
+                "skipped": _trained(fp8_params, before_step=_skip),
+            }
+            with patch.object(Fp8State, "restore", lambda self: None):
+                found[name]["control"] = _trained(fp8_params, before_step=_evaluate)
+    return found
+
+
+class _one_by_one:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __enter__(self) -> _one_by_one:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def wait(self) -> None: ...
+
+
+def _trained(
+    fp8_params: bool, *, before_step: Callable[[MegatronEngine, int], None] = lambda *_: None
+) -> dict[str, Any]:
+    """Losses of some steps, scales and histories of all layers before the first (``initial``) and after the last."""
+    FP8GlobalStateManager.reset()  # it knows the layers of every model of the process
+    config = small_config("te", fp8="delayed", fp8_params=fp8_params, length=LENGTH)
+    engine = MegatronEngine(config, torch.device("cpu"))
+    initial, losses = _state(engine), []
+    for seed in (1, 2, 1, 2):
+        before_step(engine, len(losses))
+        engine.advance_schedule()
+        losses.append(engine.train_step([_microbatch(seed)]).loss)
+    return {"initial": initial, "losses": losses, "final": _state(engine)}
+
+
+def _evaluate(engine: MegatronEngine, _: int) -> None:
+    with engine.evaluating():
+        engine.loss([_microbatch(7)])
+
+
+def _skip(engine: MegatronEngine, done: int) -> None:
+    """Before the first step and before the third."""
+    if done in (0, 2):
+        with patch.object(step, "mean_over_global_batch", lambda *_: float("nan")):
+            assert engine.train_step([_microbatch(9)]).skipped
+
+
+def _microbatch(seed: int) -> dict[str, Tensor]:
+    tokens = torch.randint(384, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": tokens, "labels": tokens.roll(-1, dims=1)}
+
+
+def _state(engine: MegatronEngine) -> list[Tensor]:
+    layers = [m for chunk in engine._chunks for m in chunk.modules() if isinstance(m, TransformerEngineBaseModule)]
+    states = [layer.fp8_meta.get(f"scaling_{way}") for layer in layers for way in ("fwd", "bwd")]
+    return [x.clone() for state in states if state is not None for x in (state.scale, state.amax_history)]
