@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_depthattn.config import EngineConfig, RunConfig
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
@@ -36,3 +39,26 @@ def test_deepspeed_that_cannot_build_itself(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"without a GPU needs ninja and a C\+\+ compiler on PATH"):
         build()
+
+
+def test_gradients_in_host_memory_are_summed_where_the_backend_takes_them(monkeypatch):
+    """With an offloaded optimizer; NCCL takes no tensor on the CPU. Tensors without data stand for both devices."""
+    from megatron.core import parallel_state
+
+    from megatron_depthattn.train.deepspeed_engine.gradients import sum_over_tensor_ranks
+
+    summed = []
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_group", lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: summed.append(tensor.device.type))
+    with FakeTensorMode():
+        gradients = {name: torch.ones(4, device="cpu") for name in ("a.q_layernorm.weight", "a.k_layernorm.weight")}
+        held = [SimpleNamespace(name=name, parameter=torch.ones(4, device="cuda")) for name in gradients]
+        after = {}
+        shards = SimpleNamespace(
+            held=held,
+            gradient=lambda shard: gradients[shard.name],
+            set_gradient=lambda shard, value: after.update({shard.name: value.device.type}),
+        )
+        sum_over_tensor_ranks(shards, torch.device("cuda"))
+    assert (summed, set(after.values())) == (["cuda"], {"cpu"})

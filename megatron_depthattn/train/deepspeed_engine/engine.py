@@ -84,7 +84,7 @@ class DeepSpeedEngine:
             losses.append(report)
             self._engine.backward(total * self._loss_scale)
         self._has_gradients = True
-        sum_over_tensor_ranks(self.shards)
+        sum_over_tensor_ranks(self.shards, self._device)
         loss = mean_over_global_batch(losses, self._device)
         return Attempt(loss, gradient_norm(self.shards, self._device), losses_that_are_not_finite(loss, losses))
 

@@ -12,6 +12,8 @@ All of it works on the shards that a rank holds anyway: tensor ranks cut their g
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -19,22 +21,27 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from megatron_depthattn.train.deepspeed_engine.shards import Shard, Shards
+if TYPE_CHECKING:
+    from megatron_depthattn.train.deepspeed_engine.shards import Shard, Shards
 
 _HEAD_NORMS = ("q_layernorm", "k_layernorm")
 
 
 @torch.no_grad()
-def sum_over_tensor_ranks(shards: Shards) -> None:
-    """Complete the gradients of which every tensor rank has a part."""
+def sum_over_tensor_ranks(shards: Shards, device: torch.device) -> None:
+    """Complete the gradients of which every tensor rank has a part.
+
+    They are summed on ``device``, where the backend takes them; those of an offloaded optimizer lie in host memory.
+    """
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return
     partial = [shard for shard in shards.held if _has_partial_gradient(shard)]
     gradients = [shards.gradient(shard) for shard in partial]
     if not gradients:
         return
-    flat = _flatten_dense_tensors(gradients)
+    flat = _flatten_dense_tensors(gradients).to(device)
     dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
+    flat = flat.to(gradients[0].device)
     for shard, summed in zip(partial, _unflatten_dense_tensors(flat, gradients), strict=True):
         shards.set_gradient(shard, summed)
 
