@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -283,12 +284,10 @@ def test_a_garbled_owner_is_named(folders, content):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two other users")
-def test_a_teammate_continues_a_run(tmp_path):
+def test_a_teammate_continues_a_run(request):
     """Two users of one group: everything that the first one leaves behind the second one can change."""
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
-        folder.chmod(0o755)
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
+    run_dir = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest closes its own folders to other users
+    request.addfinalizer(lambda: shutil.rmtree(run_dir))
     os.chown(run_dir, 0, 2000)
     run_dir.chmod(0o2775)
 
