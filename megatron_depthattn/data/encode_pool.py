@@ -57,11 +57,14 @@ class EncodePool:
         """
         return self._threads.submit(self._ask, content, max_bytes)
 
-    def encode_in_order(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Encoded]]:
-        """Every unit with its tokens, in order, at most `AHEAD_PER_WORKER` units a process being read ahead."""
+    def encode_in_order(self, units: Iterable[Unit], max_bytes: int | None = None) -> Iterator[tuple[Unit, Encoded]]:
+        """Every unit with its tokens, in order, at most `AHEAD_PER_WORKER` units a process being read ahead.
+
+        Of a unit no more than `max_bytes` of documents are encoded.
+        """
         waiting: deque[tuple[Unit, Future[Encoded]]] = deque()
         for unit in units:
-            waiting.append((unit, self.submit(unit.content)))
+            waiting.append((unit, self.submit(unit.content, max_bytes)))
             if len(waiting) > AHEAD_PER_WORKER * self.num_workers:
                 unit, answer = waiting.popleft()
                 yield unit, answer.result()

@@ -204,8 +204,10 @@ class _Preparation:
         is_whole = True
         saved = time.monotonic()
         try:
+            units = read_units(self._files, self._recipe, merged.position)
             with EncodePool(self._settings.workers or available_cores(), encoder, self._recipe) as pool:
-                for unit, encoded in pool.encode_in_order(read_units(self._files, self._recipe, merged.position)):
+                # A unit can be one long record. A character more: one that is cut is seen to reach the limit.
+                for unit, encoded in pool.encode_in_order(units, limit + 4):
                     if merged.bytes + encoded.bytes >= limit:
                         encoded = pool.submit(unit.content, limit - merged.bytes).result()
                     self._refuse_damage(unit, encoded)

@@ -16,8 +16,10 @@ import zstandard
 from megatron_depthattn.data import columns, documents, file_bytes, json_files, readers
 from megatron_depthattn.data.documents import corpus_files
 from megatron_depthattn.data.encode import Encoded, JsonLines, Piece, Recipe, Rows, parts
+from megatron_depthattn.data.encode_pool import EncodePool
 from megatron_depthattn.data.prepare import prepare_corpus
 from megatron_depthattn.data.readers import read_units
+from megatron_depthattn.data.tokenizer import Encoder, load_tokenizer
 from tests.prepared import (
     FRACTION,
     assert_holds,
@@ -538,6 +540,13 @@ def test_of_a_long_text_no_more_than_max_bytes_is_expanded(tmp_path: Path, monke
     unit = next(read_units(corpus_files([str(tmp_path)]), RECIPE._replace(max_bytes=1000)))
     assert isinstance(unit.content, Piece)
     assert expanded <= 3 * (readers.UNIT_BYTES + file_bytes.BLOCK_BYTES)
+
+
+def test_of_a_long_record_no_more_than_max_bytes_is_encoded(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(["a" * (3 << 20)])))
+    units = read_units(corpus_files([str(tmp_path)]), RECIPE)
+    with EncodePool(1, Encoder(load_tokenizer(str(tokenizer))), RECIPE) as pool:
+        assert [encoded.bytes for _, encoded in pool.encode_in_order(units, 1000)] == [1000, 0]
 
 
 def test_a_record_has_a_greatest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ def small_units() -> Iterator[None]:
 
 
 @settings(
-    max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(cases(), st.integers(0, 99))
 def test_a_corpus_is_whole_or_something_is_counted(case: Case, start: int) -> None:
