@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.submit import main as submit
+from megatron_depthattn.config import load_config, validate
 from tools.diagnosis.facts import MODULES, Machine, Package, is_in_range, requirements
 from tools.diagnosis.features import features
+from tools.doctor import check_config
+from tools.estimate import main as estimate
 
 ROOT = Path(__file__).parents[2]
 H100 = {"name": "H100", "capability": [9, 0], "bytes": 80 * 10**9}
@@ -41,6 +45,23 @@ HEALTHY = Machine(
 )
 PACKAGES = {name: Package(name, "2.20.2" if "engine" in name else "1.0", "", True, None) for name in MODULES}
 CPU = {"devices": (), "gpus_of_driver": (), "driver": None, "driver_error": "no nvidia-smi"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "world"), [("parallel.tensor=3", 6), ("train.global_batch_size=15", 2), ("model.kv_channels=7", 2)]
+)
+def test_submit_doctor_and_estimate_say_what_the_start_would_say(setting, world, tmp_path, capsys):
+    """Each runs the one check, for the world that will be started, before anything is queued."""
+    config, given = ROOT / "configs/quickstart.yaml", ["parallel.pipeline=1", f"run.dir={tmp_path}/run", setting]
+    with pytest.raises(ValueError) as refused:  # the message is what the others are compared with
+        validate(load_config(config, given), world)
+    _, problems = check_config(str(config), given, world, HEALTHY)
+    assert problems == [f"{config} on {world} ranks: {refused.value}"]
+    assert estimate([str(config), *given, "--world", str(world)]) == 1
+    assert capsys.readouterr().err == f"error: {refused.value}\n"
+    assert submit([str(config), *given, "--nodes", "1", "--processes-per-node", str(world)]) == 1
+    assert capsys.readouterr().err.endswith(f"1 nodes x {world} processes: {refused.value}\n")
+    assert not list(tmp_path.iterdir())
 
 
 def rows(packages=PACKAGES, refused=None, **machine):
