@@ -31,7 +31,7 @@ _default PYTORCH_ALLOC_CONF expandable_segments:True # sequence lengths and micr
 _gpu_capability() { command -v nvidia-smi >/dev/null && timeout 60 nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 's/\..*//;1p'; }
 if [ -z "${CUDA_DEVICE_MAX_CONNECTIONS+set}" ]; then
     _capability=$(_gpu_capability) || _capability=
-    if [ -n "$_capability" ] && [ "$_capability" -lt 10 ]; then export CUDA_DEVICE_MAX_CONNECTIONS=1; fi
+    if [[ $_capability =~ ^[0-9]+$ ]] && [ "$_capability" -lt 10 ]; then export CUDA_DEVICE_MAX_CONNECTIONS=1; fi
 fi
 unset -f _default _gpu_capability
 unset _capability

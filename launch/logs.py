@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 from launch.follow import STAMP_WIDTH
 from launch.node import LAST_ERROR
 from megatron_depthattn.terminal import printable
+
+_HEAD = re.compile(r"[-0-9]{10} [:.0-9]{12} \S+ rank [0-9]{1,9} (out|err) \| ")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,9 +52,9 @@ def merged(start: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterable[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a progress bar's "\r" ends no line
         for line in file:
-            if " | " in line:  # not one that a crash has cut off
+            if _HEAD.match(line):  # not one that a crash has cut off
                 yield line.rstrip("\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -96,8 +97,8 @@ def count_gpus() -> int:
 
 
 def _whole(name: str, value: str, least: int) -> int:
-    if not value.isdecimal() or int(value) < least:
-        raise ValueError(f"{name}={value} is not a whole number of {least} or more; it says {_meaning(name)}.")
+    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < least:
+        raise ValueError(f"{name}={value[:40]} is not a whole number of {least} or more; it says {_meaning(name)}.")
     return int(value)
 
 

@@ -317,7 +317,7 @@ def test_a_terminal_obeys_nothing_in_printable_text(text: str, shown: str):
 
 def test_logs_of_other_machines_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """On the console while the ranks run, and merged afterwards; the files hold what was written."""
-    start, attack = tmp_path / "logs/20260101T000000", "a\x1b]0;owned\x07\x1b[2J\r\x9bm"
+    start, attack = tmp_path / "logs/20260101T000000", "a\x1b]0;owned\x07\x1b[2J\r50% | \x9bm"
     start.mkdir(parents=True)
     for rank in (0, 1):
         for stream in ("out", "err"):
