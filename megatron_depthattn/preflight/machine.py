@@ -130,6 +130,11 @@ def probe_path(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f".preflight_{rank}"
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    """In a folder that others can write to, the name may be a link of theirs to a file of ours."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def probe_folder(key: str, path: str | Path, rank: int, token: str) -> Folder:
     """Make the folder if need be, write a small file that begins with ``token``, force it to disk.
 
@@ -137,7 +142,7 @@ def probe_folder(key: str, path: str | Path, rank: int, token: str) -> Folder:
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        with probe_path(path, rank).open("w") as file:
+        with open(probe_path(path, rank), "w", opener=_open_no_link) as file:
             file.write(token.ljust(PROBE_BYTES))
             file.flush()
             os.fsync(file.fileno())
@@ -160,8 +165,8 @@ def probe_temporary() -> Folder:
 
 def sees_probe(folder: str | Path, rank: int, token: str) -> bool:
     """Whether this process finds what ``rank`` wrote there."""
-    with suppress(OSError):
-        return probe_path(folder, rank).read_text().startswith(token)
+    with suppress(OSError), open(probe_path(folder, rank), opener=_open_no_link) as file:
+        return file.read(len(token)) == token
     return False
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import socket
 import threading
 from datetime import timedelta
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from megatron_depthattn.parallel import patience
 from megatron_depthattn.parallel.groups import join_store
 from megatron_depthattn.parallel.launch_env import launch_environment
-from megatron_depthattn.preflight import meeting
+from megatron_depthattn.preflight import machine, meeting
 from megatron_depthattn.preflight.compare import Finding, compare_reports, group_by_host, size
 from megatron_depthattn.preflight.describe import describe_world
 from megatron_depthattn.preflight.links import Sample, compare_samples
@@ -246,6 +248,17 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("case", LEFT_ALONE)
 def test_what_is_no_finding(case: str):
     assert compare_reports(LEFT_ALONE[case], NEEDS) == []
+
+
+def test_a_probe_is_not_written_through_a_link(tmp_path):
+    """A shared folder, in which somebody has made a link of that name."""
+    victim = tmp_path / "profile"
+    victim.write_text("mine")
+    machine.probe_path(tmp_path, 0).symlink_to(victim)
+    assert machine.probe_folder("data.cache", tmp_path, 0, "token").problem == os.strerror(errno.ELOOP)
+    assert victim.read_text() == "mine" and not machine.sees_probe(tmp_path, 0, "mine")
+    assert machine.probe_folder("data.cache", tmp_path, 1, "token").problem is None
+    assert machine.sees_probe(tmp_path, 1, "token")
 
 
 def test_several_findings_are_several_lines():
