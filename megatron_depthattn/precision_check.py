@@ -123,8 +123,8 @@ def _fp8_attention_in_blocks(config: RunConfig) -> str | None:
     if precision.fp8 is None or not precision.fp8_attention or RECIPES[precision.fp8].attention_gpus:
         return None
     return (
-        f"precision.fp8_attention=true with precision.fp8={precision.fp8}, in which Megatron-Core leaves core "
-        "attention in bf16; set precision.fp8_attention=false, or precision.fp8=delayed"
+        f"precision.fp8_attention=true with precision.fp8={precision.fp8}, in which Megatron-Core 0.16 leaves "
+        "core attention in bf16; set precision.fp8_attention=false, or precision.fp8=delayed"
     )
 
 

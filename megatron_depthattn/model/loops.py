@@ -49,5 +49,8 @@ def _borrow(layer: torch.nn.Module, lender: torch.nn.Module) -> None:
             if name not in vars(mine[path]):
                 delattr(mine[path], name)
             object.__setattr__(mine[path], name, parameter)  # torch's own would register it
+        if any(base.__name__ == "BasicOperation" for base in type(module).__mro__):
+            # TransformerEngine's norms ask themselves for the parameters that autograd is to see.
+            object.__setattr__(mine[path], "parameters", module.parameters)
     left = [name for name, _ in layer.named_parameters()]
     assert not left, f"a layer of a later loop has weights that its layer in the first has not: {left}"

@@ -1,4 +1,4 @@
-"""Training in delayed FP8 scaling: what evaluations, skipped steps and other builds leave behind."""
+"""Training in delayed FP8 scaling: what evaluations, skipped steps and other builds leave behind. And looped models."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from tests.te.kernels import computing
 from tests.te.small import small_config
 
 LENGTH = 32
+BeforeStep = Callable[[MegatronEngine, int], None]
 PARAMETERS = {"weights in bf16": False, "weights in FP8": True}
 
 
-def results() -> dict[str, dict[str, dict[str, Any]]]:
-    """By how weights are kept: a plain run, one again, one with evaluations, with skipped steps, and the control."""
+def results() -> dict[str, Any]:
+    """By how weights are kept: a plain run, one again, one with evaluations, with skipped steps, and the control.
+
+    And the losses of a looped model under each spec.
+    """
     own = build.build_chunk
 
     def build_chunk(*arguments: Any, **options: Any) -> Any:
         with patch("torch.cuda.is_available", lambda: True):
             return own(*arguments, **options)
 
-    found = {}
+    found: dict[str, Any] = {}
     with (
         computing(),
         patch.object(build, "build_chunk", build_chunk),
@@ -46,6 +50,7 @@ def results() -> dict[str, dict[str, dict[str, Any]]]:
             }
             with patch.object(Fp8State, "restore", lambda self: None):
                 found[name]["control"] = _trained(fp8_params, before_step=_evaluate)
+        found["loops"] = {spec: _looped(spec) for spec in ("local", "te")}
     return found
 
 
@@ -58,19 +63,27 @@ class _one_by_one:
     def wait(self) -> None: ...
 
 
-def _trained(
-    fp8_params: bool, *, before_step: Callable[[MegatronEngine, int], None] = lambda *_: None
-) -> dict[str, Any]:
+def _looped(spec: str) -> list[float]:
+    """Losses of a model in bf16 whose layers are run twice."""
+    return _losses(MegatronEngine(small_config(spec, num_loops=2, length=LENGTH), torch.device("cpu")))
+
+
+def _trained(fp8_params: bool, *, before_step: BeforeStep = lambda *_: None) -> dict[str, Any]:
     """Losses of some steps, scales and histories of all layers before the first (``initial``) and after the last."""
     FP8GlobalStateManager.reset()  # it knows the layers of every model of the process
     config = small_config("te", fp8="delayed", fp8_params=fp8_params, length=LENGTH)
     engine = MegatronEngine(config, torch.device("cpu"))
-    initial, losses = _state(engine), []
+    initial = _state(engine)
+    return {"initial": initial, "losses": _losses(engine, before_step), "final": _state(engine)}
+
+
+def _losses(engine: MegatronEngine, before_step: BeforeStep = lambda *_: None) -> list[float]:
+    losses: list[float] = []
     for seed in (1, 2, 1, 2):
         before_step(engine, len(losses))
         engine.advance_schedule()
         losses.append(engine.train_step([_microbatch(seed)]).loss)
-    return {"initial": initial, "losses": losses, "final": _state(engine)}
+    return losses
 
 
 def _evaluate(engine: MegatronEngine, _: int) -> None:

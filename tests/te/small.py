@@ -37,11 +37,12 @@ def small_config(
     fp8_params: bool = False,
     length: int = 16,
     num_layers: int = MODEL["num_layers"],
+    num_loops: int = 1,
     **parallel: Any,
 ) -> RunConfig:
     """A few layers, bf16."""
     values = {
-        "model": MODEL | METHODS | {"spec": spec, "num_layers": num_layers, "method": method},
+        "model": MODEL | METHODS | {"spec": spec, "num_layers": num_layers, "num_loops": num_loops, "method": method},
         "precision": {"dtype": "bf16", "fp8": fp8, "fp8_params": fp8_params},
         "parallel": parallel,
         "data": {"path": "unused", "sequence_length": length},

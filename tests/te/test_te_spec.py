@@ -331,3 +331,10 @@ def test_control_an_evaluation_would_change_the_training(te, weights):
     assert control["losses"][0] == plain["losses"][0] and control["losses"][1:] != plain["losses"][1:]
     scaled = sum(bool(scale.ne(1).any()) for scale in plain["final"][::2])
     assert scaled == 2 * 4 * 4, "both ways of four linear layers in four layers; attention is in bf16"
+
+
+def test_a_looped_model_trains_as_under_the_local_spec(te):
+    """In bf16: norms whose weight is the first loop's find it, and its gradient arrives there."""
+    local, ours = te.delayed["loops"]["local"], te.delayed["loops"]["te"]
+    assert ours == pytest.approx(local, rel=5e-4)
+    assert abs(local[-1] - local[1]) > 0.02, "the bound would not show a step along another gradient"

@@ -76,7 +76,7 @@ CASES = [
     (
         "`blockwise` or `mxfp8` with `precision.fp8_attention`",
         "precision.fp8=mxfp8 precision.fp8_attention=true",
-        "in which Megatron-Core leaves core attention in bf16",
+        "in which Megatron-Core 0.16 leaves core attention in bf16",
     ),
     (
         "`precision.fp8_attention` with `recompute.granularity: selective`",
