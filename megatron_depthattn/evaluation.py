@@ -111,7 +111,7 @@ def check_fit(split: Split, config: PretrainedConfig, model_folder: Path) -> Non
             "prepare the data with the model's tokenizer"
         )
     file = model_folder / "tokenizer.json"
-    if not file.is_file() or file_sha256(file) == split.manifest["tokenizer_sha256"]:
+    if not file.is_file() or file_sha256(file) == split.manifest.get("tokenizer_sha256"):
         return
     own = load_fast_tokenizer(split.tokenizer_folder).get_vocab() if split.tokenizer_folder.is_dir() else None
     if own is None or not own.items() <= load_fast_tokenizer(model_folder).get_vocab().items():

@@ -56,11 +56,12 @@ class MegatronCheckpoint:
             _check_files(folder)
         self.folder = folder
         self._reader = StepReader(folder)
-        stored = self._reader.read_metadata().state_dict_metadata
         try:
+            stored = self._reader.read_metadata().state_dict_metadata
             self.common: dict[str, Any] = read_common(folder)
         except ValueError as error:
-            if "argparse.Namespace" in str(error):  # Megatron-LM keeps its arguments there
+            # Megatron-LM keeps its arguments in a checkpoint, and how it was saved.
+            if any(name in str(error) for name in ("argparse.Namespace", "checkpoint.planner.")):
                 raise ValueError(f"{folder} is {_FOREIGN}") from error
             raise
         if "config" not in self.common:

@@ -105,9 +105,12 @@ def _corpus(data: Path) -> dict[str, Any]:
     manifest = data / "manifest.json"
     if not manifest.is_file():
         return {}
-    content = json.loads(manifest.read_text(encoding="utf-8"))
-    train, inputs = content["splits"]["train"], ", ".join(content["settings"]["input"])
-    return {"corpus": f"{inputs}: {train['documents']:,} documents, {train['tokens']:,} tokens"}
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        train, inputs = content["splits"]["train"], ", ".join(content["settings"]["input"])
+        return {"corpus": f"{inputs}: {train['documents']:,} documents, {train['tokens']:,} tokens"}
+    except (KeyError, TypeError, ValueError):
+        return {}  # another program's, or damaged: the model is none the worse
 
 
 def _losses(checkpoint: MegatronCheckpoint, step: int) -> dict[str, str]:
@@ -119,6 +122,8 @@ def _losses(checkpoint: MegatronCheckpoint, step: int) -> dict[str, str]:
             metrics = json.loads(line)
         except ValueError:
             continue  # the run is writing it, or was killed while it did
+        if not isinstance(metrics, dict):
+            continue
         for kind in ("loss", "eval_loss"):
             if metrics.get("step", step + 1) <= step and metrics.get(kind) is not None:
                 latest[kind] = metrics["step"], metrics[kind]

@@ -40,6 +40,8 @@ def _check_manifest(manifest: Any) -> None:
     """Check the type of whatever is used of a manifest; all of it may be absent."""
     for key in manifest.keys() & {"vocab_size", "eos_token_id"}:
         count(manifest, key)
+    if manifest.keys() >= {"vocab_size", "eos_token_id"} and manifest["eos_token_id"] >= manifest["vocab_size"]:
+        raise ValueError(f"its eos_token_id is {manifest['eos_token_id']}, and its vocab_size {manifest['vocab_size']}")
     digest = manifest.get("tokenizer_sha256", "0")
     if not isinstance(digest, str) or not digest.isalnum():  # it is printed
         raise ValueError(f"tokenizer_sha256 is {reprlib.repr(digest)}, not a hash")

@@ -48,7 +48,7 @@ SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_wi
 SWITCHES |= {"use_depth_attention", "depth_attention_k_norm_after_rope"}
 SECTIONS = {"rope_parameters", "rope_scaling"}
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-MAX_LOOPS = 1024
+MAX_COUNTS = {"num_loops": 1024, "num_labels": 1_000_000}  # of what no weight has, but work or memory is taken for
 # What the released checkpoints carry and nothing reads, below whatever prefix.
 UNUSED_IN_RELEASED = ("lm_head_layernorm.weight",)
 
@@ -124,6 +124,11 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
         "rope_theta": rope.get("rope_theta", 10000.0),
     } | config
     section: Section = {ours: filled[theirs] for ours, theirs in SAME_MEANING.items()}
+    if section["num_attention_heads"] % section["num_query_groups"]:
+        raise ValueError(
+            f"num_attention_heads={section['num_attention_heads']} must be a multiple of "
+            f"num_key_value_heads={section['num_query_groups']}"
+        )
     section["rotary_base"] = float(section["rotary_base"])
     section["num_loops"] = config["num_loops"]
     if (kind := config["model_type"]) in METHOD_SETTINGS:
@@ -158,8 +163,10 @@ def check_settings(config: Mapping[str, Any], num_tensors: int | None = None) ->
         for key in sorted(keys & config.keys()):
             if config[key] is not None and not is_right(config[key]):
                 raise ValueError(f"{key}={config[key]!r} must be {wanted}")
-    if isinstance(loops := config.get("num_loops"), int) and loops > MAX_LOOPS:
-        raise ValueError(f"num_loops={loops} is more than {MAX_LOOPS}")
+    for key, limit in MAX_COUNTS.items():
+        count = config.get(key)
+        if isinstance(count, int) and count > limit:
+            raise ValueError(f"{key}={count} is more than {limit}")
     for key in LAYER_COUNTS:
         count = config.get(key)
         if num_tensors is not None and isinstance(count, int) and count > num_tensors:

@@ -265,3 +265,10 @@ def test_evaluate_refuses_weights_that_are_not_numbers(own_folder, data, capsys)
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, own_folder / "model.safetensors", metadata={"format": "pt"})
     assert "the loss is nan within samples 0 to 7" in refusal(main, capsys, "--model", own_folder, "--data", data)
+
+
+@pytest.mark.parametrize("changes", [{"eos_token_id": 10**9}, {"eos_token_id": None}, {"vocab_size": "320"}], ids=str)
+def test_evaluate_refuses_a_manifest_that_cannot_be(folder, own_data, capsys, changes):
+    edit_json(own_data / "manifest.json", **changes)
+    complaint = refusal(main, capsys, "--model", folder, "--data", own_data)
+    assert f"{own_data / 'manifest.json'} is no manifest of a corpus: " in complaint
