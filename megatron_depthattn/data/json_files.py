@@ -9,6 +9,7 @@ from megatron_depthattn.data.file_bytes import DamagedFileError, file_blocks
 
 # Of a JSON line, or a .json file that is one value: they are held in memory, several times over.
 MAX_RECORD_BYTES = 256 << 20
+_SPACE = " \t\r\n"  # JSON has no other
 
 
 class JsonContent(NamedTuple):
@@ -43,7 +44,7 @@ def json_content(file: CorpusFile, text_field: str) -> JsonContent:
         if first.startswith(b"["):
             raise DamagedFileError(f"it begins as a JSON array and is not one ({error})") from error
         return JsonContent(why_text=f"it is no JSON ({error})")
-    if text[end:].strip():
+    if text[end:].strip(_SPACE):
         raise DamagedFileError("it holds several JSON values, and not one a line: write each record in a line")
     if isinstance(value, dict):
         return JsonContent([value]) if text_field in value else JsonContent(why_text=f'it has no field "{text_field}"')
@@ -54,7 +55,7 @@ def json_content(file: CorpusFile, text_field: str) -> JsonContent:
 
 def _first_lines(file: CorpusFile) -> tuple[bytes, bytes]:
     """The first two lines that are not blank, stripped; b"" where there is none."""
-    lines = filter(None, map(bytes.strip, _lines(file)))
+    lines = filter(None, (line.strip(_SPACE.encode()) for line in _lines(file)))
     return next(lines, b""), next(lines, b"")
 
 
@@ -88,4 +89,4 @@ def _whole(file: CorpusFile) -> str:
                 f"it is one JSON value of over {MAX_RECORD_BYTES:,} bytes: write its records as lines"
             )
     # Invalid bytes become halves of surrogate pairs, which are replaced and counted where records are encoded.
-    return b"".join(blocks).decode(errors="surrogateescape").strip()
+    return b"".join(blocks).decode(errors="surrogateescape").strip(_SPACE)
