@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launch.follow import STAMP_WIDTH
 from launch.node import LAST_ERROR
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 
 _HEAD = re.compile(r"[-0-9]{10} [:.0-9]{12} \S+ rank [0-9]{1,9} (out|err) \| ")
@@ -24,7 +25,7 @@ _HEAD = re.compile(r"[-0-9]{10} [:.0-9]{12} \S+ rank [0-9]{1,9} (out|err) \| ")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on stderr."""
     parser = argparse.ArgumentParser(prog="launch/logs", description="Logs of all ranks, merged by time.")
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=user_path)
     parser.add_argument("--all", action="store_true", help="every start, not the newest only")
     parser.add_argument("--rank", type=int, action="append", help="these ranks only")
     parser.add_argument("--errors", action="store_true", help="stderr only")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from megatron_depthattn.paths import user_path
 from tools.benchmarks.checkpoint import add_checkpoint
 from tools.benchmarks.data import add_data
 from tools.benchmarks.flops import add_flops
@@ -48,8 +49,10 @@ VERBS = [
 def build_parser() -> argparse.ArgumentParser:
     """All verbs; what is parsed has the verb's function as ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to FILE, for a document")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument(
+        "--markdown", type=user_path, metavar="FILE", help="also write the table to FILE, for a document"
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for add in VERBS:
         add(verbs)

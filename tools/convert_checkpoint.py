@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.hf.weights_folder import HFFolder
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 
 
@@ -24,20 +25,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     step = "step folder, or a checkpoints folder: its latest step"
     to_hf = verbs.add_parser("to-hf", help="export a step folder as a Hugging Face folder")
-    to_hf.add_argument("--checkpoint", type=Path, required=True, metavar="STEP_DIR", help=step)
-    to_hf.add_argument("--output", type=Path, required=True, metavar="HF_DIR", help="folder to make")
-    to_hf.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one of the run's data")
+    to_hf.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
+    to_hf.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
+    to_hf.add_argument("--tokenizer", type=user_path, metavar="DIR", help="default: the one of the run's data")
     from_hf = verbs.add_parser("from-hf", help="import a Hugging Face folder as a step folder to start a run from")
-    from_hf.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder with safetensors")
-    from_hf.add_argument("--output", type=Path, required=True, metavar="STEP_DIR", help="folder to make")
+    from_hf.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="folder with safetensors")
+    from_hf.add_argument("--output", type=user_path, required=True, metavar="STEP_DIR", help="folder to make")
     adopt = verbs.add_parser("adopt", help="make a released checkpoint loadable: same weights, our model files")
-    adopt.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder in the released layout")
-    adopt.add_argument("--output", type=Path, required=True, metavar="HF_DIR", help="folder to make")
+    adopt.add_argument("--model", type=user_path, required=True, metavar="DIR", help="folder in the released layout")
+    adopt.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
     for verb in (to_hf, from_hf, adopt):
         verb.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     prove = verbs.add_parser("verify", help="compare weights, logits and cached decoding; exit code 1 if one differs")
-    prove.add_argument("--checkpoint", type=Path, required=True, metavar="STEP_DIR", help=step)
-    prove.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="exported or imported folder")
+    prove.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
+    prove.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="exported or imported folder")
     return parser.parse_args(arguments)
 
 

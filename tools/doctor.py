@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.preflight import machine
 from megatron_depthattn.preflight.compare import size
 from megatron_depthattn.terminal import printable
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("config", nargs="?", help="YAML file of a run, to say what of it would be refused here")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
     parser.add_argument("--world", type=int, help="ranks of the run (default: the GPUs here; on CPU one model replica)")
-    parser.add_argument("--json", type=Path, help="write everything to this file as well")
+    parser.add_argument("--json", type=user_path, help="write everything to this file as well")
     given = parser.parse_intermixed_args()  # settings may follow an option
     packages, here = find_packages(), find_machine()
     rows = features(packages, here, refusal)

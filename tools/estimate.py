@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.__main__ import silence_noise
 
@@ -45,11 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
     parser.add_argument("--world", type=int, metavar="N", help="ranks (default: one model replica)")
     parser.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)} (default H100)")
-    parser.add_argument("--machine", type=Path, metavar="FILE", help="in place of --gpu: figures of --calibrate")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine into FILE and end")
+    parser.add_argument("--machine", type=user_path, metavar="FILE", help="in place of --gpu: figures of --calibrate")
+    parser.add_argument("--calibrate", type=user_path, metavar="FILE", help="measure this machine into FILE and end")
     parser.add_argument("--layouts", action="store_true", help="rank the layouts that fit by predicted step time")
     parser.add_argument("--limit", type=int, default=10, metavar="N", help="show at most so many layouts (default 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file as well")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
     return parser
 
 

@@ -21,6 +21,7 @@ from megatron_depthattn.evaluation import (
     save_json,
 )
 from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, pick_device
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 
 
@@ -93,10 +94,10 @@ def check(given: argparse.Namespace) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="a Hugging Face model folder")
+    parser.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="a Hugging Face model folder")
     parser.add_argument(
         "--data",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="MDS_DIR",
         help="a folder written by tools/prepare_data.py, or one of its splits",
@@ -106,7 +107,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-samples", type=int, metavar="N", help="only the first N samples")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the type in config.json")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the figures here")
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ from megatron_depthattn.hf.depth_origins import depth_origins
 from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, pick_device
 from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import HFFolder
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 
 SHOWN = 0.01
@@ -159,7 +160,7 @@ def check(given: argparse.Namespace) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="a Hugging Face model folder")
+    parser.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="a Hugging Face model folder")
     parser.add_argument(
         "--prompt",
         required=True,

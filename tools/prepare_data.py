@@ -1,6 +1,7 @@
 """Turn text into a tokenised corpus: MDS shards of train and val, the tokenizer, a manifest with counts."""
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from megatron_depthattn.data.encode_pool import WorkerDiedError
 from megatron_depthattn.data.prepare import Prepared, PrepareSettings, Progress, prepare_corpus
 from megatron_depthattn.data.tokenizer import TRAIN_BPE
 from megatron_depthattn.data.unfinished import unfinished_folder
+from megatron_depthattn.paths import user_path
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -123,6 +125,7 @@ def parse_arguments(arguments: list[str] | None) -> PrepareSettings:
     parser.add_argument(
         "--input",
         nargs="+",
+        type=os.path.expanduser,
         required=True,
         metavar="PATH",
         help="files or folders (every file below them): text (a document each), .jsonl or .json (a document per "
@@ -132,12 +135,15 @@ def parse_arguments(arguments: list[str] | None) -> PrepareSettings:
     parser.add_argument(
         "--tokenizer",
         required=True,
+        type=os.path.expanduser,
         metavar="DIR_OR_FILE",
         help=f"a Hugging Face tokenizer folder, a tokenizer.json, or {TRAIN_BPE}VOCAB to train a byte-level "
         "BPE on the train split",
     )
     parser.add_argument("--sequence-length", type=int, required=True, metavar="N", help="tokens a model sees at a time")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; data.path takes it")
+    parser.add_argument(
+        "--output", type=user_path, required=True, metavar="DIR", help="folder to write; data.path takes it"
+    )
     parser.add_argument(
         "--validation-fraction",
         type=float,

@@ -28,6 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.study.study import Study, load_study
 from megatron_depthattn.terminal import printable
 
@@ -303,8 +304,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for function in (plan, run, fit, report):
         verb = verbs.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
-        verb.add_argument("study", type=Path, metavar="STUDY.yaml")
-        verb.add_argument("--output", type=Path, metavar="DIR", help="default: runs/studies/<name of the study's file>")
+        verb.add_argument("study", type=user_path, metavar="STUDY.yaml")
+        verb.add_argument(
+            "--output", type=user_path, metavar="DIR", help="default: runs/studies/<name of the study's file>"
+        )
         verb.set_defaults(function=function)
         if function is run:
             verb.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time (default 1)")
@@ -319,7 +322,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                 help="submit an array with launch/submit instead; what follows are its options",
             )
         if function is report:
-            verb.add_argument("--figures", type=Path, metavar="DIR", help="write the main figures there as well")
+            verb.add_argument("--figures", type=user_path, metavar="DIR", help="write the main figures there as well")
     return parser.parse_args(arguments)
 
 

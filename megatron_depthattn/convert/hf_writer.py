@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_depthattn import hf
 from megatron_depthattn.hf.model_config import AUTO_MAP
 from megatron_depthattn.hf.weights_folder import CONFIG, INDEX
-from megatron_depthattn.links import leads_out, link_root
+from megatron_depthattn.paths import leads_out, link_root
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_depthattn.links import leads_out, link_root
+from megatron_depthattn.paths import leads_out, link_root
 
 BUILTIN_STDLIB = "builtin:python-stdlib"
 PIECE_BYTES = 2 << 20  # a longer document is encoded in pieces, which bounds memory and lets all cores work on it

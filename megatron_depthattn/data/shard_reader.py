@@ -42,6 +42,7 @@ from megatron_depthattn.data.shard_index import (
     new_hash,
     parse_index,
 )
+from megatron_depthattn.parallel.patience import announced
 
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT_SECONDS = 120.0
@@ -267,7 +268,10 @@ class Shards:
             raise ValueError(f"{file} {reason}: copy or prepare the corpus again")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS):
+            lock = FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS)
+            with announced(str(file), lambda: f"the process that holds {lock.lock_file}", LOCK_TIMEOUT_SECONDS):
+                held = lock.acquire()
+            with held:
                 reason = _damage(file, shard.raw)
                 if reason is not None:  # no other process has made it meanwhile
                     self._make(file, shard, reason)

@@ -54,7 +54,11 @@ def train_bpe(documents: Iterator[bytes], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(_training_texts(documents), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        model_input_names=["input_ids", "attention_mask"],  # what decoders take: no token_type_ids
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.parallel.patience import announced
 
 
 def check_same_on_all_ranks(what: str, digest: str) -> None:
     """Raise on every rank if ranks hold different ``digest`` strings of ``what``."""
     digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    with announced(f"rank {dist.get_rank()}", lambda: f"the other ranks' {what}"):
+        dist.all_gather_object(digests, digest)
     odd = {rank: other for rank, other in enumerate(digests) if other != digests[0]}
     if odd:
         raise ValueError(

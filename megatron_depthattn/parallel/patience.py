@@ -21,12 +21,12 @@ class WaitedInVain(TimeoutError):
 
 
 @contextmanager
-def announced(who: str, whom: Callable[[], str], seconds: float) -> Iterator[None]:
-    """While it takes long, one line on stderr says for whom this process waits, and how long it will."""
+def announced(who: str, whom: Callable[[], str], seconds: float | None = None) -> Iterator[None]:
+    """While it takes long, one line on stderr says for whom this process waits, and how long it will, where given."""
 
     def say() -> None:
-        line = f"{who}: waiting for {whom()}, until {seconds:g} s have passed"
-        print(printable(line), file=sys.stderr, flush=True)
+        limit = f", until {seconds:g} s have passed" if seconds is not None else ""
+        print(printable(f"{who}: waiting for {whom()}{limit}"), file=sys.stderr, flush=True)
 
     timer = threading.Timer(SAID_AFTER, say)
     timer.daemon = True

@@ -34,10 +34,10 @@ def collect_results(points: Sequence[Point], output: Path, *, baseline: str, own
 def _result(point: Point, output: Path) -> dict[str, Any]:
     run_dir = output / point.run_dir
     progress = progress_of(point, output)
-    records = list(read_records(run_dir / METRICS))
-    history = list(read_records(run_dir / HISTORY))
+    records = list(read_records(run_dir / METRICS, step=int))
+    history = list(read_records(run_dir / HISTORY, event=str))
     starts = [record for record in history if record["event"] == "start"]
-    losses = [record["eval_loss"] for record in records if record["eval_loss"] is not None]
+    losses = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     is_finished = progress.state == "finished"
     return {
         "id": point.id,
@@ -73,7 +73,9 @@ def _timing(points: Sequence[Point], output: Path, baseline: str, *, own_steps: 
         return {}, "not timed yet"
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for point in points:
-        steps = [record["step_seconds"] for record in read_records(output / point.run_dir / METRICS)]
+        steps = [
+            record["step_seconds"] for record in read_records(output / point.run_dir / METRICS, step_seconds=float)
+        ]
         if steps:
             seconds[point.rung, point.method].append(statistics.median(steps))
     timing: dict[str, Any] = defaultdict(dict)

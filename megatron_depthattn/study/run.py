@@ -38,7 +38,7 @@ def progress_of(point: Point, output: Path) -> Progress:
         ValueError: its folder holds a run of another config.
     """
     run_dir = output / point.run_dir
-    records = list(read_records(run_dir / METRICS))
+    records = list(read_records(run_dir / METRICS, step=int))
     saved = run_dir / "config.yaml"
     if saved.is_file():
         differing = _differences(load_config(output / point.config), load_config(saved))
@@ -48,7 +48,9 @@ def progress_of(point: Point, output: Path) -> Progress:
                 "Give another --output, or move that folder away."
             )
     step = records[-1]["step"] if records else 0
-    outcomes = [record.get("outcome") for record in read_records(run_dir / HISTORY) if record["event"] == "end"]
+    outcomes = [
+        record.get("outcome") for record in read_records(run_dir / HISTORY, event=str) if record["event"] == "end"
+    ]
     if step >= point.steps and outcomes[-1:] == ["finished"]:
         return Progress("finished", step)
     return Progress("cut" if saved.is_file() else "new", step)
@@ -115,7 +117,7 @@ class _Runner:
             return 0
         why = f"ended with code {code}: {_last_line(log)}"
         if code == EXIT_REQUEUE or (self.is_stopped and code < 0):  # below 0: so early that it had nothing to save
-            why = "stopped by a signal" + (", saved" if code == EXIT_REQUEUE else "")
+            why = "stopped by a signal"
         self._tell(f"{point.id}: at step {after.step} of {point.steps}, {why} (log: {log})")
         return code or 1
 

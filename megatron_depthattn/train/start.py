@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.parallel.patience import announced
 from megatron_depthattn.train.history import RunHistory
 from megatron_depthattn.train.manifest import find_damage
 from megatron_depthattn.train.step_folders import LATEST, complete_folders, resolve_checkpoint, set_aside, tidy
@@ -76,7 +77,8 @@ def from_rank_0(function: Callable[[], T]) -> T:
             box[0] = function()
         except (ValueError, OSError) as error:
             box[0] = error
-    dist.broadcast_object_list(box)
+    with announced(f"rank {dist.get_rank()}", lambda: "rank 0, which reads the run's folders"):
+        dist.broadcast_object_list(box)
     if isinstance(box[0], ValueError | OSError):
         raise box[0]
     return box[0]
@@ -112,7 +114,8 @@ def _damage(folder: Path) -> list[str]:
     except OSError as error:
         unreadable = (error.filename, f"rank {dist.get_rank()} on {platform.node()}: {error}")
     found: list[tuple[list[str], tuple[str, str] | None]] = [([], None)] * dist.get_world_size()
-    dist.all_gather_object(found, (damage, unreadable))
+    with announced(f"rank {dist.get_rank()}", lambda: f"the other ranks, which read {folder}"):
+        dist.all_gather_object(found, (damage, unreadable))
     names = [problem[0] for _, problem in found if problem]
     gone = from_rank_0(lambda: {name for name in names if not os.path.exists(name)})
     for _, problem in found:

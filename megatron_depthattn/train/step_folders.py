@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from dataclasses import dataclass
@@ -53,8 +54,14 @@ def aside_folder(directory: Path, step: int) -> Path:
 
 def complete_folders(directory: Path) -> list[Path]:
     """The complete step folders, oldest first."""
-    folders = sorted(folder for folder in directory.glob(_STEP) if _NAME.fullmatch(folder.name))
+    folders = [folder for folder in _named(directory, _STEP) if _NAME.fullmatch(folder.name)]
     return [folder for folder in folders if (folder / MANIFEST).is_file()]
+
+
+def _named(directory: Path, pattern: str) -> list[Path]:
+    """What is named so in a folder, in order. `Path.glob` finds nothing in a folder that cannot be listed."""
+    names = os.listdir(directory) if directory.exists() else []
+    return sorted(directory / name for name in fnmatch.filter(names, pattern))
 
 
 def is_run_checkpoint(folder: Path) -> bool:
@@ -98,10 +105,10 @@ def point_and_prune(final: Path, keep: int | None) -> str | None:
 
 def tidy(directory: Path) -> None:
     """Remove what a process that died while saving left behind; bring back what it was about to replace."""
-    for folder in directory.glob(f".{_STEP}.old"):
+    for folder in _named(directory, f".{_STEP}.old"):
         recover_folder(folder.with_name(folder.name[1 : -len(".old")]))
     for end in ("part", "removed", "old"):
-        for folder in directory.glob(f".{_STEP}.{end}"):
+        for folder in _named(directory, f".{_STEP}.{end}"):
             remove(folder)
 
 

@@ -252,3 +252,17 @@ def test_setting_aside_never_overwrites(tmp_path):
     names = [set_aside(publish(tmp_path, 100), "damaged").name for _ in range(3)]
     assert names == ["step_00000100.damaged", "step_00000100.damaged-2", "step_00000100.damaged-3"]
     assert complete_folders(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
+    """A run would begin anew beside its checkpoints. Such a path is too long to be opened, for root as well."""
+    folder = tmp_path
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=here)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here, folder = inner, folder / ("d" * 250)
+    os.close(here)
+    with pytest.raises(OSError, match="too long"):
+        complete_folders(folder)

@@ -73,7 +73,7 @@ PURE |= {f"methods/{name}/reference.py": {"torch"} for name in METHODS}
 ALLOWED_IN_FOLDER = {
     "ops": {"torch", "triton", f"{PACKAGE}.ops"},
     "hf": {
-        *("torch", "transformers", "safetensors", f"{PACKAGE}.hf", f"{PACKAGE}.links"),
+        *("torch", "transformers", "safetensors", f"{PACKAGE}.hf", f"{PACKAGE}.paths"),
         *(f"{PACKAGE}.methods.{n}" for n in DEFINITIONS),
     },
 }

@@ -147,3 +147,11 @@ def test_progress_counts_from_where_this_process_began(
         "tokenising: 600.0 of 1,000.0 MB, 100,000,000 tokens",
         "tokenising: 700.0 of 1,000.0 MB, 130,000,000 tokens, 600,000 tokens/s, 0:02:30 left",
     ]
+
+
+def test_options_know_the_home_folder(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the `~` of `--output=~/x` as it is, and a folder of that name would be made."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    given = tool.parse_arguments(["--input", "a", "~/b", "--tokenizer=~/t", "--output=~/o", "--sequence-length", "8"])
+    assert (given.inputs, given.tokenizer) == (("a", "/home/someone/b"), "/home/someone/t")
+    assert given.output == Path("/home/someone/o")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_depthattn.paths import user_path
 from tools.benchmarks.result import Result
 from tools.benchmarks.timing import taking_turns
 
@@ -24,7 +25,7 @@ def add_checkpoint(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--layers", type=int, default=24, metavar="N", help="of hidden size 512 (default 24: 84 M)")
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="of a run, the save after the first")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="of each mode, taking turns (default 5)")
-    parser.add_argument("--directory", type=Path, help="where to save; default: a temporary folder")
+    parser.add_argument("--directory", type=user_path, help="where to save; default: a temporary folder")
     parser.set_defaults(measure=measure_checkpoint)
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_depthattn.paths import user_path
 from tools.benchmarks.result import Result
 from tools.benchmarks.timing import spread, taking_turns
 
@@ -29,8 +30,10 @@ def add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="read in a run (default 100)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="of each, taking turns (default 5)")
     parser.add_argument("--consumption", type=float, metavar="X", help="tokens a second that training consumes")
-    parser.add_argument("--step-json", type=Path, metavar="FILE", help="take it from what `step --json FILE` wrote")
-    parser.add_argument("--directory", type=Path, help="where to write the corpus; default: a temporary folder")
+    parser.add_argument(
+        "--step-json", type=user_path, metavar="FILE", help="take it from what `step --json FILE` wrote"
+    )
+    parser.add_argument("--directory", type=user_path, help="where to write the corpus; default: a temporary folder")
     parser.set_defaults(measure=measure_data)
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_depthattn.paths import user_path
 from tools.benchmarks.result import Result
 from tools.benchmarks.timing import spread
 
@@ -43,14 +44,18 @@ FIVE = [
 
 def add_layouts(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("layouts", help="predicted and measured time of a step under several layouts")
-    parser.add_argument("--config", type=Path, default=CONFIG, metavar="YAML", help="default: layouts.yaml, for CPUs")
+    parser.add_argument(
+        "--config", type=user_path, default=CONFIG, metavar="YAML", help="default: layouts.yaml, for CPUs"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config")
     parser.add_argument("--world", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=FIVE, metavar="NAME", help="default: five")
     parser.add_argument("--all", action="store_const", const=list(LAYOUTS), dest="layouts", help="all that are known")
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="runs of every layout (default 4)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="of a run, the first not counted (default 5)")
-    parser.add_argument("--machine", type=Path, metavar="FILE", help="of estimate.py --calibrate; default: measure now")
+    parser.add_argument(
+        "--machine", type=user_path, metavar="FILE", help="of estimate.py --calibrate; default: measure now"
+    )
     parser.set_defaults(measure=measure_layouts)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_depthattn.paths import user_path
 from megatron_depthattn.precision import RECIPES
 from tools.benchmarks.precision_compare import gradient_cosine, num_tail_windows, over, paired_gap, window_size
 from tools.benchmarks.precision_figure import draw, require_matplotlib
@@ -48,13 +49,15 @@ def add_precision(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each setting (default 3)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument(
-        "--config", type=Path, metavar="YAML", help="default: precision-{cuda,cpu}.yaml beside the code"
+        "--config", type=user_path, metavar="YAML", help="default: precision-{cuda,cpu}.yaml beside the code"
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config, of all runs")
     parser.add_argument("--tolerance", type=float, default=0.01, metavar="X", help="relative, of losses (default 0.01)")
     parser.add_argument("--least-cosine", type=float, default=0.9, metavar="X", help="of gradients (default 0.9)")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw curves and gaps (.svg, .png, .pdf)")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="no run: table and figure of an earlier --json")
+    parser.add_argument("--figure", type=user_path, metavar="FILE", help="draw curves and gaps (.svg, .png, .pdf)")
+    parser.add_argument(
+        "--from-json", type=user_path, metavar="FILE", help="no run: table and figure of an earlier --json"
+    )
     parser.set_defaults(measure=measure_precision)
 
 

@@ -1,7 +1,12 @@
-"""Symbolic links in folders from elsewhere: they may point about inside the folder, but not out of it."""
+"""Paths that a user types, and symbolic links in folders from elsewhere, which must not lead out of them."""
 
 import os
 from pathlib import Path
+
+
+def user_path(text: str) -> Path:
+    """The path that a user typed as an option; a shell leaves the `~` of `--output=~/x` as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def link_root(folder: Path) -> Path:
