@@ -35,7 +35,7 @@ def main() -> int:
     try:
         environment = launch_environment()
         signals.rank = environment.rank
-        # the config first: a mistake in it is told before torch is imported
+        # the config first: a mistake in it is reported before torch is imported
         config = load_config(arguments.config, arguments.overrides)
         validate(config, environment.world_size)
         from megatron_depthattn.train.loop import train

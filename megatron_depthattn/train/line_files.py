@@ -71,7 +71,7 @@ def read_records(path: Path, **kinds: type | tuple[type, ...]) -> Iterator[dict[
 
 
 def drop_steps_after(path: Path, step: int, *instead: dict[str, Any]) -> None:
-    """Keep the lines up to ``step``, whole ones: a run that goes on from there writes the later ones again.
+    """Keep the lines up to ``step``, whole ones: a run that resumes there writes the later ones again.
 
     ``instead`` is written in place of what is dropped.
     """

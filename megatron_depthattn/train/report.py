@@ -90,7 +90,8 @@ class Reporter:
 
     def lacks_held_out(self, step: int) -> bool:
         """Whether the record has this step without a held-out loss; on the rank that writes."""
-        return any(record["step"] == step and record["eval_loss"] is None for record in read_records(self._path))
+        records = read_records(self._path, step=int)
+        return any(record["step"] == step and record.get("eval_loss") is None for record in records)
 
     def add_held_out(self, step: int, loss: float | None) -> None:
         """Complete the newest step of the record, which an earlier start wrote; not if ``loss`` is None."""

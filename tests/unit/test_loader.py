@@ -206,7 +206,7 @@ def test_workers_need_neither_a_short_tmpdir_nor_shared_memory(
 def test_a_worker_that_cannot_hand_an_error_over_ends(
     dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Python prints that it cannot, drops the step, and goes on: the run would wait for ever."""
+    """Python prints that it cannot, drops the step, and continues: the run would wait for ever."""
 
     class StoreError(Exception):
         """Of a kind that is made at run time, as boto3's are, so that no pipe can carry it."""
