@@ -141,6 +141,7 @@ def _check_paths(config: "RunConfig") -> None:
     _require(
         data.streams != (), "data.streams is an empty list; give at least one {path, proportion}, or set data.path"
     )
+    _require(data.cache != "", "data.cache is empty; set a local folder, or null for none")
     for number, stream in enumerate(data.sources):
         key = f"data.streams[{number}]" if data.streams else "data"
         _require(bool(stream.path), f"{key}.path is empty; set the folder or URL of a prepared corpus")

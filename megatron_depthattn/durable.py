@@ -28,14 +28,8 @@ def fsync_path(path: Path) -> None:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.part")
-    with naming(path):
-        try:
-            _write_new(aside, text)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-        fsync_path(path.parent)
+    with _written_aside(path, text) as aside:
+        aside.replace(path)
 
 
 def create_durably(path: Path, text: str) -> None:
@@ -44,29 +38,30 @@ def create_durably(path: Path, text: str) -> None:
     Raises:
         FileExistsError: the file is there.
     """
+    with _written_aside(path, text) as aside:
+        try:
+            os.link(aside, path)  # a rename would replace what another process has written
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+
+
+@contextmanager
+def _written_aside(path: Path, text: str) -> Iterator[Path]:
+    """A new file beside ``path`` that holds the text; no other process writes it, and no link is followed."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     with naming(path):
         try:
-            _write_new(aside, text)
-            try:
-                os.link(aside, path)  # a rename would replace what another process has written
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(text)
+            with aside.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            yield aside
         finally:
             aside.unlink(missing_ok=True)
         fsync_path(path.parent)
-
-
-def _write_new(path: Path, text: str) -> None:
-    """A link that somebody has put in the way is removed, not followed."""
-    path.unlink(missing_ok=True)
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -104,6 +99,8 @@ def _probe(folder: Path) -> OSError | None:
     try:
         with naming(folder):
             path.write_bytes(bytes(_PROBE_BYTES))
+    except FileNotFoundError:  # the folder is gone, which says nothing about what could not be written
+        return None
     except OSError as error:
         return error
     finally:

@@ -93,7 +93,10 @@ def load_yaml(path: Path) -> dict[Any, Any]:
 
 
 def parse_overrides(cls: type, arguments: Sequence[str]) -> Layer:
-    """`a.b=c` arguments as one layer: a string key of `cls` takes its text literally, other values are YAML."""
+    """`a.b=c` arguments as one layer: a string key of `cls` takes its text literally, other values are YAML.
+
+    Where a key may be null, `null` or nothing (an unset variable of the shell) is that.
+    """
     leaves = leaf_types(cls)
     values: dict[str, Any] = {}
     for argument in arguments:
@@ -104,7 +107,7 @@ def parse_overrides(cls: type, arguments: Sequence[str]) -> Layer:
             )
         options = _options(leaves.get(key))
         if str in options:
-            values[key] = None if text == "null" and types.NoneType in options else text
+            values[key] = None if text in ("", "null") and types.NoneType in options else text
             continue
         try:
             values |= _flatten({key: _yaml_value(text)})
@@ -135,12 +138,16 @@ def build(cls: type[T], layers: Sequence[Layer]) -> T:
                 merged[key], sources[key] = value, layer.source
             elif not (value is None and _is_section(key, leaves)):  # 'train:' with every line commented out
                 raise ValueError(_unknown_key(key, layer.source, leaves))
-    values = {key: _resolved(key, merged, sources) for key in merged}
+    values: dict[str, Any] = {}
+    for key in merged:
+        _resolve(key, merged, sources, values)
     return _construct(cls, values, sources, "")
 
 
-def _resolved(key: str, merged: Mapping[str, Any], sources: Mapping[str, str], chain: tuple[str, ...] = ()) -> Any:
-    """The value of `key` with every `${a.b}` in it replaced by the value of that key."""
+def _resolve(
+    key: str, merged: Mapping[str, Any], sources: Mapping[str, str], values: dict[str, Any], chain: tuple[str, ...] = ()
+) -> Any:
+    """Enter into `values` the value of `key`, with every `${a.b}` in it replaced by that of that key; returns it."""
 
     def fail(reason: str) -> typing.NoReturn:
         raise ValueError(f"{key} (from {sources[key]}) cannot be resolved: {reason}")
@@ -150,24 +157,33 @@ def _resolved(key: str, merged: Mapping[str, Any], sources: Mapping[str, str], c
             fail(
                 f"{_quoted(name)} is no key of the config; write '${{section.key}}', environment variables are not read"
             )
-        return _resolved(name, merged, sources, (*chain, key))
+        value = _resolve(name, merged, sources, values, (*chain, key))
+        if isinstance(value, list | dict):
+            fail(f"{name} is a list")
+        return value
 
-    def resolve(value: Any) -> Any:
+    def replaced(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [resolve(entry) for entry in value]
+            return [replaced(entry) for entry in value]
         if isinstance(value, Mapping):
-            return {name: resolve(entry) for name, entry in value.items()}
+            return {name: replaced(entry) for name, entry in value.items()}
         if not isinstance(value, str) or "${" not in value:
             return value
+        if len(value) > LONGEST_TEXT:
+            fail(f"it has {len(value)} characters; set at most {LONGEST_TEXT}")
         whole = _REFERENCE.fullmatch(value)
         result = referenced(whole[1]) if whole else _REFERENCE.sub(lambda match: str(referenced(match[1])), value)
         if isinstance(result, str) and "${" in result:
             fail(f"{_quoted(result)} holds a '${{' that is no '${{section.key}}'")
+        if isinstance(result, str) and len(result) > LONGEST_TEXT:
+            fail(f"it would have {len(result)} characters; set at most {LONGEST_TEXT}")
         return result
 
     if key in chain:
         fail(f"it refers to itself: {' -> '.join((*chain, key))}")
-    return resolve(merged[key])
+    if key not in values:
+        values[key] = replaced(merged[key])
+    return values[key]
 
 
 def _construct(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str], prefix: str) -> T:

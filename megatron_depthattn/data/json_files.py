@@ -1,5 +1,6 @@
 """What a .json file holds: records, one a line or all in one array, or a document of its own, such as settings."""
 
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class JsonContent(NamedTuple):
 def json_content(file: CorpusFile, text_field: str) -> JsonContent:
     """Look at a .json file, which is read once more where it holds lines or a text.
 
-    A text is an object without the field (settings), something else without objects, or no JSON at all.
+    A text is an object or array without the field (settings, tables), or what is no JSON and does not name the field.
 
     Raises:
         DamagedFileError: it begins as records do, and cannot be read as such.
@@ -41,15 +42,15 @@ def json_content(file: CorpusFile, text_field: str) -> JsonContent:
     try:
         value, end = JSON.raw_decode(text)
     except (ValueError, RecursionError) as error:
-        if first.startswith(b"["):
+        if first.startswith(b"[") and json.dumps(text_field) in text:
             raise DamagedFileError(f"it begins as a JSON array and is not one ({error})") from error
         return JsonContent(why_text=f"it is no JSON ({error})")
     if text[end:].strip(_SPACE):
         raise DamagedFileError("it holds several JSON values, and not one a line: write each record in a line")
     if isinstance(value, dict):
         return JsonContent([value]) if text_field in value else JsonContent(why_text=f'it has no field "{text_field}"')
-    if value and not any(isinstance(record, dict) for record in value):
-        return JsonContent(why_text="it is an array without objects")
+    if value and not any(isinstance(record, dict) and text_field in record for record in value):
+        return JsonContent(why_text=f'it is an array without a field "{text_field}"')
     return JsonContent(value)
 
 

@@ -238,9 +238,12 @@ class Shards:
         """The `sample`-th sample of a shard: a count, the offsets of all samples and of the end, a header, samples."""
         size = self.index.dtype.itemsize * self.index.tokens_per_sample
         with _open_plain(file) as stream:
-            offsets = os.pread(stream.fileno(), 8, 4 * (1 + sample))
-            begin, end = np.frombuffer(offsets, "<u4").tolist() if len(offsets) == 8 else (0, 0)
-            data = os.pread(stream.fileno(), size, begin)
+            try:
+                offsets = os.pread(stream.fileno(), 8, 4 * (1 + sample))
+                begin, end = np.frombuffer(offsets, "<u4").tolist() if len(offsets) == 8 else (0, 0)
+                data = os.pread(stream.fileno(), size, begin)
+            except OSError as error:  # such as a file that a server has replaced
+                raise ValueError(f"{file} cannot be read: {error.strerror}") from error
         if end - begin != size or len(data) != size:  # no hash in the index, or it changed since it was checked
             raise ValueError(f"{file} cannot be read: its sample {sample} is not {size} bytes inside the file")
         return np.frombuffer(data, self.index.dtype)

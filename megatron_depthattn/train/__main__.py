@@ -10,7 +10,8 @@ import warnings
 
 from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
-from megatron_depthattn.train.errors import RunError, leave_at_once, write_error_record
+from megatron_depthattn.terminal import printable
+from megatron_depthattn.train.errors import RunError, is_consequence, leave_at_once, write_error_record
 from megatron_depthattn.train.stop_signals import StopSignals
 
 # What Megatron-Core and torch say, on every rank, about optional packages and themselves; none of it is about the run.
@@ -44,9 +45,11 @@ def main() -> int:
     except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if signals.received and signals.nothing_to_save:  # most likely another rank got it too, and has left
+        is_stopped = signals.received and signals.nothing_to_save
+        if not (is_stopped and is_consequence(error)):  # most likely another rank got the signal too, and has left
+            _tell(error, environment)
+        if is_stopped:
             signals.leave(signals.received)
-        _tell(error, environment)
     if environment.world_size > 1:
         leave_at_once(1)  # once this rank is gone, the launcher ends the others
     return 1
@@ -58,7 +61,7 @@ def _tell(error: BaseException, environment: LaunchEnvironment) -> None:
     line = f"error (rank {environment.rank}): {error}"
     text = line if is_one_line else "".join(traceback.format_exception(error))
     write_error_record(environment, error, text)
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def silence_noise() -> None:

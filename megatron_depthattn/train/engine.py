@@ -100,7 +100,7 @@ class MegatronEngine:
         self._shape = (config.train.micro_batch_size, config.data.sequence_length)
         self._chunks = build_model(config, device)
         self._optimizer, self._scheduler = build_optimizer(config, self._chunks)
-        self._fp8 = Fp8State(self._chunks)
+        self._fp8 = Fp8State(self._chunks if config.precision.fp8 == "delayed" else ())
 
     def describe(self) -> list[str]:
         return []

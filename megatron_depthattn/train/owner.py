@@ -126,19 +126,30 @@ def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
         raise ValueError(f"{directory / OWNER} was removed while a run started: start again.")
     home = owner.home(directory)
     is_home = _same(home, run_dir)
-    if known == owner.run_id and not is_home and recorded_run_id(home) == known:
+    if known == owner.run_id and not is_home and _is_still_at(home, known):
         raise ValueError(
             f"run.dir={run_dir} is a copy of {home}, and checkpoint.dir={directory} belongs to the original (run "
             f"{known}): both would overwrite each other's checkpoints. Continue the original, or start a new run from "
             "its last checkpoint: another run.dir, another checkpoint.dir and checkpoint.load=<step folder>."
         )
     if known not in (None, owner.run_id) or (known is None and not is_home):
+        unused = (
+            "" if complete_folders(directory) else f" It holds no checkpoint: if there is no such run, remove {OWNER}."
+        )
         raise ValueError(
             f"checkpoint.dir={directory} belongs to run {owner.run_id} of run.dir={home}: that and this run "
             f"({known or 'a new one'}) would overwrite each other's checkpoints. Set another checkpoint.dir (null: one "
-            f"below run.dir); to continue that run set run.dir={home}."
+            f"below run.dir); to continue that run set run.dir={home}.{unused}"
         )
     return owner
+
+
+def _is_still_at(home: Path, run_id: str) -> bool:
+    """Whether a run's folder is where it was; one that this user may not look into is taken for moved away."""
+    try:
+        return recorded_run_id(home) == run_id
+    except PermissionError:
+        return False
 
 
 def _claim_unowned(directory: Path, run_dir: Path, known: str | None) -> list[str]:

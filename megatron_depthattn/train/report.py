@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_depthattn.config import RunConfig, save_config
+from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
@@ -56,7 +57,7 @@ class Reporter:
         for text in texts:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             if self._progress:  # keeps the bar below the line
-                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
             else:
                 _print(text, sys.stdout)
 
@@ -97,7 +98,7 @@ class Reporter:
         """Complete the newest step of the record, which an earlier start wrote; not if ``loss`` is None."""
         if not self.is_writer or loss is None:
             return
-        *_, newest = read_records(self._path)
+        *_, newest = (record for record in read_records(self._path, step=int) if record["step"] == step)
         self._metrics.close()
         with contextlib.suppress(OSError):
             drop_steps_after(self._path, step - 1, newest | {"eval_loss": loss})
@@ -146,7 +147,7 @@ class Reporter:
 
 def _print(text: str, stream: TextIO) -> None:
     with contextlib.suppress(OSError):
-        print(text, file=stream, flush=True)
+        print(printable(text), file=stream, flush=True)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -126,8 +126,13 @@ def train_step(
     state = fp8 or Fp8State(())
     state.keep()
 
+    attempts = 0
+
     def attempt() -> Attempt:
-        state.restore()  # the second one, too, computes with the scales of the first
+        nonlocal attempts
+        attempts += 1
+        if attempts > 1:
+            state.restore()  # it computes with the scales of the first
         return _attempt(chunks, optimizer, microbatches, shape)
 
     result = step_if_finite(attempt, update, chunks, microbatches)

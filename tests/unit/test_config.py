@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -262,7 +263,19 @@ STRING_KEYS = ("run.dir", "checkpoint.dir", "checkpoint.load", "data.path", "dat
 def test_a_string_key_takes_its_text_literally(base, key, text):
     section, _, name = key.partition(".")
     config = load_config(base, [f"{key}={text}"])
-    assert getattr(getattr(config, section), name) == text
+    is_null = text == "" and key not in ("run.dir", "data.path")
+    assert getattr(getattr(config, section), name) == (None if is_null else text)
+
+
+def test_references_are_no_bomb(tmp_path, base):
+    """Each of forty keys holds the next one twice."""
+    keys = [key for key in KEYS if key not in ("data.streams", "run.dir")][:40]
+    doubled = [f"{key}=${{{following}}}${{{following}}}" for key, following in pairwise(keys)]
+    for last in ("", "x"):
+        lines = "".join(f"{line.replace('=', ': ', 1)}\n" for line in [*doubled, f"{keys[-1]}='{last}'"])
+        bomb = write(tmp_path / "bomb.yaml", lines)
+        with pytest.raises(ValueError, match=r"characters; set at most 4096|expected"):
+            load_config(base, [str(bomb)])
 
 
 def test_tilde_is_the_home_folder(tmp_path, base, monkeypatch):

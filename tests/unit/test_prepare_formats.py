@@ -413,10 +413,18 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], bytes], list[str], list[str
     "an array, another field": (
         "a.json",
         b'[{"body": "a"}, 3]',
-        [],
-        ["record"] * 2,
-        "record 1 is not a JSON object with",
+        ['[{"body": "a"}, 3]'],
+        ["json as text"],
+        'it is an array without a field "text"',
     ),
+    "an array, the field in some": (
+        "a.json",
+        b'[{"text": "a"}, {"body": "b"}]',
+        ["a"],
+        ["record"],
+        "record 2 is not a JSON object with",
+    ),
+    "an array with comments": ("a.json", b"[ // n\n1,\n]", ["[ // n\n1,\n]"], ["json as text"], "it is no JSON"),
     "a cut array": (
         "a.json",
         json.dumps(RECORDS, indent=1).encode()[:-9],

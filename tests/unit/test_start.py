@@ -195,6 +195,8 @@ def folders(tmp_path) -> Folders:
 
 def test_a_folder_of_checkpoints_stays_with_its_run(folders):
     first = folders.claim("a", "shared")
+    with pytest.raises(ValueError, match=r"It holds no checkpoint: if there is no such run, remove owner\.json\."):
+        folders.claim("b", "shared")
     publish(folders.shared, 100)
     before = folders.tree()
     with pytest.raises(ValueError, match=f"belongs to run {first.run_id} of run.dir={folders.root}/a: .*set run.dir="):
