@@ -62,10 +62,11 @@ if [ -n "${NODE_RANK:-}" ]; then
         refuse "NODE_RANK=$NODE_RANK with ${#hosts[@]} hosts in $HOSTFILE; set 0 to $((${#hosts[@]} - 1)), or unset it."
     launcher+=(--no_ssh --node_rank "$NODE_RANK")
 else
+    obeyed='[][[:space:][:cntrl:]$`"\\;&|<>(){}*?!#'\']
     for path in "$root" "$PWD" "$PYTHON"; do # DeepSpeed hands them to a shell of the hosts as they are
-        [[ $path =~ ^[A-Za-z0-9_@%+=:,./~-]+$ ]] ||
-            refuse "the path $path reaches the hosts through a shell, unquoted: use one of letters, digits and _@%+=:,./~-," \
-                "or set NODE_RANK and start this on every host."
+        [[ ! $path =~ $obeyed ]] ||
+            refuse "the path $path reaches the hosts through a shell, unquoted: use one without blanks and without any of" \
+                "[ ] \$ \` \" ' \\ ; & | < > ( ) { } * ? ! #, or set NODE_RANK and start this on every host."
     done
     for program in ssh pdsh; do
         command -v "$program" >/dev/null || refuse "$program is not installed, by which the hosts are reached; install it" \

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_depthattn.config import RunConfig, load_config, save_config, to_dict
@@ -51,7 +51,7 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
         (part / "code" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / name, part / "code" / name)
     commit = _git(repository, "rev-parse", "HEAD").strip()
-    changes = _git(repository, "diff", "HEAD", "--", *code) if commit else ""
+    changes = _git(repository, "diff", "HEAD", "--", *code, *_deleted_code(repository)) if commit else ""
     with_changes = ", with uncommitted.diff" if changes else ""
     (part / "code/commit.txt").write_text(f"{commit or 'no git repository'}{with_changes}\n", encoding="utf-8")
     if changes:
@@ -79,13 +79,26 @@ def _files(root: Path) -> Iterator[tuple[str, bool]]:
         for path in sorted((root / folder).rglob("*")):
             name = path.relative_to(root)
             if path.is_file() and "__pycache__" not in name.parts:
-                is_hidden = any(part.startswith(".") for part in name.parts)
-                yield name.as_posix(), not is_hidden and (path.suffix in CODE_SUFFIXES or _is_command(path))
+                yield name.as_posix(), _is_code(name, lambda name: _is_command(root / name))
+
+
+def _deleted_code(repository: Path) -> list[str]:
+    """Names of the commit's code files that are there no more: part of the changes, as the others are."""
+    options = ("--name-only", "--no-renames", "--diff-filter=D", "--relative", "-z")
+    names = [Path(name) for name in _git(repository, "diff", "HEAD", *options, "--", *CODE_FOLDERS).split("\0") if name]
+
+    def was_command(name: Path) -> bool:
+        return _git(repository, "show", f"HEAD:./{name}").startswith("#!")
+
+    return [str(name) for name in names if _is_code(name, was_command)]
+
+
+def _is_code(name: Path, is_command: Callable[[Path], bool]) -> bool:
+    is_hidden = any(part.startswith(".") for part in name.parts)
+    return not is_hidden and (name.suffix in CODE_SUFFIXES or (not name.suffix and is_command(name)))
 
 
 def _is_command(path: Path) -> bool:
-    if path.suffix:
-        return False
     with path.open("rb") as file:
         return file.read(2) == b"#!"
 

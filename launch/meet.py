@@ -14,7 +14,6 @@ meet again, with the lost one if somebody starts it anew. A head that is lost an
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import socket
 import threading
@@ -186,17 +185,16 @@ class Head:
 
 
 def listens_at(master_addr: str) -> list[str] | None:
-    """The addresses of this node that MASTER_ADDR means; None: all, as it is translated on the way, or a name that
-    means a loopback address here (Debian's 127.0.1.1) and another one elsewhere."""
+    """MASTER_ADDR alone where that is an IP address of this node or localhost, else all interfaces (None): a name may
+    mean another address on other nodes, and another address is translated on the way."""
+    numeric = socket.AI_NUMERICHOST if master_addr != "localhost" else 0
     try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(master_addr, None, type=socket.SOCK_STREAM)}
+        infos = socket.getaddrinfo(master_addr, None, type=socket.SOCK_STREAM, flags=numeric)
     except OSError:
         return None
+    found = {str(info[4][0]) for info in infos}
     own = {each.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for each in addresses}
-    may_differ = master_addr not in {"localhost", *found} and any(
-        ipaddress.ip_address(each).is_loopback for each in found
-    )
-    return None if may_differ or not found <= own else sorted(found)
+    return sorted(found & own) or None
 
 
 def _objection(guest: Guest, reference: Guest | None, num_nodes: int) -> str:

@@ -211,6 +211,15 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--after and --dependency say the same: give one of them")
     if options.container_mounts and not options.container:
         raise ValueError("--container-mounts without --container: give the image as well")
+    for option in options.sbatch:
+        if not option.startswith("-"):
+            raise ValueError(f"--sbatch={option!r} is no option; give it with its dashes, as --sbatch=--nice=100")
+        name, _, value = option.partition("=")
+        if re.search(r"\s", name) or re.search(r"\s--?[a-zA-Z]", value) or re.fullmatch(r"(['\"]).*\1", value):
+            raise ValueError(
+                f"--sbatch={option!r}: it is one option, whose value is taken as it is; write --sbatch=--qos=high, "
+                "--sbatch=... again for another option, and no quotes around the value"
+            )
 
 
 def _check_text(options: argparse.Namespace, run_dir: Path) -> None:
@@ -223,9 +232,6 @@ def _check_text(options: argparse.Namespace, run_dir: Path) -> None:
     for name, text in texts:
         if not text.isprintable():
             raise ValueError(f"{name} is {text!r}: a job script takes no control characters; set another")
-    for option in options.sbatch:
-        if not option.startswith("-"):
-            raise ValueError(f"--sbatch={option} is no option; give it with its dashes, as --sbatch=--nice=100")
     if "\\" in str(run_dir):
         raise ValueError(f"run.dir is {run_dir}: Slurm reads a backslash in the path of a log otherwise; set another")
     if options.container:
@@ -290,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--container-runtime", choices=["pyxis", "apptainer"], default="pyxis")
     add("--container-mounts", default="", metavar="A[:B],...", help="besides run.dir and the current folder")
     add("--python", default=sys.executable, help="interpreter of the job (default: this one)")
-    add("--sbatch", action="append", default=[], metavar="FLAG", help="any other option, as --sbatch=--nice=100")
+    add("--sbatch", action="append", default=[], metavar="FLAG", help="one other option, as --sbatch=--nice=100")
     add("--refreeze", action="store_true", help="go on with another config or code than run.dir was frozen with")
     add("--dry-run", action="store_true", help="write everything, submit nothing")
     return parser

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def launch(*arguments: str | Path, seconds: float = 300, **variables: str | int 
     return run(["env", *setting, "launch/deepspeed.sh", *arguments], seconds=seconds)
 
 
+def python_at(path: Path) -> Path:
+    """This interpreter, by another name."""
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
 REFUSALS = [
     ({}, "error: HOSTFILE, MASTER_ADDR, MASTER_PORT not set, and a launcher must not guess."),
     ({"MASTER_ADDR": "a", "MASTER_PORT": "1", "HOSTFILE": "/no/hosts"}, "error: HOSTFILE=/no/hosts: no such file"),
@@ -118,6 +127,7 @@ REFUSALS = [
     ({"lines": ("a@-oProxyCommand=x slots=1",)}, "hosts, line 1: 'a@-oProxyCommand=x' is no host name"),
     ({"lines": ("node[0-9],$(touch${IFS}x) slots=1",)}, "hosts, line 1: 'node[0-9],$(touch${IFS}x)' is no"),
     ({"lines": ("node0 slots=1",), "NODE_RANK": "1"}, "error: NODE_RANK=1 with 1 hosts in "),
+    ({"lines": ("node0 slots=1",), "PYTHON": "a {b/python"}, "a {b/python reaches the hosts through a shell, unquoted"),
     ({"lines": ("node0 slots=3",)}, "error: with 3 processes (the hostfile's slots): train.global_batch_size is 8"),
 ]
 
@@ -128,6 +138,8 @@ def test_a_bad_hostfile_launch_is_refused_in_one_line(config_file, tmp_path, giv
     if "lines" in variables:
         file = hostfile(tmp_path, *variables.pop("lines"))
         variables = {"HOSTFILE": file, "MASTER_ADDR": "node0", "MASTER_PORT": "29500", **variables}
+    if "PYTHON" in variables:
+        variables["PYTHON"] = python_at(tmp_path / variables["PYTHON"])
     result = launch(config_file, f"run.dir={tmp_path / 'run'}", **variables)
     assert result.returncode == 1
     assert told in result.stderr and len(result.stderr.splitlines()) == 1
@@ -199,6 +211,7 @@ def test_hosts_reached_over_ssh(config_file, undisturbed, tmp_path, ssh_args):
 def test_a_host_that_ssh_does_not_reach_is_named(config_file, tmp_path, ssh_args):
     file = hostfile(tmp_path, "localhost slots=1", "node1.invalid slots=1")
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "SSH_ARGS": ssh_args}
+    common["PYTHON"] = python_at(tmp_path / "josé/python")  # letters of any language may be in a path
     result = launch(config_file, f"run.dir={tmp_path / 'run'}", HOSTFILE=file, seconds=60, **common)
     assert result.returncode == 1
     assert f"error: node1.invalid ({file}) cannot be reached" in result.stderr.splitlines()[-1]

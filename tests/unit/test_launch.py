@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -91,6 +93,10 @@ def test_gpus_are_counted_as_the_processes_would_see_them(monkeypatch: pytest.Mo
     assert read_world({"NPROC_PER_NODE": "4"}, alone=True).world_size == 4
 
 
+OWN = sorted(  # 127.0.0.1 first, if it is not the only one
+    (each.address for of in psutil.net_if_addrs().values() for each in of if each.family == socket.AF_INET),
+    key=lambda address: not address.startswith("127."),
+)
 SUBMIT = ("config.yaml", "--nodes", "4", "--gpus-per-node", "8")
 
 
@@ -254,6 +260,11 @@ def test_time_limits(limit: str | None, seconds: int | None):
         (("--chain", "2", "--array", "run.seed=1"), "--chain 2"),
         (("--after", "1", "--dependency", "singleton"), "--after and --dependency"),
         (("--container-mounts", "/data"), "--container-mounts without --container"),
+        (("--sbatch=nice=100",), "--sbatch='nice=100' is no option"),
+        *(
+            ((f"--sbatch={given}",), f"--sbatch={given!r}: it is one option")
+            for given in ("--qos high", "-p debug", "--nice=100 --qos=high", "--nice=1 -p a", '--comment="my job"')
+        ),
     ],
 )
 def test_options_that_do_not_fit_together(options: tuple, message: str):
@@ -265,8 +276,11 @@ def test_what_is_frozen_is_code_and_closed_to_others(tmp_path: Path):
     """Secrets beside the code stay there; changes of the code are recorded for its owner alone."""
     checkout, job = tmp_path / "checkout", tmp_path / "shared/run/job"
     code = {"launch/submit": "#!/bin/sh\n", "launch/a.py": "a = 1\n", "megatron_depthattn/b.sh": "b\n"}
+    deleted = {"launch/old": "#!/bin/sh\n", "megatron_depthattn/ä old.py": "old = 1\n"}
     secrets = ("launch/.env", "launch/credentials", "megatron_depthattn/key.pem", ".env", "launch/.netrc.py")
-    for name, text in code.items() | {(name, "none\n") for name in secrets}:
+    secrets_deleted = ("launch/token", "launch/old.pem", "launch/.old.py")
+    committed = code | deleted | dict.fromkeys(secrets, "none\n") | dict.fromkeys(secrets_deleted, "password\n")
+    for name, text in committed.items():
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text(text)
     identity = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -274,6 +288,8 @@ def test_what_is_frozen_is_code_and_closed_to_others(tmp_path: Path):
         subprocess.run(["git", "-C", checkout, *command], check=True, timeout=30)
     for name in ("launch/a.py", *secrets):
         (checkout / name).write_text(f"password of {name}\n")
+    for name in (*deleted, *secrets_deleted):
+        (checkout / name).unlink()
     umask = os.umask(0)
     try:
         said = freeze(job, {"config.yaml": RunConfig()}, checkout, replace=False)
@@ -285,6 +301,7 @@ def test_what_is_frozen_is_code_and_closed_to_others(tmp_path: Path):
     assert frozen["uncommitted.diff"].stat().st_mode & 0o777 == 0o600
     diff = frozen["uncommitted.diff"].read_text()
     assert "+password of launch/a.py" in diff and diff.count("password") == 1
+    assert diff.count("deleted file") == 2 and "\n-#!/bin/sh\n" in diff and "\n-old = 1\n" in diff
     assert said.endswith(
         "left out, as no code: megatron_depthattn/key.pem, launch/.env, launch/.netrc.py, launch/credentials"
     )
@@ -337,11 +354,25 @@ def test_logs_of_other_machines_are_shown_and_not_obeyed(tmp_path: Path, capsys:
 
 @pytest.mark.parametrize(
     ("master_addr", "addresses"),
-    [("127.0.0.1", ["127.0.0.1"]), ("192.0.2.1", None), ("no-such-name.invalid", None)],
+    [
+        *((own, [own]) for own in OWN),
+        *(("192.0.2.255", None), ("no-such-name.invalid", None), ("head", None)),
+    ],
 )
-def test_the_head_listens_where_it_is_called(master_addr: str, addresses: list[str] | None):
-    """Everywhere only where MASTER_ADDR is no address of this node."""
+def test_the_head_listens_where_it_is_called(
+    master_addr: str, addresses: list[str] | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Everywhere for names, such as one that means one interface of several here, and for addresses of other nodes."""
+    resolve = socket.getaddrinfo
+    names = {"head": OWN[-1]}
+    monkeypatch.setattr(
+        "socket.getaddrinfo",
+        lambda host, *rest, flags=0, **more: resolve(
+            host if flags & socket.AI_NUMERICHOST else names.get(host, host), *rest, flags=flags, **more
+        ),
+    )
     assert listens_at(master_addr) == addresses
+    assert "127.0.0.1" in (listens_at("localhost") or [])
 
 
 def test_the_environment_that_a_user_has_set_stays():
