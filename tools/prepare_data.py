@@ -20,6 +20,7 @@ from megatron_depthattn.data.prepare import Prepared, PrepareSettings, Progress,
 from megatron_depthattn.data.tokenizer import TRAIN_BPE
 from megatron_depthattn.data.unfinished import unfinished_folder
 from megatron_depthattn.paths import user_path
+from megatron_depthattn.terminal import printable
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -54,7 +55,8 @@ class ProgressReport:
         if is_new or self._first is None:
             self._phase, self._phase_start, self._first = progress.phase, now, progress
         if progress.message:
-            self._console.print(printable(progress.message), highlight=False, soft_wrap=True, markup=False)
+            message = printable(" ".join(progress.message.split()))  # a file's name may have line ends
+            self._console.print(message, highlight=False, soft_wrap=True, markup=False)
         figures = self._figures(progress, self._first, now - self._phase_start)
         if self._bar is not None and self._task is not None:
             self._bar.update(
@@ -112,11 +114,6 @@ def summary(output: Path, prepared: Prepared) -> str:
         seconds, tokens = prepared.seconds, prepared.new_tokens
         lines.append(f"  took       {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """The text with its control characters spelt out: a file's name must not steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse_arguments(arguments: list[str] | None) -> PrepareSettings:

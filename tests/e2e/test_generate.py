@@ -162,6 +162,16 @@ def shares_of(cell: str) -> dict[str, float]:
     return {name: float(share) for name, share in (pair.split(":") for pair in cell.split())}
 
 
+def test_show_depth_shows_tokens_as_they_are(tmp_path, capsys):
+    """Tokens that rich would take for markup, or a terminal obey."""
+    tokenizer, tokens = train_bpe(iter([PROMPT.encode()] * 9), 300), ["[/INST]", "[bold]", ":rocket:", "\x1b[2J"]
+    tokenizer.add_tokens(tokens)
+    export(tmp_path, tokenizer)
+    for token in tokens:
+        shown = generated(capsys, tmp_path, "--prompt", token, "--max-new-tokens", 1, "--show-depth")
+        assert f"│ 0 {token!r} " in shown
+
+
 def test_show_depth_wants_a_model_with_depth_attention(tokenizer, tmp_path, capsys):
     export(tmp_path, tokenizer, use_depth_attention=False)
     complaint = refusal(main, capsys, "--model", tmp_path, "--prompt", "a", "--max-new-tokens", 1, "--show-depth")

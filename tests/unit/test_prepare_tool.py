@@ -68,11 +68,11 @@ def test_names_and_code_from_elsewhere_end_in_one_line(
     tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file's name does not steer the terminal; a tokenizer's code is neither run nor asked about."""
-    name = tmp_path / "in\x1b[2J\u202e\n.jsonl"
+    name = tmp_path / "in\x1b[2J\u202e\n👩\u200d🚀.jsonl"
     name.write_text("{")
     assert tool.main(command(name, tmp_path / "out")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {tmp_path}/in\\x1b[2J\\u202e .jsonl, line 1 is not a JSON object")
+    assert error.startswith(f"error: {tmp_path}/in\\x1b[2J\\u202e 👩\u200d🚀.jsonl, line 1 is not a JSON object")
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}')
     (tmp_path / "tok" / "mine.py").write_text("raise SystemExit")
@@ -137,13 +137,14 @@ def test_progress_counts_from_where_this_process_began(
     monkeypatch.setattr(tool, "time", SimpleNamespace(monotonic=lambda: now))
     with tool.ProgressReport() as report:
         values = {"phase": "tokenising", "total_bytes": 10**9}
-        report(Progress(**values, done_bytes=6 * 10**8, tokens=10**8, message="continuing at file 7 of 10"))
+        message = "continuing at file 7 (a\x1b[2J\nb [/i])"
+        report(Progress(**values, done_bytes=6 * 10**8, tokens=10**8, message=message))
         now += 50
         report(Progress(**values, done_bytes=7 * 10**8, tokens=13 * 10**7))
         now += 1
         report(Progress(**values, done_bytes=8 * 10**8, tokens=14 * 10**7))  # too soon for another line
     assert capsys.readouterr().err.splitlines() == [
-        "continuing at file 7 of 10",
+        "continuing at file 7 (a\\x1b[2J b [/i])",
         "tokenising: 600.0 of 1,000.0 MB, 100,000,000 tokens",
         "tokenising: 700.0 of 1,000.0 MB, 130,000,000 tokens, 600,000 tokens/s, 0:02:30 left",
     ]
