@@ -4,6 +4,7 @@ transformers fills tensors that it cannot find with fresh random numbers and say
 a perplexity that looks like a bad model's. Here such a folder is refused, by the name of the file or tensor at fault.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
-from transformers.utils import logging
 
 from megatron_depthattn.hf.modeling_attnres import AttnResForCausalLM
 from megatron_depthattn.hf.modeling_denseformer import DenseFormerForCausalLM
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from megatron_depthattn.hf.modeling_mhc import MHCForCausalLM
+from megatron_depthattn.hf.quietly import one_line, quiet
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder, some_names
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,6 +29,7 @@ _OWN_CLASSES: dict[str, type[PreTrainedModel]] = {
     for model in (DepthAttnForCausalLM, DenseFormerForCausalLM, AttnResForCausalLM, MHCForCausalLM)
 }
 _ADAPTER = "adapter_config.json"
+MAX_PARAMETERS_PER_TENSOR = 8  # a file may hold as one what a model has as several, such as query, key and value
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,7 +44,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without CUDA
-        raise ValueError(f"device {name!r} cannot be used here ({_one_line(error)}): set cpu or auto") from error
+        raise ValueError(f"device {name!r} cannot be used here ({one_line(error)}): set cpu or auto") from error
     return device
 
 
@@ -73,21 +77,22 @@ def load_causal_lm(
     attention = attn_implementation or ("sdpa" if model_class._supports_sdpa else "eager")
     options = {"attn_implementation": attention, "local_files_only": True}
     try:
-        with _quiet():
+        with quiet():
             config = model_class.config_class.from_pretrained(folder, **options)
             config._attn_implementation = attention
-            with torch.device("meta"):
-                shapes = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+            with torch.device("meta"), _at_most_parameters(MAX_PARAMETERS_PER_TENSOR * len(source.shapes)):
+                empty = model_class(config)
     except Exception as error:  # the configs and models raise nearly everything
-        raise ValueError(f"{folder} does not load: {_one_line(error)}") from error
-    if "quantization_config" not in source.config:  # else they are packed
-        _refuse_other_shapes(source, shapes)
+        raise ValueError(f"{folder} does not load: {one_line(error)}") from error
+    if not source.config.get("quantization_config"):  # else they are packed
+        _refuse_other_shapes(source, {name: tensor.shape for name, tensor in empty.state_dict().items()})
+    _refuse_more_than_held(source, empty)
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        with _quiet():
+        with quiet():
             model, info = model_class.from_pretrained(folder, config=config, dtype=dtype or "auto", **options)
     except Exception as error:
-        raise ValueError(f"{folder} does not load: {_one_line(error)}") from error
+        raise ValueError(f"{folder} does not load: {one_line(error)}") from error
     _refuse_partly_loaded(source, info)
     return model.eval()
 
@@ -115,6 +120,36 @@ def _refuse_other_shapes(source: HFFolder, wanted: Mapping[str, Sequence[int]]) 
         raise ValueError(f"{source.folder} holds {some_names(held)}: its weights are not those of its {CONFIG}")
 
 
+def _refuse_more_than_held(source: HFFolder, model: nn.Module) -> None:
+    """The same for tensors that the folder lacks, under whatever names it holds others; tied ones count once."""
+    wanted = {name: math.prod(parameter.shape) for name, parameter in model.named_parameters()}
+    # A packed weight takes a bit at least.
+    quantized = source.config.get("quantization_config")
+    held = 8 * source.file_bytes() if quantized else sum(map(math.prod, source.shapes.values()))
+    if (total := sum(wanted.values())) > held:
+        lacking = wanted.keys() - source.shapes.keys()
+        fault = f"lacks {some_names(lacking)}" if lacking else f"has {source.file_bytes()} bytes for {total} numbers"
+        raise ValueError(f"{source.folder} {fault}: its weights are not those of its {CONFIG}")
+
+
+@contextmanager
+def _at_most_parameters(limit: int) -> Iterator[None]:
+    """Stop the making of a model that has more: layers and experts, however the config names their numbers."""
+    made = 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made > limit:
+            raise ValueError(f"{CONFIG} asks for more than {limit} tensors, which is more than the weights can fill")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _refuse_partly_loaded(source: HFFolder, info: Any) -> None:
     """Refuse a model that has tensors of which the folder holds nothing, or holds what it has no place for."""
     complaints = []
@@ -123,25 +158,6 @@ def _refuse_partly_loaded(source: HFFolder, info: Any) -> None:
     if unexpected := info["unexpected_keys"]:
         complaints.append(f"holds {some_names(unexpected)}, which the config has no place for")
     if info.get("error_msgs"):
-        complaints.append(f"does not load: {_one_line(info['error_msgs'][0])}")
+        complaints.append(f"does not load: {one_line(info['error_msgs'][0])}")
     if complaints:
         raise ValueError(f"{source.folder} {' and '.join(complaints)}: its weights are not those of its {CONFIG}")
-
-
-def _one_line(error: object) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and bars: what they would say is checked here, and said in an error."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

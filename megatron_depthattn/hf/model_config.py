@@ -1,6 +1,7 @@
 """Between the `model` section of a run's config and a Hugging Face config.json: pure dictionaries, both ways."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +48,8 @@ NUMBERS = {"rope_theta", "rms_norm_eps", "initializer_range"}
 SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qk_norm", "scale_embeds"}
 SWITCHES |= {"use_depth_attention", "depth_attention_k_norm_after_rope"}
 SECTIONS = {"rope_parameters", "rope_scaling"}
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+MAX_LAYERS = 10_000  # where the weights are not looked at
+LAYER_COUNTS = re.compile("(?!max_).*layers?")  # not Qwen's max_window_layers, which builds nothing
 MAX_COUNTS = {"num_loops": 1024, "num_labels": 1_000_000}  # of what no weight has, but work or memory is taken for
 # What the released checkpoints carry and nothing reads, below whatever prefix.
 UNUSED_IN_RELEASED = ("lm_head_layernorm.weight",)
@@ -167,10 +169,18 @@ def check_settings(config: Mapping[str, Any], num_tensors: int | None = None) ->
         count = config.get(key)
         if isinstance(count, int) and count > limit:
             raise ValueError(f"{key}={count} is more than {limit}")
-    for key in LAYER_COUNTS:
-        count = config.get(key)
-        if num_tensors is not None and isinstance(count, int) and count > num_tensors:
-            raise ValueError(f"{key}={count} is more than the weights can fill, which are {num_tensors} tensors")
+    if "configuration_files" in config:
+        raise ValueError("configuration_files names other files to read in place of config.json: remove it")
+    limit, reason = MAX_LAYERS, str(MAX_LAYERS)
+    if num_tensors is not None:
+        limit, reason = num_tensors, f"the weights can fill, which are {num_tensors} tensors"
+    parts = [config]  # and those below, such as `text_config`
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, count in part.items():
+            if isinstance(count, int) and count > limit and LAYER_COUNTS.fullmatch(key):
+                raise ValueError(f"{key}={count} is more than {reason}")
 
 
 def _is_size(value: object) -> bool:

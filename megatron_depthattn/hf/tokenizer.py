@@ -6,23 +6,25 @@ may name any attribute of transformers, such as `AutoProcessor`, which asks agai
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
-from transformers.utils import logging
 
+from megatron_depthattn.hf.model_config import check_settings
+from megatron_depthattn.hf.quietly import one_line, quiet
 from megatron_depthattn.paths import leads_out, link_root
 
 TOKENIZER, TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # for a bare tokenizer.json, which names none
 # What transformers 4 saved there and does not open: paths of the machine that saved it.
 UNREAD_FILE_KEYS = ("special_tokens_map_file", "added_tokens_file", "tokenizer_config_file", "chat_template_file")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # may lie elsewhere; no tokenizer's
+# What transformers opens for a tokenizer has one of these, whatever its class; anything else may be a link.
+SUFFIXES = (".json", ".txt", ".model", ".spm", ".codes", ".tokenizer", ".tiktoken", ".jinja")
+CHAT_TEMPLATES, WEIGHTS_INDEX = "additional_chat_templates", ".index.json"
 
 
 def load_fast_tokenizer(folder_or_file: str | Path) -> PreTrainedTokenizerFast:
@@ -37,10 +39,10 @@ def load_fast_tokenizer(folder_or_file: str | Path) -> PreTrainedTokenizerFast:
     if path.name == TOKENIZER and path.with_name(TOKENIZER_CONFIG).is_file():
         path = path.parent  # it also names the special tokens
     try:
-        with _quiet():
+        with quiet():
             tokenizer = _load_folder(path) if path.is_dir() else _load_file(path)
     except Exception as error:  # the loaders raise bare Exception, among others
-        raise ValueError(f"tokenizer {path} does not load: {_one_line(error)}") from error
+        raise ValueError(f"tokenizer {path} does not load: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {path} has no {TOKENIZER}: save it as a fast tokenizer first")
     return tokenizer
@@ -64,7 +66,9 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
                 f"{file} names code of its own (auto_map {code}), which is never run: remove auto_map there to use "
                 f"{TOKENIZER} without that code"
             )
+    check_settings(model)  # AutoTokenizer makes a config of it
     _check_named_files(own)
+    _check_special_tokens(_json_object(folder / SPECIAL_TOKENS))
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     special = own.get("extra_special_tokens")
     if isinstance(special, list) and not hasattr(transformers, "TokenizersBackend"):
@@ -91,9 +95,10 @@ def _is_tokenizer_class(name: Any) -> bool:
 
 
 def _check_links(folder: Path) -> None:
-    root, templates = link_root(folder), folder / "additional_chat_templates"
+    root, templates = link_root(folder), folder / CHAT_TEMPLATES
     for path in (*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
-        if path.suffix not in WEIGHTS and leads_out(path, root):
+        is_opened = path.suffix in SUFFIXES and not path.name.endswith(WEIGHTS_INDEX)
+        if (is_opened or path == templates) and leads_out(path, root):
             raise ValueError(f"{path.name!r} is a link out of the folder: copy the file itself there")
 
 
@@ -103,13 +108,20 @@ def _check_named_files(config: dict[str, Any]) -> None:
     A folder saved by transformers names none of these, and finds its files by their usual names.
     """
     for key, value in config.items():
-        is_path = key.endswith("_file") and key not in UNREAD_FILE_KEYS and isinstance(value, str)
+        is_path = key.endswith("_file") and key not in UNREAD_FILE_KEYS and value is not None
         if is_path or (key == "init_inputs" and value):
             raise ValueError(f"{TOKENIZER_CONFIG} names a file itself ({key} {value!r}): remove {key} there")
     versions = config.get("fast_tokenizer_files") or []
     for name in versions if isinstance(versions, list) else [versions]:
         if Path(str(name)).name != name:
             raise ValueError(f"{TOKENIZER_CONFIG} names a file in another folder (fast_tokenizer_files {name!r})")
+
+
+def _check_special_tokens(tokens: dict[str, Any]) -> None:
+    """Refuse a map that names more than tokens: transformers hands every key to the tokenizer, `vocab_file` too."""
+    for key in tokens:
+        if not key.endswith(("_token", "_special_tokens")):
+            raise ValueError(f"{SPECIAL_TOKENS} names {key!r}, which is no special token: remove it there")
 
 
 def _json_object(file: Path) -> dict[str, Any]:
@@ -120,19 +132,3 @@ def _json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} is not a JSON object")
     return value
-
-
-def _one_line(error: object) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings: that the plain class stands for another one is meant."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -99,6 +99,10 @@ class HFFolder:
                 f"{self._files[name]}: cannot read {name} ({error}); copy or export the model again"
             ) from error
 
+    def file_bytes(self) -> int:
+        """Size of all its weight files."""
+        return sum(file.stat().st_size for file in set(self._files.values()))
+
     def num_bytes(self, name: str) -> int:
         """Size of a tensor."""
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize

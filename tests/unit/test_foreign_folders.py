@@ -98,11 +98,25 @@ def test_an_adapters_base_is_not_loaded(folder: Path):
             r"holds (lm_head|model\.embed_tokens)\.weight of shape \[301, 32\], not \[1000000000000",
         ),
         ({"hidden_size": 10**12}, "holds .* not .*1000000000000"),
+        ({"configuration_files": ["../other.4.0.0.json"]}, r"config\.json: configuration_files names other files"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=10+ is more than"),
+        ({"model_type": "bart", "decoder_layers": 10**9}, "decoder_layers=10+ is more than"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 10**9, "moe_intermediate_size": 8, "decoder_sparse_step": 1},
+            r"config\.json asks for more than \d+ tensors, which is more than the weights can fill",
+        ),
+        ({"vocab_size": 10**9, "quantization_config": {"quant_method": "gptq", "bits": 4}}, r"has \d+ bytes for 64"),
+        ({"model_type": "gpt2", "n_embd": 32, "n_head": 4, "vocab_size": 10**9}, r"lacks .*transformer\.h\.0"),
     ],
     ids=str,
 )
 def test_sizes_that_the_weights_do_not_fill_build_nothing(folder: Path, changes: dict, message: str):
     edit_json(folder / "config.json", **changes)
+    if "lacks" in message:
+        save_file(
+            {"transformer.ln_f.bias": torch.ones(32)} | {f"x{i}": torch.ones(1) for i in range(20)},
+            folder / "model.safetensors",
+        )
     with pytest.raises(ValueError, match=message):
         load_causal_lm(folder)
 

@@ -98,6 +98,16 @@ OUTSIDE: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer": (lambda f: link(f, "tokenizer.json"), "'tokenizer.json' is a link out of the folder"),
     "template": (lambda f: link(f, "chat_template.jinja"), "'chat_template.jinja' is a link out of"),
     "templates": (lambda f: link(f, "additional_chat_templates"), "'additional_chat_templates' is a link out of"),
+    "a file in the map": (
+        lambda f: (f / "special_tokens_map.json").write_text('{"eos_token": "</s>", "vocab_file": "/etc/passwd"}'),
+        "special_tokens_map.json names 'vocab_file', which is no special token: remove it there",
+    ),
+    "a descriptor": (lambda f: write_folder(f, {"vocab_file": 0}), r"\(vocab_file 0\)"),
+    "another config": (lambda f: (f / "config.json").write_text('{"configuration_files": []}'), "configuration_files"),
+    "layers": (
+        lambda f: (f / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 1000000000}'),
+        "num_hidden_layers=1000000000 is more than 10000",
+    ),
     "a file by its path": (lambda f: write_folder(f, {"vocab_file": "/etc/passwd"}), r"\(vocab_file '/etc/passwd'\)"),
     "an argument": (lambda f: write_folder(f, {"init_inputs": ["vocab"]}), r"\(init_inputs \['vocab'\]\)"),
     "a version": (
@@ -117,14 +127,15 @@ def test_nothing_outside_of_a_folder_is_read(case: str, tmp_path: Path) -> None:
         load_fast_tokenizer(folder)
 
 
-def test_links_of_the_hub_s_cache_and_of_weights_are_followed(tmp_path: Path) -> None:
+def test_links_of_the_hub_s_cache_and_of_what_is_not_read_are_no_matter(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "models--a--b" / "snapshots" / "0123")
     blobs = tmp_path / "models--a--b" / "blobs"
     blobs.mkdir()
     for i, file in enumerate(sorted(folder.iterdir())):
         file.rename(blobs / str(i))
         file.symlink_to(Path("..", "..", "blobs", str(i)))
-    (folder / "model.safetensors").symlink_to("/mnt/weights")
+    for name in ("model.safetensors", "model.safetensors.index.json", "README.md", "runs"):
+        (folder / name).symlink_to("/mnt/weights")
     (tmp_path / "mine").symlink_to(folder)
     for given in (folder, tmp_path / "mine"):  # a link that the user names is the user's
         assert load_fast_tokenizer(given).eos_token == "</s>"
