@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return {"to-hf": _to_hf, "from-hf": _from_hf, "adopt": _adopt, "verify": _verify}[given.verb](given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
 
@@ -73,8 +73,7 @@ def _from_hf(given: argparse.Namespace) -> int:
 def _adopt(given: argparse.Namespace) -> int:
     from megatron_depthattn.convert.adopt import adopt
 
-    adopt(HFFolder(given.model), given.output, overwrite=given.overwrite)
-    return _wrote(given.output, [])
+    return _wrote(given.output, adopt(HFFolder(given.model), given.output, overwrite=given.overwrite))
 
 
 def _wrote(output: Path, notes: list[str]) -> int:

@@ -3,25 +3,26 @@
 from pathlib import Path
 
 from megatron_depthattn.convert.complete_folder import complete_folder
-from megatron_depthattn.convert.from_hf import hf_groups, read_finite
+from megatron_depthattn.convert.from_hf import hf_groups, read_finite, tokenizer_of
 from megatron_depthattn.convert.hf_writer import (
     GENERATION_CONFIG,
     copy_files,
     model_files,
-    tokenizer_files,
     write_json,
     write_tokenizer,
     write_weights,
 )
 from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
-from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder
 
 
-def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:
+def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> list[str]:
     """Write ``output`` from a checkpoint in the released layout.
 
     Unlike an import, this keeps the order in which the released code normalises keys, and so the exact function.
+
+    Returns:
+        What the user should know: lines about what was left out.
 
     Raises:
         ValueError: the checkpoint is no released one, or does not hold the model that it describes; the output exists
@@ -40,7 +41,7 @@ def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:
     dtype = str(source.dtypes[names[0]]).removeprefix("torch.")
     config = to_hf_config(model, dtype=dtype, special_tokens=special_tokens)
     sizes = {name: source.num_bytes(name) for name in names}
-    tokenizer = load_fast_tokenizer(source.folder) if tokenizer_files(source.folder) else None
+    tokenizer, notes = tokenizer_of(source)
     with complete_folder(
         output, marker=CONFIG, source=source.folder, num_bytes=sum(sizes.values()), overwrite=overwrite
     ) as folder:
@@ -49,3 +50,4 @@ def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> None:
         copy_files([source.folder / GENERATION_CONFIG, *model_files(config["model_type"])], folder)
         if tokenizer:
             write_tokenizer(source.folder, tokenizer, folder)
+    return notes

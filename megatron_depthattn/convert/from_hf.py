@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from megatron_depthattn.config import RunConfig, to_dict
 from megatron_depthattn.convert.complete_folder import complete_folder
@@ -40,7 +41,7 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
 
     Raises:
         ValueError: the model is of a kind that cannot be trained here; a tensor is missing, left over, not finite or of
-            the wrong shape; its tokenizer does not load; the output exists or cannot be written.
+            the wrong shape; the output exists or cannot be written.
     """
     if is_run_checkpoint(output.resolve()):
         raise ValueError(
@@ -68,7 +69,7 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
     if (source.folder / GENERATION_CONFIG).exists():
         common[GENERATION] = read_json(source.folder / GENERATION_CONFIG)
     num_bytes = sum(tensor.nbytes for tensor in meta.values())
-    tokenizer = load_fast_tokenizer(source.folder) if tokenizer_files(source.folder) else None
+    tokenizer, tokenizer_notes = tokenizer_of(source)
     with complete_folder(
         output, marker=MANIFEST, source=source.folder, num_bytes=num_bytes, overwrite=overwrite
     ) as folder:
@@ -79,7 +80,17 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
             write_tokenizer(source.folder, tokenizer, folder / TOKENIZER)
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         write_manifest(folder, digest_files(folder, files))
-    return [*_differences(source, model), *([] if tokenizer else [NO_TOKENIZER.format(source.folder)])]
+    return [*_differences(source, model), *tokenizer_notes]
+
+
+def tokenizer_of(source: HFFolder) -> tuple[PreTrainedTokenizerFast | None, list[str]]:
+    """The folder's tokenizer, or None and a line that says why: weights are worth having without one."""
+    if not tokenizer_files(source.folder):
+        return None, [NO_TOKENIZER.format(source.folder)]
+    try:
+        return load_fast_tokenizer(source.folder), []
+    except ValueError as error:
+        return None, [f"no tokenizer was taken along, and data for this model needs one: {error}"]
 
 
 def hf_groups(source: HFFolder, model: Mapping[str, Any]) -> list[WeightGroup]:

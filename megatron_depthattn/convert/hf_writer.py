@@ -89,7 +89,9 @@ def write_tokenizer(source: Path, tokenizer: PreTrainedTokenizerFast, folder: Pa
     config = json.loads(path.read_bytes()) if path.is_file() else {}
     config |= {"model_input_names": MODEL_INPUTS}
     if type(tokenizer) is PreTrainedTokenizerFast:
-        config["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # __name__ in transformers 5 is one that 4 lacks
+    elif not config.get("tokenizer_class"):  # the model's config.json said it, which is not copied
+        config["tokenizer_class"] = type(tokenizer).__name__.removesuffix("Fast")
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 5's name of what 4 and 5 read
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(path, config)

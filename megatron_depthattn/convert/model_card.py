@@ -143,5 +143,5 @@ def _as_text(value: object) -> str:
 
 def _fenced(language: str, text: str) -> str:
     """A block of code that nothing in it can end."""
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{language}\n{text}{fence}"

@@ -26,6 +26,7 @@ from megatron_depthattn.hf.model_config import to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import CONFIG, read_json
+from megatron_depthattn.paths import leads_out, link_root
 from megatron_depthattn.train.step_folders import GENERATION
 
 TOKENIZER = "tokenizer"
@@ -111,10 +112,14 @@ def find_tokenizer(checkpoint: MegatronCheckpoint) -> Path | None:
     """The tokenizer's folder beside an imported checkpoint, or in the data folders of the run that saved it.
 
     Raises:
-        ValueError: the data folders hold different ones, or another one than their manifest says.
+        ValueError: the data folders hold different ones, or another one than their manifest says; it is a link to
+            a folder elsewhere.
     """
     data = checkpoint.common["config"].get("data", {})
     paths = [stream["path"] for stream in data.get("streams") or ()] or [data.get("path")]
+    for place in (checkpoint.folder, *(Path(path) for path in paths if path)):
+        if leads_out(place / TOKENIZER, link_root(place)):
+            raise ValueError(f"{place / TOKENIZER} is a link out of its folder: to follow it, give it as --tokenizer")
     corpora = [Path(path) for path in paths if path and tokenizer_files(Path(path) / TOKENIZER)]
     if tokenizer_files(checkpoint.folder / TOKENIZER):
         return checkpoint.folder / TOKENIZER

@@ -136,7 +136,9 @@ def test_released_layout_is_imported(tmp_path: Path):
 def test_released_layout_runs_in_transformers_as_it_was_trained(tmp_path: Path):
     """Keys are normalised after the rotary embedding there: the exact function, not the one Megatron goes on with."""
     folder = released(tmp_path)
-    adopt(HFFolder(folder), tmp_path / "adopted")
+    (folder / "tokenizer.model").write_bytes(b"a sentencepiece model alone")
+    (note,) = adopt(HFFolder(folder), tmp_path / "adopted")
+    assert "no tokenizer was taken along" in note and "does not load" in note
     model, weights = model_section(), tensors_of(folder)
     assert tensors_of(tmp_path / "adopted").keys() == weights.keys() - {"lm_head_layernorm.weight"}
     with torch.no_grad():

@@ -22,6 +22,7 @@ from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm
 from megatron_depthattn.hf.model_config import to_model_section
+from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import HFFolder
 from tests.checkpoints import make
 
@@ -62,9 +63,9 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_handed_on(folder: Path, tmp_
     assert not copied & set(names) and {"tokenizer.json", "modeling_depthattn.py"} <= copied
     auto_map = {"AutoTokenizer": ["tokenization_evil.Evil", None]}
     edit_json(folder / "tokenizer_config.json", auto_map=auto_map, tokenizer_class="Evil")
-    with pytest.raises(ValueError, match="names code of its own"):
-        import_checkpoint(HFFolder(folder), tmp_path / "second")
-    assert not ran.exists() and not (tmp_path / "second").exists()
+    (note,) = [note for note in import_checkpoint(HFFolder(folder), tmp_path / "second") if "tokenizer" in note]
+    assert "data for this model needs one" in note and "names code of its own" in note
+    assert not ran.exists() and not list((tmp_path / "second" / "tokenizer").iterdir())
 
 
 @pytest.mark.parametrize("model_type", ["depthattn", "qwen3"])
@@ -124,7 +125,7 @@ def test_sizes_that_the_weights_do_not_fill_build_nothing(folder: Path, changes:
 # ----------------------------------------------------------------------------------------------------------- paths
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "merges.txt", "config.json"])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path, name: str):
     secret = tmp_path / "secret"
     secret.write_text(json.dumps(SECRET))
@@ -133,6 +134,17 @@ def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path, 
     with pytest.raises(ValueError, match="is a link out of"):
         import_checkpoint(HFFolder(folder), tmp_path / "step")
     assert not (tmp_path / "step").exists()
+
+
+def test_a_tokenizer_by_a_link_is_not_taken_along(folder: Path, tmp_path: Path):
+    (folder / "merges.txt").symlink_to(tmp_path / "secret")
+    notes = import_checkpoint(HFFolder(folder), tmp_path / "step")
+    assert "'merges.txt' is a link out of the folder" in notes[-1]
+    (tmp_path / "step" / "tokenizer").rmdir()
+    (tmp_path / "step" / "tokenizer").symlink_to(tmp_path / "tokenizer")  # as a downloaded step folder might have it
+    with pytest.raises(ValueError, match=r"step/tokenizer is a link out of its folder.* --tokenizer"):
+        export(MegatronCheckpoint(tmp_path / "step"), tmp_path / "back")
+    export(MegatronCheckpoint(tmp_path / "step"), tmp_path / "back", tokenizer=tmp_path / "step" / "tokenizer")
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a\\b"])
@@ -279,6 +291,8 @@ def test_a_tokenizer_of_transformers_5_is_exported_for_both_versions(folder: Pat
     export(MegatronCheckpoint(tmp_path / "step_00000007"), made, tokenizer=source)
     tokenizer = AutoTokenizer.from_pretrained(made)
     assert tokenizer.additional_special_tokens == ["few"] and tokenizer.eos_token_id == 0
+    settings = json.loads((made / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     inputs = tokenizer("a few words", return_tensors="pt")
     assert [*inputs] == ["input_ids", "attention_mask"]
     assert load_causal_lm(made).generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
@@ -288,6 +302,19 @@ def corpus(folder: Path, text: bytes) -> Path:
     train_bpe(iter([text]), 290).save_pretrained(folder / "tokenizer")
     (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
     return folder
+
+
+def test_a_tokenizer_of_vocab_and_merges_is_exported_with_its_class(folder: Path, tmp_path: Path):
+    """Where the model's config.json alone says the class."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
+    (source / "merges.txt").write_text("#version: 0.2\na b\n")
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    export(MegatronCheckpoint(tmp_path / "step_00000007"), tmp_path / "again", tokenizer=source)
+    import_checkpoint(HFFolder(tmp_path / "again"), tmp_path / "step")
+    for made in (tmp_path / "again", tmp_path / "step" / "tokenizer"):
+        assert load_fast_tokenizer(made).encode("ab") == [2]
 
 
 def test_a_run_on_several_streams_exports_their_tokenizer(tmp_path: Path):
@@ -328,3 +355,5 @@ def test_names_of_tensors_are_written_out_on_the_terminal(folder: Path, capsys: 
     assert main(["from-hf", "--model", str(folder), "--output", str(folder.parent / "step")]) == 1
     errors = capsys.readouterr().err
     assert "evil\\x1b]0;x\\x07 error: no is left over" in errors and errors.count("\n") == 1
+    assert main(["from-hf", "--model", "x" * 300, "--output", str(folder.parent / "step")]) == 1
+    assert re.fullmatch(r"error: .*File name too long: .*\n", capsys.readouterr().err)
