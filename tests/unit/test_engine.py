@@ -42,7 +42,10 @@ def test_deepspeed_that_cannot_build_itself(monkeypatch):
 
 
 def test_gradients_in_host_memory_are_summed_where_the_backend_takes_them(monkeypatch):
-    """With an offloaded optimizer; NCCL takes no tensor on the CPU. Tensors without data stand for both devices."""
+    """With an offloaded optimizer; NCCL takes no tensor on the CPU. Tensors without data stand for both devices.
+
+    The accelerator is "meta" here: the CPU runtime, which stays once a test has entered it, turns "cuda" into "cpu".
+    """
     from megatron.core import parallel_state
 
     from megatron_depthattn.train.deepspeed_engine.gradients import sum_over_tensor_ranks
@@ -53,12 +56,12 @@ def test_gradients_in_host_memory_are_summed_where_the_backend_takes_them(monkey
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: summed.append(tensor.device.type))
     with FakeTensorMode():
         gradients = {name: torch.ones(4, device="cpu") for name in ("a.q_layernorm.weight", "a.k_layernorm.weight")}
-        held = [SimpleNamespace(name=name, parameter=torch.ones(4, device="cuda")) for name in gradients]
+        held = [SimpleNamespace(name=name, parameter=torch.ones(4, device="meta")) for name in gradients]
         after = {}
         shards = SimpleNamespace(
             held=held,
             gradient=lambda shard: gradients[shard.name],
             set_gradient=lambda shard, value: after.update({shard.name: value.device.type}),
         )
-        sum_over_tensor_ranks(shards, torch.device("cuda"))
-    assert (summed, set(after.values())) == (["cuda"], {"cpu"})
+        sum_over_tensor_ranks(shards, torch.device("meta"))
+    assert (summed, set(after.values())) == (["meta"], {"cpu"})

@@ -60,10 +60,18 @@ def loader(dataset: TokenDataset) -> Iterator[TokenLoader]:
     loader.close()
 
 
+OTHER_CHILDREN: list[multiprocessing.process.BaseProcess] = []
+
+
 def workers() -> list[psutil.Process]:
-    """Loader processes of this process; it may have other children, such as Python's resource tracker."""
-    pids = [process.pid for process in multiprocessing.active_children()]
-    return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    """Loader processes of this process; other tests may have left it other children."""
+    children = [child for child in multiprocessing.active_children() if child not in OTHER_CHILDREN]
+    return [psutil.Process(child.pid) for child in children if psutil.pid_exists(child.pid)]
+
+
+@pytest.fixture(autouse=True)
+def _other_children() -> None:
+    OTHER_CHILDREN[:] = multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
