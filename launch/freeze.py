@@ -45,8 +45,9 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
     part.mkdir(mode=0o770)
     for name, config in configs.items():
         save_config(config, part / name)
-    code = [name for name, is_code in _files(repository) if is_code]
-    left_out = [name for name, is_code in _files(repository) if not is_code]
+    files = list(_files(repository))
+    code = [name for name, is_code in files if is_code]
+    left_out = [name for name, is_code in files if not is_code]
     for name in code:
         (part / "code" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / name, part / "code" / name)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_depthattn import hf
 from megatron_depthattn.hf.model_config import AUTO_MAP
+from megatron_depthattn.hf.tokenizer import MODEL_INPUTS
 from megatron_depthattn.hf.weights_folder import CONFIG, INDEX
 from megatron_depthattn.paths import leads_out, link_root
 
@@ -21,7 +22,6 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
 )
 """All that is read of a tokenizer; a folder's code, and files that only look like these, are left where they are."""
-MODEL_INPUTS = ["input_ids", "attention_mask"]
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
 

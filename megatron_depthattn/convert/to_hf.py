@@ -1,6 +1,5 @@
 """Export: a Megatron step folder to a Hugging Face folder that loads without this package."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_depthattn.convert.hf_writer import (
 )
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
+from megatron_depthattn.data.tokenizer import file_sha256
 from megatron_depthattn.hf.model_config import to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
@@ -134,7 +134,7 @@ def _tokenizer_digest(corpus: Path) -> str:
     file = corpus / TOKENIZER / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}: give --tokenizer DIR")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = file_sha256(file)
     manifest = corpus / "manifest.json"
     made_by = read_json(manifest).get("tokenizer_sha256", digest) if manifest.is_file() else digest
     if digest != made_by:

@@ -43,6 +43,8 @@ def train_bpe(documents: Iterator[bytes], vocab_size: int) -> PreTrainedTokenize
     """A byte-level BPE with the special tokens of GPT-NeoX: EOS (also BOS) is id 0, padding id 1."""
     from transformers import PreTrainedTokenizerFast
 
+    from megatron_depthattn.hf.tokenizer import MODEL_INPUTS
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,7 +60,7 @@ def train_bpe(documents: Iterator[bytes], vocab_size: int) -> PreTrainedTokenize
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
-        model_input_names=["input_ids", "attention_mask"],  # what decoders take: no token_type_ids
+        model_input_names=MODEL_INPUTS,
     )
 
 

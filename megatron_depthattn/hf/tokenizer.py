@@ -19,6 +19,7 @@ from megatron_depthattn.paths import leads_out, link_root
 
 TOKENIZER, TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+MODEL_INPUTS = ["input_ids", "attention_mask"]  # what decoders take: no token types
 KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # for a bare tokenizer.json, which names none
 # What transformers 4 saved there and does not open: paths of the machine that saved it.
 UNREAD_FILE_KEYS = ("special_tokens_map_file", "added_tokens_file", "tokenizer_config_file", "chat_template_file")
