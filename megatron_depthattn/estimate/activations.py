@@ -114,12 +114,10 @@ class ChunkActivations:
 
     def working(self) -> int:
         """Bytes of the largest temporary of backward, to within a few per cent of the peak: gradients inside the MLP,
-        or with recomputation what is made again, the gradients of scores and of lent sources; in the output layer the
+        or with recomputation what is made again and the gradients of lent sources; in the output layer the
         logits before their softmax and a gradient of the weight."""
         shape = self.shape
         inside = 4 * shape.element * shape.tokens * shape.ffn_size
-        if self.recompute.granularity is not None and shape.spec == "local":
-            inside = max(inside, 4 * shape.batch * shape.num_heads * shape.query_length * shape.key_length)
         if self.recompute.granularity == "full":
             inside += len(self._lent) * self._source_bytes
         layers = self.made_again() + self._mix_made_again() + inside

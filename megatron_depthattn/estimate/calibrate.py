@@ -187,17 +187,20 @@ def _products(clock: _Clock, config: RunConfig, device: torch.device) -> Cost:
 
 
 def _attention(clock: _Clock, config: RunConfig, device: torch.device) -> Cost:
-    """Batched products of scores and of weighted values, over a micro-batch's heads."""
+    """The causal kernel over a micro-batch's heads: a third of its forward and backward, which count as three."""
     model, length, points = config.model, config.data.sequence_length, []
     for degree in _degrees(config):
+        heads = model.num_attention_heads // degree
         for rows in _rows(config):
-            heads, size = model.num_attention_heads // degree, (max(1, rows // length), min(rows, length))
-            q = torch.randn(heads * size[0], size[1], model.kv_channels, device=device, dtype=_dtype(config))
-            k = torch.randn(heads * size[0], length, model.kv_channels, device=device, dtype=_dtype(config))
-            scores = q @ k.transpose(1, 2)
-            kinds = (lambda: q @ k.transpose(1, 2), lambda: scores @ k, lambda: scores.transpose(1, 2) @ q)  # noqa: B023
-            seconds = statistics.fmean(clock.seconds(kind) for kind in kinds)
-            points.append((2.0 * q.numel() * length, seconds))
+            batch, positions = max(1, rows // length), min(rows, length)
+            shape = (batch, heads, positions, model.kv_channels)
+            q, k, v = (torch.randn(shape, device=device, dtype=_dtype(config), requires_grad=True) for _ in range(3))
+            gradient = torch.ones_like(q)
+
+            def both_ways() -> None:
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient)  # noqa: B023
+
+            points.append((2.0 * q.numel() * positions, clock.seconds(both_ways) / 3))
     return _cost(points)
 
 
@@ -212,8 +215,7 @@ def _passes(clock: _Clock, device: torch.device) -> Cost:
 
 def _exponential(clock: _Clock, config: RunConfig, passes: Cost, device: torch.device) -> float:
     """What softmax takes above its bytes, an element."""
-    length = config.data.sequence_length
-    scores = torch.randn(config.model.num_attention_heads, length, length, device=device)
+    scores = torch.randn(config.data.sequence_length, config.model.ffn_hidden_size, device=device)
     above = clock.seconds(lambda: scores.softmax(-1)) - passes.seconds(2 * scores.nbytes)
     return max(0.0, above / scores.numel())
 

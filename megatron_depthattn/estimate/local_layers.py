@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_depthattn.estimate.shapes import RankShape
 from megatron_depthattn.estimate.storages import Storages
+from megatron_depthattn.model.activation_memory import BLOCK_ROWS
 
 
 def norm(kept: Storages, shape: RankShape, given: str, made: str, *, width: int, count: int) -> str:
@@ -25,23 +26,23 @@ def rope(kept: Storages, shape: RankShape, layer: int) -> None:
 
 
 def core_attention(kept: Storages, shape: RankShape, layer: int, query: str, key: str, value: str) -> None:
-    """Scores as a matrix, with k and v repeated for every query head and, under context parallel, gathered."""
+    """A flash kernel: its inputs, its output (which the projection keeps too) and the log of each row's sum.
+
+    Under context parallel k and v are gathered, and a piece of the sequence goes in blocks of rows with one strip of masks.
+    Rank 0 is counted, whose first piece needs none.
+    """
     kept.keep(query)
     everywhere = shape.key_length // shape.query_length
-    if shape.num_heads > shape.num_groups:
-        kept.keep_new(f"repeated_keys.{layer}", everywhere * shape.query_bytes)
-        kept.keep_new(f"repeated_values.{layer}", everywhere * shape.query_bytes)
-    elif everywhere > 1:
+    if everywhere > 1:
         kept.keep_new(f"gathered_keys.{layer}", everywhere * shape.key_bytes)
         kept.keep_new(f"gathered_values.{layer}", everywhere * shape.key_bytes)
+        kept.keep_new(f"blocks.{layer}", shape.query_bytes)
+        rows = shape.query_length // 2
+        block = min(rows, BLOCK_ROWS)
+        kept.keep_new(f"mask.{layer}", shape.element * block * (shape.key_length + block))
     else:
         kept.keep(key, value)
-    square = shape.query_length * shape.key_length
-    kept.keep_new(f"mask.{layer}", square)
-    scores = shape.batch * shape.num_heads * square
-    kept.keep_new(f"softmax.{layer}", 4 * scores)
-    if shape.element == 2:
-        kept.keep_new(f"weights.{layer}", 2 * scores)
+    kept.keep_new(f"logsumexp.{layer}", 4 * shape.batch * shape.num_heads * shape.query_length)
 
 
 def mlp(kept: Storages, shape: RankShape, layer: int, given: str) -> None:

@@ -73,7 +73,7 @@ class Machine:
     products: Mapping[str, Cost]
     """Seconds of one matrix product by its operations, by type: fp32, bf16, fp8."""
     attention: Mapping[str, Cost]
-    """The same of a batched product of attention."""
+    """The same of causal core attention, by the operations of what is not masked."""
     passes: Cost
     """Seconds of one operation that is bound by memory, by the bytes that it reads and writes."""
     exponential_seconds: float = 0.0

@@ -208,21 +208,11 @@ def layer_products(config: RunConfig, machine: Machine) -> float:
 
 
 def attention_seconds(config: RunConfig, machine: Machine) -> _Part:
-    """Of one layer's core attention in forward: the local one computes and writes the whole square of scores."""
-    model, tensor, length = config.model, config.parallel.tensor, config.data.sequence_length
+    """Of one layer's core attention in forward: one causal kernel, which writes nothing but its output."""
     query, _ = _sizes(config)
-    operations = 2 * rows(config) * length * query / tensor
-    cost = machine.attention[config.precision.dtype]
-    if model.spec == "te":  # one kernel, causal, nothing written but the output; its backward has 2.5 times as many
-        moved = 4 * rows(config) * query / tensor * element_bytes(config)
-        return _Part(cost.seconds(operations), machine.passes.seconds(moved))
-    scores = rows(config) * length * model.num_attention_heads / tensor
-    extra = 2 * (FP32 + 2) if config.precision.dtype == "bf16" else 0  # to fp32 and back
-    moved = scores * (4 * FP32 + extra)  # mask and softmax, each read and written
-    exponentials = scores * machine.exponential_seconds
-    repeated = 4 * rows(config) * query / tensor * element_bytes(config)  # keys and values for every query head
-    seconds = machine.passes.seconds(moved / 2) * 2 + exponentials + machine.passes.seconds(repeated)
-    return _Part(2 * cost.seconds(operations), seconds)
+    operations = 2 * rows(config) * config.data.sequence_length * query / config.parallel.tensor
+    moved = 4 * rows(config) * query / config.parallel.tensor * element_bytes(config)
+    return _Part(machine.attention[config.precision.dtype].seconds(operations), machine.passes.seconds(moved))
 
 
 def _layer_passes(config: RunConfig) -> Iterator[float]:

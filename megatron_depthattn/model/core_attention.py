@@ -1,25 +1,39 @@
-"""Core attention of the local backend under context parallel: gather keys and values, attend with one's own queries.
+"""Core attention of the local layers: torch's ``scaled_dot_product_attention`` in Megatron's place.
 
-Megatron's local ``DotProductAttention`` refuses context parallel; TransformerEngine's ring attention is the fast
-path on GPUs. This one is for parity on machines without a GPU: simple, exact, and O(sequence) memory for keys and
-values on every rank.
+Causal attention needs no mask tensor and grouped heads no repeated keys; torch picks a flash kernel where it has one,
+on a CPU as well, so what a layer keeps for backward grows with the sequence and not with its square.
 
-Megatron deals each rank ``r`` of ``c`` two of ``2c`` equal pieces of the sequence, ``r`` and ``2c-1-r``, so that
-causal work is balanced; positions below follow that order.
+``is_causal`` lets row i of the queries see the first i + 1 keys, which is right only where both begin at position 0.
+Queries that are the last positions of longer keys (with a cache, and under context parallel) go in blocks of rows, each
+with a mask.
+
+Under context parallel keys and values are gathered and a rank attends with its own queries: simple, exact, and O(sequence)
+memory for keys and values on every rank; TransformerEngine's ring attention is the fast path on GPUs. Megatron deals
+each rank ``r`` of ``c`` two of ``2c`` equal pieces of the sequence, ``r`` and ``2c-1-r``, so that causal work is balanced.
+
+Shape suffixes: S positions, B micro-batch, H query heads and G key/value heads of this rank, D head size.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_depthattn.model.activation_memory import BLOCK_ROWS
 
 
 def context_parallel_positions(sequence_length: int, rank: int, size: int) -> Tensor:
@@ -28,8 +42,12 @@ def context_parallel_positions(sequence_length: int, rank: int, size: int) -> Te
     return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
 
 
-class AllGatherAttention(DotProductAttention):
-    """Causal ``DotProductAttention`` whose keys and values are gathered over the context-parallel group."""
+class SDPAttention(DotProductAttention):
+    """Megatron's ``DotProductAttention`` computed by torch's kernels, also under context parallel.
+
+    Raises:
+        ValueError: a sliding window or a softmax other than the plain one.
+    """
 
     def __init__(
         self,
@@ -41,14 +59,17 @@ class AllGatherAttention(DotProductAttention):
     ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        if config.window_size is not None and pg_collection.cp.size() > 1:
-            raise ValueError(
-                f"window_size={config.window_size} with context_parallel_size={config.context_parallel_size}: "
-                "Megatron's local softmax would replace the mask of the gathered sequence. Set window_size=None or "
-                "context_parallel_size=1."
-            )
+        for field, given, plain in (
+            ("window_size", config.window_size, None),
+            ("softmax_type", config.softmax_type, "vanilla"),
+        ):
+            if given != plain:
+                raise ValueError(
+                    f"{field}={given!r}: torch's attention kernels, which the local layers use, do not have it. Set "
+                    f"{field}={plain!r}, or build the model with TransformerEngine's layers."
+                )
         self_contained = copy.copy(config)
-        self_contained.context_parallel_size = 1  # each rank computes complete rows: plain attention from here on
+        self_contained.context_parallel_size = 1  # each rank computes complete rows
         super().__init__(self_contained, layer_number, *args, pg_collection=pg_collection, **kwargs)
         self.cp_group = pg_collection.cp
 
@@ -58,14 +79,23 @@ class AllGatherAttention(DotProductAttention):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        *args: Any,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        **kwargs: Any,
     ) -> Tensor:
-        """As Megatron's; query, key and value hold this rank's positions, ``[s/c, b, heads, d]``.
+        """Attend over the sequence.
+
+        Args:
+            query: ``[S, B, H, D]``, this rank's positions.
+            key, value: ``[S, B, G, D]``; as many positions, or more where ``query`` holds the last ones.
+            attention_mask: True where a query must not see a key, broadcast to ``[B, H, S, S]``; None: causal.
+            attn_mask_type: as Megatron's; causal unless a mask is given.
+
+        Returns:
+            ``[S, B, H * D]``.
 
         Raises:
-            ValueError: packed sequences, or an attention mask under context parallel.
+            ValueError: packed sequences, a bias, or an attention mask under context parallel.
         """
         if packed_seq_params is not None:
             raise ValueError(
@@ -73,17 +103,78 @@ class AllGatherAttention(DotProductAttention):
                 "attend across them. Build the model with TransformerEngine's layers (backend='te'), or pass one "
                 "document a row."
             )
+        if attention_bias is not None:
+            raise ValueError("attention_bias was given: the local core attention has none. Pass attention_bias=None.")
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        if size == 1:
-            return super().forward(query, key, value, attention_mask, *args, **kwargs)
-        if attention_mask is not None:
+        if size > 1 and attention_mask is not None:
             raise ValueError(
                 "an attention mask was given under context parallel: the local backend knows the causal one only. Pass "
                 "attention_mask=None."
             )
-        # Gathered along dim 0; its backward sums every rank's contribution and returns one's own share.
-        key, value = (gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value))
-        key_positions = torch.cat([context_parallel_positions(key.size(0), r, size) for r in range(size)])
-        query_positions = context_parallel_positions(key.size(0), rank, size)
-        future = (key_positions[None, :] > query_positions[:, None]).to(query.device)
-        return super().forward(query, key, value, future[None, None], *args, **kwargs)
+        # As Megatron's: under sequence parallel every rank drops out by the same generator.
+        forked = nullcontext() if self.config.sequence_parallel or not self._dropout else get_cuda_rng_tracker().fork()
+        with forked:
+            if size == 1:
+                return self._attend(query, key, value, attention_mask)
+            key, value = (_in_sequence_order(t, self.cp_group) for t in (key, value))
+            rows = query.size(0) // 2
+            ends = ((rank + 1) * rows, (2 * size - rank) * rows)
+            pieces = zip(query.split(rows), ends, strict=True)
+            return torch.cat([self._attend(piece, key[:end], value[:end], None) for piece, end in pieces])
+
+    @property
+    def _dropout(self) -> float:
+        return self.attention_dropout.p if self.training else 0.0
+
+    def _attend(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, masked: Tensor | None) -> Tensor:
+        given = query_SBHD, key_SBGD, value_SBGD
+        if masked is not None:
+            query, key, value = (t.permute(1, 2, 0, 3) for t in given)
+            return self._sdpa(query, key, value, attn_mask=~masked).permute(2, 0, 1, 3).flatten(2)
+        # Batch and heads as one dimension: what comes out then lies as the output projection reads it, without a copy.
+        query, key, value = (t.flatten(1, 2).transpose(0, 1).unsqueeze(0) for t in given)
+        rows, keys = query.size(2), key.size(2)
+        if rows == keys:
+            context = self._sdpa(query, key, value, is_causal=rows > 1)
+        elif rows == 1:
+            context = self._sdpa(query, key, value)
+        elif query.is_cuda:
+            context = self._sdpa(query, key, value, attn_mask=causal_lower_right(rows, keys))
+        else:
+            context = torch.cat(list(self._in_blocks(query, key, value)), dim=2)
+        return context.squeeze(0).transpose(0, 1).reshape(rows, query_SBHD.size(1), -1)
+
+    def _in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+        """Contexts of blocks of rows, of queries that are the last positions of the keys.
+
+        Every block's mask is a view of one strip, so that what is kept of the masks is linear in the sequence, too.
+        """
+        rows, keys = query.size(2), key.size(2)
+        size = min(rows, BLOCK_ROWS)
+        strip = query.new_full((size, keys + size), -torch.inf).triu(keys + 1)
+        for start in range(0, rows, size):
+            block = query[:, :, start : start + size]
+            before = keys - rows + start
+            visible = before + block.size(2)
+            mask = strip[: block.size(2), keys - before : keys - before + visible]
+            yield self._sdpa(block, key[:, :, :visible], value[:, :, :visible], attn_mask=mask)
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=self._dropout,
+            scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1.0),
+            enable_gqa=query.size(1) != key.size(1),
+            **mask,
+        )
+
+
+def _in_sequence_order(mine: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The whole sequence, of which every context-parallel rank holds two pieces.
+
+    The backward sums every rank's contribution and returns one's own share.
+    """
+    pieces = gather_from_sequence_parallel_region(mine, group=group).chunk(2 * group.size())
+    return torch.cat([*pieces[::2], *pieces[::-2]])

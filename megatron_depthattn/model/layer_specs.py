@@ -17,7 +17,7 @@ from megatron_depthattn.methods.attnres.layer import with_attention_residuals
 from megatron_depthattn.methods.denseformer.layer import with_denseformer
 from megatron_depthattn.methods.mhc.layer import with_hyper_connections
 from megatron_depthattn.model.attention import DepthSelfAttention
-from megatron_depthattn.model.core_attention import AllGatherAttention
+from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.layer import DepthAttentionLayer
 from megatron_depthattn.model.norm import RMSNorm
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
@@ -90,7 +90,7 @@ def _local_spec(config: DepthAttentionConfig) -> ModuleSpec:
         )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     attention: Any = spec.submodules.self_attention.submodules
-    attention.core_attention = AllGatherAttention
+    attention.core_attention = SDPAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm

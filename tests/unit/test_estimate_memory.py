@@ -76,7 +76,7 @@ def test_activations_are_what_autograd_saves(method, recompute):
 @pytest.mark.parametrize(
     ("left_out", "settings"),
     [
-        ("softmax.", [LONG_AND_NARROW]),
+        ("query.", [LONG_AND_NARROW]),
         ("gate_and_up.", [SHORT_AND_WIDE]),
         ("softmax", [SHORT_AND_WIDE, {"model.vocab_size": 4000}]),
         ("projection.", [SHORT_AND_WIDE]),
@@ -102,7 +102,6 @@ def test_what_depth_attention_adds_is_what_the_plan_predicts(spec, stride, recom
     predicted = depth_activations(
         SourcePlan(4, stride),
         key_size=2 * 8,
-        attention_keeps_inputs=spec == "te" or recompute == "selective",
         norm_keeps_projection=spec == "local",
         recomputed=recompute == "uniform",
     )
@@ -154,7 +153,7 @@ def test_control_a_rank_is_not_another():
     config = config_of({"parallel.pipeline": 2, "train.global_batch_size": 8, "precision.dtype": "bf16"})
     first, last = (rank_memory(config, 2, pipeline_rank=stage, device="cpu") for stage in (0, 1))
     assert first.parameters != last.parameters
-    assert first.activations > 1.5 * last.activations
+    assert first.activations > 1.3 * last.activations
     assert rank_memory(config, 4, pipeline_rank=0).optimizer < 0.6 * first.optimizer
     with pytest.raises(ValueError, match="pipeline_rank is 2"):
         rank_memory(config, 2, pipeline_rank=2)

@@ -41,7 +41,8 @@ PURE = {
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
     **{
         f"estimate/{name}.py": {
-            f"{PACKAGE}.{n}" for n in ("config", "estimate", "methods", "model.source_plan", "vocabulary")
+            f"{PACKAGE}.{n}"
+            for n in ("config", "estimate", "methods", "model.activation_memory", "model.source_plan", "vocabulary")
         }
         for name in (
             *("activations", "in_flight", "local_layers", "memory", "parameters", "shapes", "states", "storages"),

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_depthattn.model.core_attention import AllGatherAttention
+from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.layer_specs import depth_attention_layer_spec
 from megatron_depthattn.model.refusals import DEPTH_ATTENTION_REFUSALS, HIDDEN_STATE_REFUSALS, REFUSALS
@@ -243,7 +242,7 @@ def test_tensor_parallel_must_divide_the_padded_vocabulary():
 def test_attention_mask_under_context_parallel(megatron_world_of_one):
     model = build_gpt_model(config_of(), vocab_size=100, max_sequence_length=8)
     attention = model.decoder.layers[0].self_attention.core_attention
-    assert isinstance(attention, AllGatherAttention)
+    assert isinstance(attention, SDPAttention)
     query, key = torch.zeros(4, 1, 4, 8), torch.zeros(4, 1, 2, 8)
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     attention(query, key, key, mask)  # alone, a mask is fine
@@ -251,14 +250,6 @@ def test_attention_mask_under_context_parallel(megatron_world_of_one):
     with pytest.raises(ValueError, match="an attention mask was given under context parallel") as error:
         attention(query, key, key, mask)
     assert "Pass attention_mask=None." in str(error.value)
-
-
-def test_sliding_window_under_context_parallel(megatron_world_of_one):
-    config = config_of(window_size=(4, 0))
-    build_gpt_model(config, vocab_size=100, max_sequence_length=8)  # alone, a window is fine
-    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1), cp=SimpleNamespace(size=lambda: 2))
-    with pytest.raises(ValueError, match="Set window_size=None or context_parallel_size=1"):
-        AllGatherAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
 
 
 def test_pipelined_inference(megatron_world_of_one):

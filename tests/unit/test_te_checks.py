@@ -34,7 +34,7 @@ def test_first_and_last_layers_in_bf16(record_property):
 
 
 def test_packed_documents(monkeypatch, record_property):
-    monkeypatch.setattr(layer_specs, "AllGatherAttention", DocumentAttention)
+    monkeypatch.setattr(layer_specs, "SDPAttention", DocumentAttention)
     record_property("found", te_checks.check_packed(CPU, [48, 64, 16], 1e-6, FP32))
 
 

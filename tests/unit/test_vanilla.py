@@ -1,4 +1,7 @@
-"""Depth-Attention switched off, or without a source, is Megatron's own model: to the bit, forward and backward."""
+"""Depth-Attention switched off, or without a source, is Megatron's own model: to the bit, forward and backward.
+
+Given the same core attention, which is torch's and not Megatron's own; test_core_attention.py compares the two.
+"""
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
+from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.layer import DepthAttentionLayer
@@ -29,11 +33,13 @@ def ours(**overrides) -> GPTModel:
 
 
 def stock(weights_of: GPTModel, **overrides) -> GPTModel:
-    """Megatron's model with Megatron's spec, built as its own script does; nothing of the package but values."""
+    """Megatron's model with Megatron's spec, built as its own script does; core attention and values are ours."""
     tied = overrides.pop("tied", False)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True)
+    spec.submodules.self_attention.submodules.core_attention = SDPAttention
     model = GPTModel(
         config=config_of(depth_attention=False, **overrides),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True),
+        transformer_layer_spec=spec,
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
         share_embeddings_and_output_weights=tied,

@@ -131,11 +131,9 @@ def predicted_numbers(config: RunConfig, kind: str) -> tuple[int, int]:
         recent_window=model.depth_attention.recent_window,
     )
     key_size = model.num_query_groups * model.kv_channels
-    is_given = model.num_attention_heads == model.num_query_groups
     predicted = depth_activations(
         plan,
         key_size=key_size,
-        attention_keeps_inputs=model.spec == "te" or recompute.granularity == "selective" or is_given,
         norm_keeps_projection=model.spec == "local" and (kind == "cuda" or config.precision.dtype == "fp32"),
         recomputed=recompute.granularity == "full",
     )
