@@ -28,8 +28,8 @@ def rope(kept: Storages, shape: RankShape, layer: int) -> None:
 def core_attention(kept: Storages, shape: RankShape, layer: int, query: str, key: str, value: str) -> None:
     """A flash kernel: its inputs, its output (which the projection keeps too) and the log of each row's sum.
 
-    Under context parallel k and v are gathered, and a piece of the sequence goes in blocks of rows with one strip of masks.
-    Rank 0 is counted, whose first piece needs none.
+    Under context parallel k and v are gathered, and a piece of the sequence goes in blocks of rows with one strip of
+    masks. Rank 0 is counted, whose first piece needs none.
     """
     kept.keep(query)
     everywhere = shape.key_length // shape.query_length

@@ -2,11 +2,11 @@
 
 Pure: integers in, integers out, in numbers (elements) per token, for a whole model on one pipeline stage.
 
-A layer's key and value are there in vanilla too, and core attention keeps the q, k and v that it is given. But the value
-that vanilla's is given is a view of the fused QKV projection. Where the norm of k keeps that projection alive in both
-models (torch's norm does), the own value that the mix keeps is such a view, too, and a mixed value is memory of its own.
-TransformerEngine's norm does not, and its core attention copies a value that is a view: the mixed value takes the place of
-that copy, and the own value is a copy that only the mix keeps.
+A layer's key and value are there in vanilla too, and core attention keeps the q, k and v that it is given. But the
+value is there a view of the fused QKV projection. Where the norm of k keeps that projection alive in both models
+(torch's norm does), the own value that the mix keeps is such a view, too, and a mixed value is memory of its own.
+TransformerEngine's norm does not, and its core attention copies a value that is a view: the mixed value takes the
+place of that copy, and the own value is a copy that only the mix keeps.
 """
 
 from __future__ import annotations

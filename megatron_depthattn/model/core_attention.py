@@ -7,9 +7,10 @@ on a CPU as well, so what a layer keeps for backward grows with the sequence and
 Queries that are the last positions of longer keys (with a cache, and under context parallel) go in blocks of rows, each
 with a mask.
 
-Under context parallel keys and values are gathered and a rank attends with its own queries: simple, exact, and O(sequence)
-memory for keys and values on every rank; TransformerEngine's ring attention is the fast path on GPUs. Megatron deals
-each rank ``r`` of ``c`` two of ``2c`` equal pieces of the sequence, ``r`` and ``2c-1-r``, so that causal work is balanced.
+Under context parallel keys and values are gathered and a rank attends with its own queries: simple and exact, but every
+rank holds keys and values of the whole sequence; TransformerEngine's ring attention is the fast path on GPUs. Megatron
+deals each rank ``r`` of ``c`` two of ``2c`` equal pieces of the sequence, ``r`` and ``2c-1-r``, so that causal work is
+balanced.
 
 Shape suffixes: S positions, B micro-batch, H query heads and G key/value heads of this rank, D head size.
 """
