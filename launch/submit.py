@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.freeze import freeze
+from megatron_depthattn.backends import CPU, GPU, resolve
 from megatron_depthattn.config import RunConfig, load_config, validate
 from megatron_depthattn.terminal import printable
 
@@ -60,9 +61,14 @@ def submit(options: argparse.Namespace) -> int:
     """
     processes = options.gpus_per_node or options.processes_per_node
     configs = _configs(options)
+    nodes_have = GPU if options.gpus_per_node else CPU  # not what this login node has
+    choices: dict[str, None] = {}
     for name, config in configs.items():
         try:
             validate(config, options.nodes * processes)
+            resolved = resolve(config, nodes_have)
+            validate(resolved.config, options.nodes * processes)
+            choices |= dict.fromkeys(resolved.lines)
         except ValueError as error:
             place = f"{name}, " if len(configs) > 1 else ""
             raise ValueError(f"not submitted: {place}{options.nodes} nodes x {processes} processes: {error}") from error
@@ -70,6 +76,8 @@ def submit(options: argparse.Namespace) -> int:
     _check(options)
     _check_text(options, run_dir)
     job = run_dir / "job"
+    for line in choices:
+        print(printable(f"expected on the nodes: {line}"))
     print(printable(freeze(job, configs, REPOSITORY, replace=options.refreeze)))
     script = job / "job.sbatch"
     template = (job / "code/launch/slurm.sbatch").read_text(encoding="utf-8")

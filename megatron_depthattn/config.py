@@ -62,9 +62,9 @@ class DepthConfig:
     """Layers 0, stride, 2·stride, ... are sources of every later layer; null: half the (effective) layers."""
     recent_window: int = 0
     """This many layers just before a layer are its sources as well."""
-    op: Literal["lean", "triton", "reference"] = "lean"
+    op: Literal["auto", "lean", "triton", "reference"] = "auto"
     """Code of the mix: lean recomputes its intermediates in backward, triton does so in one GPU kernel each way (GPUs
-    only), reference is the fp32 definition."""
+    only), reference is the fp32 definition; auto: triton on GPUs, lean on CPUs (backends.py)."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -117,8 +117,9 @@ class ModelConfig:
     """Use the embedding's weight as the output layer's."""
     num_loops: int = 1
     """Times the stack of layers is run with the same weights."""
-    spec: Literal["local", "te"] = "local"
-    """Whose layers: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU)."""
+    spec: Literal["auto", "local", "te"] = "auto"
+    """Layer backend: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU); auto: te where it can be imported and
+    supports the config, else local, once for all ranks at the start of a run (backends.py)."""
     depth_attention: DepthConfig = field(default_factory=DepthConfig)
     denseformer: DenseFormerConfig = field(default_factory=DenseFormerConfig)
     attnres: AttnResConfig = field(default_factory=AttnResConfig)
@@ -149,7 +150,7 @@ class PrecisionConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in forward and backward; the optimizer keeps fp32 copies."""
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """FP8 recipe of the linear layers, see precision.py; null: none. Needs model.spec=te and bf16."""
+    """FP8 recipe of the linear layers, see precision.py; null: none. Needs bf16 and TransformerEngine's layers."""
     fp8_params: bool = False
     """Keep the linear layers' weights in FP8 between steps as well; the optimizer's copy stays fp32."""
     fp8_attention: bool = False

@@ -59,7 +59,7 @@ def _fp8_over_fp32(config: RunConfig) -> str | None:
 
 
 def _fp8_in_local_layers(config: RunConfig) -> str | None:
-    if config.precision.fp8 is None or config.model.spec == "te":
+    if config.precision.fp8 is None or config.model.spec != "local":  # auto takes te here, or nothing
         return None
     return (
         f"precision.fp8={config.precision.fp8} with model.spec={config.model.spec}, whose linear layers would compute "

@@ -25,7 +25,7 @@ from megatron_depthattn.preflight import machine
 from megatron_depthattn.preflight.compare import size
 from megatron_depthattn.terminal import printable
 from tools.diagnosis.facts import Machine, Package, find_machine, find_packages, run_python
-from tools.diagnosis.features import ASKED_FOR, Feature, features
+from tools.diagnosis.features import ASKED_FOR, Feature, features, install
 
 _NEEDS = """
 import json, sys
@@ -48,7 +48,7 @@ def main() -> int:
     needed = ["GPU training" if here.devices or here.gpus_of_driver else "CPU training"]
     problems: list[str] = []
     if given.config:
-        asked, problems = check_config(given.config, given.overrides, given.world, here)
+        asked, problems = check_config(given.config, given.overrides, given.world, here, packages)
         needed += asked
     mend = [f"{row.name}: {row.mend}" for row in rows if row.name in needed and not row.is_ready] + problems
     show(packages, here, rows, needed)
@@ -91,10 +91,14 @@ def refusal(settings: Sequence[str]) -> str | None:
     return None
 
 
-def check_config(path: str, overrides: Sequence[str], world: int | None, here: Machine) -> tuple[list[str], list[str]]:
-    """The features that a config asks for, and what would be refused or fail here, in lines."""
+def check_config(
+    path: str, overrides: Sequence[str], world: int | None, here: Machine, packages: dict[str, Package]
+) -> tuple[list[str], list[str]]:
+    """The features that a config asks for, and what would be refused or fail here, in lines; prints what its `auto`
+    becomes here."""
     try:
         from megatron_depthattn import strict_config
+        from megatron_depthattn.backends import Available, resolve
         from megatron_depthattn.config import RunConfig, load_config, to_dict, validate
     except ImportError as error:
         return [], [f"{path} cannot be read: {error}; make install"]
@@ -117,8 +121,11 @@ def check_config(path: str, overrides: Sequence[str], world: int | None, here: M
     if ranks > len(here.devices) > 0:
         asked.append("multi-node torchrun")
     problems = []
+    no_te, no_triton = (install([name], packages) for name in ("transformer-engine", "triton"))
     try:
         validate(config, ranks)
+        for line in resolve(config, Available(bool(here.devices), no_te, no_triton)).lines:
+            print(printable(f"here {line}"))
     except ValueError as error:
         problems.append(f"{path} on {ranks} ranks: {error}")
     else:

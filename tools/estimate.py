@@ -59,7 +59,7 @@ def run(given: argparse.Namespace) -> None:
     silence_noise()
     from megatron_depthattn.config import load_config
     from megatron_depthattn.estimate.layouts import best_layouts
-    from megatron_depthattn.estimate.machine import check_calibration, find_machine, load_machine
+    from megatron_depthattn.estimate.machine import check_calibration, find_machine, load_machine, resolve_for
     from megatron_depthattn.estimate.report import Estimate, estimate_config
     from megatron_depthattn.estimate.step_time import MODEL
     from tools.calibration import calibrate_world
@@ -77,6 +77,10 @@ def run(given: argparse.Namespace) -> None:
         show_machine(load_machine(given.calibrate))
         return
     machine = load_machine(given.machine) if given.machine else find_machine(given.gpu or "H100")
+    resolved = resolve_for(machine, config)
+    config = resolved.config
+    for line in resolved.lines:
+        print(printable(line))
     check_calibration(machine, config, world)
     as_it_stands: Estimate | None = None
     try:

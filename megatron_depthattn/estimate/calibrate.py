@@ -33,6 +33,7 @@ from megatron_depthattn.estimate.machine import (
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_chunk, transformer_config
+from megatron_depthattn.train.hardware import resolve_here
 from megatron_depthattn.vocabulary import padded_vocab_size
 
 PASS_BYTES = [3 << 10, 3 << 14, 3 << 17, 3 << 20, 3 << 22, 3 << 24]
@@ -46,7 +47,7 @@ def calibrate(config: RunConfig, device: torch.device, budget: float = 0.05) -> 
         config: whose products are measured.
         budget: seconds for each single figure.
     """
-    clock = _Clock(device, budget)
+    config, clock = resolve_here(config).config, _Clock(device, budget)
     world, dtype = dist.get_world_size(), config.precision.dtype
     passes = _passes(clock, device)
     on_gpu = device.type == "cuda"

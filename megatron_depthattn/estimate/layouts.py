@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from megatron_depthattn.config import RunConfig, Sizes, validate
-from megatron_depthattn.estimate.machine import Machine
+from megatron_depthattn.estimate.machine import Machine, resolve_for
 from megatron_depthattn.estimate.memory import RankMemory, rank_memory
 from megatron_depthattn.estimate.step_time import StepTime, step_time
 from megatron_depthattn.estimate.traffic import CrossLayer
@@ -124,6 +124,7 @@ def best_layouts(
     Raises:
         ValueError: no layout is valid, or none fits; names the smallest and what to set.
     """
+    config = resolve_for(machine, config).config
     candidates = [each for each in candidate_layouts(config, world_size, machine) if accept(each.config)]
     if not candidates:
         _refuse_all(config, world_size)

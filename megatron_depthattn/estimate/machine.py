@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_depthattn.backends import CPU, SPEC, Available, Resolved, resolve
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.train.metrics import PEAK_TFLOPS_BF16
 
@@ -107,6 +108,18 @@ def layer_settings(config: RunConfig) -> dict[str, Any]:
         "data.sequence_length": config.data.sequence_length,
         "precision.dtype": config.precision.dtype,
     }
+
+
+def resolve_for(machine: Machine, config: RunConfig) -> Resolved:
+    """``config`` with `auto` replaced by what this machine takes: a preset has TransformerEngine and Triton, a measured
+    one the layers that were measured.
+
+    Raises:
+        ValueError: FP8 is asked for and the machine has no TransformerEngine layers.
+    """
+    is_local = machine.calibrated_for.get(SPEC) == "local"
+    gpu = Available(True, f"{machine.name} was calibrated with local layers" if is_local else "")
+    return resolve(config, CPU if machine.is_host else gpu)
 
 
 def check_calibration(machine: Machine, config: RunConfig, world_size: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from megatron_depthattn.backends import CPU, GPU, resolve
 from megatron_depthattn.config import RunConfig, validate
 from megatron_depthattn.estimate.activations import ChunkActivations, Recompute
 from megatron_depthattn.estimate.in_flight import in_flight
@@ -136,7 +137,7 @@ def rank_shape(config: RunConfig, *, device: Device = "cuda") -> RankShape:
         element=2 if config.precision.dtype == "bf16" else 4,
         tensor=tensor,
         on_cpu=device == "cpu",
-        spec=model.spec,
+        spec=resolve(config, CPU if device == "cpu" else GPU).config.model.spec,
         fp8=config.precision.fp8,
     )
 

@@ -15,7 +15,7 @@ from megatron_depthattn.estimate.layouts import (
     estimate,
     fullest_rank,
 )
-from megatron_depthattn.estimate.machine import Machine
+from megatron_depthattn.estimate.machine import Machine, resolve_for
 from megatron_depthattn.estimate.memory import RankMemory, rank_memory
 from megatron_depthattn.estimate.step_time import step_time, transfer_seconds
 from megatron_depthattn.estimate.traffic import CrossLayer, hop_sizes, traffic
@@ -55,6 +55,7 @@ def estimate_config(config: RunConfig, world_size: int, machine: Machine) -> Est
     Raises:
         ValueError: it cannot run on so many ranks.
     """
+    config = resolve_for(machine, config).config
     sizes = validate(config, world_size, needs_data=False)
     megatron = transformer_config(config, only_counted=True)
     shared = CrossLayer.of(megatron)

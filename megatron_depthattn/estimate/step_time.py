@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_depthattn.config import RunConfig, Sizes
-from megatron_depthattn.estimate.machine import Machine
+from megatron_depthattn.estimate.machine import Machine, resolve_for
 from megatron_depthattn.estimate.traffic import (
     FP32,
     CrossLayer,
@@ -94,6 +94,7 @@ def step_time(config: RunConfig, shared: CrossLayer, sizes: Sizes, machine: Mach
     Raises:
         ValueError: the machine has no figure for the config's precision.
     """
+    config = resolve_for(machine, config).config
     if missing := {_type(config), config.precision.dtype} - machine.products.keys():
         raise ValueError(
             f"{machine.name} has no figures for {', '.join(sorted(missing))}: set precision.dtype and precision.fp8 to "

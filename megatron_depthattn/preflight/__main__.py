@@ -38,8 +38,9 @@ def main() -> int:
 
         from megatron_depthattn.parallel.groups import shut_down
         from megatron_depthattn.preflight.run import enter_world
+        from megatron_depthattn.train.hardware import resolve_here
 
-        _, lines = enter_world(config, environment, timedelta(minutes=5))
+        _, lines = enter_world(resolve_here(config), environment, timedelta(minutes=5))
         if rank == 0:
             print(printable("\n".join(lines)), flush=True)
         shut_down()

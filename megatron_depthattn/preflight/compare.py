@@ -19,6 +19,8 @@ CLOCK_SECONDS = 1.0
 MIN_OPEN_FILES = 1024
 GPU_IN_USE = 0.1
 """A GPU of which more than this share is taken before the run has begun is somebody else's as well."""
+BACKENDS = {"model.spec", "model.depth_attention.op"}
+"""Keys whose `auto` becomes what a machine has."""
 _MAX_KEYS = 5
 """Config keys that are named when configs differ."""
 _PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES")
@@ -122,14 +124,16 @@ def _has(group: Sequence[RankReport]) -> str:
 def _configs_and_code(reports: Sequence[RankReport]) -> list[Finding]:
     keys = dict.fromkeys(key for report in reports for key in report.settings)
     differ = [key for key in keys if len({report.settings.get(key) for report in reports}) > 1][:_MAX_KEYS]
+    advice = "start all ranks with the same files and arguments."
+    if BACKENDS & set(differ):
+        advice = "give all hosts the same software, or set in place of auto what all of them have."
     return [
         *_differences(
             reports,
             "run configs",
             lambda report: report.config,
             "always",
-            "They would train different models, or wait for each other for ever: start all ranks with the same files "
-            "and arguments.",
+            f"They would train different models, or wait for each other for ever: {advice}",
             lambda report: ", ".join(f"{key}={report.settings.get(key)}" for key in differ) or report.config,
         ),
         *_differences(

@@ -62,7 +62,7 @@ class RankReport:
     config: str = ""
     """Digest of the resolved config."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """The resolved config, by dotted key."""
+    """The resolved config, by dotted key; where `auto` was given, why it became that as well."""
     folders: tuple[Folder, ...] = ()
     shared_memory_bytes: int | None = None
     """Free in /dev/shm; None: there is none."""

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_depthattn
+from megatron_depthattn.backends import Resolved
 from megatron_depthattn.config import RunConfig, config_digest, config_keys, validate
 from megatron_depthattn.durable import write_durably
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
@@ -48,20 +50,26 @@ NCCL_SHARED_MEMORY = 32 * 2**20
 
 
 def enter_world(
-    config: RunConfig, environment: LaunchEnvironment, timeout: timedelta
+    resolved: Resolved, environment: LaunchEnvironment, timeout: timedelta
 ) -> tuple[torch.device, list[str]]:
     """Join the world and build the layout's groups, with `Preflight` on the way.
 
+    Args:
+        resolved: the run's config, and what this process took for `auto`.
+        environment: this process's place in the world.
+        timeout: of collectives.
+
     Returns:
-        This process's device, and what the preflight has to say.
+        This process's device, and what preflight and ``resolved`` have to say, for the log.
 
     Raises:
         ValueError: on all ranks, if they do not fit together or lack something that the run needs.
         TimeoutError: on all ranks that answer, if one does not.
     """
+    config = resolved.config
     patience = timedelta(seconds=config.preflight.timeout) if config.preflight.enabled else timeout
     store, parallel = join_store(environment, timeout, patience=patience), config.parallel
-    with Preflight(config, environment, store) as preflight:
+    with Preflight(config, environment, store, resolved.reasons) as preflight:
         device = initialize_distributed(environment, timeout, preflight.store)
         initialize_model_parallel(
             tensor=parallel.tensor,
@@ -72,7 +80,7 @@ def enter_world(
             timeout=timeout,
         )
         preflight.measure_links(device)
-    return device, preflight.lines
+    return device, [*preflight.lines, *resolved.lines]
 
 
 class Preflight:
@@ -85,10 +93,13 @@ class Preflight:
         config: the run's config; ``preflight.enabled=false`` makes all of this do nothing.
         environment: this process's place in the world.
         store: of the world.
+        reasons: what this process took for `auto`, by key.
     """
 
-    def __init__(self, config: RunConfig, environment: LaunchEnvironment, store: dist.Store) -> None:
-        self.config, self.environment = config, environment
+    def __init__(
+        self, config: RunConfig, environment: LaunchEnvironment, store: dist.Store, reasons: Mapping[str, str]
+    ) -> None:
+        self.config, self.environment, self._reasons = config, environment, reasons
         self.store = store
         """Of the world; once entered, the part of it that is this start's own."""
         self.lines: list[str] = []
@@ -119,7 +130,7 @@ class Preflight:
         config, rank, world_size = self.config, self.environment.rank, self.environment.world_size
         self._meeting = Meeting(self.store, rank, world_size, config.preflight.timeout)
         self.store = self._meeting.store
-        report = take_report(config, self.environment, self._meeting)
+        report = take_report(config, self.environment, self._meeting, self._reasons)
         try:
             answer = self._meeting.exchange("report", to_json(report), self._judge_reports)
         finally:
@@ -215,7 +226,9 @@ def _sample(values: list[Any]) -> Sample:
     return Sample(what, tuple(ranks), rate, is_right)
 
 
-def take_report(config: RunConfig, environment: LaunchEnvironment, meeting: Meeting) -> RankReport:
+def take_report(
+    config: RunConfig, environment: LaunchEnvironment, meeting: Meeting, reasons: Mapping[str, str]
+) -> RankReport:
     """What this rank says about itself; leaves a file in every folder that the run writes to."""
     rank = environment.rank
     folders = {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint_dir, "data.cache": config.data.cache}
@@ -234,7 +247,7 @@ def take_report(config: RunConfig, environment: LaunchEnvironment, meeting: Meet
         code=code_digest(),
         code_path=str(Path(megatron_depthattn.__file__).parent),
         config=config_digest(config),
-        settings={key: str(operator.attrgetter(key)(config)) for key in config_keys()},
+        settings={key: str(operator.attrgetter(key)(config)) for key in config_keys()} | dict(reasons),
         folders=(
             *(machine.probe_folder(key, path, rank, meeting.name) for key, path in folders.items() if path),
             machine.probe_temporary(),

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatron_depthattn import strict_config
+from megatron_depthattn.backends import AUTO
 from megatron_depthattn.config import RunConfig, load_config, to_dict
 from megatron_depthattn.study.plan import Point
 from megatron_depthattn.train.history import HISTORY, METRICS
@@ -21,7 +23,7 @@ from megatron_depthattn.train.stop_signals import EXIT_REQUEUE
 State = Literal["new", "cut", "finished"]
 _DECIDES = ("model", "data", "optimizer", "precision")
 """Sections of the config that decide what a run computes; layout, checkpoints and the like do not."""
-_DECIDES_TRAIN = ("steps", "global_batch_size", "eval_batches")
+_DECIDES_ELSEWHERE = ("run.seed", "train.steps", "train.global_batch_size", "train.eval_batches")
 
 
 class Progress(NamedTuple):
@@ -165,15 +167,15 @@ def describe_end(point: Point, output: Path) -> str:
 
 def _differences(wanted: RunConfig, found: RunConfig) -> list[str]:
     one, other = (_deciding(config) for config in (wanted, found))
-    return [f"{key} is {other[key]}, not {one[key]}" for key in one if one[key] != other[key]]
+    # What `auto` became on the machine of the run decides how it computes, not what.
+    return [f"{key} is {other[key]}, not {one[key]}" for key in one if one[key] not in (other[key], AUTO)]
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
-    nested = to_dict(config)
-    keys = {f"{section}.{key}": value for section in _DECIDES for key, value in nested[section].items()}
-    keys |= {f"train.{key}": nested["train"][key] for key in _DECIDES_TRAIN}
+    keys = strict_config.layer("", to_dict(config)).values
     ignored = {"data.path", "data.cache", "data.num_workers"}
-    return {key: value for key, value in keys.items() if key not in ignored} | {"run.seed": config.run.seed}
+    decides = {key for key in keys if key.partition(".")[0] in _DECIDES} | set(_DECIDES_ELSEWHERE)
+    return {key: value for key, value in keys.items() if key in decides - ignored}
 
 
 def _last_line(log: Path) -> str:

@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_depthattn.backends import GPU, resolve
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
@@ -20,6 +21,7 @@ from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.precision import data_parallel_fields, optimizer_fields, transformer_fields
 from megatron_depthattn.train.fp8_state import Fp8State
+from megatron_depthattn.train.hardware import resolve_here
 
 Chunks = list[DistributedDataParallel]
 
@@ -29,6 +31,7 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
 
     ``only_counted``: nothing will be built from it, so TransformerEngine need not be installed where it is asked for.
     """
+    config = (resolve(config, GPU) if only_counted else resolve_here(config)).config
     model, parallel, depth = config.model, config.parallel, config.model.depth_attention
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     return qwen3_style_config(
@@ -85,7 +88,7 @@ def build_chunk(
         max_sequence_length=config.model.max_position_embeddings,
         rotary_base=config.model.rotary_base,
         tie_embeddings=config.model.tie_embeddings,
-        backend=config.model.spec,
+        backend=resolve_here(config).config.model.spec,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

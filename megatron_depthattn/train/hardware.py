@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import torch
 
+from megatron_depthattn.backends import AUTO, CPU, Available, Resolved, resolve
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.precision_check import Machine, machine_refusal
 
 
-def require_hardware(config: RunConfig) -> None:
-    """Raise ``ValueError`` if this machine has not what the config's layers and precision need; call it first."""
-    if config.model.spec == "te" and (refusal := machine_refusal(config, this_machine())) is not None:
+def resolve_here(config: RunConfig) -> Resolved:
+    """``config`` with `auto` replaced by what this process takes.
+
+    Raises:
+        ValueError: FP8 is asked for and TransformerEngine's layers cannot be used.
+    """
+    model = config.model
+    if AUTO not in (model.spec, model.depth_attention.op):
+        return Resolved(config, {})
+    if not torch.cuda.is_available():
+        return resolve(config, CPU)
+    no_te = this_machine().import_error if model.spec == AUTO else ""
+    return resolve(config, Available(True, no_te, triton_refusal(torch.device("cuda")) or ""))
+
+
+def require_hardware(config: RunConfig) -> Resolved:
+    """`resolve_here`; raises ``ValueError`` if this machine has not what the config's layers and precision need."""
+    resolved = resolve_here(config)
+    if resolved.config.model.spec == "te" and (refusal := machine_refusal(resolved.config, this_machine())) is not None:
         raise ValueError(refusal)
+    return resolved
 
 
 def this_machine() -> Machine:

@@ -71,18 +71,18 @@ class Training:
     """One process's part of a run: everything between its start and its end.
 
     Args:
-        config: the run's config.
+        given: the run's config, as it was given.
         environment: this process's place in the world.
         signals: end this process at once until here, where a start is about to be put on record.
     """
 
-    def __init__(self, config: RunConfig, environment: LaunchEnvironment, signals: StopSignals) -> None:
-        self.config, self.world_size, self.is_writer = config, environment.world_size, environment.rank == 0
+    def __init__(self, given: RunConfig, environment: LaunchEnvironment, signals: StopSignals) -> None:
+        self.given, self.resolved, self.world_size = given, require_hardware(given), environment.world_size
+        config = self.config = self.resolved.config
         sizes = validate(config, environment.world_size)
-        require_hardware(config)
         check_owner(Path(config.checkpoint_dir), Path(config.run.dir))  # preflight writes there
         timeout = _collective_timeout(config)
-        self.device, self.fitness = enter_world(config, environment, timeout)
+        self.device, self.fitness = enter_world(self.resolved, environment, timeout)
         self.megatron = transformer_config(config)
         _check_agreement(config, self.megatron)
         self.start_id = from_rank_0(self._lock)
@@ -109,7 +109,7 @@ class Training:
         self.flops = forward_flops(config, self.megatron)
         self.meter = Meter(config, self.flops, environment.world_size)
         self.report = Reporter(
-            config, is_writer=self.is_writer, first_step=self.progress.step, last_step=self.last_step
+            config, is_writer=environment.rank == 0, first_step=self.progress.step, last_step=self.last_step
         )
         self.checkpoints = RunCheckpoints(config, self._state, self.report, lambda: self._beat("checkpoint"))
         self.depth = DepthRecord(config, self.megatron)
@@ -263,7 +263,7 @@ class Training:
             nonlocal history
             history = RunHistory(Path(config.run.dir), self.claim.run_id)
             start.warnings += self.claim.notes
-            version = f"{config_digest(config)}-{code_digest()}"
+            version = f"{config_digest(self.given)}-{code_digest()}"  # whatever `auto` became this time
             history.refuse_restart_loop(progress.step, version, config.train.max_fruitless_starts)
             if continues:
                 left = set_aside_after(directory, progress.step)
@@ -324,7 +324,7 @@ def _collective_timeout(config: RunConfig) -> timedelta:
 
 def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
     if not config.preflight.enabled:
-        check_same_on_all_ranks("run configs", config_digest(config))
+        check_same_on_all_ranks("run configs", f"{config_digest(config)}, {config.model.spec} layers")
     if megatron.shares_over_layers:
         check_same_on_all_ranks("source plans", megatron.source_plan.digest())
 

@@ -15,6 +15,7 @@ METRICS = {
     *("tflops_per_device", "mfu", "memory_gb", "eval_loss", "data_seconds_min", "data_slowest_rank"),
     *("checkpoint_seconds", "skipped_steps", "depth"),
 }
+OP = "model.depth_attention.op=reference"
 SAME_EVERYWHERE = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "eval_loss")
 
 
@@ -46,6 +47,7 @@ def test_run_directory(undisturbed: Path):
     assert steps[-1]["lr"] == pytest.approx(5e-4, rel=1e-6), "the last step is at min_lr_ratio"
     saved = yaml.safe_load((undisturbed / "config.yaml").read_text())
     assert saved["model"]["depth_attention"]["recent_window"] == 1
+    assert (saved["model"]["spec"], saved["model"]["depth_attention"]["op"]) == ("local", "lean"), "what auto became"
     assert (undisturbed / "checkpoints/latest").read_text().strip() == "step_00000012"
     assert [record["step"] for record in steps if record["depth"] is not None] == [1, 12]
     depth = steps[-1]["depth"]
@@ -56,16 +58,18 @@ def test_run_directory(undisturbed: Path):
     curve = [(event.step, event.value) for event in events.Scalars("depth/layer_003/source_002")]
     assert curve == [(step, pytest.approx(steps[step - 1]["depth"]["layers"]["3"]["weights"][1])) for step in (1, 12)]
     log = (undisturbed / "log.txt").read_text()
+    assert "model.spec=local (auto: no GPU)" in log
     assert "depth attention: stride 2" in log
     assert "held-out loss:" in log
     assert "step 12/12" in log
 
 
 def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
-    """More steps, another learning rate and decay than the run that saved: the closing lines advise the first."""
+    """More steps, another learning rate, decay and op than the run that saved: the closing lines advise the first."""
     command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", "checkpoint.load=latest")
     must_succeed(python(*command, "train.stop_after=4"))
-    must_succeed(python(*command, "train.steps=24", "train.stop_after=2", "optimizer.lr=1e-3"))
+    must_succeed(python(*command, "train.steps=24", "train.stop_after=2", "optimizer.lr=1e-3", OP))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["depth_attention"]["op"] == "reference"
     resumed = records(tmp_path)[-1]
     assert resumed["step"] == 6
     # No warm-up step at 2 % of 24; cosine from 1e-3 to 1e-4 over 24 steps.

@@ -50,7 +50,8 @@ class Place:
     def config(self, *settings: str) -> RunConfig:
         """The small model's config; ``settings`` are ``a.b=c``."""
         shape = [f"{key}={value}" for key, value in SHAPE.items()]
-        return load_config(CONFIG, [*shape, f"model.spec={self.spec}", *settings])
+        backends = (f"model.spec={self.spec}", "model.depth_attention.op=lean")
+        return load_config(CONFIG, [*shape, *backends, *settings])
 
     @property
     def local(self) -> Place:

@@ -1,8 +1,11 @@
-"""Training in delayed FP8 scaling: what evaluations, skipped steps and other builds leave behind. And looped models."""
+"""Training in delayed FP8 scaling: what evaluations, skipped steps and other builds leave behind. Looped models. And
+runs that one spec begins and the other resumes."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,18 +18,21 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from megatron_depthattn.train import build, step
 from megatron_depthattn.train.engine import MegatronEngine
 from megatron_depthattn.train.fp8_state import Fp8State
+from megatron_depthattn.train.save import CheckpointSaver
+from megatron_depthattn.train.step_folders import Progress
 from tests.te.kernels import computing
 from tests.te.small import small_config
 
 LENGTH = 32
 BeforeStep = Callable[[MegatronEngine, int], None]
+SPECS = ("local", "te")
 PARAMETERS = {"weights in bf16": False, "weights in FP8": True}
 
 
 def results() -> dict[str, Any]:
     """By how weights are kept: a plain run, one again, one with evaluations, with skipped steps, and the control.
 
-    And the losses of a looped model under each spec.
+    And the losses of a looped model under each spec, and of runs resumed under both.
     """
     own = build.build_chunk
 
@@ -50,7 +56,8 @@ def results() -> dict[str, Any]:
             }
             with patch.object(Fp8State, "restore", lambda self: None):
                 found[name]["control"] = _trained(fp8_params, before_step=_evaluate)
-        found["loops"] = {spec: _looped(spec) for spec in ("local", "te")}
+        found["loops"] = {spec: _looped(spec) for spec in SPECS}
+        found["resumed"] = {spec: _resumed(spec) for spec in SPECS}
     return found
 
 
@@ -66,6 +73,29 @@ class _one_by_one:
 def _looped(spec: str) -> list[float]:
     """Losses of a model in bf16 whose layers are run twice."""
     return _losses(MegatronEngine(small_config(spec, num_loops=2, length=LENGTH), torch.device("cpu")))
+
+
+def _resumed(first: str) -> dict[str, list[float]]:
+    """Losses after the checkpoint of a run of the spec ``first``, by the spec that resumes it; and of a run that does
+    not load it."""
+
+    def engine(spec: str) -> MegatronEngine:
+        return MegatronEngine(small_config(spec, length=LENGTH), torch.device("cpu"))
+
+    run = engine(first)
+    _losses(run)
+    found = {}
+    with tempfile.TemporaryDirectory() as work:
+        with patch.object(torch.Tensor, "is_cuda", False):
+            saver = CheckpointSaver(Path(work))
+            saver.save(Progress(step=4), run.checkpoint_state())
+            outcome = saver.take_outcome()
+        assert outcome and not outcome.error, outcome
+        for spec in SPECS:
+            resumed = engine(spec)
+            assert resumed.load(outcome.folder).progress.step == 4
+            found[spec] = _losses(resumed)
+    return found | {"control": _losses(engine(first))}
 
 
 def _trained(fp8_params: bool, *, before_step: BeforeStep = lambda *_: None) -> dict[str, Any]:

@@ -82,7 +82,7 @@ LAYOUTS = [*itertools.chain(*WORLDS.values()), *VANILLA, *CONTEXT]
 def describe(layout: Layout, spec: str) -> dict[str, Any]:
     """What this rank's model of a spec holds: see `_weights`, `_modules`."""
     with _world(layout), _a_gpu(torch.device("meta")):
-        overrides = [*layout.overrides, f"model.spec={spec}"]
+        overrides = [*layout.overrides, f"model.spec={spec}", "model.depth_attention.op=lean"]
         config = load_config(f"configs/{layout.size}.yaml", overrides)
         megatron = transformer_config(config)
         megatron.perform_initialization = False

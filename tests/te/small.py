@@ -42,7 +42,10 @@ def small_config(
 ) -> RunConfig:
     """A few layers, bf16."""
     values = {
-        "model": MODEL | METHODS | {"spec": spec, "num_layers": num_layers, "num_loops": num_loops, "method": method},
+        "model": MODEL
+        | METHODS
+        | {"spec": spec, "num_layers": num_layers, "num_loops": num_loops, "method": method}
+        | {"depth_attention": MODEL["depth_attention"] | {"op": "lean"}},  # its tensors lie on the CPU
         "precision": {"dtype": "bf16", "fp8": fp8, "fp8_params": fp8_params},
         "parallel": parallel,
         "data": {"path": "unused", "sequence_length": length},

@@ -338,3 +338,11 @@ def test_a_looped_model_trains_as_under_the_local_spec(te):
     local, ours = te.delayed["loops"]["local"], te.delayed["loops"]["te"]
     assert ours == pytest.approx(local, rel=5e-4)
     assert abs(local[-1] - local[1]) > 0.02, "the bound would not show a step along another gradient"
+
+
+@pytest.mark.parametrize("first", ["local", "te"])
+def test_a_run_resumes_under_the_other_spec(te, first):
+    """Weights, optimizer and schedule: the losses that follow are those of the same spec resumed, but for bf16."""
+    runs = te.delayed["resumed"][first]
+    assert runs["te"] == pytest.approx(runs["local"], rel=5e-4)
+    assert abs(runs["control"][0] / runs["local"][0] - 1) > 0.01, "control: a run that has not loaded it"

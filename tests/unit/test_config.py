@@ -357,7 +357,7 @@ def test_malformed_arguments_are_refused(base, argument):
          "deepspeed"),
         ("precision.fp8=e4m3", "precision.fp8 is string 'e4m3' (from the command line); expected one of "
          "delayed, tensorwise, blockwise, mxfp8 or null"),
-        ("model.spec=null", "model.spec is null (from the command line); expected one of local, te"),
+        ("model.spec=null", "model.spec is null (from the command line); expected one of auto, local, te"),
         ("train.steps=10 #1", "train.steps is string '10 #1' (from the command line); expected an integer"),
         ("train.steps=1:30", "train.steps is string '1:30' (from the command line); expected an integer"),
         ("train.steps=", "train.steps is null (from the command line); expected an integer"),

@@ -55,7 +55,7 @@ def test_submit_doctor_and_estimate_say_what_the_start_would_say(setting, world,
     config, given = ROOT / "configs/quickstart.yaml", ["parallel.pipeline=1", f"run.dir={tmp_path}/run", setting]
     with pytest.raises(ValueError) as refused:  # the message is what the others are compared with
         validate(load_config(config, given), world)
-    _, problems = check_config(str(config), given, world, HEALTHY)
+    _, problems = check_config(str(config), given, world, HEALTHY, PACKAGES)
     assert problems == [f"{config} on {world} ranks: {refused.value}"]
     assert estimate([str(config), *given, "--world", str(world)]) == 1
     assert capsys.readouterr().err == f"error: {refused.value}\n"

@@ -31,6 +31,7 @@ PURE = {
         for name in ("config", "engine_check", "loops_check", "precision_check", "methods", "vocabulary")
     },
     "vocabulary.py": set(),
+    "backends.py": {f"{PACKAGE}.config"},
     "engine_check.py": {f"{PACKAGE}.config"},
     "loops_check.py": {f"{PACKAGE}.config"},
     "precision.py": {f"{PACKAGE}.config"},
@@ -60,6 +61,7 @@ PURE = {
     "study/picture.py": {"matplotlib"},
     "study/report.py": {"jinja2", f"{PACKAGE}.study"},
 }
+PURE["estimate/memory.py"] = PURE["estimate/memory.py"] | {f"{PACKAGE}.backends"}
 STATISTICS = ("law", "bootstrap", "differences", "multiplier", "fit")
 PURE |= {
     f"study/{name}.py": {"numpy", "scipy", *(f"{PACKAGE}.study.{other}" for other in STATISTICS)} for name in STATISTICS

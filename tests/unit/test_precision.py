@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_depthattn.config import RunConfig, load_config, validate
+from megatron_depthattn.config import ModelConfig, RunConfig, load_config, validate
 from megatron_depthattn.precision import RECIPES
 from megatron_depthattn.precision_check import (
     CONFIG_REFUSALS,
@@ -188,7 +188,7 @@ def test_this_machine_refuses_transformer_engines_layers():
 
     with pytest.raises(ValueError, match=r"model\.spec=te needs"):
         require_hardware(config_of())
-    require_hardware(config_of("model.spec=local"))
+    assert require_hardware(config_of("model.spec=local")).config.model.spec == "local"
 
 
 def test_every_refusal_has_a_case_and_a_row_in_the_readme():
@@ -220,9 +220,8 @@ def test_megatron_takes_the_fields(fp8):
     from megatron_depthattn.train.build import transformer_config
 
     keys = f"precision.fp8={fp8}" + (" precision.bf16_first_layers=1" if fp8 == "tensorwise" else "")
-    config = dataclasses.replace(
-        config_of(keys), model=RunConfig().model
-    )  # its local layers have no fused RoPE to ask for
+    # Local layers have no fused RoPE to ask for.
+    config = dataclasses.replace(config_of(keys), model=ModelConfig(spec="local"))
     megatron = transformer_config(config)
     assert megatron.fp8_recipe == fp8 and megatron.fp8 in ("hybrid", "e4m3")
     assert not megatron.fp8_multi_head_attention and not megatron.fp8_param

@@ -68,7 +68,7 @@ def measure_layouts(given: argparse.Namespace) -> Result:
     from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
     from megatron_depthattn.config import load_config, validate
-    from megatron_depthattn.estimate.machine import check_calibration, load_machine
+    from megatron_depthattn.estimate.machine import check_calibration, load_machine, resolve_for
     from megatron_depthattn.estimate.step_time import step_time
     from megatron_depthattn.estimate.traffic import CrossLayer
     from megatron_depthattn.train.build import transformer_config
@@ -87,6 +87,7 @@ def measure_layouts(given: argparse.Namespace) -> Result:
             machine_file = Path(folder) / "machine.json"
             calibrate_world(configs[given.layouts[0]], given.world, machine_file)
         machine = load_machine(machine_file)
+        configs = {name: resolve_for(machine, config).config for name, config in configs.items()}
         check_calibration(machine, configs[given.layouts[0]], given.world)
         predicted = {
             name: step_time(config, CrossLayer.of(transformer_config(config)), sizes[name], machine)

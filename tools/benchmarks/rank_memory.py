@@ -65,7 +65,8 @@ def measure_rank_memory(given: argparse.Namespace) -> Result:
         ],
     )
     for layout in given.layout or [[]]:
-        config = load_config(SHAPES[given.shape], [*layout, *given.set])
+        backends = ("model.spec=local", "model.depth_attention.op=lean")  # it is built on the CPU
+        config = load_config(SHAPES[given.shape], [*backends, *layout, *given.set])
         parallel = config.parallel
         world_size = given.data * parallel.tensor * parallel.context * parallel.pipeline
         name = " ".join(layout) or "one rank"

@@ -44,8 +44,7 @@ def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig
     settings = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
     config = load_config(path, [*settings, *given.set])
     validate(config, 1, needs_data=False)
-    require_hardware(config)
-    return config
+    return require_hardware(config).config
 
 
 def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
