@@ -202,14 +202,15 @@ def machine_refusal(config: RunConfig, machine: Machine) -> str | None:
 
 
 _SPEC = "model.spec=te needs"
+INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 
 
 def _no_transformer_engine(config: RunConfig, machine: Machine) -> str | None:
     if config.model.spec != "te" or machine.transformer_engine:
         return None
     return (
-        f"{_SPEC} TransformerEngine, which cannot be imported here ({machine.import_error}): pip install "
-        "--no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local"
+        f"{_SPEC} TransformerEngine, which cannot be imported here ({machine.import_error}): {INSTALL}, or set "
+        "model.spec=local"
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from megatron_depthattn.backends import AUTO, CPU, Available, Resolved, resolve
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.ops.triton_mix import triton_refusal
-from megatron_depthattn.precision_check import Machine, machine_refusal
+from megatron_depthattn.precision_check import INSTALL, Machine, machine_refusal
 
 
 def resolve_here(config: RunConfig) -> Resolved:
@@ -22,6 +22,7 @@ def resolve_here(config: RunConfig) -> Resolved:
     if not torch.cuda.is_available():
         return resolve(config, CPU)
     no_te = this_machine().import_error if model.spec == AUTO else ""
+    no_te += f" ({INSTALL})" if no_te else ""
     return resolve(config, Available(True, no_te, triton_refusal(torch.device("cuda")) or ""))
 
 
