@@ -59,6 +59,9 @@ def _te(*settings: str) -> tuple[str, ...]:
     return ("--set", "model.spec=te", *settings)
 
 
+_LOCAL = ("--set", "model.spec=local")
+
+
 def _memory(*more: str) -> tuple[str, ...]:
     return ("memory", "--shape", "360m", "--micro-batch", "1", *more)
 
@@ -81,11 +84,11 @@ PARTS = (
     Part("memory-fp8", TE, _memory(*_TE_MODES, *_te("precision.fp8=tensorwise")), 45),
     Part("op", OP, ("op", "--device", "cuda", "--runs", "20"), 60),
     Part("step-3b-te", TE, (*_3B, *_te(_PLAIN)), 60),
-    Part("step-360m", STEP, _step("360m", "--strides", "16"), 60),
-    Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4"), 60),
-    Part("memory-360m", MODEL, _memory(), 60),
-    Part("memory-3b", MODEL, ("memory", "--shape", "3b", "--layers", "12", "--micro-batch", "1"), 60),
-    Part("record-360m", STEP, ("record", "--shape", "360m", "--micro-batch", "4", "--rounds", "12"), 60),
+    Part("step-360m", STEP, _step("360m", "--strides", "16", *_LOCAL), 60),
+    Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4", *_LOCAL), 60),
+    Part("memory-360m", MODEL, _memory(*_LOCAL), 60),
+    Part("memory-3b", MODEL, ("memory", "--shape", "3b", "--layers", "12", "--micro-batch", "1", *_LOCAL), 60),
+    Part("record-360m", STEP, ("record", "--shape", "360m", "--micro-batch", "4", "--rounds", "12", *_LOCAL), 60),
     Part("data", DATA, ("data", "--runs", "3", "--steps", "50"), 45),
 )
 

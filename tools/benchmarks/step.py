@@ -78,6 +78,7 @@ def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
 def _named_config(text: str) -> tuple[str, RunConfig]:
     """The config behind NAME=CONFIG.yaml, with one micro-batch a step on one device."""
     from megatron_depthattn.config import load_config, validate
+    from megatron_depthattn.train.hardware import require_hardware
 
     name, equals, path = text.partition("=")
     if not equals:
@@ -86,7 +87,7 @@ def _named_config(text: str) -> tuple[str, RunConfig]:
     alone = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.context=1"]
     config = load_config(path, [*alone, "parallel.sequence=false", f"train.global_batch_size={batch}"])
     validate(config, 1, needs_data=False)
-    return name, config
+    return name, require_hardware(config).config
 
 
 class Model:
