@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test parity-full convert-3b prepare-200mb faults gpu launch-full quickstart clean
+.PHONY: help install lint test parity-full convert-3b test-compiled prepare-200mb faults gpu launch-full quickstart clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
@@ -26,6 +26,7 @@ help:
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
 	@echo "make gpu          GPU tests and benchmarks on one NVIDIA GPU, in under 9 minutes (PYTHON=... instead of $(VENV); GPU_ARGS=...)"
 	@echo "make launch-full  every launch test: Slurm's real time limit, lost nodes, DeepSpeed in whole runs (root, Slurm installed; about 15 minutes)"
+	@echo "make test-compiled  kernels that torch.compile builds against plain operations (a minute; needs g++ or a GPU)"
 	@echo "make prepare-200mb  prepare corpora with a single document of 200 MB (a few minutes)"
 	@echo "make lint         install, ruff and mypy"
 	@echo "make clean        remove caches and build leftovers; data/ and runs/ stay"
@@ -75,6 +76,9 @@ faults: install
 # No install: on a machine without a network it runs with what the interpreter has, and skips what needs more.
 gpu:
 	$(if $(PYTHON_IS_CHOSEN),$(PYTHON),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))) tools/gpu.py $(GPU_ARGS)
+
+test-compiled: install
+	$(BIN)/python -m pytest -s tests/large/test_compiled_switches.py
 
 prepare-200mb: install
 	$(BIN)/python -m pytest -s tests/large/test_prepare_200mb.py

@@ -120,6 +120,14 @@ class ModelConfig:
     spec: Literal["auto", "local", "te"] = "auto"
     """Layer backend: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU); auto: te where it can be imported and
     supports the config, else local, once for all ranks at the start of a run (backends.py)."""
+    fused_swiglu: bool | None = None
+    """Compute SwiGLU, and its gradient, in one kernel that torch.compile builds at first use; null: on GPUs."""
+    fused_cross_entropy: bool | None = None
+    """Compute the loss, and its gradient, in kernels that torch.compile builds at first use, where the dtype is bf16;
+    null: on GPUs."""
+    fused_gradient_accumulation: bool | None = None
+    """Let the matrix product of a weight's gradient add to the sum over microbatches; null: on GPUs, for layers that
+    have such a kernel (spec te, or Apex). Megatron engine; not for looped models."""
     depth_attention: DepthConfig = field(default_factory=DepthConfig)
     denseformer: DenseFormerConfig = field(default_factory=DenseFormerConfig)
     attnres: AttnResConfig = field(default_factory=AttnResConfig)
@@ -143,6 +151,15 @@ class ParallelConfig:
     """Ranks that share each sequence."""
     sequence: bool = False
     """Sequence parallel: norms and residuals keep 1/tensor of the positions."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients bucket by bucket while backward computes the next; null: on GPUs, where several ranks hold the
+    same weights. Megatron engine; not for looped models in several pipeline chunks."""
+    overlap_param_gather: bool | None = None
+    """Gather updated weights bucket by bucket while the next forward pass runs; null: as overlap_grad_reduce, which it
+    needs."""
+    tp_comm_overlap: bool = False
+    """Overlap the collectives of tensor-parallel ranks with the matrix products that they feed, through
+    TransformerEngine's userbuffers; needs model.spec=te, bf16, tensor above 1 and sequence."""
 
 
 @dataclass(kw_only=True, frozen=True)

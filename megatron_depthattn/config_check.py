@@ -13,6 +13,7 @@ from megatron_depthattn.engine_check import engine_refusal
 from megatron_depthattn.loops_check import loops_refusal
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
 from megatron_depthattn.precision_check import precision_refusal
+from megatron_depthattn.switches import switches_refusal
 from megatron_depthattn.vocabulary import VOCAB_MULTIPLE, padded_vocab_size
 
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
@@ -72,7 +73,7 @@ def validate(config: "RunConfig", world_size: int, *, needs_data: bool = True) -
     _check_ranges(config)
     for method in DEFINITIONS:
         method_of(asdict(config.model) | {"method": method})  # raises where a setting of it is out of range
-    for refusal in (loops_refusal(config), engine_refusal(config)):
+    for refusal in (loops_refusal(config), engine_refusal(config), switches_refusal(config)):
         _require(refusal is None, refusal or "")
     if needs_data:
         _check_paths(config)

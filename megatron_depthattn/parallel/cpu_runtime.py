@@ -112,6 +112,11 @@ def _replace_cuda_functions() -> None:
     cuda.stream = lambda _: contextlib.nullcontext()  # param_and_grad_buffer.py
     cuda.is_current_stream_capturing = lambda: False  # 0.19: random.py, cuda_graphs.py
     cuda._lazy_init = lambda: None  # 0.19: random.py
+    cuda.get_device_properties = _no_properties  # torch.compile asks current_device() for them
+
+
+def _no_properties(*_: Any) -> Any:
+    raise AssertionError("there is no CUDA device")  # as torch's own on a machine without one
 
 
 def _replace_megatron_rng() -> None:

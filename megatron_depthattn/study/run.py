@@ -16,6 +16,7 @@ from megatron_depthattn import strict_config
 from megatron_depthattn.backends import AUTO
 from megatron_depthattn.config import RunConfig, load_config, to_dict
 from megatron_depthattn.study.plan import Point
+from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.history import HISTORY, METRICS
 from megatron_depthattn.train.line_files import read_records
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE
@@ -173,7 +174,7 @@ def _differences(wanted: RunConfig, found: RunConfig) -> list[str]:
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
     keys = strict_config.layer("", to_dict(config)).values
-    ignored = {"data.path", "data.cache", "data.num_workers"}
+    ignored = {"data.path", "data.cache", "data.num_workers", *(f"model.{key}" for key in MODEL_SWITCHES)}
     decides = {key for key in keys if key.partition(".")[0] in _DECIDES} | set(_DECIDES_ELSEWHERE)
     return {key: value for key, value in keys.items() if key in decides - ignored}
 

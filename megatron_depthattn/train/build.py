@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -65,8 +67,14 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
         recompute_num_layers=config.recompute.num_layers,
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        # A message is freed once it has been sent. Interleaved schedules do so while gloo is still sending it.
-        deallocate_pipeline_outputs=parallel.pipeline > 1 and parallel.virtual_pipeline == 1,
+        batch_p2p_sync=False,  # for torch before 2.0
+        # A message is freed once it has been sent. Interleaved schedules do so while gloo, there without a GPU, is
+        # still sending it; NCCL holds it until then.
+        deallocate_pipeline_outputs=parallel.pipeline > 1
+        and (parallel.virtual_pipeline == 1 or torch.cuda.is_available()),
+        bias_activation_fusion=bool(model.fused_swiglu),
+        cross_entropy_loss_fusion=bool(model.fused_cross_entropy),
+        tp_comm_overlap=parallel.tp_comm_overlap and not only_counted,
         # The loss is a sum over tokens, divided once by the tokens of the whole global batch: equal under every layout.
         calculate_per_token_loss=True,
     )
@@ -96,13 +104,25 @@ def build_chunk(
     )
 
 
-def build_model(config: RunConfig, device: torch.device) -> Chunks:
-    """This rank's pipeline chunks, initialised, in data-parallel wrappers."""
+def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | None = None) -> Chunks:
+    """This rank's pipeline chunks, initialised, in data-parallel wrappers.
+
+    ``bucket_size``: numbers of a bucket where communication is overlapped; None: Megatron's, 40 million or more.
+    """
     megatron = transformer_config(config)
+    if megatron.tp_comm_overlap:
+        initialize_userbuffers(config)
     num_chunks = config.parallel.virtual_pipeline
+    overlap_gather = bool(config.parallel.overlap_param_gather)
     rank, stages = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, **data_parallel_fields(config.precision)
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=bool(config.parallel.overlap_grad_reduce),
+        overlap_param_gather=overlap_gather,
+        align_param_gather=num_chunks > 1,
+        bucket_size=bucket_size,
+        **data_parallel_fields(config.precision),
     )
     chunks: Chunks = []
     for index in range(num_chunks):
@@ -118,12 +138,68 @@ def build_model(config: RunConfig, device: torch.device) -> Chunks:
         initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
         half = Float16Module(megatron, model) if megatron.bf16 else model
         chunks.append(DistributedDataParallel(megatron, ddp, half, disable_bucketing=index > 0))
+        for buffer in chunks[-1].buffers:
+            _count_padding(buffer)
     hooks = get_model_config(chunks[0])
     assert all(get_model_config(chunk) is hooks for chunk in chunks), (
         "every chunk must share the config that holds the hooks"
     )
     hooks.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:  # the schedules reduce nothing before the last microbatch
+        hooks.no_sync_func = [chunk.no_sync for chunk in chunks] if num_chunks > 1 else chunks[0].no_sync
+    if overlap_gather and num_chunks > 1:  # the schedule asks for a chunk's weights while another one computes
+        hooks.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+    if config.model.fused_gradient_accumulation:
+        for chunk in chunks:
+            _fuse_gradient_accumulation(chunk)
     return chunks
+
+
+def _count_padding(buffer: Any) -> None:
+    """Let padding between buckets count as theirs: what Megatron gathers for a checkpoint leaves it out, and then finds
+    the parameters of later buckets at the places that they have with it."""
+    for bucket in buffer.buckets:
+        bucket.numel_unpadded = bucket.grad_data.numel()
+    buffer.numel_unpadded = buffer.numel
+
+
+def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Let the linear layers that have a kernel for it add to their weights' gradients.
+
+    Not by Megatron's config: with that its output layer, which has no other kernel, insists on Apex's.
+    """
+    apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # TransformerEngine's
+        elif apex and hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = True  # Megatron's
+
+
+def initialize_userbuffers(config: RunConfig) -> None:
+    """Allocate the buffers through which TransformerEngine's layers overlap tensor-parallel communication."""
+    from transformer_engine.pytorch.module import base
+
+    modes, precision = base.UserBufferQuantizationMode, config.precision
+    has_bf16 = precision.fp8 is None or precision.bf16_first_layers or precision.bf16_last_layers
+    base.initialize_ub(
+        shape=[
+            config.data.sequence_length * config.train.micro_batch_size // config.parallel.context,
+            config.model.hidden_size,
+        ],
+        tp_size=config.parallel.tensor,
+        quantization_modes=[modes.FP8] * (precision.fp8 is not None) + [modes.NONE] * bool(has_bf16),
+        bootstrap_backend="nccl",
+    )
+
+
+def finish_param_gather(chunks: Chunks) -> None:
+    """Wait until the weights are whole on every rank; call on all ranks before they are read outside of a forward."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            for group in reversed(chunk.bucket_groups):  # in the order of forward
+                group.finish_param_sync()
 
 
 def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -143,6 +219,7 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=True,
+            overlap_param_gather=bool(config.parallel.overlap_param_gather),
             **optimizer_fields(config.precision),
         ),
         chunks,  # Megatron's default overrides keep weight decay off one-dimensional parameters: the norms

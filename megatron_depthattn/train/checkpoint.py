@@ -22,6 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_depthattn.hf.model_config import effective_method
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.source_plan import default_stride
+from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.megatron_state import MegatronState, set_weights, sharded_models
 from megatron_depthattn.train.rng_state import RNG, restore_generators, sharded_rng_state
@@ -212,6 +213,7 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
 def _fixed_by_weights(config: dict[str, Any]) -> dict[str, Any]:
     """The settings without which the weights are of another model, by their keys."""
     free = ("spec", "max_position_embeddings", "init_std", "num_loops", "depth_attention", "method", *DEFINITIONS)
+    free += MODEL_SWITCHES
     fixed = {f"model.{key}": value for key, value in config["model"].items() if key not in free}
     shared = effective_method(config["model"])
     if shared not in DEFINITIONS:

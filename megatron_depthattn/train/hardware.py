@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+
 import torch
 
 from megatron_depthattn.backends import AUTO, CPU, Available, Resolved, resolve
-from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.precision_check import INSTALL, Machine, machine_refusal
+from megatron_depthattn.switches import Kernels, kernels_refusal, resolved_switches
 
 
 def resolve_here(config: RunConfig) -> Resolved:
@@ -32,6 +36,30 @@ def require_hardware(config: RunConfig) -> Resolved:
     if resolved.config.model.spec == "te" and (refusal := machine_refusal(resolved.config, this_machine())) is not None:
         raise ValueError(refusal)
     return resolved
+
+
+def for_this_machine(config: RunConfig, sizes: Sizes) -> Resolved:
+    """What a run on this machine computes with: `auto` and every switch that is null replaced; call it first.
+
+    Raises:
+        ValueError: this machine has not what the config's layers, precision or switches need.
+    """
+    resolved, kernels = require_hardware(config), these_kernels()
+    if (refusal := kernels_refusal(resolved.config, kernels)) is not None:
+        raise ValueError(refusal)
+    same_weights = sizes.data_parallel_size * config.parallel.context
+    return resolved._replace(config=resolved_switches(resolved.config, same_weights, kernels))
+
+
+def these_kernels() -> Kernels:
+    """What this process can compile and import."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        missing = "Triton" if importlib.util.find_spec("triton") is None else None
+    else:
+        missing = "the C++ compiler g++ on PATH" if shutil.which("g++") is None else None
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return Kernels(on_gpu, missing, on_gpu and has_apex)
 
 
 def this_machine() -> Machine:

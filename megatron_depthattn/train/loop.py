@@ -28,7 +28,7 @@ from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.engine import Engine, build_engine
-from megatron_depthattn.train.hardware import require_hardware
+from megatron_depthattn.train.hardware import for_this_machine
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
 from megatron_depthattn.train.metrics import Meter, RankStatus, exchange, forward_flops, peak_memory_gb
 from megatron_depthattn.train.owner import check_owner, claim_checkpoints, lock_run
@@ -77,9 +77,10 @@ class Training:
     """
 
     def __init__(self, given: RunConfig, environment: LaunchEnvironment, signals: StopSignals) -> None:
-        self.given, self.resolved, self.world_size = given, require_hardware(given), environment.world_size
+        self.given, self.world_size = given, environment.world_size
+        sizes = validate(given, environment.world_size)
+        self.resolved = for_this_machine(given, sizes)
         config = self.config = self.resolved.config
-        sizes = validate(config, environment.world_size)
         check_owner(Path(config.checkpoint_dir), Path(config.run.dir))  # preflight writes there
         timeout = _collective_timeout(config)
         self.device, self.fitness = enter_world(self.resolved, environment, timeout)

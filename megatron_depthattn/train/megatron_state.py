@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_depthattn.parallel.launch_env import pickled_fp8_scales_allowed
-from megatron_depthattn.train.build import Chunks
+from megatron_depthattn.train.build import Chunks, finish_param_gather
 from megatron_depthattn.train.step_folders import SAVED_METADATA
 from megatron_depthattn.train.step_reader import check_fp8_state
 
@@ -29,9 +29,10 @@ class MegatronState:
     """
 
     def __init__(self, chunks: Chunks, optimizer: MegatronOptimizer | None) -> None:
-        self._models, self._optimizer = unwrap_model(chunks), optimizer
+        self._chunks, self._models, self._optimizer = chunks, unwrap_model(chunks), optimizer
 
     def sharded(self, *, is_loading: bool) -> dict[str, Any]:
+        finish_param_gather(self._chunks)
         state = sharded_models(self._models)
         if self._optimizer is not None:
             if is_loading:
@@ -45,6 +46,7 @@ class MegatronState:
         return state
 
     def sharded_weights(self) -> dict[str, Any]:
+        finish_param_gather(self._chunks)
         return sharded_models(self._models)
 
     def take(self, loaded: dict[str, Any]) -> None:

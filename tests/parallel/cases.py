@@ -62,6 +62,11 @@ class Layout:
         return MODEL.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline)
 
 
+def group_sizes(parallel: ParallelConfig) -> dict[str, int]:
+    """What the process groups are built from."""
+    return {name: getattr(parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
+
+
 def _layout(world_size: int, **parallel: int | bool) -> Layout:
     return Layout(world_size, ParallelConfig(**parallel))
 
@@ -83,6 +88,7 @@ LAYOUTS = {
     "tp2xcp2+sp": _layout(4, tensor=2, context=2, sequence=True),
     "cp2xpp2": _layout(4, context=2, pipeline=2),
     "dp2xpp2": _layout(4, pipeline=2),
+    "dp2xpp2xvpp2": _layout(4, pipeline=2, virtual_pipeline=2),
     "dp2xtp2": _layout(4, tensor=2),
 }
 
@@ -117,6 +123,10 @@ class Job:
     """Save weights, optimizer and schedule after SAVE_AFTER steps."""
     resume: str = ""
     """Layout of the saving job to go on from, in place of the common weights."""
+    overlap: bool = False
+    """Run twice, without and with overlapped data-parallel communication, see overlap.py."""
+    grad_clip: float = 0.0
+    """Of these two runs."""
     agreement: bool = False
     """Only call ``check_same_on_all_ranks``."""
 
@@ -125,7 +135,7 @@ class Job:
         spacing = [f"stride{self.stride}", f"window{self.window}"]
         parts = [self.layout, *(spacing if self.method == "depth_attention" else [self.method]), self.recompute]
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
-        parts += [f"loops{self.loops}"] * (self.loops > 1)
+        parts += [f"loops{self.loops}"] * (self.loops > 1) + [f"overlap-clip{self.grad_clip:g}"] * self.overlap
         parts += [f"from-{self.resume}"] * bool(self.resume)
         return "-".join(parts)
 
@@ -189,7 +199,7 @@ def _parity_of(layout: str) -> list[Job]:
     return jobs
 
 
-PARITY = [job for layout in LAYOUTS for job in _parity_of(layout)]
+PARITY = [job for layout in LAYOUTS if layout != "dp2xpp2xvpp2" for job in _parity_of(layout)]
 
 METHOD_LAYOUTS = ("tp2+sp", "pp4", "tp2xpp2+sp", *(("dp2", "cp2", "pp2xvpp2", "pp4xvpp2") if FULL else ()))
 
@@ -247,6 +257,26 @@ CONTROLS = [
 CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
 """Right numbers, but more is sent than has to be."""
 
+OVERLAPPED = [
+    Job(layout=layout, method=method, overlap=True, grad_clip=clip)
+    for layout in ("dp2", "dp2xpp2", "dp2xpp2xvpp2")
+    for method in ("depth_attention", "vanilla", *METHODS)
+    for clip in (0.0, 0.05)
+]
+if not FULL:
+    some = {
+        ("dp2", "depth_attention", 0.0),
+        ("dp2", "attnres", 0.05),
+        ("dp2xpp2", "denseformer", 0.0),
+        ("dp2xpp2xvpp2", "depth_attention", 0.05),
+        ("dp2xpp2xvpp2", "mhc", 0.0),
+    }
+    OVERLAPPED = [job for job in OVERLAPPED if (job.layout, job.method, job.grad_clip) in some]
+OVERLAP_CONTROLS = [
+    Job(layout="dp2", overlap=True, sabotage=mistake)
+    for mistake in ("weights_not_waited_for", "reduced_with_the_first_gradient", "saved_without_waiting")
+]
+
 AGREEMENT = Job(layout="tp4", agreement=True)
 
 # Saved with the optimizer under one layout, continued under others; and under the same one, bit for bit.
@@ -270,7 +300,7 @@ RESUMES += [Job(layout="pp2xvpp2", loops=2, resume="single"), Job(layout="single
 
 def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
-    if job.agreement:
+    if job.agreement or job.overlap:
         return []
     saver = [save for save in SAVES if (save.layout, save.method, save.loops) == (job.resume, job.method, job.loops)]
     return [job.reference] * (job != job.reference) + saver

@@ -30,7 +30,7 @@ from megatron_depthattn.parallel.groups import initialize_distributed, initializ
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch, StepResult, train_step
-from tests.parallel.cases import MODEL, OPTIMIZER, SEQUENCE_LENGTH, TRAIN
+from tests.parallel.cases import MODEL, OPTIMIZER, SEQUENCE_LENGTH, TRAIN, group_sizes
 
 SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
 LAYER, MICROBATCH = 5, 1
@@ -261,9 +261,7 @@ def main(file: Path, names: list[str]) -> None:
     for name in names:
         parallel, recompute, num_loops = LAYOUTS[name]
         parallel_state.destroy_model_parallel()
-        sizes = dataclasses.asdict(parallel)
-        del sizes["sequence"]
-        initialize_model_parallel(**sizes)
+        initialize_model_parallel(**group_sizes(parallel))
         config = config_of(parallel, recompute, num_loops)
         undisturbed = undisturbed_run(config, device)
         for case in cases_of(name):

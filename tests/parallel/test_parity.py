@@ -10,6 +10,8 @@ from tests.parallel.cases import (
     CONTROLS,
     LAYOUTS,
     LOOPED,
+    OVERLAP_CONTROLS,
+    OVERLAPPED,
     PARITY,
     RESUMES,
     SAVE_AFTER,
@@ -86,6 +88,26 @@ def test_a_resumed_run_goes_on_like_the_undisturbed_one(campaign, job):
     else:
         assert len(resumed["losses"]) == len(following["losses"])
         assert not violations(resumed, following)
+
+
+@by_name(OVERLAPPED)
+def test_overlapped_communication_changes_no_number(campaign, job):
+    """But for the norm of the gradient, which is summed shard by shard, and what is clipped by it."""
+    result = campaign.result(job)
+    assert result["buckets"] >= 4
+    plain, overlapped, resumed = result["plain"], result["overlapped"], result["resumed"]
+    assert overlapped["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-6)
+    assert overlapped["losses"] == pytest.approx(plain["losses"], rel=1e-7 if job.grad_clip else 0.0, abs=0.0)
+    assert result["different"]["overlapped"] == 0 or job.grad_clip
+    assert resumed["losses"] == pytest.approx(overlapped["losses"][-1:], rel=1e-7 if job.grad_clip else 0.0, abs=0.0)
+    assert result["different"]["resumed"] == 0 or job.grad_clip
+
+
+@by_name(OVERLAP_CONTROLS)
+def test_control_overlap_that_does_not_wait_is_noticed(campaign, job):
+    result = campaign.result(job)
+    run = "resumed" if job.sabotage == "saved_without_waiting" else "overlapped"
+    assert result["different"][run] > 0
 
 
 @by_name([AGREEMENT])

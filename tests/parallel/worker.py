@@ -10,7 +10,6 @@ the rest of the jobs in a new world.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -48,7 +47,8 @@ from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
-from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job
+from tests.parallel import overlap
+from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
 from tests.parallel.compare import relative_errors
 from tests.parallel.counted import counted_flops
 from tools.benchmarks.sent import recorded_sends, sent_between_stages
@@ -59,6 +59,8 @@ PATIENCE = timedelta(minutes=2)
 
 def main(folder: Path, jobs: list[Job]) -> None:
     def do(job: Job, device: torch.device) -> dict[str, Any]:
+        if job.overlap:
+            return overlap.compare(job, folder, device, microbatches)
         with sabotage(job.sabotage):
             return agreement() if job.agreement else work(job, folder, device)
 
@@ -73,9 +75,7 @@ def work_off(folder: Path, jobs: Sequence[Any], do: Callable[[Any, torch.device]
         try:
             if layout != job.layout:  # new groups only when needed: Megatron leaves the old ones open
                 parallel_state.destroy_model_parallel()
-                parallel = dataclasses.asdict(job.config().parallel)
-                del parallel["sequence"]
-                initialize_model_parallel(**parallel)
+                initialize_model_parallel(**group_sizes(job.config().parallel))
                 layout = job.layout
             start = time.monotonic()
             result = do(job, device)

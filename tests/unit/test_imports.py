@@ -15,6 +15,7 @@ PACKAGE = "megatron_depthattn"
 ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 350
 MAX_SHIPPED_LINES = 400  # a modelling file is whole: it ships beside the weights
+MAX_CONFIG_LINES = 450  # a list of keys, each with its meaning
 MAX_FUNCTION_LINES = 80
 
 # Files whose mistakes would be silent: functions of integers and shapes, testable without processes. What
@@ -28,12 +29,13 @@ PURE = {
     # config: for type checkers only
     "config_check.py": {
         f"{PACKAGE}.{name}"
-        for name in ("config", "engine_check", "loops_check", "precision_check", "methods", "vocabulary")
+        for name in ("config", "engine_check", "loops_check", "precision_check", "methods", "switches", "vocabulary")
     },
     "vocabulary.py": set(),
     "backends.py": {f"{PACKAGE}.config"},
     "engine_check.py": {f"{PACKAGE}.config"},
     "loops_check.py": {f"{PACKAGE}.config"},
+    "switches.py": {f"{PACKAGE}.config"},
     "precision.py": {f"{PACKAGE}.config"},
     "precision_check.py": {f"{PACKAGE}.config", f"{PACKAGE}.precision"},
     "model/source_plan.py": {"torch"},
@@ -187,6 +189,7 @@ def rule_environment_is_read_in_one_place(file: str, text: str) -> list[str]:
 def rule_sizes(file: str, text: str) -> list[str]:
     lines = text.count("\n")
     limit = MAX_SHIPPED_LINES if file.startswith("hf/modeling_") else MAX_FILE_LINES
+    limit = MAX_CONFIG_LINES if file == "config.py" else limit
     complaints = [f"{file} has {lines} lines, over {limit}"] if lines > limit else []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

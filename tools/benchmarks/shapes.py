@@ -33,7 +33,7 @@ def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig
         ValueError: an unknown key, a value of the wrong type, or what cannot run on this machine.
     """
     from megatron_depthattn.config import load_config, validate
-    from megatron_depthattn.train.hardware import require_hardware
+    from megatron_depthattn.train.hardware import for_this_machine
 
     path = SHAPES[given.shape or ("360m" if device == "cuda" else "cpu")]
     values = {key.replace("__", "."): value for key, value in more.items()}
@@ -43,8 +43,7 @@ def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig
     values["train.micro_batch_size"] = values["train.global_batch_size"] = batch
     settings = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
     config = load_config(path, [*settings, *given.set])
-    validate(config, 1, needs_data=False)
-    return require_hardware(config).config
+    return for_this_machine(config, validate(config, 1, needs_data=False)).config
 
 
 def shape_text(config: RunConfig, given: argparse.Namespace) -> str:

@@ -78,7 +78,7 @@ def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
 def _named_config(text: str) -> tuple[str, RunConfig]:
     """The config behind NAME=CONFIG.yaml, with one micro-batch a step on one device."""
     from megatron_depthattn.config import load_config, validate
-    from megatron_depthattn.train.hardware import require_hardware
+    from megatron_depthattn.train.hardware import for_this_machine
 
     name, equals, path = text.partition("=")
     if not equals:
@@ -86,8 +86,7 @@ def _named_config(text: str) -> tuple[str, RunConfig]:
     batch = load_config(path).train.micro_batch_size
     alone = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.context=1"]
     config = load_config(path, [*alone, "parallel.sequence=false", f"train.global_batch_size={batch}"])
-    validate(config, 1, needs_data=False)
-    return name, require_hardware(config).config
+    return name, for_this_machine(config, validate(config, 1, needs_data=False)).config
 
 
 class Model:

@@ -1,0 +1,40 @@
+"""Kernels that torch.compile builds compute what plain operations do (`make test-compiled`; needs g++ or a GPU)."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from megatron_depthattn.config import from_dict
+from megatron_depthattn.train.build import build_chunk, transformer_config
+
+
+@pytest.mark.usefixtures("megatron_world_of_one")
+@pytest.mark.parametrize(
+    ("key", "dtype", "bound"),
+    [
+        ("fused_swiglu", "fp32", 1e-6),
+        ("fused_swiglu", "bf16", 3e-2),  # a fused kernel keeps in fp32 what plain operations round in between
+        ("fused_cross_entropy", "bf16", 1e-6),
+    ],
+)
+def test_compiled_kernels_compute_the_same(key, dtype, bound):
+    runs = []
+    for fused in (False, True):
+        settings = {"model": {"num_layers": 4, "vocab_size": 256, key: fused}, "precision": {"dtype": dtype}}
+        config = from_dict(settings, "the test")
+        model = build_chunk(config, transformer_config(config)).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        tokens = torch.randint(0, 256, (2, 65), generator=generator)
+        counters.clear()
+        loss = model(tokens[:, :-1], None, None, labels=tokens[:, 1:]).float().mean()
+        loss.backward()
+        assert bool(counters["frames"]["ok"]) == fused
+        runs.append((float(loss), [parameter.grad.float() for parameter in model.parameters()]))
+    (loss, gradients), (fused_loss, fused_gradients) = runs
+    errors = [float((f - g).norm() / g.norm()) for f, g in zip(fused_gradients, gradients, strict=True)]
+    print(f"{key} {dtype}: loss {abs(fused_loss / loss - 1):.1e}, worst gradient {max(errors):.1e}")
+    assert fused_loss == pytest.approx(loss, rel=bound)
+    assert max(errors) < bound
