@@ -126,8 +126,8 @@ class ModelConfig:
     """Compute the loss, and its gradient, in kernels that torch.compile builds at first use, where the dtype is bf16;
     null: on GPUs."""
     fused_gradient_accumulation: bool | None = None
-    """Let the matrix product of a weight's gradient add to the sum over microbatches; null: on GPUs, for layers that
-    have such a kernel (spec te, or Apex). Megatron engine; not for looped models."""
+    """Let the matrix product of a weight's gradient add to the sum over microbatches; null: where the layers have a
+    kernel for it (spec te, Apex's on GPUs, torch's on CPUs). Megatron engine; not for looped models."""
     depth_attention: DepthConfig = field(default_factory=DepthConfig)
     denseformer: DenseFormerConfig = field(default_factory=DenseFormerConfig)
     attnres: AttnResConfig = field(default_factory=AttnResConfig)

@@ -24,7 +24,7 @@ class Kernels:
     compiler: str | None
     """What torch.compile lacks to build kernels for the device; None: nothing."""
     adds_gradients: bool
-    """Whether Apex's ``fused_weight_gradient_mlp_cuda``, for local layers, can be imported."""
+    """Whether local layers have a kernel that adds to a weight's gradient: Apex's, and on CPUs torch's product."""
 
 
 def switches_refusal(config: "RunConfig") -> str | None:
@@ -132,7 +132,7 @@ def resolved_switches(config: "RunConfig", same_weights: int, kernels: Kernels) 
     }
     overlaps: dict[str, Any] = {}
     if config.engine.name == "megatron":
-        adds = kernels.on_gpu and model.num_loops == 1 and _adds_gradients(config, kernels)
+        adds = model.num_loops == 1 and _adds_gradients(config, kernels)
         defaults["fused_gradient_accumulation"] = adds
         helps = kernels.on_gpu and same_weights > 1 and not _has_lent_chunks(config)
         reduce = _given(parallel.overlap_grad_reduce, helps or bool(parallel.overlap_param_gather))

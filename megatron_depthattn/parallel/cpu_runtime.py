@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def enter_cpu_runtime() -> bool:
         _replace_cuda_functions()
         _replace_megatron_rng()
         _replace_fused_optimizer()
+        _replace_gradient_kernel()
     return True
 
 
@@ -142,3 +144,20 @@ def _replace_fused_optimizer() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = True  # optimizer/__init__.py
     distrib_optimizer.HAVE_APEX_OR_TE = False  # distrib_optimizer.py: who keeps Adam's step
     distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False  # 0.19
+
+
+def _replace_gradient_kernel() -> None:
+    """Apex's kernel by which local layers add to a weight's gradient: on a CPU torch's matrix product can do so."""
+    from megatron.core.tensor_parallel import layers
+
+    module: Any = layers
+    module.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
+    module._grad_accum_fusion_available = True
+
+
+def _add_weight_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """``main_grad`` ``[out, in]``, fp32, plus the gradient of a weight from ``[tokens, in]`` and ``[tokens, out]``."""
+    if inputs.dtype is main_grad.dtype:
+        main_grad.addmm_(grad_output.t(), inputs)
+    else:
+        main_grad.add_(grad_output.t() @ inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.precision import data_parallel_fields, optimizer_fields, transformer_fields
 from megatron_depthattn.train.fp8_state import Fp8State
-from megatron_depthattn.train.hardware import resolve_here
+from megatron_depthattn.train.hardware import adds_gradients, resolve_here
 
 Chunks = list[DistributedDataParallel]
 
@@ -168,12 +167,10 @@ def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 
     Not by Megatron's config: with that its output layer, which has no other kernel, insists on Apex's.
     """
-    apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    module: Any
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # TransformerEngine's
-        elif apex and hasattr(module, "gradient_accumulation_fusion"):
+        elif adds_gradients() and hasattr(module, "gradient_accumulation_fusion"):
             module.gradient_accumulation_fusion = True  # Megatron's
 
 

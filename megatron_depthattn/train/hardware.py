@@ -58,8 +58,12 @@ def these_kernels() -> Kernels:
         missing = "Triton" if importlib.util.find_spec("triton") is None else None
     else:
         missing = "the C++ compiler g++ on PATH" if shutil.which("g++") is None else None
-    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return Kernels(on_gpu, missing, on_gpu and has_apex)
+    return Kernels(on_gpu, missing, adds_gradients())
+
+
+def adds_gradients() -> bool:
+    """Whether Megatron's linear layers can add to their weights' gradients: by Apex's kernel, or on a CPU."""
+    return not torch.cuda.is_available() or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def this_machine() -> Machine:

@@ -5,7 +5,7 @@ import pytest
 from megatron_depthattn.config import RunConfig, from_dict
 from megatron_depthattn.switches import Kernels, kernels_refusal, resolved_switches
 
-GPU, CPU = Kernels(True, None, adds_gradients=False), Kernels(False, None, adds_gradients=False)
+GPU, CPU = Kernels(True, None, adds_gradients=False), Kernels(False, None, adds_gradients=True)
 KEYS = {
     "model": ("fused_swiglu", "fused_cross_entropy", "fused_gradient_accumulation"),
     "parallel": ("overlap_grad_reduce", "overlap_param_gather"),
@@ -24,7 +24,7 @@ def switches(config: RunConfig) -> list[bool | None]:
 @pytest.mark.parametrize(
     ("given", "same_weights", "kernels", "expected"),
     [
-        ({}, 4, CPU, [False, False, False, False, False]),
+        ({}, 4, CPU, [False, False, True, False, False]),
         ({}, 4, GPU, [True, False, False, True, True]),
         ({}, 1, GPU, [True, False, False, False, False]),
         ({"precision": {"dtype": "bf16"}}, 4, GPU, [True, True, False, True, True]),
@@ -33,8 +33,8 @@ def switches(config: RunConfig) -> list[bool | None]:
         ({}, 4, Kernels(True, "Triton", adds_gradients=True), [False, False, True, True, True]),
         (LENT, 4, GPU, [True, False, False, False, False]),
         ({"engine": {"name": "deepspeed"}}, 4, GPU, [True, False, None, None, None]),
-        ({"parallel": {"overlap_grad_reduce": True}}, 4, CPU, [False, False, False, True, False]),
-        ({"parallel": {"overlap_param_gather": True}}, 4, CPU, [False, False, False, True, True]),
+        ({"parallel": {"overlap_grad_reduce": True}}, 4, CPU, [False, False, True, True, False]),
+        ({"parallel": {"overlap_param_gather": True}}, 4, CPU, [False, False, True, True, True]),
         ({"parallel": {"overlap_grad_reduce": False}}, 4, GPU, [True, False, False, False, False]),
         ({"model": {"fused_swiglu": False}}, 1, GPU, [False, False, False, False, False]),
     ],
