@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.reference_methods import METHODS as METHOD_NAMES
 from tests.reference_methods import random_method_weights
@@ -115,3 +116,15 @@ def make(tmp_path: Path, dtype: torch.dtype = torch.float32, **changes) -> Simpl
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a step folder, read without Megatron."""
+    reader = dcp.FileSystemReader(folder)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -137,8 +136,6 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
         initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
         half = Float16Module(megatron, model) if megatron.bf16 else model
         chunks.append(DistributedDataParallel(megatron, ddp, half, disable_bucketing=index > 0))
-        for buffer in chunks[-1].buffers:
-            _count_padding(buffer)
     hooks = get_model_config(chunks[0])
     assert all(get_model_config(chunk) is hooks for chunk in chunks), (
         "every chunk must share the config that holds the hooks"
@@ -152,14 +149,6 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
         for chunk in chunks:
             _fuse_gradient_accumulation(chunk)
     return chunks
-
-
-def _count_padding(buffer: Any) -> None:
-    """Let padding between buckets count as theirs: what Megatron gathers for a checkpoint leaves it out, and then finds
-    the parameters of later buckets at the places that they have with it."""
-    for bucket in buffer.buckets:
-        bucket.numel_unpadded = bucket.grad_data.numel()
-    buffer.numel_unpadded = buffer.numel
 
 
 def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:

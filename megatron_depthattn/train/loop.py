@@ -119,7 +119,7 @@ class Training:
         self.watchdog: Watchdog | None = None
         self._open(start, loaded)
         gc.collect()
-        gc.freeze()  # what has been built stays: no later collection (each save makes one) looks at it again
+        gc.freeze()  # what has been built stays: no later collection looks at it again
         atexit.register(gc.unfreeze)
 
     def run(self) -> int:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config, unwrap_model
+from torch import Tensor
 
 from megatron_depthattn.parallel.launch_env import pickled_fp8_scales_allowed
 from megatron_depthattn.train.build import Chunks, finish_param_gather
+from megatron_depthattn.train.rectangles import range_parts
 from megatron_depthattn.train.step_folders import SAVED_METADATA
 from megatron_depthattn.train.step_reader import check_fp8_state
 
 FP8_STATE = "_extra_state"
 """How names of FP8 scaling state end."""
+MASTER = "param"
+"""Megatron's name for the fp32 weights that the optimizer steps."""
+STATES = (MASTER, "exp_avg", "exp_avg_sq")
 
 
 class MegatronState:
@@ -30,20 +37,39 @@ class MegatronState:
 
     def __init__(self, chunks: Chunks, optimizer: MegatronOptimizer | None) -> None:
         self._chunks, self._models, self._optimizer = chunks, unwrap_model(chunks), optimizer
+        self._masters: list[tuple[Tensor, Tensor]] = []
 
+    @torch.no_grad()
     def sharded(self, *, is_loading: bool) -> dict[str, Any]:
+        """Every data-parallel rank writes and reads the ranges of parameters that it steps."""
         finish_param_gather(self._chunks)
         state = sharded_models(self._models)
-        if self._optimizer is not None:
-            if is_loading:
-                _allocate_state(self._optimizer)
-            state["optimizer"] = self._optimizer.sharded_state_dict(
-                dict(state), is_loading=is_loading, metadata=_metadata()
-            )
+        wholes = {id(part.data): part for part in nested_values(state) if _is_trained(part.data)}
         if not is_loading:  # Megatron does it by itself where it loads
             # A checkpoint holds weights in a plain dtype. Only now: the optimizer knows its weights by identity.
             force_all_tensors_to_non_fp8(state)
-        return state
+        if self._optimizer is None:
+            return state
+        _allocate_state(self._optimizer, is_loading=is_loading)
+        weights: dict[int, list[ShardedTensor]] = {id(whole): [] for whole in wholes.values()}
+        states: list[ShardedTensor] = []
+        for parameter, start, tensors in _ranges(self._optimizer):
+            whole, master = wholes[id(parameter)], tensors[MASTER]
+            if not is_loading:
+                weights[id(whole)] = range_parts(whole, start, whole.data.reshape(-1).narrow(0, start, master.numel()))
+            elif parameter.dtype == torch.float32:  # the master is a view of the weight, which is loaded as well
+                tensors[MASTER] = torch.empty_like(master)
+                self._masters.append((master, tensors[MASTER]))
+            for name, values in tensors.items():
+                states += range_parts(whole, start, values, f"optimizer.state.{name}.")
+        if is_loading:
+            return state | {"optimizer": {"param_state": states}}
+        shares = {
+            model: {name: weights.get(id(part), part) for name, part in parts.items() if weights.get(id(part)) != []}
+            for model, parts in state.items()
+        }
+        kind = {"param_state_sharding_type": SAVED_METADATA["distrib_optim_sharding_type"]}
+        return shares | {"optimizer": self._optimizer.state_dict() | kind | {"param_state": states}}
 
     def sharded_weights(self) -> dict[str, Any]:
         finish_param_gather(self._chunks)
@@ -51,8 +77,11 @@ class MegatronState:
 
     def take(self, loaded: dict[str, Any]) -> None:
         set_weights(self._models, loaded)
+        for master, values in self._masters:
+            master.data.copy_(values)
+        self._masters.clear()
         if self._optimizer is not None:
-            _load_optimizer(self._optimizer, loaded["optimizer"])
+            _set_progress(self._optimizer, loaded["optimizer"])
 
     def take_weights(self, loaded: dict[str, Any]) -> None:
         set_weights(self._models, loaded)
@@ -96,8 +125,8 @@ def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
 
 
-def _allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Torch's Adam allocates its state in its first step; Megatron's loader wants it to be there before."""
+def _allocate_state(optimizer: MegatronOptimizer, *, is_loading: bool) -> None:
+    """Torch's Adam allocates its state in its first step; a checkpoint may come before."""
     for adam in _torch_adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
             adam.state[parameter] = {
@@ -105,14 +134,29 @@ def _allocate_state(optimizer: MegatronOptimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+    if is_loading:
+        for part in optimizer.chained_optimizers:
+            if not part.optimizer.state:  # TransformerEngine's Adam: Megatron knows how
+                part.load_state_dict(part.state_dict())
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts; learning rate, decay and betas stay those of this run's config.
+def _is_trained(value: Any) -> bool:
+    return isinstance(value, torch.nn.Parameter) and value.requires_grad
 
-    Megatron's loader copies every state tensor of a parameter, but does not store torch Adam's step among them.
-    So the step leaves the state between the two halves of the load, and comes back from the parameter group, where
-    Megatron does store it.
+
+def _ranges(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, Tensor]]]:
+    """What this data-parallel rank steps: a parameter, the first of its flattened elements, and their flat states."""
+    for part in optimizer.chained_optimizers:
+        for parameter in part.model_param_gbuf_map:
+            start = part._get_model_param_range_map(parameter)["param"].start
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            yield parameter, start, {name: tensors[name] for name in STATES}
+
+
+def _set_progress(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Set the step counts; learning rate, decay and betas stay those of this run's config.
+
+    Megatron keeps the step in the parameter groups, and torch's Adam beside each moment.
     """
     settings = {
         group["wd_mult"]: {key: value for key, value in group.items() if key not in ("params", "step")}
@@ -123,16 +167,7 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
         group.update(settings[group["wd_mult"]])
         if group.get("step") is not None:  # torch's Adam saves a float, TransformerEngine's takes an integer only
             group["step"] = int(group["step"])
-    adams = _torch_adams(optimizer)
-    hooks = [adam.register_load_state_dict_post_hook(_drop_step) for adam in adams]
-    optimizer.load_state_dict(state)
-    for hook in hooks:
-        hook.remove()
-    for adam in adams:
+    optimizer.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
+    for adam in _torch_adams(optimizer):
         for parameter_state in adam.state.values():
             parameter_state["step"] = torch.tensor(float(adam.param_groups[0]["step"]))
-
-
-def _drop_step(adam: torch.optim.Optimizer) -> None:
-    for parameter_state in adam.state.values():
-        parameter_state.pop("step", None)

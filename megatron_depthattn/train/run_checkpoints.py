@@ -30,7 +30,7 @@ class RunCheckpoints:
     Args:
         state: what to save, called when it is saved.
         report: where the lines go.
-        on_progress: called whenever a part of a save is done.
+        on_progress: called whenever a part of a save is done, on this rank or on one that it waits for.
     """
 
     def __init__(
@@ -42,7 +42,10 @@ class RunCheckpoints:
     ) -> None:
         self._directory = Path(config.checkpoint_dir)
         self._saver = CheckpointSaver(
-            self._directory, keep=config.checkpoint.keep, is_async=config.checkpoint.async_save
+            self._directory,
+            keep=config.checkpoint.keep,
+            is_async=config.checkpoint.async_save,
+            on_progress=on_progress,
         )
         self._state, self._report, self._on_progress = state, report, on_progress
         self._stall = 0.0

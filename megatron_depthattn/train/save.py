@@ -1,7 +1,7 @@
 """Writing checkpoints: while the training loop waits only for a copy in host memory, or until everything is on disk.
 
-A save has two halves. The first runs in the loop, on all ranks: Megatron says who writes which part of which tensor,
-and each rank copies its parts into host memory. The second writes the copy with torch's distributed checkpoint writer,
+A save has two halves. The first runs in the loop, on all ranks: each rank copies what it writes into host memory (its
+share, see rectangles.py); nothing is gathered. The second writes the copy with torch's distributed checkpoint writer,
 hashes what lies on disk, and publishes the folder; it runs in a thread of each rank and talks over a process group of
 its own, so that with ``checkpoint.async_save`` training goes on meanwhile. Without it the loop waits for that thread.
 
@@ -12,10 +12,12 @@ files. It changes neither the run nor the checkpoints that exist.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +37,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_depthattn.durable import publish_folder, remove, write_error
 from megatron_depthattn.train.manifest import Digests, digest_files, write_manifest
@@ -48,7 +51,9 @@ from megatron_depthattn.train.step_folders import (
 
 WRITE_TIMEOUT = timedelta(hours=1)
 """How long ranks wait for the slowest writer before the save is given up. The loop itself waits no longer than
-``train.hang_timeout``."""
+``train.hang_timeout`` for ranks that all write nothing."""
+LOOK_SECONDS = 1.0
+"""How often a loop that waits looks whether something was written."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,19 @@ class CheckpointSaver:
         directory: the run's checkpoint folder, shared by all ranks.
         keep: complete checkpoints to leave in the folder; None: all.
         is_async: return from `save` as soon as the copy is made.
+        on_progress: called in the loop while a save gets on, also while it waits for the writers.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None, is_async: bool = False) -> None:
-        self._directory, self._keep, self._is_async = directory, keep, is_async
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int | None = None,
+        is_async: bool = False,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._directory, self._keep, self._is_async, self._on_progress = directory, keep, is_async, on_progress
+        self._written = _Written()
         self._group: Any = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self._strategy = _CopyToHost()
         self._thread: threading.Thread | None = None
@@ -112,6 +126,7 @@ class CheckpointSaver:
             except (OSError, RuntimeError) as problem:  # rank 0 writes the common state; torch.save raises either
                 error = f"rank {dist.get_rank()}: {_reason(problem, aside)}"
             self._is_first = False
+        self._on_progress()
         copy = self._strategy.take()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -139,9 +154,12 @@ class CheckpointSaver:
 
     def wait(self) -> None:
         """Return when nothing is being written any more."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        while self._thread is not None:
+            self._thread.join(LOOK_SECONDS)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif self._written.has_grown():
+                self._on_progress()
 
     def take_outcome(self) -> SaveOutcome | None:
         """What became of the last save, once, when it has ended; None while it is being written, and afterwards.
@@ -179,7 +197,7 @@ class CheckpointSaver:
                 state,
                 # All lies in host memory: to copy ahead would mean to wait for the GPU's default stream.
                 storage_writer=dcp.FileSystemWriter(aside, sync_files=True, per_thread_copy_ahead=0),
-                planner=MCoreSavePlanner(flatten_state_dict=False),
+                planner=_Planner(self._written.grow),
                 process_group=self._group,
             )
             return digest_files(aside, [path.name for path in aside.glob(f"__{dist.get_rank()}_*.distcp")]), None
@@ -208,6 +226,43 @@ class CheckpointSaver:
         errors: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error, group=self._group)
         return next((each for each in errors if each), None)
+
+
+class _Written:
+    """Whether any rank has written something, which all of them see: those that are done wait for the slowest.
+
+    A rank that hangs while it writes stops the count, and so the heartbeats of all that wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._store = dist.PrefixStore("checkpoint", dist.distributed_c10d._get_default_store().clone())
+        self._at, self._seen = 0.0, 0
+
+    def grow(self) -> None:
+        """Called in the writer's thread."""
+        now = time.monotonic()
+        if now - self._at > LOOK_SECONDS:
+            self._at = now
+            self._store.add("written", 1)
+
+    def has_grown(self) -> bool:
+        """Whether it has since this was last asked."""
+        before = self._seen
+        with contextlib.suppress(RuntimeError):  # the host of the store is gone: the writer will meet that itself
+            self._seen = self._store.add("written", 0)
+        return self._seen != before
+
+
+class _Planner(MCoreSavePlanner):
+    """Megatron's planner, which says when a part is about to be written."""
+
+    def __init__(self, on_part: Callable[[], None]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._on_part = on_part
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        self._on_part()
+        return super().resolve_data(write_item)
 
 
 class _CopyToHost(TorchDistSaveShardedStrategy):

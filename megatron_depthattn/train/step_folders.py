@@ -22,7 +22,6 @@ GENERATION = "generation_config"
 """In `COMMON`: the generation config of the imported model that a run started from, handed on for its export."""
 SAVED_METADATA: dict[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
     "non_homogeneous_layers": True,
     "chained_optim_avoid_prefix": True,
 }

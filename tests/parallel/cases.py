@@ -127,6 +127,8 @@ class Job:
     """Run twice, without and with overlapped data-parallel communication, see overlap.py."""
     grad_clip: float = 0.0
     """Of these two runs."""
+    gathered: bool = False
+    """Go on from its other checkpoint, which Megatron has gathered: one writer of whole tensors."""
     agreement: bool = False
     """Only call ``check_same_on_all_ranks``."""
 
@@ -136,7 +138,7 @@ class Job:
         parts = [self.layout, *(spacing if self.method == "depth_attention" else [self.method]), self.recompute]
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
         parts += [f"loops{self.loops}"] * (self.loops > 1) + [f"overlap-clip{self.grad_clip:g}"] * self.overlap
-        parts += [f"from-{self.resume}"] * bool(self.resume)
+        parts += [f"from-{self.resume}"] * bool(self.resume) + ["gathered"] * self.gathered
         return "-".join(parts)
 
     @property
@@ -149,7 +151,7 @@ class Job:
     @property
     def checkpoint(self) -> str:
         """The folder of the checkpoint that this job saves or goes on from."""
-        return f"checkpoint-{self.resume or self.layout}-{self.method}-loops{self.loops}"
+        return f"checkpoint-{self.resume or self.layout}-{self.method}-loops{self.loops}" + self.gathered * "-gathered"
 
     def config(self) -> RunConfig:
         depth = DepthConfig(stride=self.stride, recent_window=self.window)
@@ -167,7 +169,7 @@ class Job:
 
 
 SPACINGS = [(stride, window) for stride in (1, 2, MODEL.num_layers // 2) for window in (0, 1)]
-SAVED = ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2")
+SAVED = ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2", "dp2xtp2")
 """Layouts whose ten steps at stride 2 and window 1 are saved on the way, with the optimizer."""
 REFERENCES = {
     (stride, window): Job(layout="single", stride=stride, window=window, save=(stride, window) == (2, 1))
@@ -288,9 +290,11 @@ RESUMES = [
         "tp2xpp2+sp": ("tp2xpp2+sp", "single", "pp2xvpp2", *(("dp2", "cp2", "tp4", "pp4", "dp2xpp2") if FULL else ())),
         "pp4xvpp2": ("pp4xvpp2", "tp2xpp2+sp"),
         "dp2": ("dp2",),
+        "dp2xtp2": ("dp2xtp2", "dp2", "pp2"),
     }.items()
     for to in targets
 ]
+RESUMES += [Job(layout=to, resume="dp2xtp2", gathered=True) for to in ("dp2xtp2", "pp2")]
 RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in (METHODS if FULL else ("attnres",))]
 if FULL:
     RESUMES += [Job(layout="pp2xvpp2", method=method, resume="tp2xpp2+sp") for method in METHODS]

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
+import json
 
+import pytest
+import torch
+
+from megatron_depthattn.train.manifest import MANIFEST
+from megatron_depthattn.train.step_folders import step_folder
+from tests.checkpoints import stored
 from tests.parallel.cases import (
     AGREEMENT,
     CHATTY,
@@ -15,6 +22,7 @@ from tests.parallel.cases import (
     PARITY,
     RESUMES,
     SAVE_AFTER,
+    SAVES,
     VANILLA_LOOPED,
     Job,
     needs,
@@ -78,12 +86,30 @@ def test_a_deliberate_mistake_is_noticed(campaign, job):
     assert max(loss, gradient) > 1000 * BOUND
 
 
+@by_name(SAVES)
+def test_a_checkpoint_holds_what_megatron_would_gather(campaign, job):
+    """Every tensor, bit by bit; and each data-parallel rank wrote its share."""
+    campaign.result(job)
+    ours, gathered = (
+        step_folder(campaign.folder / one.checkpoint, SAVE_AFTER)
+        for one in (job, dataclasses.replace(job, gathered=True))
+    )
+    written, expected = stored(ours), stored(gathered)
+    assert written.keys() == expected.keys() and len(written) > 4 * 20
+    assert [name for name in expected if not torch.equal(written[name], expected[name])] == []
+    files, parallel = json.loads((ours / MANIFEST).read_text())["files"], LAYOUTS[job.layout].parallel
+    sizes = [files[f"__{rank}_0.distcp"]["bytes"] for rank in range(LAYOUTS[job.layout].world_size)]
+    for tensor_rank in range(parallel.tensor if parallel.pipeline == 1 else 0):
+        of_replicas = sizes[tensor_rank :: parallel.tensor]
+        assert max(of_replicas) < 1.2 * min(of_replicas), sizes
+
+
 @by_name(RESUMES)
 def test_a_resumed_run_goes_on_like_the_undisturbed_one(campaign, job):
     saved = next(save for save in needs(job) if save.save and save.layout == job.resume)
     resumed, undisturbed = campaign.result(job), campaign.result(saved)
     following = {key: undisturbed[key][SAVE_AFTER:] for key in ("losses", "grad_norms")}
-    if job.layout == job.resume:
+    if job.layout == job.resume:  # whichever of the two checkpoints it was
         assert {key: resumed[key] for key in following} == following  # to the last bit
     else:
         assert len(resumed["losses"]) == len(following["losses"])

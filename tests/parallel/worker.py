@@ -45,12 +45,15 @@ from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.depth_record import DepthRecord
+from megatron_depthattn.train.rng_state import RNG, sharded_rng_state
+from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.parallel import overlap
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
 from tests.parallel.compare import relative_errors
 from tests.parallel.counted import counted_flops
+from tools.benchmarks.checkpoint_worker import gathered_state
 from tools.benchmarks.sent import recorded_sends, sent_between_stages
 
 SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
@@ -141,7 +144,17 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
             save_checkpoint(
                 folder / job.checkpoint, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={}
             )
+            save_gathered(folder / dataclasses.replace(job, gathered=True).checkpoint, chunks, optimizer, scheduler)
     return result
+
+
+def save_gathered(folder: Path, chunks: Chunks, optimizer: Any, scheduler: Any) -> None:
+    """The same checkpoint as Megatron makes it: optimizer state gathered on the first data-parallel rank, whole."""
+    state = gathered_state(chunks, optimizer) | {"config": {}, "scheduler": scheduler.state_dict()}
+    saver = CheckpointSaver(folder)
+    saver.save(progress_after(SAVE_AFTER), state | {RNG: sharded_rng_state()})
+    outcome = saver.take_outcome()
+    assert outcome is not None and outcome.error is None, outcome
 
 
 def progress_after(step: int) -> Progress:

@@ -10,19 +10,22 @@ import random
 import resource
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_depthattn.config import from_dict, to_dict
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
 from megatron_depthattn.train.step_folders import COMMON, Progress, complete_folders, step_folder
 from megatron_depthattn.train.step_reader import COMMON_ENTRY, check_fp8_state, read_common
+from tests.checkpoints import stored
 from tests.small_disk import can_mount, small_disk
 
 SETTINGS = {
@@ -45,14 +48,14 @@ SETTINGS = {
 class Run:
     """A model in training, without a loop around it."""
 
-    def __init__(self, directory: Path, *, is_async: bool, seed: int = 1):
+    def __init__(self, directory: Path, *, is_async: bool, seed: int = 1, **more):
         from megatron_depthattn.train.build import build_model, build_optimizer
         from megatron_depthattn.train.save import CheckpointSaver
 
         self.config = from_dict(SETTINGS | {"run": {"seed": seed}}, "a test")
         self.chunks = build_model(self.config, torch.device("cpu"))
         self.optimizer, self.scheduler = build_optimizer(self.config, self.chunks)
-        self.saver = CheckpointSaver(directory, is_async=is_async)
+        self.saver = CheckpointSaver(directory, is_async=is_async, **more)
         self.generator = torch.Generator().manual_seed(seed)
         self.number = 0
 
@@ -89,18 +92,6 @@ class Run:
 @pytest.fixture
 def run(megatron_world_of_one, tmp_path):
     return Run(tmp_path / "checkpoints", is_async=True)
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a step folder, read without Megatron."""
-    reader = dcp.FileSystemReader(folder)
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 def equal(one: dict, other: dict) -> list[str]:
@@ -159,8 +150,6 @@ def test_control_a_copy_that_is_not_renewed_is_seen(megatron_world_of_one, tmp_p
 
 def test_the_copy_is_made_before_save_returns(run, tmp_path, monkeypatch):
     """The writer is held up until training has gone on: the checkpoint is of the step that was saved all the same."""
-    import threading
-
     go_on = threading.Event()
     write = dcp.save
 
@@ -182,6 +171,34 @@ def test_the_copy_is_made_before_save_returns(run, tmp_path, monkeypatch):
     reader.load(step_folder(tmp_path / "checkpoints", 1))
     assert equal(reader.weights(), expected) == list(expected)
     assert equal(run.weights(), expected) == []
+
+
+def test_a_loop_that_waits_beats_while_some_rank_writes_and_not_otherwise(megatron_world_of_one, tmp_path, monkeypatch):
+    from megatron_depthattn.train import save
+
+    monkeypatch.setattr(save, "LOOK_SECONDS", 0.01)
+    lookup, beats, beat, seen = save._Planner.lookup_object, [], threading.Event(), []
+    run = Run(tmp_path / "checkpoints", is_async=False, on_progress=lambda: (beats.append(1), beat.set()))
+
+    def hang(self, index):
+        """The first tensor takes its time, in which nothing is written here; then another rank writes something."""
+        if not seen:
+            assert beat.wait(60)
+            before = len(beats)
+            time.sleep(0.5)
+            seen.append(len(beats) - before)
+            beat.clear()
+            save._Written().grow()
+            seen.append(beat.wait(60))
+        return lookup(self, index)
+
+    monkeypatch.setattr(save._Planner, "lookup_object", hang)
+    run.step()
+    run.save()
+    assert run.saver.take_outcome().error is None
+    quiet, has_beaten = seen
+    assert quiet <= 1, "for what was written before"
+    assert has_beaten
 
 
 @pytest.fixture
