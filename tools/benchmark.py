@@ -12,7 +12,7 @@ benchmark.py layouts     predicted and measured time of a step under several lay
 benchmark.py data        how fast the loader reads, over how fast training consumes
 benchmark.py prepare     the whole corpus preparation against the bare tokenizer library, on the same cores
 benchmark.py precision   training in bf16 and every FP8 recipe against the same weights and batches in a base
-benchmark.py checkpoint  what saving costs the training loop, synchronous and asynchronous
+benchmark.py checkpoint  what saving costs in time and host memory, against Megatron's gather on one rank
 """
 
 import argparse
