@@ -10,6 +10,7 @@ the rest of the jobs in a new world.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
