@@ -19,6 +19,7 @@ from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.denseformer.definition import DenseFormer
 from megatron_depthattn.methods.mhc.definition import SINKHORN_ITERATIONS, HyperConnections
 from megatron_depthattn.model.source_plan import CrossLayerPlan
+from megatron_depthattn.vocabulary import LOSS_CHUNK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,8 @@ class ChunkActivations:
 
     def working(self) -> int:
         """Bytes of the largest temporary of backward, to within a few per cent of the peak: gradients inside the MLP,
-        or with recomputation what is made again and the gradients of lent sources; in the output layer the
-        logits before their softmax and a gradient of the weight."""
+        or with recomputation what is made again and the gradients of lent sources; in the output layer a gradient of
+        the weight, or a chunk of logits in fp32."""
         shape = self.shape
         inside = 4 * shape.element * shape.tokens * shape.ffn_size
         if self.recompute.granularity == "full":
@@ -123,8 +124,8 @@ class ChunkActivations:
         layers = self.made_again() + self._mix_made_again() + inside
         if self.layers.stop < self.num_layers:
             return layers
-        logits = shape.tokens * shape.vocab_size if shape.element == 2 else 0
-        return max(layers, shape.element * (logits + shape.vocab_size * shape.hidden_size))
+        chunk = 4 * min(LOSS_CHUNK["cpu" if shape.on_cpu else "cuda"], shape.tokens * shape.vocab_size)
+        return max(layers, chunk if shape.element == 2 else 0, shape.element * shape.vocab_size * shape.hidden_size)
 
     def _mix_made_again(self) -> int:
         """Bytes of what a method's own recomputation (`methods.parameters.recomputed`) makes, mostly in fp32."""
@@ -189,12 +190,14 @@ class ChunkActivations:
         return lent.intersection(self.layers)
 
     def _leave(self, kept: Storages) -> None:
-        """Final norm, output layer and cross entropy, whose softmax is fp32."""
+        """Final norm, output layer and cross entropy (`model.cross_entropy`)."""
         shape = self.shape
         kept.keep(self._norm(kept, "decoder_output", "output_input"))
-        kept.keep_new("softmax", 4 * shape.batch * shape.query_length * shape.vocab_size)
+        kept.keep_new("logits", shape.element * shape.tokens * shape.vocab_size)
         kept.keep_new("target_mask", shape.tokens)
         kept.keep_new("targets", 8 * shape.tokens)
+        kept.keep_new("maxima", 4 * shape.tokens)
+        kept.keep_new("sums", 4 * shape.tokens * (2 if shape.tensor > 1 else 1))  # summed over ranks with the targets'
 
     # ---- a layer
 

@@ -35,7 +35,7 @@ from megatron_depthattn.estimate.traffic import (
     stage_layers,
     traffic,
 )
-from megatron_depthattn.vocabulary import padded_vocab_size
+from megatron_depthattn.vocabulary import LOSS_CHUNK, padded_vocab_size
 
 MODEL = (
     "step = m * slowest stage + fill and drain by the other stages / v + gradient reduction + optimizer; a stage's "
@@ -247,7 +247,10 @@ def _ends(config: RunConfig, machine: Machine, stage: int) -> _Part:
         cost = machine.products[config.precision.dtype]
         products = 3 * cost.seconds(2 * rows(config) * model.hidden_size * vocab)
         logits = rows(config) * vocab
-        passes += 14 * machine.passes.seconds(FP32 * logits) + logits * machine.exponential_seconds
+        times, exponentials = (10, 1) if config.precision.dtype == "fp32" else (18, 2)
+        chunk = min(logits, LOSS_CHUNK["cpu" if machine.is_host else "cuda"])
+        passes += times * logits / chunk * machine.passes.seconds(FP32 * chunk)
+        passes += exponentials * logits * machine.exponential_seconds
     return _Part(products, passes)
 
 

@@ -217,7 +217,8 @@ def _tensor(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: 
         yield each("input of the output layer", "all_gather", "forward", int(sequence))
         yield each("input of the output layer, again", "all_gather", "backward", int(sequence))
         yield each("its gradient", "reduce_scatter" if sequence else "all_reduce", "backward", 1)
-        yield each("cross entropy: maximum, label, sum", "all_reduce", "forward", 3, rows(config) * FP32)
+        yield each("cross entropy: maximum", "all_reduce", "forward", 1, rows(config) * FP32)
+        yield each("cross entropy: label and sum", "all_reduce", "forward", 1, 2 * rows(config) * FP32)
     weights = rank_weights(config, shared.megatron, pipeline_rank)
     partial = weights.norms if sequence else weights.head_norms
     yield Transfer("tensor", "norms' gradients", "all_reduce", "step", FP32 * partial, tensor, 1)

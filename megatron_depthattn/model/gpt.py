@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megatron_depthattn.model.cross_entropy import ChunkedLossGPTModel
 from megatron_depthattn.model.layer_specs import depth_attention_block_spec
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
@@ -35,7 +36,7 @@ def qwen3_style_config(**overrides: Any) -> DepthAttentionConfig:
     return DepthAttentionConfig(**(style | overrides))
 
 
-class DepthGPTModel(GPTModel):
+class DepthGPTModel(ChunkedLossGPTModel):
     """Megatron's ``GPTModel``; gives every call a micro-batch state of its own unless the caller brings one."""
 
     def forward(self, *args: Any, extra_block_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -84,7 +85,7 @@ def build_gpt_model(
             f"virtual pipeline stage {vp_stage} of a model with num_loops={config.num_loops} uses the weights of its "
             "rank's first chunk: build that one before, and give it as first_chunk."
         )
-    model_class = DepthGPTModel if config.shares_over_layers else GPTModel
+    model_class = DepthGPTModel if config.shares_over_layers else ChunkedLossGPTModel
     model = model_class(
         config=config,
         transformer_layer_spec=depth_attention_block_spec(config, backend, vp_stage),

@@ -80,7 +80,7 @@ def test_activations_are_what_autograd_saves(method, recompute):
     [
         ("query.", [LONG_AND_NARROW]),
         ("gate_and_up.", [SHORT_AND_WIDE]),
-        ("softmax", [SHORT_AND_WIDE, {"model.vocab_size": 4000}]),
+        ("logits", [SHORT_AND_WIDE, {"model.vocab_size": 4000}]),
         ("projection.", [SHORT_AND_WIDE]),
         ("value.", [SHORT_AND_WIDE, METHODS["stride-1"], RECOMPUTE["uniform"]]),
         ("hidden.", [SHORT_AND_WIDE, METHODS["mhc"]]),
