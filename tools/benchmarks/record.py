@@ -8,9 +8,9 @@ import time
 
 import torch
 
+from tools.benchmarks.model import Model
 from tools.benchmarks.result import Result
 from tools.benchmarks.shapes import add_model_arguments, run_config, shape_text
-from tools.benchmarks.step import Model
 from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
 
 PLAIN, ON_RECORD = "plain", "on record"

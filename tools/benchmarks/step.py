@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from tools.benchmarks.model import Model
 from tools.benchmarks.op_tests import add_tests_passed, require_green
+from tools.benchmarks.peers import add_peers_arguments, measure_peers
 from tools.benchmarks.result import Result
 from tools.benchmarks.shapes import add_model_arguments, implementations_on, run_config, shape_text
 from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
-    from megatron_depthattn.train.depth_record import DepthRecord
 
 VANILLA = "vanilla"
 AUTHORS = {"reference": " (authors' formulation, eager torch)"}
@@ -27,7 +25,7 @@ AUTHORS = {"reference": " (authors' formulation, eager torch)"}
 def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("step", help="a training step with Depth-Attention over one without, interleaved")
     add_model_arguments(parser)
-    parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
+    parser.add_argument("--strides", nargs="*", type=int, metavar="N", help="default: half the layers, and 1")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="implementations of the mix; default: all that run here")
     parser.add_argument(
         "--models", nargs="+", metavar="NAME=CONFIG.yaml", help="these run configs instead, the first is compared with"
@@ -35,8 +33,9 @@ def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="steps of each model (default 20)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
+    add_peers_arguments(parser)
     add_tests_passed(parser)
-    parser.set_defaults(measure=measure_step)
+    parser.set_defaults(measure=lambda given: (measure_peers if given.peers else measure_step)(given))
 
 
 def measure_step(given: argparse.Namespace) -> Result:
@@ -87,54 +86,6 @@ def _named_config(text: str) -> tuple[str, RunConfig]:
     alone = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.context=1"]
     config = load_config(path, [*alone, "parallel.sequence=false", f"train.global_batch_size={batch}"])
     return name, for_this_machine(config, validate(config, 1, needs_data=False)).config
-
-
-class Model:
-    """One model with its optimizer, and the step that is timed."""
-
-    def __init__(self, config: RunConfig, device: torch.device, *, has_optimizer: bool) -> None:
-        from megatron_depthattn.model.module_flops import module_flops
-        from megatron_depthattn.train.build import build_model, build_optimizer
-        from megatron_depthattn.train.metrics import peak_tflops
-
-        self._device = device
-        self._shape = (config.train.micro_batch_size, config.data.sequence_length)
-        self._chunks = build_model(config, device)
-        self._optimizer: tuple[Any, Any] | None = build_optimizer(config, self._chunks) if has_optimizer else None
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(config.model.vocab_size, (self._shape[0], self._shape[1] + 1), generator=generator)
-        tokens = tokens.to(device)
-        self._batches = [{"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}]
-        self.tokens = self._shape[0] * self._shape[1]
-        self.flops_per_token = 3 * module_flops(self._chunks, self._shape[1]).total()
-        self.peak_tflops = peak_tflops(config)
-
-    def step(self, record: DepthRecord | None = None, *, clock: Callable[[], float] = time.perf_counter) -> float:
-        """Seconds of one step, until the device is done; with ``record``, of one whose weights over depth it takes."""
-        self._synchronize()
-        started = clock()
-        with record.listening(1) if record else nullcontext():
-            self._run()
-        if record:
-            record.collect()
-        self._synchronize()
-        return clock() - started
-
-    def _run(self) -> None:
-        from megatron_depthattn.train.step import run_microbatches, train_step
-
-        if self._optimizer:
-            optimizer, schedule = self._optimizer
-            schedule.step(increment=1)
-            train_step(self._chunks, optimizer, self._batches, self._shape)
-        else:
-            for chunk in self._chunks:
-                chunk.zero_grad_buffer()
-            run_microbatches(self._chunks, self._batches, self._shape, forward_only=False)
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def _build(
