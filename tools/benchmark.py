@@ -1,9 +1,9 @@
 """Measure parts of the stack on this machine: prints a table and, with --json FILE, the figures.
 
 benchmark.py op          the depth mix alone, as multiples of the time in which its bytes could be copied
-benchmark.py step        a training step with Depth-Attention over one without
+benchmark.py step        a training step with Depth-Attention over one without, or both over transformers' Qwen3
 benchmark.py record      a training step whose weights over depth go on record over one without
-benchmark.py memory      what is kept for backward above vanilla, beside what the source plan predicts
+benchmark.py memory      what is kept for backward above vanilla, beside what the source plan predicts; or by a layer
 benchmark.py rank-memory memory of every stage of a layout, what the planner predicts beside what is measured
 benchmark.py flops       the arithmetic of the mix, as a share of all
 benchmark.py hop         what a pipeline sends, against the least possible, and what that costs a step

@@ -28,6 +28,11 @@ def add_memory(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=[*RECOMPUTE], help="default: all")
     parser.add_argument("--ops", nargs="+", default=["lean"], metavar="OP", help="default: lean")
+    parser.add_argument(
+        *("--sequence-length",),
+        **{"nargs": "+", "type": int, "metavar": "N"},
+        help="instead: what a layer keeps at each of these lengths",
+    )
     parser.set_defaults(measure=measure_memory)
 
 
@@ -50,7 +55,7 @@ def measure_memory(given: argparse.Namespace) -> Result:
     device = initialize_distributed(launch_environment())
     try:
         initialize_model_parallel()
-        return _measure(given, device)
+        return _measure_lengths(given, device) if given.sequence_length else _measure(given, device)
     finally:
         shut_down()
 
@@ -82,6 +87,52 @@ def _measure(given: argparse.Namespace, device: torch.device) -> Result:
                 predicted = predicted_numbers(config, device.type)
                 _add_row(result, f"stride {stride}, {op}", mode, config, kept(config, device), vanilla, predicted)
     return result
+
+
+def _measure_lengths(given: argparse.Namespace, device: torch.device) -> Result:
+    """Bytes per token and layer: what the upper half of the layers adds, so embedding and logits do not count."""
+    lengths = sorted(given.sequence_length)
+    whole, half = (argparse.Namespace(**vars(given) | {"layers": n}) for n in _layers_of(given))
+    first = run_config(whole, device.type, **_of_length(lengths[-1]))
+    shape = shape_text(first, whole).replace(f"x {lengths[-1]} tokens", "x n tokens")
+    result = Result(
+        title=f"Kept for backward by a layer: {shape}, layers: {first.model.spec}",
+        columns=["model", "recompute", *(f"n = {length}, B/token" for length in lengths)],
+        notes=[
+            f"bytes per token and layer: distinct storages of the tensors that autograd saves, of {whole.layers} "
+            f"layers less those of the first {half.layers}, by their number; parameters left out",
+        ],
+    )
+    models: dict[str, dict[str, Any]] = {"vanilla": {"model__depth_attention__enabled": False}}
+    for stride in given.strides or dict.fromkeys((half.layers, 1)):
+        for op in given.ops:
+            depth = {"model__depth_attention__stride": stride, "model__depth_attention__op": op}
+            models[f"stride {stride}, {op}"] = depth
+    for mode in given.recompute:
+        for name, keys in models.items():
+            values = []
+            for length in lengths:
+                options = RECOMPUTE[mode] | keys | _of_length(length)
+                more, less = (kept(run_config(part, device.type, **options), device).saved for part in (whole, half))
+                tokens = first.train.micro_batch_size * length
+                values.append((more - less) / (whole.layers - half.layers) / tokens)
+            result.rows.append([name, mode, *(f"{value:,.0f}" for value in values)])
+            result.figures[f"{name}, {mode}"] = dict(zip(map(str, lengths), values, strict=True))
+    return result
+
+
+def _layers_of(given: argparse.Namespace) -> tuple[int, int]:
+    """All layers, few by default since long sequences may keep much, and the lower half."""
+    layers = given.layers or 4
+    if layers < 2:
+        raise ValueError(
+            f"--layers {layers} with --sequence-length: layers are compared with half of them, give 2 or more"
+        )
+    return layers, layers // 2
+
+
+def _of_length(length: int) -> dict[str, Any]:
+    return {"data__sequence_length": length, "model__max_position_embeddings": length}
 
 
 def kept(config: RunConfig, device: torch.device) -> Kept:

@@ -56,7 +56,7 @@ def saved_tensors(model: torch.nn.Module, state: MicrobatchState) -> Iterator[Sa
 
     def pack(tensor: Tensor) -> Tensor:
         saved._tensors.append(tensor)
-        return tensor
+        return tensor.detach()  # itself, an operation's output would keep its graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
