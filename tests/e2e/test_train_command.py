@@ -137,7 +137,7 @@ def test_resume_refuses_another_model(undisturbed: Path, config_file: Path):
         (["data.sequence_length=16"], "sequence_length"),
         (["model.vocab_size=256"], "model.vocab_size=384"),
         (["checkpoint.load=nowhere/step_00000001"], "holds no complete checkpoint"),
-        (["precision.fp8=delayed", "precision.dtype=bf16"], "set model.spec=te"),
+        (["precision.fp8=delayed", "precision.dtype=bf16"], "auto cannot take them here: no GPU; change that, or set"),
         (["model.spec=te"], "TransformerEngine, which cannot be imported here"),
     ],
 )
