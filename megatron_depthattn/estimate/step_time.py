@@ -9,7 +9,7 @@ costs by its operations, everything else by the bytes it reads and writes, both 
 twice the products of forward. What is recomputed is added. Collectives of tensor and context parallel and pipeline hops
 are added: nothing is assumed to overlap with arithmetic, except hops under the interleaved schedule on devices that
 have a host (Megatron overlaps them there). On a device the time of a layer is at least the host's time to issue it.
-Gradients are reduced and weights gathered once, after the last backward (the stack does not overlap them).
+Gradients are reduced and weights gathered once, after the last backward: that runs on GPUs overlap them is left out.
 
 Not modelled: waiting for data, other ranks' jitter, checkpoints, clocks that depend on the load, kernels that lose
 efficiency at odd shapes.

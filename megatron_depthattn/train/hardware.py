@@ -11,7 +11,7 @@ from megatron_depthattn.backends import AUTO, CPU, Available, Resolved, resolve
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.precision_check import INSTALL, Machine, machine_refusal
-from megatron_depthattn.switches import Kernels, kernels_refusal, resolved_switches
+from megatron_depthattn.switches import Kernels, kernels_refusal, resolved_switches, switches_refusal
 
 
 def resolve_here(config: RunConfig) -> Resolved:
@@ -45,7 +45,7 @@ def for_this_machine(config: RunConfig, sizes: Sizes) -> Resolved:
         ValueError: this machine has not what the config's layers, precision or switches need.
     """
     resolved, kernels = require_hardware(config), these_kernels()
-    if (refusal := kernels_refusal(resolved.config, kernels)) is not None:
+    if (refusal := switches_refusal(resolved.config) or kernels_refusal(resolved.config, kernels)) is not None:
         raise ValueError(refusal)
     same_weights = sizes.data_parallel_size * config.parallel.context
     return resolved._replace(config=resolved_switches(resolved.config, same_weights, kernels))

@@ -276,7 +276,7 @@ if not FULL:
     OVERLAPPED = [job for job in OVERLAPPED if (job.layout, job.method, job.grad_clip) in some]
 OVERLAP_CONTROLS = [
     Job(layout="dp2", overlap=True, sabotage=mistake)
-    for mistake in ("weights_not_waited_for", "reduced_with_the_first_gradient", "saved_without_waiting")
+    for mistake in ("weights_not_waited_for", "reduced_with_the_first_gradient")
 ]
 
 AGREEMENT = Job(layout="tp4", agreement=True)

@@ -34,6 +34,8 @@ def results() -> dict[str, Any]:
 
     And the losses of a looped model under each spec, and of runs resumed under both.
     """
+    from tests.te import switches
+
     own = build.build_chunk
 
     def build_chunk(*arguments: Any, **options: Any) -> Any:
@@ -58,6 +60,7 @@ def results() -> dict[str, Any]:
                 found[name]["control"] = _trained(fp8_params, before_step=_evaluate)
         found["loops"] = {spec: _looped(spec) for spec in SPECS}
         found["resumed"] = {spec: _resumed(spec) for spec in SPECS}
+        found["gradients"] = {fused: switches.gradients(fused=fused) for fused in (False, True)}
     return found
 
 

@@ -346,3 +346,32 @@ def test_a_run_resumes_under_the_other_spec(te, first):
     runs = te.delayed["resumed"][first]
     assert runs["te"] == pytest.approx(runs["local"], rel=5e-4)
     assert abs(runs["control"][0] / runs["local"][0] - 1) > 0.01, "control: a run that has not loaded it"
+
+
+# ---- switches
+
+
+def test_products_that_add_to_the_gradient_sum_the_same_microbatches(te):
+    """In fp32, where the gradients of single microbatches are rounded to bf16 otherwise."""
+    apart, fused = te.delayed["gradients"][False], te.delayed["gradients"][True]
+    assert apart.keys() == fused.keys()
+    for name, gradient in apart.items():
+        assert (fused[name] - gradient).norm() < 1e-2 * gradient.norm(), name
+    differing = {name.rpartition(".linear_")[2] for name in apart if not torch.equal(fused[name], apart[name])}
+    assert {"qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"} <= differing
+
+
+def test_userbuffers_are_of_the_size_of_a_microbatch(te):
+    asked, layers = te.userbuffers["asked"], te.userbuffers["layers"]
+    config = small_config("te", tensor=2, sequence=True)
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    assert asked["shape"] == [tokens, config.model.hidden_size]
+    assert asked["tp_size"] == 2
+    assert asked["quantization_modes"] == ["none"]
+    column, row = ["ub_overlap_ag_fprop", "ub_bulk_dgrad", "ub_bulk_wgrad"], ["ub_overlap_rs_fprop"]
+    assert layers == {
+        "self_attention.linear_qkv": ("qkv", column),
+        "self_attention.linear_proj": ("proj", row),
+        "mlp.linear_fc1": ("fc1", column),
+        "mlp.linear_fc2": ("fc2", row),
+    }

@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
 
     from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
     from megatron_depthattn.parallel.launch_env import launch_environment
-    from tests.te import conversion, delayed, layouts, methods, recompute, support
+    from tests.te import conversion, delayed, layouts, methods, recompute, support, switches
 
     quantization.get_device_compute_capability = lambda: (9, 0)  # an H100's
     initialize_distributed(launch_environment())
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}
         results[spec]["shares"] = [layouts.share(spec, rank=rank) for rank in layouts.SMALL_RANKS]
         results[spec]["refusal"] = layouts.refusal(layouts.INDIVISIBLE, spec)
-    results |= {"loops": layouts.loops(), "method_shares": methods.shares()}
+    results |= {"loops": layouts.loops(), "method_shares": methods.shares(), "userbuffers": switches.userbuffers()}
     torch.save(results, folder / RESULTS)
 
 
