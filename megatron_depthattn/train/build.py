@@ -167,6 +167,11 @@ def initialize_userbuffers(config: RunConfig) -> None:
     """Allocate the buffers through which TransformerEngine's layers overlap tensor-parallel communication."""
     from transformer_engine.pytorch.module import base
 
+    if not hasattr(base, "UserBufferQuantizationMode"):
+        raise ValueError(
+            "parallel.tp_comm_overlap=true needs TransformerEngine 2.7 or later, and this one is older: upgrade it, or "
+            "set parallel.tp_comm_overlap=false"
+        )
     modes, precision = base.UserBufferQuantizationMode, config.precision
     has_bf16 = precision.fp8 is None or precision.bf16_first_layers or precision.bf16_last_layers
     base.initialize_ub(
