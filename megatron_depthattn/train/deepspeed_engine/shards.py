@@ -23,9 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Parameter
 
-MASTER = "param"
-"""Megatron's name for the fp32 weights that the optimizer steps."""
-STATES = (MASTER, "exp_avg", "exp_avg_sq")
+from megatron_depthattn.train.megatron_state import MASTER
 
 
 class Shard(NamedTuple):

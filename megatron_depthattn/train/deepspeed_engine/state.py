@@ -1,26 +1,23 @@
 """The DeepSpeed engine's weights and optimizer as parts of a checkpoint: the Megatron engine's names, shapes and types.
 
-What a data-parallel group holds in shards is put together one tensor at a time, in the host memory of its first rank,
-which writes it. Loading goes the other way without communication: every rank reads whole tensors and keeps its shards.
+Every data-parallel rank writes the ranges of parameters that it holds, and reads them, as the Megatron engine does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_depthattn.train.deepspeed_engine.shards import MASTER, STATES, Shard, Shards
-from megatron_depthattn.train.megatron_state import sharded_models
+from megatron_depthattn.train.deepspeed_engine.shards import Shard, Shards
+from megatron_depthattn.train.megatron_state import MASTER, STATES, sharded_models
+from megatron_depthattn.train.rectangles import range_parts
 from megatron_depthattn.train.step_folders import SAVED_METADATA
 
 
@@ -32,39 +29,19 @@ class Template:
     """
 
     def __init__(self, model: GPTModel) -> None:
-        self.tree = sharded_models([model])
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        parts = [part for part in nested_values(self.tree) if self._name(part)]
-        self.parts = {self._name(part): part for part in parts}
-
-    def weights(self, tensor: Callable[[str], Tensor]) -> dict[str, Any]:
-        """The tree with ``tensor(name)`` for each parameter, in the type of the model's weights."""
-
-        def fill(part: Any) -> Any:
-            name = self._name(part)
-            return replace(part, data=tensor(name).to(self._dtypes[name])) if name else part
-
-        return dict_list_map_outplace(fill, self.tree)
-
-    def optimizer(self, tensor: Callable[[str, str], Tensor]) -> dict[int, dict[str, Any]]:
-        """For each parameter the three fp32 tensors ``tensor(name, state)``, in Megatron's form."""
-        return {
-            index: {state: _optimizer_part(part, state, tensor(name, state)) for state in STATES}
-            for index, (name, part) in enumerate(self.parts.items())
+        tree = sharded_models([model])["model0"]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._others = {key: part for key, part in tree.items() if id(part.data) not in names}
+        self.weights = {
+            names[id(part.data)]: replace(part, data=part.data.detach().to("meta"))
+            for part in tree.values()
+            if id(part.data) in names
         }
+        """What Megatron says of each parameter; without its values."""
 
-    def _name(self, part: Any) -> str:
-        is_weight = isinstance(part, ShardedTensor | ShardedTensorFactory) and isinstance(part.data, Parameter)
-        return self._names[id(part.data)] if is_weight else ""
-
-
-def _optimizer_part(part: Any, state: str, tensor: Tensor) -> Any:
-    changes: dict[str, Any] = {"key": f"optimizer.state.{state}.{part.key}", "data": tensor}
-    if isinstance(part, ShardedTensor):
-        changes["dtype"] = tensor.dtype
-    return replace(part, **changes)
+    def tree(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """The model's part of a checkpoint with these weights: whole ones, or this rank's shares of some."""
+        return {"model0": self._others | weights}
 
 
 class DeepSpeedState:
@@ -76,70 +53,80 @@ class DeepSpeedState:
         self._template, self._shards, self._named, self._param_groups = template, shards, named, param_groups
         self._held: dict[str, Shard] = {shard.name: shard for shard in shards.held}
         self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._loading: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()
     def sharded(self, *, is_loading: bool) -> dict[str, Any]:
-        read = self._empty if is_loading else self._gathered
-        masters = {name: read(name, MASTER) for name in self._named}
-        state = self._template.weights(lambda name: masters[name])
-        param_state = self._template.optimizer(
-            lambda name, key: masters[name].clone() if key == MASTER else read(name, key)
-        )
-        if not is_loading and self._group.rank() > 0:
-            param_state = {}
-        state["optimizer"] = {
+        return self._to_load() if is_loading else self._to_save()
+
+    def _to_load(self) -> dict[str, Any]:
+        self._loading = {
+            (name, state): torch.empty(shard.size, dtype=torch.float32)
+            for name, shard in self._held.items()
+            for state in STATES
+        }
+        parts = [
+            part
+            for (name, state), values in self._loading.items()
+            for part in self._state_parts(name, state, self._held[name].start, values)
+        ]
+        return self.sharded_weights() | {"optimizer": {"param_state": parts}}
+
+    def _to_save(self) -> dict[str, Any]:
+        weights: dict[str, list[ShardedTensor]] = {}
+        parts: list[ShardedTensor] = []
+        for name, shard in self._held.items():
+            first, last = self._share(shard.size)
+            for state in STATES:
+                values = self._shards.read(shard, state)[first:last]
+                parts += self._state_parts(name, state, shard.start + first, values)
+                if state == MASTER and first < last:
+                    whole = self._template.weights[name]
+                    weights[name] = range_parts(whole, shard.start + first, values.to(whole.data.dtype))
+        optimizer = {
             "optimizer": {"param_groups": self._groups_without_parameters()},
             "param_state_sharding_type": SAVED_METADATA["distrib_optim_sharding_type"],
-            "param_state": param_state,
+            "param_state": parts,
         }
-        return state
+        return self._template.tree(weights) | {"optimizer": optimizer}
 
     def sharded_weights(self) -> dict[str, Any]:
-        return self._template.weights(lambda name: self._empty(name, MASTER))
+        return self._template.tree(
+            {
+                name: replace(whole, data=torch.empty_like(whole.data, device="cpu"))
+                for name, whole in self._template.weights.items()
+            }
+        )
 
     @torch.no_grad()
     def take(self, loaded: dict[str, Any]) -> None:
-        stored = loaded["optimizer"]["param_state"]
-        for index, name in enumerate(self._template.parts):
-            for state in STATES:
-                self._write(name, state, stored[index][state])
+        for (name, state), values in self._loading.items():
+            self._shards.write(self._held[name], state, values)
+        self._loading = {}
         # Only the count of steps: learning rate, decay and betas stay those of this run's config.
         self._shards.num_steps = float(loaded["optimizer"]["optimizer"]["param_groups"][0]["step"])
         self._set_weights(loaded)
 
     @torch.no_grad()
     def take_weights(self, loaded: dict[str, Any]) -> None:
-        for name, weight in self._loaded_weights(loaded).items():
-            self._write(name, MASTER, weight.float())
+        for name, shard in self._held.items():
+            whole = loaded["model0"][name].float()
+            self._shards.write(shard, MASTER, whole.reshape(-1).narrow(0, shard.start, shard.size))
         self._set_weights(loaded)
 
     def _set_weights(self, loaded: dict[str, Any]) -> None:
-        for name, weight in self._loaded_weights(loaded).items():
-            self._shards.set_weights(self._named[name], weight)
+        for name, parameter in self._named.items():
+            self._shards.set_weights(parameter, loaded["model0"][name])
 
-    def _loaded_weights(self, loaded: dict[str, Any]) -> dict[str, Tensor]:
-        return {name: loaded["model0"][name] for name in self._named}
+    def _state_parts(self, name: str, state: str, start: int, values: Tensor) -> list[ShardedTensor]:
+        return range_parts(self._template.weights[name], start, values, f"optimizer.state.{state}.")
 
-    def _write(self, name: str, state: str, whole: Tensor) -> None:
-        shard = self._held.get(name)
-        if shard is not None:
-            self._shards.write(shard, state, whole.reshape(-1).narrow(0, shard.start, shard.size))
-
-    def _empty(self, name: str, _: str) -> Tensor:
-        return torch.empty(self._template.shapes[name], dtype=torch.float32)
-
-    def _gathered(self, name: str, state: str) -> Tensor:
-        """The whole fp32 tensor in host memory on the group's first rank; no data elsewhere."""
-        shape, shard = self._template.shapes[name], self._held.get(name)
-        is_writer = self._group.rank() == 0
-        if self._shards.is_replicated:
-            assert shard is not None
-            return self._shards.read(shard, state).view(shape).cpu() if is_writer else torch.empty(shape, device="meta")
-        whole = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=self._named[name].device)
-        if shard is not None:
-            whole.narrow(0, shard.start, shard.size).copy_(self._shards.read(shard, state))
-        dist.reduce(whole, dst=dist.get_global_rank(self._group, 0), group=self._group)
-        return whole.view(shape).cpu() if is_writer else torch.empty(shape, device="meta")
+    def _share(self, size: int) -> tuple[int, int]:
+        """Which of a shard's elements this rank writes: all, but for an even share of what every rank holds."""
+        if not self._shards.is_replicated:
+            return 0, size
+        rank, ranks = self._group.rank(), self._group.size()
+        return size * rank // ranks, size * (rank + 1) // ranks
 
     def _groups_without_parameters(self) -> list[dict[str, Any]]:
         """The optimizer's settings, with the step where Megatron keeps it."""
