@@ -65,11 +65,9 @@ def _check_shapes(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], k
     """Refuse what broadcasting would otherwise turn into a wrong result without a word."""
     if len(keys) != len(values):
         raise ValueError(f"got {len(keys)} source keys but {len(values)} source values; pass one of each per source")
-    named = [("v", v)]
-    named += [(f"keys[{i}]", key) for i, key in enumerate(keys)]
-    named += [(f"values[{i}]", value) for i, value in enumerate(values)]
-    for name, tensor in named:
+    for i, tensor in enumerate((v, *keys, *values)):
         if tensor.shape != k.shape:
+            name = "v" if i == 0 else f"keys[{i - 1}]" if i <= len(keys) else f"values[{i - 1 - len(keys)}]"
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)} but k has {list(k.shape)}; the keys and values of "
                 "the layer and of its sources must all be [..., num_kv_heads, head_dim] of the same tokens"

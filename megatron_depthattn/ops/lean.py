@@ -15,9 +15,12 @@ Shapes and precision are those of reference.py. Sources are visited one at a tim
 largest temporaries are a few [..., G, d] tensors in fp32, whatever the number of sources. On a CPU the time
 goes into reading and writing memory: one buffer takes all products, the group mean's division is left to the
 scores, which are d times smaller, and scores [n + 1, ..., G] lie source by source, as softmax is fastest.
+There are about 12 operations a source, forward and backward, so tensors that are hardly large enough for
+threads run without: to start them would take longer than the operation (`_threads_that_pay`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,6 +30,9 @@ from torch.autograd.function import once_differentiable
 from megatron_depthattn.ops.reference import compute_dtype
 
 _T = TypeVar("_T")
+
+_GRAIN_SIZE = 32768
+"""Elements from which torch starts threads for an elementwise operation on a CPU (at::internal::GRAIN_SIZE)."""
 
 
 def depth_mix_lean(
@@ -63,31 +69,58 @@ class _LeanDepthMix(torch.autograd.Function):
         ctx.save_for_backward(q, *candidates)
         keys, values = _split(candidates)
         v = values[-1]
-        weights = _weights(_group_sum(q, like=v), keys, _score_factor(q, v, scale))
-        return _weighted_sum(weights, values).to(v.dtype)
+        with _threads_that_pay(v):
+            weights = _weights(_group_sum(q, like=v), keys, _score_factor(q, v, scale))
+            return _weighted_sum(weights, values).to(v.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
-        q, *candidates = ctx.saved_tensors
-        keys, values = _split(candidates)
-        _, needs_q, *needs_candidates = ctx.needs_input_grad
-        needs_key, needs_value = _split(needs_candidates)
+        with _threads_that_pay(grad_mixed):
+            return None, *_gradients(ctx.scale, ctx.saved_tensors, grad_mixed, ctx.needs_input_grad[1:])
 
-        factor = _score_factor(q, values[-1], ctx.scale)
-        qsum = _group_sum(q, like=values[-1])
-        grad = grad_mixed.to(qsum.dtype)
-        if not (needs_q or any(needs_key)):
-            weights = _weights(qsum, keys, factor)
-            return None, None, *(None for _ in keys), *_each_times(weights, grad, values, needs_value)
 
-        grad_weights = _dot_each(grad, values)  # first, so that the two passes over the keys follow each other
+def _gradients(
+    scale: float, inputs: Sequence[Tensor], grad_mixed: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs q, *keys, *values; None where it is not needed."""
+    q, *candidates = inputs
+    keys, values = _split(candidates)
+    needs_q, *needs_candidates = needed
+    needs_key, needs_value = _split(needs_candidates)
+
+    factor = _score_factor(q, values[-1], scale)
+    qsum = _group_sum(q, like=values[-1])
+    grad = grad_mixed.to(qsum.dtype)
+    if not (needs_q or any(needs_key)):
         weights = _weights(qsum, keys, factor)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, 0, weights.dtype)
-        grad_dots = grad_scores.mul_(factor)
-        grad_q = _to_every_head(_weighted_sum(grad_dots, keys), q) if needs_q else None
-        grad_keys = _each_times(grad_dots, qsum, keys, needs_key)
-        return None, grad_q, *grad_keys, *_each_times(weights, grad, values, needs_value)
+        return None, *(None for _ in keys), *_each_times(weights, grad, values, needs_value)
+
+    grad_weights = _dot_each(grad, values)  # first, so that the two passes over the keys follow each other
+    weights = _weights(qsum, keys, factor)
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, 0, weights.dtype)
+    grad_dots = grad_scores.mul_(factor)
+    grad_q = _to_every_head(_weighted_sum(grad_dots, keys), q) if needs_q else None
+    grad_keys = _each_times(grad_dots, qsum, keys, needs_key)
+    return grad_q, *grad_keys, *_each_times(weights, grad, values, needs_value)
+
+
+@contextmanager
+def _threads_that_pay(x: Tensor) -> Iterator[None]:
+    """Inside, operations on CPU tensors of x's size run without threads if each would get less than torch's own grain.
+
+    Every operation waits for its slowest thread. The number of threads belongs to the calling thread; only a thread
+    whose very first operation falls into the block would start, and stay, with one. Compiled code needs none of this.
+    """
+    is_small = not torch.compiler.is_compiling() and x.is_cpu and _GRAIN_SIZE <= x.numel() < 2 * _GRAIN_SIZE
+    if not is_small or (num_threads := torch.get_num_threads()) == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _split(candidates: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
@@ -115,7 +148,8 @@ def _score_factor(q: Tensor, like: Tensor, scale: float) -> float:
 
 def _to_every_head(grad_qsum: Tensor, q: Tensor) -> Tensor:
     """Gradient of q [..., H, d] from that of the groups' sums [..., G, d]: the same for every head of a group."""
-    return grad_qsum.to(q.dtype).unsqueeze(-2).expand_as(_by_group(q, grad_qsum)).reshape(q.shape)
+    heads_per_group = q.shape[-2] // grad_qsum.shape[-2]
+    return torch.stack([grad_qsum.to(q.dtype)] * heads_per_group, dim=-2).view(q.shape)  # faster than to expand
 
 
 def _weights(qsum: Tensor, keys: Sequence[Tensor], factor: float) -> Tensor:

@@ -430,6 +430,54 @@ def test_lean_notices_a_source_changed_in_place() -> None:
         mixed.sum().backward()
 
 
+class NumThreads(TorchDispatchMode):
+    """The numbers of threads that operations could use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(torch.get_num_threads())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("tokens", "allowed"), [(256, 2), (512, 1), (1024, 2)])
+def test_threads_are_left_out_where_each_would_get_less_than_a_grain(tokens: int, allowed: int) -> None:
+    """A key of 3 heads of 32: 24,576, 49,152 and 98,304 elements; torch starts threads from 32,768 on."""
+    inputs = make_inputs(2, leading=(tokens, 1))
+    with NumThreads() as forward:
+        mixed = inputs.mix("lean")
+    assert (forward.seen, torch.get_num_threads()) == ({allowed}, 2)
+    grad = output_gradient(mixed)
+    with NumThreads() as backward:
+        grads = mixed.grad_fn.apply(grad)
+    assert (backward.seen, torch.get_num_threads()) == ({allowed}, 2)
+
+    torch.set_num_threads(1)
+    mixed_alone = inputs.mix("lean")
+    assert torch.equal(mixed, mixed_alone)
+    grads_alone = mixed_alone.grad_fn.apply(grad)
+    assert all(torch.equal(x, y) for x, y in zip(grads[1:], grads_alone[1:], strict=True))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_given_back_after_an_error() -> None:
+    inputs = make_inputs(1, leading=(512, 1))
+    with pytest.raises(RuntimeError, match="meta"):
+        depth_mix_lean(inputs.q, [inputs.keys[0].to("meta")], inputs.values, inputs.k, inputs.v, inputs.scale)
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autocast_does_not_lower_the_precision(implementation: str) -> None:
     inputs = make_inputs(2)
