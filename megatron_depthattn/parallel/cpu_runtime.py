@@ -43,6 +43,7 @@ def enter_cpu_runtime() -> bool:
         _replace_megatron_rng()
         _replace_fused_optimizer()
         _replace_gradient_kernel()
+        _replace_collectives_of_one()
     return True
 
 
@@ -161,3 +162,20 @@ def _add_weight_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_g
         main_grad.addmm_(grad_output.t(), inputs)
     else:
         main_grad.add_(grad_output.t() @ inputs)
+
+
+def _replace_collectives_of_one() -> None:
+    """A group of one has what it would gather: NCCL does nothing where gloo copies all weights and all gradients."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    module: Any = param_and_grad_buffer  # the imports at its head; it calls them on views of what they return into
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(module, name, _unless_alone(getattr(module, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def wrapper(*args: Any, group: torch.distributed.ProcessGroup, **kwargs: Any) -> Any:
+        return None if group.size() == 1 else collective(*args, group=group, **kwargs)
+
+    return wrapper

@@ -215,8 +215,17 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
         ),
         chunks,  # Megatron's default overrides keep weight decay off one-dimensional parameters: the norms
     )
+    for adam in torch_adams(optimizer):
+        for group in adam.param_groups:
+            group["fused"] = True  # one pass over weights and moments in place of ten; Megatron has no setting for it
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     return optimizer, build_schedule(config, optimizer)
+
+
+def torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The inner optimizers that are torch's own; others keep their step in the parameter group."""
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer | torch.optim.Optimizer) -> OptimizerParamScheduler:

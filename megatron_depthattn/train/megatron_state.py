@@ -15,7 +15,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.parallel.launch_env import pickled_fp8_scales_allowed
-from megatron_depthattn.train.build import Chunks, finish_param_gather
+from megatron_depthattn.train.build import Chunks, finish_param_gather, torch_adams
 from megatron_depthattn.train.rectangles import range_parts
 from megatron_depthattn.train.step_folders import SAVED_METADATA
 from megatron_depthattn.train.step_reader import check_fp8_state
@@ -119,18 +119,12 @@ def _metadata() -> dict[str, Any]:
     return SAVED_METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """The inner optimizers that are torch's own; others keep their step in the parameter group."""
-    inner = [part.optimizer for part in optimizer.chained_optimizers]
-    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
-
-
 def _allocate_state(optimizer: MegatronOptimizer, *, is_loading: bool) -> None:
     """Torch's Adam allocates its state in its first step; a checkpoint may come before."""
-    for adam in _torch_adams(optimizer):
+    for adam in torch_adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
             adam.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -168,6 +162,6 @@ def _set_progress(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         if group.get("step") is not None:  # torch's Adam saves a float, TransformerEngine's takes an integer only
             group["step"] = int(group["step"])
     optimizer.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
-    for adam in _torch_adams(optimizer):
-        for parameter_state in adam.state.values():
-            parameter_state["step"] = torch.tensor(float(adam.param_groups[0]["step"]))
+    for adam in torch_adams(optimizer):
+        for parameter, parameter_state in adam.state.items():
+            parameter_state["step"] = torch.full((), float(adam.param_groups[0]["step"]), device=parameter.device)
