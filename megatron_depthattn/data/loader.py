@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -108,7 +107,7 @@ def _shield_worker(parent: int, _number: int) -> None:
 
 
 class TokenLoader(Iterator[list[MicroBatch]]):
-    """Endless iterator of steps; `data_seconds` sums the time spent waiting for the next one, in seconds.
+    """Endless iterator of steps.
 
     Args:
         samples: what is read.
@@ -116,10 +115,17 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         shape: num_micro_batches, mbs.
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
         vocab_size: what a token must be below; None: not checked.
+        pin_memory: into page-locked memory, from which a copy to a GPU need not be waited for.
     """
 
     def __init__(
-        self, samples: Samples, steps: Iterator[Ids], shape: tuple[int, int], num_workers: int, vocab_size: int | None
+        self,
+        samples: Samples,
+        steps: Iterator[Ids],
+        shape: tuple[int, int],
+        num_workers: int,
+        vocab_size: int | None,
+        pin_memory: bool = False,
     ) -> None:
         # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
         # copied from its slot a moment later. Hence one slot more.
@@ -149,7 +155,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
             # DataLoader's handler raises the death of a worker wherever the program is, be it in the middle of
             # saving; without it the next `next` tells.
             signal.signal(signal.SIGCHLD, on_child)
-        self.data_seconds = 0.0
+        self._pin_memory = pin_memory
 
     def _ask(self, steps: Iterator[Ids]) -> Iterator[tuple[int, Ids]]:
         for number, ids in enumerate(steps):
@@ -165,17 +171,16 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         """
         if self._iterator is None:
             raise StopIteration
-        start = time.perf_counter()
         error = self._wait(self._iterator)
         slot, ids = self._asked.popleft()
         rows = self._slots[slot].long()  # a copy: the slot is filled again
-        self.data_seconds += time.perf_counter() - start
         if error is not None:
             raise ValueError(error)
-        return [
-            {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "sample_ids": ids}
-            for rows, ids in zip(rows, torch.from_numpy(ids), strict=True)
-        ]
+        tokens, labels = rows[..., :-1].contiguous(), rows[..., 1:].contiguous()
+        if self._pin_memory:
+            tokens, labels = tokens.pin_memory(), labels.pin_memory()
+        parts = zip(tokens, labels, torch.from_numpy(ids), strict=True)
+        return [dict(zip(("tokens", "labels", "sample_ids"), one, strict=True)) for one in parts]
 
     def _wait(self, results: Iterator[str | None]) -> str | None:
         while self._iterator is not None:
@@ -208,6 +213,7 @@ def build_loader(
     data_parallel_size: int,
     num_workers: int = 0,
     vocab_size: int | None = None,
+    pin_memory: bool = False,
 ) -> TokenLoader:
     """The steps of one data-parallel rank, from `consumed_samples` on, without end.
 
@@ -216,6 +222,7 @@ def build_loader(
     Args:
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
         vocab_size: what a token must be below; None: not checked.
+        pin_memory: into page-locked memory.
 
     Returns:
         An iterator of lists of micro-batches {"tokens": int64 [mbs, N], "labels": int64 [mbs, N],
@@ -231,4 +238,4 @@ def build_loader(
     }
     shape = num_micro_batches(**layout), micro_batch_size
     ids = steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout)
-    return TokenLoader(dataset, ids, shape, num_workers, vocab_size)
+    return TokenLoader(dataset, ids, shape, num_workers, vocab_size, pin_memory)

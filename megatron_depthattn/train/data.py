@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 
@@ -43,7 +44,8 @@ class GlobalBatches:
         self._corpus = _open_on_all_ranks(config, split)
         self._loader: TokenLoader | None = None
         self._reader: _Reader | None = None
-        self._waited_before = 0.0
+        self.data_seconds = 0.0
+        """Seconds that this rank's steps have waited for samples."""
         self.seek(consumed_samples)
 
     @property
@@ -55,11 +57,6 @@ class GlobalBatches:
     def corpus_digest(self) -> str:
         """A digest of the contents of the split's streams, in their order, wherever they lie."""
         return self._corpus.digest
-
-    @property
-    def data_seconds(self) -> float:
-        """Seconds that this rank has waited for samples."""
-        return self._waited_before + (self._loader.data_seconds if self._loader else 0.0)
 
     def describe(self, consumed_samples: int, last_sample: int) -> list[str]:
         """One line a stream for people: its share, its samples, its epochs after so many samples and at the end."""
@@ -81,24 +78,43 @@ class GlobalBatches:
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=self._sizes.data_parallel_size,
             num_workers=config.data.num_workers if self._is_training else 0,
+            pin_memory=self._device.type == "cuda",
         )
         self._reader = _Reader(self._loader)
 
+    @property
+    def has_next(self) -> bool:
+        """Whether what `next` returns is here."""
+        return self._reader is None or self._reader.request().done()
+
     def wait(self, seconds: float) -> bool:
         """Whether what `next` returns is here, after up to so many seconds; it is not used up by that."""
-        return self._reader is None or bool(wait([self._reader.request()], seconds).done)
+        if self._reader is None:
+            return True
+        started = time.perf_counter()
+        done, _ = wait([self._reader.request()], seconds)
+        self.data_seconds += time.perf_counter() - started
+        return bool(done)
 
     def next(self) -> list[Microbatch]:
         """This rank's microbatches of the next global batch; empty ones on a stage that reads nothing.
+
+        The one after it is read meanwhile.
 
         Raises:
             ValueError: a shard is damaged or missing (names the file), or a loader process died.
         """
         if self._reader is None:
             return [{}] * self._sizes.num_microbatches
+        started = time.perf_counter()
+        step = self._reader.take()
+        self.data_seconds += time.perf_counter() - started
         return [
-            {name: tensor.to(self._device) if name != SAMPLE_IDS else tensor for name, tensor in batch.items()}
-            for batch in self._reader.take()
+            {
+                name: tensor if name == SAMPLE_IDS else tensor.to(self._device, non_blocking=True)
+                for name, tensor in batch.items()
+            }
+            for batch in step
         ]
 
     def close(self) -> None:
@@ -108,7 +124,6 @@ class GlobalBatches:
             self._reader = None
         if self._loader:
             self._loader.close()
-            self._waited_before += self._loader.data_seconds
             self._loader = None
 
 
@@ -131,9 +146,11 @@ class _Reader:
         return self._request
 
     def take(self) -> list[MicroBatch]:
-        """The next step; raises what the loader raised."""
+        """The next step, once it is read, while the one after it is asked for; raises what the loader raised."""
         request, self._request = self.request(), None
-        return request.result()
+        step = request.result()
+        self.request()
+        return step
 
     def close(self) -> None:
         """End the thread, when the loader returns."""

@@ -17,6 +17,7 @@ from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
+from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.step import Microbatch, StepResult, run_microbatches, train_step
 
@@ -34,7 +35,7 @@ class Engine(Protocol):
     def learning_rate(self) -> float:
         """Of the next step, or of the one just taken."""
 
-    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+    def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
         """One optimizer step, or none if loss or gradient is not finite; see `step.train_step`."""
 
     def evaluating(self) -> Any:
@@ -112,8 +113,8 @@ class MegatronEngine:
     def learning_rate(self) -> float:
         return get_canonical_lr_for_logging(self._optimizer.param_groups)
 
-    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
-        return train_step(self._chunks, self._optimizer, microbatches, self._shape, self._fp8)
+    def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
+        return train_step(self._chunks, self._optimizer, microbatches, self._shape, self._fp8, status)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

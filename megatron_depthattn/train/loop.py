@@ -14,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig, config_digest, validate
@@ -28,9 +27,10 @@ from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.engine import Engine, build_engine
+from megatron_depthattn.train.exchange import RankStatus
 from megatron_depthattn.train.hardware import for_this_machine
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
-from megatron_depthattn.train.metrics import Meter, RankStatus, exchange, forward_flops, peak_memory_gb
+from megatron_depthattn.train.metrics import Meter, forward_flops, peak_memory_gb
 from megatron_depthattn.train.owner import check_owner, claim_checkpoints, lock_run
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
@@ -38,12 +38,10 @@ from megatron_depthattn.train.sample_log import SampleLog
 from megatron_depthattn.train.start import Start, find_start, from_rank_0, is_own_checkpoint
 from megatron_depthattn.train.step import NonFiniteError, SkippedSteps
 from megatron_depthattn.train.step_folders import GENERATION, Progress, set_aside_after
+from megatron_depthattn.train.stop_agreement import StopAgreement
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
 from megatron_depthattn.train.summary import Cost, opening_lines
 from megatron_depthattn.train.watchdog import Watchdog
-
-LOOK_SECONDS = 0.5
-"""How long a rank waits for its data before it asks the others whether to stop."""
 
 
 def train(config: RunConfig, environment: LaunchEnvironment, signals: StopSignals) -> int:
@@ -103,7 +101,7 @@ class Training:
                 "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
                 "checkpoint.load=null."
             )
-        self.signals, self.stop_signal = signals, 0
+        self.signals, self.agreement = signals, StopAgreement(signals)
         signals.only_note()
         self.history, self.run_id = self._enter_history(start)
         self.sample_log = SampleLog(config, first_step=self.progress.step)
@@ -139,16 +137,17 @@ class Training:
                     self.checkpoints.save_last(self.progress)
                 elif _is_due(self.progress.step, self.config.checkpoint.interval):
                     self.checkpoints.save(self.progress)
+                    self.agreement.ask_again()
                 self.checkpoints.tell()
                 self._beat("step")
-            if self.stop_signal and not self.signals.nothing_to_save:
+            if self.agreement.stop_signal and not self.signals.nothing_to_save:
                 self.checkpoints.save_last(self.progress)
         except NonFiniteError:
             self.checkpoints.finish()  # one may still be under way
             self._end("not finite")
             raise
-        if self.stop_signal:
-            self._end("signal", signal=signal.Signals(self.stop_signal).name)
+        if self.agreement.stop_signal:
+            self._end("signal", signal=signal.Signals(self.agreement.stop_signal).name)
             return EXIT_REQUEUE
         self._end("finished" if self.progress.step >= self.config.train.steps else "stop_after")
         return 0
@@ -162,36 +161,25 @@ class Training:
         self.report.close()
         shut_down()
 
-    def _may_go_on(self, batches: GlobalBatches) -> bool:
-        """Wait for all ranks' next global batch; false if one of them was asked to stop: `stop_signal` says by what.
-
-        The one place where ranks agree to stop: before each training step and each batch of an evaluation. They do so
-        again while a rank waits for its data, which may never come.
-        """
-        while not self.stop_signal:
-            is_here = batches.wait(0.0 if self.signals.received else LOOK_SECONDS)
-            ranks = exchange([self.signals.received, is_here])
-            self.stop_signal = round(max(received for received, _ in ranks))
-            if not self.stop_signal and all(here for _, here in ranks):
-                return True
-        return False
-
     def _step(self) -> bool:
-        """One optimizer step, on record; false if there was none, because some rank was asked to stop."""
+        """One optimizer step, on record; false if there was none, because some rank was asked to stop.
+
+        A step's seconds end when its optimizer has been launched; a device may still be at it when the next begins,
+        whose seconds then hold the rest.
+        """
         step = self.progress.step + 1
         started, waited = time.monotonic(), self.batches.data_seconds
-        if not self._may_go_on(self.batches):
+        if not self.agreement.may_go_on(self.batches):
             return False
         self.signals.nothing_to_save = False
         self.engine.advance_schedule()
         microbatches = self.batches.next()
+        waited = self.batches.data_seconds - waited
         with self.depth.listening(step):
-            result = self.engine.train_step(microbatches)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the optimizer's kernels belong to this step
+            result = self.engine.train_step(microbatches, lambda: self._status(waited))
         seconds = time.monotonic() - started
-        mine = RankStatus(self.batches.data_seconds - waited, peak_memory_gb())
-        ranks = [RankStatus(*status) for status in exchange(mine)]
+        ranks = [RankStatus(*status) for status in result.statuses]
+        self.agreement.note(ranks, self.batches)
         self.sample_log.write(step, microbatches)
         if result.skipped:
             self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
@@ -207,6 +195,9 @@ class Training:
         self.report.step(record)
         return True
 
+    def _status(self, data_seconds: float) -> RankStatus:
+        return RankStatus(data_seconds, peak_memory_gb(), self.signals.received, self.batches.has_next)
+
     def _is_evaluation_due(self) -> bool:
         settings = self.config.train
         return self.progress.step == settings.steps or _is_due(self.progress.step, settings.eval_interval)
@@ -219,7 +210,7 @@ class Training:
 
         def may_go_on() -> bool:
             self._beat("evaluation")
-            return self._may_go_on(held_out)
+            return self.agreement.may_go_on(held_out)
 
         loss = evaluate(self.config, self.engine, held_out, may_go_on)
         if loss is not None:

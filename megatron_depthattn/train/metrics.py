@@ -6,15 +6,15 @@ import dataclasses
 import math
 import resource
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.train.exchange import RankStatus
 from megatron_depthattn.train.step import StepResult
 from megatron_depthattn.train.step_folders import Progress
 from megatron_depthattn.vocabulary import padded_vocab_size
@@ -97,22 +97,6 @@ class Meter:
             "eval_loss": None,
             "depth": None,
         }
-
-
-class RankStatus(NamedTuple):
-    """What a rank tells all others at the end of a step."""
-
-    data_seconds: float
-    """How long the step waited for samples."""
-    memory_gb: float
-
-
-def exchange(mine: Sequence[float]) -> list[list[float]]:
-    """Every rank's numbers, by rank, on every rank: one small collective."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    everyone = torch.empty(dist.get_world_size() * len(mine), dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(everyone, torch.tensor(mine, dtype=torch.float64, device=device))
-    return everyone.view(-1, len(mine)).tolist()  # type: ignore[no-any-return]
 
 
 def peak_memory_gb() -> float:

@@ -43,6 +43,8 @@ class Attempt(NamedTuple):
     grad_norm: float
     suspects: tuple[int, ...]
     """On the last stage: this replica's microbatches whose loss is not finite."""
+    statuses: Sequence[Sequence[float]]
+    """What each rank had to say beside its part of loss and norm, by rank."""
 
 
 class Place(NamedTuple):

@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
-from megatron_depthattn.model.core_attention import context_parallel_positions
 from megatron_depthattn.parallel.schedule import Work, run_schedule
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.errors import RunError
+from megatron_depthattn.train.exchange import Status, exchange, no_status
 from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.non_finite import Attempt, diagnose
 
@@ -44,6 +45,16 @@ class StepResult(NamedTuple):
     """Loss or gradient norm is not finite, so weights, moments and Adam's step count are as they were."""
     diagnosis: tuple[str, ...] = ()
     """Of a skipped step: lines for the log that name the offenders, the same on every rank."""
+    statuses: Sequence[Sequence[float]] = ()
+    """What each rank had to say beside its part of loss and norm, by rank."""
+
+
+class LossSum(NamedTuple):
+    """What a last stage's microbatch adds to the mean loss."""
+
+    total: Tensor
+    """Sum of its cross entropies, fp32, on the device."""
+    tokens: int
 
 
 class SkippedSteps:
@@ -97,8 +108,8 @@ def run_microbatches(
 
 def _losses(
     chunks: Chunks, microbatches: Sequence[Microbatch], shape: tuple[int, int], *, forward_only: bool
-) -> list[Tensor]:
-    """On the last stage for each microbatch (sum of losses, tokens), elsewhere nothing."""
+) -> list[LossSum]:
+    """One for each microbatch on the last stage, elsewhere nothing."""
     size, length = shape
     return run_schedule(
         forward_step, microbatches, chunks, micro_batch_size=size, sequence_length=length, forward_only=forward_only
@@ -111,16 +122,16 @@ def train_step(
     microbatches: Sequence[Microbatch],
     shape: tuple[int, int],
     fp8: Fp8State | None = None,
+    status: Status = no_status,
 ) -> StepResult:
     """One optimizer step, or none: a loss or gradient that is not finite changes no weight, optimizer or FP8 state.
 
     The decision is the same on all ranks. Such a step is run a second time to find the offenders; what follows from
-    it is the caller's to say, see `SkippedSteps`.
+    it is the caller's to say, see `SkippedSteps`. What ``status`` says is in the result, for every rank.
     """
 
     def update(grad_norm: float) -> None:
-        if optimizer.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
+        clip([p.grad for p in optimizer.get_parameters() if p.grad is not None], grad_norm, optimizer.config.clip_grad)
         optimizer.step_with_ready_grads()
 
     state = fp8 or Fp8State(())
@@ -133,7 +144,7 @@ def train_step(
         attempts += 1
         if attempts > 1:
             state.restore()  # it computes with the scales of the first
-        return _attempt(chunks, optimizer, microbatches, shape)
+        return _attempt(chunks, optimizer, microbatches, shape, status)
 
     result = step_if_finite(attempt, update, chunks, microbatches)
     if result.skipped:
@@ -155,19 +166,47 @@ def step_if_finite(
         chunks: this rank's pipeline chunks.
         microbatches: this rank's microbatches of the global batch.
     """
-    loss, grad_norm, suspects = attempt()
+    loss, grad_norm, suspects, statuses = attempt()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         headline = f"loss {loss}, gradient norm {grad_norm}: not finite, so the optimizer was not stepped"
         ids = [batch[SAMPLE_IDS].tolist() if SAMPLE_IDS in batch else None for batch in microbatches]
         diagnosis = diagnose(chunks, attempt, suspects, ids)
-        return StepResult(loss, grad_norm, skipped=True, diagnosis=(headline, *diagnosis))
+        return StepResult(loss, grad_norm, skipped=True, diagnosis=(headline, *diagnosis), statuses=statuses)
     update(grad_norm)
-    return StepResult(loss, grad_norm)
+    return StepResult(loss, grad_norm, statuses=statuses)
 
 
-def losses_that_are_not_finite(loss: float, losses: Sequence[Tensor]) -> tuple[int, ...]:
-    """The microbatches whose loss is not finite, if the mean is not."""
-    return () if math.isfinite(loss) else tuple(i for i, one in enumerate(losses) if not one.isfinite().all())
+def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Status) -> Attempt:
+    """From every rank's part to what all ranks must know before the optimizer's step.
+
+    Here a step waits for the device, once; what follows is only launched.
+
+    Args:
+        losses: as for `mean_over_global_batch`.
+        squared_norm: what this rank adds to the squared norm of the whole gradient, fp64 [].
+        status: what to say beside that.
+    """
+    total, tokens = _share(losses, squared_norm.device)
+    ranks = exchange([tokens, *status()], torch.stack([total, squared_norm]))
+    loss = sum(rank[0] for rank in ranks) / sum(rank[2] for rank in ranks)
+    suspects = () if math.isfinite(loss) else [i for i, one in enumerate(losses) if not one.total.isfinite()]
+    return Attempt(
+        loss, math.sqrt(sum(rank[1] for rank in ranks)), tuple(suspects), tuple(tuple(rank[3:]) for rank in ranks)
+    )
+
+
+@torch.no_grad()
+def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Their squared L2 norm, fp64 []; inf where it overflows fp32, as Megatron's, which reads each one on the host."""
+    return get_total_norm(gradients).to(device).square().double()
+
+
+@torch.no_grad()
+def clip(gradients: list[Tensor], grad_norm: float, largest: float) -> None:
+    """Scale the gradient of this norm down to ``largest``, unless that is 0; Megatron's factor, to the last digit."""
+    factor = largest / (grad_norm + 1.0e-6)
+    if 0.0 < factor < 1.0:
+        torch._foreach_mul_(gradients, factor)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -176,16 +215,26 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 
 def _attempt(
-    chunks: Chunks, optimizer: MegatronOptimizer, microbatches: Sequence[Microbatch], shape: tuple[int, int]
+    chunks: Chunks,
+    optimizer: MegatronOptimizer,
+    microbatches: Sequence[Microbatch],
+    shape: tuple[int, int],
+    status: Status,
 ) -> Attempt:
     """Forward and backward from zeroed gradients, up to what the optimizer steps with."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _losses(chunks, microbatches, shape, forward_only=False)
-    loss = mean_over_global_batch(losses, device_of(chunks[0]))
     optimizer.prepare_grads()
-    return Attempt(loss, float(optimizer.get_grad_norm()), losses_that_are_not_finite(loss, losses))
+    counted = [
+        parameter.grad
+        for parameter in optimizer.get_parameters()
+        if parameter.grad is not None
+        and param_is_not_shared(parameter)
+        and param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    return finish_attempt(losses, squared_norm(counted, device_of(chunks[0])), status)
 
 
 def forward_step(work: Iterator[Work], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -194,26 +243,34 @@ def forward_step(work: Iterator[Work], model: torch.nn.Module) -> tuple[Tensor, 
     tokens, labels = batch.get("tokens"), batch.get("labels")
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     if size > 1 and tokens is not None and labels is not None:
-        mine = context_parallel_positions(tokens.size(1), rank, size).to(tokens.device)
-        tokens, labels = tokens[:, mine], labels[:, mine]
+        tokens, labels = _on_context_rank(tokens, rank, size), _on_context_rank(labels, rank, size)
     # RoPE numbers the positions itself (and the mask is causal): neither is passed.
     output = model(tokens, None, None, labels=labels, **call_arguments)
     return output, partial(sum_of_losses)
 
 
-def sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token losses ``[b, s]`` to (sum, tokens, both as one tensor for the log)."""
+def _on_context_rank(tokens: Tensor, rank: int, size: int) -> Tensor:
+    """The columns at `context_parallel_positions` of ``tokens``; they are two pieces, so nothing is sent to index."""
+    pieces = tokens.chunk(2 * size, dim=1)
+    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
+
+
+def sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, LossSum]:
+    """Per-token losses ``[b, s]`` to (sum, tokens, both for the log)."""
     total = losses.float().sum()
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-    return total, count, torch.stack([total.detach(), count.float()])
+    tokens = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)  # torch.tensor would wait for a copy
+    return total, tokens, LossSum(total.detach(), losses.numel())
 
 
-def mean_over_global_batch(losses: Sequence[Tensor], device: torch.device) -> float:
-    """Sum what the last stages computed over data and context ranks, tell every stage, and divide."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    if losses:
-        totals += torch.stack(list(losses)).double().sum(0)
-    if parallel_state.get_tensor_model_parallel_rank() > 0:  # tensor ranks hold copies of the same loss
-        totals.zero_()
-    dist.all_reduce(totals)
-    return float(totals[0] / totals[1])
+def mean_over_global_batch(losses: Sequence[LossSum], device: torch.device) -> float:
+    """The mean loss per token, on every rank, of what the last stages computed over data and context ranks."""
+    total, tokens = _share(losses, device)
+    ranks = exchange([tokens], total[None])
+    return sum(rank[0] for rank in ranks) / sum(rank[1] for rank in ranks)
+
+
+def _share(losses: Sequence[LossSum], device: torch.device) -> tuple[Tensor, int]:
+    """What this rank adds: the sum of the losses, fp64 [], and their tokens."""
+    if not losses or parallel_state.get_tensor_model_parallel_rank() > 0:  # tensor ranks hold copies of the same loss
+        return torch.zeros((), dtype=torch.float64, device=device), 0
+    return torch.stack([one.total for one in losses]).double().sum(), sum(one.tokens for one in losses)

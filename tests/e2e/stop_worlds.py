@@ -27,6 +27,7 @@ from megatron_depthattn.train import __main__ as command
 from megatron_depthattn.train import loop, run_checkpoints, save
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.engine import MegatronEngine
+from megatron_depthattn.train.sample_log import SampleLog
 from tests.e2e.odd_worlds import free_port, wait
 
 SECONDS = 60
@@ -110,6 +111,12 @@ def in_the_data(rank: int, last: int, _: Path) -> None:
         GlobalBatches.wait = wait
 
 
+def after_an_exchange(_: int, __: int, ___: Path) -> None:
+    """When the ranks have agreed on the second step already."""
+    GlobalBatches.has_next = property(lambda batches: batches.wait(SECONDS))
+    at(SampleLog, "write", 1, lambda: send(signal.SIGTERM))
+
+
 def in_a_save(_: int, __: int, ___: Path) -> None:
     at(save, "write_manifest", 1, lambda: send(signal.SIGTERM))
 
@@ -138,6 +145,7 @@ CASES = {
     "evaluation": Case(in_an_evaluation(BATCHES + 2), PIPELINE, ranks=2, again=True),
     "last evaluation": Case(in_an_evaluation(2 * BATCHES + 1), again=True),
     "data": Case(in_the_data, ("train.eval_interval=null",), ranks=2, exits=True),
+    "record": Case(after_an_exchange, ("train.eval_interval=null", "checkpoint.interval=100"), ranks=2),
     "save": Case(in_a_save, ("checkpoint.async_save=false",)),
     "start": Case(in_the_start, ranks=2),
 }

@@ -60,12 +60,13 @@ def starts(case: Path) -> list[dict]:
         ("evaluation", "SIGHUP", 2, 2),
         ("last evaluation", "SIGHUP", 4, 4),
         ("data", "SIGINT", 2, 2),
+        ("record", "SIGTERM", 2, 2),
         ("save", "SIGTERM", 2, 2),
         ("start", "SIGUSR2", None, None),
     ],
 )
 def test_a_stop_is_obeyed_where_the_run_is(stopped: Path, name: str, signal: str, steps: int | None, saved: int | None):
-    """No rank begins a step after the signal, whoever got it; what was trained is saved, once."""
+    """Whoever got the signal, no rank begins a step but one that was agreed on; what was trained is saved, once."""
     case = stopped / name
     stop, *_ = starts(case)
     said, errors = stop["output"][0], "".join(stop["errors"])

@@ -26,8 +26,9 @@ from megatron_depthattn.train.build import build_model, transformer_config
 from megatron_depthattn.train.checkpoint import save_checkpoint
 from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.engine import build_engine
+from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.save import CheckpointSaver
-from megatron_depthattn.train.step import Microbatch, run_microbatches
+from megatron_depthattn.train.step import Microbatch, finish_attempt, run_microbatches
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.megatron_weights import leave_initial_values
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, STEPS, TRAIN
@@ -196,19 +197,17 @@ def _last_microbatch_only() -> Any:
     return mock.patch.object(DeepSpeedEngine, "set_gradient_accumulation_boundary", return_value=None)
 
 
-def _own_norm(shards: Any, device: torch.device) -> float:
-    total = torch.zeros((), dtype=torch.float64)
-    for shard in shards.held:
-        total += (shards.gradient(shard).double() ** 2).sum()
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return float(total.sqrt())
+def _own_norm(losses: Any, squared_norm: torch.Tensor, status: Any) -> Attempt:
+    attempt = finish_attempt(losses, squared_norm, status)
+    dist.all_reduce(squared_norm, group=parallel_state.get_data_parallel_group())
+    return attempt._replace(grad_norm=float(squared_norm.sqrt()))
 
 
 SABOTAGES: dict[str, Any] = {
     "": contextlib.nullcontext,
     "norms_not_reduced": lambda: mock.patch(f"{ENGINE}.sum_over_tensor_ranks", return_value=None),
     "last_microbatch_only": _last_microbatch_only,
-    "norm_of_own_tensor_rank": lambda: mock.patch(f"{ENGINE}.gradient_norm", _own_norm),
+    "norm_of_own_tensor_rank": lambda: mock.patch(f"{ENGINE}.finish_attempt", _own_norm),
     "norm_counts_copies": lambda: mock.patch(f"{GRADIENTS}.param_is_not_tensor_parallel_duplicate", return_value=True),
     "not_clipped": lambda: mock.patch(f"{ENGINE}.clip", return_value=None),
 }

@@ -19,16 +19,18 @@ from megatron_depthattn.parallel.schedule import Work
 from megatron_depthattn.train.build import build_schedule
 from megatron_depthattn.train.checkpoint import Loaded, assemble, load_into
 from megatron_depthattn.train.deepspeed_engine.build import Topology, build_model, build_optimizer, initialize
-from megatron_depthattn.train.deepspeed_engine.gradients import clip, gradient_norm, sum_over_tensor_ranks
+from megatron_depthattn.train.deepspeed_engine.gradients import clip, squared_gradient_norm, sum_over_tensor_ranks
 from megatron_depthattn.train.deepspeed_engine.shards import STAGES
 from megatron_depthattn.train.deepspeed_engine.state import DeepSpeedState, Template
 from megatron_depthattn.train.engine import evaluation_mode
+from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.step import (
+    LossSum,
     Microbatch,
     StepResult,
+    finish_attempt,
     forward_step,
-    losses_that_are_not_finite,
     mean_over_global_batch,
     step_if_finite,
     sum_of_losses,
@@ -70,10 +72,10 @@ class DeepSpeedEngine:
     def learning_rate(self) -> float:
         return get_canonical_lr_for_logging(self._optimizer.param_groups)
 
-    def train_step(self, microbatches: Sequence[Microbatch]) -> StepResult:
-        return step_if_finite(lambda: self.attempt(microbatches), self._update, [self._module], microbatches)
+    def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
+        return step_if_finite(lambda: self.attempt(microbatches, status), self._update, [self._module], microbatches)
 
-    def attempt(self, microbatches: Sequence[Microbatch]) -> Attempt:
+    def attempt(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> Attempt:
         """Forward and backward from nothing, up to what the optimizer steps with; gradients are left in `shards`."""
         self._discard_gradients()
         losses = []
@@ -85,8 +87,7 @@ class DeepSpeedEngine:
             self._engine.backward(total * self._loss_scale)
         self._has_gradients = True
         sum_over_tensor_ranks(self.shards, self._device)
-        loss = mean_over_global_batch(losses, self._device)
-        return Attempt(loss, gradient_norm(self.shards, self._device), losses_that_are_not_finite(loss, losses))
+        return finish_attempt(losses, squared_gradient_norm(self.shards, self._device), status)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -102,7 +103,7 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> Loaded:
         return load_into(folder, self._state, self._scheduler, config=to_dict(self._config))
 
-    def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, LossSum]:
         output, _ = forward_step(iter([Work(microbatch, {})]), self._engine)
         return sum_of_losses(output)
 

@@ -21,6 +21,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from megatron_depthattn.train.step import squared_norm
+
 if TYPE_CHECKING:
     from megatron_depthattn.train.deepspeed_engine.shards import Shard, Shards
 
@@ -50,16 +52,10 @@ def _has_partial_gradient(shard: Shard) -> bool:
     return getattr(shard.parameter, "sequence_parallel", False) or any(name in shard.name for name in _HEAD_NORMS)
 
 
-@torch.no_grad()
-def gradient_norm(shards: Shards, device: torch.device) -> float:
-    """L2 norm of the whole gradient, the same on all ranks; inf where its square overflows fp32, as Megatron's."""
-    total = torch.zeros(1, dtype=torch.float32, device=device)
+def squared_gradient_norm(shards: Shards, device: torch.device) -> Tensor:
+    """What this rank adds to the squared norm of the whole gradient, fp64 []."""
     counts_here = not shards.is_replicated or parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    norms = [torch.linalg.vector_norm(gradient) for gradient in _counted_gradients(shards)] if counts_here else []
-    if norms:
-        total += torch.linalg.vector_norm(torch.stack(norms)).to(device) ** 2
-    dist.all_reduce(total)
-    return float(total.sqrt())
+    return squared_norm(_counted_gradients(shards) if counts_here else [], device)
 
 
 def _counted_gradients(shards: Shards) -> list[Tensor]:

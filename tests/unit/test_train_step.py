@@ -1,0 +1,139 @@
+"""What a training step asks of the host, and that its norm, clipping, optimizer and collectives are those of others."""
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_depthattn.train import step
+from megatron_depthattn.train.build import build_model, build_optimizer, torch_adams
+from tests.unit.test_trained_methods import SHAPE, config_of
+
+pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
+NUM_MICROBATCHES = 3
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that Python asks tensors for: on a GPU each of them waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+class Run:
+    def __init__(self, *settings: str) -> None:
+        self.config = config_of("vanilla", "optimizer.warmup_ratio=0", *settings)
+        self.chunks = build_model(self.config, torch.device("cpu"))
+        self.optimizer, self.schedule = build_optimizer(self.config, self.chunks)
+        self.number = 0
+
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        self.number += 1
+        rows = torch.randint(200, (NUM_MICROBATCHES, 2, 17), generator=torch.Generator().manual_seed(self.number))
+        return [{"tokens": one[:, :-1], "labels": one[:, 1:]} for one in rows]
+
+    def step(self, status: step.Status = step.no_status) -> step.StepResult:
+        self.schedule.step(1)
+        return step.train_step(self.chunks, self.optimizer, self.batches(), SHAPE, status=status)
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.optimizer.get_parameters()]
+
+    def weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.optimizer.get_parameters()]
+
+
+def test_a_step_asks_the_device_once():
+    """Loss, norm and status in one exchange; the other value is Megatron's, the tokens of the global batch."""
+    run = Run()
+    run.step()
+    with patch.object(step, "exchange", wraps=step.exchange) as exchange, HostReads() as reads:
+        result = run.step(lambda: (3.0, 4.0))
+    assert (exchange.call_count, reads.count) == (1, 1)
+    assert result.statuses == ((3.0, 4.0),)
+    with HostReads() as reads:  # control: a norm that is put together on the host
+        sum(float(gradient.square().sum()) for gradient in run.gradients())
+    assert reads.count == len(run.gradients())
+
+
+def test_norm_and_clipping_are_megatrons_to_the_bit():
+    run = Run()
+    attempt = step._attempt(run.chunks, run.optimizer, run.batches(), SHAPE, step.no_status)
+    assert attempt.grad_norm == run.optimizer.get_grad_norm() > 0
+    before = [gradient.clone() for gradient in run.gradients()]
+    for largest in (0.0, 2 * attempt.grad_norm):
+        step.clip(run.gradients(), attempt.grad_norm, largest)
+        assert equal(run.gradients(), before)
+    step.clip(run.gradients(), attempt.grad_norm, attempt.grad_norm / 3)
+    ours = [gradient.clone() for gradient in run.gradients()]
+    for gradient, old in zip(run.gradients(), before, strict=True):
+        gradient.copy_(old)
+    clip_grad_by_total_norm_fp32(run.optimizer.get_parameters(), attempt.grad_norm / 3, attempt.grad_norm)
+    assert equal(run.gradients(), ours)
+    assert not equal(before, ours)
+
+
+def test_the_fused_optimizer_is_torchs_plain_one():
+    """Within fp32's rounding. In pieces as ranks hold them, from multiples of 64, it is the same to the bit."""
+    run = Run()
+    (adam,) = torch_adams(run.optimizer)
+    plain = torch.optim.AdamW(
+        [{**group, "params": run_copies(group["params"]), "fused": False} for group in adam.param_groups], foreach=False
+    )
+    for _ in range(4):
+        run.step()
+        for group, plain_group in zip(adam.param_groups, plain.param_groups, strict=True):
+            assert group["fused"]
+            plain_group["lr"] = group["lr"]
+            for mine, other in zip(group["params"], plain_group["params"], strict=True):
+                other.grad = mine.grad.clone()
+        plain.step()
+    others = [parameter for group in plain.param_groups for parameter in group["params"]]
+    for mine, other in zip(run.weights(), others, strict=True):
+        torch.testing.assert_close(mine, other.detach(), rtol=1e-6, atol=1e-7)
+
+    whole, *pieces = torch.randn(999), *([64, 512], [128, 192, 896])
+    updated = [updated_in_pieces(whole, cuts) for cuts in ([], *pieces)]
+    assert equal(updated[:1] * 2, updated[1:])
+
+
+def run_copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+
+
+def updated_in_pieces(weight: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    parameters = run_copies(weight.tensor_split(cuts))
+    adam = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, fused=True)
+    for number in range(3):
+        gradient = torch.randn(len(weight), generator=torch.Generator().manual_seed(number))
+        for parameter, piece in zip(parameters, gradient.tensor_split(cuts), strict=True):
+            parameter.grad = piece.clone()
+        adam.step()
+    return torch.cat([parameter.detach() for parameter in parameters])
+
+
+def test_a_group_of_one_needs_no_collective():
+    """What the CPU runtime leaves out on gloo: the same weights to the bit with the collectives."""
+    names = ("dist_all_gather_func", "dist_reduce_scatter_func")
+    trained = []
+    for is_whole in (False, True):
+        functions = {name: getattr(param_and_grad_buffer, name) for name in names}
+        own = {name: function.__wrapped__ if is_whole else function for name, function in functions.items()}
+        run = Run()
+        with patch.multiple(param_and_grad_buffer, **own):
+            norms = [run.step().grad_norm for _ in range(2)]
+        trained.append((norms, run.weights()))
+    (norms, weights), (other_norms, other_weights) = trained
+    assert norms == other_norms and equal(weights, other_weights)
+
+
+def equal(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return all(map(torch.equal, some, others))
