@@ -242,8 +242,8 @@ class TrainConfig:
     max_skipped_in_a_row: int = 10
     """With skip: stop when this many steps in a row were not finite."""
     hang_timeout: float | None = 600.0
-    """Seconds without a finished step, evaluation batch or tensor of a checkpoint after which a rank counts as hung: the
-    stacks of all ranks are written to <run.dir>/stacks and the job ends with exit code 70; null: wait for ever."""
+    """Seconds without a finished step, evaluation batch or tensor of a checkpoint after which a rank counts as hung:
+    the stacks of all ranks are written to <run.dir>/stacks and the job ends with exit code 70; null: wait for ever."""
     max_fruitless_starts: int | None = 5
     """Refuse to start after this many starts from the same step, with the same config and code; null: no limit."""
 
