@@ -266,13 +266,7 @@ OVERLAPPED = [
     for clip in (0.0, 0.05)
 ]
 if not FULL:
-    some = {
-        ("dp2", "depth_attention", 0.0),
-        ("dp2", "attnres", 0.05),
-        ("dp2xpp2", "denseformer", 0.0),
-        ("dp2xpp2xvpp2", "depth_attention", 0.05),
-        ("dp2xpp2xvpp2", "mhc", 0.0),
-    }
+    some = {("dp2", "depth_attention", 0.0), ("dp2xpp2", "denseformer", 0.05), ("dp2xpp2xvpp2", "attnres", 0.0)}
     OVERLAPPED = [job for job in OVERLAPPED if (job.layout, job.method, job.grad_clip) in some]
 OVERLAP_CONTROLS = [
     Job(layout="dp2", overlap=True, sabotage=mistake)

@@ -455,7 +455,7 @@ REFUSALS = [
     (1, "engine.name=deepspeed model.fused_gradient_accumulation=true", "set model.fused_gradient_accumulation=null"),
     (1, "model.num_loops=2 model.fused_gradient_accumulation=true", "overwrites a weight's gradient"),
     (1, "model.fused_cross_entropy=true", "rounds the logits' gradient to bf16; set model.fused_cross_entropy=false"),
-    (2, "parallel.tp_comm_overlap=true parallel.tensor=2",
+    (2, "parallel.tp_comm_overlap=true parallel.tensor=2 model.spec=local",
      "set model.spec=te and precision.dtype=bf16 and parallel.sequence=true, or parallel.tp_comm_overlap=false"),
     (1, "train.hang_timeout=0", "train.hang_timeout is 0.0; set a number above 0"),
     (1, "train.max_fruitless_starts=0", "train.max_fruitless_starts is 0; set 1 or more"),
