@@ -156,6 +156,7 @@ def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 
     Not by Megatron's config: with that its output layer, which has no other kernel, insists on Apex's.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # TransformerEngine's

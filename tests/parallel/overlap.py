@@ -42,7 +42,7 @@ def compare(job: Job, folder: Path, device: torch.device, microbatches: Callable
     config = job.config()
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, fused_gradient_accumulation=True),
+        model=dataclasses.replace(config.model, fused_gradient_accumulation=job.loops == 1),
         optimizer=dataclasses.replace(config.optimizer, grad_clip=job.grad_clip),
     )
     validate(config, dist.get_world_size(), needs_data=False)
