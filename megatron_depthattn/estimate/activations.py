@@ -116,7 +116,7 @@ class ChunkActivations:
     def working(self) -> int:
         """Bytes of the largest temporary of backward, to within a few per cent of the peak: gradients inside the MLP,
         or with recomputation what is made again and the gradients of lent sources; in the output layer a gradient of
-        the weight, or a chunk of logits in fp32."""
+        the weight, or a chunk of logits in fp32 (under the fused loss that gradient and the logits')."""
         shape = self.shape
         inside = 4 * shape.element * shape.tokens * shape.ffn_size
         if self.recompute.granularity == "full":
@@ -124,8 +124,11 @@ class ChunkActivations:
         layers = self.made_again() + self._mix_made_again() + inside
         if self.layers.stop < self.num_layers:
             return layers
-        chunk = 4 * min(LOSS_CHUNK["cpu" if shape.on_cpu else "cuda"], shape.tokens * shape.vocab_size)
-        return max(layers, chunk if shape.element == 2 else 0, shape.element * shape.vocab_size * shape.hidden_size)
+        logits, weight = shape.tokens * shape.vocab_size, shape.element * shape.vocab_size * shape.hidden_size
+        if shape.fused_loss:
+            return max(layers, shape.element * logits + weight)
+        chunk = 4 * min(LOSS_CHUNK["cpu" if shape.on_cpu else "cuda"], logits) if shape.element == 2 else 0
+        return max(layers, chunk, weight)
 
     def _mix_made_again(self) -> int:
         """Bytes of what a method's own recomputation (`methods.parameters.recomputed`) makes, mostly in fp32."""
@@ -190,12 +193,14 @@ class ChunkActivations:
         return lent.intersection(self.layers)
 
     def _leave(self, kept: Storages) -> None:
-        """Final norm, output layer and cross entropy (`model.cross_entropy`)."""
+        """Final norm, output layer and cross entropy: `model.cross_entropy`, or Megatron's fused one."""
         shape = self.shape
         kept.keep(self._norm(kept, "decoder_output", "output_input"))
-        kept.keep_new("logits", shape.element * shape.tokens * shape.vocab_size)
         kept.keep_new("target_mask", shape.tokens)
         kept.keep_new("targets", 8 * shape.tokens)
+        kept.keep_new("logits", (4 if shape.fused_loss else shape.element) * shape.tokens * shape.vocab_size)
+        if shape.fused_loss:
+            return
         kept.keep_new("maxima", 4 * shape.tokens)
         kept.keep_new("sums", 4 * shape.tokens * (2 if shape.tensor > 1 else 1))  # summed over ranks with the targets'
 

@@ -138,8 +138,15 @@ def rank_shape(config: RunConfig, *, device: Device = "cuda") -> RankShape:
         tensor=tensor,
         on_cpu=device == "cpu",
         spec=resolve(config, CPU if device == "cpu" else GPU).config.model.spec,
+        fused_loss=_has_fused_loss(config, device),
         fp8=config.precision.fp8,
     )
+
+
+def _has_fused_loss(config: RunConfig, device: Device) -> bool:
+    if config.model.fused_cross_entropy is None:  # as `switches.resolved_switches`
+        return device == "cuda" and config.precision.dtype == "bf16"
+    return config.model.fused_cross_entropy
 
 
 def source_plan(config: RunConfig, method: CrossLayerMethod | None) -> CrossLayerPlan | None:
