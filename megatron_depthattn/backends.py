@@ -78,6 +78,8 @@ def _why_local(config: RunConfig, available: Available) -> str:
     """What rules TransformerEngine's layers out; empty: nothing."""
     if not available.gpu:
         return "no GPU"
+    if config.model.compile:
+        return "model.compile=true, which compiles the local layers"
     if config.model.num_loops > 1:
         return f"model.num_loops={config.model.num_loops}, and looped models have not run on TransformerEngine's layers"
     if config.engine.name != "megatron":

@@ -120,8 +120,11 @@ class ModelConfig:
     spec: Literal["auto", "local", "te"] = "auto"
     """Layer backend: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU); auto: te where it can be imported and
     supports the config, else local, once for all ranks at the start of a run (backends.py)."""
+    compile: bool = False
+    """Compute the norms of the local layers, and SwiGLU, in kernels that torch.compile builds at first use."""
     fused_swiglu: bool | None = None
-    """Compute SwiGLU, and its gradient, in one kernel that torch.compile builds at first use; null: on GPUs."""
+    """Compute SwiGLU, and its gradient, in one kernel that torch.compile builds at first use; null: on GPUs, and where
+    model.compile is true."""
     fused_cross_entropy: bool | None = None
     """Compute the loss, and its gradient, in kernels that torch.compile builds at first use, where the dtype is bf16;
     null: on GPUs."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
 
 OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
-COMPILED = ("fused_swiglu", "fused_cross_entropy")
+COMPILED = ("compile", "fused_swiglu", "fused_cross_entropy")
 MODEL_SWITCHES = (*COMPILED, "fused_gradient_accumulation")
 """The keys of the section ``model`` that say how it is computed and not what."""
 
@@ -59,6 +59,16 @@ def _overlap_refusal(config: "RunConfig") -> str | None:
 
 def _fusion_refusal(config: "RunConfig") -> str | None:
     model = config.model
+    if model.compile and model.spec == "te":
+        return (
+            "model.compile=true with model.spec=te: the norms of the local layers are compiled, TransformerEngine's "
+            "are kernels already; set model.compile=false, or model.spec=local"
+        )
+    if model.compile and config.engine.name == "deepspeed":
+        return (
+            "model.compile=true with engine.name=deepspeed, which takes weights away from the modules and has not been "
+            "tried with compiled ones; set model.compile=false, or engine.name=megatron"
+        )
     if model.fused_cross_entropy and config.precision.dtype != "bf16":
         return (
             f"model.fused_cross_entropy=true with precision.dtype={config.precision.dtype}: Megatron's kernel rounds "
@@ -127,7 +137,7 @@ def resolved_switches(config: "RunConfig", same_weights: int, kernels: Kernels) 
     model, parallel = config.model, config.parallel
     can_compile = kernels.on_gpu and not kernels.compiler
     defaults = {
-        "fused_swiglu": can_compile,
+        "fused_swiglu": can_compile or model.compile,
         "fused_cross_entropy": can_compile and config.precision.dtype == "bf16",
     }
     overlaps: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron_depthattn.backends import GPU, resolve
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.methods.definitions import DEFINITIONS
+from megatron_depthattn.model.compiled import compile_layers
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
@@ -134,6 +135,8 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
         ).to(device)
         Fp8State([model]).reset()  # else the weights that are replaced now would stay in the histories
         initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
+        if config.model.compile:
+            compile_layers(model)
         half = Float16Module(megatron, model) if megatron.bf16 else model
         chunks.append(DistributedDataParallel(megatron, ddp, half, disable_bucketing=index > 0))
     hooks = get_model_config(chunks[0])

@@ -36,6 +36,7 @@ def switches(config: RunConfig) -> list[bool | None]:
         ({"parallel": {"overlap_grad_reduce": True}}, 4, CPU, [False, False, True, True, False]),
         ({"parallel": {"overlap_param_gather": True}}, 4, CPU, [False, False, True, True, True]),
         ({"parallel": {"overlap_grad_reduce": False}}, 4, GPU, [True, False, False, False, False]),
+        ({"model": {"compile": True}}, 4, CPU, [True, False, True, False, False]),
         ({"model": {"fused_swiglu": False}}, 1, GPU, [False, False, False, False, False]),
     ],
 )
@@ -49,6 +50,7 @@ def test_null_stands_for_what_helps(given, same_weights, kernels, expected):
     ("key", "kernels", "message"),
     [
         ("fused_swiglu", Kernels(False, "g++", adds_gradients=False), "which needs g++: install it, or set"),
+        ("compile", Kernels(False, "g++", adds_gradients=False), "model.compile=true builds a kernel at first use"),
         ("fused_cross_entropy", Kernels(True, "Triton", adds_gradients=False), "model.fused_cross_entropy=false"),
         ("fused_gradient_accumulation", GPU, "install Apex with --cpp_ext and --cuda_ext, or set"),
     ],
