@@ -10,9 +10,12 @@ from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tools import benchmark
 from tools.benchmarks import op_tests
+from tools.benchmarks.model import Model
 from tools.benchmarks.op import MixShape, _Calls
+from tools.benchmarks.peers import BOUNDS, QWEN3, Entry, Peer, require_agreement
 from tools.benchmarks.result import Result, machine_facts, markdown, table
 from tools.benchmarks.saved import saved_tensors
+from tools.benchmarks.shapes import config_of_length
 from tools.benchmarks.timing import Clock, bootstrap_interval, spread, taking_turns
 
 CPU = torch.device("cpu")
@@ -194,6 +197,66 @@ def test_step(tmp_path, green, world, more):
     assert "cut in depth" in page
 
 
+PEERS = (*TINY[:-1], "model.vocab_size=128", "model.init_std=0.3")
+
+
+def test_peers(tmp_path, world):
+    """Ours beside transformers, the independent side; the mix must show, or agreement would prove little."""
+    sizes = ("--sequence-length", "8", "16", "--threads", "1", "--rounds", "3", "--warm-up", "0")
+    files = tmp_path / "figures.json", tmp_path / "page.md"
+    given = ["--json", str(files[0]), "--markdown", str(files[1]), "step", "--peers", *PEERS, *sizes]
+    is_over = benchmark.main(given)  # at this size Python is all that is timed
+    figures = json.loads(files[0].read_text())["figures"]
+    rows = {f"{length} tokens, 1 thread, {name}" for length in (8, 16) for name in figures["8 tokens"]}
+    assert figures.keys() == rows | {"8 tokens", "16 tokens"}
+    assert len(figures["8 tokens"]) == 4
+    for length in (8, 16):
+        of = figures[f"{length} tokens"]
+        for what, bound in BOUNDS.items():
+            peer, ours, depth, exported = (
+                of[name][what] for name in (QWEN3, "vanilla", "stride 1", "stride 1, exported, in transformers")
+            )
+            assert ours == pytest.approx(peer, rel=bound) and depth == pytest.approx(exported, rel=bound)
+            assert abs(depth / ours - 1) > 100 * bound
+        base = figures[f"{length} tokens, 1 thread, {QWEN3}"]
+        own = figures[f"{length} tokens, 1 thread, vanilla"]
+        assert own["goal"] == 0.95 and len(own["verdicts"]) == 2
+        for work in ("forward + backward", "step with AdamW"):
+            times = own[work]["seconds"], base[work]["seconds"]
+            assert own[work]["ratio"] == pytest.approx(sorted(a / b for a, b in zip(*times, strict=True))[1])
+    assert is_over == any("missed" in of.get("verdicts", ()) for of in figures.values())
+    assert "**16 tokens, 1 thread**" in files[1].read_text()
+
+
+def test_peers_of_other_weights_are_not_timed(world):
+    given = benchmark.build_parser().parse_args(["step", "--peers", *PEERS, "--strides", "1"])
+    config = config_of_length(given, "cpu", 16)
+    ours = Model(config, CPU, has_optimizer=True)
+    peer = Peer(config, ours.weights(), CPU, has_optimizer=True)
+    entries = [Entry("ours", ours, "theirs"), Entry("theirs", peer, "ours")]
+    for _ in range(2):  # the same after a step, too: the clipped gradient, AdamW and its schedule are the same
+        found = require_agreement(entries)
+        assert ours.update() == pytest.approx(peer.update(), rel=BOUNDS["loss"])
+        assert ours.gradients() != pytest.approx(found["ours"]["loss"], rel=1e-4)
+    ours.weights()["decoder.layers.1.self_attention.k_layernorm.weight"] *= 1.01
+    with pytest.raises(ValueError, match=r"of ours is .*, of theirs with the same weights .* so nothing is measured"):
+        require_agreement(entries)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("precision.dtype=bf16", "losses are compared, set precision.dtype=fp32"),
+        ("model.num_loops=2", "Qwen3 has no loops, set model.num_loops=1"),
+        ("model.vocab_size=100", "set a multiple of 128"),
+        ("data.sequence_length=9", "give the latter alone"),
+    ],
+)
+def test_peers_need_a_counterpart(setting, reason, capsys):
+    assert benchmark.main(["step", "--peers", *PEERS, setting]) == 1
+    assert reason in capsys.readouterr().err
+
+
 def test_record(tmp_path, world, capsys):
     rounds = ("--rounds", "3", "--warm-up", "1")
     figures, page = run(tmp_path, "record", *TINY, "train.depth_interval=10", *rounds)
@@ -213,6 +276,16 @@ def test_memory(tmp_path, world):
         assert of["bytes_per_token_above_vanilla"] == of["predicted"] > 0, name
         assert of["vanilla_bytes_per_token"] > of["predicted"]
         assert of["allocated_above_vanilla"] is None  # no GPU
+
+
+def test_memory_of_a_layer_is_linear_in_the_sequence(tmp_path, world):
+    figures, _ = run(tmp_path, "memory", "--sequence-length", "16", "64", *TINY[:-1], "--strides", "1")
+    assert len(figures) == 6
+    for name, of in figures.items():
+        assert of["64"] == pytest.approx(of["16"], rel=1e-4), name  # selective keeps a number or two a layer
+    own, vanilla = figures["stride 1, lean, full"], figures["vanilla, full"]
+    assert vanilla["16"] == 4 * 32  # its input
+    assert own["16"] - vanilla["16"] == 4 * 2 * 2 * 8  # key and mixed value of two heads of 8
 
 
 PRECISIONS = (

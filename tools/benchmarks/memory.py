@@ -10,7 +10,7 @@ import torch
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tools.benchmarks.result import Result
 from tools.benchmarks.saved import saved_tensors
-from tools.benchmarks.shapes import add_model_arguments, run_config, shape_text
+from tools.benchmarks.shapes import add_model_arguments, config_of_length, run_config, shape_text
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
@@ -28,11 +28,8 @@ def add_memory(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=[*RECOMPUTE], help="default: all")
     parser.add_argument("--ops", nargs="+", default=["lean"], metavar="OP", help="default: lean")
-    parser.add_argument(
-        *("--sequence-length",),
-        **{"nargs": "+", "type": int, "metavar": "N"},
-        help="instead: what a layer keeps at each of these lengths",
-    )
+    text = "instead: what a layer keeps at each of these lengths"
+    parser.add_argument("--sequence-length", nargs="+", type=int, metavar="N", help=text)
     parser.set_defaults(measure=measure_memory)
 
 
@@ -93,7 +90,7 @@ def _measure_lengths(given: argparse.Namespace, device: torch.device) -> Result:
     """Bytes per token and layer: what the upper half of the layers adds, so embedding and logits do not count."""
     lengths = sorted(given.sequence_length)
     whole, half = (argparse.Namespace(**vars(given) | {"layers": n}) for n in _layers_of(given))
-    first = run_config(whole, device.type, **_of_length(lengths[-1]))
+    first = config_of_length(whole, device.type, lengths[-1])
     shape = shape_text(first, whole).replace(f"x {lengths[-1]} tokens", "x n tokens")
     result = Result(
         title=f"Kept for backward by a layer: {shape}, layers: {first.model.spec}",
@@ -112,8 +109,10 @@ def _measure_lengths(given: argparse.Namespace, device: torch.device) -> Result:
         for name, keys in models.items():
             values = []
             for length in lengths:
-                options = RECOMPUTE[mode] | keys | _of_length(length)
-                more, less = (kept(run_config(part, device.type, **options), device).saved for part in (whole, half))
+                configs = [
+                    config_of_length(part, device.type, length, **RECOMPUTE[mode], **keys) for part in (whole, half)
+                ]
+                more, less = (kept(config, device).saved for config in configs)
                 tokens = first.train.micro_batch_size * length
                 values.append((more - less) / (whole.layers - half.layers) / tokens)
             result.rows.append([name, mode, *(f"{value:,.0f}" for value in values)])
@@ -129,10 +128,6 @@ def _layers_of(given: argparse.Namespace) -> tuple[int, int]:
             f"--layers {layers} with --sequence-length: layers are compared with half of them, give 2 or more"
         )
     return layers, layers // 2
-
-
-def _of_length(length: int) -> dict[str, Any]:
-    return {"data__sequence_length": length, "model__max_position_embeddings": length}
 
 
 def kept(config: RunConfig, device: torch.device) -> Kept:
