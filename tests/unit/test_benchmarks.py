@@ -10,12 +10,12 @@ from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tools import benchmark
 from tools.benchmarks import op_tests
+from tools.benchmarks.lengths import config_of_length
 from tools.benchmarks.model import Model
 from tools.benchmarks.op import MixShape, _Calls
 from tools.benchmarks.peers import BOUNDS, QWEN3, Entry, Peer, require_agreement
 from tools.benchmarks.result import Result, machine_facts, markdown, table
 from tools.benchmarks.saved import saved_tensors
-from tools.benchmarks.shapes import config_of_length
 from tools.benchmarks.timing import Clock, bootstrap_interval, spread, taking_turns
 
 CPU = torch.device("cpu")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+from tools.benchmarks.lengths import config_of_length
 from tools.benchmarks.result import Result
 from tools.benchmarks.saved import saved_tensors
-from tools.benchmarks.shapes import add_model_arguments, config_of_length, run_config, shape_text
+from tools.benchmarks.shapes import add_model_arguments, run_config, shape_text
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig

@@ -46,21 +46,6 @@ def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig
     return for_this_machine(config, validate(config, 1, needs_data=False)).config
 
 
-def config_of_length(given: argparse.Namespace, device: str, length: int, **more: Any) -> RunConfig:
-    """`run_config` of sequences of ``length`` positions; as many are prepared.
-
-    Raises:
-        ValueError: as `run_config`, or ``--set`` gives another length.
-    """
-    config = run_config(given, device, data__sequence_length=length, model__max_position_embeddings=length, **more)
-    if config.data.sequence_length != length:
-        raise ValueError(
-            f"--set data.sequence_length={config.data.sequence_length} where --sequence-length says {length}: give "
-            "the latter alone"
-        )
-    return config
-
-
 def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
     """The model in a few words."""
     model = config.model
