@@ -51,7 +51,7 @@ def test_compiled_kernels_compute_the_same(key, dtype, bound, settings):
         assert bool(counters["frames"]["ok"]) == fused
         runs.append((float(loss), [parameter.grad.float() for parameter in model.parameters()]))
     (loss, gradients), (fused_loss, fused_gradients) = runs
-    floor = 1e-4 * max(float(g.norm()) for g in gradients)  # some gradients are zero but for rounding
+    floor = 1e-3 * max(float(g.norm()) for g in gradients)  # some gradients are little but rounding
     pairs = zip(fused_gradients, gradients, strict=True)
     errors = [float((f - g).norm()) / max(floor, float(g.norm())) for f, g in pairs]
     print(f"{key} {dtype} {settings}: loss {abs(fused_loss / loss - 1):.1e}, worst gradient {max(errors):.1e}")
