@@ -55,8 +55,9 @@ def saved_tensors(model: torch.nn.Module, state: MicrobatchState) -> Iterator[Sa
     saved = SavedTensors(model)
 
     def pack(tensor: Tensor) -> Tensor:
-        saved._tensors.append(tensor)
-        return tensor.detach()  # itself, an operation's output would keep its graph alive for ever
+        alone = tensor.detach()  # with its graph, an operation's output would keep that alive for ever
+        saved._tensors.append(alone)
+        return alone
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
