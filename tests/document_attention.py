@@ -16,6 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_depthattn.model.cross_entropy import ChunkedLossGPTModel
 from megatron_depthattn.model.gpt import DepthGPTModel
 from megatron_depthattn.model.layer_specs import depth_attention_block_spec
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
@@ -86,7 +87,7 @@ def build_with_document_attention(
     parts = dataclasses.replace(attention.submodules, core_attention=DocumentAttention)
     submodules = dataclasses.replace(layer.submodules, self_attention=dataclasses.replace(attention, submodules=parts))
     spec.layer_specs = [dataclasses.replace(layer, submodules=submodules)] * len(spec.layer_specs)
-    return (DepthGPTModel if config.shares_over_layers else GPTModel)(
+    return (DepthGPTModel if config.shares_over_layers else ChunkedLossGPTModel)(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=vocab_size,

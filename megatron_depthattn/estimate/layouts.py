@@ -28,6 +28,9 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"granularity": "full", "method": "uniform", "num_layers": 1},
 }
 
+PARALLEL_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence")
+"""The keys of the section ``parallel`` that make a layout."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -40,12 +43,8 @@ class Layout:
     @property
     def overrides(self) -> dict[str, Any]:
         """Its keys of the run's config."""
-        sections: dict[str, Any] = {"parallel": self.config.parallel, "recompute": self.config.recompute}
-        keys = {
-            f"{name}.{key}": value
-            for name, section in sections.items()
-            for key, value in dataclasses.asdict(section).items()
-        }
+        keys = {f"parallel.{key}": getattr(self.config.parallel, key) for key in PARALLEL_KEYS}
+        keys |= {f"recompute.{key}": value for key, value in dataclasses.asdict(self.config.recompute).items()}
         return keys | {"train.micro_batch_size": self.config.train.micro_batch_size}
 
     @property

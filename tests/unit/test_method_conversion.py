@@ -96,7 +96,7 @@ def test_there_and_back_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, chan
         assert torch.equal(returned[:rows], weight[:rows]), name
     section, method = back.common["config"]["model"], changes["method"]
     assert (section["method"], section[method]) == (method, changes[method])
-    assert section["depth_attention"]["op"] == "lean", "the other sections keep their defaults"
+    assert section["depth_attention"]["op"] == "auto", "the other sections keep their defaults"
     assert f"method: {method}" in (tmp_path / "back" / MODEL_YAML).read_text()
     export(back, tmp_path / "again")
     assert (tmp_path / "again/config.json").read_bytes() == (made.output / "config.json").read_bytes()

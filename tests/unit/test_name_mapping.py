@@ -10,6 +10,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 from megatron_depthattn.config import load_config, to_dict
 from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
+from megatron_depthattn.switches import MODEL_SWITCHES
 from tests.checkpoints import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, model_section, random_weights
 
 
@@ -146,7 +147,7 @@ RELEASED = {
 def test_released_3b_is_the_shipped_3b_config():
     shipped = to_dict(load_config(Path(__file__).parents[2] / "configs/3b.yaml"))["model"]
     imported = to_model_section(RELEASED | {"initializer_range": 0.01, "rope_theta": 10000.0})
-    for key in ("spec", "denseformer", "attnres", "mhc"):
+    for key in ("spec", *MODEL_SWITCHES, "denseformer", "attnres", "mhc"):
         del shipped[key]
     del shipped["depth_attention"]["op"]
     shipped["depth_attention"]["stride"] = shipped["depth_attention"]["stride"] or 24

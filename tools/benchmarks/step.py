@@ -35,11 +35,13 @@ def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
     add_peers_arguments(parser)
     add_tests_passed(parser)
-    parser.set_defaults(measure=lambda given: (measure_peers if given.peers else measure_step)(given))
+    parser.set_defaults(measure=measure_step)
 
 
 def measure_step(given: argparse.Namespace) -> Result:
     """Ratios are those of a step to vanilla's of the same round; median, quartiles, and an interval of the median."""
+    if given.peers:
+        return measure_peers(given)
     from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
     from megatron_depthattn.parallel.launch_env import launch_environment
 
