@@ -46,9 +46,10 @@ def core_attention(kept: Storages, shape: RankShape, layer: int, query: str, key
 
 
 def mlp(kept: Storages, shape: RankShape, layer: int, given: str) -> None:
-    """SwiGLU as five operations; ``given`` is normed."""
+    """SwiGLU as five operations, or as one; ``given`` is normed."""
     inner = shape.element * shape.tokens * shape.ffn_size
     kept.keep(given)
     kept.keep_new(f"gate_and_up.{layer}", 2 * inner)
-    for name in ("silu", "up", "product"):  # "up": an offset of zero is added to it
+    unfused = () if shape.fused_swiglu else ("silu", "up")  # "up": an offset of zero is added to it
+    for name in (*unfused, "product"):
         kept.keep_new(f"{name}.{layer}", inner)

@@ -20,6 +20,7 @@ from megatron_depthattn.estimate.states import model_states
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
+from megatron_depthattn.switches import Kernels, resolved_switches
 from megatron_depthattn.vocabulary import padded_vocab_size
 
 Device = Literal["cuda", "cpu"]
@@ -115,7 +116,10 @@ def chunk_activations(config: RunConfig, chunk: int, *, device: Device = "cuda")
 
 def rank_shape(config: RunConfig, *, device: Device = "cuda") -> RankShape:
     """One micro-batch's sizes on one rank."""
-    model, parallel = config.model, config.parallel
+    on_gpu = device == "cuda"
+    resolved = resolve(config, GPU if on_gpu else CPU).config
+    model = resolved_switches(resolved, 1, Kernels(on_gpu, None, adds_gradients=True)).model
+    parallel = config.parallel
     tensor, batch = parallel.tensor, config.train.micro_batch_size
     length = config.data.sequence_length
     mine = length // parallel.context
@@ -133,20 +137,15 @@ def rank_shape(config: RunConfig, *, device: Device = "cuda") -> RankShape:
         projection_size=projection if is_gathered else projection // tensor,
         head_size=model.kv_channels,
         ffn_size=model.ffn_hidden_size // tensor,
-        vocab_size=padded_vocab_size(config.model.vocab_size) // tensor,
+        vocab_size=padded_vocab_size(model.vocab_size) // tensor,
         element=2 if config.precision.dtype == "bf16" else 4,
         tensor=tensor,
-        on_cpu=device == "cpu",
-        spec=resolve(config, CPU if device == "cpu" else GPU).config.model.spec,
-        fused_loss=_has_fused_loss(config, device),
+        on_cpu=not on_gpu,
+        spec=model.spec,
+        fused_swiglu=bool(model.fused_swiglu),
+        fused_loss=bool(model.fused_cross_entropy),
         fp8=config.precision.fp8,
     )
-
-
-def _has_fused_loss(config: RunConfig, device: Device) -> bool:
-    if config.model.fused_cross_entropy is None:  # as `switches.resolved_switches`
-        return device == "cuda" and config.precision.dtype == "bf16"
-    return config.model.fused_cross_entropy
 
 
 def source_plan(config: RunConfig, method: CrossLayerMethod | None) -> CrossLayerPlan | None:

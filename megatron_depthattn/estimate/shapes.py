@@ -37,6 +37,8 @@ class RankShape:
     """Torch's RMSNorm is then not one operation but several, in fp32."""
     spec: str = "local"
     """Whose layers: local or te."""
+    fused_swiglu: bool = False
+    """SwiGLU is one kernel, which keeps its input alone."""
     fused_loss: bool = False
     """The loss is Megatron's fused one, which keeps its softmax in fp32."""
     fp8: str | None = None

@@ -49,11 +49,12 @@ def core_attention(kept: Storages, shape: RankShape, layer: int, query: str, key
 
 
 def mlp(kept: Storages, shape: RankShape, layer: int, given: str) -> None:
-    """SwiGLU as torch's operations between two linear layers; ``given`` is normed."""
+    """SwiGLU between two linear layers, as torch's operations or one kernel; ``given`` is normed."""
     numbers = shape.tokens * shape.ffn_size
     inner = shape.element * numbers
     linear_input(kept, shape, given, shape.rows * shape.hidden_size)
     kept.keep_new(f"gate_and_up.{layer}", 2 * inner)
-    kept.keep_new(f"silu.{layer}", inner)
-    kept.keep_new(f"up.{layer}", inner)
+    if not shape.fused_swiglu:
+        kept.keep_new(f"silu.{layer}", inner)
+        kept.keep_new(f"up.{layer}", inner)
     linear_input(kept, shape, kept.make(f"product.{layer}", inner), numbers)

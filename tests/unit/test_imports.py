@@ -45,7 +45,10 @@ PURE = {
     **{
         f"estimate/{name}.py": {
             f"{PACKAGE}.{n}"
-            for n in ("config", "estimate", "methods", "model.activation_memory", "model.source_plan", "vocabulary")
+            for n in (
+                *("config", "backends", "switches", "estimate", "methods", "vocabulary"),
+                *("model.activation_memory", "model.source_plan"),
+            )
         }
         for name in (
             *("activations", "in_flight", "local_layers", "memory", "parameters", "shapes", "states", "storages"),
