@@ -36,9 +36,9 @@ def _overlap_refusal(config: "RunConfig") -> str | None:
     parallel = config.parallel
     for key in OVERLAPS:
         value = getattr(parallel, key)
-        if value is not None and config.engine.name == "deepspeed":
+        if value and config.engine.name == "deepspeed":
             return (
-                f"parallel.{key} is {_shown(value)} with engine.name=deepspeed, which reduces and gathers in its own "
+                f"parallel.{key}=true with engine.name=deepspeed, which reduces and gathers in its own "
                 f"way; set parallel.{key}=null, or engine.name=megatron"
             )
         if value and _has_lent_chunks(config):
@@ -166,7 +166,3 @@ def _has_lent_chunks(config: "RunConfig") -> bool:
 
 def _adds_gradients(config: "RunConfig", kernels: Kernels) -> bool:
     return config.model.spec == "te" or kernels.adds_gradients
-
-
-def _shown(value: bool) -> str:
-    return str(value).lower()

@@ -21,6 +21,7 @@ from megatron_depthattn.hf.model_config import AUTO_MAP, normalises_keys_after_r
 from megatron_depthattn.hf.weights_folder import HFFolder
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.build import build_chunk, transformer_config
 from megatron_depthattn.train.checkpoint import load_weights
 
@@ -126,7 +127,10 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor) -> Tensor:
     config = dataclasses.replace(
         saved,
         model=dataclasses.replace(
-            saved.model, spec="local", depth_attention=dataclasses.replace(saved.model.depth_attention, op="lean")
+            saved.model,
+            spec="local",
+            depth_attention=dataclasses.replace(saved.model.depth_attention, op="lean"),
+            **dict.fromkeys(MODEL_SWITCHES, False),
         ),
         parallel=ParallelConfig(),
         precision=PrecisionConfig(dtype="fp32"),

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 
 def compile_layers(model: GPTModel) -> None:
     """Compile the norms of ``model``'s layers in place; modules and parameters keep their names."""
+    # A function of the weight: a module's own forward is compiled again where a later loop borrows its weight. As one
+    # graph: torch then raises where it would run without compiling.
+    compiled = torch.compile(_rms_norm, dynamic=False, fullgraph=True)
     for layer in model.decoder.layers:
         attention = layer.self_attention
         for norm in (layer.input_layernorm, layer.pre_mlp_layernorm, attention.q_layernorm, attention.k_layernorm):
-            # Of the function: a wrapped module would have another name in checkpoints. As one graph: torch then raises
-            # where it would go on without compiling.
-            norm.forward = torch.compile(norm.forward, dynamic=False, fullgraph=True)
+            norm.forward = lambda x, norm=norm: compiled(x, norm.weight, norm.eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    return torch.nn.functional.rms_norm(x, (x.size(-1),), weight, eps)

@@ -31,7 +31,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_depthattn.model.activation_memory import BLOCK_ROWS
@@ -161,6 +161,12 @@ class SDPAttention(DotProductAttention):
             yield self._sdpa(block, key[:, :, :visible], value[:, :, :visible], attn_mask=mask)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+        group = query.size(1) // key.size(1)
+        is_masked = "attn_mask" in mask and not isinstance(mask["attn_mask"], CausalBias)
+        if group > 1 and query.is_cuda and (query.dtype is torch.float32 or is_masked):
+            # CUDA's flash kernels take neither, and the memory-efficient one takes no grouped heads in many versions of
+            # torch: what is left would keep every score.
+            key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
         return scaled_dot_product_attention(
             query,
             key,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -67,6 +68,12 @@ _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA
 def communication_variables() -> dict[str, str]:
     """What is set of the variables that steer communication or Megatron's overlap, by name: to be compared."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_COMMUNICATION)}
+
+
+def finds_compiler(variable: str, *names: str) -> bool:
+    """Whether torch or Triton finds a compiler: what the variable (CC or CXX) names, or one of ``names`` on PATH."""
+    named = os.environ.get(variable)
+    return any(map(shutil.which, [named] if named else names))
 
 
 @contextmanager

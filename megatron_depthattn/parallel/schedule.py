@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -16,10 +17,15 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
+from packaging.version import Version
 from torch import Tensor
 
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+
+INTERLEAVED_WAITS_FOR_SENDS = Version(megatron.core.__version__) >= Version("0.19")
+"""Whether Megatron's interleaved schedules wait for a message to be sent before they free it: enough for NCCL, not for
+gloo."""
 
 GROUPS = ["tp", "pp", "cp", "embd", "pos_embd", "dp", "dp_cp", "tp_dp_cp"]
 """What the schedules and ``finalize_model_grads`` ask of the process groups they are given."""
@@ -63,11 +69,14 @@ def run_schedule(
     """
     config = get_model_config(chunks[0])
     interleaved = len(chunks) > 1
-    if interleaved and config.deallocate_pipeline_outputs and dist.get_backend() == "gloo":
-        raise ValueError(
-            "deallocate_pipeline_outputs=True with interleaved pipelining on gloo: messages would be freed while they "
-            "are being sent, and wrong numbers arrive. Set deallocate_pipeline_outputs=False."
-        )
+    if interleaved and config.deallocate_pipeline_outputs:
+        on_gloo = dist.get_backend() == "gloo"
+        if on_gloo or not INTERLEAVED_WAITS_FOR_SENDS:
+            where = "on gloo" if on_gloo else f"under megatron-core {megatron.core.__version__}"
+            raise ValueError(
+                f"deallocate_pipeline_outputs=True with interleaved pipelining {where}: messages would be freed while "
+                "they are being sent, and wrong numbers arrive. Set deallocate_pipeline_outputs=False."
+            )
     states = [MicrobatchState() for _ in microbatches]
     work = [
         Work(microbatch, {"extra_block_kwargs": {"attention_bias": state}} if config.shares_over_layers else {})

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_depthattn.parallel.rank_spans import rank_spans
 from megatron_depthattn.preflight.report import Needs, RankReport
+from megatron_depthattn.switches import MODEL_SWITCHES
 
 Severity = Literal["always", "stop", "warn"]
 CLOCK_SECONDS = 1.0
@@ -19,8 +20,8 @@ CLOCK_SECONDS = 1.0
 MIN_OPEN_FILES = 1024
 GPU_IN_USE = 0.1
 """A GPU of which more than this share is taken before the run has begun is somebody else's as well."""
-BACKENDS = {"model.spec", "model.depth_attention.op"}
-"""Keys whose `auto` becomes what a machine has."""
+BACKENDS = {"model.spec", "model.depth_attention.op", *(f"model.{key}" for key in MODEL_SWITCHES)}
+"""Keys whose `auto` or null becomes what a machine has."""
 _MAX_KEYS = 5
 """Config keys that are named when configs differ."""
 _PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES")
@@ -126,7 +127,7 @@ def _configs_and_code(reports: Sequence[RankReport]) -> list[Finding]:
     differ = [key for key in keys if len({report.settings.get(key) for report in reports}) > 1][:_MAX_KEYS]
     advice = "start all ranks with the same files and arguments."
     if BACKENDS & set(differ):
-        advice = "give all hosts the same software, or set in place of auto what all of them have."
+        advice = "give all hosts the same software, or set in place of auto or null what all of them have."
     return [
         *_differences(
             reports,

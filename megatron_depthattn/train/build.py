@@ -21,6 +21,7 @@ from megatron_depthattn.model.compiled import compile_layers
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
 from megatron_depthattn.precision import data_parallel_fields, optimizer_fields, transformer_fields
 from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.hardware import adds_gradients, resolve_here
@@ -68,10 +69,8 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         batch_p2p_sync=False,  # for torch before 2.0
-        # A message is freed once it has been sent. Interleaved schedules do so while gloo, there without a GPU, is
-        # still sending it; NCCL holds it until then.
         deallocate_pipeline_outputs=parallel.pipeline > 1
-        and (parallel.virtual_pipeline == 1 or torch.cuda.is_available()),
+        and (parallel.virtual_pipeline == 1 or (torch.cuda.is_available() and INTERLEAVED_WAITS_FOR_SENDS)),
         bias_activation_fusion=bool(model.fused_swiglu),
         cross_entropy_loss_fusion=bool(model.fused_cross_entropy),
         tp_comm_overlap=parallel.tp_comm_overlap and not only_counted,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 
 import torch
 
 from megatron_depthattn.backends import AUTO, CPU, Available, Resolved, resolve
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.ops.triton_mix import triton_refusal
+from megatron_depthattn.parallel.launch_env import finds_compiler
 from megatron_depthattn.precision_check import INSTALL, Machine, machine_refusal
 from megatron_depthattn.switches import Kernels, kernels_refusal, resolved_switches, switches_refusal
+
+C_COMPILER = "a C compiler, gcc or clang on PATH (or another in CC)"
+"""With which Triton builds its launchers on every host."""
 
 
 def resolve_here(config: RunConfig) -> Resolved:
@@ -27,7 +30,8 @@ def resolve_here(config: RunConfig) -> Resolved:
         return resolve(config, CPU)
     no_te = this_machine().import_error if model.spec == AUTO else ""
     no_te += f" ({INSTALL})" if no_te else ""
-    return resolve(config, Available(True, no_te, triton_refusal(torch.device("cuda")) or ""))
+    no_triton = triton_refusal(torch.device("cuda")) or ("" if _has_c_compiler() else f"needs {C_COMPILER}")
+    return resolve(config, Available(True, no_te, no_triton))
 
 
 def require_hardware(config: RunConfig) -> Resolved:
@@ -46,7 +50,7 @@ def for_this_machine(config: RunConfig, sizes: Sizes) -> Resolved:
     """
     resolved, kernels = require_hardware(config), these_kernels()
     if (refusal := switches_refusal(resolved.config) or kernels_refusal(resolved.config, kernels)) is not None:
-        raise ValueError(refusal)
+        raise ValueError("; ".join([refusal, *resolved.lines]))
     same_weights = sizes.data_parallel_size * config.parallel.context
     return resolved._replace(config=resolved_switches(resolved.config, same_weights, kernels))
 
@@ -55,10 +59,15 @@ def these_kernels() -> Kernels:
     """What this process can compile and import."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        missing = "Triton" if importlib.util.find_spec("triton") is None else None
+        has_triton = importlib.util.find_spec("triton") is not None
+        missing = "Triton" if not has_triton else None if _has_c_compiler() else C_COMPILER
     else:
-        missing = "the C++ compiler g++ on PATH" if shutil.which("g++") is None else None
+        missing = None if finds_compiler("CXX", "g++") else "the C++ compiler g++ on PATH (or another in CXX)"
     return Kernels(on_gpu, missing, adds_gradients())
+
+
+def _has_c_compiler() -> bool:
+    return finds_compiler("CC", "gcc", "clang")
 
 
 def adds_gradients() -> bool:

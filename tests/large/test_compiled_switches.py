@@ -22,6 +22,7 @@ FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
             for name in ("vanilla", "depth_attention", *DEFINITIONS)
         ),
         ("compile", "fp32", 1e-5, {"recompute": FULL}),
+        ("compile", "fp32", 1e-5, {"model": {"num_loops": 2}, "recompute": FULL}),  # the loops share compiled norms
         ("compile", "bf16", 3e-2, {}),
         ("fused_swiglu", "fp32", 1e-6, {}),
         ("fused_swiglu", "bf16", 3e-2, {}),  # a fused kernel keeps in fp32 what plain operations round in between
@@ -48,6 +49,10 @@ def test_compiled_kernels_compute_the_same(key, dtype, bound, settings):
         counters.clear()
         loss = model(tokens[:, :-1], None, None, labels=tokens[:, 1:]).float().mean()
         loss.backward()
+        with torch.no_grad():
+            assert model.eval()(tokens[:, :-1], None, None, labels=tokens[:, 1:]).float().mean() == pytest.approx(
+                float(loss), rel=bound
+            )
         assert bool(counters["frames"]["ok"]) == fused
         runs.append((float(loss), [parameter.grad.float() for parameter in model.parameters()]))
     (loss, gradients), (fused_loss, fused_gradients) = runs

@@ -132,5 +132,5 @@ def test_ranks_that_resolve_it_differently_do_not_start():
         "different run configs: rank 2 (node2) has model.spec=local (auto: no TransformerEngine: ImportError: no "
         "transformer_engine); ranks 0-1 (node0, node1) have model.spec=te (auto: on GPUs with TransformerEngine). They "
         "would train different models, or wait for each other for ever: give all hosts the same software, or set in "
-        "place of auto what all of them have."
+        "place of auto or null what all of them have."
     )

@@ -59,7 +59,7 @@ PURE = {
     "terminal.py": set(),
     "preflight/report.py": set(),
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
-    "preflight/compare.py": {f"{PACKAGE}.parallel.rank_spans", f"{PACKAGE}.preflight.report"},
+    "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "switches")},
     "data/order.py": {"numpy"},
     "study/report_inputs.py": {f"{PACKAGE}.train.line_files"},
     "study/report_tables.py": {f"{PACKAGE}.study.report_inputs"},
