@@ -124,13 +124,14 @@ def _difference(name: str, actual: Tensor, expected: Tensor, bound: float) -> Ch
 def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor) -> Tensor:
     """Logits [b, t, vocabulary] in fp32 of Megatron's model in this process alone, whatever layout trained it."""
     saved = from_dict(checkpoint.common["config"], str(checkpoint.folder))
+    plain: dict[str, Any] = dict.fromkeys(MODEL_SWITCHES, False)
     config = dataclasses.replace(
         saved,
         model=dataclasses.replace(
             saved.model,
             spec="local",
             depth_attention=dataclasses.replace(saved.model.depth_attention, op="lean"),
-            **dict.fromkeys(MODEL_SWITCHES, False),
+            **plain,
         ),
         parallel=ParallelConfig(),
         precision=PrecisionConfig(dtype="fp32"),

@@ -50,8 +50,6 @@ def main() -> int:
             _tell(error, environment)
         if is_stopped:
             signals.leave(signals.received)
-    if environment.world_size > 1:
-        leave_at_once(1)  # once this rank is gone, the launcher ends the others
     return 1
 
 
@@ -73,4 +71,6 @@ def silence_noise() -> None:
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this module again
-    sys.exit(main())
+    # No shutdown of the interpreter: a thread that is in a torch operation then (data are read ahead) would abort the
+    # process, and exit handlers may wait for ranks that wait for this one.
+    leave_at_once(main())

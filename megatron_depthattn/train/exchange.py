@@ -32,7 +32,7 @@ def no_status() -> Sequence[float]:
 
 
 def exchange(numbers: Sequence[float], on_device: Tensor | None = None) -> list[list[float]]:
-    """Every rank's numbers, by rank, on every rank; the only call of a step that waits for the device.
+    """Every rank's numbers, by rank, on every rank; where a step waits for the device.
 
     Args:
         numbers: this rank's; as many on all ranks.

@@ -6,10 +6,9 @@ disk. It is no defence against someone who changes a checkpoint on purpose.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,25 +19,31 @@ from megatron_depthattn.durable import fsync_path, naming, write_durably
 MANIFEST = "manifest.json"
 HASH = "xxh3_128"
 FORMAT_VERSION = 1
+HASH_PART = 1 << 24
+"""Bytes of a file that are read at once."""
 
 Digests = dict[str, dict[str, Any]]
 """File name to ``bytes`` and ``xxh3_128``."""
 
 
-def digest_files(folder: Path, names: Iterable[str]) -> Digests:
-    """Sizes and hashes of some files of a folder, each of them on disk when this returns."""
+def digest_files(folder: Path, names: Iterable[str], on_part: Callable[[], None] = lambda: None) -> Digests:
+    """Sizes and hashes of some files of a folder, all on disk when this returns; ``on_part``: see `file_hash`."""
     result: Digests = {}
     for name in names:
         path = folder / name
         fsync_path(path)
-        result[name] = {"bytes": path.stat().st_size, HASH: file_hash(path)}
+        result[name] = {"bytes": path.stat().st_size, HASH: file_hash(path, on_part)}
     return result
 
 
-def file_hash(path: Path) -> str:
-    """XXH3-128 of a file's bytes, in hexadecimal."""
+def file_hash(path: Path, on_part: Callable[[], None] = lambda: None) -> str:
+    """XXH3-128 of a file's bytes, in hexadecimal; ``on_part`` is called as reading proceeds."""
+    digest = xxhash.xxh3_128()
     with naming(path), path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+        while part := file.read(HASH_PART):
+            on_part()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, files: Digests) -> None:

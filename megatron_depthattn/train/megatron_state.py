@@ -50,7 +50,7 @@ class MegatronState:
             force_all_tensors_to_non_fp8(state)
         if self._optimizer is None:
             return state
-        _allocate_state(self._optimizer, is_loading=is_loading)
+        _allocate_state(self._optimizer)
         weights: dict[int, list[ShardedTensor]] = {id(whole): [] for whole in wholes.values()}
         states: list[ShardedTensor] = []
         for parameter, start, tensors in _ranges(self._optimizer):
@@ -69,7 +69,10 @@ class MegatronState:
             for model, parts in state.items()
         }
         kind = {"param_state_sharding_type": SAVED_METADATA["distrib_optim_sharding_type"]}
-        return shares | {"optimizer": self._optimizer.state_dict() | kind | {"param_state": states}}
+        progress = self._optimizer.state_dict()
+        for group in progress["optimizer"]["param_groups"]:
+            group.setdefault("step", 0)  # TransformerEngine's Adam before its first step
+        return shares | {"optimizer": progress | kind | {"param_state": states}}
 
     def sharded_weights(self) -> dict[str, Any]:
         finish_param_gather(self._chunks)
@@ -119,8 +122,8 @@ def _metadata() -> dict[str, Any]:
     return SAVED_METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _allocate_state(optimizer: MegatronOptimizer, *, is_loading: bool) -> None:
-    """Torch's Adam allocates its state in its first step; a checkpoint may come before."""
+def _allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Adam allocates its state in its first step; a checkpoint may come before."""
     for adam in torch_adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
             adam.state[parameter] = {
@@ -128,10 +131,11 @@ def _allocate_state(optimizer: MegatronOptimizer, *, is_loading: bool) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    if is_loading:
-        for part in optimizer.chained_optimizers:
-            if not part.optimizer.state:  # TransformerEngine's Adam: Megatron knows how
-                part.load_state_dict(part.state_dict())
+    for part in optimizer.chained_optimizers:
+        if not part.optimizer.state:  # TransformerEngine's Adam: Megatron knows how, but leaves the moments unset
+            part.load_state_dict(part.state_dict())
+            for state in part.optimizer.state.values():
+                torch._foreach_zero_(list(state.values()))
 
 
 def _is_trained(value: Any) -> bool:

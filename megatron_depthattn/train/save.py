@@ -200,7 +200,8 @@ class CheckpointSaver:
                 planner=_Planner(self._written.grow),
                 process_group=self._group,
             )
-            return digest_files(aside, [path.name for path in aside.glob(f"__{dist.get_rank()}_*.distcp")]), None
+            names = [path.name for path in aside.glob(f"__{dist.get_rank()}_*.distcp")]
+            return digest_files(aside, names, on_part=self._written.grow), None
         except CheckpointException as problem:
             # Torch keeps the first error in a cycle with its frames. Were the cycle left to the garbage collector,
             # Python 3.12 could crash on it: on a view of an io.BytesIO that is cleared after its owner.

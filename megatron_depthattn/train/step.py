@@ -179,7 +179,7 @@ def step_if_finite(
 def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Status) -> Attempt:
     """From every rank's part to what all ranks must know before the optimizer's step.
 
-    Here a step waits for the device, once; what follows is only launched.
+    Here a step waits for the device, beside Megatron's own look at the number of tokens; what follows is only launched.
 
     Args:
         losses: as for `mean_over_global_batch`.
@@ -205,7 +205,7 @@ def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 def clip(gradients: list[Tensor], grad_norm: float, largest: float) -> None:
     """Scale the gradient of this norm down to ``largest``, unless that is 0; Megatron's factor, to the last digit."""
     factor = largest / (grad_norm + 1.0e-6)
-    if 0.0 < factor < 1.0:
+    if gradients and 0.0 < factor < 1.0:
         torch._foreach_mul_(gradients, factor)
 
 

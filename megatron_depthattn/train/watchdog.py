@@ -61,8 +61,9 @@ class Watchdog:
     Use it as a context manager or call `close`: what is not closed goes on watching.
 
     Args:
-        timeout: seconds without a beat after which a rank counts as hung; longer than the slowest step or
-            evaluation batch. Watching starts with the first beat, so loading and compiling are not timed.
+        timeout: seconds without a beat after which a rank counts as hung; longer than the slowest step, evaluation
+            batch, or forcing of one file to disk. Watching starts with the first beat, so loading and compiling are not
+            timed.
         folder: where the stacks go, ``<time>_rank_<N>.txt`` for each rank, and ``<time>_hang_<N>.txt``, what rank
             N says of the others; made when needed.
         rank, world_size: this process's place.

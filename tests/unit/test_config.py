@@ -453,7 +453,7 @@ REFUSALS = [
      "the chunks of a rank use the same weights, whose gradients are finished once for each chunk"),
     (4, "parallel.overlap_param_gather=true model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=2",
      "set parallel.overlap_param_gather=null, or parallel.pipeline=1 and parallel.virtual_pipeline=1"),
-    (2, "engine.name=deepspeed parallel.overlap_grad_reduce=true", "set parallel.overlap_grad_reduce=null, or engine.name"),
+    (2, "engine.name=deepspeed parallel.overlap_grad_reduce=true", "set parallel.overlap_grad_reduce=null"),
     (2, "engine.name=deepspeed parallel.overlap_param_gather=true", "set parallel.overlap_param_gather=null"),
     (1, "engine.name=deepspeed model.fused_gradient_accumulation=true", "set model.fused_gradient_accumulation=null"),
     (1, "model.num_loops=2 model.fused_gradient_accumulation=true", "overwrites a weight's gradient"),

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(run_dir, monkeypatch):
     def fail(*_) -> None:
         raise OSError(errno.EIO, "Input/output error")  # as a read does: without the file's name
 
-    monkeypatch.setattr(manifest.hashlib, "file_digest", fail)
+    monkeypatch.setattr(manifest.xxhash, "xxh3_128", lambda: SimpleNamespace(update=fail))
     with pytest.raises(
         ValueError, match=r"cannot be read by rank 0 on .*Input/output error: '.*distcp'.*nothing was renamed"
     ):
