@@ -296,7 +296,7 @@ def _settings(reports: Sequence[RankReport]) -> list[Finding]:
 def size(num_bytes: float) -> str:
     """Bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if abs(num_bytes) < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
