@@ -29,7 +29,7 @@ class ChunkedLossGPTModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """As Megatron's: ``labels`` ``[b, s]``, ``logits`` ``[s, b, v]`` of this tensor rank; the loss is ``[b, s]``.
 
-        The memory of ``logits`` is used for what it needs: they are spoilt.
+        The memory of ``logits`` is used for what it needs: they are overwritten.
         """
         if self.config.cross_entropy_loss_fusion:
             fused: Tensor = super().compute_language_model_loss(labels, logits)
@@ -41,7 +41,7 @@ def chunked_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGro
     """The cross entropy of every token in fp32, shaped as ``target``.
 
     Args:
-        logits: ``[..., v]``, contiguous, this rank's share of the vocabulary; spoilt.
+        logits: ``[..., v]``, contiguous, this rank's share of the vocabulary; overwritten.
         target: ``[...]``, ids of the whole vocabulary.
         group: ranks that share the vocabulary, in its order.
     """

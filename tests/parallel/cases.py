@@ -128,7 +128,7 @@ class Job:
     grad_clip: float = 0.0
     """Of these two runs."""
     gathered: bool = False
-    """Go on from its other checkpoint, which Megatron has gathered: one writer of whole tensors."""
+    """Continue from its other checkpoint, which Megatron has gathered: one writer of whole tensors."""
     agreement: bool = False
     """Only call ``check_same_on_all_ranks``."""
 
