@@ -159,11 +159,12 @@ def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 
     Not by Megatron's config: with that its output layer, which has no other kernel, insists on Apex's.
     """
+    has_kernel = adds_gradients()
     module: Any
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # TransformerEngine's
-        elif adds_gradients() and hasattr(module, "gradient_accumulation_fusion"):
+        elif has_kernel and hasattr(module, "gradient_accumulation_fusion"):
             module.gradient_accumulation_fusion = True  # Megatron's
 
 

@@ -203,10 +203,15 @@ def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def clip(gradients: list[Tensor], grad_norm: float, largest: float) -> None:
-    """Scale the gradient of this norm down to ``largest``, unless that is 0; Megatron's factor, to the last digit."""
-    factor = largest / (grad_norm + 1.0e-6)
+    """Scale the gradient of this norm down to ``largest``, unless that is 0."""
+    factor = clip_factor(grad_norm, largest)
     if gradients and 0.0 < factor < 1.0:
         torch._foreach_mul_(gradients, factor)
+
+
+def clip_factor(grad_norm: float, largest: float) -> float:
+    """What brings a gradient of this norm to ``largest``, above 1 where it is smaller; Megatron's to the last digit."""
+    return largest / (grad_norm + 1.0e-6)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

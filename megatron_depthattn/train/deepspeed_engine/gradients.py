@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from megatron_depthattn.train.step import squared_norm
+from megatron_depthattn.train.step import clip_factor, squared_norm
 
 if TYPE_CHECKING:
     from megatron_depthattn.train.deepspeed_engine.shards import Shard, Shards
@@ -64,8 +64,8 @@ def _counted_gradients(shards: Shards) -> list[Tensor]:
 
 @torch.no_grad()
 def clip(shards: Shards, grad_norm: float, largest: float) -> None:
-    """Scale the gradient down to the norm ``largest``; Megatron's factor, to the last digit."""
-    factor = largest / (grad_norm + 1.0e-6)
+    """Scale the gradient down to the norm ``largest``."""
+    factor = clip_factor(grad_norm, largest)
     if factor < 1.0:
         for shard in shards.held:
             shards.set_gradient(shard, shards.gradient(shard).mul_(factor))
