@@ -4,7 +4,7 @@ Both runs of a job live through the same: an evaluation before anything is stepp
 and is left out, an evaluation between steps, and a save. The second one overlaps, in small buckets, and at the worst
 of times: a bucket is gathered no earlier than somebody waits for it, so weights that are read without waiting are old;
 and reduced at once when its gradients are said to be ready, so what comes later is missing. With several chunks a rank
-it also frees what it has sent, as with NCCL.
+it also frees what it has sent, as with NCCL, where Megatron-Core can do both.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_depthattn.config import RunConfig, validate
+from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, finish_param_gather
 from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_depthattn.train.engine import evaluation_mode
@@ -52,7 +53,7 @@ def compare(job: Job, folder: Path, device: torch.device, microbatches: Callable
     overlap = dataclasses.replace(config.parallel, overlap_grad_reduce=True, overlap_param_gather=True)
     with worst_timing(), contextlib.ExitStack() as stack:
         overlapped = _Run(dataclasses.replace(config, parallel=overlap), device, microbatches)
-        if config.parallel.virtual_pipeline > 1:
+        if config.parallel.virtual_pipeline > 1 and INTERLEAVED_WAITS_FOR_SENDS:
             stack.enter_context(_freed_messages(overlapped.chunks))
         with MISTAKES[job.sabotage](overlapped.chunks) if job.sabotage in MISTAKES else contextlib.nullcontext():
             overlapped.begin()
