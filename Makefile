@@ -15,12 +15,14 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test parity-full convert-3b test-compiled prepare-200mb faults gpu launch-full quickstart clean
+.PHONY: help install lint test test-fast test-core parity-full convert-3b test-compiled prepare-200mb faults gpu launch-full quickstart clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
 	@echo "make quickstart   install, prepare a small corpus, train on two CPU processes, export to Hugging Face, generate"
 	@echo "make test         install, lint, the whole test suite (PYTEST_ARGS=... goes to pytest)"
+	@echo "make test-fast    install, lint, the unit tests (under 3 minutes)"
+	@echo "make test-core    install, lint, the unit tests and one case of each kind of the rest (for a second Python: VENV=... PYTHON=...)"
 	@echo "make parity-full  every parity case of both engines for ten steps (about an hour on two cores)"
 	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
@@ -59,6 +61,13 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-fast: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) tests/unit
+
+# What a second series of Megatron-Core is tried with at every landing, see tests/conftest.py.
+test-core: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m core $(PYTEST_ARGS)
 
 parity-full: install
 	DEPTHATTN_PARITY=full $(BIN)/python -m pytest -s tests/parallel

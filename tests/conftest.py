@@ -13,6 +13,24 @@ TOGETHER = {
 }
 """Files whose tests share worlds that take a minute to run: with several pytest processes, one makes them once."""
 
+CORE = (
+    "tests/unit/",
+    "tests/parallel/test_parity.py::test_losses_and_gradients_are_those_of_one_process[LAYOUT-stride2-window1-none]",
+    "tests/parallel/test_parity.py::test_a_resumed_run",
+    "tests/e2e/test_data_order.py",
+    "tests/e2e/test_conversion.py",
+    "tests/e2e/test_quickstart.py",
+)
+"""Tests marked `core`, by the beginnings of their names: what every supported series of Megatron-Core must pass."""
+CORE_LAYOUTS = ("single", "dp2", "tp2+sp", "cp2", "pp2", "pp2xvpp2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    beginnings = tuple(name.replace("LAYOUT", layout) for name in CORE for layout in CORE_LAYOUTS)
+    for item in items:
+        if item.nodeid.startswith(beginnings):
+            item.add_marker("core")
+
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

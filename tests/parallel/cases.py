@@ -1,7 +1,7 @@
 """What the parity campaign runs: the layouts, the jobs of each world, and the small model they share.
 
 A job is one thing a world of processes does and leaves one result for; the tests assert on results. By default
-every layout takes ten steps (most of four processes: three) at one stride and window; the layouts in ``THOROUGH`` run
+every layout takes one, three or ten steps at one stride and window; the layouts in ``THOROUGH`` run
 every stride and window and every kind of recompute for one loss and gradient as well, the others one more of each.
 ``DEPTHATTN_PARITY=full`` in the environment runs everything, ten steps everywhere.
 """
@@ -183,8 +183,8 @@ LOOPED_REFERENCES = {
 
 def _parity_of(layout: str) -> list[Job]:
     if layout not in THOROUGH and not FULL:
-        # Collectives of four processes take most of the time on two cores.
-        steps = STEPS if LAYOUTS[layout].world_size < 4 or layout in SAVED else 3 if layout == "tp4+sp" else 1
+        # Collectives take most of the time on two cores.
+        steps = STEPS if layout in (*SAVED, "pp2") else 1 if LAYOUTS[layout].world_size == 4 else 3
         return [
             Job(layout=layout, steps=steps, save=layout in SAVED),
             Job(layout=layout, steps=1, stride=1, window=0, recompute="uniform1"),
@@ -210,7 +210,7 @@ SAVING = ("tp2xpp2+sp", "pp4xvpp2")
 
 
 def _parity_of_method(method: str) -> list[Job]:
-    few = STEPS if FULL else 3
+    few = STEPS if FULL else 2
     return [
         Job(layout="pp2", method=method, save=True),
         *(Job(layout=layout, method=method, steps=few, save=FULL and layout in SAVING) for layout in METHOD_LAYOUTS),
