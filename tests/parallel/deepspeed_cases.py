@@ -26,6 +26,7 @@ LAYOUTS = {
     "dp2xtp2+sp": Layout(4, ParallelConfig(tensor=2, sequence=True)),
     "tp2xcp2+sp": Layout(4, ParallelConfig(tensor=2, context=2, sequence=True)),
 }
+STEPS, SAVE_AFTER = (10, 5) if FULL else (4, 2)
 CLIP = 0.7
 """Below every gradient norm of the reference, so that each step is clipped."""
 
@@ -89,8 +90,7 @@ PRODUCT = [
     for stage in range(4)
     for rows in (1, 8 // (one.world_size // (one.parallel.tensor * one.parallel.context)))  # several, and one
 ]
-# By default a case of each kind on two processes; what SAVES and POISONED run as well, ten steps from the same weights,
-# is not in it.
+# By default a case of each kind on two processes; what SAVES and POISONED run as well is not in it.
 BRIEF = [Job(layout="dp2", stage=1), Job(layout="tp2+sp", stage=0)]
 PARITY = [
     *(PRODUCT if FULL else BRIEF),

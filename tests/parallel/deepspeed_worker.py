@@ -31,9 +31,9 @@ from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, finish_attempt, run_microbatches
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.megatron_weights import leave_initial_values
-from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, STEPS, TRAIN
+from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SEQUENCE_LENGTH, TRAIN
 from tests.parallel.compare import relative_errors
-from tests.parallel.deepspeed_cases import Job
+from tests.parallel.deepspeed_cases import SAVE_AFTER, STEPS, Job
 from tests.parallel.worker import gather_gradients, progress_after, whole, work_off
 
 

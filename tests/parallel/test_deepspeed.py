@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.e2e.commands import NEEDS_COMPILER
-from tests.parallel.cases import SAVE_AFTER, STEPS
 from tests.parallel.compare import BOUND, DEPTH_BOUND, worst_depth_difference
 from tests.parallel.deepspeed_cases import (
     BF16,
@@ -20,7 +19,9 @@ from tests.parallel.deepspeed_cases import (
     PARITY,
     POISONED,
     RESUMES,
+    SAVE_AFTER,
     SAVES,
+    STEPS,
     Job,
     needs,
     saver_of,
@@ -94,7 +95,7 @@ WHOLE_RUNS = [*PARITY, *POISONED, *(job for job in SAVES if job.dtype == "fp32" 
 
 
 @by_name(WHOLE_RUNS)
-def test_ten_steps_are_those_of_the_megatron_engine(results, job):
+def test_steps_are_those_of_the_megatron_engine(results, job):
     found = errors(results, job)
     assert len(results(job)["losses"]) == STEPS
     assert results(job)["gradient_errors"].keys() > {"output_layer.weight"} or job.tied
@@ -111,7 +112,7 @@ def test_weights_over_depth_on_record_are_those_of_the_megatron_engine(results, 
 
 
 @by_name([*BF16, *(job for job in SAVES if job.dtype == "bf16")])
-def test_ten_steps_in_bf16_agree_to_its_rounding(results, job):
+def test_steps_in_bf16_agree_to_its_rounding(results, job):
     found = errors(results, job)
     assert found["loss"] <= BF16_LOSS_BOUND and found["norm"] <= BF16_NORM_BOUND
 
