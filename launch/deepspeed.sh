@@ -11,9 +11,9 @@
 # This checkout, the data and run.dir must be at the same places on all hosts. The launcher neither restarts nor
 # requeues, and a signal to it ends the ranks at once: launch/node.sh does that better (docs/deepspeed.md).
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/launch/environment.sh"
-. "$root/launch/interpreter.sh"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/environment.sh"
+. "$here/interpreter.sh"
 if [ "${1:-}" = --rank ]; then # what the launcher starts on the hosts, for each process
     mapfile -d '' -t arguments < <(base64 -d <<<"$2")
     exec "$PYTHON" -m megatron_depthattn.train "${arguments[@]}"
@@ -63,7 +63,7 @@ if [ -n "${NODE_RANK:-}" ]; then
     launcher+=(--no_ssh --node_rank "$NODE_RANK")
 else
     obeyed='[][[:space:][:cntrl:]$`"\\;&|<>(){}*?!#'\']
-    for path in "$root" "$PWD" "$PYTHON"; do # DeepSpeed hands them to a shell of the hosts as they are
+    for path in "$here" "$PWD" "$PYTHON"; do # DeepSpeed hands them to a shell of the hosts as they are
         [[ ! $path =~ $obeyed ]] ||
             refuse "the path $path reaches the hosts through a shell, unquoted: use one without blanks and without any of" \
                 "[ ] \$ \` \" ' \\ ; & | < > ( ) { } * ? ! #, or set NODE_RANK and start this on every host."
@@ -82,4 +82,4 @@ else
     launcher+=(--no_ssh_check --force_multi --launcher pdsh)
 fi
 # In base64, which reads the same to every shell on the way; DeepSpeed quotes nothing for pdsh.
-exec "${launcher[@]}" "$root/launch/deepspeed.sh" --rank "$(printf '%s\0' "$@" | base64 -w0)"
+exec "${launcher[@]}" "$here/deepspeed.sh" --rank "$(printf '%s\0' "$@" | base64 -w0)"

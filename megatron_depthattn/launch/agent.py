@@ -19,7 +19,7 @@ from megatron_depthattn.launch.failures import record_death
 from megatron_depthattn.terminal import printable
 
 EXIT_REQUEUE = 75
-REPORT_SECONDS = 5.0
+REPORT_SECONDS = 5
 """A node that waits for others says so as often as this."""
 
 
@@ -67,6 +67,18 @@ class Agent(LocalElasticAgent):
             super()._rendezvous(worker_group)
         Agent.waiting = ""
 
+    def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        """Name the folders of the ranks' logs by rank; torchrun's own names have the number on this node only."""
+        started = super()._start_workers(worker_group)
+        attempt = worker_group.spec.max_restarts - self._remaining_restarts
+        context: Any = self._pcontext
+        for worker in worker_group.workers:
+            folder = Path(context.error_files[worker.local_rank]).parent
+            link = folder.parents[2] / f"rank_{worker.global_rank:05d}_attempt_{attempt}"
+            with contextlib.suppress(OSError):
+                link.symlink_to(folder.relative_to(link.parent))
+        return started
+
     def _shutdown(self, *arguments: Any, **settings: Any) -> None:
         """Schedulers tell all processes of a job at once, and their parents too: the second signal would kill ranks."""
         if isinstance(sys.exc_info()[1], SignalException):
@@ -79,21 +91,22 @@ class Agent(LocalElasticAgent):
         done = threading.Event()
 
         def report() -> None:
-            while not done.wait(REPORT_SECONDS):
-                _say(self._note_waiting(handler))
+            seconds = 0
+            while not done.wait(1.0):
+                self._note_waiting(handler)
+                seconds += 1
+                if seconds % REPORT_SECONDS == 0:
+                    _say(f"waiting for nodes: {Agent.waiting}")
 
         thread = threading.Thread(target=report, name="rendezvous report", daemon=True)
         if self.num_nodes > 1:
             thread.start()
         try:
             yield
-        except Exception:
-            self._note_waiting(handler)
-            raise
         finally:
             done.set()
 
-    def _note_waiting(self, handler: Any) -> str:
+    def _note_waiting(self, handler: Any) -> None:
         """Who has joined, by torchrun's own state of the rendezvous."""
         state = getattr(getattr(handler, "_state_holder", None), "state", None)
         joined = sorted(node.addr for node in getattr(state, "participants", ()))
@@ -103,7 +116,6 @@ class Agent(LocalElasticAgent):
         Agent.waiting = (
             f"{len(joined)} of {self.num_nodes} nodes joined at {self.endpoint} ({', '.join(joined)}){absent}"
         )
-        return f"waiting for nodes: {Agent.waiting}"
 
 
 def slurm_hosts() -> list[str]:

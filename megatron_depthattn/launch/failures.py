@@ -29,6 +29,11 @@ class Failure:
     """One line, or a traceback."""
 
     @property
+    def order(self) -> tuple[bool, float]:
+        """The first one in this order ended the run: ranks that lost a neighbour come after all others."""
+        return self.secondary, self.time
+
+    @property
     def text(self) -> str:
         """For people; ends with the message."""
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
@@ -36,10 +41,7 @@ class Failure:
 
 
 def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
-    """What failed first of all ranks whose records below ``logs`` are from ``since`` or later.
-
-    Ranks that lost a neighbour come after all others, whatever the clocks say.
-    """
+    """What failed first of all ranks whose records below ``logs`` are from ``since`` or later."""
     found = []
     for path in logs.glob("**/error.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # cut off: the rank died while it wrote
@@ -48,7 +50,7 @@ def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
                 message = values["message"]["extraInfo"]["py_callstack"]
                 secondary = bool(values.get("secondary", values.get("consequence")))
                 found.append(Failure(secondary, values["time"], values["rank"], values["host"], message))
-    return min(found, key=lambda failure: (failure.secondary, failure.time), default=None)
+    return min(found, key=lambda failure: failure.order, default=None)
 
 
 def record_death(path: Path, rank: int, pid: int, code: int) -> None:

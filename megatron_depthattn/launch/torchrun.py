@@ -60,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which warns of it
     # With the shared store, torchrun does not recover from a node that was lost and started again.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    own_level = "TORCH_CPP_LOG_LEVEL" in os.environ
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a head that is not there yet is no page of C++ frames
     from torch.distributed.run import get_args_parser
 
+    if not own_level:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks' own is theirs
     parser = get_args_parser()
     options = parser.parse_args([*_defaults(parser), *given])
     if options.nnodes in ("1", "1:1"):
@@ -129,7 +133,7 @@ def _launch(options: Namespace) -> int:
     except SignalException as error:
         codes = Agent.exit_codes() or {-error.sigval}
     except RendezvousError as error:
-        codes, problem = {EXIT_ERROR}, Agent.waiting or f"rendezvous at {options.rdzv_endpoint}: {error}"
+        codes, problem = {EXIT_ERROR}, _why_not_joined(error, options.rdzv_endpoint, config.rdzv_configs, Agent.waiting)
     code = exit_code(codes)
     if code == EXIT_DONE:
         return code
@@ -189,6 +193,25 @@ def _set_rendezvous(config: Any, options: Namespace) -> None:
     interface = _interface_of(config.local_addr)
     if interface and interface != "lo":  # gloo would take the address of the host's name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _why_not_joined(error: Exception, endpoint: str, conf: dict[str, Any], waiting: str) -> str:
+    """One line for a rendezvous that failed."""
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
+
+    within = f"within {conf['join_timeout']} s (JOIN_TIMEOUT)"
+    if isinstance(error, RendezvousTimeoutError):
+        return f"not all nodes came {within}: {waiting}"
+    if isinstance(error, RendezvousConnectionError):
+        host = endpoint.rpartition(":")[0]
+        try:
+            reason = f"which is {socket.gethostbyname(host)} here"
+        except OSError as lookup:
+            reason = f"{lookup.strerror}"
+        return (
+            f"no rendezvous at {endpoint} {within}; {reason}. See that the head node (NODE_RANK=0) runs, and the port"
+        )
+    return f"another node has ended the run: {error}"
 
 
 def _address_towards(host: str, port: int) -> str | None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.submit import main as submit
 from megatron_depthattn import backends
 from megatron_depthattn.backends import CPU, GPU, Available, resolve
 from megatron_depthattn.config import RunConfig, config_digest, load_config
 from megatron_depthattn.estimate.machine import PRESETS, resolve_for
 from megatron_depthattn.estimate.report import estimate_config
+from megatron_depthattn.launch.submit import main as submit
 from megatron_depthattn.ops.triton_mix import MAX_HEAD_DIM
 from megatron_depthattn.preflight.compare import compare_reports
 from megatron_depthattn.preflight.report import Needs, RankReport

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import main as submit
 from megatron_depthattn.config import load_config, validate
+from megatron_depthattn.launch.submit import main as submit
 from tools.diagnosis.facts import MODULES, Machine, Package, is_in_range, requirements
 from tools.diagnosis.features import features
 from tools.doctor import check_config

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from streaming import MDSWriter
 
-from launch.submit import sweep
 from megatron_depthattn.config import load_config, to_dict, validate
+from megatron_depthattn.launch.submit import sweep
 from megatron_depthattn.study.ladder import Ladder
 from megatron_depthattn.study.plan import make_plan, read_points
 from megatron_depthattn.study.run import progress_of, training_command

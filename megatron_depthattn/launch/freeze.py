@@ -7,6 +7,7 @@ The folder is closed to other users, whatever the umask, and holds code alone: w
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import shutil
 import subprocess
@@ -14,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_depthattn.config import RunConfig, load_config, save_config, to_dict
+from megatron_depthattn.config import RunConfig, config_keys, load_config, save_config
 
 CODE_FOLDERS = ("megatron_depthattn", "launch")
+"""In a checkout; an installed package has its scripts inside."""
 CODE_SUFFIXES = (".py", ".sh", ".sbatch", ".j2")
 """Of the files that a job runs, beside commands without a suffix."""
 
@@ -32,11 +34,11 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
     if job.exists():
         differences = _differences(job, configs, repository)
         if not differences:
-            return f"{job} holds this config and code already: the run goes on with them"
+            return f"{job} holds this config and code already: the run resumes with them"
         if not replace:
             raise ValueError(
                 f"{job} holds a job frozen with another {'; another '.join(differences[:4])}. Set another run.dir, or "
-                "give --refreeze to go on with this config and code (the old folder is kept beside it)."
+                "give --refreeze to resume with this config and code (the old folder is kept beside it)."
             )
         job.rename(job.with_name(f"{job.name}.{time.strftime('%Y%m%dT%H%M%S')}"))
     part = job.with_name(f".{job.name}.part")
@@ -76,7 +78,7 @@ def code_digest(root: Path) -> str:
 
 def _files(root: Path) -> Iterator[tuple[str, bool]]:
     """Name and whether it is code, of every file in the folders that are frozen."""
-    for folder in CODE_FOLDERS:
+    for folder in CODE_FOLDERS if (root / "launch/slurm.sbatch").is_file() else CODE_FOLDERS[:1]:
         for path in sorted((root / folder).rglob("*")):
             name = path.relative_to(root)
             if path.is_file() and "__pycache__" not in name.parts:
@@ -111,19 +113,13 @@ def _differences(job: Path, configs: dict[str, RunConfig], repository: Path) -> 
     if frozen != configs.keys():
         found.append(f"set of configs ({len(frozen)}, now {len(configs)})")
     for name in sorted(frozen & configs.keys()):
-        before, now = (_flat(to_dict(config)) for config in (load_config(job / name), configs[name]))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                found.append(f"{key} ({name}: {before.get(key)}, now {now.get(key)})")
+        before = load_config(job / name)
+        for key in config_keys():
+            was, now = operator.attrgetter(key)(before), operator.attrgetter(key)(configs[name])
+            if was != now:
+                found.append(f"{key} ({name}: {was}, now {now})")
     codes = code_digest(job / "code"), code_digest(repository)
     return found + ([f"code (digest {codes[0]}, now {codes[1]})"] if codes[0] != codes[1] else [])
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _git(repository: Path, *arguments: str) -> str:

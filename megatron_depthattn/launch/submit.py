@@ -1,11 +1,12 @@
-"""Submit a run to Slurm: launch/submit CONFIG.yaml [OVERLAY.yaml ...] [a.b=c ...] --nodes N --gpus-per-node N [...]
+"""Submit a run to Slurm.
 
-Checks the config for the world that is asked for, freezes config and code in <run.dir>/job, writes the job there and
-submits it. What is wrong is told in one line (exit code 1) before anything is queued.
+Checks the config for the nodes and processes that are asked for, freezes config and code in <run.dir>/job, writes the
+job script there and submits it. What is wrong is reported in one line (exit code 1) before anything is queued.
 
-    launch/submit configs/3b.yaml run.dir=runs/3b --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
-    launch/submit configs/360m.yaml run.dir=runs/seeds --nodes 1 --gpus-per-node 8 --array run.seed=1,2,3
-    launch/submit ... --chain 3          three jobs, each goes on where the one before it ended
+    launch/submit configs/3b.yaml run.dir=runs/3b data.path=/data/corpus --nodes 4 --gpus-per-node 8 --time 24:00:00
+    launch/submit configs/360m.yaml run.dir=runs/seeds data.path=/data/corpus --nodes 1 --gpus-per-node 8 \\
+        --array run.seed=1,2,3
+    launch/submit ... --chain 3          three jobs, each resumes where the one before it ended
     launch/submit ... --container image.sqsh --container-runtime pyxis --container-mounts /data
 """
 
@@ -21,25 +22,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.freeze import freeze
+import megatron_depthattn
 from megatron_depthattn.backends import CPU, GPU, resolve
 from megatron_depthattn.config import RunConfig, load_config, validate
+from megatron_depthattn.launch import scripts
+from megatron_depthattn.launch.freeze import freeze
 from megatron_depthattn.terminal import printable
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 MARK = "# ---- settings of launch/submit\n"
-PASSED_ON = (
-    ("partition", "PARTITION"),
-    ("account", "ACCOUNT"),
-    ("qos", "QOS"),
-    ("time", "LIMIT, as sbatch takes it: 30, 8:00:00, 2-12"),
-    ("constraint", "FEATURES of the nodes"),
-    ("cpus-per-task", "CPUs of a node's processes together (there is one task a node)"),
-    ("mem", "MEMORY of a node"),
-    ("job-name", "NAME (default: the name of run.dir)"),
-    ("mail-user", "ADDRESS"),
-    ("mail-type", "EVENTS, such as END,FAIL"),
-)
+PASSED_ON = {
+    "partition": ("NAME", "queue to submit to"),
+    "account": ("NAME", "account to charge"),
+    "qos": ("NAME", "quality of service"),
+    "time": ("LIMIT", "as sbatch takes it: minutes, H:M:S or D-H, such as 30, 8:00:00, 2-12"),
+    "constraint": ("FEATURES", "that nodes must have"),
+    "cpus-per-task": ("N", "CPUs of a node's processes together (there is one task a node)"),
+    "mem": ("SIZE", "memory of a node, such as 200G"),
+    "job-name": ("NAME", "default: the last part of run.dir"),
+    "mail-user": ("ADDRESS", "who gets Slurm's mails"),
+    "mail-type": ("EVENTS", "that are mailed, such as END,FAIL"),
+}
 """Options of sbatch that are taken as they are."""
 
 
@@ -69,6 +71,7 @@ def submit(options: argparse.Namespace) -> int:
             resolved = resolve(config, nodes_have)
             validate(resolved.config, options.nodes * processes)
             choices |= dict.fromkeys(resolved.lines)
+            # The planner's memory for this GPU, and hours against --time, belong here.
         except ValueError as error:
             place = f"{name}, " if len(configs) > 1 else ""
             raise ValueError(f"not submitted: {place}{options.nodes} nodes x {processes} processes: {error}") from error
@@ -76,11 +79,12 @@ def submit(options: argparse.Namespace) -> int:
     _check(options)
     _check_text(options, run_dir)
     job = run_dir / "job"
+    root = Path(megatron_depthattn.__file__).parents[1]
     for line in choices:
         print(printable(f"expected on the nodes: {line}"))
-    print(printable(freeze(job, configs, REPOSITORY, replace=options.refreeze)))
+    print(printable(freeze(job, configs, root, replace=options.refreeze)))
     script = job / "job.sbatch"
-    template = (job / "code/launch/slurm.sbatch").read_text(encoding="utf-8")
+    template = (job / "code" / scripts().relative_to(root) / "slurm.sbatch").read_text(encoding="utf-8")
     script.write_text(render(template, options, run_dir, len(configs), processes), encoding="utf-8")
     print(f"job script: {script}")
     if options.dry_run:
@@ -102,7 +106,7 @@ def render(template: str, options: argparse.Namespace, run_dir: Path, num_config
     """The job script: `slurm.sbatch` with the choices as #SBATCH lines and settings."""
     job = run_dir / "job"
     flags = {"job-name": run_dir.name, "nodes": str(options.nodes)}
-    flags |= {name: value for name, _ in PASSED_ON if (value := getattr(options, name.replace("-", "_")))}
+    flags |= {name: value for name in PASSED_ON if (value := getattr(options, name.replace("-", "_")))}
     if options.gpus_per_node:
         flags["gpus-per-node"] = str(options.gpus_per_node)
     flags["signal"] = f"B:USR1@{options.signal_lead}"
@@ -232,8 +236,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_text(options: argparse.Namespace, run_dir: Path) -> None:
     """What the job script is made of: Slurm and bash read it, and no quoting helps against a newline in an option."""
-    names = [name for name, _ in PASSED_ON]
-    names += ["dependency", "after", "python", "container", "container-mounts"]
+    names = [*PASSED_ON, "dependency", "after", "python", "container", "container-mounts"]
     texts = [("run.dir", str(run_dir)), ("the current folder", str(Path.cwd()))]
     texts += [(f"--{name}", getattr(options, name.replace("-", "_")) or "") for name in names]
     texts += [("--sbatch", option) for option in options.sbatch]
@@ -286,26 +289,44 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("config", help="YAML file of the run")
     add("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
-    add("--nodes", type=int, required=True, metavar="N")
+    add("--nodes", type=int, required=True, metavar="N", help="how many nodes")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and as many processes, of each node")
+    size.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each node, and as many processes")
     size.add_argument("--processes-per-node", type=int, metavar="N", help="processes of each node, without GPUs")
-    for name, meaning in PASSED_ON:
-        add(f"--{name}", metavar=meaning.split()[0].rstrip(","), help=meaning)
-    add("--exclusive", action="store_true", help="whole nodes")
-    add("--signal-lead", type=int, default=300, metavar="SECONDS", help="of warning before the time limit (300)")
-    add("--max-requeues", type=int, default=100, metavar="N", help="at the time limit; 0: end instead (100)")
-    add("--array", metavar="a.b=1,2,3 | FILE", help="a task for each value, or for each line of settings")
-    add("--array-limit", type=int, metavar="N", help="tasks at a time")
+    for name, (metavar, meaning) in PASSED_ON.items():
+        add(f"--{name}", metavar=metavar, help=meaning)
+    add("--exclusive", action="store_true", help="whole nodes, shared with nobody")
+    add(
+        "--signal-lead",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="from the signal to the time limit (300)",
+    )
+    add(
+        "--max-requeues",
+        type=int,
+        default=100,
+        metavar="N",
+        help="at the time limit; 0: end instead (100)",
+    )
+    add("--array", metavar="SWEEP", help="a.b=1,2,3, a task a value; or a file, a task a line of settings")
+    add("--array-limit", type=int, metavar="N", help="tasks of the array at a time, at most")
     add("--after", metavar="JOB", help="begin when that job has ended well")
-    add("--dependency", metavar="SPEC", help="as sbatch takes it")
+    add("--dependency", metavar="SPEC", help="another dependency, as sbatch takes it")
     add("--chain", type=int, default=1, metavar="N", help="jobs, each begins when the one before it has ended")
-    add("--container", metavar="IMAGE")
-    add("--container-runtime", choices=["pyxis", "apptainer"], default="pyxis")
-    add("--container-mounts", default="", metavar="A[:B],...", help="besides run.dir and the current folder")
-    add("--python", default=sys.executable, help="interpreter of the job (default: this one)")
-    add("--sbatch", action="append", default=[], metavar="FLAG", help="one other option, as --sbatch=--nice=100")
-    add("--refreeze", action="store_true", help="go on with another config or code than run.dir was frozen with")
+    add("--container", metavar="IMAGE", help="run each node's task in this image")
+    add("--container-runtime", choices=["pyxis", "apptainer"], default="pyxis", help="default: pyxis")
+    add("--container-mounts", default="", metavar="MOUNTS", help="mounts besides run.dir and the current folder")
+    add("--python", default=sys.executable, metavar="PATH", help="interpreter of the job (default: this one)")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one other option of sbatch, as --sbatch=--nice=100; may be repeated",
+    )
+    add("--refreeze", action="store_true", help="resume with another config or code than run.dir was frozen with")
     add("--dry-run", action="store_true", help="write everything, submit nothing")
     return parser
 
