@@ -30,8 +30,8 @@ from tools.diagnosis.features import ASKED_FOR, Feature, features, install
 _NEEDS = """
 import json, sys
 from megatron_depthattn.config import load_config
-from megatron_depthattn.preflight.run import needs_of
-print(json.dumps(needs_of(load_config(sys.argv[1], sys.argv[3:]), int(sys.argv[2])).checkpoint_bytes))
+from megatron_depthattn.preflight.run import requirements_of
+print(json.dumps(requirements_of(load_config(sys.argv[1], sys.argv[3:]), int(sys.argv[2])).checkpoint_bytes))
 """
 
 

@@ -3,43 +3,96 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import registry as rdzv_registry
+from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_depthattn.launch.failures import record_death
+from megatron_depthattn.parallel.launch_env import set_variables, variable
 from megatron_depthattn.terminal import printable
 
+SIGNALS_OF_OLD = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+"""Which torch handles where it has no option for them."""
 EXIT_REQUEUE = 75
 REPORT_SECONDS = 5
 """A node that waits for others says so as often as this."""
 
 
+def start_agent(config: LaunchConfig, command: Any, arguments: Sequence[str]) -> Agent:
+    """The agent of this node, as torchrun's own launcher makes it from its config; joins no rendezvous yet."""
+    parameters = RendezvousParameters(
+        backend=config.rdzv_backend,
+        endpoint=config.rdzv_endpoint,
+        run_id=config.run_id,
+        min_nodes=config.min_nodes,
+        max_nodes=config.max_nodes,
+        local_addr=config.local_addr,
+        **config.rdzv_configs,
+    )
+    names = {field.name for field in fields(WorkerSpec)}
+    spec = WorkerSpec(
+        local_world_size=config.nproc_per_node,
+        entrypoint=command,
+        args=tuple(arguments),
+        rdzv_handler=rdzv_registry.get_rendezvous_handler(parameters),
+        **{name: value for name, value in vars(config).items() if name in names},
+    )
+    set_variables(TORCHELASTIC_SIGNALS_TO_HANDLE=getattr(config, "signals_to_handle", SIGNALS_OF_OLD))
+    settings = {"shutdown_timeout": config.shutdown_timeout} if hasattr(config, "shutdown_timeout") else {}
+    agent = Agent(
+        spec=spec,
+        logs_specs=config.logs_specs,
+        start_method=config.start_method,
+        log_line_prefix_template=config.log_line_prefix_template,
+        **settings,
+    )
+    agent.num_nodes, agent.endpoint = config.max_nodes, config.rdzv_endpoint
+    return agent
+
+
 class Agent(LocalElasticAgent):
-    """The agent of one node; one in a process."""
+    """The agent of one node."""
 
-    endpoint: ClassVar[str] = ""
-    num_nodes: ClassVar[int] = 1
-    waiting: ClassVar[str] = ""
+    num_nodes, endpoint = 1, ""
+    waiting = ""
     """For whom this node waits, in a line; empty once all have joined."""
-    _last: ClassVar[Agent | None] = None
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        Agent._last = self
+    def run_until_end(self) -> set[int]:
+        """Run the ranks, again after failures; returns the exit codes of this node's last ones.
 
-    @classmethod
-    def exit_codes(cls) -> set[int]:
+        Raises:
+            SignalException: this process was asked to stop; the ranks were too, and have ended.
+            RendezvousError: not all nodes came.
+        """
+        handler = self._rdzv_handler
+        is_stopped = False
+        try:
+            result = self.run()
+            if result is None:  # torch: the rendezvous was left
+                return {1}
+            return {failure.exitcode for failure in result.failures.values()} or {0}
+        except SignalException:
+            is_stopped = True
+            raise
+        finally:
+            if not is_stopped:  # closes the rendezvous: other nodes do not wait for this one
+                handler.shutdown()
+
+    def exit_codes(self) -> set[int]:
         """Of the ranks of this node, as far as they have ended."""
-        context: Any = cls._last._pcontext if cls._last else None
+        context: Any = self._pcontext
         handlers = context.subprocess_handlers.values() if context else ()
         return {handler.proc.returncode for handler in handlers if handler.proc.returncode is not None}
 
@@ -65,7 +118,7 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: Any) -> None:
         with self._reported(worker_group.spec.rdzv_handler):
             super()._rendezvous(worker_group)
-        Agent.waiting = ""
+        self.waiting = ""
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         """Name the folders of the ranks' logs by rank; torchrun's own names have the number on this node only."""
@@ -82,7 +135,7 @@ class Agent(LocalElasticAgent):
     def _shutdown(self, *arguments: Any, **settings: Any) -> None:
         """Schedulers tell all processes of a job at once, and their parents too: the second signal would kill ranks."""
         if isinstance(sys.exc_info()[1], SignalException):
-            for number in os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"].split(","):
+            for number in variable("TORCHELASTIC_SIGNALS_TO_HANDLE").split(","):
                 signal.signal(getattr(signal, number), signal.SIG_IGN)
         super()._shutdown(*arguments, **settings)
 
@@ -96,7 +149,7 @@ class Agent(LocalElasticAgent):
                 self._note_waiting(handler)
                 seconds += 1
                 if seconds % REPORT_SECONDS == 0:
-                    _say(f"waiting for nodes: {Agent.waiting}")
+                    _say(f"waiting for nodes: {self.waiting}")
 
         thread = threading.Thread(target=report, name="rendezvous report", daemon=True)
         if self.num_nodes > 1:
@@ -113,14 +166,15 @@ class Agent(LocalElasticAgent):
         hosts = slurm_hosts()
         missing = [host for host in hosts if host not in {name.partition(".")[0] for name in joined} | set(joined)]
         absent = f"; not: {', '.join(missing)}" if missing else ""
-        Agent.waiting = (
-            f"{len(joined)} of {self.num_nodes} nodes joined at {self.endpoint} ({', '.join(joined)}){absent}"
+        self.waiting = (
+            f"{len(joined)} of {self.num_nodes} nodes joined at {self.endpoint}"
+            f"{' (' + ', '.join(joined) + ')' if joined else ''}{absent}"
         )
 
 
 def slurm_hosts() -> list[str]:
     """The hosts of this Slurm job; empty outside of one."""
-    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    nodes = variable("SLURM_JOB_NODELIST")
     if not nodes or nodes.startswith("-"):
         return []
     with contextlib.suppress(OSError, subprocess.SubprocessError):

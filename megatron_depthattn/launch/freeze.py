@@ -78,7 +78,7 @@ def code_digest(root: Path) -> str:
 
 def _files(root: Path) -> Iterator[tuple[str, bool]]:
     """Name and whether it is code, of every file in the folders that are frozen."""
-    for folder in CODE_FOLDERS if (root / "launch/slurm.sbatch").is_file() else CODE_FOLDERS[:1]:
+    for folder in CODE_FOLDERS if (root / "launch/submit").is_file() else CODE_FOLDERS[:1]:
         for path in sorted((root / folder).rglob("*")):
             name = path.relative_to(root)
             if path.is_file() and "__pycache__" not in name.parts:

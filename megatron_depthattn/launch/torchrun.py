@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -23,6 +22,7 @@ from typing import Any, NoReturn
 
 from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.launch.failures import first_failure
+from megatron_depthattn.parallel.launch_env import quiet_torch, set_defaults, variable
 from megatron_depthattn.terminal import printable
 
 TRAIN = "megatron_depthattn.train"
@@ -57,15 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup: a lost terminal is nothing to stop for
             signal.signal(number, _stop_early)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which warns of it
-    # With the shared store, torchrun does not recover from a node that was lost and started again.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    own_level = "TORCH_CPP_LOG_LEVEL" in os.environ
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a head that is not there yet is no page of C++ frames
-    from torch.distributed.run import get_args_parser
+    # One thread, as torchrun sets, with a warning. With its shared store it does not recover from a lost node.
+    set_defaults(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    with quiet_torch():  # a head that is not there yet is no page of C++ frames
+        from torch.distributed.run import get_args_parser
 
-    if not own_level:
-        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks' own is theirs
     parser = get_args_parser()
     options = parser.parse_args([*_defaults(parser), *given])
     if options.nnodes in ("1", "1:1"):
@@ -102,11 +98,9 @@ def _defaults(parser: ArgumentParser) -> list[str]:
 def _launch(options: Namespace) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher import api
 
-    from megatron_depthattn.launch.agent import Agent
+    from megatron_depthattn.launch.agent import start_agent
 
     logs = _check_run(options, torchrun.determine_local_world_size)
     started = time.time()
@@ -115,26 +109,26 @@ def _launch(options: Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         options.log_dir = str(folder)
         _log_to(folder / "torchrun.log")
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "flight_recorder_"))
+        set_defaults(TORCH_FR_DUMP_TEMP_FILE=str(folder / "flight_recorder_"))
     config, command, command_arguments = torchrun.config_from_args(options)
     _set_rendezvous(config, options)
-    several = config.max_nodes > 1
-    if not options.log_line_prefix_template:  # torchrun's own prefix is [default0]: one that renders as nothing
-        config.log_line_prefix_template = "[rank ${rank}] " if several else "${role_name}"
-        config.role = config.role if several else ""
-    setattr(api, "LocalElasticAgent", Agent)  # noqa: B010  launch_agent has no parameter for it
-    Agent.endpoint, Agent.num_nodes = options.rdzv_endpoint, config.max_nodes
-    codes: set[int] = {EXIT_DONE}
-    problem = ""
+    if not options.log_line_prefix_template:  # torchrun's own is [default0]: on one node one that renders as nothing
+        config.role = "" if config.max_nodes == 1 else config.role
+        config.log_line_prefix_template = "${role_name}" if config.max_nodes == 1 else "[rank ${rank}] "
+    problem, agent = "", None
     try:
-        api.elastic_launch(config=config, entrypoint=command)(*command_arguments)
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
+        agent = start_agent(config, command, command_arguments)
+        codes = agent.run_until_end()
     except SignalException as error:
-        codes = Agent.exit_codes() or {-error.sigval}
+        codes = (agent.exit_codes() if agent else set()) or {-error.sigval}
     except RendezvousError as error:
-        codes, problem = {EXIT_ERROR}, _why_not_joined(error, options.rdzv_endpoint, config.rdzv_configs, Agent.waiting)
-    code = exit_code(codes)
+        waiting = agent.waiting if agent else ""
+        codes, problem = {EXIT_ERROR}, _why_not_joined(error, options.rdzv_endpoint, config.rdzv_configs, waiting)
+    return _end(exit_code(codes), codes, problem, logs, started)
+
+
+def _end(code: int, codes: set[int], problem: str, logs: Path | None, started: float) -> int:
+    """Say how it ended; returns the exit code."""
     if code == EXIT_DONE:
         return code
     if code == EXIT_REQUEUE:
@@ -143,8 +137,8 @@ def _launch(options: Namespace) -> int:
     failure = first_failure(logs, started) if logs else None
     lines = [f"error: {problem}"] if problem else []
     if logs and failure:
-        lines.append(f"all logs: {logs}; merged: launch/logs {logs.parent}")
-        if os.environ.get("REPORT_FAILURE") != "0":  # the batch script does, after Slurm's own last lines
+        lines.append(f"all logs: {logs}, shown by: launch/logs {logs.parent}")
+        if variable("REPORT_FAILURE") != "0":  # the batch script does, after Slurm's own last lines
             lines.append(failure.text)
     return _report("\n".join(lines) or f"error: exit code {code}; the ranks' own lines say why", code)
 
@@ -192,7 +186,7 @@ def _set_rendezvous(config: Any, options: Namespace) -> None:
         config.local_addr = host if is_head else _address_towards(host, int(port))
     interface = _interface_of(config.local_addr)
     if interface and interface != "lo":  # gloo would take the address of the host's name
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        set_defaults(GLOO_SOCKET_IFNAME=interface)
 
 
 def _why_not_joined(error: Exception, endpoint: str, conf: dict[str, Any], waiting: str) -> str:

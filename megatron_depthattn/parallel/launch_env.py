@@ -62,6 +62,44 @@ def store_address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
+def attempt() -> str:
+    """A name for this start of the ranks, in a store that torchrun keeps over restarts; with a new store always one.
+
+    Nodes may count restarts differently where each start has a new store.
+    """
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_kept else ''}"
+
+
+def variable(name: str, default: str = "") -> str:
+    """A variable of the launcher."""
+    return os.environ.get(name, default)
+
+
+def set_variables(**values: str) -> None:
+    """For this process and those that it starts."""
+    os.environ.update(values)
+
+
+def set_defaults(**values: str) -> None:
+    """The same, where the user has set nothing."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """No warnings of torch's C++, for imports within: torch reads the level once. What the user has set wins."""
+    if "TORCH_CPP_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
+
+
 _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 

@@ -15,7 +15,7 @@ def main() -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_depthattn.preflight",
-        description="Check that these processes can train this config: versions, code, config, disks, links.",
+        description="Check that these processes can train this config: versions, code, config, devices, disks, memory.",
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")

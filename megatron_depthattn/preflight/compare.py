@@ -1,4 +1,4 @@
-"""From what the ranks say of themselves to findings: a pure function, one line for each.
+"""From the ranks' reports to findings: a pure function, one line for each.
 
 What most ranks have counts as right (on a tie, what rank 0 has); the others are named, by rank and host.
 """
@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from megatron_depthattn.parallel.rank_spans import rank_spans
-from megatron_depthattn.preflight.report import Needs, RankReport
+from megatron_depthattn.preflight.report import RankReport, Requirements
 from megatron_depthattn.switches import MODEL_SWITCHES
 
 Severity = Literal["always", "stop", "warn"]
-CLOCK_SECONDS = 1.0
-"""Clocks further apart than this make logs and file times lie."""
 MIN_OPEN_FILES = 1024
 GPU_IN_USE = 0.1
 """A GPU of which more than this share is taken before the run has begun is somebody else's as well."""
@@ -37,36 +35,35 @@ _MEANING = {
     "triton": "compiled kernels may differ",
     "mosaicml-streaming": "shards may be read in another way",
 }
-"""Versions that must be equal; of the others a difference is only told."""
+"""Versions that must be equal; of the others a difference is a warning."""
 
 
 class Finding(NamedTuple):
     """Something that differs or is missing."""
 
     severity: Severity
-    """warn: told; stop: told, and no start unless ``preflight.on_problem=warn``; always: no start."""
+    """warn: logged; stop: no start unless ``preflight.on_problem=warn``; always: no start."""
     text: str
     """One line: who, what it means, what to set."""
 
 
 def compare_reports(
-    reports: Sequence[RankReport], needs: Needs, *, unseen: Mapping[str, Sequence[int]] | None = None
+    reports: Sequence[RankReport], requirements: Requirements, *, unseen: Mapping[str, Sequence[int]] | None = None
 ) -> list[Finding]:
     """What is wrong with this world; none if it is healthy.
 
     Args:
         reports: one of each rank, in their order.
-        needs: what the config takes of every machine.
+        requirements: what the config takes of every machine.
         unseen: by the key of a shared folder, the ranks whose file rank 0 does not find there.
     """
     return [
         *_configs_and_code(reports),
         *_versions(reports),
         *_devices(reports),
-        *_folders(reports, needs, unseen or {}),
-        *_memory(reports, needs),
+        *_folders(reports, requirements, unseen or {}),
+        *_memory(reports, requirements),
         *_network(reports),
-        *_clocks(reports),
         *_settings(reports),
     ]
 
@@ -89,7 +86,7 @@ def who(reports: Sequence[RankReport]) -> str:
     return f"{rank_spans([report.rank for report in reports])} ({', '.join(group_by_host(reports))})"
 
 
-def odd_ones(
+def outliers(
     reports: Sequence[RankReport], value: Callable[[RankReport], Any]
 ) -> tuple[list[RankReport], list[list[RankReport]]]:
     """The ranks that have what most have, and the others, together where they have the same."""
@@ -109,7 +106,9 @@ def _differences(
     show: Callable[[RankReport], str] | None = None,
 ) -> list[Finding]:
     """One finding that names everyone who has another ``value`` than most."""
-    most, others = odd_ones(reports, value)
+    if not reports:
+        return []
+    most, others = outliers(reports, value)
     if not others:
         return []
     shown = show or (lambda report: str(value(report)))
@@ -134,7 +133,7 @@ def _configs_and_code(reports: Sequence[RankReport]) -> list[Finding]:
             "run configs",
             lambda report: report.config,
             "always",
-            f"They would train different models, or wait for each other for ever: {advice}",
+            f"They would train different models, or wait for each other forever: {advice}",
             lambda report: ", ".join(f"{key}={report.settings.get(key)}" for key in differ) or report.config,
         ),
         *_differences(
@@ -173,17 +172,13 @@ def _devices(reports: Sequence[RankReport]) -> list[Finding]:
         for report in reports
         if report.device.problem
     ]
-    findings += (
-        _differences(
-            [report for report in reports if not report.device.problem],
-            "devices",
-            lambda report: (report.device.name, report.device.capability),
-            "stop",
-            "The slowest sets the pace, and numbers may differ: use one kind.",
-            lambda report: report.device.name,
-        )
-        if any(not report.device.problem for report in reports)
-        else []
+    findings += _differences(
+        [report for report in reports if not report.device.problem],
+        "devices",
+        lambda report: (report.device.name, report.device.capability),
+        "stop",
+        "The slowest sets the pace, and numbers may differ: use one kind.",
+        lambda report: report.device.name,
     )
     by_uuid: dict[str, list[RankReport]] = defaultdict(list)
     for report in reports:
@@ -201,7 +196,9 @@ def _devices(reports: Sequence[RankReport]) -> list[Finding]:
     return findings
 
 
-def _folders(reports: Sequence[RankReport], needs: Needs, unseen: Mapping[str, Sequence[int]]) -> list[Finding]:
+def _folders(
+    reports: Sequence[RankReport], requirements: Requirements, unseen: Mapping[str, Sequence[int]]
+) -> list[Finding]:
     findings = []
     failed: dict[tuple[str, str], list[RankReport]] = defaultdict(list)
     short: dict[tuple[str, str], list[tuple[int, RankReport]]] = defaultdict(list)
@@ -214,14 +211,14 @@ def _folders(reports: Sequence[RankReport], needs: Needs, unseen: Mapping[str, S
                 short[folder.key, folder.path].append((folder.free_bytes, report))
     for (same, problem), group in failed.items():
         text = f"cannot write: {who(group)}: {problem}: {same}. "
-        findings.append(Finding("stop", text + "Mend that there, or name a folder that all ranks can write to."))
+        findings.append(Finding("stop", text + "Fix that there, or name a folder that all ranks can write to."))
     for (key, path), free_of in short.items():
-        for severity, copies, below in (("stop", 1, 0), ("warn", needs.checkpoints, 1)):
-            low, high = below * needs.checkpoint_bytes, copies * needs.checkpoint_bytes
+        for severity, copies, below in (("stop", 1, 0), ("warn", requirements.checkpoints, 1)):
+            low, high = below * requirements.checkpoint_bytes, copies * requirements.checkpoint_bytes
             scarce = [(free, report) for free, report in free_of if low <= free < high]
             if scarce:
                 free = size(min(free for free, _ in scarce))
-                wanted = f"{copies} checkpoint{'s' * (copies > 1)} of about {size(needs.checkpoint_bytes)} each"
+                wanted = f"{copies} checkpoint{'s' * (copies > 1)} of about {size(requirements.checkpoint_bytes)} each"
                 text = f"disk space: {who([report for _, report in scarce])}: {key}, {path}: {free} free for {wanted}. "
                 advice = "Free some, or set checkpoint.dir to a larger disk."
                 findings.append(Finding("stop" if severity == "stop" else "warn", text + advice))
@@ -233,10 +230,10 @@ def _folders(reports: Sequence[RankReport], needs: Needs, unseen: Mapping[str, S
     return findings
 
 
-def _memory(reports: Sequence[RankReport], needs: Needs) -> list[Finding]:
+def _memory(reports: Sequence[RankReport], requirements: Requirements) -> list[Finding]:
     findings = []
     for host, group in group_by_host(reports).items():
-        wanted = needs.shared_memory_bytes * len(group)
+        wanted = requirements.shared_memory_bytes * len(group)
         there = min((report.shared_memory_bytes or 0) for report in group)
         if there < wanted:
             text = f"shared memory: {host}: /dev/shm has {size(there)} free; its {len(group)} ranks take up to "
@@ -257,19 +254,8 @@ def _network(reports: Sequence[RankReport]) -> list[Finding]:
             means = f"resolves to {address}" if address else "does not resolve"
             text = f"address: {host}: its name {means} there, so other hosts cannot reach its ranks over gloo. "
             findings.append(
-                Finding("stop", text + "Set GLOO_SOCKET_IFNAME to its network interface (ip addr), or mend /etc/hosts.")
+                Finding("stop", text + "Set GLOO_SOCKET_IFNAME to its network interface (ip addr), or fix /etc/hosts.")
             )
-    return findings
-
-
-def _clocks(reports: Sequence[RankReport]) -> list[Finding]:
-    findings = []
-    for host, group in group_by_host(reports).items():
-        offset, error = min(((each.clock_offset, each.clock_error) for each in group), key=lambda each: each[1])
-        if abs(offset) - error > CLOCK_SECONDS:
-            way = "ahead of" if offset > 0 else "behind"
-            text = f"clock: {host} is {abs(offset):.1f} s (to {error:.1f} s) {way} rank 0's ({reports[0].host}). "
-            findings.append(Finding("warn", text + "Logs and file times mislead: start its time service (chrony)."))
     return findings
 
 

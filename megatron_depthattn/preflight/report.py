@@ -1,4 +1,4 @@
-"""What one rank says about itself, and what a run needs of a machine; plain values that travel as JSON.
+"""What one rank reports of itself, and what a run requires of a host; plain values that travel as JSON.
 
 Every field has a default, and a field that a reader does not know is dropped: two versions of this file must be able
 to find out that they are two.
@@ -72,15 +72,13 @@ class RankReport:
     """The soft limit (ulimit -n)."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that steer communication."""
-    clock_offset: float = 0.0
-    """Seconds by which the clock is ahead of rank 0's."""
-    clock_error: float = 0.0
-    """Seconds by which ``clock_offset`` may be wrong, at most."""
+    token: str = ""
+    """What its files in ``folders`` begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What the config takes of every machine; see `needs_of`."""
+class Requirements:
+    """What the config takes of every host; see `requirements_of`."""
 
     checkpoint_bytes: int = 0
     """Of one checkpoint."""

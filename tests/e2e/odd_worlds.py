@@ -39,7 +39,7 @@ def main(work: Path, config: str, scenarios: list[str]) -> None:
         started = time.monotonic()
         is_alone = fault == "stopped, no launcher"
         port = free_port() if is_alone else launcher_port
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not is_alone)
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": str(not is_alone), "TORCHELASTIC_RESTART_COUNT": str(number)}
         ranks = [start(rank, port, fault, folder, arguments) for rank in range(2)]
         codes = [wait(ranks[0], started + SECONDS)]
         never_ends = fault.startswith("stopped") or fault == "disk that hangs"

@@ -22,13 +22,13 @@ TRAIN = "megatron_depthattn.train"
 NEEDS_MOUNTS = "needs root, to mount a file system that one rank alone sees"
 
 SCENARIOS = {
-    "healthy": ([0, 0], [], "passed in"),
+    "healthy": ([0, 0], [], "preflight: 2 ranks on cpu; python "),
     "other config": ([1, 1], ["rank 1 (", "has optimizer.lr=0.5; rank 0 (", "has optimizer.lr=0.005."], None),
     "other config/preflight.on_problem=warn": ([1, 1], ["different run configs"], None),
     "other variable": ([0, 0], ["WARNING: different values of NCCL_ALGO: rank 1 (", "has no value"], "passed in"),
     "disk that hangs/preflight.timeout=2": (
         [1, -9],
-        ["no sign for 2 s, in a world of 2, of rank 1 (", ", which has joined, and not said what its machine is like"],
+        ["no report for 2 s, in a world of 2, of rank 1 (", ", which has joined: most likely a file system hangs"],
         None,
     ),
     "stopped/preflight.timeout=2": ([1, -9], ["of rank 1, which has not joined: ", "is stopped"], None),
@@ -66,7 +66,7 @@ def test_world(scenario: str, results: dict[str, dict]):
     assert result["codes"] == codes, result
     for rank, said in enumerate(result["errors"]):
         lines = [line for line in said.splitlines() if line.startswith(f"error (rank {rank})")]
-        assert len(lines) == (codes[rank] == 1), "a refusal is one line on each rank, and no more than that"
+        assert len(lines) == (codes[rank] == 1), "an error is one line on each rank, and no more than that"
         assert "Traceback" not in said
         if lines:
             assert all(text in lines[0] for text in texts), lines
@@ -78,11 +78,7 @@ def test_world(scenario: str, results: dict[str, dict]):
 def test_a_healthy_world_has_no_finding_and_a_record(results: dict[str, dict]):
     result = results["healthy"]
     assert result["errors"][1] == result["outputs"][1] == ""
-    # How fast a link is on a busy machine is not for a test to say.
-    assert [
-        line for line in result["errors"][0].splitlines() if not line.startswith("preflight: WARNING: slow: ")
-    ] == []
-    assert "STOP" not in result["outputs"][0]
+    assert result["errors"][0] == "" and "STOP" not in result["outputs"][0]
     assert result["left"] == ["preflight.json"]
 
 
@@ -110,11 +106,11 @@ def test_two_versions_of_the_code_do_not_train_until_told_to(config_file: Path, 
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
     assert "WARNING: different versions" in (run_dir / "log.txt").read_text()
     record = json.loads((run_dir / "preflight.json").read_text())
-    findings = [finding for finding in record["findings"] if not finding["text"].startswith("slow: ")]
-    assert [finding["severity"] for finding in findings] == ["stop"]
+    assert [finding["severity"] for finding in record["findings"]] == ["stop"]
     assert len({report["code"] for report in record["reports"]}) == 2
 
 
+@FULL
 def test_one_rank_without_disk_space_does_not_train(config_file: Path, may_mount: bool, tmp_path: Path):
     if not may_mount:
         pytest.skip(NEEDS_MOUNTS)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from launch.world import World
+
 from tests.e2e.commands import REPOSITORY, wait_until
 from tests.launch.jobs import run, start
 

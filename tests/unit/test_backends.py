@@ -14,7 +14,7 @@ from megatron_depthattn.estimate.report import estimate_config
 from megatron_depthattn.launch.submit import main as submit
 from megatron_depthattn.ops.triton_mix import MAX_HEAD_DIM
 from megatron_depthattn.preflight.compare import compare_reports
-from megatron_depthattn.preflight.report import Needs, RankReport
+from megatron_depthattn.preflight.report import RankReport, Requirements
 from megatron_depthattn.train.hardware import require_hardware, resolve_here
 
 ROOT = Path(__file__).parents[2]
@@ -126,11 +126,11 @@ def test_ranks_that_resolve_it_differently_do_not_start():
         digest = config_digest(resolved.config)
         reports.append(RankReport(rank=rank, host=f"node{rank}", config=digest, settings=settings, open_files=65536,
                                   address=f"10.0.0.{rank}", shared_memory_bytes=1))  # fmt: skip
-    (finding,) = compare_reports(reports, Needs())
+    (finding,) = compare_reports(reports, Requirements())
     assert finding.severity == "always"
     assert finding.text == (
         "different run configs: rank 2 (node2) has model.spec=local (auto: no TransformerEngine: ImportError: no "
         "transformer_engine); ranks 0-1 (node0, node1) have model.spec=te (auto: on GPUs with TransformerEngine). They "
-        "would train different models, or wait for each other for ever: give all hosts the same software, or set in "
+        "would train different models, or wait for each other forever: give all hosts the same software, or set in "
         "place of auto or null what all of them have."
     )

@@ -1,63 +1,103 @@
-"""The launchers' pure parts: what follows from how nodes ended, and what a job script says."""
+"""The launchers' pure parts: what exit codes and records of ranks mean, and what a job script says."""
 
+import argparse
 import json
 import os
 import re
 import shlex
-import socket
+import shutil
+import signal
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.run import get_args_parser
 
-from launch.follow import Follower
-from launch.freeze import CODE_FOLDERS, freeze
-from launch.logs import main as show_logs
-from launch.meet import listens_at
-from launch.node import LAST_ERROR
-from launch.submit import REPOSITORY, _check, _configs, _parser, render, seconds_of, submit, sweep
-from launch.verdict import Ended, Failure, decide, ended_from, to_json, verdict_from
-from launch.world import World, count_gpus, read_world
+from megatron_depthattn import launch
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.launch.failures import first_failure, record_death
+from megatron_depthattn.launch.freeze import CODE_FOLDERS, freeze
+from megatron_depthattn.launch.logs import main as show_logs
+from megatron_depthattn.launch.submit import _check, _configs, _parser, render, seconds_of, submit, sweep
+from megatron_depthattn.launch.torchrun import _defaults, exit_code
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import OtherRankError, RunError, write_error_record
-
-KILLED = Failure(10.0, "a", "rank 1", "killed")
-LATER = Failure(11.0, "b", "rank 2", "later")
-MISTAKE = Failure(12.0, "b", "rank 3", "a line\nValueError: no", retry=False)
-CONSEQUENCE = Failure(9.0, "b", "rank 0", "closed by peer", is_consequence=True)
+from tests.e2e.commands import REPOSITORY
 
 
 @pytest.mark.parametrize(
-    ("ended", "restarts", "again", "code", "first"),
+    ("codes", "code"),
     [
-        ([Ended(0, "finished"), Ended(1, "finished")], 3, False, 0, None),
-        ([Ended(0, "saved", signalled=True), Ended(1, "saved")], 3, False, 75, None),
-        ([Ended(0, "interrupted", signalled=True), Ended(1, "interrupted")], 3, False, 75, None),
-        ([Ended(0, "finished", signalled=True), Ended(1, "saved")], 3, False, 0, None),  # a signal at the last step
-        ([Ended(0, "failed", LATER), Ended(1, "failed", KILLED)], 3, True, 1, KILLED),
-        ([Ended(0, "failed", CONSEQUENCE), Ended(1, "lost", LATER)], 3, True, 1, LATER),
-        ([Ended(0, "failed", LATER), Ended(1, "failed", KILLED)], 0, False, 1, KILLED),
-        ([Ended(0, "hung", LATER), Ended(1, "hung", KILLED)], 0, False, 70, KILLED),
-        ([Ended(0, "hung", LATER), Ended(1, "hung", KILLED)], 1, True, 70, KILLED),
-        ([Ended(0, "failed", MISTAKE), Ended(1, "saved")], 3, False, 1, MISTAKE),
-        ([Ended(0, "failed", MISTAKE), Ended(1, "failed", KILLED)], 3, True, 1, KILLED),  # the mistake came after
-        ([Ended(0, "failed", KILLED, signalled=True), Ended(1, "failed", LATER)], 3, False, 1, KILLED),
+        ({0}, 0),
+        ({75}, 75),
+        ({75, 0}, 75),
+        ({75, -signal.SIGTERM}, 75),  # torchrun ends the ranks that end last
+        ({-signal.SIGINT}, 75),  # before they could take note of it
+        ({1, 75}, 1),  # a rank that torchrun ended after another's failure
+        ({1, -signal.SIGTERM}, 1),
+        ({-signal.SIGKILL, 75}, 1),
+        ({70, 1}, 70),
     ],
 )
-def test_what_follows_from_the_ends(ended: list[Ended], restarts: int, again: bool, code: int, first: Failure | None):
-    verdict = decide(ended, restarts)
-    assert (verdict.again, verdict.code, verdict.failure) == (again, code, first)
-    assert verdict_from(json.loads(json.dumps(to_json(verdict)))) == verdict
-    assert [ended_from(json.loads(json.dumps(to_json(end)))) for end in ended] == ended
+def test_what_the_ranks_exit_codes_mean_together(codes: set[int], code: int):
+    assert exit_code(codes) == code
 
 
-def test_a_failure_in_one_line():
-    assert MISTAKE.summary == "rank 3 on b: ValueError: no"
+def test_options_that_this_torch_lacks_are_left_out():
+    """torch before 2.14 has not all of them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rdzv-backend")
+    assert _defaults(parser) == ["--rdzv-backend=c10d"]
+    given = {option.partition("=")[0] for option in _defaults(get_args_parser())}
+    assert {"--tee", "--local-ranks-filter", "--rdzv-backend"} <= given
+
+
+def leave_record(folder: Path, rank: int, moment: float, message: str, *, secondary: bool = False) -> None:
+    folder.mkdir(parents=True)
+    extra = {"extraInfo": {"py_callstack": message, "timestamp": str(int(moment))}}
+    record = {"message": extra, "time": moment, "host": "a", "rank": rank, "consequence": secondary}
+    (folder / "error.json").write_text(json.dumps(record))
+
+
+def test_the_first_failure_is_the_earliest_that_speaks_of_itself(tmp_path: Path):
+    leave_record(tmp_path / "old/0", 7, 1.0, "of an earlier start")
+    leave_record(tmp_path / "a/0", 0, 9.0, "closed by peer", secondary=True)
+    leave_record(tmp_path / "b/1", 2, 11.0, "later")
+    leave_record(tmp_path / "b/0", 3, 10.0, "a line\nValueError: no")
+    (tmp_path / "b/2").mkdir()
+    (tmp_path / "b/2/error.json").write_text('{"time": 9.5, "ra')  # cut off
+    failure = first_failure(tmp_path, since=5.0)
+    assert failure is not None and failure.rank == 3
+    assert failure.text.endswith(": rank 3 on a\na line\nValueError: no")
+    assert first_failure(tmp_path, since=50.0) is None
+
+
+def test_a_rank_that_left_no_record_gets_one_that_torchrun_reads(tmp_path: Path):
+    (tmp_path / "stderr.log").write_text("last words\n")
+    record_death(tmp_path / "error.json", 4, 123, -signal.SIGKILL)
+    failure = first_failure(tmp_path)
+    assert failure is not None and failure.rank == 4 and not failure.secondary
+    assert "last words\nrank 4 (pid 123) ended: killed by SIGKILL; if nobody did that" in failure.text
+    assert ProcessFailure(0, 123, -9, str(tmp_path / "error.json")).timestamp > 0
+
+
+def test_scripts_are_beside_the_package_or_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert launch.scripts() == REPOSITORY / "launch"
+    monkeypatch.setattr("megatron_depthattn.__file__", str(tmp_path / "megatron_depthattn/__init__.py"))
+    assert launch.scripts() == tmp_path / "megatron_depthattn/launch/scripts"
+
+
+def test_scripts_inside_a_package_find_it(tmp_path: Path):
+    inside = tmp_path / "site/megatron_depthattn/launch/scripts"
+    shutil.copytree(REPOSITORY / "launch", inside)
+    show = f"here={inside}; . {inside}/interpreter.sh; echo $PYTHONPATH"
+    said = subprocess.run(
+        ["bash", "-euc", show], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=30
+    )
+    assert said.stdout.strip() == str(tmp_path / "site"), said.stderr
 
 
 @pytest.mark.parametrize(
@@ -84,19 +124,6 @@ def test_error_records(error: Exception, retry: bool, consequence: bool, tmp_pat
     write_error_record(environment._replace(error_file=None), error, "")  # without a launcher: nothing, no error
 
 
-def test_gpus_are_counted_as_the_processes_would_see_them(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    assert count_gpus() == 2
-    assert read_world({}, alone=True).processes_per_node == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert count_gpus() == 0
-    assert read_world({"NPROC_PER_NODE": "4"}, alone=True).world_size == 4
-
-
-OWN = sorted(  # 127.0.0.1 first, if it is not the only one
-    (each.address for of in psutil.net_if_addrs().values() for each in of if each.family == socket.AF_INET),
-    key=lambda address: not address.startswith("127."),
-)
 SUBMIT = ("config.yaml", "--nodes", "4", "--gpus-per-node", "8")
 
 
@@ -332,47 +359,28 @@ def test_a_terminal_obeys_nothing_in_printable_text(text: str, shown: str):
     assert printable(text) == shown
 
 
-def test_logs_of_other_machines_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """On the console while the ranks run, and merged afterwards; the files hold what was written."""
-    start, attack = tmp_path / "logs/20260101T000000", "a\x1b]0;owned\x07\x1b[2J\r50% | \x9bm"
-    start.mkdir(parents=True)
-    for rank in (0, 1):
-        for stream in ("out", "err"):
-            (start / f"rank_{rank:05d}.{stream}").write_text(f"{attack}\n")
-    (start / LAST_ERROR).write_text(f"failed {attack}\n")
-    follower = Follower(start, World(num_nodes=1, node_rank=0, processes_per_node=2))
-    follower.follow()
-    follower.close()
-    followed = capsys.readouterr()
+def test_logs_of_other_hosts_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The newest start of each host, the first failure last; the files hold what was written."""
+    attack = "a\x1b]0;owned\x07\x1b[2J\r50% | \x9bm"
+    for start, rank in (("20260101T000000_a", 0), ("20260102T000000_a", 0), ("20260102T000001_b", 1)):
+        folder = tmp_path / "logs" / start / "run_x/attempt_0/0"
+        leave_record(folder, rank, 10.0 + rank, f"failed {attack}")
+        (tmp_path / "logs" / start / f"rank_{rank:05d}_attempt_0").symlink_to("run_x/attempt_0/0")
+        for stream in ("stdout", "stderr"):
+            (folder / f"{stream}.log").write_text(f"{attack}\n")
     assert show_logs([str(tmp_path)]) == 0
-    merged = capsys.readouterr()
-    for text, lines in ((followed.out, 1), (followed.err, 2), (merged.out, 5)):
-        shown = text.replace("\n", "")
-        assert shown.isprintable() and shown.count("\\x1b[2J") == lines
-    assert attack in (start / "node_0.log").read_bytes().decode()
+    shown = capsys.readouterr().out
+    assert shown.replace("\n", "").isprintable() and shown.count("\\x1b[2J") == 5
+    assert re.search(r"==== first failure, at .*: rank 0 on a\nfailed .*\n$", shown)
+    for more, lines in ((("--all",), 7), (("--rank", "1", "--errors"), 2), (("--first-failure",), 1)):
+        assert show_logs([str(tmp_path), *more]) == 0
+        assert capsys.readouterr().out.count("\\x1b[2J") == lines
 
 
-@pytest.mark.parametrize(
-    ("master_addr", "addresses"),
-    [
-        *((own, [own]) for own in OWN),
-        *(("192.0.2.255", None), ("no-such-name.invalid", None), ("head", None)),
-    ],
-)
-def test_the_head_listens_where_it_is_called(
-    master_addr: str, addresses: list[str] | None, monkeypatch: pytest.MonkeyPatch
-):
-    """Everywhere for names, such as one that means one interface of several here, and for addresses of other nodes."""
-    resolve = socket.getaddrinfo
-    names = {"head": OWN[-1]}
-    monkeypatch.setattr(
-        "socket.getaddrinfo",
-        lambda host, *rest, flags=0, **more: resolve(
-            host if flags & socket.AI_NUMERICHOST else names.get(host, host), *rest, flags=flags, **more
-        ),
-    )
-    assert listens_at(master_addr) == addresses
-    assert "127.0.0.1" in (listens_at("localhost") or [])
+def test_help_of_submit_has_an_example_with_data_and_text_for_every_option():
+    parser = _parser()
+    assert "data.path=" in parser.format_help()
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 def test_the_environment_that_a_user_has_set_stays():
