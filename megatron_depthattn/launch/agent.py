@@ -19,13 +19,11 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rdzv_registry
 from torch.distributed.launcher.api import LaunchConfig
 
+from megatron_depthattn.launch import EXIT_HANG, EXIT_REQUEUE, SIGNALS
 from megatron_depthattn.launch.failures import record_death
 from megatron_depthattn.parallel.launch_env import set_variables, variable
 from megatron_depthattn.terminal import printable
 
-SIGNALS_OF_OLD = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
-"""Which torch handles where it has no option for them."""
-EXIT_REQUEUE = 75
 REPORT_SECONDS = 5
 """A node that waits for others says so as often as this."""
 
@@ -49,7 +47,8 @@ def start_agent(config: LaunchConfig, command: Any, arguments: Sequence[str]) ->
         rdzv_handler=rdzv_registry.get_rendezvous_handler(parameters),
         **{name: value for name, value in vars(config).items() if name in names},
     )
-    set_variables(TORCHELASTIC_SIGNALS_TO_HANDLE=getattr(config, "signals_to_handle", SIGNALS_OF_OLD))
+    if hasattr(config, "signals_to_handle"):
+        set_variables(TORCHELASTIC_SIGNALS_TO_HANDLE=config.signals_to_handle)
     settings = {"shutdown_timeout": config.shutdown_timeout} if hasattr(config, "shutdown_timeout") else {}
     agent = Agent(
         spec=spec,
@@ -105,7 +104,8 @@ class Agent(LocalElasticAgent):
             was_stopped = EXIT_REQUEUE in codes and codes <= {EXIT_REQUEUE, -signal.SIGTERM}
             for rank, failure in result.failures.items():
                 path = Path(context.error_files[failure.local_rank])
-                if failure.exitcode not in (EXIT_REQUEUE, -signal.SIGTERM) and not path.exists():
+                is_ended = EXIT_HANG in codes and failure.exitcode != EXIT_HANG  # by torchrun, as it did not end itself
+                if failure.exitcode not in (EXIT_REQUEUE, -signal.SIGTERM) and not is_ended and not path.exists():
                     record_death(path, rank, failure.pid, failure.exitcode)
             retry = all(failure.error_file_data.get("retry", True) for failure in result.failures.values())
             if was_stopped or not retry:
@@ -135,8 +135,8 @@ class Agent(LocalElasticAgent):
     def _shutdown(self, *arguments: Any, **settings: Any) -> None:
         """Schedulers tell all processes of a job at once, and their parents too: the second signal would kill ranks."""
         if isinstance(sys.exc_info()[1], SignalException):
-            for number in variable("TORCHELASTIC_SIGNALS_TO_HANDLE").split(","):
-                signal.signal(getattr(signal, number), signal.SIG_IGN)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
         super()._shutdown(*arguments, **settings)
 
     @contextlib.contextmanager

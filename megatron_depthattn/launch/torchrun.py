@@ -21,13 +21,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from megatron_depthattn.config import load_config, validate
+from megatron_depthattn.launch import EXIT_DONE, EXIT_ERROR, EXIT_HANG, EXIT_REQUEUE, SIGNALS
 from megatron_depthattn.launch.failures import first_failure
 from megatron_depthattn.parallel.launch_env import quiet_torch, set_defaults, variable
 from megatron_depthattn.terminal import printable
 
 TRAIN = "megatron_depthattn.train"
-EXIT_DONE, EXIT_ERROR, EXIT_HANG, EXIT_REQUEUE = 0, 1, 70, 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 JOIN_SECONDS = 60
 """How long nodes wait for each other, at first and after a failure (``--rdzv-conf join_timeout=...``)."""
 SHUTDOWN_SECONDS = 600
@@ -53,9 +52,8 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """torchrun's command line; returns the exit code."""
-    for number in SIGNALS:  # torchrun listens from the start of the ranks on
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: a lost terminal is nothing to stop for
-            signal.signal(number, _stop_early)
+    for number in _signals():
+        signal.signal(number, _stop_early)
     given = list(sys.argv[1:] if arguments is None else arguments)
     # One thread, as torchrun sets, with a warning. With its shared store it does not recover from a lost node.
     set_defaults(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
@@ -74,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(f"stopped by {error} before the ranks were started: start the same command again", EXIT_REQUEUE)
 
 
+def _signals() -> list[signal.Signals]:
+    """Without those that are ignored: after nohup a lost terminal is nothing to stop for."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 class _StoppedEarlyError(Exception):
     """A signal came before there was a rank to pass it on to."""
 
@@ -88,7 +91,7 @@ def _defaults(parser: ArgumentParser) -> list[str]:
         "--rdzv-backend": "c10d",
         "--tee": "3",
         "--local-ranks-filter": "0",
-        "--signals-to-handle": ",".join(number.name for number in SIGNALS),
+        "--signals-to-handle": ",".join(number.name for number in _signals()),
         "--shutdown-timeout": str(SHUTDOWN_SECONDS),
     }
     known = {name for action in parser._actions for name in action.option_strings}
@@ -116,6 +119,12 @@ def _launch(options: Namespace) -> int:
         config.role = "" if config.max_nodes == 1 else config.role
         config.log_line_prefix_template = "${role_name}" if config.max_nodes == 1 else "[rank ${rank}] "
     problem, agent = "", None
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise SignalException("stopped", signal.Signals(number))
+
+    for number in _signals():  # while nodes wait for each other; and what this version of torch does not handle
+        signal.signal(number, stop)
     try:
         agent = start_agent(config, command, command_arguments)
         codes = agent.run_until_end()

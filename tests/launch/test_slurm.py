@@ -1,4 +1,4 @@
-"""Jobs under a real Slurm of two nodes: they train, go on after the time limit, end when cancelled.
+"""Jobs under a real Slurm of two nodes: they train, resume after the time limit, end when cancelled.
 
 Both nodes are this machine, with hostnames of their own.
 """
@@ -43,7 +43,7 @@ def must_end(job: str, log: Path, *, seconds: float = 240) -> list[str]:
     return states(job)
 
 
-def test_a_job_that_is_warned_saves_requeues_and_goes_on(config: Path, undisturbed: Path, tmp_path: Path):
+def test_a_job_that_is_warned_saves_requeues_and_resumes(config: Path, undisturbed: Path, tmp_path: Path):
     """Two nodes; the warning is sent as Slurm sends it before the time limit (`make launch-full` waits for that).
 
     The run's folder has a name that a shell would obey: it, and every other value, reaches the job as it is.
@@ -64,9 +64,9 @@ def test_a_job_that_is_warned_saves_requeues_and_goes_on(config: Path, undisturb
     begins = [record for record in history(run_dir) if record["event"] == "start"]
     assert len(begins) == 2 and begins[1]["step"] >= 10
     assert len({record["run_id"] for record in begins}) == 1, "loggers see one run"
-    hosts = {path.name: path.read_text() for path in run_dir.glob("logs/*/node_1.log")}
     assert not (tmp_path / "obeyed").exists(), "a value ran as a command"
-    assert len(hosts) == 1 and (run_dir / "job/code/megatron_depthattn/train/loop.py").exists()
+    assert len(list(run_dir.glob("logs/*_node2"))) == 2, "each start has a folder of logs on each host"
+    assert (run_dir / "job/code/megatron_depthattn/train/loop.py").exists()
 
 
 @FULL
@@ -106,7 +106,7 @@ def test_scancel_ends_cleanly(config: Path, tmp_path: Path):
     log = run_dir / f"job/slurm-{job}.out"
     must_reach(run_dir, 5, log)
     mine = [process for process in psutil.process_iter() if _mentions(process, str(run_dir))]
-    assert len(mine) >= 6, "on each node a launcher, torchrun and a rank"
+    assert len(mine) >= 4, "on each node a launcher and a rank"
     slurm_says("scancel", job)
     assert must_end(job, log) == ["CANCELLED"]
     _, left = psutil.wait_procs(mine, timeout=30)
@@ -131,7 +131,7 @@ def test_a_launcher_that_is_killed_is_started_again(config: Path, undisturbed: P
     job = submit(config, f"run.dir={run_dir}", *TWO_NODES)
     log = run_dir / f"job/slurm-{job}.out"
     must_reach(run_dir, 30, log)
-    launchers = [p for p in psutil.process_iter() if _mentions(p, "launch.node") and _mentions(p, str(run_dir))]
+    launchers = [p for p in psutil.process_iter() if _mentions(p, "launch.torchrun") and _mentions(p, str(run_dir))]
     (second,) = [process for process in launchers if process.environ()["NODE_RANK"] == "1"]
     for victim in [*second.children(recursive=True), second]:
         victim.kill()
@@ -163,10 +163,10 @@ def test_a_failing_job_ends_its_log_with_the_first_failure(config: Path, tmp_pat
     log = run_dir / f"job/slurm-{job}.out"
     assert must_end(job, log) == ["FAILED"]
     last = log.read_text().splitlines()[-2:]
-    assert re.fullmatch(r"first failure of the run, at .*: rank 0 on node1", last[0]), last
+    assert re.fullmatch(r"first failure, at .*: rank 0 on node[12]", last[0]), last
     assert "nothing/train has no index.json" in last[1]
     assert "srun: error" in log.read_text(), "Slurm's own lines come before it"
-    assert "not started again" in log.read_text()
+    assert "starting again" not in log.read_text()
 
 
 @FULL
