@@ -61,7 +61,7 @@ def open_split(data: Path, split: str | None = None) -> Iterator[Split]:
     A folder that cannot be written is left alone: its shards are expanded in a temporary one.
 
     Args:
-        data: a folder written by `tools/prepare_data.py`, or one of its splits.
+        data: a folder written by `depthattn prepare`, or one of its splits.
         split: "train" or "val"; None: "val", or the one that ``data`` is.
 
     Raises:
@@ -69,7 +69,7 @@ def open_split(data: Path, split: str | None = None) -> Iterator[Split]:
     """
     folder = data.absolute()
     if not folder.is_dir():
-        raise ValueError(f"--data {data} does not exist: give a folder written by tools/prepare_data.py")
+        raise ValueError(f"--data {data} does not exist: give a folder written by depthattn prepare")
     if (folder / "index.json").is_file():
         folder, name = folder.parent, folder.name
         if split not in (None, name):
@@ -78,7 +78,7 @@ def open_split(data: Path, split: str | None = None) -> Iterator[Split]:
         name = split or DEFAULT_SPLIT
         there = sorted(file.parent.name for file in folder.glob("*/index.json"))
         if name not in there:
-            have = f"has the splits {', '.join(there)}" if there else "is no corpus of tools/prepare_data.py"
+            have = f"has the splits {', '.join(there)}" if there else "is no corpus of depthattn prepare"
             raise ValueError(f"--data {data} has no split {name!r}: it {have}")
     writable = os.access(folder / name, os.W_OK)
     with nullcontext() if writable else tempfile.TemporaryDirectory() as cache:

@@ -167,8 +167,10 @@ def load_into(
 def changed_function(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """How a run mixes otherwise than the model whose weights alone it starts from, by their configs; one line each."""
     before, now = _fixed_in_a_run(before), _fixed_in_a_run(now)
+    words = {None: "null (half the layers)"}
     return [
-        f"note: {key} is {now.get(key)}; the weights come from a model with {before.get(key)}"
+        f"note: {key} is {words.get(now.get(key), now.get(key))}; the weights were trained with "
+        f"{words.get(before.get(key), before.get(key))}"
         for key in _MIXING
         if before.get(key) != now.get(key)
     ]

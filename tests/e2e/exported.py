@@ -1,11 +1,9 @@
-"""A folder as `tools/convert_checkpoint.py to-hf` leaves it, of a small random model; and the tools' `main`."""
+"""A folder as `tools/convert_checkpoint.py to-hf` leaves it, of a small random model; and errors of a verb's `main`."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ from megatron_depthattn.hf import configuration_depthattn, modeling_depthattn
 from megatron_depthattn.hf.configuration_depthattn import DepthAttnConfig
 from megatron_depthattn.hf.model_config import AUTO_MAP
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
-from tests.e2e.commands import REPOSITORY
 
 
 def export(folder: Path, tokenizer: PreTrainedTokenizerBase | None, **settings: Any) -> DepthAttnForCausalLM:
@@ -50,15 +47,6 @@ def export(folder: Path, tokenizer: PreTrainedTokenizerBase | None, **settings: 
 
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def tool(name: str) -> ModuleType:
-    """`tools/NAME.py` as a module: its `main` takes the arguments of the command line."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", REPOSITORY / f"tools/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def refusal(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture, *arguments: object) -> str:

@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_depthattn.cli.convert import main
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.verify import megatron_logits
 from megatron_depthattn.hf.loading import load_causal_lm
 from tests.e2e.commands import must_succeed, python, torchrun
 from tests.reference_decoder import decoder_logits
-from tools.convert_checkpoint import main
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 

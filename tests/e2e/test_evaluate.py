@@ -17,11 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_depthattn.cli.evaluate import main
 from megatron_depthattn.data.documents import is_validation
 from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.e2e.commands import REPOSITORY, must_succeed, python
-from tests.e2e.exported import edit_json, export, refusal, tool
+from tests.e2e.exported import edit_json, export, refusal
 
 LENGTH = 32
 WORDS = ["alpha", "épsilon", "火山", "👩🏽‍🚀", "naïve", "x = 1", "\n", "<|endoftext|>", "  return"]
@@ -68,9 +69,6 @@ def own_folder(folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def own_data(data: Path, tmp_path: Path) -> Path:
     return shutil.copytree(data, tmp_path / "data")
-
-
-main = tool("evaluate").main
 
 
 def evaluated(folder: Path, data: Path, tmp_path: Path, *options: object) -> dict:
@@ -230,7 +228,7 @@ def test_evaluate_refuses_paths_that_are_neither(folder, data, tmp_path, capsys)
         return refusal(main, capsys, "--model", model, "--data", corpus, *options)
 
     assert "does not exist" in said(folder, tmp_path / "nowhere")
-    assert "has no split 'val': it is no corpus of tools/prepare_data.py" in said(folder, tmp_path)
+    assert "has no split 'val': it is no corpus of depthattn prepare" in said(folder, tmp_path)
     assert "is itself a split and --split is train" in said(folder, data / "val", "--split", "train")
     assert "does not exist" in said(tmp_path / "nowhere", data)
     assert "has no config.json" in said(tmp_path, data)

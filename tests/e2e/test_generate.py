@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from megatron_depthattn.cli.generate import main
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.e2e.commands import must_succeed, python
-from tests.e2e.exported import edit_json, export, refusal, tool
+from tests.e2e.exported import edit_json, export, refusal
 
 PROMPT = "def épsilon(x):\n    return "
-main = tool("generate").main
 
 
 @pytest.fixture(scope="module")

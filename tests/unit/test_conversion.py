@@ -208,7 +208,7 @@ def test_another_mix_than_the_imported_one_is_told(tmp_path: Path):
     assert changed_function(imported, config) == []
     config["model"]["depth_attention"]["stride"] = 1
     (note,) = changed_function(imported, config)
-    assert note == "note: model.depth_attention.stride is 1; the weights come from a model with 2"
+    assert note == "note: model.depth_attention.stride is 1; the weights were trained with 2"
 
 
 def test_latest_names_the_step(tmp_path: Path):

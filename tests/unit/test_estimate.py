@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_depthattn.cli.estimate import GPUS
+from megatron_depthattn.cli.estimate import main as estimate_tool
 from megatron_depthattn.config import (
     DataConfig,
     EngineConfig,
@@ -40,8 +42,6 @@ from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.metrics import decoder_shape
 from tests.parallel.cases import LAYOUTS, Job
 from tests.parallel.least_bytes import least_bytes
-from tools.estimate import GPUS
-from tools.estimate import main as estimate_tool
 
 ROOT = Path(__file__).parents[2]
 H100 = PRESETS["H100"]

@@ -348,7 +348,7 @@ def test_a_run_on_several_streams_exports_their_tokenizer(tmp_path: Path):
 
 
 def test_names_of_tensors_are_written_out_on_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]):
-    from tools.convert_checkpoint import main
+    from megatron_depthattn.cli.convert import main
 
     tensors = load_file(folder / "model.safetensors") | {"evil\x1b]0;x\x07\nerror: no": torch.ones(1)}
     save_file(tensors, folder / "model.safetensors")

@@ -148,7 +148,7 @@ def test_weights_alone_start_a_run_with_another_number_of_loops(tmp_path):
             parameter.fill_(number)
     folder = save_checkpoint(tmp_path, Progress(), source, None, None, config=to_dict(once))
     loaded = load_checkpoint(folder, target, *build_optimizer(twice, target), config=to_dict(twice))
-    assert "note: model.num_loops is 2; the weights come from a model with 1" in loaded.notes
+    assert "note: model.num_loops is 2; the weights were trained with 1" in loaded.notes
     assert [parameter.unique().tolist() for parameter in target[0].parameters()] == [
         [number] for number in range(len([*source[0].parameters()]))
     ]

@@ -1,7 +1,6 @@
 """The command line of corpus preparation: what it prints, its exit codes, interruptions."""
 
 import gzip
-import importlib.util
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import psutil
 import pytest
 
+from megatron_depthattn.cli import prepare
 from megatron_depthattn.data.prepare import Progress
 from tests.prepared import make_documents
 
@@ -29,12 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools" / "prepare_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return prepare
 
 
 def command(source: Path, output: Path) -> list[str]:

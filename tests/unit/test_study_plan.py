@@ -8,6 +8,7 @@ import pytest
 import yaml
 from streaming import MDSWriter
 
+from megatron_depthattn.cli.study import check_held_out, main
 from megatron_depthattn.config import load_config, to_dict, validate
 from megatron_depthattn.launch.submit import sweep
 from megatron_depthattn.study.ladder import Ladder
@@ -15,7 +16,6 @@ from megatron_depthattn.study.plan import make_plan, read_points
 from megatron_depthattn.study.run import progress_of, training_command
 from megatron_depthattn.study.slurm import write_array
 from megatron_depthattn.study.study import load_study
-from tools.scale_study import check_held_out, main
 
 STUDIES = Path(__file__).parents[2] / "configs/studies"
 SMALL = {

@@ -1,4 +1,4 @@
-"""What tools/estimate.py prints."""
+"""What depthattn estimate prints."""
 
 from __future__ import annotations
 

@@ -1,0 +1,162 @@
+"""Losses of runs at equal steps and at equal time, the config keys in which they differ, a figure.
+
+The first run is what the others are compared with. Time is that of the steps alone: no evaluation, no checkpoints, no
+start. The training loss is the mean since the row above. Between two evaluations the held-out loss at a time is read
+off a straight line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_depthattn.cli.common import check, flat, new_parser, print_table, run
+from megatron_depthattn.paths import user_path
+from megatron_depthattn.terminal import printable
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run's losses."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Its config, by dotted key."""
+    train: Mapping[int, float]
+    """Step -> loss."""
+    held_out: Mapping[int, float]
+    """Step -> held-out loss."""
+    seconds: Mapping[int, float]
+    """Step -> seconds of all steps up to it."""
+
+    def held_out_at(self, seconds: float) -> float:
+        """Held-out loss at a time between the first and the last evaluation."""
+        steps = list(self.held_out)
+        times = [self.seconds[step] for step in steps]
+        i = max(1, bisect_left(times, seconds))
+        share = (seconds - times[i - 1]) / (times[i] - times[i - 1])
+        return (1 - share) * self.held_out[steps[i - 1]] + share * self.held_out[steps[i]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 1 with one line on stderr."""
+    parser = new_parser("compare", __doc__)
+    folder = "run folder, with metrics.jsonl and config.yaml"
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=user_path, help=folder)
+    rows = "show at most so many evaluations (default 10)"
+    parser.add_argument("--rows", type=int, default=10, metavar="N", help=rows)
+    figure = "plot the losses against steps and seconds; .png, .svg, .pdf (needs matplotlib)"
+    parser.add_argument("--figure", type=user_path, metavar="FILE", help=figure)
+    return run(_compare, parser.parse_args(arguments))
+
+
+def _compare(given: argparse.Namespace) -> None:
+    check(
+        (len(given.runs) < 2, f"only {given.runs[0]} is given: name two runs or more"),
+        (given.rows < 1, f"--rows is {given.rows}: set 1 or more"),
+    )
+    curves = [read_curves(folder, given.runs) for folder in given.runs]
+    differences = [(key, *map(str, values)) for key, values in _differing(curves)]
+    names = [each.name for each in curves]
+    print_table(("differs", *names), differences)
+    steps = sorted(set.intersection(*(set(each.held_out) for each in curves)))
+    check((len(steps) < 2, "fewer than two steps have a held-out loss in all runs: set train.eval_interval alike"))
+    shown = [step for step in _spread(steps, given.rows) if step > 0] or steps[-1:]
+    rows = []
+    for before, step in pairwise([0, *shown]):
+        losses = [fmean(loss for at, loss in each.train.items() if before < at <= step) for each in curves]
+        rows.append((f"{step:,}", *_cells([each.held_out[step] for each in curves]), *_cells(losses)))
+    columns = (*_columns("held-out", names), *_columns("train", names))
+    print_table(("step", *columns), rows, title="at equal steps")
+    first = max(each.seconds[min(each.held_out)] for each in curves)
+    last = min(each.seconds[max(each.held_out)] for each in curves)
+    times = [curves[0].seconds[step] for step in curves[0].held_out]
+    times = [*(time for time in times if first < time < last), last]
+    rows = [
+        (f"{time:,.1f}", *_cells([each.held_out_at(time) for each in curves])) for time in _spread(times, given.rows)
+    ]
+    print_table(("seconds", *_columns("held-out", names)), rows, title="at equal time of training steps")
+    for each in curves:
+        step = max(each.seconds)
+        print(printable(f"{each.name}: {each.seconds[step] / step:.4g} s a step, {step:,} steps"))
+    if given.figure:
+        _plot(curves, given.figure)
+        print(f"wrote {given.figure}")
+
+
+def read_curves(folder: Path, others: Sequence[Path] = ()) -> Curves:
+    """The losses of one run.
+
+    Raises:
+        ValueError: the folder is no run, or the run has not come to an evaluation.
+    """
+    from megatron_depthattn.config import load_config, to_dict
+    from megatron_depthattn.train.line_files import NUMBER, read_records
+
+    records = list(read_records(folder / "metrics.jsonl", step=int, loss=NUMBER, step_seconds=NUMBER))
+    held_out = {record["step"]: record["eval_loss"] for record in records if record.get("eval_loss") is not None}
+    check(
+        (not records, f"{folder} has no metrics.jsonl with steps: give the folder of a run"),
+        (len(held_out) < 2, f"{folder} has {len(held_out)} held-out losses: train on, with train.eval_interval set"),
+    )
+    config = folder / "config.yaml"
+    settings = dict(flat(to_dict(load_config(config)))) if config.is_file() else {}
+    steps = [record["step"] for record in records]
+    seconds = dict(zip(steps, accumulate(record["step_seconds"] for record in records), strict=True))
+    is_unique = [other.name for other in others].count(folder.name) < 2
+    train = {record["step"]: record["loss"] for record in records}
+    return Curves(folder.name if is_unique else str(folder), settings, train, held_out, seconds)
+
+
+def _differing(curves: Sequence[Curves]) -> Iterator[tuple[str, list[Any]]]:
+    for key in curves[0].settings:
+        values = [each.settings.get(key) for each in curves]
+        if key != "run.dir" and any(value != values[0] for value in values):
+            yield key, values
+
+
+def _columns(kind: str, names: Sequence[str]) -> list[str]:
+    baseline, *others = names
+    return [f"{kind} {baseline}", *(text for name in others for text in (f"{kind} {name}", "difference"))]
+
+
+def _cells(losses: Sequence[float]) -> list[str]:
+    baseline, *others = losses
+    return [f"{baseline:.4f}", *(text for loss in others for text in (f"{loss:.4f}", f"{loss - baseline:+.4f}"))]
+
+
+def _spread(values: Sequence[Any], most: int) -> list[Any]:
+    """At most so many, evenly spread, the last among them."""
+    stride = -(-len(values) // most)
+    return list(values[::-1][::stride][::-1])
+
+
+def _plot(curves: Sequence[Curves], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("--figure needs matplotlib: pip install 'megatron-depthattn[plot]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    by_time: Callable[[Curves, int], float] = lambda each, step: each.seconds[step]  # noqa: E731
+    by_step: Callable[[Curves, int], float] = lambda each, step: step  # noqa: E731
+    for axis, label, at in zip(axes, ("step", "seconds of training steps"), (by_step, by_time), strict=True):
+        for i, each in enumerate(curves):
+            color = f"C{i}"
+            axis.plot([at(each, s) for s in each.train], list(each.train.values()), color=color, alpha=0.3, lw=0.8)
+            held_out = [at(each, s) for s in each.held_out], list(each.held_out.values())
+            axis.plot(*held_out, color=color, marker="o", ms=3.5, label=f"{each.name}, held-out")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("loss (thin: training)")
+    axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,91 @@
+"""Convert checkpoints: a step folder to a Hugging Face folder, back, and a proof that the two hold one model."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_depthattn.cli.common import new_parser, print_table, run
+from megatron_depthattn.paths import user_path
+from megatron_depthattn.terminal import printable
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0, or 1 after one line (or, for `verify`, a table) that says why."""
+    parser = new_parser("convert", __doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    step = "step folder; or a run's folder, or its checkpoints: the latest step"
+    to_hf = verbs.add_parser("to-hf", help="export a step folder as a Hugging Face folder")
+    to_hf.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
+    to_hf.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
+    to_hf.add_argument("--tokenizer", type=user_path, metavar="DIR", help="default: the one of the run's data")
+    from_hf = verbs.add_parser("from-hf", help="import a Hugging Face folder as a step folder to start a run from")
+    from_hf.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="folder with safetensors")
+    from_hf.add_argument("--output", type=user_path, required=True, metavar="STEP_DIR", help="folder to make")
+    adopt = verbs.add_parser("adopt", help="repackage a released checkpoint: same weights, our model files")
+    adopt.add_argument("--model", type=user_path, required=True, metavar="DIR", help="folder in the released layout")
+    adopt.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
+    for verb in (to_hf, from_hf, adopt):
+        verb.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    prove = verbs.add_parser("verify", help="compare weights, logits and cached decoding; exit code 1 if one differs")
+    prove.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
+    prove.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="exported or imported folder")
+    given = parser.parse_args(arguments)
+    if "checkpoint" in given and (given.checkpoint / "checkpoints").is_dir():
+        given.checkpoint /= "checkpoints"
+    verbs_by_name = {"to-hf": _to_hf, "from-hf": _from_hf, "adopt": _adopt, "verify": _verify}
+    return run(verbs_by_name[given.verb], given)
+
+
+# Megatron takes seconds and half a gigabyte to import, and exporting needs none of it.
+def _to_hf(given: argparse.Namespace) -> None:
+    from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+    from megatron_depthattn.convert.to_hf import export
+
+    checkpoint = MegatronCheckpoint(given.checkpoint)
+    notes = export(checkpoint, given.output, tokenizer=given.tokenizer, overwrite=given.overwrite)
+    _wrote(given.output, notes)
+    size = sum(file.stat().st_size for file in given.output.iterdir())
+    print(f"  {checkpoint.folder.name} of {checkpoint.folder.parent}, {size / 1e6:,.1f} MB in {_names(given.output)}")
+    folder = shlex.quote(str(given.output))
+    print(f"next: depthattn generate --model {folder} --prompt TEXT")
+    print(f"      depthattn convert verify --checkpoint {shlex.quote(str(given.checkpoint))} --model {folder}")
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(file.name for file in folder.iterdir()))
+
+
+def _from_hf(given: argparse.Namespace) -> None:
+    from megatron_depthattn.convert.from_hf import MODEL_YAML, import_checkpoint
+    from megatron_depthattn.hf.weights_folder import HFFolder
+
+    notes = import_checkpoint(HFFolder(given.model), given.output, overwrite=given.overwrite)
+    start = f"start a run from it: CONFIG.yaml {given.output / MODEL_YAML} checkpoint.load={given.output}"
+    _wrote(given.output, [*notes, start])
+
+
+def _adopt(given: argparse.Namespace) -> None:
+    from megatron_depthattn.convert.adopt import adopt
+    from megatron_depthattn.hf.weights_folder import HFFolder
+
+    _wrote(given.output, adopt(HFFolder(given.model), given.output, overwrite=given.overwrite))
+
+
+def _wrote(output: Path, notes: Sequence[str]) -> None:
+    print(f"wrote {output}")
+    for note in notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+    from megatron_depthattn.convert.verify import verify
+
+    checks = verify(MegatronCheckpoint(given.checkpoint), given.model)
+    rows = [(check.name, check.result, check.bound, "ok" if check.passed else "FAILED") for check in checks]
+    print_table(("check", "result", "bound", ""), rows)
+    return 0 if all(check.passed for check in checks) else 1

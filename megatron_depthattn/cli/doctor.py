@@ -1,0 +1,161 @@
+"""What is installed on this machine, what each feature needs, and whether a config can run here.
+
+With CONFIG: the layout against the ranks (--world), the data's sequence length and vocabulary, folders, disk space.
+Starts nothing. Exit code 0: what the config (or, without one, training) needs is here; 1: it is not, or an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_depthattn import doctor
+from megatron_depthattn.cli.common import add_config, find_config, new_parser, print_table, run
+from megatron_depthattn.paths import user_path
+from megatron_depthattn.preflight import machine
+from megatron_depthattn.preflight.compare import size
+from megatron_depthattn.terminal import printable
+
+if TYPE_CHECKING:
+    from megatron_depthattn.config import RunConfig
+
+_CHECKPOINT_BYTES = """
+from megatron_depthattn.config import load_config
+from megatron_depthattn.preflight.run import requirements_of
+print(requirements_of(load_config(sys.argv[1], sys.argv[3:]), int(sys.argv[2])).checkpoint_bytes)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = new_parser("doctor", __doc__)
+    add_config(parser, optional=True)
+    parser.add_argument("--world", type=int, help="ranks of the run (default: the GPUs here; on CPU one model replica)")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
+    return run(_doctor, parser.parse_intermixed_args(arguments))  # settings may follow an option
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    done = 0
+
+    def count(line: str) -> None:
+        nonlocal done
+        done += 1
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(f"{f'checked {done} of {len(doctor.MODULES)}: {printable(line)}':100.100}", end=end, file=sys.stderr)
+
+    packages, host = doctor.find_packages(count), doctor.find_host()
+    rows = doctor.features(packages, host)
+    needed = ["GPU training" if host.devices or host.gpus_of_driver else "CPU training"]
+    problems: list[str] = []
+    subject = "training"
+    if given.config:
+        asked, problems, ranks = check_config(given.config, given.overrides, given.world, host, packages)
+        needed += asked
+        subject = f"{given.config} on {ranks} ranks, as far as this machine shows"
+    fixes = [f"{row.name}: {row.fix}" for row in rows if row.name in needed and row.fix] + problems
+    shared, disk = size(machine.shared_memory_bytes() or 0), size(shutil.disk_usage(".").free)
+    memory = size(machine.memory_bytes())
+    print(f"python {host.python}; {memory} of memory free, /dev/shm {shared}, disk {disk}; driver: {host.driver}")
+    found = [(each.name, each.wanted or "any", each.version or "-", each.error or "") for each in packages.values()]
+    print_table(("package", "wanted", "here", ""), found)
+    columns = ("feature (* asked for)", "ready", "here", "what to do")
+    marked = [(row, " *" if row.name in needed else "") for row in rows]
+    print_table(columns, [(row.name + star, "NO" if row.fix else "yes", row.here, row.fix) for row, star in marked])
+    for line in fixes:
+        print(printable(f"TO FIX: {line}"))
+    print(printable(f"{'not ready' if fixes else 'ready'} for {subject}: {', '.join(needed)}"))
+    if given.json is not None:
+        report = {"packages": [asdict(each) for each in packages.values()], "machine": asdict(host)}
+        report |= {"features": [asdict(row) for row in rows], "needed": needed, "to_fix": fixes}
+        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 1 if fixes else 0
+
+
+def check_config(
+    name: str,
+    overrides: Sequence[str],
+    world: int | None,
+    host: doctor.Host,
+    packages: Mapping[str, doctor.Package],
+) -> tuple[list[str], list[str], int | None]:
+    """The features that a config asks for, what is wrong with it here, and its ranks; prints what `auto` becomes."""
+    path, *overrides = map(find_config, (name, *overrides))
+    try:
+        from megatron_depthattn.backends import Available, resolve
+        from megatron_depthattn.config import load_config, to_dict, validate
+
+        config = load_config(path, overrides)
+    except ImportError as error:
+        return [], [f"{path} cannot be read: {error}; make install"], world
+    except ValueError as error:
+        return [], [str(error)], world
+    settings = to_dict(config)
+    asked = [feature for feature, (key, value) in doctor.ASKED_FOR.items() if _get(settings, key) == value]
+    asked += ["S3 streaming"] * any("://" in source.path for source in config.data.sources)
+    parallel = config.parallel
+    ranks = world or len(host.devices) or parallel.tensor * parallel.pipeline * parallel.context
+    asked += ["multi-node torchrun"] * (ranks > len(host.devices) > 0)
+    no_te, no_triton = (doctor.install([name], packages) for name in ("transformer-engine", "triton"))
+    try:
+        validate(config, ranks)
+        for line in resolve(config, Available(bool(host.devices), no_te, no_triton)).lines:
+            print(printable(f"here {line}"))
+    except ValueError as error:
+        return asked, [f"{path} on {ranks} ranks: {error}"], ranks
+    said, error_text = doctor.run_python(_CHECKPOINT_BYTES, path, str(ranks), *overrides)
+    unknown = [f"the size of a checkpoint is not known: {error_text}"] if error_text else []
+    # A config that the planner knows cannot fit into the GPUs' memory is to be reported here as well.
+    return asked, [*_check_data(config), *unknown, *_check_folders(config, int(said or 0))], ranks
+
+
+def _get(settings: object, key: str) -> object:
+    for name in key.split("."):
+        settings = settings[name]  # type: ignore[index]
+    return settings
+
+
+def _check_data(config: RunConfig) -> list[str]:
+    """Whether local data is there, and of the config's sequence length and vocabulary."""
+    problems = []
+    for source in config.data.sources:
+        folder, manifest = Path(source.path), Path(source.path, "manifest.json")
+        if "://" in source.path:
+            continue
+        if not folder.is_dir():
+            problems.append(f"{folder} is not there: prepare it with depthattn prepare, or set data.path")
+        elif manifest.is_file():
+            stored = json.loads(manifest.read_text(encoding="utf-8"))
+            length, wanted = stored.get("sequence_length"), config.data.sequence_length
+            vocabulary, rows = stored.get("vocab_size", 0), config.model.vocab_size
+            if length != wanted:
+                problems.append(f"data.sequence_length is {wanted} and {folder} has samples of {length}: set {length}")
+            if vocabulary > rows:
+                problems.append(f"model.vocab_size is {rows} and the tokenizer of {folder} has {vocabulary}: set more")
+            elif vocabulary * 2 < rows:
+                print(printable(f"model.vocab_size is {rows}, the tokenizer of {folder} has only {vocabulary} tokens"))
+    return problems
+
+
+def _check_folders(config: RunConfig, checkpoint_bytes: int) -> list[str]:
+    """Whether folders can be written and are large enough."""
+    problems = []
+    wanted = {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint_dir, "data.cache": config.data.cache}
+    for key, folder in wanted.items():
+        if not folder:
+            continue
+        place = next(each for each in (Path(folder), *Path(folder).absolute().parents) if each.is_dir())
+        probe = machine.probe_folder(key, place, 0, "doctor")
+        machine.remove_probe(place, 0)
+        if probe.problem:
+            problems.append(f"{key}={folder}: {place}: {probe.problem}; set it to a folder that can be written")
+        elif key == "checkpoint.dir" and (probe.free_bytes or 0) < checkpoint_bytes:
+            free, one = size(probe.free_bytes or 0), size(checkpoint_bytes)
+            problems.append(f"{key}={folder}: {free} free, a checkpoint takes about {one}; free some, or set another")
+    return problems

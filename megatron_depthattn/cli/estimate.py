@@ -1,0 +1,65 @@
+"""What a config costs on so many GPUs, before anything runs.
+
+Parameters, arithmetic, memory of a rank, bytes sent on every axis, predicted time of a step, and with --layouts what
+fits, fastest first. How to read it: docs/estimate.md. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from megatron_depthattn.cli.common import add_config, check, find_config, new_parser, run
+from megatron_depthattn.paths import user_path
+from megatron_depthattn.terminal import printable
+
+GPUS = ("H100", "H200", "A100", "B200")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 1 with one line on stderr."""
+    parser = new_parser("estimate", __doc__)
+    add_config(parser)
+    parser.add_argument("--world", type=int, metavar="N", help="ranks (default: one model replica)")
+    parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default H100)")
+    parser.add_argument("--layouts", action="store_true", help="rank the layouts that fit by predicted step time")
+    parser.add_argument("--limit", type=int, default=10, metavar="N", help="show at most so many layouts (default 10)")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
+    return run(_estimate, parser.parse_intermixed_args(arguments))  # settings may follow an option
+
+
+def _estimate(given: argparse.Namespace) -> None:
+    from megatron_depthattn.config import load_config
+    from megatron_depthattn.estimate.layouts import best_layouts
+    from megatron_depthattn.estimate.machine import find_machine, resolve_for
+    from megatron_depthattn.estimate.report import Estimate, estimate_config
+    from megatron_depthattn.estimate.tables import show, show_layouts, show_machine
+
+    config = load_config(find_config(given.config), [find_config(word) for word in given.overrides])
+    parallel = config.parallel
+    world = given.world if given.world is not None else parallel.tensor * parallel.pipeline * parallel.context
+    least = min(world, given.limit)
+    check((least < 1, f"--world is {world} and --limit is {given.limit}: set both to 1 or more"))
+    machine = find_machine(given.gpu)
+    resolved = resolve_for(machine, config)
+    config = resolved.config
+    for line in resolved.lines:
+        print(printable(line))
+    as_it_stands: Estimate | None = None
+    try:
+        as_it_stands = estimate_config(config, world, machine)
+        show(config, as_it_stands, machine)
+    except ValueError as error:
+        if not given.layouts:
+            raise
+        print(f"as it stands it does not run on {world} ranks: {error}")
+    layouts = best_layouts(config, world, machine, limit=given.limit) if given.layouts else []
+    if given.layouts:
+        show_layouts(layouts, machine)
+    show_machine(machine)
+    if given.json:
+        values = as_it_stands.as_dict() if as_it_stands else {}
+        values |= {"layouts": [asdict(each) for each in layouts], "machine": asdict(machine)}
+        given.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
