@@ -128,7 +128,10 @@ def _columns(kind: str, names: Sequence[str]) -> list[str]:
 
 def _cells(losses: Sequence[float]) -> list[str]:
     baseline, *others = losses
-    return [f"{baseline:.4f}", *(text for loss in others for text in (f"{loss:.4f}", f"{loss - baseline:+.4f}"))]
+    return [
+        f"{baseline:.4f}",
+        *(text for loss in others for text in (f"{loss:.4f}", f"{round(loss - baseline, 4) + 0.0:+.4f}")),
+    ]
 
 
 def _spread(values: Sequence[Any], most: int) -> list[Any]:

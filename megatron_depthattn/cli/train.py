@@ -48,10 +48,11 @@ def parse(verb: str, description: str | None, arguments: Sequence[str] | None) -
     parser = new_parser(verb, description)
     add_config(parser)
     parser.add_argument("--nproc-per-node", metavar="N", help="processes of this machine, one for each GPU; or gpu")
-    given, torchrun = parser.parse_known_intermixed_args(arguments)
-    given.torchrun = torchrun
-    if any(not option.startswith("--") or "=" not in option for option in torchrun):
-        parser.error(f"unknown: {' '.join(torchrun)}; options of torchrun are written --name=value")
+    given, others = parser.parse_known_intermixed_args(arguments)
+    given.torchrun = [word for word in others if word.startswith("-")]
+    given.overrides += [word for word in others if not word.startswith("-")]  # argparse leaves what follows them
+    if any("=" not in option for option in given.torchrun):
+        parser.error(f"unknown: {' '.join(others)}; options of torchrun are written --name=value")
     return given
 
 
