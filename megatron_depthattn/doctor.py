@@ -128,7 +128,7 @@ def find_packages(on_result: Callable[[str], None] = lambda line: None) -> dict[
 
     def look(name: str) -> Package:
         version = machine.installed_version(name)
-        error = run_python(f"import {MODULES[name]}")[1] if version else "not installed"
+        error = run_python(f"import {MODULES[name]}")[1]
         if error is None and is_in_range(version, wanted.get(name, "")) is False:
             error = f"not {wanted[name]}"
         package = Package(name, version, wanted.get(name, ""), error)

@@ -58,7 +58,7 @@ def _doctor(given: argparse.Namespace) -> int:
     if given.config:
         asked, problems, ranks = check_config(given.config, given.overrides, given.world, host, packages)
         needed += asked
-        subject = f"{given.config} on {ranks} ranks, as far as this machine shows"
+        subject = f"{given.config} on {ranks or '?'} ranks, as far as this machine shows"
     fixes = [f"{row.name}: {row.fix}" for row in rows if row.name in needed and row.fix] + problems
     shared, disk = size(machine.shared_memory_bytes() or 0), size(shutil.disk_usage(".").free)
     memory = size(machine.memory_bytes())
