@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_depthattn import hf
-from megatron_depthattn.hf.model_config import AUTO_MAP
+from megatron_depthattn.hf.model_config import AUTO_MAP, CODE
 from megatron_depthattn.hf.tokenizer import MODEL_INPUTS
 from megatron_depthattn.hf.weights_folder import CONFIG, INDEX
 from megatron_depthattn.paths import leads_out, link_root
@@ -57,7 +57,8 @@ def model_files(model_type: str) -> list[Path]:
     """The code of a model, which lies beside the weights so that they load without this package; none for Qwen3."""
     if model_type not in AUTO_MAP:
         return []
-    return [Path(hf.__path__[0]) / f"{part}_{model_type}.py" for part in ("configuration", "modeling")]
+    names = dict.fromkeys(("depthattn", CODE[model_type]))  # the others import from Depth-Attention's
+    return [Path(hf.__path__[0]) / f"{part}_{name}.py" for name in names for part in ("configuration", "modeling")]
 
 
 def copy_files(files: Iterable[Path], folder: Path) -> None:

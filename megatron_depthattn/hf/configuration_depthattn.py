@@ -7,17 +7,37 @@ from typing import Any
 
 from transformers import Qwen3Config
 
-# Always written to config.json, also where they equal a default: other programs read them there.
-DEPTH_KEYS = (
-    "use_depth_attention",
-    "depth_attention_stride",
-    "depth_attention_recent_window",
-    "depth_attention_k_norm_after_rope",
-    "num_loops",
-)
+
+class CrossLayerConfig(Qwen3Config):
+    """Qwen3's configuration under transformers 4 and 5; models that read earlier layers add ``method_keys`` to it."""
+
+    # Layers read earlier ones: a pipeline that hands on hidden states alone would lose them.
+    base_model_pp_plan = None
+    method_keys = ()
+
+    def __init__(self, **kwargs: Any) -> None:
+        # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
+        rope = kwargs.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            kwargs.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            kwargs["rope_scaling"] = kwargs.get("rope_scaling") or rope
+        super().__init__(**kwargs)
+        if any(kind != "full_attention" for kind in self.layer_types):
+            raise ValueError("sliding-window layers are not supported: set use_sliding_window=false")
+
+    def check_at_least(self, least: int, reason: str) -> None:
+        """Raise ValueError for a method's setting below ``least``."""
+        for key in self.method_keys:
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least {least}: {reason}")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What ``save_pretrained`` writes: what differs from the defaults, and all of ``method_keys``."""
+        return {**super().to_diff_dict(), **{key: getattr(self, key) for key in self.method_keys}}
 
 
-class DepthAttnConfig(Qwen3Config):
+class DepthAttnConfig(CrossLayerConfig):
     """Qwen3's configuration and the settings of Depth-Attention; a setting that is None has its default.
 
     Counting effective layers from 0 (``num_loops * num_hidden_layers`` of them), layer ``e`` reads the layers ``i < e``
@@ -37,8 +57,13 @@ class DepthAttnConfig(Qwen3Config):
     """
 
     model_type = "depthattn"
-    # Sources cross from any layer to any later one: a pipeline that hands on hidden states alone would lose them.
-    base_model_pp_plan = None
+    method_keys = (
+        "use_depth_attention",
+        "depth_attention_stride",
+        "depth_attention_recent_window",
+        "depth_attention_k_norm_after_rope",
+        "num_loops",
+    )
 
     def __init__(
         self,
@@ -49,12 +74,6 @@ class DepthAttnConfig(Qwen3Config):
         num_loops: int | None = 1,
         **kwargs: Any,
     ) -> None:
-        # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
-        rope = kwargs.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            kwargs.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            kwargs["rope_scaling"] = kwargs.get("rope_scaling") or rope
         super().__init__(**kwargs)
         self.use_depth_attention = True if use_depth_attention is None else use_depth_attention
         self.num_loops = 1 if num_loops is None else num_loops
@@ -79,10 +98,6 @@ class DepthAttnConfig(Qwen3Config):
         stride, window = self.depth_attention_stride, self.depth_attention_recent_window
         return [i for i in range(layer) if i % stride == 0 or i >= layer - window]
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What ``save_pretrained`` writes: what differs from the defaults, and all of ``DEPTH_KEYS``."""
-        return {**super().to_diff_dict(), **{key: getattr(self, key) for key in DEPTH_KEYS}}
-
     def _check_depth_attention(self) -> None:
         if self.depth_attention_stride < 1:
             raise ValueError(f"depth_attention_stride={self.depth_attention_stride} must be at least 1, or null")
@@ -95,8 +110,6 @@ class DepthAttnConfig(Qwen3Config):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}: a group of query heads shares one depth mix"
             )
-        if any(kind != "full_attention" for kind in self.layer_types):
-            raise ValueError("sliding-window layers are not supported: set use_sliding_window=false")
 
 
-__all__ = ["DepthAttnConfig"]
+__all__ = ["CrossLayerConfig", "DepthAttnConfig"]

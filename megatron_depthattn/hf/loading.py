@@ -16,10 +16,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from megatron_depthattn.hf.modeling_attnres import AttnResForCausalLM
-from megatron_depthattn.hf.modeling_denseformer import DenseFormerForCausalLM
+from megatron_depthattn.hf.modeling_cross_layer import AttnResForCausalLM, DenseFormerForCausalLM, MHCForCausalLM
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
-from megatron_depthattn.hf.modeling_mhc import MHCForCausalLM
 from megatron_depthattn.hf.quietly import one_line, quiet
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder, some_names
 

@@ -26,12 +26,13 @@ SAME_MEANING = {
 }
 # By the model_type of those that come with model files of ours: how their classes' names begin.
 CLASSES = {"depthattn": "DepthAttn", "denseformer": "DenseFormer", "attnres": "AttnRes", "mhc": "MHC"}
+CODE = {kind: "depthattn" if kind == "depthattn" else "cross_layer" for kind in CLASSES}  # how their files' names end
 AUTO_MAP = {
     kind: {
-        "AutoConfig": f"configuration_{kind}.{name}Config",
-        "AutoModel": f"modeling_{kind}.{name}Model",
-        "AutoModelForCausalLM": f"modeling_{kind}.{name}ForCausalLM",
-        "AutoModelForSequenceClassification": f"modeling_{kind}.{name}ForSequenceClassification",
+        "AutoConfig": f"configuration_{CODE[kind]}.{name}Config",
+        "AutoModel": f"modeling_{CODE[kind]}.{name}Model",
+        "AutoModelForCausalLM": f"modeling_{CODE[kind]}.{name}ForCausalLM",
+        "AutoModelForSequenceClassification": f"modeling_{CODE[kind]}.{name}ForSequenceClassification",
     }
     for kind, name in CLASSES.items()
 }

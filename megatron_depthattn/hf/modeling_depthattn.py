@@ -43,7 +43,7 @@ from .configuration_depthattn import DepthAttnConfig
 
 # transformers renamed and dropped arguments of this function between 4.57 and 5, and `past_key_values` in 5.24.
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
-_CACHE = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
+CACHE = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
 
 
 @dataclass
@@ -127,9 +127,9 @@ class DepthAttnAttention(Qwen3Attention):
             depth_weights = key.new_ones((*key.shape[:-1], 1), dtype=torch.promote_types(key.dtype, torch.float32))
 
         all_keys, all_values = key, value
-        if (cache := kwargs.pop(_CACHE, None)) is not None:
+        if (cache := kwargs.pop(CACHE, None)) is not None:
             slot = self.layer_idx if cache_slot is None else cache_slot
-            if _CACHE == "cache":  # a paged one completes the attention function's arguments
+            if CACHE == "cache":  # a paged one completes the attention function's arguments
                 all_keys, all_values = cache.update(key, value, slot, kwargs=kwargs)
             else:
                 placement = {"sin": sin, "cos": cos, "cache_position": cache_position}  # transformers 5 ignores it
@@ -173,7 +173,36 @@ class DepthAttnPreTrainedModel(Qwen3PreTrainedModel):
     config: DepthAttnConfig
     _no_split_modules = ["DepthAttnDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = None  # this model collects its outputs itself
-    _pp_plan = None  # see DepthAttnConfig.base_model_pp_plan
+    _pp_plan = None  # see CrossLayerConfig.base_model_pp_plan
+
+
+def placement(
+    model: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    position_ids: Tensor | None,
+    cache_position: Tensor | None,
+    past_key_values: Cache | None,
+) -> dict[str, Any]:
+    """Where the tokens stand and what they may read, as every layer of ``model`` takes it."""
+    if cache_position is None:
+        past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
+        cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+    if position_ids is None:
+        position_ids = cache_position.unsqueeze(0)
+    if isinstance(attention_mask, dict):
+        mask = attention_mask["full_attention"]  # `generate` has made it already
+    else:
+        arguments = {"config": model.config, "attention_mask": attention_mask, CACHE: past_key_values}
+        arguments |= {"position_ids": position_ids, "cache_position": cache_position}
+        arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
+        mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
+    return {
+        "attention_mask": mask,
+        "position_ids": position_ids,
+        "position_embeddings": model.rotary_emb(hidden_states, position_ids),
+        "cache_position": cache_position,
+    }
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):
@@ -231,14 +260,14 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             )
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_key_values = kwargs.pop(_CACHE, past_key_values)
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         if "cache" in kwargs or not isinstance(past_key_values, Cache | None):
             _check_paged(config)
         past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
         if past_key_values is not None and config.num_loops > 1:
             _add_cache_slots(past_key_values, config.num_effective_layers)
-        kwargs |= self._placement(hidden_states, attention_mask, position_ids, cache_position, past_key_values)
-        kwargs |= {_CACHE: past_key_values, "use_cache": use_cache}
+        kwargs |= placement(self, hidden_states, attention_mask, position_ids, cache_position, past_key_values)
+        kwargs |= {CACHE: past_key_values, "use_cache": use_cache}
 
         all_hidden_states, attentions, depth_weights = [], [], []
         live: dict[int, tuple[Tensor, Tensor]] = {}  # the sources that a later layer still reads, by effective layer
@@ -259,39 +288,11 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return DepthAttnModelOutput(
             last_hidden_state=hidden_states,
-            **{_CACHE: past_key_values if use_cache else None},
+            **{CACHE: past_key_values if use_cache else None},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             depth_weights=tuple(depth_weights) if output_depth_weights else None,
         )
-
-    def _placement(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None,
-        position_ids: Tensor | None,
-        cache_position: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> dict[str, Any]:
-        """Where the tokens stand and what they may read, as every layer takes it."""
-        if cache_position is None:
-            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
-            cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-        if position_ids is None:
-            position_ids = cache_position.unsqueeze(0)
-        if isinstance(attention_mask, dict):
-            mask = attention_mask["full_attention"]  # `generate` has made it already
-        else:
-            arguments = {"config": self.config, "attention_mask": attention_mask, _CACHE: past_key_values}
-            arguments |= {"position_ids": position_ids, "cache_position": cache_position}
-            arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
-            mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
-        return {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
-            "cache_position": cache_position,
-        }
 
 
 def _check_paged(config: DepthAttnConfig) -> None:
@@ -355,7 +356,7 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        shared = {name: outputs.get(name) for name in (_CACHE, "hidden_states", "attentions", "depth_weights")}
+        shared = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions", "depth_weights")}
         return DepthAttnCausalLMOutput(loss=loss, logits=logits, **shared)
 
 

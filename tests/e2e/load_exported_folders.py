@@ -3,9 +3,12 @@
 Run by ``test_clean_environments.py`` with an interpreter that knows nothing of this project: no import from it here.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,14 +44,22 @@ def result_of(folder: str) -> dict[str, object]:
             "logits": model(tokens).logits.tolist(),
             "generated": model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist(),
             "tokens": tokenizer("a few words")["input_ids"],
-            "as_on_the_card": model.generate(
-                **tokenizer("a few words", return_tensors="pt"), max_new_tokens=8
-            ).tolist(),
+            "as_on_the_card": as_on_the_card(folder),
             "batched": batched(model, tokens[0].tolist()),
             "classifier": type(classifier).__name__,
             "is_same_decoder": torch.equal(classifier.model(tokens)[0], model.model(tokens)[0]),
             "class": f"{type(model).__module__}.{type(model).__name__}",
         }
+
+
+def as_on_the_card(folder: str) -> str:
+    """What the model card's own lines of Python print."""
+    (code,) = re.findall(r"```python\n(.*?)```", Path(folder, "README.md").read_text(), flags=re.DOTALL)
+    printed = io.StringIO()
+    os.chdir(folder)
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue()
 
 
 def batched(model: Any, tokens: list[int]) -> list[int] | str | None:

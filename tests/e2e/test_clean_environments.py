@@ -71,7 +71,7 @@ def test_exported_folder_loads_without_the_project(version, request, tmp_path, f
         here = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
         assert there["generated"] == here.tolist()
         assert there["tokens"] == load_fast_tokenizer(folder)("a few words")["input_ids"]
-        assert there["as_on_the_card"][0][: len(there["tokens"])] == there["tokens"]
+        assert there["as_on_the_card"].startswith("Once upon a time")
         assert there["classifier"] == type(model).__name__.replace("CausalLM", "SequenceClassification")
         assert there["is_same_decoder"]
         if version == 5 and getattr(model.config, "num_loops", 1) > 1:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_depthattn.hf.modeling_attnres import AttnResForCausalLM
-from megatron_depthattn.hf.modeling_denseformer import DenseFormerForCausalLM
-from megatron_depthattn.hf.modeling_mhc import MHCForCausalLM
+from megatron_depthattn.hf.modeling_cross_layer import AttnResForCausalLM, DenseFormerForCausalLM, MHCForCausalLM
 from tests.hf.models import ROPE_THETA, make_config, weights_for
 from tests.reference_methods import method_logits, random_method_weights
 

@@ -1,6 +1,5 @@
 """The Hugging Face models of the compared methods: the fp64 decoders' logits and gradients, caches, files."""
 
-import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_depthattn.hf import modeling_attnres, modeling_denseformer, modeling_mhc
+from megatron_depthattn.hf import modeling_cross_layer
 from tests.hf.method_models import (
     MODELS,
     NUM_LAYERS,
@@ -59,12 +58,12 @@ def test_bf16(method, weights, record_property):
 
 
 def one_average_misses_a_state(patch: Callable) -> None:
-    forward = modeling_denseformer.DepthAverage.forward
-    patch(modeling_denseformer.DepthAverage, "forward", lambda self, *s: forward(self, torch.zeros_like(s[0]), *s[1:]))
+    forward = modeling_cross_layer.DepthAverage.forward
+    patch(modeling_cross_layer.DepthAverage, "forward", lambda self, *s: forward(self, torch.zeros_like(s[0]), *s[1:]))
 
 
 def the_stream_is_not_favoured(patch: Callable) -> None:
-    forward = modeling_attnres.ResidualAggregator.forward
+    forward = modeling_cross_layer.ResidualAggregator.forward
 
     def without_bias(self: Any, *candidates: Tensor) -> Tensor:
         bias, self.recency_bias.data = self.recency_bias.data, torch.zeros(1)
@@ -73,27 +72,27 @@ def the_stream_is_not_favoured(patch: Callable) -> None:
         finally:
             self.recency_bias.data = bias
 
-    patch(modeling_attnres.ResidualAggregator, "forward", without_bias)
+    patch(modeling_cross_layer.ResidualAggregator, "forward", without_bias)
 
 
 def one_stream_is_lost(patch: Callable) -> None:
-    weights = modeling_mhc.StreamConnector.weights
+    weights = modeling_cross_layer.StreamConnector.weights
 
     def without_the_last(self: Any, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pre, post, residual = weights(self, streams)
         return pre * (torch.arange(pre.shape[-1]) < pre.shape[-1] - 1), post, residual
 
-    patch(modeling_mhc.StreamConnector, "weights", without_the_last)
+    patch(modeling_cross_layer.StreamConnector, "weights", without_the_last)
 
 
 def mixing_is_transposed(patch: Callable) -> None:
-    weights = modeling_mhc.StreamConnector.weights
+    weights = modeling_cross_layer.StreamConnector.weights
 
     def transposed(self: Any, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pre, post, residual = weights(self, streams)
         return pre, post, residual.transpose(-1, -2)
 
-    patch(modeling_mhc.StreamConnector, "weights", transposed)
+    patch(modeling_cross_layer.StreamConnector, "weights", transposed)
 
 
 @pytest.mark.parametrize(
@@ -318,11 +317,3 @@ def test_hidden_states_and_inputs(method):
 def test_config_refuses(method, settings, message):
     with pytest.raises(ValueError, match=message):
         MODELS[method].config_class(**settings)
-
-
-def test_what_every_shipped_file_repeats_is_the_same_in_all():
-    """A modelling file ships alone with its weights, so the same steps stand in each: they may not drift apart."""
-    files = (modeling_denseformer, modeling_attnres, modeling_mhc)
-    models = (modeling_denseformer.DenseFormerModel, modeling_attnres.AttnResModel, modeling_mhc.MHCModel)
-    assert len({inspect.getsource(file._start) for file in files}) == 1
-    assert len({inspect.getsource(model._placement) for model in models}) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_depthattn.hf.configuration_depthattn import DEPTH_KEYS, DepthAttnConfig
+from megatron_depthattn.hf.configuration_depthattn import DepthAttnConfig
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.hf.models import DENSE, ROPE_THETA, largest, make_config, make_model, make_tokens, make_vanilla
 
@@ -50,7 +50,7 @@ def test_config_file_holds_every_setting(settings, tmp_path):
     config = make_config(**settings)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert {key: written[key] for key in DEPTH_KEYS} == {key: getattr(config, key) for key in DEPTH_KEYS}
+    assert {key: written[key] for key in DepthAttnConfig.method_keys} == {key: getattr(config, key) for key in DepthAttnConfig.method_keys}
     assert written["depth_attention_stride"] == settings.get("depth_attention_stride", 2 * settings.get("num_loops", 1))
     assert written["model_type"] == "depthattn"
     again = DepthAttnConfig.from_pretrained(tmp_path)
@@ -59,7 +59,7 @@ def test_config_file_holds_every_setting(settings, tmp_path):
 
 def test_config_file_of_all_defaults_holds_every_setting(tmp_path):
     DepthAttnConfig().save_pretrained(tmp_path)
-    assert set(DEPTH_KEYS) <= json.loads((tmp_path / "config.json").read_text()).keys()
+    assert set(DepthAttnConfig.method_keys) <= json.loads((tmp_path / "config.json").read_text()).keys()
 
 
 def rewrite_config(folder, drop=(), **changes) -> None:

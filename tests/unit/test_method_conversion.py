@@ -115,9 +115,8 @@ def test_config_survives_the_way_there_and_back(changes: dict):
 def test_the_folder_comes_with_its_own_code(tmp_path: Path, method: str):
     made = make(tmp_path, **METHODS[method])
     export(MegatronCheckpoint(made.folder), made.output)
-    assert {file.name for file in made.output.glob("*.py")} == {
-        f"{n}_{method}.py" for n in ("configuration", "modeling")
-    }
+    names = {f"{part}_{name}.py" for part in ("configuration", "modeling") for name in ("depthattn", "cross_layer")}
+    assert {file.name for file in made.output.glob("*.py")} == names
     card = (made.output / "README.md").read_text()
     for key in METHOD_SETTINGS[method].values():
         assert f"| {key} |" in card
@@ -173,6 +172,24 @@ def test_weights_of_a_method_are_not_those_of_another(tmp_path: Path, method: st
 
 
 @each_method
+def test_a_folder_of_an_earlier_version_is_imported_and_loaded(tmp_path: Path, method: str):
+    """Its code lies in files of other names, which nothing here reads."""
+    made = make(tmp_path, **METHODS[method])
+    export(MegatronCheckpoint(made.folder), made.output)
+    file = made.output / "config.json"
+    earlier = file.read_text().replace("_cross_layer.", f"_{method}.")
+    assert earlier != file.read_text()
+    file.write_text(earlier)
+    for code in made.output.glob("*.py"):
+        code.unlink()
+    import_checkpoint(HFFolder(made.output), tmp_path / "back")
+    back, checkpoint = MegatronCheckpoint(tmp_path / "back"), MegatronCheckpoint(made.folder)
+    assert back.weights.keys() == checkpoint.weights.keys()
+    assert back.common["config"]["model"]["method"] == made.model["method"]
+    assert type(load_causal_lm(made.output)).__name__ == json.loads(earlier)["architectures"][0]
+
+
+@each_method
 def test_import_and_loading_refuse_a_folder_that_lacks_something(tmp_path: Path, method: str):
     made = make(tmp_path, **METHODS[method])
     export(MegatronCheckpoint(made.folder), made.output)
@@ -201,7 +218,7 @@ def test_verify_tells_the_model_from_another(tmp_path: Path, method: str, monkey
     assert len(checks) == 6 and all(check.passed for check in checks), checks
     other = tmp_path / "other"
     shutil.copytree(made.output, other)
-    (other / f"modeling_{method}.py").write_text("")
+    (other / "modeling_cross_layer.py").write_text("")
     config = json.loads((other / "config.json").read_text())
     if method == "attnres":  # the only setting that no weight's shape tells
         (other / "config.json").write_text(json.dumps(config | {"attnres_block_size": 2}))
