@@ -95,8 +95,7 @@ def cluster(observations: Sequence[Observation], baseline: str) -> Clusters:
 def paired_differences(clusters: Clusters, baseline: str, confidence: float) -> list[dict[str, Any]]:
     """`differences` of fit.json: each method's loss less the baseline's, by rung and budget, seed by seed.
 
-    The interval is Student's t over the pairs' differences: noise that the pair shares has left them. No correction
-    for the number of rows: `fit_study` says how many comparisons its verdicts rest on.
+    Noise that a pair shares is not in its difference. No correction for the number of rows.
     """
     rows = []
     for method in [m for m in clusters.losses if m != baseline]:
@@ -105,25 +104,30 @@ def paired_differences(clusters: Clusters, baseline: str, confidence: float) -> 
             cells.setdefault(clusters.keys[i][:2], []).append(int(i))
         for (rung, budget), where in cells.items():
             base, loss = clusters.losses[baseline][where], clusters.losses[method][where]
-            low: float | None = None
-            high: float | None = None
-            if len(where) > 1:
-                half = (
-                    student.ppf((1 + confidence) / 2, len(where) - 1) * np.std(loss - base, ddof=1) / len(where) ** 0.5
-                )
-                low, high = float((loss - base).mean() - half), float((loss - base).mean() + half)
             pairs = [
                 {"seed": clusters.keys[i][2], "baseline": float(b), "loss": float(v), "difference": float(v - b)}
                 for i, b, v in zip(where, base, loss, strict=True)
             ]
             rows.append(
                 {"rung": rung, "tokens_per_parameter": budget, "tokens": float(clusters.tokens[where[0]])}
-                | {"method": method, "pairs": pairs, "mean": float((loss - base).mean()), "low": low, "high": high}
+                | {"method": method, "pairs": pairs}
+                | mean_difference([loss - base], confidence)
             )
     return rows
 
 
-def why_no_fall(clusters: Clusters, baseline: str) -> str | None:
+def mean_difference(parts: Sequence[Floats], confidence: float) -> dict[str, float | None]:
+    """Mean over rungs of the means of their pairs; Student's t interval from the scatter of seeds within rungs."""
+    mean, dof = float(np.mean([part.mean() for part in parts])), sum(len(part) - 1 for part in parts)
+    if dof == 0:
+        return {"mean": mean, "low": None, "high": None}
+    square = sum(float(((part - part.mean()) ** 2).sum()) for part in parts) / dof
+    error = math.sqrt(square * sum(1 / len(part) for part in parts)) / len(parts)
+    half = float(student.ppf((1 + confidence) / 2, dof)) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def reason_no_fall(clusters: Clusters, baseline: str) -> str | None:
     """Why the baseline's runs do not show that more tokens lower its loss; None if they do (one-sided t, 5 %).
 
     The regression of loss on log tokens within rungs: without a fall no number of tokens is worth a difference of loss.

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from megatron_depthattn.study.bootstrap import Noise, estimate, interval
-from megatron_depthattn.study.differences import Clusters, Observation, cluster, paired_differences, why_no_fall
-from megatron_depthattn.study.law import EXPONENTS, FORM, PARAMETERS, Cells, Law, LawFit, fit_law, why_not
-from megatron_depthattn.study.multiplier import Fitted, Multiplier, multipliers, sentence, time_ratio
+from megatron_depthattn.study.differences import Clusters, Observation, cluster, paired_differences, reason_no_fall
+from megatron_depthattn.study.law import EXPONENTS, FORM, PARAMETERS, Cells, Law, LawFit, fit_law, reason_not_fitted
+from megatron_depthattn.study.multiplier import Fitted, Multiplier, multipliers, time_ratio
+from megatron_depthattn.study.verdict import budget_differences, sentence, verdict
 
 BAND_POINTS = 20
 BAND_MARGIN = 1.25  # how far a band goes on beyond the tokens of its rung, as a factor
@@ -44,10 +45,9 @@ def fit_study(
     clusters = cluster(observations, baseline)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence} is no share between 0 and 1: set e.g. 0.9")
-    # The widest interval, of verdicts corrected for the methods compared, ends at the first and the last resample.
-    needed = math.ceil(2 * max(len(clusters.losses) - 1, 1) / (1 - confidence) - 1 - 1e-9)
+    needed = math.ceil(2 / (1 - confidence) - 1 - 1e-9)  # an interval ends at the first and the last resample at most
     if resamples < needed:
-        raise ValueError(f"{resamples} resamples for {len(clusters.losses) - 1} methods: set at least {needed}")
+        raise ValueError(f"{resamples} resamples for intervals of {confidence}: set at least {needed}")
     rng = np.random.default_rng(seed)
     noise = Noise(clusters.keys, clusters.present(), resamples, rng)
     laws = {method: _resample(clusters, method, noise) for method in clusters.losses}
@@ -64,7 +64,6 @@ def fit_study(
         "held_out": _held_out(observations, clusters, baseline, confidence, resamples, rng),
         "differences": differences,
         "multipliers": found,
-        "comparisons": _comparisons(differences, found, confidence),
         "bands": [
             band for m, of in laws.items() if not isinstance(of, str) for band in _bands(clusters, m, of, confidence)
         ],
@@ -75,7 +74,7 @@ def _resample(clusters: Clusters, method: str, noise: Noise) -> ResampledLaw | s
     """The method's law and its refits to resampled noise, or why there is none."""
     ran = clusters.ran(method)
     sizes, tokens = clusters.sizes[ran], clusters.tokens[ran]
-    reason = why_not(sizes, tokens)
+    reason = reason_not_fitted(sizes, tokens)
     if reason:
         return reason
     fit = fit_law(sizes, tokens, clusters.losses[method][ran])
@@ -91,12 +90,11 @@ def _law(of: ResampledLaw, confidence: float) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: estimate(value[name], np.array([sample[name] for sample in samples]), confidence) for name in PARAMETERS
     }
-    found["rmse"] = of.fit.rmse
+    found |= {"rmse": of.fit.rmse, "p_misfit": of.fit.misfit_p}
     notes = []
     if of.fit.misses:
         notes.append(
-            f"the law misses the means of its points by more than seeds explain (p = {of.fit.misfit_p:.2g}); "
-            "its intervals are widened accordingly"
+            "the law misses the means of its points by more than seeds explain; its intervals are widened accordingly"
         )
     edges = [name for name in ("alpha", "beta") if not EXPONENTS[0] * 1.01 < value[name] < EXPONENTS[1] * 0.99]
     zeros = [name for name in ("E", "A", "B") if value[name] == 0]
@@ -160,53 +158,48 @@ def _multipliers(
 ) -> dict[str, Any]:
     others = [m for m in clusters.losses if m != baseline]
     unfit = (
-        f"the law of {baseline} cannot be fitted: {law}" if isinstance(law, str) else why_no_fall(clusters, baseline)
+        f"the law of {baseline} cannot be fitted: {law}" if isinstance(law, str) else reason_no_fall(clusters, baseline)
     )
+    law_misses = isinstance(law, ResampledLaw) and law.fit.misses
     found: dict[str, Any] = {}
-    fits: dict[str, Fitted] = {}
     for method in others:
-        if unfit:
-            found[method] = {"refused": unfit}
-        elif not clusters.ran(baseline, method).any():
-            found[method] = {"refused": f"no run of {method} shares rung, budget and seed with one of {baseline}"}
+        entry = found[method] = {
+            "verdict": verdict(clusters, baseline, method, confidence, len(others)),
+            "budget_differences": budget_differences(clusters, baseline, method, confidence),
+        }
+        ratio: float | str = ""
+        if not clusters.ran(baseline, method).any():
+            entry["refused"] = f"no run of {method} shares rung, budget and seed with one of {baseline}"
+        elif unfit:
+            entry["refused"] = unfit
         else:
             assert isinstance(law, ResampledLaw)
-            fits[method] = multipliers(clusters, baseline, method, law.fit.law, law.laws, noise)
-    law_misses = isinstance(law, ResampledLaw) and law.fit.misses
-    for method, of in fits.items():
-        common = of.common
-        if not math.isfinite(common.value):
-            found[method] = {
-                "refused": f"{method} lies below what the law of {baseline} reaches at its sizes with any number of "
-                "tokens: no multiplier of tokens stands for that; see the differences"
-            }
-            continue
-
-        def both(one: Multiplier) -> dict[str, Any]:
-            ratio = time_ratio(time_ratios, one.rungs, method)  # noqa: B023
-            return {"equal_tokens": one.figure(confidence), "equal_time": _timed(one, ratio, confidence)}
-
-        ratio = time_ratio(time_ratios, common.rungs, method)
-        found[method] = both(common) | {
-            "rungs": {rung: both(one) for rung, one in of.by_rung.items() if math.isfinite(one.value)},
-            "budgets": {f"{budget:g}": both(one) for budget, one in of.by_budget.items() if math.isfinite(one.value)},
-            "verdict": of.verdict(1 - (1 - confidence) / len(fits)),
-            "sentence": sentence(method, baseline, of, ratio, confidence, len(fits), law_misses=law_misses),
-        }
+            of = multipliers(clusters, baseline, method, law.fit.law, law.laws, noise)
+            ratio = time_ratio(time_ratios, of.common.rungs, method)
+            entry |= _multiplier_figures(of, method, baseline, time_ratios, confidence)
+        entry["sentence"] = sentence(entry, baseline, confidence, ratio, law_misses)
     return found
 
 
-def _comparisons(differences: list[dict[str, Any]], found: dict[str, Any], confidence: float) -> str:
-    """How often a reader who looks at every figure is to expect a wrong one."""
-    verdicts = sum("verdict" in of for of in found.values())
-    alone = sum(row["low"] is not None for row in differences) + sum(
-        len(of.get(groups, ())) for of in found.values() for groups in ("rungs", "budgets")
-    )
-    return (
-        f"{verdicts} verdicts, corrected so that all of them hold together at {confidence:.0%}; beside them {alone} "
-        f"intervals of single differences, rungs and token budgets, each at {confidence:.0%} for itself: even with no "
-        f"difference anywhere about {(1 - confidence) * alone:.0f} of these would leave out the truth"
-    )
+def _multiplier_figures(
+    of: Fitted, method: str, baseline: str, time_ratios: Mapping[tuple[str, str], float], confidence: float
+) -> dict[str, Any]:
+    if not math.isfinite(of.common.value):
+        return {
+            "refused": f"{method} lies below what the law of {baseline} reaches at its sizes with any number of "
+            "tokens: see the differences"
+        }
+
+    def both(one: Multiplier) -> dict[str, Any]:
+        ratio = time_ratio(time_ratios, one.rungs, method)
+        return {"equal_tokens": one.figure(confidence), "equal_time": _timed(one, ratio, confidence)}
+
+    return both(of.common) | {
+        "rungs": {rung: both(one) for rung, one in of.by_rung.items() if math.isfinite(one.value)},
+        "budgets": {f"{budget:g}": both(one) for budget, one in of.by_budget.items() if math.isfinite(one.value)},
+        "p_rungs": of.p_rungs,
+        "p_budgets": of.p_budgets,
+    }
 
 
 def _timed(of: Multiplier, ratio: float | str, confidence: float) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class LawFit:
         return self.misfit_p is not None and self.misfit_p < MISFIT_LEVEL
 
 
-def why_not(sizes: Floats, tokens: Floats) -> str | None:
+def reason_not_fitted(sizes: Floats, tokens: Floats) -> str | None:
     """Why these runs cannot tell the five parameters apart, and what to add; None if they can."""
     cells = set(zip(sizes.tolist(), tokens.tolist(), strict=True))
     num_sizes, num_tokens = len({n for n, _ in cells}), len({d for _, d in cells})
@@ -147,8 +147,8 @@ class Cells:
 
 
 def fit_law(sizes: Floats, tokens: Floats, losses: Floats) -> LawFit:
-    """Fit one law to runs [n] of size N, tokens D, loss in nats. ValueError where `why_not` gives a reason."""
-    reason = why_not(sizes, tokens)
+    """Fit one law to runs [n] of size N, tokens D, loss in nats. ValueError where `reason_not_fitted` gives one."""
+    reason = reason_not_fitted(sizes, tokens)
     if reason:
         raise ValueError(f"the law cannot be fitted: {reason}")
     cells = Cells(sizes, tokens)

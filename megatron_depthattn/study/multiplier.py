@@ -21,11 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from scipy.stats import f as f_distribution
 
-from megatron_depthattn.study.bootstrap import Noise, estimate, interval
+from megatron_depthattn.study.bootstrap import Noise, estimate
 from megatron_depthattn.study.differences import Clusters
 from megatron_depthattn.study.law import Floats, Law
 
-HETEROGENEITY_LEVEL = 0.05
 Group = TypeVar("Group")
 
 
@@ -45,15 +44,6 @@ class Multiplier:
         if self.samples is None:
             return {"value": self.value / ratio, "low": None, "high": None}
         return estimate(self.value / ratio, self.samples / ratio, confidence)
-
-    def verdict(self, confidence: float, ratio: float = 1.0) -> str:
-        if self.samples is not None:
-            low, high = interval(self.samples / ratio, confidence)
-            if low is not None and low > 1:
-                return "better"
-            if high is not None and high < 1:
-                return "worse"
-        return "no difference shown"
 
 
 def _multiplier(shift: Floats, beta: Floats | float) -> Floats:
@@ -76,21 +66,6 @@ class Fitted(NamedTuple):
     p_rungs: float | None
     by_budget: dict[float, Multiplier]
     p_budgets: float | None
-
-    @property
-    def varies(self) -> bool:
-        """One multiplier does not hold for all token budgets."""
-        return self.p_budgets is not None and self.p_budgets < HETEROGENEITY_LEVEL
-
-    def verdict(self, confidence: float) -> str:
-        """Over all pairs; where budgets differ, with what it is not at the largest one."""
-        found = self.common.verdict(confidence)
-        budget, at = list(self.by_budget.items())[-1]
-        late = at.verdict(confidence)
-        if found == "no difference shown" or not self.varies or late == found:
-            return found
-        late = late if late in ("better", "worse") else "not shown"
-        return f"{found} over all runs, {late} at {budget:g} tokens per weight ({', '.join(at.rungs)})"
 
 
 def multipliers(clusters: Clusters, baseline: str, method: str, law: Law, resampled: list[Law], noise: Noise) -> Fitted:
@@ -140,66 +115,3 @@ def time_ratio(ratios: Mapping[tuple[str, str], float], rungs: tuple[str, ...], 
     if missing:
         return f"no step time of {method} beside the baseline's at {', '.join(missing)}: time it there"
     return math.exp(sum(math.log(ratios[rung, method]) for rung in rungs) / len(rungs))
-
-
-def sentence(
-    method: str,
-    baseline: str,
-    fitted: Fitted,
-    ratio: float | str,
-    confidence: float,
-    methods: int,
-    *,
-    law_misses: bool = False,
-) -> str:
-    """What the figures show and cannot show, for a reader who sees nothing else."""
-    of, corrected = fitted.common, 1 - (1 - confidence) / methods
-    verdict, said = of.verdict(corrected), _said(of.figure(confidence), confidence)
-    where = f"{of.pairs} pair{'s' * (of.pairs > 1)} at {', '.join(of.rungs)}"
-    if verdict == "no difference shown":
-        text = f"{method}: no difference from {baseline} shown at equal tokens; its multiplier is {said}, {where}."
-        if of.samples is None:
-            text += " One seed says nothing of its noise: add seeds."
-        elif of.verdict(confidence) != verdict:
-            text += f" That interval leaves out 1, but not once corrected for {methods} methods compared."
-    else:
-        worth = f"reaches the loss that {baseline} reaches with {said} times its tokens"
-        text = f"{method} is {verdict} than {baseline} at equal tokens: it {worth}, {where}."
-    if isinstance(ratio, str):
-        text += f" At equal wall time nothing is said: {ratio}."
-    else:
-        timed = of.verdict(corrected, ratio)
-        text += (
-            f" A token takes {ratio:.3f} times the baseline's time, so at equal wall time the multiplier is "
-            f"{_said(of.figure(confidence, ratio), confidence)}: {timed}."
-        )
-        if verdict == "better" and timed == "worse":
-            text += " The time it takes eats more than it gains."
-        elif verdict == "better" and timed != "better":
-            text += " That what it gains is worth the time it takes is not shown."
-    if len(of.rungs) == 1:
-        text += " It ran at one size only: nothing is said of other sizes."
-    elif fitted.p_rungs is not None and fitted.p_rungs < HETEROGENEITY_LEVEL:
-        text += f" Its rungs differ by more than their noise (p = {fitted.p_rungs:.2g}): see each rung's figure."
-    if fitted.varies:
-        (few, early), *_, (many, late) = fitted.by_budget.items()
-        text += (
-            f" One figure does not hold for all token budgets (p = {fitted.p_budgets:.2g}): it is {early.value:.3f} at "
-            f"{few:g} tokens per weight ({', '.join(early.rungs)}) and {late.value:.3f} at {many:g} "
-            f"({', '.join(late.rungs)}); what it is at more is not known."
-        )
-    if law_misses:
-        text += (
-            f" The law of {baseline} misses its own points by more than their noise, so the size of the multiplier is "
-            "rough; the paired differences do not rest on the law."
-        )
-    if methods > 1:
-        text += f" One of {methods} methods compared; their verdicts hold together at {confidence:.0%} (Bonferroni)."
-    return text
-
-
-def _said(figure: Mapping[str, Any], confidence: float) -> str:
-    if figure["low"] is None and figure["high"] is None:
-        return f"{figure['value']:.3f} (no interval)"
-    ends = ("open" if end is None else f"{end:.3f}" for end in (figure["low"], figure["high"]))
-    return f"{figure['value']:.3f} ({confidence:.0%} interval {' to '.join(ends)})"

@@ -42,7 +42,7 @@ def _result(point: Point, output: Path) -> dict[str, Any]:
     return {
         "id": point.id,
         "finished": is_finished,
-        "reason": None if is_finished else _why_unfinished(history),
+        "reason": None if is_finished else _reason_unfinished(history),
         "step": progress.step,
         "loss": losses[-1] if is_finished and losses and math.isfinite(losses[-1]) else None,
         "seconds": sum(record["step_seconds"] for record in records),
@@ -54,7 +54,7 @@ def _result(point: Point, output: Path) -> dict[str, Any]:
     }
 
 
-def _why_unfinished(history: Sequence[dict[str, Any]]) -> str:
+def _reason_unfinished(history: Sequence[dict[str, Any]]) -> str:
     if not history:
         return "not started"
     last = history[-1]

@@ -1,5 +1,5 @@
-"""Run a study's points on this machine: what is finished is left alone, what was cut goes on, a failure does not stop
-the others."""
+"""Run a study's points on this machine: finished runs are left alone, cut ones resume, a failure does not stop the
+others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,9 @@ from megatron_depthattn.train.history import HISTORY, METRICS
 from megatron_depthattn.train.line_files import read_records
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE
 
+ROUGH_RATE = 1.2e10
+"""FLOPs a second of a run of under a million weights on a CPU core: docs/studies/cpu."""
+START_SECONDS = 10.0
 State = Literal["new", "cut", "finished"]
 _DECIDES = ("model", "data", "optimizer", "precision")
 """Sections of the config that decide what a run computes; layout, checkpoints and the like do not."""
@@ -75,16 +79,36 @@ def run_points(
     runner = _Runner(output, tell)
     waiting = []
     for point in points:
-        progress = progress_of(point, output)
-        if progress.state == "finished":
+        if progress_of(point, output).state == "finished":
             tell(f"{point.id}: finished already")
         else:
             waiting.append(point)
     tell(f"{len(points) - len(waiting)} of {len(points)} points are finished, {len(waiting)} to run, {jobs} at a time")
+    if waiting:
+        tell(describe_cost(waiting, points, output, jobs))
     with runner.passing_signals_on(), ThreadPoolExecutor(jobs) as pool:
-        outcomes = list(pool.map(runner.run, waiting))
-    failed = [point for point, code in zip(waiting, outcomes, strict=True) if code not in (0, EXIT_REQUEUE, None)]
+        codes = list(pool.map(runner.run, waiting))
+    failed = [point for point, code in zip(waiting, codes, strict=True) if code not in (0, EXIT_REQUEUE, None)]
     return failed, runner.is_stopped
+
+
+def describe_cost(waiting: Sequence[Point], points: Sequence[Point], output: Path, jobs: int) -> str:
+    """What the waiting points will take, by the planner, else by the steps of this study so far, else roughly."""
+    flops = sum(point.flops for point in waiting)
+    if all(point.predicted_step_seconds for point in waiting):
+        seconds, source = sum(p.steps * (p.predicted_step_seconds or 0.0) for p in waiting), "predicted by the planner"
+    else:
+        spent = trained = 0.0
+        for point in points:
+            records = list(read_records(output / point.run_dir / METRICS, step_seconds=float))
+            spent += sum(record["step_seconds"] for record in records)
+            trained += point.flops * len(records) / point.steps
+        rate, source = (
+            (trained / spent, "by the steps so far") if spent else (ROUGH_RATE, "a guess: nothing is timed yet")
+        )
+        seconds = flops / rate
+    seconds += START_SECONDS * len(waiting)
+    return f"cost: {flops:.3g} FLOPs, about {seconds / jobs / 3600:.1f} h ({source})"
 
 
 class _Runner:
@@ -106,7 +130,7 @@ class _Runner:
                 if self.is_stopped:
                     return None
                 self._tell(
-                    f"{point.id}: {'goes on at' if before.step else 'starts; of'} step {before.step or point.steps}"
+                    f"{point.id}: {'resumes at' if before.step else 'starts; of'} step {before.step or point.steps}"
                 )
                 command = training_command(self._output / point.config, point.world)
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -118,36 +142,27 @@ class _Runner:
         if after.state == "finished":  # whatever a signal did to the process after that
             self._tell(f"{point.id}: {describe_end(point, self._output)}")
             return 0
-        why = f"ended with code {code}: {_last_line(log)}"
+        reason = f"ended with code {code}: {_last_line(log)}"
         if code == EXIT_REQUEUE or (self.is_stopped and code < 0):  # below 0: so early that it had nothing to save
-            why = "stopped by a signal"
-        self._tell(f"{point.id}: at step {after.step} of {point.steps}, {why} (log: {log})")
+            reason = "stopped by a signal"
+        self._tell(f"{point.id}: at step {after.step} of {point.steps}, {reason} (log: {log})")
         return code or 1
 
-    def passing_signals_on(self) -> _PassingOn:
-        return _PassingOn(self._stop)
+    @contextmanager
+    def passing_signals_on(self) -> Iterator[None]:
+        """SIGINT and SIGTERM reach the running processes; a thread's wait is not disturbed."""
 
-    def _stop(self, number: int) -> None:
-        """Called in a signal handler, in the main thread, which only waits and holds no lock."""
-        self.is_stopped = True
-        for process in list(self._running):
-            process.send_signal(number)
+        def stop(number: int, _: object) -> None:  # in the main thread, which only waits and holds no lock
+            self.is_stopped = True
+            for process in list(self._running):
+                process.send_signal(number)
 
-
-class _PassingOn:
-    """While entered, SIGINT and SIGTERM are handed to ``stop`` once each; a thread's wait is not disturbed."""
-
-    def __init__(self, stop: Callable[[int], None]) -> None:
-        self._stop = stop
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, lambda given, _: self._stop(given))
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def training_command(config: Path, world: int) -> list[str]:

@@ -1,5 +1,7 @@
-"""A tiny study through every verb, as a user runs it: interrupted, continued, fitted, reported."""
+"""A tiny study through every verb, as a user runs it: interrupted, resumed, fitted, reported."""
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -7,23 +9,42 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.e2e.commands import REPOSITORY, must_succeed, python, wait_until
+from tests.e2e.commands import REPOSITORY, wait_until
+from tools.scale_study import main
 
-STUDY = "configs/studies/smoke.yaml"
-
-
-def study(verb: str, output: Path, *more: str, seconds: float = 60) -> str:
-    return must_succeed(python("tools/scale_study.py", verb, STUDY, "--output", output, *more, seconds=seconds)).stdout
+STUDY = REPOSITORY / "configs/studies/smoke.yaml"
 
 
-@pytest.mark.timeout(600)
-def test_two_rungs_through_plan_run_fit_and_report(tmp_path):
-    told = study("plan", tmp_path)
-    points = json.loads((tmp_path / "plan.json").read_text())["points"]
-    assert len(points) == 8 and "nothing was started" in told and not (tmp_path / "runs").exists()
+def study(verb: str, file: Path, output: Path, *more: str) -> str:
+    """What a verb prints, run in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([verb, str(file), "--output", str(output), *more]) == 0
+    return printed.getvalue()
 
-    command = [sys.executable, "tools/scale_study.py", "run", STUDY, "--output", str(tmp_path), "--jobs", "2"]
+
+@pytest.fixture
+def small_study(tmp_path: Path) -> Path:
+    """The shipped smoke study at its smaller size, with all its files in the test's folder."""
+    content = yaml.safe_load(STUDY.read_text())
+    content["config"] = str(REPOSITORY / "configs/quickstart.yaml")
+    content["settings"]["data.path"] = str(tmp_path / "corpus")
+    content["corpus"]["input"] = str(REPOSITORY / "megatron_depthattn/study")
+    content["ladder"]["layers"] = [2]
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.timeout(400)
+def test_a_study_through_plan_run_fit_and_report(small_study: Path, tmp_path: Path):
+    output = tmp_path / "study"
+    planned = study("plan", small_study, output)
+    points = json.loads((output / "plan.json").read_text())["points"]
+    assert len(points) == 4 and "nothing was started" in planned and not (output / "runs").exists()
+
+    command = [sys.executable, "tools/scale_study.py", "run", str(small_study), "--output", str(output), "--jobs", "2"]
     log = tmp_path / "run.log"
     with log.open("w") as file:
         cut = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
@@ -32,34 +53,35 @@ def test_two_rungs_through_plan_run_fit_and_report(tmp_path):
         assert cut.wait(90) == 75, log.read_text()
     finished = log.read_text().count(": finished, held-out loss")
     assert 1 <= finished < len(points)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*/*/history.jsonl")}
+    assert log.read_text().index("cost: ") < log.read_text().index("; of step")
+    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*/*/*/history.jsonl")}
 
-    told = study("run", tmp_path, "--jobs", "2", seconds=420)
-    assert told.count("finished already") == finished
-    assert told.count("finished, held-out loss") == len(points) - finished
+    printed = study("run", small_study, output, "--jobs", "2")
+    assert printed.count("finished already") == finished and "by the steps so far" in printed
+    assert printed.count("finished, held-out loss") == len(points) - finished
     untouched = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
     assert len(untouched) == finished, "what is finished is left alone"
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert all(result["finished"] and result["commit"] and 4 < result["loss"] < 6 for result in results["results"])
-    assert {rung: set(methods) for rung, methods in results["timing"].items()} == {
-        rung: {"vanilla", "depth_attention"} for rung in ("d2", "d4")
-    }
+    results = json.loads((output / "results.json").read_text())
+    assert all(result["finished"] and result["commit"] and 4 < result["loss"] < 6.5 for result in results["results"])
+    assert {rung: set(methods) for rung, methods in results["timing"].items()} == {"d2": {"vanilla", "depth_attention"}}
 
-    assert "depth_attention: " in study("fit", tmp_path)
-    fitted = json.loads((tmp_path / "fit.json").read_text())
+    assert "depth_attention: " in study("fit", small_study, output)
+    fitted = json.loads((output / "fit.json").read_text())
     assert {len(difference["pairs"]) for difference in fitted["differences"]} == {2}
-    assert "refused" in fitted["laws"]["vanilla"], "two sizes and one budget do not make a law"
+    assert "refused" in fitted["laws"]["vanilla"], "one size and one budget do not make a law"
 
-    study("report", tmp_path)
-    page = (tmp_path / "report.html").read_text()
+    study("report", small_study, output)
+    page = (output / "report.html").read_text()
     assert all(point["id"] in page and point["run_dir"] in page for point in points)
     assert str(tmp_path) not in page
-    assert (tmp_path / "report.md").read_text().startswith("# ")
+    assert (output / "report.md").read_text().startswith("# ")
 
 
-def test_errors_are_one_line(tmp_path):
-    for verb, wanted in (("fit", "holds no plan.json"), ("report", "plan.json")):
-        ended = python("tools/scale_study.py", verb, STUDY, "--output", tmp_path)
-        assert ended.returncode == 1 and wanted in ended.stderr.splitlines()[-1], ended.stderr
-    ended = python("tools/scale_study.py", "plan", "configs/studies/none.yaml")
-    assert ended.returncode == 1 and "does not exist" in ended.stderr
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for verb, file, wanted in (
+        ("fit", STUDY, "holds no plan.json"),
+        ("report", STUDY, "plan.json"),
+        ("plan", STUDY.with_name("none.yaml"), "does not exist"),
+    ):
+        assert main([verb, str(file), "--output", str(tmp_path)]) == 1
+        assert wanted in capsys.readouterr().err.splitlines()[-1]

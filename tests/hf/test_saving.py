@@ -50,7 +50,8 @@ def test_config_file_holds_every_setting(settings, tmp_path):
     config = make_config(**settings)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert {key: written[key] for key in DepthAttnConfig.method_keys} == {key: getattr(config, key) for key in DepthAttnConfig.method_keys}
+    keys = DepthAttnConfig.method_keys
+    assert {key: written[key] for key in keys} == {key: getattr(config, key) for key in keys}
     assert written["depth_attention_stride"] == settings.get("depth_attention_stride", 2 * settings.get("num_loops", 1))
     assert written["model_type"] == "depthattn"
     again = DepthAttnConfig.from_pretrained(tmp_path)

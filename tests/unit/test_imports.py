@@ -61,21 +61,18 @@ PURE = {
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
     "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "switches")},
     "data/order.py": {"numpy"},
-    "study/report_inputs.py": {f"{PACKAGE}.train.line_files"},
-    "study/report_tables.py": {f"{PACKAGE}.study.report_inputs"},
-    "study/picture.py": {"matplotlib"},
+    "study/report_data.py": {f"{PACKAGE}.train.line_files", f"{PACKAGE}.study.verdict"},
+    "study/plots.py": {"numpy", "matplotlib", f"{PACKAGE}.study.report_data"},
     "study/report.py": {"jinja2", f"{PACKAGE}.study"},
 }
 PURE["estimate/memory.py"] = PURE["estimate/memory.py"] | {f"{PACKAGE}.backends"}
-STATISTICS = ("law", "bootstrap", "differences", "multiplier", "fit")
+STATISTICS = ("law", "bootstrap", "differences", "multiplier", "verdict", "fit")
 PURE |= {
     f"study/{name}.py": {"numpy", "scipy", *(f"{PACKAGE}.study.{other}" for other in STATISTICS)} for name in STATISTICS
 }
 METHODS = ("denseformer", "attnres", "mhc")
 DEFINITIONS = ("definition", "definitions", *(f"{name}.definition" for name in METHODS))
 PURE |= {f"methods/{name.replace('.', '/')}.py": {f"{PACKAGE}.methods"} for name in DEFINITIONS}
-FIGURES = {"numpy", "matplotlib", *(f"{PACKAGE}.study.{n}" for n in ("picture", "report_inputs", "report_tables"))}
-PURE |= dict.fromkeys(("study/figures.py", "study/depth_figures.py"), FIGURES)
 PURE |= {f"methods/{name}/reference.py": {"torch"} for name in METHODS}
 # What a whole folder may import. Triton is torch's own kernel language and comes with it on GPU machines.
 ALLOWED_IN_FOLDER = {

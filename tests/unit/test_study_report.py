@@ -1,5 +1,6 @@
 """The report of scale studies, on a synthetic study: all that was observed is on the page, and nothing from outside."""
 
+import base64
 import json
 import re
 import shutil
@@ -13,9 +14,9 @@ import pytest
 from matplotlib import image
 
 from megatron_depthattn.study import fit
-from megatron_depthattn.study.picture import colours
+from megatron_depthattn.study.plots import colours
 from megatron_depthattn.study.report import write_report
-from megatron_depthattn.study.report_inputs import read_record
+from megatron_depthattn.study.report_data import read_record
 
 RUNGS = {"d4": (4, 96, 412_000), "d6": (6, 144, 1_390_000), "d8": (8, 192, 3_300_000)}
 GAIN = {"vanilla": 1.0, "depth_attention": 1.15, "denseformer": 1.05, "mhc": 1.0, "looped": 0.8}
@@ -113,10 +114,11 @@ def fit_of(plan: dict, results: dict) -> dict:
         kinds = {"equal_tokens": GAIN[method], "equal_time": GAIN[method] / STEP[method]}
         rungs = {rung: {kind: between(value, 0.08) for kind, value in kinds.items()} for rung in RUNGS}
         verdict = "better" if GAIN[method] > 1 else "worse"
-        sentence = f"{method} is {verdict} than vanilla: a multiplier of {GAIN[method]:.2f} at equal tokens."
+        sentence = f"{verdict}. vanilla needs {GAIN[method]:.2f} × the tokens for the same loss."
         overall = {kind: between(value, 0.04) for kind, value in kinds.items()}
         multipliers[method] = overall | {"rungs": rungs, "verdict": verdict, "sentence": sentence}
-    multipliers[others[-1]] = {"refused": "two of its runs are missing"}
+    unknown = {"verdict": "no difference shown", "refused": "two of its runs are missing"}
+    multipliers[others[-1]] = unknown | {"sentence": "no difference shown. Not known: two of its runs are missing."}
     for rung, method in ((r, m) for r in RUNGS for m in GAIN):
         tokens = np.geomspace(sizes[rung] * 8, sizes[rung] * 25, 20)
         value = np.array([law(sizes[rung], t * GAIN[method]) for t in tokens])
@@ -143,6 +145,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.attributes: list[tuple[str, str, str]] = []
+        self.images: list[list[tuple[str, str | None]]] = []
         self.cells: list[list[str]] = []
         self.words: list[str] = []
         self.open: list[str] = []
@@ -151,6 +154,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.images += [attrs] if tag == "img" else []
         if tag not in self.VOID:
             self.open.append(tag)
         if tag == "tr":
@@ -202,35 +206,38 @@ def page(study):
     return (study / "report.html").read_text()
 
 
-def test_every_observation_is_on_the_page_and_in_the_markdown(study, page):
-    data, read, markdown = study_of(study), Page(page), (study / "report.md").read_text()
-    results = {result["id"]: result for result in data["results"]["results"]}
-    lines = {line.split(" | ")[0][2:]: line.split(" | ") for line in markdown.splitlines() if line.startswith("| d")}
-    for point in data["plan"]["points"]:
-        for row in (read.row(point["id"]), lines[point["id"]]):
-            result = results.get(point["id"], {})
-            assert int(row[3].replace(",", "")) == point["tokens"]
-            assert int(row[4].replace(",", "")) == point["parameters"]
-            assert float(row[5]) == pytest.approx(point["flops"], rel=5e-3)
-            assert row[1] == "none" if result.get("loss") is None else abs(float(row[1]) - result["loss"]) < 6e-5
-            assert not result or abs(float(row[6]) - result["seconds"]) < 0.06
-            assert row[7:9] == [result.get("commit", ""), result.get("code", "")]
-            assert [row[9], row[10].removesuffix(" |")] == [point["config"], point["run_dir"]]
-
-
-def test_every_difference_and_multiplier_is_on_the_page(study, page):
+def test_every_observation_is_on_the_page(study, page):
     data, read = study_of(study), Page(page)
+    results = {result["id"]: result for result in data["results"]["results"]}
+    for point in data["plan"]["points"]:
+        row, result = read.row(point["id"]), results.get(point["id"], {})
+        assert int(row[3].replace(",", "")) == point["tokens"]
+        assert int(row[4].replace(",", "")) == point["parameters"]
+        assert float(row[5]) == pytest.approx(point["flops"], rel=5e-3)
+        assert row[1] == "none" if result.get("loss") is None else abs(float(row[1]) - result["loss"]) < 6e-5
+        assert not result or abs(float(row[6]) - result["seconds"]) < 0.06
+        assert row[7:9] == [result.get("commit", ""), result.get("code", "")]
+        assert row[9:] == [point["config"], point["run_dir"]]
+
+
+def test_every_difference_and_multiplier_is_on_the_page_and_differences_in_the_markdown(study, page):
+    data, read, markdown = study_of(study), Page(page), (study / "report.md").read_text()
+    table = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("| d")]
     for entry in data["fit"]["differences"]:
-        rows = [row for row in read.cells if row[:2] == [entry["rung"], entry["method"]] and "to" in row[-1]]
-        row = rows[BUDGETS.index(entry["tokens_per_parameter"])]
-        assert [float(v) for v in re.findall(r"[-+][\d.]+", row[3])] == pytest.approx(
-            [entry["mean"], entry["low"], entry["high"]], abs=6e-5
-        )
-        pairs = [[float(value) for value in re.findall(r"[-+]?[\d.]+", part)] for part in row[5].split(";")]
-        assert pairs == [pytest.approx(list(pair.values()), abs=6e-5) for pair in entry["pairs"]]
+        for cells in (read.cells, table):
+            (row,) = (
+                row
+                for row in cells
+                if row[:2] == [entry["rung"], entry["method"]] and f"({entry['tokens_per_parameter']:g})" in row[2]
+            )
+            assert [float(v) for v in re.findall(r"[-+][\d.]+", row[3])] == pytest.approx(
+                [entry["mean"], entry["low"], entry["high"]], abs=6e-5
+            )
+            pairs = [[float(value) for value in re.findall(r"[-+]?[\d.]+", part)] for part in row[4].split(";")]
+            assert pairs == [pytest.approx(list(pair.values()), abs=6e-5) for pair in entry["pairs"]]
     for method in list(GAIN)[1:-1]:
         whole = data["fit"]["multipliers"][method]
-        for level, entry in {"all": whole, **whole["rungs"]}.items():
+        for level, entry in {"all runs": whole, **whole["rungs"]}.items():
             row = read.row(method, level)
             for text, kind in zip(row[2:4], ("equal_tokens", "equal_time"), strict=True):
                 found = [float(v) for v in re.findall(r"[\d.]+", text)]
@@ -242,11 +249,14 @@ def test_verdicts_of_losers_refusals_and_unfinished_runs_are_shown(study, page):
     words = " ".join(read.words)
     for text in (words, (study / "report.md").read_text()):
         for method, entry in data["fit"]["multipliers"].items():
-            assert entry.get("sentence", f"{method}: no verdict") in text
+            assert f"{method}: {entry['verdict']}." in text
+            assert entry["sentence"].removeprefix(f"{entry['verdict']}. ") in text
         assert "two of its runs are missing" in text
         assert "88 of 90 planned runs are finished" in text
-        assert "unfinished: step 17 of 40 (node failed)" in text and "not started" in text
-    assert "unfinished" in read.row(UNFINISHED)[2] and read.row(NOT_STARTED)[2] == "not started"
+    assert (
+        read.row(UNFINISHED)[2] == "unfinished: step 17 of 40 (node failed)"
+        and read.row(NOT_STARTED)[2] == "not started"
+    )
     assert "three sizes are needed" in words
 
 
@@ -263,23 +273,18 @@ def test_nothing_is_fetched(page):
         assert outside(page.replace("</body>", control + "</body>")), control
 
 
-def test_figures_are_well_formed_named_and_keep_their_ids_apart(study, page):
-    figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    # curves, gaps, fits, differences, maps, self weights a rung; compute a method; held out; two forests
-    assert len(figures) == 6 * len(RUNGS) + (len(GAIN) - 1) + 1 + 2
-    for figure in figures:
-        root = xml.etree.ElementTree.fromstring(figure)
-        assert root.get("role") == "img" and root.get("aria-label")
-    ids = [value for _, name, value in Page(page).attributes if name == "id"]
-    assert len(ids) == len(set(ids))
-    files = sorted((study / "figures").glob("*.svg"))
-    assert {"fit-d4.svg", "held-out.svg", "multipliers-equal-tokens.svg"} <= {file.name for file in files}
-    for file in files:
-        xml.etree.ElementTree.parse(file)
+def test_figures_are_well_formed_and_named(study, page):
+    images = [dict(attributes) for attributes in Page(page).images]
+    # curves, gaps, laws, differences and depth weights of each rung; multipliers
+    assert len(images) == 5 * len(RUNGS) + 1 and all(shown["alt"] for shown in images)
+    for shown in images:
+        xml.etree.ElementTree.fromstring(base64.b64decode(shown["src"].partition("base64,")[2]))
+    files = {file.name: file.read_bytes() for file in (study / "figures").glob("*.svg")}
+    assert {"fit-d4.svg", "curves-d4.svg", "multipliers.svg"} <= files.keys() and len(files) == len(images)
     markdown = (study / "report.md").read_text()
     assert markdown.startswith("# Depth-Attention & others \\<on CPU\\> !\\[\\](https://a.example)\n")
-    for path in re.findall(r"!\[.*\]\((.*)\)", markdown):
-        assert (study / path).is_file() and not Path(path).is_absolute()
+    shown = re.findall(r"^!\[.*\]\((.*)\)$", markdown, flags=re.MULTILINE)
+    assert len(shown) == len(files) and all((study / path).is_file() for path in shown)
 
 
 def test_methods_keep_their_colours_and_markers():
@@ -317,13 +322,12 @@ REFUSALS = {
     "another baseline": (lambda f: edit(f, "fit.json", lambda c: c.update(baseline="mhc")), "compares with mhc"),
     "an older fit": (
         lambda f: edit(f, "results.json", other_loss),
-        "another loss for mhc at d4, 4120000 tokens, seed 3",
+        "does not have the loss in results.json of mhc at d4, 4120000 tokens, seed 3",
     ),
     "one more in the fit": (
         lambda f: edit(f, "results.json", lambda c: c["results"][20].update(finished=False)),
-        "unfinished: run `fit` again",
+        "results.json of mhc at d4, 4120000 tokens, seed 3: run `fit` again",
     ),
-    "no run": (lambda f: shutil.rmtree(f / "runs/d6/mhc"), "runs/d6/mhc/x10/seed1/metrics.jsonl is missing"),
     "absolute": (
         lambda f: edit(f, "plan.json", lambda c: c["points"][0].update(run_dir="/scratch/run")),
         "relative to the study's folder",
@@ -356,9 +360,19 @@ def test_a_study_of_which_nothing_is_known_is_shown_as_such(study, tmp_path):
     for name, content in data.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     words = " ".join(Page(write_report(folder)[0].read_text()).words)
-    for text in ("0 of 90 planned", "Not computed: nothing to hold out.", "no run is finished", "not timed"):
+    for text in ("0 of 90 planned", "No rung held out: nothing to hold out.", "no run is finished", "not timed"):
         assert text in words
-    assert "No run has recorded depth weights." in words and words.count("no verdict") == len(GAIN) - 1
+    assert "No run has recorded depth weights." in words and words.count("no finished run.") == len(GAIN) - 1
+
+
+def test_a_folder_without_the_runs_records_has_all_but_their_curves(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    shutil.rmtree(folder / "runs")
+    page = Page(write_report(folder)[0].read_text())
+    assert (
+        "The runs' records are not in this folder." in " ".join(page.words) and len(page.images) == 2 * len(RUNGS) + 1
+    )
 
 
 def test_what_the_fit_writes_is_shown(study, tmp_path):
@@ -375,9 +389,9 @@ def test_what_the_fit_writes_is_shown(study, tmp_path):
     read = Page(write_report(tmp_path / "study")[0].read_text())
     words = " ".join(read.words)
     assert found["multipliers"]["looped"]["verdict"] == "worse" and found["held_out"]["refused"] in words
-    for method, entry in found["multipliers"].items():
-        assert entry["sentence"] in words and read.row(method, "all")[4] == entry["verdict"]
-    assert read.row("mhc", "all")[3] == f"none: {found['multipliers']['mhc']['equal_time']['refused']}"
+    for entry in found["multipliers"].values():
+        assert entry["sentence"].removeprefix(f"{entry['verdict']}. ") in words
+    assert read.row("mhc", "all runs")[3] == f"none: {found['multipliers']['mhc']['equal_time']['refused']}"
 
 
 def test_a_line_cut_off_in_writing_is_left_out(tmp_path):
