@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
@@ -35,7 +35,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import can_return_tuple
 
 from .configuration_cross_layer import AttnResConfig, DenseFormerConfig, MHCConfig
-from .modeling_depthattn import CACHE, placement
+from .modeling_depthattn import CACHE, CrossLayerForSequenceClassification, placement
 
 _TAKES_CACHE_POSITION = "cache_position" in inspect.signature(Qwen3Attention.forward).parameters  # transformers 4
 SINKHORN_ITERATIONS = 20
@@ -172,20 +172,6 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, Qwen3ForCausalLM):
         self.post_init()
 
 
-class CrossLayerForSequenceClassification(GenericForSequenceClassification, CrossLayerPreTrainedModel):
-    """The decoder with a linear head ``score`` on the last token that is not padding, as for reward models."""
-
-    decoder_class: type[CrossLayerModel]
-
-    def __init__(self, config: Any) -> None:
-        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.decoder_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-
 # ------------------------------------------------------------------------------------------------ DenseFormer
 
 
@@ -253,7 +239,7 @@ class DenseFormerForCausalLM(DenseFormerPreTrainedModel, CrossLayerForCausalLM):
     decoder_class = DenseFormerModel
 
 
-class DenseFormerForSequenceClassification(DenseFormerPreTrainedModel, CrossLayerForSequenceClassification):
+class DenseFormerForSequenceClassification(CrossLayerForSequenceClassification, DenseFormerPreTrainedModel):
     decoder_class = DenseFormerModel
 
 
@@ -335,7 +321,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, CrossLayerForCausalLM):
     decoder_class = AttnResModel
 
 
-class AttnResForSequenceClassification(AttnResPreTrainedModel, CrossLayerForSequenceClassification):
+class AttnResForSequenceClassification(CrossLayerForSequenceClassification, AttnResPreTrainedModel):
     decoder_class = AttnResModel
 
 
@@ -469,7 +455,7 @@ class MHCForCausalLM(MHCPreTrainedModel, CrossLayerForCausalLM):
     decoder_class = MHCModel
 
 
-class MHCForSequenceClassification(MHCPreTrainedModel, CrossLayerForSequenceClassification):
+class MHCForSequenceClassification(CrossLayerForSequenceClassification, MHCPreTrainedModel):
     decoder_class = MHCModel
 
 

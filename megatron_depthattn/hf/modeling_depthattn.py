@@ -312,6 +312,20 @@ def _add_cache_slots(cache: Cache, num_slots: int) -> None:
         cache.layers.append(copy.deepcopy(cache.layers[0]))  # empty as yet; with its size, or how it quantizes
 
 
+class CrossLayerForSequenceClassification(GenericForSequenceClassification):
+    """A decoder of ``decoder_class`` with a linear head ``score`` on the last token that is not padding."""
+
+    decoder_class: type[nn.Module]
+
+    def __init__(self, config: Any) -> None:
+        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.decoder_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
     """The decoder with its output layer."""
 
@@ -360,16 +374,10 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         return DepthAttnCausalLMOutput(loss=loss, logits=logits, **shared)
 
 
-class DepthAttnForSequenceClassification(GenericForSequenceClassification, DepthAttnPreTrainedModel):
+class DepthAttnForSequenceClassification(CrossLayerForSequenceClassification, DepthAttnPreTrainedModel):
     """The decoder with a linear head ``score`` on the last token that is not padding, as for reward models."""
 
-    def __init__(self, config: DepthAttnConfig) -> None:
-        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = DepthAttnModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
+    decoder_class = DepthAttnModel
 
 
 __all__ = ["DepthAttnForCausalLM", "DepthAttnForSequenceClassification", "DepthAttnModel", "DepthAttnPreTrainedModel"]

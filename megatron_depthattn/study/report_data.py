@@ -76,6 +76,16 @@ class ReportData:
         """The runs of a rung, a method or both."""
         return [run for run in self.runs if rung in (None, run.point["rung"]) and method in (None, run.point["method"])]
 
+    def finished(self, rung: str, method: str) -> str:
+        """'2 of 3': how many of these runs have a loss."""
+        runs = self.of(rung=rung, method=method)
+        return f"{sum(run.measured for run in runs)} of {len(runs)}"
+
+    def device_hours(self, rung: str, method: str) -> float:
+        """Seconds in steps times devices of these runs, unfinished ones included."""
+        runs = self.of(rung=rung, method=method)
+        return sum((run.result.get("seconds") or 0.0) * run.point.get("world", 1) for run in runs) / 3600
+
     def multiplier_levels(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """(method, which of its runs, the multipliers of these) of every method that has one."""
         for method in self.methods[1:]:
