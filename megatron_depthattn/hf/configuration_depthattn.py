@@ -13,7 +13,7 @@ class CrossLayerConfig(Qwen3Config):
 
     # Layers read earlier ones: a pipeline that hands on hidden states alone would lose them.
     base_model_pp_plan = None
-    method_keys = ()
+    method_keys = tuple[str, ...]()
 
     def __init__(self, **kwargs: Any) -> None:
         # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.

@@ -17,17 +17,15 @@ NONE = "no difference shown"
 def budget_differences(clusters: Clusters, baseline: str, method: str, confidence: float) -> list[dict[str, Any]]:
     """Mean paired difference over rungs, by token budget; of all pairs at once where no rung has two budgets."""
     ran, difference = clusters.ran(baseline, method), clusters.losses[method] - clusters.losses[baseline]
-    budgets = [budget for budget in clusters.budgets if (ran & clusters.of_budget(budget)).any()]
     cells = {(rung, budget) for (rung, budget, _), here in zip(clusters.keys, ran, strict=True) if here}
-    if len(cells) == len({rung for rung, _ in cells}):
-        groups = [(None, ran)] if cells else []
-    else:
-        groups = [(budget, ran & clusters.of_budget(budget)) for budget in budgets]
+    groups: list[tuple[float | None, Any]] = [(None, ran)]
+    if len(cells) > len({rung for rung, _ in cells}):
+        groups = [(budget, ran & clusters.of_budget(budget)) for budget in clusters.budgets]
     found = []
-    for budget, here in groups:
+    for budget, here in ((budget, here) for budget, here in groups if here.any()):
         parts = {rung: difference[here & clusters.of_rung(rung)] for rung in clusters.rungs}
         parts = {rung: part for rung, part in parts.items() if len(part)}
-        entry = {"tokens_per_parameter": budget, "rungs": list(parts), "pairs": int(here.sum())}
+        entry: dict[str, Any] = {"tokens_per_parameter": budget, "rungs": list(parts), "pairs": int(here.sum())}
         found.append(entry | mean_difference(list(parts.values()), confidence))
     return found
 

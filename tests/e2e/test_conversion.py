@@ -16,25 +16,23 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.verify import megatron_logits
 from megatron_depthattn.hf.loading import load_causal_lm
 from megatron_depthattn.train.checkpoint import load_checkpoint
-from tests.e2e.commands import must_succeed, python, torchrun
+from tests.e2e.commands import must_succeed, torchrun
 from tests.reference_decoder import decoder_logits
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
 BF16_BOUND = 0.05  # of the logits' norm: eight bits of mantissa; the largest single error varies more, with the CPU
-TOOL = "tools/convert_checkpoint.py"
 STEP = "checkpoints/step_00000002"
 SHORT = ["train.steps=2", "train.eval_interval=null", "run.seed=3", "model.init_std=0.3"]  # logits of order one
 
 LAYOUTS = {
-    "pp2-tied": (
+    "pp2-tied-looped": (
         2,
         [
-            *("parallel.pipeline=2", "model.tie_embeddings=true", "model.depth_attention.stride=3"),
-            "model.vocab_size=391",
+            *("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_loops=2", "model.tie_embeddings=true"),
+            *("model.vocab_size=391", "model.depth_attention.stride=3"),
         ],
     ),
-    "pp2-looped": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_loops=2"]),
     "tp2-pp2-bf16": (
         4,
         [
@@ -117,17 +115,13 @@ def test_megatron_hf_and_reference_agree(exported, layout: str):
     assert in_bf16 <= BF16_BOUND
 
 
-def test_verify_passes_as_a_command(exported):
-    made = exported("tp2-pp2-bf16")
-    output = must_succeed(python(TOOL, "verify", "--checkpoint", made.step, "--model", made.hf)).stdout
-    assert output.count(" ok ") == 6
-    assert "FAILED" not in output
-
-
-@pytest.mark.parametrize("layout", ["pp2-tied", "pp2-looped"])
-def test_verify_passes(exported, layout: str):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_verify_passes(exported, capsys: pytest.CaptureFixture[str], layout: str):
     made = exported(layout)
+    capsys.readouterr()
     assert convert("verify", "--checkpoint", made.step, "--model", made.hf) == 0
+    output = capsys.readouterr().out
+    assert output.count(" ok ") == 6 and "FAILED" not in output
 
 
 @pytest.mark.parametrize(
@@ -141,7 +135,7 @@ def test_verify_passes(exported, layout: str):
 def test_verify_fails_for_another_model(
     exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, failing: list[str]
 ):
-    made = exported("pp2-tied")
+    made = exported("pp2-tied-looped")
     folder = tmp_path / "hf"
     shutil.copytree(made.hf, folder)
     tensors, config = load_file(made.hf / "model.safetensors"), dict(made.config)
@@ -160,7 +154,7 @@ def test_verify_fails_for_another_model(
 
 
 def test_an_import_trains_under_another_layout_from_the_same_bits(exported, config_file: Path, tmp_path: Path):
-    """tp2 x pp2 -> Hugging Face -> pp4: a step too small to change a bit shows what pp4 had loaded."""
+    """tp2 x pp2 -> Hugging Face -> pp2: a step too small to change a bit shows what pp2 had loaded."""
     made = exported("tp2-pp2-bf16")
     imported, source = tmp_path / "imported", tmp_path / "hf"
     shutil.copytree(made.hf, source)
@@ -169,9 +163,9 @@ def test_an_import_trains_under_another_layout_from_the_same_bits(exported, conf
     assert convert("from-hf", "--model", source, "--output", imported) == 0
     model = yaml.safe_load((imported / "model.yaml").read_text())["model"]
     assert model["depth_attention"] == {"enabled": True, "stride": 2, "recent_window": 2}
-    settings = ["parallel.pipeline=4", "precision.dtype=bf16", "optimizer.lr=1e-30", f"run.dir={tmp_path / 'run'}"]
+    settings = ["parallel.pipeline=2", "precision.dtype=bf16", "optimizer.lr=1e-30", f"run.dir={tmp_path / 'run'}"]
     train = ("-m", "megatron_depthattn.train", config_file, imported / "model.yaml", f"checkpoint.load={imported}")
-    output = must_succeed(torchrun(4, *train, *settings, "train.steps=1", "train.eval_interval=null", "run.seed=8"))
+    output = must_succeed(torchrun(2, *train, *settings, "train.steps=1", "train.eval_interval=null", "run.seed=8"))
     assert f"start: {imported}, at step 0" in output.stdout
     before, after = MegatronCheckpoint(made.step), MegatronCheckpoint(tmp_path / "run/checkpoints")
     assert before.weights.keys() == after.weights.keys()
@@ -183,7 +177,7 @@ def test_an_import_trains_under_another_layout_from_the_same_bits(exported, conf
 
 
 def test_an_import_of_another_shape_is_refused(exported, config_file: Path, tmp_path: Path):
-    made = exported("pp2-tied")
+    made = exported("pp2-tied-looped")
     imported = tmp_path / "imported"
     assert convert("from-hf", "--model", made.hf, "--output", imported) == 0
     other = to_dict(load_config(config_file, ["model.rotary_base=77", "model.tie_embeddings=true"]))
@@ -207,7 +201,7 @@ def test_an_import_of_another_shape_is_refused(exported, config_file: Path, tmp_
 def test_bad_input_is_one_line(
     exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ):
-    made = exported("pp2-tied")
+    made = exported("pp2-tied-looped")
     assert convert(*[word.format(tmp=tmp_path, step=made.step, hf=made.hf) for word in arguments]) == 1
     errors = capsys.readouterr().err
     assert message in errors
@@ -215,7 +209,7 @@ def test_bad_input_is_one_line(
 
 
 def test_model_card_tells_what_the_run_recorded(exported):
-    made = exported("pp2-tied")
+    made = exported("pp2-tied-looped")
     card = (made.hf / "README.md").read_text()
     metrics = [json.loads(line) for line in (made.step.parents[1] / "metrics.jsonl").read_text().splitlines()]
     assert f"| training loss (nats per token, step 2) | {metrics[1]['loss']:.4f} |" in card
