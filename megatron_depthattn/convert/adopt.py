@@ -4,14 +4,7 @@ from pathlib import Path
 
 from megatron_depthattn.convert.complete_folder import complete_folder
 from megatron_depthattn.convert.from_hf import hf_groups, read_finite, tokenizer_of
-from megatron_depthattn.convert.hf_writer import (
-    GENERATION_CONFIG,
-    copy_files,
-    model_files,
-    write_json,
-    write_tokenizer,
-    write_weights,
-)
+from megatron_depthattn.convert.hf_writer import GENERATION_CONFIG, copy_files, write_model
 from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder
 
@@ -40,14 +33,13 @@ def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> list[st
     special_tokens = {f"{part}_token_id": source.config.get(f"{part}_token_id") for part in ("bos", "eos", "pad")}
     dtype = str(source.dtypes[names[0]]).removeprefix("torch.")
     config = to_hf_config(model, dtype=dtype, special_tokens=special_tokens)
+    config["depth_attention_k_norm_after_rope"] = True
     sizes = {name: source.num_bytes(name) for name in names}
     tokenizer, notes = tokenizer_of(source)
     with complete_folder(
         output, marker=CONFIG, source=source.folder, num_bytes=sum(sizes.values()), overwrite=overwrite
     ) as folder:
-        write_json(folder / CONFIG, config | {"depth_attention_k_norm_after_rope": True})
-        write_weights(folder, sizes, lambda name: [(name, read_finite(source, name))])
-        copy_files([source.folder / GENERATION_CONFIG, *model_files(config["model_type"])], folder)
-        if tokenizer:
-            write_tokenizer(source.folder, tokenizer, folder)
+        found = (source.folder, tokenizer) if tokenizer else None
+        write_model(folder, config, sizes, lambda name: [(name, read_finite(source, name))], found)
+        copy_files([source.folder / GENERATION_CONFIG], folder)
     return notes

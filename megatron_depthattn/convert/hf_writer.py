@@ -26,6 +26,21 @@ GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 500 << 20  # what is held in memory at a time, about twice
 
 
+def write_model(
+    folder: Path,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    produce: Callable[[str], Iterable[tuple[str, Tensor]]],
+    tokenizer: tuple[Path, PreTrainedTokenizerFast] | None,
+) -> None:
+    """Write config, weights (see `write_weights`), the model's code, and the tokenizer of a folder."""
+    write_json(folder / CONFIG, config)
+    write_weights(folder, sizes, produce)
+    copy_files(model_files(config["model_type"]), folder)
+    if tokenizer:
+        write_tokenizer(*tokenizer, folder)
+
+
 def write_weights(
     folder: Path, sizes: Mapping[str, int], produce: Callable[[str], Iterable[tuple[str, Tensor]]]
 ) -> None:

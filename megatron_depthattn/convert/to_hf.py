@@ -10,15 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from megatron_depthattn.convert.complete_folder import complete_folder
-from megatron_depthattn.convert.hf_writer import (
-    GENERATION_CONFIG,
-    copy_files,
-    model_files,
-    tokenizer_files,
-    write_json,
-    write_tokenizer,
-    write_weights,
-)
+from megatron_depthattn.convert.hf_writer import GENERATION_CONFIG, tokenizer_files, write_json, write_model
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
 from megatron_depthattn.data.tokenizer import file_sha256
@@ -66,11 +58,8 @@ def export(
     with complete_folder(
         output, marker=CONFIG, source=checkpoint.folder, num_bytes=num_bytes, overwrite=overwrite
     ) as folder:
-        write_json(folder / CONFIG, config)
-        write_weights(folder, sizes, lambda name: hf_tensors(checkpoint, [by_name[name]]))
-        copy_files(model_files(config["model_type"]), folder)
-        if found and loaded:
-            write_tokenizer(found, loaded, folder)
+        tokenizer_found = (found, loaded) if found and loaded else None
+        write_model(folder, config, sizes, lambda name: hf_tensors(checkpoint, [by_name[name]]), tokenizer_found)
         GenerationConfig(**special_tokens).save_pretrained(folder)
         if generation:
             write_json(folder / GENERATION_CONFIG, generation)
