@@ -354,7 +354,7 @@ class StreamConnector(MethodWeights):
         self.residual_scale = nn.Parameter(torch.zeros(1))
 
     def initial(self) -> dict[str, Tensor | float]:
-        """The mean of the streams is read, and each goes on nearly as it is."""
+        """The mean of the streams is read, and each stays nearly as it is."""
         n = self.num_streams
         mixing = torch.full((n, n), 0.01 / (n - 1)).fill_diagonal_(0.99)
         return {
