@@ -107,5 +107,5 @@ def _show(result: Evaluation, seconds: float, samples_in_split: int, length: int
         ("bits per byte", per_byte, ""),
     ]
     print_table(("", "", ""), rows, show_header=False, box=None)
-    print(f"bytes: {result.bytes_source}")
     print("a run's own held-out loss is of its first train.eval_batches x train.global_batch_size samples alone")
+    print(f"bytes: {result.bytes_source}")
