@@ -31,8 +31,6 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 from filelock import FileLock, Timeout
-from streaming.base.storage import CloudDownloader
-from streaming.base.util import retry
 
 from megatron_depthattn.data.shard_index import (
     INDEX_NAME,
@@ -67,6 +65,10 @@ def download(url: str, file: Path) -> None:
     Raises:
         ValueError: it could not be had.
     """
+
+    # streaming brings transformers, scikit-learn and torchvision: seconds that a local corpus need not cost
+    from streaming.base.storage import CloudDownloader
+    from streaming.base.util import retry
 
     def attempt() -> None:
         file.unlink(missing_ok=True)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
-from streaming import MDSWriter
 
 from megatron_depthattn.data.shard_index import TOKEN_COLUMN
 from megatron_depthattn.durable import fsync_path
@@ -99,6 +98,8 @@ class SplitWriter:
 
     def _write_shard(self, number: int, stream: Tokens) -> dict[str, Any]:
         """The library writes a data set of one shard, aside; the shard gets its number and place, and is on disk."""
+        from streaming import MDSWriter  # brings transformers, scikit-learn and torchvision
+
         aside = self._folder / f"shard.{number:05}.part"
         shutil.rmtree(aside, ignore_errors=True)
         columns = {TOKEN_COLUMN: f"ndarray:{self._dtype}:{self._length + 1}"}

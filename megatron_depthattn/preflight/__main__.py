@@ -23,10 +23,10 @@ def main() -> int:
 
     from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.parallel.launch_env import launch_environment
+    from megatron_depthattn.quiet import silence_libraries
     from megatron_depthattn.terminal import printable
-    from megatron_depthattn.train.__main__ import silence_noise
 
-    silence_noise()
+    silence_libraries()
     rank = 0
     try:
         environment = launch_environment()

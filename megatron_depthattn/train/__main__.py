@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import traceback
-import warnings
 
 from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
+from megatron_depthattn.quiet import silence_libraries
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import RunError, is_consequence, leave_at_once, write_error_record
 from megatron_depthattn.train.stop_signals import StopSignals
-
-# What Megatron-Core and torch say, on every rank, about optional packages and themselves; none of it is about the run.
-_NOISE = (
-    "Apex|Transformer Engine",
-    "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf",
-    "`load_state_dict` is deprecated",
-)
 
 
 def main() -> int:
@@ -30,7 +21,7 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
     arguments = parser.parse_args()
-    silence_noise()
+    silence_libraries()
 
     environment = LaunchEnvironment(rank=0, world_size=1, local_rank=0, launched=False)
     try:
@@ -60,14 +51,6 @@ def _tell(error: BaseException, environment: LaunchEnvironment) -> None:
     text = line if is_one_line else "".join(traceback.format_exception(error))
     write_error_record(environment, error, text)
     print(printable(text), file=sys.stderr, flush=True)
-
-
-def silence_noise() -> None:
-    """Before torch and Megatron-Core are imported, so that a user's first lines are about the run."""
-    for pattern in _NOISE:
-        warnings.filterwarnings("ignore", message=f".*({pattern})")
-    for name in ("megatron.core", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this module again

@@ -9,17 +9,17 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_depthattn.config import RunConfig, save_config
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Reporter:
@@ -44,7 +44,7 @@ class Reporter:
         drop_steps_after(self._path, first_step)
         self._metrics, self._log = AppendFile(self._path), AppendFile(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard"
-        self._tensorboard: SummaryWriter | None = SummaryWriter(str(self._curves), purge_step=first_step + 1)
+        self._tensorboard: SummaryWriter | None = _curve_writer(self._curves, purge_step=first_step + 1)
         self._progress = _progress_bar() if sys.stdout.isatty() else None
         self._task = self._progress.add_task("train", total=last_step, completed=first_step) if self._progress else None
         self._is_waiting = False
@@ -126,7 +126,7 @@ class Reporter:
 
     def _draw(self, metrics: dict[str, Any]) -> None:
         try:
-            self._tensorboard = self._tensorboard or SummaryWriter(str(self._curves))
+            self._tensorboard = self._tensorboard or _curve_writer(self._curves)
             for name, value in (metrics | depth_curves(metrics["depth"])).items():
                 if name not in ("step", "depth") and value is not None:
                     self._tensorboard.add_scalar(name, value, metrics["step"])
@@ -154,7 +154,16 @@ def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 
+def _curve_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
 def _progress_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -57,6 +57,7 @@ PURE = {
     },
     "parallel/rank_spans.py": set(),
     "terminal.py": set(),
+    "quiet.py": set(),
     "preflight/report.py": set(),
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
     "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "switches")},
