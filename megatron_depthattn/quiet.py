@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 import warnings
 
 _LIBRARIES = r"(megatron\.core|torch|torchao|transformers|huggingface_hub|streaming|deepspeed|apex)\b"
@@ -27,6 +27,4 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    inherited = os.environ.get("PYTHONWARNINGS")
-    if inherited is None:  # a user's own setting stays
-        os.environ["PYTHONWARNINGS"] = ",".join(f"ignore:{message}" for message in _MESSAGES)
+    sys.warnoptions += [f"ignore:{message}" for message in _MESSAGES]  # multiprocessing hands them to its children

@@ -94,7 +94,8 @@ class Corpus(Dataset[torch.Tensor]):
         """One line a stream, for people: its share, its samples, and the epochs read so far and at the end."""
         now, end = self.epochs(consumed_samples, seed=seed), self.epochs(last_sample, seed=seed)
         return [
-            f"stream {number}: {stream.path}, {slots} of {SLOTS_PER_BLOCK} samples, {stream.num_samples:,} stored "
-            f"(ids from {offset}), epochs read {now[number]:.2f}, at the end {end[number]:.2f}"
+            f"stream {number}: {stream.path}: {stream.num_samples:,} samples (ids from {offset}), "
+            f"{100 * slots / SLOTS_PER_BLOCK:g} % of what is read; epochs read {now[number]:.2f}, at the end "
+            f"{end[number]:.2f}"
             for number, (stream, slots, offset) in enumerate(zip(self.streams, self.slots, self.offsets, strict=False))
         ]

@@ -17,6 +17,9 @@ from megatron_depthattn.data.loader import MicroBatch, TokenLoader, build_loader
 from megatron_depthattn.train.errors import OtherRankError
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
+MUCH_SMALLER = 0.75
+"""A tokenizer with at most this share of model.vocab_size is worth a line."""
+
 
 class GlobalBatches:
     """This rank's microbatches of one global batch after another, from a split of the prepared corpora.
@@ -60,7 +63,15 @@ class GlobalBatches:
 
     def describe(self, consumed_samples: int, last_sample: int) -> list[str]:
         """One line a stream for people: its share, its samples, its epochs after so many samples and at the end."""
-        return self._corpus.describe(consumed_samples, last_sample, seed=self._seed)
+        lines = self._corpus.describe(consumed_samples, last_sample, seed=self._seed)
+        given = self._config.model.vocab_size
+        used = max((stream.manifest or {}).get("vocab_size", given) for stream in self._corpus.streams)
+        if used <= given * MUCH_SMALLER:
+            lines.append(
+                f"vocabulary: the tokenizer of the data has {used:,} tokens and model.vocab_size is {given:,}; the "
+                f"other rows of the embedding are never used: model.vocab_size={used} makes the model smaller"
+            )
+        return lines
 
     def seek(self, consumed_samples: int) -> None:
         """Go on from this many samples since the start of the split."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_depthattn.config import RunConfig
@@ -28,7 +30,7 @@ def opening_lines(
         depth_line(megatron, flops),
         f"layout: {world_size} ranks = data {world_size // (parallel.tensor * parallel.pipeline * parallel.context)} x "
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
-        f"pipeline {parallel.pipeline} ({parallel.virtual_pipeline} chunks a stage)",
+        f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage)",
         *hop_lines(config, megatron),
         f"start: {start}",
     ]
@@ -36,17 +38,17 @@ def opening_lines(
 
 def depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
     """What layers share and its arithmetic in one line."""
-    price = f"{100 * flops.mix / flops.total:.3f} % of the forward arithmetic"
+    cost = f"{100 * flops.mix / flops.total:.3f} % of the forward arithmetic"
     if definition := megatron.method_definition:
         settings = "".join(f", {key} {value}" for key, value in megatron.method_settings.items())
-        return f"{definition.title}{settings}: {definition.num_parameters:,} parameters more, {price}"
+        return f"{definition.title}{settings}: {definition.num_parameters:,} additional parameters, {cost}"
     if not megatron.attends_over_depth:
         return "depth attention: off (vanilla)"
     plan = megatron.source_plan
     everyone = sorted({source for layer in range(plan.num_layers) for source in plan.sources(layer)})
     return (
         f"depth attention: stride {megatron.depth_attention_stride}, recent window "
-        f"{megatron.depth_attention_recent_window}; layers {everyone} are sources; {price}"
+        f"{megatron.depth_attention_recent_window}; layers {everyone} are sources; {cost}"
     )
 
 
@@ -61,15 +63,6 @@ def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
         rows=config.train.micro_batch_size * positions,
         bytes_per_element=2 if config.precision.dtype == "bf16" else 4,
     )
-
-
-_NEXT = (
-    "what to try next (each is one key; give every run its own run.dir):",
-    "  longer             train.steps=600 with the same run.dir and checkpoint.load=latest",
-    "  without the mix    model.method=vanilla (others: denseformer, attnres, mhc)",
-    "  every layer reads every earlier one   model.depth_attention.stride=1",
-    "  another layout     parallel.pipeline=1 parallel.tensor=2 parallel.sequence=true",
-)
 
 
 class Cost:
@@ -101,21 +94,19 @@ class Cost:
             return [f"{stopped}, nothing new to save: start the same command again"]
         tokens = self._steps * config.train.global_batch_size * config.data.sequence_length
         lines = [
-            f"trained {self._steps} steps to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
-            f"{world_size} ranks in {time.monotonic() - self._started:.0f} s "
+            f"trained {_counted(self._steps, 'step')} to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
+            f"{_counted(world_size, 'rank')} in {time.monotonic() - self._started:.0f} s "
             f"({tokens / max(self._step_seconds, 1e-9):,.0f} tokens/s in steps), "
             f"peak memory {peak_memory_gb():.2f} GB on rank 0"
         ]
         if self._held_out:
             (first, before), (last, after) = self._held_out[0], self._held_out[-1]
-            lines.append(
-                f"held-out loss: {before:.4f} at step {first}, {after:.4f} at step {last} (nats per token; "
-                f"down {before - after:.2f})"
-            )
+            end_loss = f", {after:.4f} at step {last} (down {before - after:.2f})" if last != first else ""
+            lines.append(f"held-out loss in nats per token: {before:.4f} at step {first}{end_loss}")
         goodput = end["goodput"]
         lines.append(
             f"goodput: {100 * goodput['goodput']:.1f} % ({goodput['useful_seconds']:.0f} s in steps that count, of "
-            f"{goodput['wall_seconds']:.0f} s over {goodput['starts']} starts)"
+            f"{goodput['wall_seconds']:.0f} s over {_counted(goodput['starts'], 'start')})"
         )
         if progress.skipped_steps:
             lines.append(f"{progress.skipped_steps} steps of the run were not finite and changed nothing")
@@ -125,7 +116,40 @@ class Cost:
             return lines
         return [
             *lines,
-            f"record: {config.run.dir}/metrics.jsonl; curves: tensorboard --logdir {config.run.dir}",
+            f"record: {config.run.dir}/metrics.jsonl",
             "",
-            *_NEXT,
+            *next_lines(config, world_size),
         ]
+
+
+def next_lines(config: RunConfig, world_size: int) -> list[str]:
+    """What to try after this run: commands that hold for its method, its layout and its folders."""
+    run_dir, method, parallel = config.run.dir, config.model.effective_method, config.parallel
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    program = str(tensorboard) if tensorboard.exists() else f"{sys.executable} -m tensorboard.main"
+    hints = {
+        "curves": f"{program} --logdir {run_dir}",
+        "export": f"depthattn convert to-hf --checkpoint {config.checkpoint_dir} --output {run_dir}/hf",
+        "longer": f"train.steps={2 * config.train.steps} with the same run.dir and checkpoint.load=latest",
+        "baseline": "model.method=vanilla",
+    }
+    if method == "vanilla":
+        hints["baseline"] = "this run; with Depth-Attention: model.method=depth_attention"
+        if config.model.method == "depth_attention":
+            hints["baseline"] = "this run; with Depth-Attention: model.depth_attention.enabled=true"
+    hints["compare"] = f"depthattn compare {run_dir} OTHER_RUN_DIR"
+    if method == "depth_attention" and config.model.depth_attention.stride != 1:
+        hints["denser"] = "model.depth_attention.stride=1 (every layer reads every earlier one)"
+    heads = config.model.num_query_groups
+    if parallel.tensor == 1 and world_size > 1 and heads % world_size == 0 and config.engine.name == "megatron":
+        one = "parallel.virtual_pipeline=1 " if parallel.virtual_pipeline > 1 else ""
+        others = f"{one}parallel.pipeline=1 parallel.context=1"
+        hints["layout"] = f"parallel.tensor={world_size} parallel.sequence=true {others} (the same losses)"
+    return [
+        "what to try next (one setting each; another run.dir for every run but a longer one):",
+        *(f"  {name:<9} {hint}" for name, hint in hints.items()),
+    ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

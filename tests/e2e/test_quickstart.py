@@ -44,7 +44,7 @@ def test_quickstart_learns_and_exports(tmp_path: Path):
     assert "hop 0 -> 1:" in output
     assert "what to try next" in output
     losses = [json.loads(line)["eval_loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    first = float(output.split("held-out loss: ")[1].split()[0])
+    first = float(output.split("held-out loss in nats per token: ")[1].split()[0])
     assert first - losses[-1] >= 1.2
 
     export, verify, generate = (

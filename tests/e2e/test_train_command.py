@@ -60,7 +60,7 @@ def test_run_directory(undisturbed: Path):
     log = (undisturbed / "log.txt").read_text()
     assert "model.spec=local (auto: no GPU)" in log
     assert "depth attention: stride 2" in log
-    assert "held-out loss:" in log
+    assert "held-out loss in nats per token:" in log
     assert "step 12/12" in log
 
 

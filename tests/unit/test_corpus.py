@@ -70,7 +70,8 @@ def test_one_stream_is_the_plain_sequence(folder: Path) -> None:
     ids = corpus.sequence(seed=1, shuffle=False).sample_ids(np.arange(50))
     assert ids.tolist() == list(itertools.islice(itertools.cycle(range(23)), 50))
     assert corpus.describe(23, 46, seed=1) == [
-        f"stream 0: {folder / 'books'}, 1000 of 1000 samples, 23 stored (ids from 0), epochs read 1.00, at the end 2.00"
+        f"stream 0: {folder / 'books'}: 23 samples (ids from 0), 100 % of what is read; "
+        "epochs read 1.00, at the end 2.00"
     ]
 
 

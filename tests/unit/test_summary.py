@@ -1,0 +1,45 @@
+"""The lines that a run closes with: they fit the run."""
+
+from megatron_depthattn.config import load_config
+from megatron_depthattn.train.step_folders import Progress
+from megatron_depthattn.train.summary import Cost, next_lines
+
+GOODPUT = {"goodput": 1.0, "useful_seconds": 1.0, "wall_seconds": 1.0, "starts": 1}
+
+
+def hints(*settings: str, world_size: int = 1) -> str:
+    config = load_config("configs/quickstart.yaml", ["run.dir=runs/own", "parallel.pipeline=1", *settings])
+    return "\n".join(next_lines(config, world_size))
+
+
+def test_hints_fit_the_method():
+    assert "model.method=vanilla" in hints() and "stride=1" in hints()
+    vanilla = hints("model.method=vanilla")
+    assert "model.method=vanilla" not in vanilla and "model.method=depth_attention" in vanilla
+    assert "stride" not in vanilla
+    assert "model.depth_attention.enabled=true" in hints("model.depth_attention.enabled=false")
+
+
+def test_hints_name_the_run_s_own_folders():
+    text = hints("checkpoint.dir=elsewhere/steps")
+    assert "--checkpoint elsewhere/steps --output runs/own/hf" in text
+    assert "depthattn compare runs/own " in text and "--logdir runs/own" in text
+
+
+def test_another_layout_is_offered_where_there_are_ranks_for_it():
+    assert "parallel.tensor" not in hints()
+    assert "parallel.tensor=2" in hints("parallel.pipeline=2", world_size=2)
+    assert "parallel.tensor" not in hints("parallel.tensor=2", world_size=2)
+
+
+def test_one_held_out_loss_is_said_once():
+    cost = Cost()
+    cost.add_step(1.0)
+    cost.add_held_out(0, 7.6534)
+    config = load_config("configs/quickstart.yaml", [])
+    lines = cost.closing_lines(config, Progress(step=1), 1, {"outcome": "stop_after", "goodput": GOODPUT})
+    assert "held-out loss in nats per token: 7.6534 at step 0" in lines
+    assert lines[0].startswith("trained 1 step to step 1:") and " on 1 rank in " in lines[0]
+    cost.add_held_out(1, 7.0)
+    lines = cost.closing_lines(config, Progress(step=1), 1, {"outcome": "stop_after", "goodput": GOODPUT})
+    assert "held-out loss in nats per token: 7.6534 at step 0, 7.0000 at step 1 (down 0.65)" in lines
