@@ -28,8 +28,8 @@ def fsync_path(path: Path) -> None:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
-    with _written_aside(path, text) as aside:
-        aside.replace(path)
+    with _staged(path, text) as staging:
+        staging.replace(path)
 
 
 def create_durably(path: Path, text: str) -> None:
@@ -38,9 +38,9 @@ def create_durably(path: Path, text: str) -> None:
     Raises:
         FileExistsError: the file is there.
     """
-    with _written_aside(path, text) as aside:
+    with _staged(path, text) as staging:
         try:
-            os.link(aside, path)  # a rename would replace what another process has written
+            os.link(staging, path)  # a rename would replace what another process has written
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
@@ -49,18 +49,18 @@ def create_durably(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _written_aside(path: Path, text: str) -> Iterator[Path]:
+def _staged(path: Path, text: str) -> Iterator[Path]:
     """A new file beside ``path`` that holds the text; no other process writes it, and no link is followed."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     with naming(path):
         try:
-            with aside.open("x", encoding="utf-8") as file:
+            with staging.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            yield aside
+            yield staging
         finally:
-            aside.unlink(missing_ok=True)
+            staging.unlink(missing_ok=True)
         fsync_path(path.parent)
 
 
@@ -117,19 +117,19 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def publish_folder(aside: Path, final: Path) -> None:
+def publish_folder(staging: Path, final: Path) -> None:
     """Give a complete folder, whose files are on disk already, its name, in place of a folder that has it now.
 
     Should the rename fail, the folder that had the name keeps it. A process that dies between two renames leaves it as
     ``.<name>.old``, which `recover_folder` brings back.
     """
     replaced = _replaced(final)
-    fsync_path(aside)
+    fsync_path(staging)
     try:
         if os.path.lexists(final):
             remove(replaced)
             final.rename(replaced)
-        aside.rename(final)
+        staging.rename(final)
         fsync_path(final.parent)
     finally:
         recover_folder(final)

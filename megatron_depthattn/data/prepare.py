@@ -30,13 +30,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_depthattn.data.documents import CorpusFile, corpus_files
 from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, parts
 from megatron_depthattn.data.encode_pool import EncodePool
-from megatron_depthattn.data.prepare_outcome import SKIPPED, outcome_counts, refuse_empty, write_sources
+from megatron_depthattn.data.prepare_outcome import SKIPPED, check_not_empty, outcome_counts, write_sources
 from megatron_depthattn.data.prepare_settings import (
     FORMAT_VERSION,
     PrepareSettings,
     check_settings,
+    check_skipped_damage,
     existing_manifest,
-    refuse_skipped_damage,
     settings_record,
 )
 from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
@@ -98,7 +98,7 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
     manifest = existing_manifest(settings, record)
     if manifest is not None:
         remove_leftover(output)
-        refuse_skipped_damage(settings, manifest["skipped"], str(output))
+        check_skipped_damage(settings, manifest["skipped"], str(output))
         return Prepared(manifest=manifest, already_prepared=True)
     with open_unfinished(output) as unfinished:
         preparation = _Preparation(settings, files, record, given, unfinished, on_progress)
@@ -154,7 +154,7 @@ class _Preparation:
         found = self._unfinished.load(self._record_to_continue, overwrite=self._settings.overwrite)
         if found is not None:
             self._merged, states = found
-            refuse_skipped_damage(self._settings, self._merged.skipped, str(self._unfinished.folder))
+            check_skipped_damage(self._settings, self._merged.skipped, str(self._unfinished.folder))
         encoder = Encoder(self._prepare_tokenizer(is_new=found is None))
         if found is None:
             states = {split: SplitState([], encoder.no_tokens) for split in self._splits}
@@ -195,7 +195,7 @@ class _Preparation:
                 left -= len(part.data)
                 if left <= 0:
                     return
-            self._refuse_damage(unit, encoded)
+            self._check_damage(unit, encoded)
 
     def _encode_and_merge(self, encoder: Encoder) -> None:
         merged, limit = self._merged, self._settings.max_bytes or sys.maxsize
@@ -210,7 +210,7 @@ class _Preparation:
                 for unit, encoded in pool.encode_in_order(units, limit + 4):
                     if merged.bytes + encoded.bytes >= limit:
                         encoded = pool.submit(unit.content, limit - merged.bytes).result()
-                    self._refuse_damage(unit, encoded)
+                    self._check_damage(unit, encoded)
                     is_whole = False
                     self._merge(unit, encoded)
                     is_whole = True
@@ -227,12 +227,12 @@ class _Preparation:
                     self._save()
             raise
 
-    def _refuse_damage(self, unit: Unit, encoded: Encoded) -> None:
+    def _check_damage(self, unit: Unit, encoded: Encoded) -> None:
         damage = encoded.first_damage
         if not damage and unit.outcome is not None and unit.outcome.kind == "damaged":
             damage = f"{self._files[unit.outcome.file].path}: {unit.outcome.message}"
         if damage and self._settings.on_corrupt == "error":
-            raise ValueError(f"{damage}; repair it, or pass --on-corrupt skip to go on without it and count it")
+            raise ValueError(f"{damage}; repair it, or pass --on-corrupt skip to continue without it and count it")
 
     def _merge(self, unit: Unit, encoded: Encoded) -> None:
         merged = self._merged
@@ -283,7 +283,7 @@ class _Preparation:
             counts = merged.counts[split]
             counts["samples"], counts["dropped_tail_tokens"] = writer.finish()
         try:
-            refuse_empty(self._settings, merged, self._splits)
+            check_not_empty(self._settings, merged, self._splits)
         except ValueError:
             self._unfinished.clear()  # no other settings can continue it
             raise

@@ -44,7 +44,7 @@ def outcome_counts(merged: Merged, splits: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def refuse_empty(settings: PrepareSettings, merged: Merged, splits: Sequence[str]) -> None:
+def check_not_empty(settings: PrepareSettings, merged: Merged, splits: Sequence[str]) -> None:
     """Raise ValueError if a split has no sample."""
     counts = merged.counts
     if not any(counts[split]["documents"] for split in splits):

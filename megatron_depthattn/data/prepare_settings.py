@@ -110,7 +110,7 @@ def changed_settings(stored: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {stored.get(key)!r}, not {new[key]!r}" for key in new if stored.get(key) != new[key])
 
 
-def refuse_skipped_damage(settings: PrepareSettings, skipped: Mapping[str, int], where: str) -> None:
+def check_skipped_damage(settings: PrepareSettings, skipped: Mapping[str, int], where: str) -> None:
     if settings.on_corrupt == "error" and (skipped["damaged_files"] or skipped["damaged_records"]):
         raise ValueError(
             f"{where} leaves out {skipped['damaged_files']} damaged files and {skipped['damaged_records']} damaged "

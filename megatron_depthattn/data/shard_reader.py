@@ -20,7 +20,6 @@ import errno
 import gzip
 import logging
 import os
-import shutil
 import stat
 import tempfile
 import zlib
@@ -40,6 +39,7 @@ from megatron_depthattn.data.shard_index import (
     new_hash,
     parse_index,
 )
+from megatron_depthattn.durable import remove
 from megatron_depthattn.parallel.patience import announced
 
 DOWNLOAD_ATTEMPTS = 3
@@ -166,14 +166,6 @@ def _expanded(stream: IO[bytes], compression: str | None) -> _Source:
     return zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
 
 
-def _remove(leftover: Path) -> None:
-    """Remove a file, a folder or a link, as a link."""
-    if leftover.is_dir() and not leftover.is_symlink():
-        shutil.rmtree(leftover)
-    else:
-        leftover.unlink(missing_ok=True)
-
-
 class Shards:
     """One split's samples by number. Opening reads the index; a shard is fetched and checked on first use.
 
@@ -292,19 +284,19 @@ class Shards:
             ) from error
 
     def _make(self, file: Path, shard: ShardEntry, reason: str) -> None:
-        aside = file.with_name(f".{file.name}.part")
+        staging = file.with_name(f".{file.name}.part")
         fetched = file.with_name(f".{file.name}.fetched")
         try:
-            for leftover in (aside, fetched):  # of a killed process, or placed there by another user of the cache
-                _remove(leftover)
-            with open(aside, "xb") as target:  # x: a new file, never through a link
+            for leftover in (staging, fetched):  # of a killed process, or placed there by another user of the cache
+                remove(leftover)
+            with open(staging, "xb") as target:  # x: a new file, never through a link
                 self._write_raw(target, shard, fetched)
-            aside.replace(file)
+            staging.replace(file)
         except ValueError as error:
             raise error if reason == MISSING else ValueError(f"{file} {reason}, and {error}") from error
         finally:
-            for leftover in (aside, fetched):
-                _remove(leftover)
+            for leftover in (staging, fetched):
+                remove(leftover)
         if reason != MISSING:
             logger.warning("note: %s %s; it was made again from %s", file, reason, self.origin)
 

@@ -97,22 +97,22 @@ class SplitWriter:
             self._pending = None
 
     def _write_shard(self, number: int, stream: Tokens) -> dict[str, Any]:
-        """The library writes a data set of one shard, aside; the shard gets its number and place, and is on disk."""
+        """Write a data set of one shard in a staging folder; the shard gets its number and place, and is on disk."""
         from streaming import MDSWriter  # brings transformers, scikit-learn and torchvision
 
-        aside = self._folder / f"shard.{number:05}.part"
-        shutil.rmtree(aside, ignore_errors=True)
+        staging = self._folder / f"shard.{number:05}.part"
+        shutil.rmtree(staging, ignore_errors=True)
         columns = {TOKEN_COLUMN: f"ndarray:{self._dtype}:{self._length + 1}"}
-        writer = MDSWriter(columns=columns, out=str(aside), compression="zstd", hashes=["xxh64"], size_limit=None)
+        writer = MDSWriter(columns=columns, out=str(staging), compression="zstd", hashes=["xxh64"], size_limit=None)
         for sample in sliding_window_view(stream, self._length + 1)[:: self._length]:
             writer.write({TOKEN_COLUMN: sample})
         writer.finish()
-        (entry,) = json.loads((aside / "index.json").read_text())["shards"]
+        (entry,) = json.loads((staging / "index.json").read_text())["shards"]
         for data in (entry["raw_data"], entry["zip_data"]):
             written, data["basename"] = data["basename"], data["basename"].replace("00000", f"{number:05}")
-        fsync_path(aside / written)
-        (aside / written).replace(self._folder / data["basename"])
+        fsync_path(staging / written)
+        (staging / written).replace(self._folder / data["basename"])
         fsync_path(self._folder)
-        shutil.rmtree(aside)
+        shutil.rmtree(staging)
         result: dict[str, Any] = entry
         return result

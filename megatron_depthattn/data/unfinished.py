@@ -107,12 +107,12 @@ class Unfinished:
             "shards": {split: of.shards for split, of in splits.items()},
         }
         file = self.folder / PROGRESS_NAME
-        aside = file.with_name(f"{PROGRESS_NAME}.part")
+        staging = file.with_name(f"{PROGRESS_NAME}.part")
         content = io.BytesIO()  # a zip file on a disk that fills up ends in complaints of its own
         np.savez(content, allow_pickle=False, state=json.dumps(state), **{s: of.tokens for s, of in splits.items()})
-        aside.write_bytes(content.getbuffer())
-        fsync_path(aside)
-        aside.replace(file)
+        staging.write_bytes(content.getbuffer())
+        fsync_path(staging)
+        staging.replace(file)
         fsync_path(self.folder)
 
     def clear(self) -> None:

@@ -1,6 +1,6 @@
 """What Depth-Attention keeps for backward above the vanilla model, counted from the source plan.
 
-Pure: integers in, integers out, in numbers (elements) per token, for a whole model on one pipeline stage.
+Pure: integers in, integers out, in elements per token, for a whole model on one pipeline stage.
 
 A layer's key and value are there in vanilla too, and core attention keeps the q, k and v that it is given. But the
 value is there a view of the fused QKV projection. Where the norm of k keeps that projection alive in both models
@@ -38,10 +38,10 @@ class DepthActivations:
 
 
 def source_numbers(plan: SourcePlan, *, key_size: int) -> int:
-    """Key and mixed value of every layer that is read, numbers per token: the least that can be kept of them.
+    """Key and mixed value of every layer that is read, elements per token: the least that can be kept of them.
 
     Args:
-        key_size: numbers of one key, ``kv_heads * head_size`` of this rank.
+        key_size: elements of one key, ``kv_heads * head_size`` of this rank.
     """
     return 2 * key_size * len(_read_layers(plan))
 
@@ -53,7 +53,7 @@ def depth_activations(
 
     Args:
         plan: of a model on one pipeline stage.
-        key_size: numbers of one key, ``kv_heads * head_size`` of this rank.
+        key_size: elements of one key, ``kv_heads * head_size`` of this rank.
         norm_keeps_projection: see above.
         recomputed: under full recompute of all layers.
 

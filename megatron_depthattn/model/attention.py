@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_depthattn.model.depth_weights import listener
+from megatron_depthattn.model.depth_weights import recorder
 from megatron_depthattn.ops import depth_mix
 
 
@@ -95,8 +95,8 @@ class DepthSelfAttention(SelfAttention):
         if call.sources:
             scoring, keys = self.group_queries(query), [source.key for source in call.sources.values()]
             scale = self.hidden_size_per_attention_head**-0.5
-            if (listens := listener()) is not None:
-                listens.hear(self.layer_number - 1, scoring, keys, key, scale)
+            if (active := recorder()) is not None:
+                active.record(self.layer_number - 1, scoring, keys, key, scale)
             value = depth_mix(
                 scoring,
                 keys,

@@ -123,12 +123,12 @@ class CrossLayerLayer(TransformerLayer):
     def _leave(self, sources: Mapping[int, SourceTensors], hidden_states: Tensor, state: MicrobatchState) -> Tensor:
         """Leave ``sources`` to later layers of this rank; returns what to use in place of ``hidden_states``."""
         kept = self.kept if torch.is_grad_enabled() else ()
-        lent: dict[str, Tensor] = {}
+        detached: dict[str, Tensor] = {}
         left: dict[str, Tensor] = {}
         for index, source in sources.items():
-            (lent if self._is_recomputed or index in kept else left).update(self._named(index, source))
-        state.leave(left)
-        return state.lend(lent, hidden_states) if lent else hidden_states
+            (detached if self._is_recomputed or index in kept else left).update(self._named(index, source))
+        state.publish(left)
+        return state.detach_for_reuse(detached, hidden_states) if detached else hidden_states
 
     def _source(self, index: int, state: MicrobatchState) -> SourceTensors:
         return tuple(state[name] for name in source_parts(index, self.kinds))

@@ -1,6 +1,6 @@
-"""What Depth-Attention's layers tell of their weights over depth, while somebody listens.
+"""What Depth-Attention's layers report of their weights over depth while a recorder is active.
 
-Listening takes nothing from a step and gives nothing back: a listener reads what the mix reads, without gradients, and
+Recording takes nothing from a step and gives nothing back: a recorder reads what the mix reads, without gradients, and
 keeps sums. It reaches the layers as a context variable, not through Megatron's calls: engines, schedules and kinds of
 recompute take different ways to a layer, and nothing is to be left on a module between calls.
 
@@ -20,8 +20,8 @@ COLUMNS_BEFORE_WEIGHTS = 3
 """Of a layer's sums: tokens, entropy and largest weight come before the weights."""
 
 
-class DepthListener:
-    """Sums of the weights of each layer's first forward pass under `listening`: of the first micro-batch, and of full
+class DepthRecorder:
+    """Sums of the weights of each layer's first forward pass under `recording`: of the first micro-batch, and of full
     recompute the first of its two.
 
     Args:
@@ -35,16 +35,16 @@ class DepthListener:
         self._position_stride = position_stride
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """A context whose forward passes on this thread are heard."""
-        token = _LISTENER.set(self)
+    def recording(self) -> Iterator[None]:
+        """A context whose forward passes on this thread are recorded."""
+        token = _RECORDER.set(self)
         try:
             yield
         finally:
-            _LISTENER.reset(token)
+            _RECORDER.reset(token)
 
     @torch.no_grad()
-    def hear(self, layer: int, query: Tensor, keys: Sequence[Tensor], key: Tensor, scale: float) -> None:
+    def record(self, layer: int, query: Tensor, keys: Sequence[Tensor], key: Tensor, scale: float) -> None:
         """Add up the weights of ``layer``, counted from 0.
 
         Args:
@@ -66,9 +66,9 @@ class DepthListener:
         self.sums[layer] = torch.stack(columns, dim=-1).sum(dim=(0, 1), dtype=torch.float64)
 
 
-_LISTENER: ContextVar[DepthListener | None] = ContextVar("depth_listener", default=None)
+_RECORDER: ContextVar[DepthRecorder | None] = ContextVar("depth_recorder", default=None)
 
 
-def listener() -> DepthListener | None:
-    """Who listens to the forward passes of this thread; mostly nobody."""
-    return _LISTENER.get()
+def recorder() -> DepthRecorder | None:
+    """The recorder that is active on this thread; mostly none."""
+    return _RECORDER.get()

@@ -22,7 +22,7 @@ def attention_flops(query_size: int, sequence_length: int) -> int:
     A query at position t sees t + 1 keys, (s + 1) / 2 on average.
 
     Args:
-        query_size: numbers of all query heads, ``heads * head_size``.
+        query_size: elements of all query heads, ``heads * head_size``.
     """
     return 2 * query_size * (sequence_length + 1)
 
@@ -31,8 +31,8 @@ def mix_flops(query_size: int, key_size: int, num_sources: int) -> int:
     """Of one layer's mix: group means of the query, scores and weighted values of its sources and of itself.
 
     Args:
-        query_size: numbers of all query heads, ``heads * head_size``.
-        key_size: numbers of all key heads.
+        query_size: elements of all query heads, ``heads * head_size``.
+        key_size: elements of all key heads.
     """
     return query_size + 4 * key_size * (num_sources + 1) if num_sources else 0
 

@@ -195,8 +195,8 @@ def hop_bytes(
     """Bytes that one micro-batch sends forward over every pipeline edge (backward sends the same again).
 
     Args:
-        hidden_size: numbers per token of the hidden state on one rank.
-        source_size: numbers per token of one source on one rank; of Depth-Attention's key and value together
+        hidden_size: elements per token of the hidden state on one rank.
+        source_size: elements per token of one source on one rank; of Depth-Attention's key and value together
             ``2 * kv_heads * head_size``.
         tokens: tokens of a micro-batch on one rank.
         bytes_per_element: 4 for fp32, 2 for bf16.

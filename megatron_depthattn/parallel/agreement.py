@@ -13,10 +13,10 @@ def check_same_on_all_ranks(what: str, digest: str) -> None:
     digests: list[str] = [""] * dist.get_world_size()
     with announced(f"rank {dist.get_rank()}", lambda: f"the other ranks' {what}"):
         dist.all_gather_object(digests, digest)
-    odd = {rank: other for rank, other in enumerate(digests) if other != digests[0]}
-    if odd:
+    outliers = {rank: other for rank, other in enumerate(digests) if other != digests[0]}
+    if outliers:
         raise ValueError(
-            f"ranks hold different {what}: rank 0 has {digests[0]}, but {odd}. Start all ranks with the same "
+            f"ranks hold different {what}: rank 0 has {digests[0]}, but {outliers}. Start all ranks with the same "
             "config, code and software."
         )
 

@@ -1,10 +1,11 @@
-"""What the layers of one rank leave to later layers for one micro-batch, beside the hidden state: named tensors.
+"""What the layers of one rank publish to later layers for one micro-batch, beside the hidden state: named tensors.
 
 Inside one autograd graph a later layer simply reads them. But a recomputed layer and a pipeline chunk each run
 backward on their own, and run it from the hidden state alone. What outlives such a piece of the model is therefore
-*lent*: later layers read a copy cut off from the graph (the same memory), the copy collects their gradients, and the
-hidden state that leaves the piece passes through a function whose backward fetches what was collected. Backward runs
-from the last layer to the first, so by then every reader has paid. Each part is kept once, whoever reads it.
+*detached for reuse*: later layers read a copy cut off from the graph (the same memory), the copy collects their
+gradients, and the hidden state that leaves the piece passes through a function whose backward fetches what was
+collected. Backward runs from the last layer to the first, so by then every reader has added its gradient. Each part is
+kept once, whoever reads it.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ class MicrobatchState:
 
     def __init__(self) -> None:
         self._parts: dict[str, Tensor] = {}
-        self._lent: dict[str, Tensor] = {}
+        self._detached: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """The part ``name``.
 
         Raises:
-            LookupError: no layer left it.
+            LookupError: no layer has published it.
         """
-        part = self._parts.get(name, self._lent.get(name))
+        part = self._parts.get(name, self._detached.get(name))
         if part is None:
             raise LookupError(
-                f"{name} is read, but this micro-batch's state holds {sorted({*self._parts, *self._lent})}: with "
+                f"{name} is read, but this micro-batch's state holds {sorted({*self._parts, *self._detached})}: with "
                 "interleaved pipelining hand the same MicrobatchState to every chunk that runs the micro-batch."
             )
         return part
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held at this moment."""
-        return [*self._parts.values(), *self._lent.values()]
+        return [*self._parts.values(), *self._detached.values()]
 
-    def leave(self, parts: Mapping[str, Tensor]) -> None:
-        """Leave ``parts`` to later layers of the same graph."""
+    def publish(self, parts: Mapping[str, Tensor]) -> None:
+        """Publish ``parts`` to later layers of the same graph."""
         self._parts.update(parts)
 
-    def lend(self, parts: Mapping[str, Tensor], hidden_states: Tensor) -> Tensor:
-        """Leave ``parts`` to layers whose backward runs apart from this one, and earlier.
+    def detach_for_reuse(self, parts: Mapping[str, Tensor], hidden_states: Tensor) -> Tensor:
+        """Publish ``parts`` to layers whose backward runs apart from this one, and earlier.
 
         A recomputed layer calls this twice, in its forward without gradients and again when it is recomputed.
 
@@ -58,23 +59,23 @@ class MicrobatchState:
             ``hidden_states``, to be used in its place: its backward brings the gradients of ``parts``.
         """
         for name, tensor in parts.items():
-            if name not in self._lent:
-                self._lent[name] = tensor.detach().requires_grad_()
+            if name not in self._detached:
+                self._detached[name] = tensor.detach().requires_grad_()
         if not torch.is_grad_enabled():
             return hidden_states
         return _Collect.apply(self, tuple(parts), hidden_states, *parts.values())  # type: ignore[no-any-return]
 
     def keep_only(self, names: Iterable[str]) -> None:
-        """Drop the parts that no later layer reads; a lent one stays until its gradient has been collected."""
+        """Drop the parts that no later layer reads; a detached part stays until its gradient has been collected."""
         self._parts = {name: self._parts[name] for name in names if name in self._parts}
 
     def collect(self, name: str) -> Tensor:
-        """The gradient of the lent part ``name``, which is dropped.
+        """The gradient of the detached part ``name``, which is dropped.
 
         Raises:
             RuntimeError: no reader's backward has run.
         """
-        gradient = self._lent.pop(name).grad
+        gradient = self._detached.pop(name).grad
         if gradient is None:
             raise RuntimeError(
                 f"the backward pass that made {name} ran before that of any layer that reads it: run a micro-batch's "
@@ -82,9 +83,9 @@ class MicrobatchState:
             )
         return gradient
 
-    def check_settled(self) -> None:
+    def assert_empty(self) -> None:
         """Raise ``RuntimeError`` if something is left; call when the micro-batch is done."""
-        if left := [*self._parts, *self._lent]:
+        if left := [*self._parts, *self._detached]:
             raise RuntimeError(
                 f"{', '.join(left)} were left over when their micro-batch was done: every chunk must run it once "
                 "forward and once backward, or after model.eval() once without gradients."
@@ -92,7 +93,7 @@ class MicrobatchState:
 
 
 class _Collect(torch.autograd.Function):
-    """The identity of the hidden state; its backward adds the gradients that lent parts have collected."""
+    """The identity of the hidden state; its backward adds the gradients that detached parts have collected."""
 
     @staticmethod
     def forward(ctx: Any, state: MicrobatchState, names: tuple[str, ...], hidden_states: Tensor, *_: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Payload:
 
     @property
     def width(self) -> int:
-        """Width W of the whole message: numbers per row."""
+        """Width W of the whole message: elements per row."""
         return sum(self.widths.values())
 
     def pack(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -64,8 +64,8 @@ def cross_layer_payload(sources: Iterable[int], kinds: Sequence[str], *, hidden_
     Args:
         sources: layers whose parts cross the edge.
         kinds: what each of them leaves, see `source_parts`.
-        hidden_width: numbers per row of the hidden state, of all streams where there are several.
-        part_width: numbers per row of one part.
+        hidden_width: elements per row of the hidden state, of all streams where there are several.
+        part_width: elements per row of one part.
     """
     widths = {HIDDEN: hidden_width}
     for layer in sources:

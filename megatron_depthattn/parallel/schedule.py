@@ -101,12 +101,12 @@ def run_schedule(
         **planned,
     )
     for state in states:
-        state.check_settled()
+        state.assert_empty()
     return reported  # type: ignore[no-any-return]
 
 
 class PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
-    """Megatron's communicator, told the shape of every message of one global batch.
+    """Megatron's communicator, given the shape of every message of one global batch.
 
     Args:
         pp_group, config: as Megatron's.
@@ -142,14 +142,14 @@ class PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
         """Shapes of what the next receives bring; Megatron's exchanges them with the neighbours.
 
         Raises:
-            ValueError: what is to be sent has not the length that the receiver was told.
+            ValueError: what is to be sent has not the length that the receiver expects.
         """
         for tensor in (tensor_send_next, tensor_send_prev):
             if tensor is not None and tuple(tensor.shape[:2]) != self._leading:
                 rows, size = self._leading
                 raise ValueError(
                     f"a message of {tensor.size(0)} rows and micro-batch {tensor.size(1)} is to be sent, but the "
-                    f"schedule was told {rows} rows and micro-batch {size} a rank: every microbatch must have "
+                    f"schedule was given {rows} rows and micro-batch {size} a rank: every microbatch must have "
                     "run_schedule's sequence_length and micro_batch_size. Pad packed sequences to one length."
                 )
         return (

@@ -92,7 +92,7 @@ def _joining(config: RunConfig, environment: LaunchEnvironment, store: dist.Stor
         world_size=environment.world_size,
         store=dist.PrefixStore("joining", store),
     )
-    watchdog.beat(0, "joining")
+    watchdog.heartbeat(0, "joining")
     return watchdog
 
 

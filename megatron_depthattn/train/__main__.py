@@ -10,7 +10,7 @@ from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
 from megatron_depthattn.quiet import silence_libraries
 from megatron_depthattn.terminal import printable
-from megatron_depthattn.train.errors import RunError, is_consequence, leave_at_once, write_error_record
+from megatron_depthattn.train.errors import RunError, is_secondary_failure, leave_at_once, write_error_record
 from megatron_depthattn.train.stop_signals import StopSignals
 
 
@@ -37,15 +37,15 @@ def main() -> int:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         is_stopped = signals.received and signals.nothing_to_save
-        if not (is_stopped and is_consequence(error)):  # most likely another rank got the signal too, and has left
-            _tell(error, environment)
+        if not (is_stopped and is_secondary_failure(error)):  # another rank got the signal too
+            _report_error(error, environment)
         if is_stopped:
             signals.leave(signals.received)
     return 1
 
 
-def _tell(error: BaseException, environment: LaunchEnvironment) -> None:
-    """On stderr, as one line where the mistake is the user's to mend; and for the launcher."""
+def _report_error(error: BaseException, environment: LaunchEnvironment) -> None:
+    """On stderr, as one line where the user can fix it; also recorded for the launcher."""
     is_one_line = isinstance(error, ValueError | OSError | RunError)
     line = f"error (rank {environment.rank}): {error}"
     text = line if is_one_line else "".join(traceback.format_exception(error))

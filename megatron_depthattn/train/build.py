@@ -106,7 +106,7 @@ def build_chunk(
 def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | None = None) -> Chunks:
     """This rank's pipeline chunks, initialised, in data-parallel wrappers.
 
-    ``bucket_size``: numbers of a bucket where communication is overlapped; None: Megatron's, 40 million or more.
+    ``bucket_size``: elements of a bucket where communication is overlapped; None: Megatron's, 40 million or more.
     """
     megatron = transformer_config(config)
     if megatron.tp_comm_overlap:

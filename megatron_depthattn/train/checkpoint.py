@@ -69,7 +69,7 @@ def checkpoint_state(
     Args:
         optimizer: None writes weights only, with ``scheduler`` None as well.
         config: the resolved run config, kept in the checkpoint for tools.
-        more: further plain values that tell about the run, equal on all ranks.
+        more: further plain values that describe the run, equal on all ranks.
     """
     return assemble(MegatronState(chunks, optimizer), scheduler, config=config, **more)
 
@@ -201,7 +201,7 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with another function of the same weights, or with positions of another order of samples."""
+    """Raise if the run would resume with another model function or another order of samples."""
     differences = [
         f"{key} (was {before.get(key)}, is {value})" for key, value in now.items() if before.get(key) != value
     ]

@@ -74,7 +74,7 @@ class GlobalBatches:
         return lines
 
     def seek(self, consumed_samples: int) -> None:
-        """Go on from this many samples since the start of the split."""
+        """Resume from this many samples since the start of the split."""
         self.close()
         config = self._config
         if parallel_state.get_pipeline_model_parallel_rank() not in (0, config.parallel.pipeline - 1):
@@ -176,10 +176,10 @@ class _Reader:
 
 
 def _open_on_all_ranks(config: RunConfig, split: str) -> Corpus:
-    """Open the data on every rank and compare: all ranks go on with the same data, or all of them stop.
+    """Open the data on every rank and compare: all ranks continue with the same data, or all of them stop.
 
     Raises:
-        ValueError: on all ranks; the first rank that met a mistake tells it, the others name that rank.
+        ValueError: on all ranks; the first rank that met an error raises it, the others name that rank.
     """
     corpus, mistake = None, None
     sources = config.data.sources
@@ -201,11 +201,11 @@ def _open_on_all_ranks(config: RunConfig, split: str) -> Corpus:
         if mistake is not None and failed[0] == dist.get_rank():
             raise mistake
         raise OtherRankError(f"rank {failed[0]} could not open the {split} data; its error says why")
-    odd = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
-    if odd:
+    outliers = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
+    if outliers:
         names = ", ".join(source.path for source in sources)
         raise ValueError(
-            f"ranks {odd} found other {split} data in {names} than rank 0: copy the same corpus to every node"
+            f"ranks {outliers} found other {split} data in {names} than rank 0: copy the same corpus to every node"
         )
     assert corpus is not None
     return corpus

@@ -1,4 +1,4 @@
-"""Weights over depth on record: what the layers of all ranks tell in a step, as numbers of metrics.jsonl.
+"""Weights over depth on record: what the layers of all ranks report in a step, as numbers of metrics.jsonl.
 
 Off the hot path: on steps that are not due nothing is computed and nothing is sent; on due ones each rank looks at a
 sample of its tokens, and one small collective adds up what all have seen.
@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_depthattn.config import RunConfig
-from megatron_depthattn.model.depth_weights import COLUMNS_BEFORE_WEIGHTS, DepthListener
+from megatron_depthattn.model.depth_weights import COLUMNS_BEFORE_WEIGHTS, DepthRecorder
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 
 MAX_POSITIONS = 256
@@ -41,27 +41,27 @@ class DepthRecord:
         self._num_heads = config.model.num_query_groups
         self._interval, self._last_step = config.train.depth_interval, config.train.steps
         self._position_stride = -(-config.data.sequence_length // MAX_POSITIONS)
-        self._listener: DepthListener | None = None
+        self._recorder: DepthRecorder | None = None
 
-    def listening(self, step: int) -> AbstractContextManager[None]:
+    def recording(self, step: int) -> AbstractContextManager[None]:
         """Around the forward passes of ``step``, counted from 1."""
         is_due = self._interval is not None and (step in (1, self._last_step) or step % self._interval == 0)
-        self._listener = DepthListener(self._position_stride) if is_due and self._plan else None
-        return self._listener.listening() if self._listener else nullcontext()
+        self._recorder = DepthRecorder(self._position_stride) if is_due and self._plan else None
+        return self._recorder.recording() if self._recorder else nullcontext()
 
     def collect(self) -> dict[str, Any] | None:
-        """What was heard in the step, the mean over all data-parallel replicas, on every rank.
+        """What was recorded in the step, the mean over all data-parallel replicas, on every rank.
 
         Returns:
             ``tokens`` that were looked at and, by layer that has sources, means over tokens and key/value heads of the
             ``weights`` on its ``sources`` and, last, on itself, the mean ``entropy`` in nats, and the share of heads
             that have ``collapsed``. None on steps that are not due, and where a weight is not finite.
         """
-        if self._listener is None or self._plan is None:
+        if self._recorder is None or self._plan is None:
             return None
         mixing = {i: sources for i in range(self._plan.num_layers) if (sources := self._plan.sources(i))}
-        totals = self._over_all_ranks(self._listener, max(map(len, mixing.values()), default=0) + 1)
-        self._listener = None
+        totals = self._over_all_ranks(self._recorder, max(map(len, mixing.values()), default=0) + 1)
+        self._recorder = None
         if not totals.isfinite().all():
             return None
         layers: dict[str, dict[str, Any]] = {}
@@ -78,8 +78,8 @@ class DepthRecord:
         copies = max(1, parallel_state.get_tensor_model_parallel_world_size() // self._num_heads)
         return {"tokens": round(float(totals[:, 0, 0].max())) // copies, "layers": layers}
 
-    def _over_all_ranks(self, heard: DepthListener, num_weights: int) -> Tensor:
-        """`DepthListener.sums` of all layers and heads, ``[layers, heads, 3 + weights]``, summed over all ranks."""
+    def _over_all_ranks(self, recorded: DepthRecorder, num_weights: int) -> Tensor:
+        """`DepthRecorder.sums` of all layers and heads, ``[layers, heads, 3 + weights]``, summed over all ranks."""
         assert self._plan is not None
         shape = (self._plan.num_layers, self._num_heads, COLUMNS_BEFORE_WEIGHTS + num_weights)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,7 +89,7 @@ class DepthRecord:
             parallel_state.get_tensor_model_parallel_world_size(),
         )
         first = rank * self._num_heads // size
-        for layer, sums in heard.sums.items():
+        for layer, sums in recorded.sums.items():
             totals[layer, first : first + sums.shape[0], : sums.shape[1]] = sums
         dist.all_reduce(totals)
         return totals.cpu()
@@ -98,9 +98,9 @@ class DepthRecord:
 def depth_curves(depth: dict[str, Any] | None) -> dict[str, float]:
     """A record's numbers by the names of their curves."""
     curves: dict[str, float] = {}
-    for layer, told in (depth or {"layers": {}})["layers"].items():
+    for layer, layer_record in (depth or {"layers": {}})["layers"].items():
         folder = f"depth/layer_{int(layer):03d}"
-        names = [*(f"source_{source:03d}" for source in told["sources"]), "self"]
-        curves |= {f"{folder}/{name}": weight for name, weight in zip(names, told["weights"], strict=True)}
-        curves |= {f"{folder}/{name}": told[name] for name in ("entropy", "collapsed")}
+        names = [*(f"source_{source:03d}" for source in layer_record["sources"]), "self"]
+        curves |= {f"{folder}/{name}": weight for name, weight in zip(names, layer_record["weights"], strict=True)}
+        curves |= {f"{folder}/{name}": layer_record[name] for name in ("entropy", "collapsed")}
     return curves

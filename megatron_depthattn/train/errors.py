@@ -20,26 +20,26 @@ from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 
 
 class RunError(RuntimeError):
-    """The end of a run that one line tells; a traceback would add nothing."""
+    """The end of a run that one line explains; a traceback would add nothing."""
 
     retry = True
     """Whether the same command, started again, may get further."""
 
 
 class OtherRankError(ValueError):
-    """Another rank has failed, and tells why."""
+    """Another rank has failed, and says why."""
 
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 """What gloo and torch's store say to a rank whose neighbour has gone."""
 
 
-def is_consequence(error: BaseException) -> bool:
+def is_secondary_failure(error: BaseException) -> bool:
     """Whether another rank's failure is the news."""
     return isinstance(error, OtherRankError) or any(text in str(error) for text in _LOST_PEER)
 
 
-def may_mend_itself(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Whether starting again makes sense: the class's own ``retry``; else no for mistakes, yes for the rest."""
     return bool(getattr(error, "retry", not isinstance(error, ValueError | ImportError)))
 
@@ -58,8 +58,8 @@ def write_error_record(environment: LaunchEnvironment, error: BaseException, tex
         "host": platform.node(),
         "rank": environment.rank,
         "notes": getattr(error, "__notes__", []),
-        "retry": may_mend_itself(error),
-        "consequence": is_consequence(error),
+        "retry": is_retryable(error),
+        "consequence": is_secondary_failure(error),
     }
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself
         Path(environment.error_file).write_text(json.dumps(record), encoding="utf-8")

@@ -29,7 +29,7 @@ DELIBERATE: frozenset[Outcome] = frozenset(["finished", "stop_after"])
 
 
 def code_digest() -> str:
-    """SHA-256 of this package's Python files, shortened: tells two versions of the code apart."""
+    """SHA-256 of this package's Python files, shortened, which identifies a version of the code."""
     root = Path(megatron_depthattn.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -38,7 +38,7 @@ def code_digest() -> str:
 
 
 def code_commit() -> str | None:
-    """Commit of the code that runs, with ``+changes`` if it has been edited since; None where nothing tells."""
+    """Commit of the code that runs, with ``+changes`` if it has been edited since; None where it is unknown."""
     root = Path(megatron_depthattn.__file__).parents[1]
     frozen = root / "commit.txt"  # beside the code of a submitted job
     if frozen.is_file():
@@ -83,7 +83,7 @@ class RunHistory:
         self.run_id: str = recorded_run_id(run_dir) or run_id or new_run_id()
         """Who the run is for loggers, the same after every restart."""
 
-    def refuse_restart_loop(self, step: int, version: str, limit: int | None) -> None:
+    def check_restart_loop(self, step: int, version: str, limit: int | None) -> None:
         """Stop what starts again and again from the same step.
 
         Args:
@@ -114,7 +114,7 @@ class RunHistory:
             )
 
     def has_started_from(self, load: str | None) -> bool:
-        """Whether the run was interrupted after a start with this ``checkpoint.load``, so that it may go on."""
+        """Whether the run was interrupted after a start with this ``checkpoint.load``, so that it may resume."""
         if not self._records or (
             self._records[-1]["event"] == "end" and self._records[-1].get("outcome") in DELIBERATE
         ):

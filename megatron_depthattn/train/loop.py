@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_depthattn.config import RunConfig, config_digest, validate
+from megatron_depthattn.config import RunConfig, TrainConfig, config_digest, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, shut_down
@@ -35,9 +35,9 @@ from megatron_depthattn.train.owner import check_owner, claim_checkpoints, lock_
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
-from megatron_depthattn.train.start import Start, find_start, from_rank_0, is_own_checkpoint
+from megatron_depthattn.train.start import Start, broadcast_from_rank0, find_start, is_own_checkpoint
 from megatron_depthattn.train.step import NonFiniteError, SkippedSteps
-from megatron_depthattn.train.step_folders import GENERATION, Progress, set_aside_after
+from megatron_depthattn.train.step_folders import GENERATION, Progress, quarantine_after
 from megatron_depthattn.train.stop_agreement import StopAgreement
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
 from megatron_depthattn.train.summary import Cost, opening_lines
@@ -79,18 +79,19 @@ class Training:
         sizes = validate(given, environment.world_size)
         self.resolved = for_this_machine(given, sizes)
         config = self.config = self.resolved.config
-        check_owner(Path(config.checkpoint_dir), Path(config.run.dir))  # preflight writes there
-        timeout = _collective_timeout(config)
+        self.run_dir, self.checkpoint_dir = Path(config.run.dir), Path(config.checkpoint_dir)
+        check_owner(self.checkpoint_dir, self.run_dir)  # preflight writes there
+        timeout = _collective_timeout(config.train.hang_timeout)
         self.device, self.fitness = enter_world(self.resolved, environment, timeout)
         self.megatron = transformer_config(config)
         _check_agreement(config, self.megatron)
-        self.start_id = from_rank_0(self._lock)
-        start = find_start(config)
+        self.start_id = broadcast_from_rank0(self._lock)
+        start = find_start(config.checkpoint.load, self.run_dir, self.checkpoint_dir)
 
         self.engine = build_engine(config, self.device, environment)
         loaded = self.engine.load(start.folder) if start.folder else Loaded(Progress())
         self.progress, self.generation = loaded.progress, loaded.generation
-        self.last_step = _last_step(config, self.progress)
+        self.last_step = _last_step(config.train, self.progress)
         self.batches = GlobalBatches(
             config, sizes, self.device, split="train", consumed_samples=self.progress.consumed_samples
         )
@@ -104,13 +105,15 @@ class Training:
         self.signals, self.agreement = signals, StopAgreement(signals)
         signals.only_note()
         self.history, self.run_id = self._enter_history(start)
-        self.sample_log = SampleLog(config, first_step=self.progress.step)
+        self.sample_log = SampleLog(self.run_dir, is_on=config.data.log_samples, first_step=self.progress.step)
         self.flops = forward_flops(config, self.megatron)
         self.meter = Meter(config, self.flops, environment.world_size)
         self.report = Reporter(
             config, is_writer=environment.rank == 0, first_step=self.progress.step, last_step=self.last_step
         )
-        self.checkpoints = RunCheckpoints(config, self._state, self.report, lambda: self._beat("checkpoint"))
+        self.checkpoints = RunCheckpoints(
+            config.checkpoint, self.checkpoint_dir, self._state, self.report, lambda: self._heartbeat("checkpoint")
+        )
         self.depth = DepthRecord(config, self.megatron)
         self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
         self.cost = Cost()
@@ -126,20 +129,20 @@ class Training:
             return self._run()
 
     def _run(self) -> int:
-        self._beat("first step")
+        self._heartbeat("first step")
         try:
             if self.progress.step == 0:
                 self._evaluate()
-            elif self._is_evaluation_due() and from_rank_0(lambda: self.report.lacks_held_out(self.progress.step)):
-                self.report.add_held_out(self.progress.step, self._evaluate())  # a stop has cut it off
+            elif self._lacks_evaluation():
+                self.report.add_held_out(self.progress.step, self._evaluate())
             while self.progress.step < self.last_step and self._step():
                 if self.progress.step == self.last_step:
                     self.checkpoints.save_last(self.progress)
                 elif _is_due(self.progress.step, self.config.checkpoint.interval):
                     self.checkpoints.save(self.progress)
                     self.agreement.ask_again()
-                self.checkpoints.tell()
-                self._beat("step")
+                self.checkpoints.log_outcome()
+                self._heartbeat("step")
             if self.agreement.stop_signal and not self.signals.nothing_to_save:
                 self.checkpoints.save_last(self.progress)
         except NonFiniteError:
@@ -175,7 +178,7 @@ class Training:
         self.engine.advance_schedule()
         microbatches = self.batches.next()
         waited = self.batches.data_seconds - waited
-        with self.depth.listening(step):
+        with self.depth.recording(step):
             result = self.engine.train_step(microbatches, lambda: self._status(waited))
         seconds = time.monotonic() - started
         ranks = [RankStatus(*status) for status in result.statuses]
@@ -186,10 +189,10 @@ class Training:
         self.skipped.record(step, result)
         self.progress = _advance(self.progress, self.config, skipped=result.skipped)
         self.cost.add_step(seconds)
-        self._beat("step")
+        self._heartbeat("step")
         record = self.meter.record(self.progress, result, lr=self.engine.learning_rate, seconds=seconds, ranks=ranks)
         record["depth"] = self.depth.collect()
-        record["checkpoint_seconds"] = self.checkpoints.take_stall()
+        record["checkpoint_seconds"] = self.checkpoints.pop_blocking_seconds()
         if step == self.last_step or self._is_evaluation_due():
             record["eval_loss"] = self._evaluate()
         self.report.step(record)
@@ -199,8 +202,13 @@ class Training:
         return RankStatus(data_seconds, peak_memory_gb(), self.signals.received, self.batches.has_next)
 
     def _is_evaluation_due(self) -> bool:
-        settings = self.config.train
-        return self.progress.step == settings.steps or _is_due(self.progress.step, settings.eval_interval)
+        train, step = self.config.train, self.progress.step
+        return step == train.steps or _is_due(step, train.eval_interval)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether a stop has cut off the evaluation of the step that this start begins with."""
+        step = self.progress.step
+        return self._is_evaluation_due() and broadcast_from_rank0(lambda: self.report.lacks_held_out(step))
 
     def _evaluate(self) -> float | None:
         """The held-out loss; None without an evaluation, or if it was dropped because some rank was asked to stop."""
@@ -209,10 +217,10 @@ class Training:
             return None
 
         def may_go_on() -> bool:
-            self._beat("evaluation")
+            self._heartbeat("evaluation")
             return self.agreement.may_go_on(held_out)
 
-        loss = evaluate(self.config, self.engine, held_out, may_go_on)
+        loss = evaluate(self.config.train, self.engine, held_out, may_go_on)
         if loss is not None:
             self.cost.add_held_out(self.progress.step, loss)
         return loss
@@ -222,17 +230,17 @@ class Training:
             return nullcontext()
         return Watchdog(
             self.config.train.hang_timeout,
-            Path(self.config.run.dir) / "stacks",
+            self.run_dir / "stacks",
             rank=dist.get_rank(),
             world_size=self.world_size,
             # A store outlives the processes of a start that torchrun repeats: each start has its own place in it.
             store=dist.PrefixStore(self.start_id, dist.distributed_c10d._get_default_store()),
         )
 
-    def _beat(self, phase: str) -> None:
-        """Tell the watchdog that this rank gets on, and what it goes on to."""
+    def _heartbeat(self, phase: str) -> None:
+        """Send a heartbeat: this rank makes progress, and `phase` begins."""
         if self.watchdog:
-            self.watchdog.beat(self.progress.step, phase)
+            self.watchdog.heartbeat(self.progress.step, phase)
 
     def _state(self) -> dict[str, Any]:
         kept = {GENERATION: self.generation}
@@ -240,30 +248,29 @@ class Training:
 
     def _lock(self) -> str:
         """Take the run's folders for this start, until this process ends; returns a name that no other start has."""
-        self.lock = lock_run(Path(self.config.run.dir))
-        self.claim = claim_checkpoints(Path(self.config.checkpoint_dir), Path(self.config.run.dir))
+        self.lock = lock_run(self.run_dir)
+        self.claim = claim_checkpoints(self.checkpoint_dir, self.run_dir)
         return uuid.uuid4().hex
 
     def _enter_history(self, start: Start) -> tuple[RunHistory | None, str]:
         """The run's history (on rank 0) and identity, once it is sure that this start makes sense."""
         config, progress = self.config, self.progress
-        directory = Path(config.checkpoint_dir)
-        continues = is_own_checkpoint(start.folder, directory)
+        continues = is_own_checkpoint(start.folder, self.checkpoint_dir)
         history: RunHistory | None = None
 
         def enter() -> str:
             nonlocal history
-            history = RunHistory(Path(config.run.dir), self.claim.run_id)
+            history = RunHistory(self.run_dir, self.claim.run_id)
             start.warnings += self.claim.notes
             version = f"{config_digest(self.given)}-{code_digest()}"  # whatever `auto` became this time
-            history.refuse_restart_loop(progress.step, version, config.train.max_fruitless_starts)
+            history.check_restart_loop(progress.step, version, config.train.max_fruitless_starts)
             if continues:
-                left = set_aside_after(directory, progress.step)
-                start.warnings += [f"{path} is beyond step {progress.step}, where this run goes on" for path in left]
+                left = quarantine_after(self.checkpoint_dir, progress.step)
+                start.warnings += [f"{path} is beyond step {progress.step}, where this run resumes" for path in left]
             history.start(progress.step, version, self.world_size, config.checkpoint.load)
             return history.run_id
 
-        run_id = from_rank_0(enter)
+        run_id = broadcast_from_rank0(enter)
         return history, run_id
 
     def _open(self, start: Start, loaded: Loaded) -> None:
@@ -279,7 +286,7 @@ class Training:
     def _end(self, outcome: Outcome, **more: Any) -> None:
         if self.history is None:
             return
-        more["checkpoint_seconds"] = self.checkpoints.stall_seconds
+        more["checkpoint_seconds"] = self.checkpoints.blocking_seconds
         try:
             record = self.history.end(self.progress.step, outcome, **more)
         except OSError as error:
@@ -288,12 +295,14 @@ class Training:
         self.report.lines(self.cost.closing_lines(self.config, self.progress, self.world_size, record))
 
 
-def evaluate(config: RunConfig, engine: Engine, held_out: GlobalBatches, may_go_on: Callable[[], bool]) -> float | None:
+def evaluate(
+    train: TrainConfig, engine: Engine, held_out: GlobalBatches, may_go_on: Callable[[], bool]
+) -> float | None:
     """Mean loss in nats per token over the first ``train.eval_batches`` global batches of the val split.
 
     None where ``may_go_on``, asked before each of them, says no.
     """
-    num_batches = max(1, min(config.train.eval_batches, held_out.num_samples // config.train.global_batch_size))
+    num_batches = max(1, min(train.eval_batches, held_out.num_samples // train.global_batch_size))
     held_out.seek(0)
     losses = []
     with engine.evaluating():
@@ -307,11 +316,9 @@ def evaluate(config: RunConfig, engine: Engine, held_out: GlobalBatches, may_go_
     return loss
 
 
-def _collective_timeout(config: RunConfig) -> timedelta:
-    """Longer than a hang may last: the watchdog tells more than a collective that gives up."""
-    if config.train.hang_timeout is None:
-        return timedelta(days=1)
-    return max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=config.train.hang_timeout))
+def _collective_timeout(hang_timeout: float | None) -> timedelta:
+    """Longer than a hang may last: the watchdog reports more than a collective that gives up."""
+    return max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=hang_timeout)) if hang_timeout else timedelta(days=1)
 
 
 def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
@@ -321,11 +328,11 @@ def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
         check_same_on_all_ranks("source plans", megatron.source_plan.digest())
 
 
-def _last_step(config: RunConfig, progress: Progress) -> int:
+def _last_step(train: TrainConfig, progress: Progress) -> int:
     """The step after which this process stops."""
-    if config.train.stop_after is None:
-        return max(config.train.steps, progress.step)
-    return min(config.train.steps, progress.step + config.train.stop_after)
+    if train.stop_after is None:
+        return max(train.steps, progress.step)
+    return min(train.steps, progress.step + train.stop_after)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -1,6 +1,6 @@
-"""A checkpoint's manifest: the size and hash of every file, so that damage is found before a run goes on from it.
+"""A checkpoint's manifest: the size and hash of every file, so that damage is found before a run resumes from it.
 
-XXH3-128 tells bytes that changed by accident, which is what happens to files; at several GB/s it is faster than any
+XXH3-128 finds bytes that changed by accident, which is what happens to files; at several GB/s it is faster than any
 disk. It is no defence against someone who changes a checkpoint on purpose.
 """
 

@@ -1,4 +1,4 @@
-"""What a run tells, from rank 0: log.txt and the console for people, metrics.jsonl as the record, TensorBoard."""
+"""What a run reports, from rank 0: log.txt and the console for people, metrics.jsonl as the record, TensorBoard."""
 
 from __future__ import annotations
 

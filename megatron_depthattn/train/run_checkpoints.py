@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config import CheckpointConfig
 from megatron_depthattn.train.errors import RunError
 from megatron_depthattn.train.report import Reporter
 from megatron_depthattn.train.save import CheckpointSaver, SaveOutcome
@@ -22,12 +22,14 @@ class CheckpointError(RunError):
 
 
 class RunCheckpoints:
-    """Saves, and tells how each save ended; call every method on all ranks.
+    """Saves, and logs how each save ended; call every method on all ranks.
 
-    A checkpoint that cannot be written costs nothing but itself: the run goes on, with a loud line. Only the last one
+    A checkpoint that cannot be written costs nothing but itself: the run continues, with a loud line. Only the last one
     of a process is tried again, and is an error in the end.
 
     Args:
+        config: how they are saved, and how many are kept.
+        directory: where they lie.
         state: what to save, called when it is saved.
         report: where the lines go.
         on_progress: called whenever a part of a save is done, on this rank or on one that it waits for.
@@ -35,22 +37,23 @@ class RunCheckpoints:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: CheckpointConfig,
+        directory: Path,
         state: Callable[[], dict[str, Any]],
         report: Reporter,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self._directory = Path(config.checkpoint_dir)
+        self._directory = directory
         self._saver = CheckpointSaver(
             self._directory,
-            keep=config.checkpoint.keep,
-            is_async=config.checkpoint.async_save,
+            keep=config.keep,
+            is_async=config.async_save,
             on_progress=on_progress,
         )
         self._state, self._report, self._on_progress = state, report, on_progress
         self._stall = 0.0
         self._last: SaveOutcome | None = None
-        self.stall_seconds = 0.0
+        self.blocking_seconds = 0.0
         """Seconds that the loop has waited for checkpoints since the process began."""
         self._not_taken = 0.0
 
@@ -61,9 +64,9 @@ class RunCheckpoints:
         self.finish()
         self._saver.save(progress, self._state())
         self._stall = time.monotonic() - started
-        self.stall_seconds += self._stall
+        self.blocking_seconds += self._stall
         self._not_taken += self._stall
-        self.tell()
+        self.log_outcome()
 
     def save_last(self, progress: Progress) -> None:
         """A checkpoint that is there when this returns; written now, unless it is the last one that was.
@@ -86,13 +89,13 @@ class RunCheckpoints:
                 return
         raise CheckpointError(f"the state after step {progress.step} is lost: its checkpoint was not written: {error}")
 
-    def take_stall(self) -> float:
+    def pop_blocking_seconds(self) -> float:
         """Seconds that the loop has waited for checkpoints since this was last asked: those after the step before."""
         stall, self._not_taken = self._not_taken, 0.0
         return stall
 
-    def tell(self) -> None:
-        """Say how the last save ended, if it has and was not told."""
+    def log_outcome(self) -> None:
+        """Log how the last save ended, once."""
         outcome = self._saver.take_outcome()
         if outcome is None:
             return
@@ -112,8 +115,8 @@ class RunCheckpoints:
             self._report.warn([f"CHECKPOINT OF STEP {outcome.step} NOT WRITTEN: {outcome.error}; {left}"])
 
     def finish(self) -> None:
-        """Wait for what is being written, and tell."""
+        """Wait for what is being written, and log how it ended."""
         self._on_progress()
         self._saver.wait()
         self._on_progress()
-        self.tell()
+        self.log_outcome()

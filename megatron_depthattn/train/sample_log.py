@@ -8,7 +8,6 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_depthattn.config import RunConfig
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
@@ -21,13 +20,15 @@ class SampleLog:
     on all ranks.
 
     Args:
+        run_dir: the run's folder.
+        is_on: ``data.log_samples``.
         first_step: steps already done; what the files of any rank say about later ones is dropped.
     """
 
-    def __init__(self, config: RunConfig, *, first_step: int) -> None:
+    def __init__(self, run_dir: Path, *, is_on: bool, first_step: int) -> None:
         self._file: AppendFile | None = None
-        self._is_on = config.data.log_samples
-        folder = Path(config.run.dir, "samples")
+        self._is_on = is_on
+        folder = run_dir / "samples"
         self._path = folder / f"rank_{dist.get_rank():05d}.jsonl"
         if not self._is_on:
             return

@@ -3,10 +3,10 @@
 A save has two halves. The first runs in the loop, on all ranks: each rank copies what it writes into host memory (its
 share, see rectangles.py); nothing is gathered. The second writes the copy with torch's distributed checkpoint writer,
 hashes what lies on disk, and publishes the folder; it runs in a thread of each rank and talks over a process group of
-its own, so that with ``checkpoint.async_save`` training goes on meanwhile. Without it the loop waits for that thread.
+its own, so that with ``checkpoint.async_save`` training continues meanwhile. Without it the loop waits for that thread.
 
 The copy goes into buffers that are kept from save to save (page-locked where there is a GPU): the next save waits until
-they are written. A save that fails on any rank, for whatever reason, fails on all of them, is told, and removes its
+they are written. A save that fails on any rank, for whatever reason, fails on all of them, is logged, and removes its
 files. It changes neither the run nor the checkpoints that exist.
 """
 
@@ -44,9 +44,9 @@ from megatron_depthattn.train.manifest import Digests, digest_files, write_manif
 from megatron_depthattn.train.step_folders import (
     SAVED_METADATA,
     Progress,
-    aside_folder,
-    point_and_prune,
+    staging_folder,
     step_folder,
+    update_latest_and_rotate,
 )
 
 WRITE_TIMEOUT = timedelta(hours=1)
@@ -111,20 +111,20 @@ class CheckpointSaver:
         assert self._outcome is None, "the outcome of the last save was not taken"
         self._warning = None
         started = time.monotonic()
-        aside = aside_folder(self._directory, progress.step)
-        error = self._agree(_make_empty(aside) if dist.get_rank() == 0 else None)
+        staging = staging_folder(self._directory, progress.step)
+        error = self._agree(_make_empty(staging) if dist.get_rank() == 0 else None)
         if error is None:
             try:
                 dist_checkpointing.save(
                     state | {"progress": asdict(progress)},
-                    str(aside),
+                    str(staging),
                     sharded_strategy=self._strategy,
                     async_sharded_save=True,
                     validate_access_integrity=self._is_first,  # who writes what does not change within a run
                     content_metadata=dict(SAVED_METADATA),
                 )
             except (OSError, RuntimeError) as problem:  # rank 0 writes the common state; torch.save raises either
-                error = f"rank {dist.get_rank()}: {_reason(problem, aside)}"
+                error = f"rank {dist.get_rank()}: {_reason(problem, staging)}"
             self._is_first = False
         self._on_progress()
         copy = self._strategy.take()
@@ -135,9 +135,9 @@ class CheckpointSaver:
             if device is not None:
                 torch.cuda.set_device(device)  # each thread has its own current device, and begins with 0
             try:
-                num_bytes, reason = self._write(progress.step, aside, copy, error)
+                num_bytes, reason = self._write(progress.step, staging, copy, error)
             except Exception as problem:  # another rank is gone: the loop will meet that itself
-                reason = _reason(problem, aside)
+                reason = _reason(problem, staging)
             seconds = time.monotonic() - started
             folder, warning = step_folder(self._directory, progress.step), self._warning
             self._outcome = SaveOutcome(progress.step, folder, num_bytes, seconds, reason, warning)
@@ -171,55 +171,57 @@ class CheckpointSaver:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _write(self, step: int, aside: Path, state: dict[str, Any] | None, error: str | None) -> tuple[int, str | None]:
+    def _write(
+        self, step: int, staging: Path, state: dict[str, Any] | None, error: str | None
+    ) -> tuple[int, str | None]:
         """The second half, in the thread; returns the size of the checkpoint, and why there is none."""
         error = self._agree(error)
         files: Digests = {}
         if error is None:
             assert state is not None
-            files, error = self._write_files(aside, state)
+            files, error = self._write_files(staging, state)
         gathered: list[tuple[str | None, Digests]] = [(None, {})] * dist.get_world_size()
         dist.all_gather_object(gathered, (error, files), group=self._group)
         error = next((each for each, _ in gathered if each), None)
         if error is None and dist.get_rank() == 0:
-            error = self._publish(step, aside, [digests for _, digests in gathered])
+            error = self._publish(step, staging, [digests for _, digests in gathered])
         error = self._agree(error)
         if dist.get_rank() == 0 and error is None:
-            self._warning = point_and_prune(step_folder(self._directory, step), self._keep)
+            self._warning = update_latest_and_rotate(step_folder(self._directory, step), self._keep)
         elif dist.get_rank() == 0:
-            remove(aside)
+            remove(staging)
         return sum(file["bytes"] for _, digests in gathered for file in digests.values()), error
 
-    def _write_files(self, aside: Path, state: dict[str, Any]) -> tuple[Digests, str | None]:
+    def _write_files(self, staging: Path, state: dict[str, Any]) -> tuple[Digests, str | None]:
         """Write this rank's files and hash them; all ranks together."""
         try:
             dcp.save(
                 state,
                 # All lies in host memory: to copy ahead would mean to wait for the GPU's default stream.
-                storage_writer=dcp.FileSystemWriter(aside, sync_files=True, per_thread_copy_ahead=0),
+                storage_writer=dcp.FileSystemWriter(staging, sync_files=True, per_thread_copy_ahead=0),
                 planner=_Planner(self._written.grow),
                 process_group=self._group,
             )
-            names = [path.name for path in aside.glob(f"__{dist.get_rank()}_*.distcp")]
-            return digest_files(aside, names, on_part=self._written.grow), None
+            names = [path.name for path in staging.glob(f"__{dist.get_rank()}_*.distcp")]
+            return digest_files(staging, names, on_part=self._written.grow), None
         except CheckpointException as problem:
             # Torch keeps the first error in a cycle with its frames. Were the cycle left to the garbage collector,
             # Python 3.12 could crash on it: on a view of an io.BytesIO that is cleared after its owner.
             traceback.clear_frames(problem.__traceback__)
             mine = problem.failures.get(dist.get_rank())  # a rank that has not failed leaves it to those that have
-            return {}, f"rank {dist.get_rank()}: {_reason(mine[0], aside)}" if mine else None
+            return {}, f"rank {dist.get_rank()}: {_reason(mine[0], staging)}" if mine else None
         except Exception as problem:  # nothing that goes wrong with a save may end the run
-            return {}, f"rank {dist.get_rank()}: {_reason(problem, aside)}"
+            return {}, f"rank {dist.get_rank()}: {_reason(problem, staging)}"
 
-    def _publish(self, step: int, aside: Path, digests: list[Digests]) -> str | None:
+    def _publish(self, step: int, staging: Path, digests: list[Digests]) -> str | None:
         try:
-            save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(aside))
+            save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(staging))
             written = {name: file for of_rank in digests for name, file in of_rank.items()}
-            rest = [path.name for path in aside.iterdir() if path.name not in written]
-            write_manifest(aside, written | digest_files(aside, rest))
-            publish_folder(aside, step_folder(self._directory, step))
+            rest = [path.name for path in staging.iterdir() if path.name not in written]
+            write_manifest(staging, written | digest_files(staging, rest))
+            publish_folder(staging, step_folder(self._directory, step))
         except Exception as problem:
-            return _reason(problem, aside)
+            return _reason(problem, staging)
         return None
 
     def _agree(self, error: str | None) -> str | None:

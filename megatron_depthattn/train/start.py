@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_depthattn.config import RunConfig
 from megatron_depthattn.parallel.patience import announced
 from megatron_depthattn.train.history import RunHistory
 from megatron_depthattn.train.manifest import find_damage
-from megatron_depthattn.train.step_folders import LATEST, complete_folders, resolve_checkpoint, set_aside, tidy
+from megatron_depthattn.train.step_folders import LATEST, clean_up, complete_folders, quarantine, resolve_checkpoint
 
 T = TypeVar("T")
 
@@ -30,32 +29,33 @@ class Start:
     """Damaged checkpoints that were passed over."""
 
 
-def find_start(config: RunConfig) -> Start:
+def find_start(load: str | None, run_dir: Path, checkpoints: Path) -> Start:
     """The checkpoint that ``checkpoint.load`` means, every file of it read and compared with its manifest.
 
-    With ``latest`` a damaged checkpoint is set aside (renamed, not removed) and the one before it is taken. Call on all
-    ranks: they share the reading, and all of them start from what rank 0 sees in the folder.
+    With ``latest`` a damaged checkpoint is quarantined (renamed, not removed) and the one before it is taken. Call on
+    all ranks: they share the reading, and all of them start from what rank 0 sees in the folder.
 
     Raises:
         ValueError: on all ranks, if there is no such checkpoint, if a named one or all of them are damaged, or if the
             run would overwrite the checkpoints of another.
     """
-    checkpoints = Path(config.checkpoint_dir)
     start = Start()
     first = ""
-    candidates, note = from_rank_0(lambda: _candidates(config.checkpoint.load, Path(config.run.dir), checkpoints))
+    candidates, note = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints))
     start.warnings += note
     for folder in candidates:
         damage = _damage(folder)
         if not damage:
             start.folder = folder
             return start
-        told = f"{damage[0]}{f' (and {len(damage) - 1} more)' if len(damage) > 1 else ''}"
-        first = first or told
-        if config.checkpoint.load != LATEST and not note:
-            raise ValueError(f"checkpoint.load={config.checkpoint.load} is damaged: {told}. Name another one.")
-        aside = from_rank_0(lambda folder=folder: set_aside(folder, "damaged"))  # type: ignore[misc]
-        start.warnings.append(f"DAMAGED CHECKPOINT: {told}. It is now {aside.name}; falling back to the one before.")
+        reason = f"{damage[0]}{f' (and {len(damage) - 1} more)' if len(damage) > 1 else ''}"
+        first = first or reason
+        if load != LATEST and not note:
+            raise ValueError(f"checkpoint.load={load} is damaged: {reason}. Name another one.")
+        quarantined = broadcast_from_rank0(lambda folder=folder: quarantine(folder, "damaged"))  # type: ignore[misc]
+        start.warnings.append(
+            f"DAMAGED CHECKPOINT: {reason}. It is now {quarantined.name}; falling back to the one before."
+        )
     if candidates:
         raise ValueError(
             f"all {len(candidates)} checkpoints in {checkpoints} are damaged and were renamed to .damaged; the newest: "
@@ -65,11 +65,11 @@ def find_start(config: RunConfig) -> Start:
 
 
 def is_own_checkpoint(folder: Path | None, checkpoints: Path) -> bool:
-    """Whether a run that starts from ``folder`` goes on, rather than begins with the weights or state of another."""
+    """Whether a run that starts from ``folder`` resumes, rather than begins with the weights or state of another."""
     return folder is not None and folder.resolve().parent == checkpoints.resolve()
 
 
-def from_rank_0(function: Callable[[], T]) -> T:
+def broadcast_from_rank0(function: Callable[[], T]) -> T:
     """What ``function`` returns on rank 0, on every rank; its ValueError or OSError is raised on every rank as well."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -87,10 +87,10 @@ def from_rank_0(function: Callable[[], T]) -> T:
 def _candidates(load: str | None, run_dir: Path, checkpoints: Path) -> tuple[list[Path], list[str]]:
     """The folders to try, the first one first, and what to say about them."""
     if checkpoints.is_dir():
-        tidy(checkpoints)
+        clean_up(checkpoints)
     own = complete_folders(checkpoints)
     if load != LATEST and own and RunHistory(run_dir).has_started_from(load):
-        return own[::-1], [f"this run began with checkpoint.load={load} and was interrupted: it goes on from {own[-1]}"]
+        return own[::-1], [f"this run began with checkpoint.load={load} and was interrupted: it resumes from {own[-1]}"]
     folders = resolve_checkpoint(load, checkpoints)
     if own and not is_own_checkpoint(folders[0] if folders else None, checkpoints):
         raise ValueError(
@@ -117,7 +117,7 @@ def _damage(folder: Path) -> list[str]:
     with announced(f"rank {dist.get_rank()}", lambda: f"the other ranks, which read {folder}"):
         dist.all_gather_object(found, (damage, unreadable))
     names = [problem[0] for _, problem in found if problem]
-    gone = from_rank_0(lambda: {name for name in names if not os.path.exists(name)})
+    gone = broadcast_from_rank0(lambda: {name for name in names if not os.path.exists(name)})
     for _, problem in found:
         if problem and problem[0] not in gone:
             raise ValueError(f"{folder} cannot be read by {problem[1]}. Fix that and start again; nothing was renamed.")

@@ -46,7 +46,7 @@ def step_folder(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def aside_folder(directory: Path, step: int) -> Path:
+def staging_folder(directory: Path, step: int) -> Path:
     """Where the checkpoint after ``step`` steps is written before it is complete."""
     return directory / f".{step_folder(directory, step).name}.part"
 
@@ -88,7 +88,7 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def point_and_prune(final: Path, keep: int | None) -> str | None:
+def update_latest_and_rotate(final: Path, keep: int | None) -> str | None:
     """Let ``latest`` name a published folder, then drop all but the newest ``keep``; returns what went wrong, if so."""
     try:
         write_durably(final.with_name(LATEST), final.name + "\n")
@@ -102,7 +102,7 @@ def point_and_prune(final: Path, keep: int | None) -> str | None:
     return None
 
 
-def tidy(directory: Path) -> None:
+def clean_up(directory: Path) -> None:
     """Remove what a process that died while saving left behind; bring back what it was about to replace."""
     for folder in _named(directory, f".{_STEP}.old"):
         recover_folder(folder.with_name(folder.name[1 : -len(".old")]))
@@ -111,7 +111,7 @@ def tidy(directory: Path) -> None:
             remove(folder)
 
 
-def set_aside(folder: Path, why: str) -> Path:
+def quarantine(folder: Path, why: str) -> Path:
     """Rename a step folder to ``<name>.<why>``: no run loads it by itself any more, and nothing is lost."""
     target = folder.with_name(f"{folder.name}.{why}")
     number = 1
@@ -121,10 +121,10 @@ def set_aside(folder: Path, why: str) -> Path:
     return folder.rename(target)
 
 
-def set_aside_after(directory: Path, step: int) -> list[Path]:
+def quarantine_after(directory: Path, step: int) -> list[Path]:
     """Set aside the checkpoints beyond ``step``: they are of a branch that the run which goes on there has left."""
     later = [folder for folder in complete_folders(directory) if _step(folder) > step]
-    return [set_aside(folder, "abandoned") for folder in later]
+    return [quarantine(folder, "abandoned") for folder in later]
 
 
 def resolve_checkpoint(load: str | None, directory: Path) -> list[Path]:

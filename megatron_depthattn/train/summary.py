@@ -88,7 +88,7 @@ class Cost:
     ) -> list[str]:
         """What was trained, what it cost, what it brought and what to do next; ``end``: see `RunHistory.end`."""
         if not self._steps and end["outcome"] in DELIBERATE:
-            return [f"nothing to do: {config.run.dir} is at step {progress.step}; set train.steps higher to go on"]
+            return [f"nothing to do: {config.run.dir} is at step {progress.step}; set train.steps higher to continue"]
         stopped = f"stopped by {end.get('signal')} at step {progress.step}"
         if not self._steps and end["outcome"] == "signal":
             return [f"{stopped}, nothing new to save: start the same command again"]

@@ -1,6 +1,6 @@
 """A run that hangs ends, and leaves behind what is needed to say why.
 
-Every rank has a thread that watches for the loop's beats. When they stay away, the rank raises an alarm in the
+Every rank has a thread that watches for the loop's heartbeats. When they stay away, the rank raises an alarm in the
 store that all ranks joined the world through; every rank that still runs then writes the stacks of all its threads,
 answers, says which ranks did not, and ends with `EXIT_HANG`, so that the launcher ends the job. Neither the alarm nor
 the end relies on a collective, on a signal or on the main thread: those are what hangs. What may hang with them (the
@@ -46,7 +46,7 @@ _STATES = {
 }
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """A sign of progress from the loop."""
 
     at: float
@@ -56,14 +56,14 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process, and through the store every other rank, when the loop stops calling `beat`.
+    """Ends this process, and through the store every other rank, when the loop stops calling `heartbeat`.
 
-    Use it as a context manager or call `close`: what is not closed goes on watching.
+    Use it as a context manager or call `close`: what is not closed keeps watching.
 
     Args:
-        timeout: seconds without a beat after which a rank counts as hung; longer than the slowest step, evaluation
-            batch, or forcing of one file to disk. Watching starts with the first beat, so loading and compiling are not
-            timed.
+        timeout: seconds without a heartbeat after which a rank counts as hung; longer than the slowest step, evaluation
+            batch, or forcing of one file to disk. Watching starts with the first heartbeat, so loading and
+            compiling are not timed.
         folder: where the stacks go, ``<time>_rank_<N>.txt`` for each rank, and ``<time>_hang_<N>.txt``, what rank
             N says of the others; made when needed.
         rank, world_size: this process's place.
@@ -87,7 +87,7 @@ class Watchdog:
         self.grace = 2 * self.interval + min(5.0, timeout / 4) if grace is None else grace
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._started = psutil.Process().create_time()
-        self._beat: Beat | None = None
+        self._beat: Heartbeat | None = None
         self._closed, self._alarmed = threading.Event(), threading.Event()
         self._store: Any = dist.PrefixStore(  # Any: torch's type stubs lack `append`
             "watchdog", store.clone()
@@ -100,11 +100,11 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def beat(self, step: int, phase: str) -> None:
-        """Say that the loop goes on: ``phase`` (step, evaluation, checkpoint, ...) of ``step`` begins now."""
+    def heartbeat(self, step: int, phase: str) -> None:
+        """Say that the loop makes progress: ``phase`` (step, evaluation, checkpoint, ...) of ``step`` begins now."""
         if self._beat is None:
             self._arm_backstop(self.timeout + self.grace)
-        self._beat = Beat(time.monotonic(), step, phase)
+        self._beat = Heartbeat(time.monotonic(), step, phase)
 
     def close(self) -> None:
         """Stop watching. Safe to call twice, also when the store is gone."""
@@ -129,7 +129,7 @@ class Watchdog:
         """The thread that decides; waits for nobody."""
         while not self._closed.wait(self.interval):
             beat = self._beat
-            if beat is not None:  # from here, not from each beat: it fires when this thread has not run for so long
+            if beat is not None:  # armed here, not by each heartbeat: it fires when this thread does not run
                 self._arm_backstop(self.timeout + self.grace)
             if self._alarmed.is_set() or (beat and time.monotonic() - beat.at > self.timeout):
                 self._end()
@@ -155,15 +155,15 @@ class Watchdog:
         """The thread that talks to the store: two small messages each interval. May block when the store is gone."""
         try:
             while not self._closed.is_set():
-                self._store.set(f"sign/{self.rank}", json.dumps(self._sign()))
+                self._store.set(f"state/{self.rank}", json.dumps(self._state()))
                 if self._store.check([_ALARM]):
                     self._alarmed.set()
                     return
                 self._closed.wait(self.interval)
-            self._store.set(f"sign/{self.rank}", json.dumps(self._sign() | {"phase": "closed"}))
+            self._store.set(f"state/{self.rank}", json.dumps(self._state() | {"phase": "closed"}))
         except RuntimeError as error:  # torch's DistError: the host of the store is gone
             if not self._closed.is_set():
-                _say(f"watchdog: rank {self.rank} lost the store ({error}); it goes on watching for itself alone")
+                _say(f"watchdog: rank {self.rank} lost the store ({error}); it keeps watching for itself alone")
 
     # ---- the end
 
@@ -174,9 +174,9 @@ class Watchdog:
         path = self.folder / f"{stamp}_rank_{self.rank}.txt"
         stacks = threading.Thread(target=self._try, args=(lambda: self._write_stacks(path),), daemon=True)
         stacks.start()
-        answers = {self.rank: self._sign() | {"where": _chain(main_thread_frames(3))}}
+        answers = {self.rank: self._state() | {"where": _chain(main_thread_frames(3))}}
         self._try(lambda: answers.update(self._exchange_answers(answers[self.rank])))
-        lines = [f"hang: no beat for {self.timeout:g} s"] if self.rank == min(answers) else []
+        lines = [f"hang: no heartbeat for {self.timeout:g} s"] if self.rank == min(answers) else []
         self._try(lambda: lines.extend(self._silent_ranks(answers)))
         if self.rank == min(answers):
             lines += _groups(answers)
@@ -195,10 +195,10 @@ class Watchdog:
     def _what_happened(self) -> str:
         beat = self._beat
         if beat is None:
-            return "was told of a hang before its first step"
+            return "learned of a hang before its first step"
         age = time.monotonic() - beat.at
-        verb = "hangs" if age > self.timeout else "was told of a hang"
-        return f"{verb}: last beat {age:.0f} s ago at step {beat.step} ({beat.phase})"
+        verb = "hangs" if age > self.timeout else "learned of a hang"
+        return f"{verb}: last heartbeat {age:.0f} s ago at step {beat.step} ({beat.phase})"
 
     def _write_stacks(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,15 +226,15 @@ class Watchdog:
         """A line for each rank that did not answer, from the one rank that can say most: the first on its host."""
         silent = [rank for rank in range(self.world_size) if rank not in answers]
         for rank in silent[:_MAX_RANKS]:
-            key = f"sign/{rank}"
-            sign = json.loads(self._store.get(key)) if self._store.check([key]) else {}
-            neighbours = [other for other, answer in answers.items() if answer["host"] == sign.get("host")]
+            key = f"state/{rank}"
+            state = json.loads(self._store.get(key)) if self._store.check([key]) else {}
+            neighbours = [other for other, answer in answers.items() if answer["host"] == state.get("host")]
             if self.rank == min(neighbours or answers):
-                yield f"rank {rank} gives no sign: {_describe(sign, self._host)}"
+                yield f"rank {rank} is unresponsive: {_describe(state, self._host)}"
         if len(silent) > _MAX_RANKS and self.rank == min(answers):
-            yield f"and {len(silent) - _MAX_RANKS} more ranks give no sign"
+            yield f"and {len(silent) - _MAX_RANKS} more ranks are unresponsive"
 
-    def _sign(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         beat = self._beat
         return {
             "host": self._host,
@@ -260,20 +260,20 @@ def _chain(frames: list[str]) -> str:
     return " < ".join(frames)
 
 
-def _describe(sign: dict[str, Any], host: str) -> str:
-    """What is known of a rank that is silent, from its last sign in the store and, on this host, from the kernel."""
-    if not sign:
+def _describe(state: dict[str, Any], host: str) -> str:
+    """What is known of a rank that is silent, from its last state in the store and, on this host, from the kernel."""
+    if not state:
         return "it never began"
-    age = time.time() - sign["since"]
-    last = f"last beat {age:.0f} s ago at step {sign['step']} ({sign['phase']})"
-    text = f"{sign['host']}, pid {sign['pid']}, {last if sign['step'] is not None else 'no beat yet'}"
-    return f"{text}; its process is {_process_state(sign)}" if sign["host"] == host else f"{text}; another host"
+    age = time.time() - state["since"]
+    last = f"last heartbeat {age:.0f} s ago at step {state['step']} ({state['phase']})"
+    text = f"{state['host']}, pid {state['pid']}, {last if state['step'] is not None else 'no heartbeat yet'}"
+    return f"{text}; its process is {_process_state(state)}" if state["host"] == host else f"{text}; another host"
 
 
-def _process_state(sign: dict[str, Any]) -> str:
+def _process_state(state: dict[str, Any]) -> str:
     try:
-        process = psutil.Process(sign["pid"])
-        if abs(process.create_time() - sign["started"]) > 1.0:
+        process = psutil.Process(state["pid"])
+        if abs(process.create_time() - state["started"]) > 1.0:
             return "gone"  # another process has its number
         status = process.status()
     except psutil.NoSuchProcess:
@@ -282,7 +282,7 @@ def _process_state(sign: dict[str, Any]) -> str:
 
 
 def _groups(answers: dict[int, dict[str, Any]]) -> list[str]:
-    """Ranks that answered, together where they are at the same place; the fewest first, as the odd one is the news."""
+    """Ranks that answered, together where they are at the same place; the fewest first, as outliers are the news."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for rank, answer in sorted(answers.items()):
         groups[answer["step"], answer["phase"], answer["where"]].append(rank)

@@ -31,7 +31,7 @@ def main() -> None:
             layout = config.parallel
             initialize_model_parallel(tensor=layout.tensor, pipeline=layout.pipeline)
         batches = GlobalBatches(config, sizes, device, split="train", consumed_samples=segment["consumed_samples"])
-        log = SampleLog(config, first_step=segment["first_step"])
+        log = SampleLog(Path(config.run.dir), is_on=config.data.log_samples, first_step=segment["first_step"])
         for step in range(segment["first_step"], segment["first_step"] + segment["num_steps"]):
             microbatches = batches.next()
             for batch in filter(None, microbatches):

@@ -31,14 +31,14 @@ def main(folder: Path, timeout: float, scenario: str) -> None:
             if step == 2:
                 misbehave(scenario, rank, timeout)
             if scenario != "slow":
-                watchdog.beat(step, "step")
+                watchdog.heartbeat(step, "step")
             elif step > 0:  # together far longer than the timeout, but every step is a sign of life
-                watchdog.beat(step, "step")
+                watchdog.heartbeat(step, "step")
                 time.sleep(timeout / 4)
-            elif rank == 1:  # before the first beat nothing is timed
+            elif rank == 1:  # before the first heartbeat nothing is timed
                 time.sleep(1.5 * timeout)
             dist.all_reduce(torch.ones(1))
-        watchdog.beat(step, "the end")
+        watchdog.heartbeat(step, "the end")
     dist.barrier()
     dist.destroy_process_group()
     print(f"rank {rank} is done", flush=True)

@@ -18,7 +18,7 @@ from megatron_depthattn.train.watchdog import EXIT_HANG
 from tests.e2e.commands import REPOSITORY
 
 TIMEOUT = 2.0
-"""Seconds without a beat that are a hang, in these tests."""
+"""Seconds without a heartbeat that are a hang, in these tests."""
 PATIENCE = 90
 """Seconds for a world to end; the machine may be busy."""
 
@@ -74,9 +74,11 @@ def test_a_stopped_rank_is_named_with_its_state(world: World):
     assert world.processes[1].poll() is None, "a stopped process cannot end itself; the launcher kills it"
     said = world.error(0)
     pid = world.processes[1].pid
-    silent = re.search(r"rank 1 gives no sign: (.*)", said)
+    silent = re.search(r"rank 1 is unresponsive: (.*)", said)
     assert silent, said
-    assert f"pid {pid}, last beat " in silent[1] and "at step 1 (step); its process is stopped (SIGSTOP)" in silent[1]
+    assert (
+        f"pid {pid}, last heartbeat " in silent[1] and "at step 1 (step); its process is stopped (SIGSTOP)" in silent[1]
+    )
     assert re.search(r"rank 0 answered: step 2 \(step\), main thread at .* all_reduce", said), said
     (stacks,) = world.stacks(0)
     assert "hang_worker.py" in stacks.read_text() and "in main" in stacks.read_text()
@@ -86,7 +88,7 @@ def test_a_stopped_rank_is_named_with_its_state(world: World):
 @scenario("stopped_0")
 def test_the_host_of_the_store_may_be_the_one_that_is_stopped(world: World):
     assert world.exit_code(1) == EXIT_HANG, world.error(1)
-    assert "rank 1 hangs: last beat" in world.error(1)
+    assert "rank 1 hangs: last heartbeat" in world.error(1)
     (stacks,) = world.stacks(1)
     assert "in main" in stacks.read_text()
 
@@ -100,7 +102,7 @@ def test_ranks_in_a_loop_and_in_a_collective_both_tell_where_they_are(world: Wor
     said = world.error(0) + world.error(1)
     assert re.search(r"rank 1 answered: step 1 \(step\), main thread at hang_worker.py:\d+ endless_loop", said), said
     assert re.search(r"rank 0 answered: step 2 \(step\), main thread at .* all_reduce", said), said
-    assert "gives no sign" not in said
+    assert "is unresponsive" not in said
     child = int(re.search(r"child (\d+) \S+: sleeping", world.stacks(1)[0].read_text())[1])  # type: ignore[index]
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 

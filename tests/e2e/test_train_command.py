@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,18 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.commands import must_succeed, python, torchrun
+from tests.e2e.forked_train import train_forked
 
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "samples", "step_seconds", "data_seconds", "tokens_per_second"),
     *("tflops_per_device", "mfu", "memory_gb", "eval_loss", "data_seconds_min", "data_slowest_rank"),
     *("checkpoint_seconds", "skipped_steps", "depth"),
 }
+OWN_LINE = re.compile(
+    r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|start|stream \d+|engine|step|"
+    r"saved|trained|held-out loss|goodput|record|what to try next|vocabulary|switches|data|parallel)[ :=]"
+)
+"""The forms of line that a run prints."""
 OP = "model.depth_attention.op=reference"
 SAME_EVERYWHERE = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "eval_loss")
 
@@ -77,14 +84,14 @@ def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
 
 
 # tests/parallel resumes under many more; this is the command's way there.
-@pytest.mark.parametrize("layout", ["parallel.pipeline=2 parallel.virtual_pipeline=2"])
-def test_resume_under_another_layout(undisturbed: Path, config_file: Path, tmp_path: Path, layout: str):
-    """Two processes continue what one process began; the record is that of one process throughout."""
+def test_resume_under_another_layout(undisturbed: Path, config_file: Path, tmp_path: Path):
+    """Two processes continue what one process began; the record is that of one process, the console only the run's."""
     command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path / 'run'}", "checkpoint.load=latest")
     must_succeed(python(*command, "train.stop_after=4"))
-    output = must_succeed(torchrun(2, *command, *layout.split())).stdout
-    if "pipeline=2" in layout:
-        assert "hop 0 -> 1:" in output
+    result = must_succeed(torchrun(2, *command, "parallel.pipeline=2", "parallel.virtual_pipeline=2"))
+    assert "hop 0 -> 1:" in result.stdout
+    foreign = [line for line in result.stdout.splitlines() + result.stderr.splitlines() if not OWN_LINE.match(line)]
+    assert not foreign
     for ours, theirs in zip(records(tmp_path / "run"), records(undisturbed), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
@@ -118,41 +125,33 @@ def test_tied_embeddings_over_two_stages(config_file: Path, tmp_path: Path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_resume_refuses_another_model(undisturbed: Path, config_file: Path):
-    """The weights would load; the function would be another one."""
+REFUSED = [
+    (["model.num_layer=3"], "model.num_layers"),
+    (["parallel.pipeline=2"], "start 2 ranks"),
+    (["data.path=nowhere"], "nowhere"),
+    (["data.sequence_length=16"], "sequence_length"),
+    (["model.vocab_size=256"], "model.vocab_size=384"),
+    (["checkpoint.load=nowhere/step_00000001"], "holds no complete checkpoint"),
+    (["precision.fp8=delayed", "precision.dtype=bf16"], "auto cannot take them here: no GPU; change that, or set"),
+    (["model.spec=te"], "TransformerEngine, which cannot be imported here"),
+]
+# The weights would load; the function would be another one.
+ANOTHER_MODEL = ["checkpoint.load=latest", "model.depth_attention.stride=1", "train.steps=24"]
+REFUSED_HERE = [  # in the folder of a finished run
+    (ANOTHER_MODEL, "model.depth_attention.stride (was 2, is 1)"),
+    ([], "checkpoint.load=latest"),
+]
+
+
+def test_refusals_are_one_line_and_change_nothing(undisturbed: Path, config_file: Path, tmp_path: Path):
     before = trajectory(undisturbed)
-    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={undisturbed}", "checkpoint.load=latest")
-    result = python(*command, "model.depth_attention.stride=1", "train.steps=24")
-    assert result.returncode == 1
-    assert "model.depth_attention.stride (was 2, is 1)" in result.stderr
-    assert trajectory(undisturbed) == before
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["model.num_layer=3"], "model.num_layers"),
-        (["parallel.pipeline=2"], "start 2 ranks"),
-        (["data.path=nowhere"], "nowhere"),
-        (["data.sequence_length=16"], "sequence_length"),
-        (["model.vocab_size=256"], "model.vocab_size=384"),
-        (["checkpoint.load=nowhere/step_00000001"], "holds no complete checkpoint"),
-        (["precision.fp8=delayed", "precision.dtype=bf16"], "auto cannot take them here: no GPU; change that, or set"),
-        (["model.spec=te"], "TransformerEngine, which cannot be imported here"),
-    ],
-)
-def test_refusals_are_one_line(config_file: Path, tmp_path: Path, settings: list[str], message: str):
-    result = python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", *settings)
-    assert result.returncode == 1
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) == 1, result.stderr
-    assert message in errors[0]
-    assert "Traceback" not in result.stderr
-
-
-def test_a_finished_run_is_not_overwritten(undisturbed: Path, config_file: Path):
-    before = trajectory(undisturbed)
-    result = python("-m", "megatron_depthattn.train", config_file, f"run.dir={undisturbed}")
-    assert result.returncode == 1
-    assert "checkpoint.load=latest" in result.stderr
+    commands = [[config_file, f"run.dir={tmp_path / 'run'}", *settings] for settings, _ in REFUSED]
+    commands += [[config_file, f"run.dir={undisturbed}", *settings] for settings, _ in REFUSED_HERE]
+    results = train_forked(tmp_path, commands)
+    for (settings, message), result in zip([*REFUSED, *REFUSED_HERE], results, strict=True):
+        assert result.returncode == 1, settings
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert len(errors) == 1, result.stderr
+        assert message in errors[0], settings
+        assert "Traceback" not in result.stderr
     assert trajectory(undisturbed) == before

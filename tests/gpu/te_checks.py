@@ -120,7 +120,7 @@ def check_recompute(place: Place, recipe: str | None, bound: float, mixing: str 
     for layer in decoder_layers(cut):
         layer._source = lambda index, state, read=layer._source: Source(*(x.detach() for x in read(index, state)))
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    with pytest.MonkeyPatch.context() as patch:  # with nobody to pay, the lent copies have no gradient to fetch
+    with pytest.MonkeyPatch.context() as patch:  # with nobody to pay, the detached copies have no gradient to fetch
         patch.setattr("megatron_depthattn.parallel.microbatch_state.MicrobatchState.collect", no_gradient)
         detached = settled(cut, place)
     found["control, sources detached"] = relative_error(detached.gradients[name], plain.gradients[name])
@@ -129,7 +129,7 @@ def check_recompute(place: Place, recipe: str | None, bound: float, mixing: str 
 
 
 def no_gradient(state, name: str) -> Tensor:
-    return torch.zeros_like(state._lent.pop(name))
+    return torch.zeros_like(state._detached.pop(name))
 
 
 def check_bf16_layers(place: Place, recipe: str) -> dict[str, float]:

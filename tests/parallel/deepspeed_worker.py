@@ -66,7 +66,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         engine.advance_schedule()
         if job.poison and step == SAVE_AFTER:
             result |= poisoned_step(engine, job)
-        with depth.listening(step + 1):
+        with depth.recording(step + 1):
             done = engine.train_step(microbatches(step, job.rows))
         assert not done.skipped
         result["depth"] = result.get("depth") or depth.collect()

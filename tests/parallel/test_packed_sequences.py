@@ -43,4 +43,4 @@ def test_two_stages_are_one(tmp_path, record_property):
 def test_microbatches_of_unequal_lengths_are_refused(tmp_path):
     done = run(tmp_path, [[5, 11], [7, 3]])
     assert done.returncode != 0
-    assert "a message of 10 rows and micro-batch 1 is to be sent, but the schedule was told 16 rows" in done.stderr
+    assert "a message of 10 rows and micro-batch 1 is to be sent, but the schedule was given 16 rows" in done.stderr

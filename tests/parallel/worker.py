@@ -119,11 +119,11 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     else:
         load_checkpoint(common_weights(folder / (job.method if job.method in METHODS else "vanilla"), chunks), chunks)
         depth = DepthRecord(config, get_model_config(chunks[0]))
-        with recorded_sends() as sent, depth.listening(1):
+        with recorded_sends() as sent, depth.recording(1):
             first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
         result |= {"first_loss": first_loss, "depth": depth.collect()}
         if job == job.reference:  # what the second of two data-parallel ranks begins with
-            with depth.listening(1), torch.no_grad():
+            with depth.recording(1), torch.no_grad():
                 run_microbatches(chunks, microbatches(0)[1:], SHAPE, forward_only=True)
             result["depth_of_second"] = depth.collect()
         result["flops"] = counted_flops(config, chunks)

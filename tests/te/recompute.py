@@ -34,8 +34,8 @@ NONE, CONTROL = "none", "control"
 class PlainSources(MicrobatchState):
     """The control: sources are left as they are, without a gradient of their own."""
 
-    def lend(self, parts: dict[str, Tensor], hidden_states: Tensor) -> Tensor:
-        self._lent |= {name: tensor.detach() for name, tensor in parts.items()}
+    def detach_for_reuse(self, parts: dict[str, Tensor], hidden_states: Tensor) -> Tensor:
+        self._detached |= {name: tensor.detach() for name, tensor in parts.items()}
         return hidden_states
 
 

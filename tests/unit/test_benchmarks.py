@@ -74,13 +74,13 @@ def test_everyone_comes_first_and_last_equally_often():
 def test_saved_tensors_are_storages_once_and_without_parameters():
     layer, state = torch.nn.Linear(4, 4, bias=False), MicrobatchState()
     x = torch.ones(3, 4, requires_grad=True)
-    lent = torch.ones(5)
+    detached = torch.ones(5)
     with saved_tensors(layer, state) as saved:
         layer(x)
         x[:1].square()  # a view: all of x is kept, and it is kept already
-        state.leave({"lent": lent})  # not through autograd, but kept for later layers
+        state.publish({"detached": detached})  # not through autograd, but kept for later layers
     assert sorted(tuple(t.shape) for t in saved.tensors) == [(1, 4), (3, 4), (5,)]
-    assert saved.num_bytes == x.nbytes + lent.nbytes
+    assert saved.num_bytes == x.nbytes + detached.nbytes
 
 
 # ---- what is written

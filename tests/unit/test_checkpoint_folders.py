@@ -10,15 +10,15 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.durable import publish_folder, recover_folder, write_durably
 from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
 from megatron_depthattn.train.step_folders import (
-    aside_folder,
+    clean_up,
     complete_folders,
     newest_step,
-    point_and_prune,
+    quarantine,
+    quarantine_after,
     resolve_checkpoint,
-    set_aside,
-    set_aside_after,
+    staging_folder,
     step_folder,
-    tidy,
+    update_latest_and_rotate,
 )
 
 
@@ -31,8 +31,8 @@ def fill(folder: Path, content: bytes = b"weights") -> Path:
 
 
 def publish(directory: Path, step: int, keep: int | None = None, content: bytes = b"weights") -> Path:
-    publish_folder(fill(aside_folder(directory, step), content), step_folder(directory, step))
-    assert point_and_prune(step_folder(directory, step), keep) is None
+    publish_folder(fill(staging_folder(directory, step), content), step_folder(directory, step))
+    assert update_latest_and_rotate(step_folder(directory, step), keep) is None
     return step_folder(directory, step)
 
 
@@ -71,7 +71,7 @@ def test_a_link_to_a_checkpoint_is_removed_and_what_it_names_stays(tmp_path):
     step_folder(tmp_path / "checkpoints", 100).symlink_to(kept)
     (tmp_path / "checkpoints/.step_00000050.removed").symlink_to(kept)
     (tmp_path / "checkpoints/step_notanint").mkdir()
-    tidy(tmp_path / "checkpoints")
+    clean_up(tmp_path / "checkpoints")
     publish(tmp_path / "checkpoints", 300, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*step_0*")) == [
         "step_00000200",
@@ -118,11 +118,11 @@ def test_latest_without_any_checkpoint_is_no_fresh_start(tmp_path, content, name
 def test_a_run_that_goes_back_leaves_the_later_checkpoints_under_another_name(tmp_path):
     for step in (100, 200, 300):
         publish(tmp_path, step)
-    left = set_aside_after(tmp_path, 100)
+    left = quarantine_after(tmp_path, 100)
     assert [path.name for path in left] == ["step_00000200.abandoned", "step_00000300.abandoned"]
     assert steps(tmp_path) == [100]
     publish(tmp_path, 200)
-    assert [path.name for path in set_aside_after(tmp_path, 100)] == ["step_00000200.abandoned-2"]
+    assert [path.name for path in quarantine_after(tmp_path, 100)] == ["step_00000200.abandoned-2"]
     assert all((path / MANIFEST).is_file() for path in left)
 
 
@@ -131,16 +131,16 @@ def test_a_run_that_goes_back_leaves_the_later_checkpoints_under_another_name(tm
 
 def test_what_a_crash_leaves_is_tidied(tmp_path):
     kept = publish(tmp_path, 100)
-    fill(aside_folder(tmp_path, 200))  # complete, but it died before the rename
+    fill(staging_folder(tmp_path, 200))  # complete, but it died before the rename
     fill(tmp_path / ".step_00000050.removed")
-    tidy(tmp_path)
+    clean_up(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", kept.name]
 
 
 def test_a_crash_between_the_two_renames_loses_nothing(tmp_path):
     folder = publish(tmp_path, 100)
     folder.rename(tmp_path / ".step_00000100.old")
-    tidy(tmp_path)
+    clean_up(tmp_path)
     assert resolve_checkpoint("latest", tmp_path) == [folder]
     assert find_damage(folder) == []
 
@@ -243,13 +243,13 @@ def test_a_device_is_no_file_of_a_checkpoint(tmp_path):
 
 def test_what_goes_wrong_after_publication_is_told_and_the_checkpoint_stays(tmp_path):
     (tmp_path / "latest").mkdir()  # in the way of the pointer
-    publish_folder(fill(aside_folder(tmp_path, 100)), step_folder(tmp_path, 100))
-    assert "is complete, but" in point_and_prune(step_folder(tmp_path, 100), 2)
+    publish_folder(fill(staging_folder(tmp_path, 100)), step_folder(tmp_path, 100))
+    assert "is complete, but" in update_latest_and_rotate(step_folder(tmp_path, 100), 2)
     assert steps(tmp_path) == [100]
 
 
 def test_setting_aside_never_overwrites(tmp_path):
-    names = [set_aside(publish(tmp_path, 100), "damaged").name for _ in range(3)]
+    names = [quarantine(publish(tmp_path, 100), "damaged").name for _ in range(3)]
     assert names == ["step_00000100.damaged", "step_00000100.damaged-2", "step_00000100.damaged-3"]
     assert complete_folders(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""What a listener hears of the weights over depth, against the independent fp64 decoder; and that it disturbs nothing.
+"""What a recorder hears of the weights over depth, against the independent fp64 decoder; and that it disturbs nothing.
 
 Shapes: b batch, s positions, G key/value heads, n sources.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_depthattn.config import ModelConfig, RunConfig
-from megatron_depthattn.model.depth_weights import DepthListener, listener
+from megatron_depthattn.model.depth_weights import DepthRecorder, recorder
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.train.depth_record import DepthRecord, depth_curves
 from tests.megatron_weights import load, to_megatron
@@ -64,8 +64,8 @@ def step(model) -> Tensor:
 
 
 def heard_of(model, position_stride: int = 1) -> dict[int, Tensor]:
-    made = DepthListener(position_stride)
-    with made.listening():
+    made = DepthRecorder(position_stride)
+    with made.recording():
         step(model)
     return made.sums
 
@@ -118,24 +118,24 @@ def test_every_third_position():
 
 @pytest.mark.parametrize("overrides", [{}, FULL_RECOMPUTE], ids=["kept", "recomputed"])
 def test_a_step_that_is_listened_to_is_the_same_to_the_bit(overrides):
-    plain, heard = build(**overrides), build(**overrides)
-    loss, made = step(plain), DepthListener(1)
-    with made.listening():
-        assert torch.equal(step(heard), loss)
+    plain, recorded = build(**overrides), build(**overrides)
+    loss, made = step(plain), DepthRecorder(1)
+    with made.recording():
+        assert torch.equal(step(recorded), loss)
     assert made.sums
-    for (name, one), other in zip(plain.named_parameters(), heard.parameters(), strict=True):
+    for (name, one), other in zip(plain.named_parameters(), recorded.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad), name
 
 
 def test_the_first_of_two_micro_batches_is_heard_and_nothing_afterwards():
-    model, made = build(), DepthListener(1)
-    with made.listening():
+    model, made = build(), DepthRecorder(1)
+    with made.recording():
         step(model)
         first = {layer: sums.clone() for layer, sums in made.sums.items()}
         with torch.no_grad():
             next(model.parameters()).mul_(-2)
         step(model)
-    assert listener() is None
+    assert recorder() is None
     step(model)
     assert all(torch.equal(made.sums[layer], sums) for layer, sums in first.items())
 
@@ -151,7 +151,7 @@ def run_config(**train) -> RunConfig:
 
 def record_of(model, config: RunConfig, step_number: int = 1) -> dict | None:
     record = DepthRecord(config, model.config)
-    with record.listening(step_number):
+    with record.recording(step_number):
         step(model)
     return record.collect()
 
@@ -183,10 +183,10 @@ def test_a_head_that_puts_all_on_one_at_every_token_has_collapsed():
     query, towards_source = direction.repeat_interleave(2, dim=2), direction * 1.0
     towards_source[1::2] *= -1
     record = DepthRecord(run_config(), build(stride=1, window=0).config)
-    with record.listening(1):
+    with record.recording(1):
         for layer in (1, 2, 3):
             keys = [towards_source, *[torch.zeros_like(direction)] * (layer - 1)]
-            listener().hear(layer, query, keys, -towards_source, 1.0)
+            recorder().record(layer, query, keys, -towards_source, 1.0)
     told = record.collect()["layers"]["3"]
     assert told["collapsed"] == 0.5
     assert told["weights"] == pytest.approx([0.375, 0.125, 0.125, 0.375], abs=1e-6)
@@ -200,8 +200,8 @@ def test_due_steps(interval, due):
     record = DepthRecord(run_config(steps=10, depth_interval=interval), build().config)
     found = []
     for number in range(1, 11):
-        with record.listening(number):
-            if listener() is not None:
+        with record.recording(number):
+            if recorder() is not None:
                 found.append(number)
     assert found == due
 

@@ -44,9 +44,9 @@ def starts(run_dir: Path, *records: tuple) -> RunHistory:
 def test_a_restart_loop_is_refused(tmp_path):
     history = starts(tmp_path, *[START] * 3)
     with pytest.raises(ValueError, match=r"last 3 starts all began at step 100 .* train.max_fruitless_starts=6"):
-        history.refuse_restart_loop(100, "v", 3)
-    history.refuse_restart_loop(100, "v", 4)
-    history.refuse_restart_loop(100, "v", None)
+        history.check_restart_loop(100, "v", 3)
+    history.check_restart_loop(100, "v", 4)
+    history.check_restart_loop(100, "v", None)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_a_restart_loop_is_refused(tmp_path):
     ],
 )
 def test_control_a_run_that_gets_on_may_start_again(tmp_path, records, step, version):
-    starts(tmp_path, *records).refuse_restart_loop(step, version, 3)
+    starts(tmp_path, *records).check_restart_loop(step, version, 3)
 
 
 def test_an_end_by_an_error_does_not_hide_a_loop(tmp_path):
     records = [("start", 7, "v", 1, "latest"), ("end", 9, "not finite")] * 3
     with pytest.raises(ValueError, match="began at step 7"):
-        starts(tmp_path, *records).refuse_restart_loop(7, "v", 3)
+        starts(tmp_path, *records).check_restart_loop(7, "v", 3)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path, line):
             file.write(line)
     drop_steps_after(tmp_path / "metrics.jsonl", 1)
     assert not RunHistory(tmp_path).has_started_from(None)
-    RunHistory(tmp_path).refuse_restart_loop(0, "v", 2)
+    RunHistory(tmp_path).check_restart_loop(0, "v", 2)
     history = RunHistory(tmp_path)
     history.start(3, "v", 1, "latest")
     assert RunHistory(tmp_path).run_id == history.run_id

@@ -1,4 +1,4 @@
-"""What layers leave to each other: gradients of lent parts come back once, in the right order, and nothing stays."""
+"""What layers publish to each other: gradients of detached parts come back once, in order, and nothing stays."""
 
 import re
 import weakref
@@ -14,13 +14,13 @@ def leaf(seed: int) -> Tensor:
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
-def maker(x: Tensor, state: MicrobatchState, lend: bool) -> Tensor:
+def maker(x: Tensor, state: MicrobatchState, detach: bool) -> Tensor:
     """A piece of a model that leaves a part, uses it itself, and returns a hidden state."""
     part = x.sin()
     hidden = part * x
-    if lend:
-        return state.lend({"part": part}, hidden)
-    state.leave({"part": part})
+    if detach:
+        return state.detach_for_reuse({"part": part}, hidden)
+    state.publish({"part": part})
     return hidden
 
 
@@ -32,14 +32,14 @@ def reader(hidden: Tensor, state: MicrobatchState) -> Tensor:
 def test_lent_parts_have_the_gradient_of_one_graph(readers):
     x = leaf(0)
     state = MicrobatchState()
-    hidden = maker(x, state, lend=False)
+    hidden = maker(x, state, detach=False)
     for _ in range(readers):
         hidden = reader(hidden, state)
     hidden.sum().backward()
     expected = x.grad
 
     x, state = leaf(0), MicrobatchState()
-    pieces = [maker(x, state, lend=True)]
+    pieces = [maker(x, state, detach=True)]
     inputs = []
     for _ in range(readers):  # every piece has a graph of its own, as a pipeline chunk
         inputs.append(pieces[-1].detach().requires_grad_())
@@ -50,38 +50,38 @@ def test_lent_parts_have_the_gradient_of_one_graph(readers):
         gradient = its_input.grad
     pieces[0].backward(gradient)
     torch.testing.assert_close(x.grad, expected, rtol=1e-14, atol=0)
-    state.check_settled()
+    state.assert_empty()
 
 
-def test_recomputed_pieces_lend_once():
+def test_recomputed_pieces_detach_once():
     """As a checkpoint runs it: forward without gradients, then again with them, both with the same state."""
     x, state = leaf(1), MicrobatchState()
     with torch.no_grad():
-        hidden = maker(x, state, lend=True)
+        hidden = maker(x, state, detach=True)
         shared = state["part"]
     its_input = hidden.detach().requires_grad_()
     reader(its_input, state).sum().backward()
-    again = maker(x, state, lend=True)
+    again = maker(x, state, detach=True)
     assert state["part"] is shared
     again.backward(its_input.grad)
-    state.check_settled()
+    state.assert_empty()
 
     plain, state = leaf(1), MicrobatchState()
-    reader(maker(plain, state, lend=False), state).sum().backward()
+    reader(maker(plain, state, detach=False), state).sum().backward()
     torch.testing.assert_close(x.grad, plain.grad, rtol=1e-14, atol=0)
 
 
 def test_a_lent_part_is_the_same_memory_and_cut_off():
     state, x = MicrobatchState(), leaf(2)
     part = x.sin()
-    state.lend({"part": part}, x * 1)
+    state.detach_for_reuse({"part": part}, x * 1)
     assert state["part"].data_ptr() == part.data_ptr()
     assert state["part"].is_leaf and state["part"].requires_grad
 
 
 def test_backward_in_the_wrong_order_is_an_error():
     state = MicrobatchState()
-    hidden = maker(leaf(3), state, lend=True)
+    hidden = maker(leaf(3), state, detach=True)
     reader(hidden.detach().requires_grad_(), state)
     with pytest.raises(RuntimeError, match="the backward pass that made part ran before that of any layer"):
         hidden.sum().backward()
@@ -89,24 +89,24 @@ def test_backward_in_the_wrong_order_is_an_error():
 
 def test_what_is_left_over_is_an_error():
     state = MicrobatchState()
-    state.check_settled()
-    maker(leaf(4), state, lend=True)
-    state.leave({"other": leaf(5)})
+    state.assert_empty()
+    maker(leaf(4), state, detach=True)
+    state.publish({"other": leaf(5)})
     with pytest.raises(RuntimeError, match=re.escape("other, part were left over when their micro-batch was done")):
-        state.check_settled()
+        state.assert_empty()
 
 
 def test_a_part_that_nobody_left_is_named():
     state = MicrobatchState()
-    state.leave({"key.0": leaf(6)})
+    state.publish({"key.0": leaf(6)})
     with pytest.raises(LookupError, match=re.escape("value.3 is read, but this micro-batch's state holds ['key.0']")):
         _ = state["value.3"]
 
 
 def test_dropped_parts_are_gone_and_lent_ones_stay_until_they_are_collected():
     state = MicrobatchState()
-    hidden = maker(leaf(7), state, lend=True)
-    state.leave({"a": leaf(8), "b": leaf(9)})
+    hidden = maker(leaf(7), state, detach=True)
+    state.publish({"a": leaf(8), "b": leaf(9)})
     state.keep_only(["b"])
     with pytest.raises(LookupError, match="a is read"):
         _ = state["a"]
@@ -115,4 +115,4 @@ def test_dropped_parts_are_gone_and_lent_ones_stay_until_they_are_collected():
     reader(hidden.detach().requires_grad_(), state).sum().backward()
     hidden.sum().backward()
     assert gone() is None
-    state.check_settled()
+    state.assert_empty()

@@ -59,5 +59,5 @@ def test_a_microbatch_of_another_length_is_refused_before_it_is_sent():
     assert communicator._communicate_shapes(right, None, False, True) == (None, (16, 1, 40))
     assert communicator._communicate_shapes(None, right, True, True) == ((16, 1, 40), (16, 1, 40))
     for send in ((longer, None), (None, longer)):
-        with pytest.raises(ValueError, match=r"24 rows .* told 16 rows .*sequence_length.* Pad packed sequences"):
+        with pytest.raises(ValueError, match=r"24 rows .* given 16 rows .*sequence_length.* Pad packed sequences"):
             communicator._communicate_shapes(*send, False, False)

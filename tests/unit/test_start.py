@@ -16,11 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_depthattn.config import from_dict
 from megatron_depthattn.train import manifest, owner
 from megatron_depthattn.train.history import RunHistory
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
-from megatron_depthattn.train.step_folders import OWNER, set_aside_after, tidy
+from megatron_depthattn.train.step_folders import OWNER, clean_up, quarantine_after
 from tests.unit.test_checkpoint_folders import flip, publish, steps
 
 
@@ -34,7 +33,7 @@ def run_dir(megatron_world_of_one, tmp_path: Path) -> Path:
 def start(run_dir: Path, load: str | None = "latest"):
     from megatron_depthattn.train.start import find_start
 
-    return find_start(from_dict({"run": {"dir": str(run_dir)}, "checkpoint": {"load": load}}, "a test"))
+    return find_start(load, run_dir, run_dir / "checkpoints")
 
 
 def names(run_dir: Path) -> list[str]:
@@ -85,15 +84,15 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(run_dir, tmp_path
         RunHistory(run_dir).start(0, "v", 1, load)
         found = start(run_dir, load)
         assert found.folder == run_dir / "checkpoints/step_00000200"
-        assert "was interrupted: it goes on from" in found.warnings[0]
+        assert "was interrupted: it resumes from" in found.warnings[0]
 
 
 def test_errors_of_rank_0_reach_every_rank(megatron_world_of_one):
-    from megatron_depthattn.train.start import from_rank_0
+    from megatron_depthattn.train.start import broadcast_from_rank0
 
-    assert from_rank_0(lambda: 3) == 3
+    assert broadcast_from_rank0(lambda: 3) == 3
     with pytest.raises(ValueError, match="told"):
-        from_rank_0(lambda: (_ for _ in ()).throw(ValueError("told")))
+        broadcast_from_rank0(lambda: (_ for _ in ()).throw(ValueError("told")))
 
 
 # ---- one run and one process per folder -----------------------------------------------------------------------------
@@ -305,8 +304,8 @@ def test_a_teammate_continues_a_run(request):
         become(user)
         lock = owner.lock_run(run_dir)
         claim = owner.claim_checkpoints(run_dir / "checkpoints", run_dir)
-        tidy(run_dir / "checkpoints")
-        set_aside_after(run_dir / "checkpoints", first)
+        clean_up(run_dir / "checkpoints")
+        quarantine_after(run_dir / "checkpoints", first)
         RunHistory(run_dir, claim.run_id).start(first, "v", 1, "latest")
         drop_steps_after(run_dir / "metrics.jsonl", first)
         metrics, log = AppendFile(run_dir / "metrics.jsonl"), AppendFile(run_dir / "log.txt")

@@ -27,10 +27,10 @@ def own_threads() -> list[str]:
 def test_a_closed_watchdog_is_gone_and_its_last_sign_says_so(tmp_path: Path):
     store = dist.HashStore()
     with Watchdog(60.0, tmp_path / "stacks", rank=0, world_size=1, store=store) as dog:
-        dog.beat(7, "evaluation")
+        dog.heartbeat(7, "evaluation")
         assert own_threads() == ["watchdog", "watchdog store"]
     assert own_threads() == []
-    sign = json.loads(store.get("watchdog/sign/0"))
+    sign = json.loads(store.get("watchdog/state/0"))
     assert (sign["step"], sign["phase"], sign["pid"]) == (7, "closed", os.getpid())
     assert not (tmp_path / "stacks").exists()
     dog.close()

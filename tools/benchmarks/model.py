@@ -37,7 +37,7 @@ class Model:
         """Seconds of one step, until the device is done; with ``record``, of one whose weights over depth it takes."""
         synchronize(self._device)
         started = clock()
-        with record.listening(1) if record else nullcontext():
+        with record.recording(1) if record else nullcontext():
             self.update() if self._optimizer else self.gradients()
         if record:
             record.collect()
