@@ -1,4 +1,4 @@
-"""What a checkpoint folder goes through: manifest, publication, `latest`, retention, damage, being set aside."""
+"""What a checkpoint folder goes through: manifest, publication, `latest`, retention, damage, quarantine."""
 
 import json
 import os
