@@ -17,7 +17,6 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rdzv_registry
-from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_depthattn.launch import EXIT_HANG, EXIT_REQUEUE, SIGNALS
 from megatron_depthattn.launch.failures import record_death
@@ -28,8 +27,8 @@ REPORT_SECONDS = 5
 """A node that waits for others says so as often as this."""
 
 
-def start_agent(config: LaunchConfig, command: Any, arguments: Sequence[str]) -> Agent:
-    """The agent of this node, as torchrun's own launcher makes it from its config; joins no rendezvous yet."""
+def start_agent(config: Any, command: Any, arguments: Sequence[str]) -> Agent:
+    """The agent of this node, as torchrun's own launcher makes it from its `LaunchConfig`; joins no rendezvous yet."""
     parameters = RendezvousParameters(
         backend=config.rdzv_backend,
         endpoint=config.rdzv_endpoint,
@@ -49,7 +48,7 @@ def start_agent(config: LaunchConfig, command: Any, arguments: Sequence[str]) ->
     )
     if hasattr(config, "signals_to_handle"):
         set_variables(TORCHELASTIC_SIGNALS_TO_HANDLE=config.signals_to_handle)
-    settings = {"shutdown_timeout": config.shutdown_timeout} if hasattr(config, "shutdown_timeout") else {}
+    settings: dict[str, Any] = {"shutdown_timeout": config.shutdown_timeout} if hasattr(config, "shutdown_timeout") else {}
     agent = Agent(
         spec=spec,
         logs_specs=config.logs_specs,
