@@ -48,7 +48,8 @@ def start_agent(config: Any, command: Any, arguments: Sequence[str]) -> Agent:
     )
     if hasattr(config, "signals_to_handle"):
         set_variables(TORCHELASTIC_SIGNALS_TO_HANDLE=config.signals_to_handle)
-    settings: dict[str, Any] = {"shutdown_timeout": config.shutdown_timeout} if hasattr(config, "shutdown_timeout") else {}
+    names = {"shutdown_timeout"} & vars(config).keys()  # what this version of torch has
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     agent = Agent(
         spec=spec,
         logs_specs=config.logs_specs,
