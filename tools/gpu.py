@@ -8,13 +8,16 @@ and keeps the others, so what did not fit into one call goes into a second.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,8 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from tools.benchmarks.junit import read_junit, tests_page
-from tools.benchmarks.result import gpu_name, machine_facts, machine_line, table
+from megatron_depthattn.benchmarks.result import gpu_name, machine_facts, machine_line, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 530.0
@@ -88,7 +90,6 @@ PARTS = (
     Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4", *_LOCAL), 60),
     Part("memory-360m", MODEL, _memory(*_LOCAL), 60),
     Part("memory-3b", MODEL, ("memory", "--shape", "3b", "--layers", "12", "--micro-batch", "1", *_LOCAL), 60),
-    Part("record-360m", STEP, ("record", "--shape", "360m", "--micro-batch", "4", "--rounds", "12", *_LOCAL), 60),
     Part("data", DATA, ("data", "--runs", "3", "--steps", "50"), 45),
 )
 
@@ -128,20 +129,50 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def run_part(part: Part, seconds: float, work: Path, *, tests_passed: bool = False) -> Outcome:
-    """Run it in a process of its own, in ``work`` leave its figures.
+def read_junit(file: Path) -> dict[str, Any]:
+    """Of pytest's JUnit file: ``passed``, ``found`` (by test, what it recorded), ``skipped`` (by reason) and
+    ``failed`` (by test, the first line of why); nothing without a file."""
+    results: dict[str, Any] = {"passed": 0, "found": {}, "skipped": {}, "failed": {}}
+    if not file.exists():
+        return results
+    for case in ElementTree.parse(file).iter("testcase"):
+        name, skipped = case.get("name", ""), case.find("skipped")
+        problem = next((each for kind in ("failure", "error") if (each := case.find(kind)) is not None), None)
+        if problem is not None:
+            results["failed"][name] = problem.get("message", "").partition("\n")[0]
+        elif skipped is not None:
+            reason = skipped.get("message", "")
+            results["skipped"][reason] = results["skipped"].get(reason, 0) + 1
+        else:
+            results["passed"] += 1
+        for found in case.iter("property"):
+            results["found"][name] = ast.literal_eval(found.get("value", "{}"))
+    return results
 
-    Args:
-        tests_passed: the op's tests have passed in this call, so benchmarks of it need not run them again.
-    """
+
+def tests_page(name: str, arguments: Sequence[str], results: dict[str, Any]) -> str:
+    """A Markdown section."""
+    rows = [[test, key, f"{value:.3g}"] for test, found in results["found"].items() for key, value in found.items()]
+    skipped = sum(results["skipped"].values())
+    counted = f"{results['passed']} passed, {len(results['failed'])} failed, {skipped} skipped"
+    notes = [f"failed: {test}: {why}" for test, why in results["failed"].items()]
+    notes += [f"skipped ({count}): {reason}" for reason, count in results["skipped"].items()]
+    return (
+        f"### {name}: {counted}\n\n"
+        + (f"{table(['test', 'figure', 'found'], rows)}\n" if rows else "")
+        + "".join(f"- {note}\n" for note in notes)
+        + f"\n`{shlex.join(['python', '-m', 'pytest', *arguments])}`\n"
+    )
+
+
+def run_part(part: Part, seconds: float, work: Path) -> Outcome:
+    """Run it in a process of its own, in ``work`` leave its figures."""
     base = work / part.name
     if part.is_tests:
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={base}.xml", *part.arguments]
     else:
         files = ["--json", f"{base}.json", "--markdown", f"{base}.md"]
         command = ["tools/benchmark.py", *files, *part.arguments]
-        if tests_passed and part.arguments[0] in ("op", "step"):
-            command += ["--tests-passed"]
         step = work / "step-360m.json"
         if part.name == "data" and step.exists():
             command += ["--step-json", str(step)]
@@ -198,7 +229,7 @@ def page(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> str:
 
 def run_parts(names: Sequence[str], gpu: str | None, date: str) -> list[Outcome]:
     """The parts of these names, as long as there is time."""
-    started, outcomes, tests_passed = time.perf_counter(), [], False
+    started, outcomes = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as work:
         for part in PARTS:
             if part.name not in names:
@@ -208,9 +239,8 @@ def run_parts(names: Sequence[str], gpu: str | None, date: str) -> list[Outcome]
             if reason:
                 last = Outcome(part.name, "skipped", reason)
             else:
-                last = run_part(part, min(part.seconds, left), Path(work), tests_passed=tests_passed)
+                last = run_part(part, min(part.seconds, left), Path(work))
             last.date = date
-            tests_passed |= (last.part, last.state) == ("tests", "ran")
             outcomes.append(last)
             print(f"{last.part}: {last.state}, {last.said} ({last.seconds:.0f} s)", flush=True)
     return outcomes

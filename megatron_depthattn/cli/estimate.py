@@ -32,34 +32,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _estimate(given: argparse.Namespace) -> None:
     from megatron_depthattn.config import load_config
+    from megatron_depthattn.estimate.hardware import find_gpu, resolve_for
     from megatron_depthattn.estimate.layouts import best_layouts
-    from megatron_depthattn.estimate.machine import find_machine, resolve_for
     from megatron_depthattn.estimate.report import Estimate, estimate_config
-    from megatron_depthattn.estimate.tables import show, show_layouts, show_machine
+    from megatron_depthattn.estimate.step_time import MODEL
+    from megatron_depthattn.estimate.tables import show, show_assumptions, show_layouts
 
     config = load_config(find_config(given.config), [find_config(word) for word in given.overrides])
     parallel = config.parallel
     world = given.world if given.world is not None else parallel.tensor * parallel.pipeline * parallel.context
     least = min(world, given.limit)
     check((least < 1, f"--world is {world} and --limit is {given.limit}: set both to 1 or more"))
-    machine = find_machine(given.gpu)
-    resolved = resolve_for(machine, config)
+    hardware = find_gpu(given.gpu)
+    resolved = resolve_for(hardware, config)
     config = resolved.config
     for line in resolved.lines:
         print(printable(line))
     as_it_stands: Estimate | None = None
     try:
-        as_it_stands = estimate_config(config, world, machine)
-        show(config, as_it_stands, machine)
+        as_it_stands = estimate_config(config, world, hardware)
+        show(config, as_it_stands, hardware)
     except ValueError as error:
         if not given.layouts:
             raise
         print(f"as it stands it does not run on {world} ranks: {error}")
-    layouts = best_layouts(config, world, machine, limit=given.limit) if given.layouts else []
+    layouts = best_layouts(config, world, hardware, limit=given.limit) if given.layouts else []
     if given.layouts:
-        show_layouts(layouts, machine)
-    show_machine(machine)
+        show_layouts(layouts, hardware)
+    show_assumptions()
     if given.json:
         values = as_it_stands.as_dict() if as_it_stands else {}
-        values |= {"layouts": [asdict(each) for each in layouts], "machine": asdict(machine)}
+        values |= {"layouts": [asdict(each) for each in layouts], "machine": asdict(hardware), "model": MODEL}
         given.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """The layouts of a config in a world of a given size, ranked by predicted step time among those that fit.
 
-A layout is what `Layout.overrides` lists; everything else of the config stays. A candidate is one that `validate`,
-Megatron's config and the padded vocabulary accept, with tensor-parallel ranks in one node: it also starts.
+A layout is what `Layout.overrides` lists; everything else of the config stays. A candidate is one that `validate`
+accepts, with tensor-parallel ranks in one node; what is shown is accepted by Megatron's config too, so it also starts.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from megatron_depthattn.config import RunConfig, Sizes, validate
-from megatron_depthattn.estimate.machine import Machine, resolve_for
+from megatron_depthattn.estimate.counts import forward_flops
+from megatron_depthattn.estimate.hardware import Hardware, resolve_for
 from megatron_depthattn.estimate.memory import RankMemory, rank_memory
 from megatron_depthattn.estimate.step_time import StepTime, step_time
 from megatron_depthattn.estimate.traffic import CrossLayer
-from megatron_depthattn.train.build import transformer_config
-from megatron_depthattn.train.metrics import forward_flops
 
 MEMORY_RESERVE = 0.08
 """Share of a device's memory left to the framework, to communication buffers and to fragmentation."""
@@ -61,11 +60,15 @@ class LayoutEstimate:
     overrides: dict[str, Any]
     step_seconds: float
     tokens_per_second: float
-    mfu: float | None
-    """Of the model's arithmetic (recompute not counted) over the peak; None where the machine has no peak."""
+    mfu: float
+    """The model's arithmetic (recompute not counted) over the peak."""
+    run_hours: float
+    """Of train.steps such steps; checkpoints, evaluation and restarts not counted."""
     memory: RankMemory
     """Of the fullest rank."""
     breakdown: StepTime
+    other_chunks: tuple[int, ...] = ()
+    """parallel.virtual_pipeline of slower layouts that fit and differ in nothing else."""
 
 
 def layout_name(config: RunConfig, sizes: Sizes) -> str:
@@ -83,12 +86,12 @@ def layout_name(config: RunConfig, sizes: Sizes) -> str:
     return " ".join([*parts, f"mb{config.train.micro_batch_size}", f"recompute {mode}"])
 
 
-def candidate_layouts(config: RunConfig, world_size: int, machine: Machine) -> Iterator[Layout]:
+def candidate_layouts(config: RunConfig, world_size: int, hardware: Hardware) -> Iterator[Layout]:
     """Every layout that can run, in no particular order.
 
     Micro-batches up to `LARGEST_MICRO_BATCH`, recompute modes as in `RECOMPUTE`.
     """
-    for parallel in _parallel_settings(config, world_size, machine):
+    for parallel in _parallel_settings(config, world_size, hardware):
         shared = None
         for mode in RECOMPUTE.values():
             recompute = dataclasses.replace(config.recompute, **mode)
@@ -97,17 +100,15 @@ def candidate_layouts(config: RunConfig, world_size: int, machine: Machine) -> I
                     break
                 train = dataclasses.replace(config.train, micro_batch_size=micro)
                 candidate = dataclasses.replace(config, parallel=parallel, recompute=recompute, train=train)
-                if (sizes := _accepted(candidate, world_size)) is None:
-                    continue
-                if shared is None and (shared := _shared(candidate)) is None:
-                    break
-                yield Layout(candidate, shared, sizes)
+                if (sizes := _accepted(candidate, world_size)) is not None:
+                    shared = shared or CrossLayer.of(candidate)
+                    yield Layout(candidate, shared, sizes)
 
 
 def best_layouts(
     config: RunConfig,
     world_size: int,
-    machine: Machine,
+    hardware: Hardware,
     *,
     limit: int = 10,
     reserve: float = MEMORY_RESERVE,
@@ -123,45 +124,48 @@ def best_layouts(
     Raises:
         ValueError: no layout is valid, or none fits; names the smallest and what to set.
     """
-    config = resolve_for(machine, config).config
-    candidates = [each for each in candidate_layouts(config, world_size, machine) if accept(each.config)]
+    config = resolve_for(hardware, config).config
+    candidates = [each for each in candidate_layouts(config, world_size, hardware) if accept(each.config)]
     if not candidates:
-        _refuse_all(config, world_size)
-    timed = [(step_time(each.config, each.shared, each.sizes, machine), each) for each in candidates]
+        _raise_no_layout(config, world_size)
+    timed = [(step_time(each.config, each.shared, each.sizes, hardware), each) for each in candidates]
     timed.sort(key=lambda pair: pair[0].total)
-    room = machine.memory_gb * 1e9 * (1 - reserve) if machine.memory_gb else float("inf")
-    found: list[LayoutEstimate] = []
+    room = hardware.memory_gb * 1e9 * (1 - reserve)
+    found: dict[str, LayoutEstimate] = {}
     smallest: tuple[float, str] = (float("inf"), "")
     too_large: dict[str, int] = {}  # a layout that did not fit does not fit with larger micro-batches
     for time, layout in timed:
-        micro = layout.config.train.micro_batch_size
+        parallel, micro = layout.config.parallel, layout.config.train.micro_batch_size
         family = layout_name(dataclasses.replace(layout.config, train=config.train), layout.sizes)
         if micro >= too_large.get(family, micro + 1):
             continue
-        memory = fullest_rank(layout, world_size, room, device="cpu" if machine.is_host else "cuda")
-        if memory.total <= room:
-            found.append(estimate(layout, time, memory, world_size, machine))
-        else:
+        like = dataclasses.replace(layout.config, parallel=dataclasses.replace(parallel, virtual_pipeline=1))
+        line = layout_name(like, layout.sizes)
+        if len(found) == limit and line not in found:
+            break
+        memory = fullest_rank(layout, world_size, room)
+        if memory.total > room:
             smallest = min(smallest, (memory.total, layout.name))
             too_large[family] = micro
-        if len(found) == limit:
-            break
+        elif line in found:  # differs in its chunks alone
+            also = (*found[line].other_chunks, parallel.virtual_pipeline)
+            found[line] = dataclasses.replace(found[line], other_chunks=also)
+        elif _starts(layout.config):
+            found[line] = estimate(layout, time, memory, world_size, hardware)
     if not found:
         raise ValueError(
-            f"none of {len(timed)} layouts on {world_size} x {machine.name} fits {room / 1e9:.1f} GB "
-            f"({machine.memory_gb:.0f} GB less {reserve:.0%}): the smallest, {smallest[1]}, needs "
+            f"none of {len(timed)} layouts on {world_size} x {hardware.name} fits {room / 1e9:.1f} GB "
+            f"({hardware.memory_gb:.0f} GB less {reserve:.0%}): the smallest, {smallest[1]}, needs "
             f"{smallest[0] / 1e9:.1f} GB. Set a larger --world, a shorter data.sequence_length, or a smaller model"
         )
-    return found
+    return [*found.values()]
 
 
-def fullest_rank(
-    layout: Layout, world_size: int, room: float = float("inf"), *, device: Literal["cuda", "cpu"] = "cuda"
-) -> RankMemory:
+def fullest_rank(layout: Layout, world_size: int, room: float = float("inf")) -> RankMemory:
     """Memory of the pipeline stage that needs most, or of the first that needs more than ``room`` bytes."""
     fullest = None
     for stage in range(layout.config.parallel.pipeline):
-        memory = rank_memory(layout.config, world_size, pipeline_rank=stage, device=device)
+        memory = rank_memory(layout.config, world_size, pipeline_rank=stage)
         if fullest is None or memory.total > fullest.total:
             fullest = memory
         if fullest.total > room:
@@ -170,18 +174,19 @@ def fullest_rank(
     return fullest
 
 
-def estimate(layout: Layout, time: StepTime, memory: RankMemory, world_size: int, machine: Machine) -> LayoutEstimate:
+def estimate(layout: Layout, time: StepTime, memory: RankMemory, world_size: int, hardware: Hardware) -> LayoutEstimate:
     """One layout's figures."""
     config = layout.config
     tokens = config.train.global_batch_size * config.data.sequence_length
-    peak = machine.peak_tflops.get(config.precision.dtype)
-    arithmetic = 3 * forward_flops(config, layout.shared.megatron).total * tokens / world_size
+    peak = hardware.peak_tflops[config.precision.dtype]
+    arithmetic = 3 * forward_flops(config).total * tokens / world_size
     return LayoutEstimate(
         name=layout.name,
         overrides=layout.overrides,
         step_seconds=time.total,
         tokens_per_second=tokens / time.total,
-        mfu=arithmetic / time.total / (peak * 1e12) if peak else None,
+        run_hours=config.train.steps * time.total / 3600,
+        mfu=arithmetic / time.total / (peak * 1e12),
         memory=memory,
         breakdown=time,
     )
@@ -191,10 +196,10 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _parallel_settings(config: RunConfig, world_size: int, machine: Machine) -> Iterator[Any]:
+def _parallel_settings(config: RunConfig, world_size: int, hardware: Hardware) -> Iterator[Any]:
     depth = config.model.num_layers * config.model.num_loops
     for tensor in _divisors(world_size):
-        if tensor > machine.devices_per_node:
+        if tensor > hardware.devices_per_node:
             break
         for pipeline in _divisors(world_size // tensor):
             for context in _divisors(world_size // tensor // pipeline):
@@ -217,14 +222,17 @@ def _accepted(config: RunConfig, world_size: int) -> Sizes | None:
         return None
 
 
-def _shared(config: RunConfig) -> CrossLayer | None:
+def _starts(config: RunConfig) -> bool:
+    from megatron_depthattn.train.build import transformer_config
+
     try:
-        return CrossLayer.of(transformer_config(config, only_counted=True))
+        transformer_config(config, only_counted=True)
     except ValueError:
-        return None
+        return False
+    return True
 
 
-def _refuse_all(config: RunConfig, world_size: int) -> NoReturn:
+def _raise_no_layout(config: RunConfig, world_size: int) -> NoReturn:
     try:
         validate(config, world_size, needs_data=False)
     except ValueError as error:

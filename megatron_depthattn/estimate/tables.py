@@ -1,4 +1,4 @@
-"""What depthattn estimate prints."""
+"""What `depthattn estimate` prints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.estimate.hardware import ASSUMED, Hardware
 from megatron_depthattn.estimate.layouts import MEMORY_RESERVE, LayoutEstimate
-from megatron_depthattn.estimate.machine import Machine
 from megatron_depthattn.estimate.memory import RankMemory
 from megatron_depthattn.estimate.report import Estimate
 from megatron_depthattn.estimate.step_time import MODEL
 from megatron_depthattn.preflight.compare import size
-from megatron_depthattn.terminal import printable
 
 CONSOLE = Console() if Console().is_terminal else Console(width=150)
 PARTS = {
@@ -27,14 +26,20 @@ PARTS = {
     "payload_buffers": "payload buffers",
     "working": "working",
 }
+MEMORY_LEGEND = (
+    "sources: what layers keep for later ones; payload buffers: pipeline messages in transit; working: the largest "
+    "temporary of backward (recomputed layers, or the output layer's)"
+)
+TIME_LEGEND = (
+    "products: matrix products and attention; elementwise: memory-bound operations; mix: over depth; host: waiting for "
+    "it to issue kernels; hops: inter-stage transfers; bubble: waiting for other stages"
+)
 
 
-def show(config: RunConfig, found: Estimate, machine: Machine) -> None:
+def show(config: RunConfig, found: Estimate, hardware: Hardware) -> None:
     """The config as it stands."""
     layout, train = found.layout, config.train
-    print(
-        f"{found.world_size} x {printable(machine.name)}: {layout.name}, {found.num_microbatches} micro-batches a step"
-    )
+    print(f"{found.world_size} x {hardware.name}: {layout.name}, {found.num_microbatches} micro-batches a step")
     print(f"parameters: {found.parameters:,}")
     total = found.flops["total"]
     shares = ", ".join(f"{line} {n / 1e6:,.2f} M ({100 * n / total:.3f} %)" for line, n in found.flops.items())
@@ -44,13 +49,13 @@ def show(config: RunConfig, found: Estimate, machine: Machine) -> None:
     table("memory of a rank", ["pipeline stage", *PARTS.values(), "total"], rows)
     modes = [(mode, *_memory(memory)) for mode, memory in found.memory_by_recompute.items()]
     table("the fullest rank under each recompute mode", ["recompute", *PARTS.values(), "total"], modes)
-    if found.fits is not None and machine.memory_gb:
-        room = f"{machine.memory_gb * (1 - MEMORY_RESERVE):.1f} GB ({machine.memory_gb:.0f} less {MEMORY_RESERVE:.0%})"
-        print(f"as it stands it {'fits' if found.fits else 'DOES NOT FIT'} {room}\n")
+    print(MEMORY_LEGEND)
+    room = f"{hardware.memory_gb * (1 - MEMORY_RESERVE):.1f} GB ({hardware.memory_gb:.0f} less {MEMORY_RESERVE:.0%})"
+    print(f"as it stands it {'fits' if found.fits else 'DOES NOT FIT'} {room}\n")
     for hop, edges in groupby(range(len(found.hops)), key=found.hops.__getitem__):
         first, *more = edges
         upto = f" to {more[-1]} -> {more[-1] + 1}" if more else ""
-        print(f"pipeline hop {first} -> {first + 1}{upto}: {hop:,} bytes ({size(hop)}) a micro-batch each way")
+        print(f"inter-stage transfer {first} -> {first + 1}{upto}: {hop:,} bytes ({size(hop)}) a micro-batch each way")
     lines = [
         (
             t["axis"],
@@ -67,24 +72,25 @@ def show(config: RunConfig, found: Estimate, machine: Machine) -> None:
     heads = ["axis", "what", "collective", "ranks", "times", "sent each", "sent a step", "ms a step"]
     table("what a rank of the busiest pipeline stage sends in a step", heads, lines)
     parts = ", ".join(f"{part} {value:.3g}" for part, value in vars(layout.breakdown).items() if value)
-    mfu = f", MFU {layout.mfu:.1%}" if layout.mfu is not None else ""
     tokens = train.global_batch_size * config.data.sequence_length
     print(
         f"predicted step: {layout.step_seconds:.3f} s for {tokens:,} tokens, "
-        f"{layout.tokens_per_second:,.0f} a second{mfu}"
+        f"{layout.tokens_per_second:,.0f} a second, MFU {layout.mfu:.1%}; "
+        f"{train.steps:,} steps: {layout.run_hours:,.1f} hours"
     )
-    print(f"of which, in seconds: {parts}\n")
+    print(f"of which, in seconds: {parts}\n{TIME_LEGEND}\n")
 
 
-def show_layouts(layouts: Sequence[LayoutEstimate], machine: Machine) -> None:
+def show_layouts(layouts: Sequence[LayoutEstimate], hardware: Hardware) -> None:
     """The ranking."""
     rows = [
         (
             str(place),
-            each.name,
+            each.name + "".join(f", vpp{n}" for n in each.other_chunks),
             f"{each.step_seconds:.3f}",
             f"{each.tokens_per_second:,.0f}",
-            "" if each.mfu is None else f"{each.mfu:.1%}",
+            f"{each.mfu:.1%}",
+            f"{each.run_hours:,.1f}",
             f"{each.memory.total / 1e9:.1f}",
             f"{each.breakdown.tensor + each.breakdown.context + each.breakdown.hops + each.breakdown.data:.3f}",
             f"{each.breakdown.bubble:.3f}",
@@ -92,20 +98,20 @@ def show_layouts(layouts: Sequence[LayoutEstimate], machine: Machine) -> None:
         )
         for place, each in enumerate(layouts, start=1)
     ]
-    heads = ["", "layout", "step, s", "tokens/s", "MFU", "GB", "messages, s", "bubble, s", "recompute, s"]
-    table(f"layouts that fit {machine.name}, by predicted step time", heads, rows)
+    heads = ["", "layout", "step, s", "tokens/s", "MFU", "run, hours", "GB", "messages, s", "bubble, s", "recompute, s"]
+    table(f"layouts that fit {hardware.name}, by predicted step time", heads, rows)
     best = layouts[0].overrides
-    print("the first one: " + " ".join(f"{key}={_value(value)}" for key, value in best.items()) + "\n")
+    print("the first one: " + " ".join(f"{key}={_value(value)}" for key, value in best.items()))
+    print("a comma before vppN: N chunks a rank also fit, slower by this prediction")
+    print("predictions rank roughly: `depthattn benchmark layouts CONFIG --world N` runs the best five for ten steps\n")
 
 
-def show_machine(machine: Machine) -> None:
+def show_assumptions() -> None:
     """Where the time comes from."""
     for line in MODEL:
         print(f"model: {line}")
-    for line in machine.measured:
-        print(printable(f"measured: {line}"))
-    for line in machine.assumed:
-        print(printable(f"assumed, not measured: {line}"))
+    for line in ASSUMED:
+        print(f"assumed, not measured: {line}")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

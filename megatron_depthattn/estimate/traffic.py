@@ -15,13 +15,22 @@ first two are counted, scalars are not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from megatron_depthattn.config import RunConfig, Sizes
+from megatron_depthattn.estimate.counts import (
+    RankWeights,
+    element_bytes,
+    hidden_rows,
+    rank_weights,
+    rows,
+    source_plan,
+    stage_layers,
+)
+from megatron_depthattn.methods.definition import CrossLayerMethod
+from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.source_plan import hop_bytes
-from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.vocabulary import padded_vocab_size
 
 Axis = Literal["data", "tensor", "context", "pipeline"]
@@ -54,96 +63,36 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class RankWeights:
-    """Numbers of the weights that a rank holds."""
-
-    matrices: int
-    norms: int
-    """Of norms (and a method's own weights), which every tensor rank holds whole."""
-    head_norms: int
-    """Of the norms of q and k, which are among ``norms``."""
-    embeddings: int
-    """Of embedding and output layer."""
-
-    @property
-    def total(self) -> int:
-        return self.matrices + self.norms + self.embeddings
-
-
-def rank_weights(config: RunConfig, megatron: DepthAttentionConfig, pipeline_rank: int) -> RankWeights:
-    """What one tensor rank of a pipeline stage holds."""
-    model, tensor, stages = config.model, config.parallel.tensor, config.parallel.pipeline
-    query, key = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
-    layers = model.num_layers // stages
-    is_first, is_last = pipeline_rank == 0, pipeline_rank == stages - 1
-    rows = padded_vocab_size(model.vocab_size) // tensor
-    copies = is_first + is_last - (model.tie_embeddings and stages == 1)
-    return RankWeights(
-        matrices=layers * (model.hidden_size * (2 * query + 2 * key + 3 * model.ffn_hidden_size) // tensor),
-        norms=layers * 2 * (model.hidden_size + model.kv_channels)
-        + is_last * model.hidden_size
-        + _method_weights(config, megatron, pipeline_rank),
-        head_norms=layers * 2 * model.kv_channels,
-        embeddings=copies * rows * model.hidden_size,
-    )
-
-
-def _method_weights(config: RunConfig, megatron: DepthAttentionConfig, pipeline_rank: int) -> int:
-    if (method := megatron.method_definition) is None:
-        return 0
-    tables = [method.layer_parameters(layer) for layer in stage_layers(config, pipeline_rank)]
-    if pipeline_rank == config.parallel.pipeline - 1:
-        tables.append(method.final_parameters())
-    return sum(prod(shape) for table in tables for shape in table.values())
-
-
-def stage_layers(config: RunConfig, pipeline_rank: int) -> list[int]:
-    """Effective layers that a pipeline stage runs, all its chunks together, ascending."""
-    parallel, layers = config.parallel, config.model.num_layers * config.model.num_loops
-    size = layers // (parallel.pipeline * parallel.virtual_pipeline)
-    starts = range(pipeline_rank * size, layers, parallel.pipeline * size)
-    return [layer for start in starts for layer in range(start, start + size)]
-
-
-def element_bytes(config: RunConfig) -> int:
-    """Of weights and activations."""
-    return 2 if config.precision.dtype == "bf16" else FP32
-
-
-def rows(config: RunConfig) -> int:
-    """Positions of a micro-batch on one rank, times its sequences; under sequence parallel inside attention and MLP."""
-    return config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
-
-
-def hidden_rows(config: RunConfig) -> int:
-    """The same of the hidden state between layers."""
-    return rows(config) // (config.parallel.tensor if config.parallel.sequence else 1)
-
-
-@dataclass(frozen=True)
 class CrossLayer:
     """What the layers of a layout share, worked out once for all its micro-batch sizes and recompute modes."""
 
-    megatron: DepthAttentionConfig
+    method: CrossLayerMethod | None
+    """None for vanilla and for Depth-Attention."""
+    attends_over_depth: bool
     num_sources: tuple[int, ...]
     """Of every effective layer."""
     message_widths: tuple[int, ...]
-    """Numbers per row of the message over every pipeline edge."""
+    """Elements per row of the message over every pipeline edge."""
 
     @classmethod
-    def of(cls, megatron: DepthAttentionConfig) -> CrossLayer:
-        """From the config in Megatron's terms."""
-        stages, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size or 1
-        if not megatron.shares_over_layers:
-            return cls(megatron, (0,) * megatron.num_layers, (megatron.hidden_size,) * (stages * chunks - 1))
-        plan = megatron.source_plan
-        # As message_into says, chunk by chunk; a test holds both equal.
-        spread = (
-            megatron.tensor_model_parallel_size if megatron.sequence_parallel and megatron.attends_over_depth else 1
+    def of(cls, config: RunConfig) -> CrossLayer:
+        """From the run's config."""
+        model, parallel, plan = config.model, config.parallel, source_plan(config)
+        method = method_of(asdict(model))
+        num_layers, edges = model.num_layers * model.num_loops, parallel.pipeline * parallel.virtual_pipeline - 1
+        if plan is None:
+            return cls(None, False, (0,) * num_layers, (model.hidden_size,) * edges)
+        # As DepthAttentionConfig.message_into says, chunk by chunk; a test holds both equal.
+        spread = parallel.tensor if parallel.sequence else 1
+        keys = max(1, model.num_query_groups // parallel.tensor) * model.kv_channels
+        widths = hop_bytes(
+            plan,
+            hidden_size=model.hidden_size * (method.num_streams if method else 1),
+            source_size=model.hidden_size if method else 2 * keys * spread,
+            tokens=1,
+            bytes_per_element=1,
         )
-        source = len(megatron.source_kinds) * megatron.part_width * spread
-        widths = hop_bytes(plan, hidden_size=megatron.hidden_width, source_size=source, tokens=1, bytes_per_element=1)
-        return cls(megatron, tuple(len(plan.sources(layer)) for layer in range(plan.num_layers)), tuple(widths))
+        return cls(method, not method, tuple(len(plan.sources(layer)) for layer in range(num_layers)), tuple(widths))
 
 
 def hop_sizes(config: RunConfig, shared: CrossLayer) -> list[int]:
@@ -162,7 +111,7 @@ def traffic(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: 
         *_pipeline(config, shared, sizes, pipeline_rank),
         *_tensor(config, shared, sizes, pipeline_rank),
         *_context(config, sizes, pipeline_rank),
-        *_data(config, sizes, rank_weights(config, shared.megatron, pipeline_rank)),
+        *_data(config, sizes, rank_weights(config, pipeline_rank)),
     ]
     return [transfer for transfer in found if transfer.size and transfer.count and transfer.ranks > 1]
 
@@ -175,8 +124,8 @@ def _pipeline(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank
         if (edge + 1) % stages == pipeline_rank:
             yield Transfer("pipeline", f"hop {edge + 1} -> {edge}, gradient", "send", "backward", size, stages, m)
     if config.model.tie_embeddings and stages > 1 and pipeline_rank in (0, stages - 1):
-        numbers = padded_vocab_size(config.model.vocab_size) // config.parallel.tensor * config.model.hidden_size
-        yield Transfer("pipeline", "tied embedding's gradient", "all_reduce", "step", FP32 * numbers, 2, 1)
+        elements = padded_vocab_size(config.model.vocab_size) // config.parallel.tensor * config.model.hidden_size
+        yield Transfer("pipeline", "tied embedding's gradient", "all_reduce", "step", FP32 * elements, 2, 1)
 
 
 def _tensor(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: int) -> Iterator[Transfer]:
@@ -205,7 +154,7 @@ def _tensor(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: 
         yield each("QKV where ranks share a head", "all_gather", "forward", layers, qkv)
         yield each("QKV where ranks share a head, recomputed", "all_gather", "backward", again, qkv)
         yield each("gradient of the shared QKV", "reduce_scatter", "backward", layers, qkv)
-        if shared.megatron.attends_over_depth:
+        if shared.attends_over_depth:
             mixing = sum(shared.num_sources[layer] > 0 for layer in stage_layers(config, pipeline_rank))
             means = rows(config) * tensor * model.kv_channels * FP32
             yield each("group means of the query", "all_gather", "forward", mixing, means)
@@ -219,7 +168,7 @@ def _tensor(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: 
         yield each("its gradient", "reduce_scatter" if sequence else "all_reduce", "backward", 1)
         yield each("cross entropy: maximum", "all_reduce", "forward", 1, rows(config) * FP32)
         yield each("cross entropy: label and sum", "all_reduce", "forward", 1, 2 * rows(config) * FP32)
-    weights = rank_weights(config, shared.megatron, pipeline_rank)
+    weights = rank_weights(config, pipeline_rank)
     partial = weights.norms if sequence else weights.head_norms
     yield Transfer("tensor", "norms' gradients", "all_reduce", "step", FP32 * partial, tensor, 1)
 

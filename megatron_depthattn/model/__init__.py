@@ -1,8 +1,15 @@
-"""The model: Depth-Attention on Megatron-Core's own layers. Import the config and the block spec."""
+"""The model: Depth-Attention on Megatron-Core's own layers. Import the config and the block spec.
 
-from megatron_depthattn.model.gpt import DepthGPTModel, qwen3_style_config
-from megatron_depthattn.model.layer_specs import depth_attention_block_spec, depth_attention_layer_spec
-from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+Names are looked up when they are first used, so that the pure modules of this package import without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_depthattn.model.gpt import DepthGPTModel, qwen3_style_config
+    from megatron_depthattn.model.layer_specs import depth_attention_block_spec, depth_attention_layer_spec
+    from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 
 __all__ = [
     "DepthAttentionConfig",
@@ -11,3 +18,16 @@ __all__ = [
     "depth_attention_layer_spec",
     "qwen3_style_config",
 ]
+_MODULES = {
+    "DepthAttentionConfig": "transformer_config",
+    "DepthGPTModel": "gpt",
+    "depth_attention_block_spec": "layer_specs",
+    "depth_attention_layer_spec": "layer_specs",
+    "qwen3_style_config": "gpt",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -223,11 +223,11 @@ def _layout(study: Study, config: RunConfig, name: str) -> tuple[dict[str, Any],
     """Keys of the fastest predicted layout and its seconds a step; nothing without a GPU's name."""
     if study.world.gpu is None:
         return {}, None
+    from megatron_depthattn.estimate.hardware import find_gpu
     from megatron_depthattn.estimate.layouts import best_layouts
-    from megatron_depthattn.estimate.machine import find_machine
 
     try:
-        (best,) = best_layouts(config, study.world.devices, find_machine(study.world.gpu), limit=1)
+        (best,) = best_layouts(config, study.world.devices, find_gpu(study.world.gpu), limit=1)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return dict(best.overrides), best.step_seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import resource
 from collections.abc import Sequence
@@ -11,34 +10,13 @@ from typing import Any
 import torch
 
 from megatron_depthattn.config import RunConfig
-from megatron_depthattn.methods.definitions import method_of
-from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
+from megatron_depthattn.estimate.counts import PEAK_TFLOPS_BF16 as PEAK_TFLOPS_BF16
+from megatron_depthattn.estimate.counts import decoder_shape as decoder_shape
+from megatron_depthattn.model.flops import ForwardFlops
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.train.exchange import RankStatus
 from megatron_depthattn.train.step import StepResult
 from megatron_depthattn.train.step_folders import Progress
-from megatron_depthattn.vocabulary import padded_vocab_size
-
-PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 peak of a device by the name that CUDA gives it, from the vendor's data sheets; others have no MFU.
-FP8 runs are measured against it as well, so that precisions can be compared: their MFU may exceed 1."""
-
-
-def decoder_shape(config: RunConfig) -> DecoderShape:
-    """The config's model as the counters see it."""
-    model = config.model
-    return DecoderShape(
-        num_layers=model.num_layers,
-        num_loops=model.num_loops,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        ffn_hidden_size=model.ffn_hidden_size,
-        vocab_size=padded_vocab_size(model.vocab_size),
-        tie_embeddings=model.tie_embeddings,
-        method=method_of(dataclasses.asdict(model)),
-    )
 
 
 def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardFlops:

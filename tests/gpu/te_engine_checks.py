@@ -13,12 +13,12 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_depthattn.benchmarks import memory
 from megatron_depthattn.train.engine import MegatronEngine
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step_folders import Progress
 from tests.gpu.te_checks import FP8_LOSS, MIXING
 from tests.gpu.te_models import BF16, FP32, FULL_RECOMPUTE, Place, decoder_layers, linear_layers, relative_error
-from tools.benchmarks import memory
 
 STEPS_BEFORE, STEPS_AFTER = (1, 2, 1, 2), (1, 2, 1)
 """Seeds of each step's tokens; two batches in turn are soon learnt, so it shows whether a run was resumed."""
@@ -131,7 +131,7 @@ def check_memory(place: Place, share: float, *settings: str, recompute: bool = F
     device = torch.device(place.device)
     theirs, own = memory.kept(vanilla, device), memory.kept(depth, device)
     tokens = depth.train.micro_batch_size * depth.data.sequence_length
-    numbers, _ = memory.predicted_numbers(depth, place.device)
+    numbers, _ = memory.predicted_elements(depth, place.device)
     predicted = numbers * tokens * (2 if depth.precision.dtype == "bf16" else 4)
     found = {"predicted": float(predicted), "saved": float(own.saved - theirs.saved)}
     if own.allocated is not None and theirs.allocated is not None:

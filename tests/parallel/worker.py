@@ -29,6 +29,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
+from megatron_depthattn.benchmarks.checkpoint_worker import gathered_state
+from megatron_depthattn.benchmarks.sent import recorded_sends, sent_between_stages
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.methods.parameters import method_parameters
@@ -54,8 +56,6 @@ from tests.parallel import overlap
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
 from tests.parallel.compare import relative_errors
 from tests.parallel.counted import counted_flops
-from tools.benchmarks.checkpoint_worker import gathered_state
-from tools.benchmarks.sent import recorded_sends, sent_between_stages
 
 SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
 PATIENCE = timedelta(minutes=2)

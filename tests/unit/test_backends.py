@@ -1,6 +1,5 @@
 """What `auto` becomes on a machine: for a run, the planner, a job, a study; and ranks that do not have the same."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from megatron_depthattn import backends
 from megatron_depthattn.backends import CPU, GPU, Available, resolve
 from megatron_depthattn.config import RunConfig, config_digest, load_config
-from megatron_depthattn.estimate.machine import PRESETS, resolve_for
+from megatron_depthattn.estimate.hardware import GPUS, resolve_for
 from megatron_depthattn.estimate.report import estimate_config
 from megatron_depthattn.launch.submit import main as submit
 from megatron_depthattn.ops.triton_mix import MAX_HEAD_DIM
@@ -97,14 +96,11 @@ def test_here_a_gpu_without_transformer_engine_computes_with_local_layers(monkey
 
 def test_the_planner_resolves_for_the_machine_it_is_given():
     named = {
-        spec: estimate_config(config_of(f"model.spec={spec}", f"model.depth_attention.op={op}"), 8, PRESETS["H100"])
+        spec: estimate_config(config_of(f"model.spec={spec}", f"model.depth_attention.op={op}"), 8, GPUS["H100"])
         for spec, op in (("te", "triton"), ("local", "lean"))
     }
-    assert estimate_config(config_of(), 8, PRESETS["H100"]) == named["te"] != named["local"]
-    with_local = dataclasses.replace(PRESETS["H100"], calibrated_for={"model.spec": "local"})
-    assert backends_of(resolve_for(with_local, config_of()).config) == ("local", "triton")
-    host = dataclasses.replace(PRESETS["H100"], is_host=True)
-    assert backends_of(resolve_for(host, config_of()).config) == ("local", "lean")
+    assert estimate_config(config_of(), 8, GPUS["H100"]) == named["te"] != named["local"]
+    assert backends_of(resolve_for(GPUS["H100"], config_of()).config) == ("te", "triton")
 
 
 def test_a_job_is_checked_for_its_nodes_and_keeps_auto(tmp_path, capsys):

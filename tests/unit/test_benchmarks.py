@@ -1,22 +1,20 @@
 """The benchmark tools: what is pure, by hand; every verb once, tiny; and no figure while the op's tests are red."""
 
 import json
-import math
 
 import pytest
 import torch
 
+from megatron_depthattn.benchmarks import command as benchmark
+from megatron_depthattn.benchmarks.model import Model
+from megatron_depthattn.benchmarks.op import MixShape, _Calls
+from megatron_depthattn.benchmarks.peers import BOUNDS, QWEN3, Entry, Peer, require_agreement
+from megatron_depthattn.benchmarks.result import Result, machine_facts, markdown, table
+from megatron_depthattn.benchmarks.saved import saved_tensors
+from megatron_depthattn.benchmarks.shapes import config_of_length
+from megatron_depthattn.benchmarks.timing import Clock, bootstrap_interval, spread, taking_turns
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
-from tools import benchmark
-from tools.benchmarks import op_tests
-from tools.benchmarks.lengths import config_of_length
-from tools.benchmarks.model import Model
-from tools.benchmarks.op import MixShape, _Calls
-from tools.benchmarks.peers import BOUNDS, QWEN3, Entry, Peer, require_agreement
-from tools.benchmarks.result import Result, machine_facts, markdown, table
-from tools.benchmarks.saved import saved_tensors
-from tools.benchmarks.timing import Clock, bootstrap_interval, spread, taking_turns
 
 CPU = torch.device("cpu")
 
@@ -35,7 +33,7 @@ def test_bytes_of_a_mix_are_those_of_its_tensors():
 
 def test_calls_go_round_sets_that_no_cache_holds(monkeypatch):
     shape = MixShape(tokens=4, heads=2, kv_heads=1, head_size=4, sources=1)
-    monkeypatch.setattr("tools.benchmarks.op.last_level_cache_bytes", lambda: 7 * shape.bytes_moved(4)[0])
+    monkeypatch.setattr("megatron_depthattn.benchmarks.op.last_level_cache_bytes", lambda: 7 * shape.bytes_moved(4)[0])
     calls = _Calls(shape, torch.float32, CPU)
     assert len(calls._sets) == 7
     seen = []
@@ -107,18 +105,6 @@ def test_a_page_says_how_where_and_when():
 # ---- the verbs
 
 
-@pytest.fixture
-def green(tmp_path, monkeypatch):
-    """A suite that is green in a second instead of the op's own."""
-    monkeypatch.setattr(op_tests, "OP_TESTS", [write_test(tmp_path, "assert True")])
-
-
-def write_test(folder, statement):
-    path = folder / "test_of_an_op.py"
-    path.write_text(f"def test_the_op():\n    {statement}\n")
-    return path
-
-
 def run(tmp_path, *arguments):
     """The figures and the page."""
     files = tmp_path / "figures.json", tmp_path / "page.md"
@@ -148,8 +134,8 @@ TINY = (
 )
 
 
-def test_op(tmp_path, green, monkeypatch):
-    monkeypatch.setattr("tools.benchmarks.op.last_level_cache_bytes", lambda: 0)
+def test_op(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_depthattn.benchmarks.op.last_level_cache_bytes", lambda: 0)
     monkeypatch.setitem(DEPTH_MIX_IMPLEMENTATIONS, "broken", lambda *_: 1 / 0)
     sizes = ("--tokens", "8", "--sources", "1", "3", "--runs", "2", "--implementations", "lean", "reference")
     figures, page = run(tmp_path, "op", "--device", "cpu", "--shape", "cpu", *sizes, "broken")
@@ -162,30 +148,8 @@ def test_op(tmp_path, green, monkeypatch):
     assert "broken: ZeroDivisionError" in page
 
 
-def test_a_red_test_means_no_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(op_tests, "OP_TESTS", [write_test(tmp_path, "assert 1 == 2")])
-    for verb in (("op", "--device", "cpu"), ("step", *TINY)):
-        assert benchmark.main(["--json", str(tmp_path / "figures.json"), *verb]) == 1
-        printed = capsys.readouterr()
-        assert not printed.out
-        assert printed.err.splitlines()[-1].startswith("error: the op's tests are red, so nothing is measured")
-        assert not (tmp_path / "figures.json").exists()
-
-
-def test_no_test_at_all_means_no_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(op_tests, "OP_TESTS", [tmp_path / "missing.py"])
-    assert benchmark.main(["op", "--device", "cpu"]) == 1
-    assert "nothing is measured" in capsys.readouterr().err
-
-
-def test_the_tests_that_run_first_are_those_of_the_op():
-    (path,) = op_tests.OP_TESTS
-    assert path.is_file()
-    assert "DEPTH_MIX_IMPLEMENTATIONS" in path.read_text()
-
-
 @pytest.mark.parametrize("more", [("--no-optimizer",), ()], ids=["gradients", "optimizer"])
-def test_step(tmp_path, green, world, more):
+def test_step(tmp_path, world, more):
     figures, page = run(tmp_path, "step", *TINY, "--ops", "lean", "--rounds", "3", "--warm-up", "1", *more)
     assert sorted(figures) == ["stride 1, lean", "vanilla"]
     own, vanilla = figures["stride 1, lean"], figures["vanilla"]
@@ -257,18 +221,6 @@ def test_peers_need_a_counterpart(setting, reason, capsys):
     assert reason in capsys.readouterr().err
 
 
-def test_record(tmp_path, world, capsys):
-    rounds = ("--rounds", "3", "--warm-up", "1")
-    figures, page = run(tmp_path, "record", *TINY, "train.depth_interval=10", *rounds)
-    of = figures["stride 1"]
-    ratios = sorted(a / b for a, b in zip(of["seconds"]["on record"], of["seconds"]["plain"], strict=True))
-    assert len(ratios) == 3 and of["ratio"] == pytest.approx(ratios[1])
-    assert of["percent_at_interval"] == [pytest.approx(10 * (x - 1)) for x in (of["ratio"], *of["interval"])]
-    assert "cost at train.depth_interval=10" in page
-    assert benchmark.main(["record", *TINY, "train.depth_interval=null"]) == 1
-    assert "nothing goes on record" in capsys.readouterr().err
-
-
 def test_memory(tmp_path, world):
     figures, _ = run(tmp_path, "memory", *TINY)
     assert len(figures) == 3
@@ -276,16 +228,6 @@ def test_memory(tmp_path, world):
         assert of["bytes_per_token_above_vanilla"] == of["predicted"] > 0, name
         assert of["vanilla_bytes_per_token"] > of["predicted"]
         assert of["allocated_above_vanilla"] is None  # no GPU
-
-
-def test_memory_of_a_layer_is_linear_in_the_sequence(tmp_path, world):
-    figures, _ = run(tmp_path, "memory", "--sequence-length", "16", "64", *TINY[:-1], "--strides", "1")
-    assert len(figures) == 6
-    for name, of in figures.items():
-        assert of["64"] == pytest.approx(of["16"], rel=1e-4), name  # selective keeps a number or two a layer
-    own, vanilla = figures["stride 1, lean, full"], figures["vanilla, full"]
-    assert vanilla["16"] == 4 * 32  # its input
-    assert own["16"] - vanilla["16"] == 4 * 2 * 2 * 8  # key and mixed value of two heads of 8
 
 
 PRECISIONS = (
@@ -323,34 +265,32 @@ def test_precision(tmp_path, world):
     assert "TransformerEngine" in figures["refused"]["tensorwise"]
 
 
-def test_flops(tmp_path):
-    figures, page = run(tmp_path, "flops")
-    assert len(figures) == 6
-    for of in figures.values():
-        total = sum(of[line] for line in ("projections", "attention", "logits", "mix"))
-        assert math.isclose(of["share"], of["mix"] / total)
-    assert figures["3b, stride 24"]["share"] < 1e-4 < figures["360m, stride 16"]["share"] < 1.3e-4
-    assert "counts as two" in page
-
-
-def test_hop(tmp_path):
-    sizes = ("--layers", "4", "--hidden", "64", "--sequence-length", "16", "--microbatches", "2", "--runs", "1")
-    figures, page = run(tmp_path, "hop", "--layouts", "pp2xvpp2", "--strides", "1", "--windows", "0", *sizes)
-    (of,) = figures.values()
-    assert of["sent"] == of["bound"] > 0
-    assert of["messages"] == of["least_messages"] == 2 * 3 * 2
-    assert of["planned"] > 0 and of["exchanged"] > 0
-    assert "12 of 12" in page
-
-
 def test_hop_of_methods(tmp_path):
-    """Four layers in two stages: after two layers DenseFormer sends three hidden states, mHC four."""
+    """Four layers in four chunks on two ranks, or in two: DenseFormer then sends three hidden states, mHC four."""
     sizes = ("--layers", "4", "--hidden", "64", "--sequence-length", "16", "--microbatches", "2", "--runs", "1")
     methods = ("vanilla", "depth_attention", "denseformer", "mhc")
-    figures, _ = run(tmp_path, "hop", "--layouts", "pp2", "--methods", *methods, *sizes)
-    assert all(of["sent"] == of["bound"] for of in figures.values())
+    figures, page = run(tmp_path, "hop", "--layouts", "pp2", "--methods", *methods, *sizes)
+    assert all(of["sent"] == of["bound"] > 0 and of["messages"] == of["least_messages"] for of in figures.values())
     ratios = [of["sent"] / of["vanilla_sent"] for of in figures.values()]
     assert ratios == [1, 3, 3, 4]  # one head, so a source of Depth-Attention is two hidden states here
+    assert "4 of 4" in page
+
+
+def test_layouts(tmp_path, monkeypatch):
+    """Every layout of the planner's is run in every round, with its keys."""
+    from megatron_depthattn.benchmarks import layouts
+
+    ran = []
+
+    def steps(given, keys, run_dir):
+        ran.append(keys)
+        return [float(len(ran))] * (given.steps - 1)
+
+    monkeypatch.setattr(layouts, "_steps", steps)
+    figures, page = run(tmp_path, "layouts", "--world", "2", "--limit", "3", "--rounds", "2", "--steps", "3")
+    assert len(figures) == 3 and len(ran) == 6
+    assert all(len(of["steps"]) == 4 and of["predicted"] > 0 for of in figures.values())
+    assert "recompute" in page
 
 
 def test_data(tmp_path):

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from megatron_depthattn.model.cross_entropy import chunked_cross_entropy
 from megatron_depthattn.vocabulary import LOSS_CHUNK
-from tools.benchmarks.live import LiveBytes
+from tests.live import LiveBytes
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 

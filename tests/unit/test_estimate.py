@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_depthattn.cli.estimate import GPUS
 from megatron_depthattn.cli.estimate import main as estimate_tool
@@ -22,24 +23,15 @@ from megatron_depthattn.config import (
     load_config,
     validate,
 )
-from megatron_depthattn.estimate.calibrate import calibrate
+from megatron_depthattn.estimate.counts import decoder_shape
+from megatron_depthattn.estimate.fits import check_fit
+from megatron_depthattn.estimate.hardware import GPUS as PRESETS
+from megatron_depthattn.estimate.hardware import Cost, find_gpu, resolve_for
 from megatron_depthattn.estimate.layouts import best_layouts, candidate_layouts
-from megatron_depthattn.estimate.machine import (
-    PRESETS,
-    Cost,
-    LayerCost,
-    check_calibration,
-    find_machine,
-    layer_settings,
-    load_machine,
-    save_machine,
-)
-from megatron_depthattn.estimate.memory import rank_memory
 from megatron_depthattn.estimate.report import estimate_config
 from megatron_depthattn.estimate.step_time import step_time
-from megatron_depthattn.estimate.traffic import CrossLayer, hop_sizes, rank_weights, traffic
+from megatron_depthattn.estimate.traffic import CrossLayer, hop_sizes, traffic
 from megatron_depthattn.train.build import transformer_config
-from megatron_depthattn.train.metrics import decoder_shape
 from tests.parallel.cases import LAYOUTS, Job
 from tests.parallel.least_bytes import least_bytes
 
@@ -53,7 +45,7 @@ SMALL = RunConfig(
 
 
 def shared_by(config):
-    return CrossLayer.of(transformer_config(config))
+    return CrossLayer.of(config)
 
 
 def sent(config, world, stage=0):
@@ -66,6 +58,7 @@ def sent(config, world, stage=0):
 
 
 def seconds(config, world, machine=H100):
+    config = resolve_for(machine, config).config
     return step_time(config, shared_by(config), validate(config, world, needs_data=False), machine)
 
 
@@ -100,7 +93,7 @@ def test_hop_widths_are_the_messages(layout):
     config = Job(layout=layout).config()
     megatron = transformer_config(config)
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
-    assert list(CrossLayer.of(megatron).message_widths) == [megatron.message_into(c).width for c in range(1, chunks)]
+    assert list(CrossLayer.of(config).message_widths) == [megatron.message_into(c).width for c in range(1, chunks)]
 
 
 def test_a_vanilla_hop_is_the_hidden_state():
@@ -157,30 +150,12 @@ def test_recompute_repeats_what_lies_in_the_recomputed_part():
         assert more == set(repeated)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", ["single", "tp4", "pp4xvpp2", "tp2xpp2+sp"])
-def test_weights_of_the_stages_are_the_memory_estimates(layout, tied):
-    """Two counts that were written apart; those are held against built models."""
-    config = Job(layout=layout).config()
-    config = replace(config, model=replace(config.model, tie_embeddings=tied))
-    for stage in range(config.parallel.pipeline):
-        counted = rank_memory(config, LAYOUTS[layout].world_size, pipeline_rank=stage).parameters
-        assert rank_weights(config, transformer_config(config), stage).total == counted
-
-
-def test_costs_are_piecewise_linear():
-    cost = Cost(((10.0, 1.0), (20.0, 3.0)))
-    assert [cost.seconds(x) for x in (0, 10, 15, 20, 30)] == [1.0, 1.0, 2.0, 3.0, 5.0]
-    assert Cost.line(2.0, 4.0).seconds(8) == pytest.approx(4.0)
-
-
 def test_a_step_is_the_sum_of_its_parts():
     """On a machine that takes a second a FLOP of a product, and nothing for the rest: three times forward."""
-    free = Cost(((0.0, 0.0),))
-    kinds = dict.fromkeys(H100.intra_node, free)
+    free = Cost(0.0, float("inf"))
     machine = replace(
-        H100, products={"fp32": Cost.line(0.0, 1.0)}, attention={"fp32": free}, passes=free,
-        host_seconds=(0.0, 0.0), intra_node=kinds, inter_node=kinds,
+        H100, products={"fp32": Cost(0.0, 1.0)}, attention={"fp32": free}, elementwise=free,
+        host_seconds=(0.0, 0.0), intra_node=free, inter_node=free,
     )  # fmt: skip
     flops = estimate_config(SMALL, 1, H100).flops
     tokens = 16 * 64
@@ -202,7 +177,7 @@ def test_more_work_takes_longer_and_a_slower_link_never_less():
     base = seconds(with_layout(SMALL, tensor=2), 2).total
     full = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
     assert seconds(replace(with_layout(SMALL, tensor=2), recompute=full), 2).total > base
-    slow = dict.fromkeys(H100.intra_node, Cost.line(1e-3, 1e9))
+    slow = Cost(1e-3, 1e9)
     assert seconds(with_layout(SMALL, tensor=2), 2, replace(H100, intra_node=slow)).total > base
     assert seconds(SMALL, 1, replace(H100, intra_node=slow)).total == seconds(SMALL, 1).total  # control: none is used
     across = replace(H100, devices_per_node=1)
@@ -263,27 +238,6 @@ def test_what_does_not_fit_says_so():
         best_layouts(SMALL, 3, H100)
 
 
-def test_this_machine_can_be_measured(megatron_world_of_one, tmp_path):
-    """A world of one has no links; every other figure is there, in order, and predicts a step."""
-    machine = calibrate(SMALL, torch.device("cpu"), budget=1e-4)
-    for cost in (machine.products["fp32"], machine.attention["fp32"], machine.passes):
-        assert list(cost.points) == sorted(cost.points)
-        assert all(taken > 0 for _, taken in cost.points)
-    assert machine.measured
-    save_machine(machine, tmp_path / "machine.json")
-    assert seconds(SMALL, 1, load_machine(tmp_path / "machine.json")).total > 0
-
-
-def test_a_machine_is_read_back(tmp_path):
-    save_machine(H100, tmp_path / "machine.json")
-    assert load_machine(tmp_path / "machine.json") == H100
-    (tmp_path / "machine.json").write_text("[]")
-    with pytest.raises(ValueError, match="--calibrate"):
-        load_machine(tmp_path / "machine.json")
-    with pytest.raises(ValueError, match="set --gpu to one of H100"):
-        find_machine("T4")
-
-
 def test_the_tool_prints_and_writes(tmp_path, capsys):
     settings = [str(ROOT / "configs/quickstart.yaml"), "--world", "2", "--layouts", "--json", str(tmp_path / "e.json")]
     assert estimate_tool(settings) == 0
@@ -304,8 +258,6 @@ def test_the_tool_prints_and_writes(tmp_path, capsys):
         (["--gpu", "T4"], "set --gpu to one of"),
         (["--world", "3"], "not a multiple of 2"),
         (["--world", "0"], "set both to 1 or more"),
-        (["--gpu", "H100", "--machine", "m.json"], "give one of them"),
-        (["--machine", "nowhere.json"], "write it with --calibrate"),
         (["train.step=1"], "train.steps"),
         (["--gpu", "A100", "model.spec=te", "precision.dtype=bf16", "precision.fp8=delayed"], "no figures for fp8"),
     ],
@@ -319,30 +271,37 @@ def test_the_tool_refuses_in_one_line(arguments, said, capsys):
 
 def test_the_tool_names_every_preset():
     assert set(GPUS) == set(PRESETS)
+    with pytest.raises(ValueError, match="set --gpu to one of H100"):
+        find_gpu("T4")
 
 
-def calibrated(config, **changes):
-    """A machine on which a layer takes a second a position, as if two processes had measured it."""
-    layer = LayerCost(*(Cost(((64.0, 64.0), (128.0, 128.0))) for _ in range(3)))
-    figures = {"layers": {"1": layer}, "calibrated_for": layer_settings(config), "devices_per_node": 2, "assumed": ()}
-    return replace(H100, **(figures | changes))
+def test_a_study_of_transformer_engines_layers_has_no_negative_memory():
+    found = estimate_config(load_config(ROOT / "configs/3b.yaml", ["model.spec=te"]), 32, H100)
+    for memory in (*found.memory, *found.memory_by_recompute.values()):
+        assert min(dataclasses.asdict(memory).values()) >= 0 and memory.sources > 0
 
 
-def test_a_part_of_a_sequence_costs_its_part_of_a_measured_layer():
-    one = replace(SMALL, train=replace(SMALL.train, micro_batch_size=1))
-    whole, half = seconds(one, 1, calibrated(SMALL)), seconds(with_layout(one, context=2), 2, calibrated(SMALL))
-    assert whole.layers == 2 * half.layers == 16 * 64 * (4 * 2 + 1)
+def test_layouts_that_differ_in_chunks_are_one_line():
+    config = load_config(ROOT / "configs/360m.yaml")
+    accept = lambda c: c.parallel.pipeline == 2 and c.parallel.context == c.parallel.tensor == 1  # noqa: E731
+    best = best_layouts(config, 8, H100, limit=6, accept=accept)
+    lines = [(each.name.split(" mb")[1], each.overrides["parallel.context"]) for each in best]
+    assert len(set(lines)) == len(lines)
+    assert any(each.other_chunks for each in best)
 
 
-def test_a_calibration_is_refused_for_other_layers_and_for_more_ranks():
-    check_calibration(H100, SMALL, 4096)
-    check_calibration(calibrated(SMALL), SMALL, 2)
-    check_calibration(calibrated(SMALL, assumed=("links",)), SMALL, 4)
-    with pytest.raises(ValueError, match=r"calibrated by 2 process\(es\).*--world 4"):
-        check_calibration(calibrated(SMALL), SMALL, 4)
-    longer = replace(SMALL, data=replace(SMALL.data, sequence_length=128))
-    with pytest.raises(ValueError, match=r"data\.sequence_length is 128, not 64"):
-        check_calibration(calibrated(SMALL), longer, 2)
+def test_what_does_not_fit_is_known_before_it_is_queued():
+    config = load_config(ROOT / "configs/3b.yaml")
+    fit, problem = check_fit(config, 32, "H100-80GB")
+    assert problem is None and fit.fits and "32 x H100" in fit.line and fit.run_hours > 1
+    large = replace(config, train=replace(config.train, micro_batch_size=32))
+    fit, problem = check_fit(large, 32)
+    assert not fit.fits and f"needs {fit.needed_gb:.1f} GB" in problem and "recompute.granularity=full" in problem
+
+
+def test_the_check_imports_no_torch():
+    code = "import sys, megatron_depthattn.estimate.fits; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_tool_ranks_layouts_of_a_config_that_does_not_run_as_it_stands(capsys):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import benchmark, gpu
-from tools.benchmarks.result import machine_facts
+from megatron_depthattn.benchmarks import command as benchmark
+from megatron_depthattn.benchmarks.result import machine_facts
+from tools import gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,22 +42,22 @@ def test_limits_are_within_nine_minutes_and_names_are_unique():
 def test_every_benchmark_part_is_a_command():
     parser = benchmark.build_parser()
     verbs = {parser.parse_args(part.arguments).measure.__name__ for part in gpu.PARTS if not part.is_tests}
-    parts = ("op", "step", "memory", "data", "precision", "record")
+    parts = ("op", "step", "memory", "data", "precision")
     assert verbs == {f"measure_{part}" for part in parts}
 
 
 def test_a_part_that_runs_fails_or_takes_too_long(tmp_path):
-    flops = gpu.run_part(gpu.Part("flops", (), ("flops",), 120), 120, tmp_path)
-    assert (flops.state, flops.said) == ("ran", "see below")
-    assert flops.figures["figures"]["3b, stride 24"]["mix"] > 0
+    sizes = ("--tokens", "8", "--sources", "1", "--runs", "1", "--implementations", "lean")
+    op = gpu.run_part(gpu.Part("op", (), ("op", "--shape", "cpu", *sizes), 120), 120, tmp_path)
+    assert (op.state, op.said) == ("ran", "see below")
     refused = gpu.run_part(gpu.Part("data", (), ("data", "--directory", "/no/such/folder"), 120), 120, tmp_path)
     assert refused.state == "failed"
     assert refused.said.startswith("exit code 1: error: ")
-    late = gpu.run_part(gpu.Part("op", (), ("flops",), 0.2), 0.2, tmp_path)
+    late = gpu.run_part(gpu.Part("op", (), ("op",), 0.2), 0.2, tmp_path)
     assert (late.state, late.said) == ("failed", "not done after 0 s")
-    page = gpu.page([flops, refused, late], machine_facts())
+    page = gpu.page([op, refused, late], machine_facts())
     assert "1 ran, 2 failed, 0 skipped" in page
-    assert "### Operations of one token's forward pass" in page
+    assert "### Depth mix on" in page
 
 
 TESTS = """

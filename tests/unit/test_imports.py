@@ -47,13 +47,10 @@ PURE = {
             f"{PACKAGE}.{n}"
             for n in (
                 *("config", "backends", "switches", "estimate", "methods", "vocabulary"),
-                *("model.activation_memory", "model.source_plan"),
+                *("model.activation_memory", "model.flops", "model.source_plan"),
             )
         }
-        for name in (
-            *("activations", "in_flight", "local_layers", "memory", "parameters", "shapes", "states", "storages"),
-            "te_layers",
-        )
+        for name in (*("activations", "counts", "hardware", "in_flight", "memory", "step_time", "traffic"),)
     },
     "parallel/rank_spans.py": set(),
     "terminal.py": set(),
@@ -66,7 +63,6 @@ PURE = {
     "study/plots.py": {"numpy", "matplotlib", f"{PACKAGE}.study.report_data"},
     "study/report.py": {"jinja2", f"{PACKAGE}.study"},
 }
-PURE["estimate/memory.py"] = PURE["estimate/memory.py"] | {f"{PACKAGE}.backends"}
 STATISTICS = ("law", "bootstrap", "differences", "multiplier", "verdict", "fit")
 PURE |= {
     f"study/{name}.py": {"numpy", "scipy", *(f"{PACKAGE}.study.{other}" for other in STATISTICS)} for name in STATISTICS

@@ -1,6 +1,5 @@
 """The precision protocol: gaps, cosines and verdicts against arithmetic of their own; settings; what is told."""
 
-import json
 import math
 import random
 
@@ -8,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_depthattn.benchmarks import command as benchmark
+from megatron_depthattn.benchmarks import precision
+from megatron_depthattn.benchmarks.precision import parse_setting
+from megatron_depthattn.benchmarks.precision_compare import gradient_cosine, over, paired_gap
+from megatron_depthattn.benchmarks.precision_run import ByteStream
+from megatron_depthattn.benchmarks.result import table
 from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.precision import RECIPES
 from megatron_depthattn.precision_check import Machine
-from tools import benchmark
-from tools.benchmarks import precision
-from tools.benchmarks.precision import parse_setting
-from tools.benchmarks.precision_compare import gradient_cosine, over, paired_gap
-from tools.benchmarks.precision_run import ByteStream
 
 WITHIN = {"tolerance": 0.01, "least_cosine": 0.9}
 
@@ -193,20 +193,17 @@ def figures(**changes):
     return {"about": about, "runs": runs, "refused": {"mxfp8": "it needs another GPU", "blockwise": "CUDA is old"}}
 
 
-def tell(tmp_path, capsys, *arguments, **changes):
-    """Exit code and what is printed."""
-    written = {"figures": figures(**changes), "machine": benchmark.machine_facts() | {"gpu": "a GPU that ran it"}}
-    (tmp_path / "earlier.json").write_text(json.dumps(written))
-    code = benchmark.main(["precision", "--from-json", str(tmp_path / "earlier.json"), *arguments])
-    return code, capsys.readouterr().out
+def tell(tolerance=0.01, least_cosine=0.9, **changes):
+    """Whether something is over its bound, and the table with its notes."""
+    result = precision._result(figures(**changes), tolerance, least_cosine)
+    return result.is_over, table(result.columns, result.rows) + "\n".join(result.notes)
 
 
-def test_within_and_what_did_not_run(tmp_path, capsys):
-    code, said = tell(tmp_path, capsys)
-    assert code == 0
+def test_within_and_what_did_not_run():
+    code, said = tell()
+    assert not code
     assert "2 of 4 not run here: mxfp8: it needs another GPU; blockwise: CUDA is old" in said
     assert said.count("| not run here |") == 2
-    assert "a GPU that ran it" in said  # not the machine that draws
     assert "0.5000 (layers.0.x)" in said
 
 
@@ -218,38 +215,20 @@ def test_within_and_what_did_not_run(tmp_path, capsys):
         ({"failure": "step 2: loss nan", "losses": [3.0]}, "seed 0: step 2: loss nan"),
     ],
 )
-def test_over_is_exit_code_1_with_the_table_all_the_same(tmp_path, capsys, changes, verdict):
-    code, said = tell(tmp_path, capsys, **changes)
-    assert code == 1
+def test_over_is_exit_code_1_with_the_table_all_the_same(changes, verdict):
+    code, said = tell(**changes)
+    assert code
     assert f" {verdict} |" in said
     assert "| bf16 " in said
 
 
-def test_tolerances_are_given(tmp_path, capsys):
+def test_tolerances_are_given():
     losses = {"losses": [3.0, 2.0, 1.02]}
-    assert tell(tmp_path, capsys, "--tolerance", "0.03", **losses)[0] == 0
-    assert tell(tmp_path, capsys, "--least-cosine", "1.1")[0] == 1
+    assert not tell(tolerance=0.03, **losses)[0]
+    assert tell(least_cosine=1.1)[0]
 
 
-def test_models_that_were_not_exported_are_counted(tmp_path, capsys):
-    code, said = tell(tmp_path, capsys, exported=None)
-    assert code == 0
+def test_models_that_were_not_exported_are_counted():
+    code, said = tell(exported=None)
+    assert not code
     assert "1 models not exported: transformers is not installed" in said
-
-
-def test_the_figure_names_what_it_shows(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    files = tmp_path / "one.svg", tmp_path / "two.svg"
-    for file in files:
-        assert tell(tmp_path, capsys, "--figure", str(file))[0] == 0
-    drawn = files[0].read_text()
-    for text in ("bf16 (base)", "delayed", "tolerance, ±1.0%", "training loss, nats per byte", "step"):
-        assert f"<!-- {text} -->" in drawn
-    assert drawn == files[1].read_text()
-
-
-def test_without_matplotlib_nothing_is_run(monkeypatch, capsys):
-    monkeypatch.setattr("tools.benchmarks.precision_figure.importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr(precision, "_train_all", lambda _: pytest.fail("it ran"))
-    assert benchmark.main(["precision", "--figure", "x.svg"]) == 1
-    assert "pip install 'megatron-depthattn[plot]'" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_depthattn.benchmarks.saved import SavedTensors, saved_tensors
 from megatron_depthattn.model.activation_memory import DepthActivations, depth_activations, source_numbers
 from megatron_depthattn.model.attention import Source
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
@@ -19,7 +20,6 @@ from megatron_depthattn.model.source_plan import SourcePlan
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tests.document_attention import build_with_document_attention
-from tools.benchmarks.saved import SavedTensors, saved_tensors
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
-    from megatron_depthattn.train.depth_record import DepthRecord
 
 
 class Model:
@@ -33,16 +30,13 @@ class Model:
         self.flops_per_token = 3 * module_flops(self._chunks, self._shape[1]).total()
         self.peak_tflops = peak_tflops(config)
 
-    def step(self, record: DepthRecord | None = None, *, clock: Callable[[], float] = time.perf_counter) -> float:
-        """Seconds of one step, until the device is done; with ``record``, of one whose weights over depth it takes."""
+    def step(self) -> float:
+        """Seconds of one step, until the device is done."""
         synchronize(self._device)
-        started = clock()
-        with record.recording(1) if record else nullcontext():
-            self.update() if self._optimizer else self.gradients()
-        if record:
-            record.collect()
+        started = time.perf_counter()
+        self.update() if self._optimizer else self.gradients()
         synchronize(self._device)
-        return clock() - started
+        return time.perf_counter() - started
 
     def update(self) -> float:
         """A whole training step; the mean loss."""

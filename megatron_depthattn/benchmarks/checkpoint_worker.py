@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
+from megatron_depthattn.benchmarks.timing import taking_turns
 from megatron_depthattn.config import from_dict, validate
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
@@ -26,7 +27,6 @@ from megatron_depthattn.train.megatron_state import MegatronState, sharded_model
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import train_step
 from megatron_depthattn.train.step_folders import SAVED_METADATA, Progress
-from tools.benchmarks.timing import taking_turns
 
 MODEL = {
     "hidden_size": 512,

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.saved import saved_tensors
+from megatron_depthattn.benchmarks.shapes import add_model_arguments, run_config, shape_text
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
-from tools.benchmarks.lengths import config_of_length
-from tools.benchmarks.result import Result
-from tools.benchmarks.saved import saved_tensors
-from tools.benchmarks.shapes import add_model_arguments, run_config, shape_text
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
@@ -29,8 +28,6 @@ def add_memory(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=[*RECOMPUTE], help="default: all")
     parser.add_argument("--ops", nargs="+", default=["lean"], metavar="OP", help="default: lean")
-    text = "instead: what a layer keeps at each of these lengths"
-    parser.add_argument("--sequence-length", nargs="+", type=int, metavar="N", help=text)
     parser.set_defaults(measure=measure_memory)
 
 
@@ -53,7 +50,7 @@ def measure_memory(given: argparse.Namespace) -> Result:
     device = initialize_distributed(launch_environment())
     try:
         initialize_model_parallel()
-        return _measure_lengths(given, device) if given.sequence_length else _measure(given, device)
+        return _measure(given, device)
     finally:
         shut_down()
 
@@ -65,7 +62,7 @@ def _measure(given: argparse.Namespace, device: torch.device) -> Result:
         columns=[
             *("model", "recompute", "vanilla, B/token", "above vanilla", "predicted", "the sources alone"),
             *("all, predicted / measured", "off by"),
-            *("above, numbers per layer", "allocator: above vanilla", "peak with backward: above vanilla"),
+            *("above, elements per layer", "allocator: above vanilla", "peak with backward: above vanilla"),
         ],
         notes=[
             "bytes per token, all layers together: distinct storages of the tensors that autograd saves "
@@ -82,53 +79,9 @@ def _measure(given: argparse.Namespace, device: torch.device) -> Result:
             for op in given.ops:
                 depth = {"model__depth_attention__stride": stride, "model__depth_attention__op": op}
                 config = run_config(given, device.type, **options, **depth)
-                predicted = predicted_numbers(config, device.type)
+                predicted = predicted_elements(config, device.type)
                 _add_row(result, f"stride {stride}, {op}", mode, config, kept(config, device), vanilla, predicted)
     return result
-
-
-def _measure_lengths(given: argparse.Namespace, device: torch.device) -> Result:
-    """Bytes per token and layer: what the upper half of the layers adds, so embedding and logits do not count."""
-    lengths = sorted(given.sequence_length)
-    whole, half = (argparse.Namespace(**vars(given) | {"layers": n}) for n in _layers_of(given))
-    first = config_of_length(whole, device.type, lengths[-1])
-    shape = shape_text(first, whole).replace(f"x {lengths[-1]} tokens", "x n tokens")
-    result = Result(
-        title=f"Kept for backward by a layer: {shape}, layers: {first.model.spec}",
-        columns=["model", "recompute", *(f"n = {length}, B/token" for length in lengths)],
-        notes=[
-            f"bytes per token and layer: distinct storages of the tensors that autograd saves, of {whole.layers} "
-            f"layers less those of the first {half.layers}, by their number; parameters left out",
-        ],
-    )
-    models: dict[str, dict[str, Any]] = {"vanilla": {"model__depth_attention__enabled": False}}
-    for stride in given.strides or dict.fromkeys((half.layers, 1)):
-        for op in given.ops:
-            depth = {"model__depth_attention__stride": stride, "model__depth_attention__op": op}
-            models[f"stride {stride}, {op}"] = depth
-    for mode in given.recompute:
-        for name, keys in models.items():
-            values = []
-            for length in lengths:
-                configs = [
-                    config_of_length(part, device.type, length, **RECOMPUTE[mode], **keys) for part in (whole, half)
-                ]
-                more, less = (kept(config, device).saved for config in configs)
-                tokens = first.train.micro_batch_size * length
-                values.append((more - less) / (whole.layers - half.layers) / tokens)
-            result.rows.append([name, mode, *(f"{value:,.0f}" for value in values)])
-            result.figures[f"{name}, {mode}"] = dict(zip(map(str, lengths), values, strict=True))
-    return result
-
-
-def _layers_of(given: argparse.Namespace) -> tuple[int, int]:
-    """All layers, few by default since long sequences may keep much, and the lower half."""
-    layers = given.layers or 4
-    if layers < 2:
-        raise ValueError(
-            f"--layers {layers} with --sequence-length: layers are compared with half of them, give 2 or more"
-        )
-    return layers, layers // 2
 
 
 def kept(config: RunConfig, device: torch.device) -> Kept:
@@ -165,8 +118,8 @@ def kept(config: RunConfig, device: torch.device) -> Kept:
     return Kept(num_bytes, allocated, torch.cuda.max_memory_allocated() - before)
 
 
-def predicted_numbers(config: RunConfig, kind: str) -> tuple[int, int]:
-    """Numbers per token above vanilla, and those of the sources alone; ``kind`` of device, cpu or cuda."""
+def predicted_elements(config: RunConfig, kind: str) -> tuple[int, int]:
+    """Elements per token above vanilla, and those of the sources alone; ``kind`` of device, cpu or cuda."""
     from megatron_depthattn.model.activation_memory import depth_activations, source_numbers
     from megatron_depthattn.model.source_plan import SourcePlan, default_stride
 
@@ -189,9 +142,10 @@ def predicted_numbers(config: RunConfig, kind: str) -> tuple[int, int]:
 
 def predicted_bytes(config: RunConfig) -> int:
     """All that one micro-batch keeps, as the planner counts it."""
-    from megatron_depthattn.estimate.memory import chunk_activations
+    from megatron_depthattn.estimate.activations import chunk_memory
 
-    return chunk_activations(config, 0, device="cuda" if torch.cuda.is_available() else "cpu").kept().total
+    found = chunk_memory(config, 0, on_gpu=torch.cuda.is_available())
+    return found.activations + found.sources
 
 
 def _add_row(

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tools.benchmarks.lengths import config_of_length
-from tools.benchmarks.model import Model, random_microbatch, synchronize
-from tools.benchmarks.result import Result
-from tools.benchmarks.shapes import shape_text
-from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
+from megatron_depthattn.benchmarks.model import Model, random_microbatch, synchronize
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.shapes import config_of_length, shape_text
+from megatron_depthattn.benchmarks.timing import bootstrap_interval, spread, taking_turns
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig

@@ -6,8 +6,8 @@ import argparse
 import statistics
 from typing import Any
 
-from tools.benchmarks.result import Result
-from tools.benchmarks.world import run_world
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.world import run_world
 
 LAYOUTS = {"pp2": (2, 1), "pp4": (4, 1), "pp2xvpp2": (2, 2), "pp4xvpp2": (4, 2)}
 """Pipeline ranks and chunks a rank."""
@@ -120,4 +120,4 @@ def _run_world(
     more = {"pipeline": pipeline, "virtual": virtual, "models": [variant["model"] for variant in variants]}
     kept = ("layers", "hidden", "sequence_length", "microbatches", "runs")
     work = {key: getattr(given, key) for key in kept} | more
-    return run_world("tools.benchmarks.hop_worker", work, pipeline)  # type: ignore[no-any-return]
+    return run_world("megatron_depthattn.benchmarks.hop_worker", work, pipeline)  # type: ignore[no-any-return]

@@ -14,11 +14,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.shapes import SHAPES, implementations_on
+from megatron_depthattn.benchmarks.timing import Clock, last_level_cache_bytes, spread, taking_turns
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS, depth_mix_reference
-from tools.benchmarks.op_tests import add_tests_passed, require_green
-from tools.benchmarks.result import Result
-from tools.benchmarks.shapes import SHAPES, implementations_on
-from tools.benchmarks.timing import Clock, last_level_cache_bytes, spread, taking_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILED = "torch.compile"
@@ -66,7 +65,6 @@ def add_op(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     names = [*DEPTH_MIX_IMPLEMENTATIONS, COMPILED]
     parser.add_argument("--implementations", nargs="+", choices=names, help="default: all that run on the device")
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="of each, taking turns (default 30)")
-    add_tests_passed(parser)
     parser.set_defaults(measure=measure_op)
 
 
@@ -74,8 +72,6 @@ def measure_op(given: argparse.Namespace) -> Result:
     """Medians and quartiles; the multiple is that of the median over the copy's median in the same run."""
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[given.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    if not given.tests_passed:
-        require_green(device.type)
     result = Result(
         title=f"Depth mix on {device.type}, {str(dtype).removeprefix('torch.')}, {given.runs} runs, median (quartiles)",
         columns=["implementation", "sources", "forward, ms", "x copy", "backward, ms", "x copy", "both, x copy"],

@@ -11,7 +11,8 @@ import torch
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
 
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_CONFIGS = next(each for each in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if each.is_dir())
 SHAPES = {
     "cpu": Path(__file__).parent / "cpu.yaml",
     **{name: _CONFIGS / f"{name}.yaml" for name in ("360m", "1.5b", "3b")},
@@ -44,6 +45,21 @@ def run_config(given: argparse.Namespace, device: str, **more: Any) -> RunConfig
     settings = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
     config = load_config(path, [*settings, *given.set])
     return for_this_machine(config, validate(config, 1, needs_data=False)).config
+
+
+def config_of_length(given: argparse.Namespace, device: str, length: int, **more: Any) -> RunConfig:
+    """`run_config` of sequences of ``length`` positions; as many are prepared.
+
+    Raises:
+        ValueError: as `run_config`, or ``--set`` gives another length.
+    """
+    config = run_config(given, device, data__sequence_length=length, model__max_position_embeddings=length, **more)
+    if config.data.sequence_length != length:
+        raise ValueError(
+            f"--set data.sequence_length={config.data.sequence_length} where --sequence-length says {length}: give "
+            "the latter alone"
+        )
+    return config
 
 
 def shape_text(config: RunConfig, given: argparse.Namespace) -> str:

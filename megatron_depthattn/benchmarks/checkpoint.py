@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.world import run_world
 from megatron_depthattn.paths import user_path
-from tools.benchmarks.result import Result
-from tools.benchmarks.world import run_world
 
 LAYOUTS = {"single": (1, 1), "dp2": (2, 1), "dp4": (4, 1), "tp2xdp2": (4, 2)}
 """Processes and tensor ranks."""
@@ -44,7 +44,7 @@ def measure_checkpoint(given: argparse.Namespace) -> Result:
         work = {"tensor": tensor, "layers": given.layers, "runs": given.runs, "folder": str(folder)}
         print(f"{layout} ...", file=sys.stderr, flush=True)
         try:
-            found = run_world("tools.benchmarks.checkpoint_worker", work, processes)
+            found = run_world("megatron_depthattn.benchmarks.checkpoint_worker", work, processes)
         finally:
             shutil.rmtree(folder)
         result.figures[layout] = found

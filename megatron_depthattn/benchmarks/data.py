@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.timing import spread, taking_turns
 from megatron_depthattn.paths import user_path
-from tools.benchmarks.result import Result
-from tools.benchmarks.timing import spread, taking_turns
 
 if TYPE_CHECKING:
     from megatron_depthattn.data.corpus import Corpus

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tools.benchmarks.model import Model
-from tools.benchmarks.op_tests import add_tests_passed, require_green
-from tools.benchmarks.peers import add_peers_arguments, measure_peers
-from tools.benchmarks.result import Result
-from tools.benchmarks.shapes import add_model_arguments, implementations_on, run_config, shape_text
-from tools.benchmarks.timing import bootstrap_interval, spread, taking_turns
+from megatron_depthattn.benchmarks.model import Model
+from megatron_depthattn.benchmarks.peers import add_peers_arguments, measure_peers
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.shapes import add_model_arguments, implementations_on, run_config, shape_text
+from megatron_depthattn.benchmarks.timing import bootstrap_interval, spread, taking_turns
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
@@ -34,7 +33,6 @@ def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
     add_peers_arguments(parser)
-    add_tests_passed(parser)
     parser.set_defaults(measure=measure_step)
 
 
@@ -47,8 +45,6 @@ def measure_step(given: argparse.Namespace) -> Result:
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     configs = _configs(given, kind)
-    if not given.tests_passed:
-        require_green(kind)
     device = initialize_distributed(launch_environment())
     try:
         initialize_model_parallel()

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from megatron_depthattn.benchmarks.sent import recorded_sends, sent_between_stages
+from megatron_depthattn.benchmarks.timing import taking_turns
 from megatron_depthattn.config import RunConfig, from_dict
 from megatron_depthattn.model.source_plan import hop_bytes
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
@@ -23,8 +25,6 @@ from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, transformer_config
 from megatron_depthattn.train.step import Microbatch, run_microbatches
-from tools.benchmarks.sent import recorded_sends, sent_between_stages
-from tools.benchmarks.timing import taking_turns
 
 VOCAB = 1024
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -13,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_depthattn.benchmarks.precision_compare import (
+    gradient_cosine,
+    num_tail_windows,
+    over,
+    paired_gap,
+    window_size,
+)
+from megatron_depthattn.benchmarks.result import Result
 from megatron_depthattn.paths import user_path
 from megatron_depthattn.precision import RECIPES
-from tools.benchmarks.precision_compare import gradient_cosine, num_tail_windows, over, paired_gap, window_size
-from tools.benchmarks.precision_figure import draw, require_matplotlib
-from tools.benchmarks.result import Result
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
@@ -54,32 +58,17 @@ def add_precision(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config, of all runs")
     parser.add_argument("--tolerance", type=float, default=0.01, metavar="X", help="relative, of losses (default 0.01)")
     parser.add_argument("--least-cosine", type=float, default=0.9, metavar="X", help="of gradients (default 0.9)")
-    parser.add_argument("--figure", type=user_path, metavar="FILE", help="draw curves and gaps (.svg, .png, .pdf)")
-    parser.add_argument(
-        "--from-json", type=user_path, metavar="FILE", help="no run: table and figure of an earlier --json"
-    )
     parser.set_defaults(measure=measure_precision)
 
 
 def measure_precision(given: argparse.Namespace) -> Result:
-    """Train every setting, or read what was trained; table, verdicts, figure.
+    """Train every setting; table and verdicts.
 
     Raises:
         ValueError: a setting is malformed or cannot run in any place; the base does not run; nothing is left to
-            compare with it; matplotlib is missing and a figure was asked for.
+            compare with it.
     """
-    if given.figure:
-        require_matplotlib()
-    if given.from_json:
-        earlier = json.loads(given.from_json.read_text())
-        figures, machine = earlier["figures"], earlier["machine"]
-    else:
-        figures, machine = _train_all(given), {}
-    result = _result(figures, given.tolerance, given.least_cosine)
-    result.machine = machine
-    if given.figure:
-        draw(figures, given.tolerance, given.figure)
-    return result
+    return _result(_train_all(given), given.tolerance, given.least_cosine)
 
 
 # ---- settings
@@ -164,9 +153,9 @@ def _device_kind(given: argparse.Namespace) -> str:
 
 def _train_all(given: argparse.Namespace) -> dict[str, Any]:
     """The figures: what was run, every run's curve, and what cannot run here."""
+    from megatron_depthattn.benchmarks.precision_run import ByteStream, Run, run
     from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
     from megatron_depthattn.parallel.launch_env import launch_environment
-    from tools.benchmarks.precision_run import ByteStream, Run, run
 
     configs, refused = _choose(given, _device_kind(given))
     base, stream = next(iter(configs)), ByteStream()

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarks.result import Result
-from tools.benchmarks.timing import taking_turns
+from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.timing import taking_turns
 
 BATCH_BYTES = 8 << 20  # handed to the bare library at a time: its records take some 40 times the text
 

@@ -1,0 +1,131 @@
+"""What follows from a config's model alone: weights, operations, and which layers read which. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import asdict
+from math import prod
+
+from megatron_depthattn.config import RunConfig
+from megatron_depthattn.methods.definition import CrossLayerMethod
+from megatron_depthattn.methods.definitions import method_of
+from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
+from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
+from megatron_depthattn.vocabulary import padded_vocab_size
+
+PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense bf16 peak of a device by the name that CUDA gives it, from the vendor's data sheets; others have no MFU.
+FP8 runs are measured against it as well, so that precisions can be compared: their MFU may exceed 1."""
+
+
+def decoder_shape(config: RunConfig) -> DecoderShape:
+    """The config's model as the counters see it."""
+    model = config.model
+    return DecoderShape(
+        num_layers=model.num_layers,
+        num_loops=model.num_loops,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+        vocab_size=padded_vocab_size(model.vocab_size),
+        tie_embeddings=model.tie_embeddings,
+        method=method_of(dataclasses.asdict(model)),
+    )
+
+
+def source_plan(config: RunConfig) -> CrossLayerPlan | None:
+    """The sources of every layer under the config's pipeline layout; None for vanilla."""
+    depth, num_layers = config.model.depth_attention, config.model.num_layers * config.model.num_loops
+    num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    starts = tuple(range(0, num_layers, num_layers // num_chunks))
+    if method := method_of(asdict(config.model)):
+        return ListedPlan(tuple(map(method.sources, range(num_layers))), starts, config.parallel.pipeline)
+    if config.model.effective_method == "vanilla":
+        return None
+    return SourcePlan(
+        num_layers, depth.stride or default_stride(num_layers), depth.recent_window, starts, config.parallel.pipeline
+    )
+
+
+def forward_flops(config: RunConfig) -> ForwardFlops:
+    """Operations of one token's forward pass."""
+    attends = config.model.effective_method == "depth_attention"
+    plan = source_plan(config) if attends else None
+    return decoder_shape(config).forward_flops(config.data.sequence_length, plan)
+
+
+def layers_of_chunk(config: RunConfig, chunk: int) -> range:
+    """Effective layers of a pipeline chunk, in model order."""
+    num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    size = config.model.num_layers * config.model.num_loops // num_chunks
+    return range(chunk * size, (chunk + 1) * size)
+
+
+def chunks_of_stage(config: RunConfig, stage: int) -> range:
+    """Pipeline chunks that a stage runs, ascending."""
+    return range(stage, config.parallel.pipeline * config.parallel.virtual_pipeline, config.parallel.pipeline)
+
+
+def stage_layers(config: RunConfig, stage: int) -> list[int]:
+    """Effective layers that a pipeline stage runs, all its chunks together, ascending."""
+    return [layer for chunk in chunks_of_stage(config, stage) for layer in layers_of_chunk(config, chunk)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankWeights:
+    """Elements of the weights that one tensor rank of a pipeline stage holds."""
+
+    linear: int
+    """Matrices of the decoder's layers, which FP8 recipes convert."""
+    norms: int
+    """Norms and a method's own weights, which every tensor rank holds whole."""
+    head_norms: int
+    """Norms of q and k, which are among ``norms``."""
+    embeddings: int
+    """Embedding and output layer."""
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.norms + self.embeddings
+
+
+def rank_weights(config: RunConfig, stage: int) -> RankWeights:
+    """Weights of one tensor rank of a pipeline stage."""
+    model, tensor, stages = config.model, config.parallel.tensor, config.parallel.pipeline
+    query, key = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
+    layers = model.num_layers // stages
+    is_first, is_last = stage == 0, stage == stages - 1
+    copies = is_first + is_last - (model.tie_embeddings and stages == 1)
+    return RankWeights(
+        linear=layers * (model.hidden_size * (2 * query + 2 * key + 3 * model.ffn_hidden_size) // tensor),
+        norms=layers * 2 * (model.hidden_size + model.kv_channels)
+        + is_last * model.hidden_size
+        + _method_weights(method_of(asdict(model)), stage_layers(config, stage), is_last),
+        head_norms=layers * 2 * model.kv_channels,
+        embeddings=copies * (padded_vocab_size(model.vocab_size) // tensor) * model.hidden_size,
+    )
+
+
+def _method_weights(method: CrossLayerMethod | None, layers: Sequence[int], is_last: bool) -> int:
+    if method is None:
+        return 0
+    tables = [method.layer_parameters(layer) for layer in layers] + [method.final_parameters()] * is_last
+    return sum(prod(shape) for table in tables for shape in table.values())
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Bytes of one element of weights and activations."""
+    return 2 if config.precision.dtype == "bf16" else 4
+
+
+def rows(config: RunConfig) -> int:
+    """Tokens of a micro-batch on one rank; under sequence parallel those inside attention and MLP."""
+    return config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
+
+
+def hidden_rows(config: RunConfig) -> int:
+    """Tokens whose hidden state one rank holds between layers."""
+    return rows(config) // (config.parallel.tensor if config.parallel.sequence else 1)

@@ -1,0 +1,74 @@
+"""Whether a config fits the GPUs that it is meant for, before it is queued. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_depthattn.config import RunConfig, validate
+from megatron_depthattn.estimate.hardware import find_gpu, resolve_for
+from megatron_depthattn.estimate.layouts import MEMORY_RESERVE, RECOMPUTE, Layout, fullest_rank
+from megatron_depthattn.estimate.step_time import step_time
+from megatron_depthattn.estimate.traffic import CrossLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a run needs of the GPUs that it is given."""
+
+    gpu: str
+    world_size: int
+    needed_gb: float
+    """Of the fullest rank, by the planner's analytic count."""
+    room_gb: float
+    """Memory of one GPU less what the framework and fragmentation take."""
+    step_seconds: float
+    run_hours: float
+    """Of all train.steps; checkpoints, evaluation and restarts not counted."""
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_gb <= self.room_gb
+
+    @property
+    def line(self) -> str:
+        """Ranks, memory and time for a log."""
+        return (
+            f"{self.world_size} x {self.gpu}: {self.needed_gb:.1f} of {self.room_gb:.1f} GB on the fullest rank, about "
+            f"{self.step_seconds:.2f} s a step, {self.run_hours:,.1f} hours for the run (predicted)"
+        )
+
+
+def check_fit(config: RunConfig, world_size: int, gpu: str = "H100") -> tuple[Fit, str | None]:
+    """Memory and time on so many GPUs, and what does not fit with what to set; None: it fits.
+
+    Args:
+        gpu: a name in `hardware.GPUS`, or one with its memory behind a dash, such as H100-80GB.
+
+    Raises:
+        ValueError: no figures for this GPU, or the config cannot run on so many ranks.
+    """
+    hardware = find_gpu(gpu.partition("-")[0])
+    config = resolve_for(hardware, config).config
+    sizes = validate(config, world_size, needs_data=False)
+    layout = Layout(config, CrossLayer.of(config), sizes)
+    seconds = step_time(config, layout.shared, sizes, hardware).total
+    fit = Fit(
+        gpu=hardware.name,
+        world_size=world_size,
+        needed_gb=fullest_rank(layout, world_size).total / 1e9,
+        room_gb=hardware.memory_gb * (1 - MEMORY_RESERVE),
+        step_seconds=seconds,
+        run_hours=config.train.steps * seconds / 3600,
+    )
+    if fit.fits:
+        return fit, None
+    ways = ["more parallel.tensor or parallel.pipeline", "or let `depthattn estimate --layouts` choose a layout"]
+    if config.train.micro_batch_size > 1:
+        ways.insert(0, "train.micro_batch_size=1")
+    if config.recompute.granularity != "full":
+        keys = RECOMPUTE["full"]
+        ways.insert(0, " ".join(f"recompute.{key}={value}" for key, value in keys.items()))
+    return fit, (
+        f"a rank needs {fit.needed_gb:.1f} GB and {hardware.name} has {hardware.memory_gb:.0f} GB less "
+        f"{MEMORY_RESERVE:.0%}: set {', '.join(ways)}"
+    )
