@@ -108,7 +108,7 @@ class _Layers:
             case AttentionResiduals():
                 return 2 * self.hidden
             case HyperConnections(num_streams=n):
-                return 2 * (n + 1) * self.hidden + 8 * self.rows * (n + n * n)
+                return (2 * (n + 1) + n * method.is_last(layer)) * self.hidden + 8 * self.rows * (n + n * n)
         return 0
 
     @property
