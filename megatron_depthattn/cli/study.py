@@ -245,7 +245,7 @@ def _time(study: Study, output: Path, *, again: bool) -> None:
         named = [f"{name}={models[name]}" for name in sorted(models, key=lambda name: name != study.baseline)]
         with tempfile.TemporaryDirectory() as work:
             figures = Path(work) / "figures.json"
-            command = [*DEPTHATTN, "benchmark", "--json", str(figures), "step", "--tests-passed"]
+            command = [*DEPTHATTN, "benchmark", "--json", str(figures), "step"]
             command += ["--models", *named, "--rounds", str(study.timing_rounds)]
             print(f"{rung}: timing {', '.join(models)}", flush=True)
             if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
