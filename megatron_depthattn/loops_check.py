@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_depthattn.config import RunConfig
+    from megatron_depthattn.config.schema import RunConfig
 
 
 def loops_refusal(config: "RunConfig") -> str | None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_depthattn.precision import NO_LIMIT, RECIPES, Version
+from megatron_depthattn.config.precision import NO_LIMIT, RECIPES, Version
 
 if TYPE_CHECKING:
-    from megatron_depthattn.config import RunConfig
+    from megatron_depthattn.config.schema import RunConfig
 
 
 class Refusal(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_depthattn.config import RunConfig
+    from megatron_depthattn.config.schema import RunConfig
 
 OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 COMPILED = ("compile", "fused_swiglu", "fused_cross_entropy")

@@ -20,8 +20,8 @@ from megatron_depthattn.benchmarks.precision_compare import (
     window_size,
 )
 from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.paths import user_path
-from megatron_depthattn.precision import RECIPES
 
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig

@@ -88,8 +88,8 @@ def check_config(
     """The features that a config asks for, what is wrong with it here, and its ranks; prints what `auto` becomes."""
     path, *overrides = map(find_config, (name, *overrides))
     try:
-        from megatron_depthattn.backends import Available, resolve
         from megatron_depthattn.config import load_config, to_dict, validate
+        from megatron_depthattn.config.resolve import Available, resolve
 
         config = load_config(path, overrides)
     except ImportError as error:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megatron_depthattn.backends import CPU, GPU, resolve
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config.resolve import CPU, GPU, resolve
 from megatron_depthattn.estimate.counts import element_bytes, hidden_rows, layers_of_chunk, rows, source_plan
 from megatron_depthattn.methods.attnres.definition import AttentionResiduals
 from megatron_depthattn.methods.definition import CrossLayerMethod

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_depthattn.backends import GPU, Resolved, resolve
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config.resolve import GPU, Resolved, resolve
 from megatron_depthattn.estimate.counts import PEAK_TFLOPS_BF16
 
 PRODUCT_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.70, 0.50, 0.80, 0.75

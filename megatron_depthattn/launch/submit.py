@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megatron_depthattn
-from megatron_depthattn.backends import CPU, GPU, resolve
 from megatron_depthattn.config import RunConfig, load_config, validate
+from megatron_depthattn.config.resolve import CPU, GPU, resolve
 from megatron_depthattn.launch import scripts
 from megatron_depthattn.launch.freeze import freeze
 from megatron_depthattn.terminal import printable

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import DEFINITIONS, define, effective_method
-from megatron_depthattn.model.refusals import refusal_of
 from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
+from megatron_depthattn.model.unsupported import refusal_of
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.payload import Payload, cross_layer_payload
 

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 import megatron_depthattn
-from megatron_depthattn.backends import Resolved
 from megatron_depthattn.config import RunConfig, config_digest, config_keys, validate
+from megatron_depthattn.config.resolve import Resolved
 from megatron_depthattn.durable import write_durably
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, attempt, communication_variables

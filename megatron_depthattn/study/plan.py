@@ -14,14 +14,13 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_depthattn import strict_config
 from megatron_depthattn.config import RunConfig, save_config, validate
-from megatron_depthattn.strict_config import Layer
+from megatron_depthattn.config.load import Layer, build, read_yaml
 from megatron_depthattn.study.study import Arm, Rung, Study, arm_settings
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.metrics import decoder_shape, forward_flops
@@ -106,13 +105,13 @@ def read_points(output: Path) -> list[Point]:
 
 def _rung(study: Study, folder: Path, name: str) -> _RungPlan:
     """The rung's settings, completed by the ladder's rules where it stands on a ladder."""
-    corpus_free = [Layer("settings of the study", _flat(study.settings))]
+    corpus_free = [Layer("settings of the study", study.settings)]
     if study.ladder is None:
         (given,) = (rung for rung in study.rungs or [] if rung.name == name)
         return _RungPlan(study, name, [*_files(folder, study.config), *_own(folder, given), *corpus_free])
     layers = study.ladder.layers[study.rung_names.index(name)]
     base = [*_files(folder, study.config), Layer(f"the ladder at {name}", study.ladder.shape(layers)), *corpus_free]
-    size = _size(strict_config.build(RunConfig, base))
+    size = _size(build(RunConfig, base))
     return _RungPlan(study, name, [*base, Layer(f"the ladder at {name}", study.ladder.recipe(size))])
 
 
@@ -130,7 +129,7 @@ class _RungPlan:
 
     @property
     def vanilla(self) -> RunConfig:
-        return strict_config.build(RunConfig, self.layers)
+        return build(RunConfig, self.layers)
 
     def description(self) -> dict[str, Any]:
         config = self.vanilla
@@ -147,8 +146,8 @@ class _RungPlan:
 
     def points(self, method: str, arm: Arm, output: Path) -> list[Point]:
         """Every budget and seed of an arm, their configs written."""
-        own = Layer(f"methods.{method} of the study", _flat(arm_settings(method, arm)))
-        config = strict_config.build(RunConfig, [*self.layers, own])
+        own = Layer(f"methods.{method} of the study", arm_settings(method, arm))
+        config = build(RunConfig, [*self.layers, own])
         layout, seconds = _layout(self.study, config, f"{self.name}, {method}")
         sequences = config.train.global_batch_size * config.data.sequence_length
         size = _size(self.vanilla)
@@ -164,7 +163,7 @@ class _RungPlan:
                 if config.checkpoint.dir:
                     keys["checkpoint.dir"] = str(Path(config.checkpoint.dir) / identity)
                 keys |= self._course(config, steps) | layout
-                run = strict_config.build(RunConfig, [*self.layers, own, Layer(f"the study at {identity}", keys)])
+                run = build(RunConfig, [*self.layers, own, Layer(f"the study at {identity}", keys)])
                 found.append(self._point(identity, run, method, multiple, layout, seconds, output))
         return found
 
@@ -243,12 +242,8 @@ def _as_vanilla(config: RunConfig) -> RunConfig:
 
 
 def _files(folder: Path, file: str | None) -> list[Layer]:
-    return strict_config.read_yaml(folder / os.path.expanduser(file)) if file else []
+    return read_yaml(folder / os.path.expanduser(file)) if file else []
 
 
 def _own(folder: Path, rung: Rung) -> list[Layer]:
-    return [*_files(folder, rung.config), Layer(f"rung {rung.name} of the study", _flat(rung.settings))]
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return strict_config.layer("", settings).values
+    return [*_files(folder, rung.config), Layer(f"rung {rung.name} of the study", rung.settings)]

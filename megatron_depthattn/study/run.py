@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_depthattn import strict_config
-from megatron_depthattn.backends import AUTO
 from megatron_depthattn.config import RunConfig, load_config, to_dict
+from megatron_depthattn.config.load import flatten
+from megatron_depthattn.config.resolve import AUTO
 from megatron_depthattn.study.plan import Point
 from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.history import HISTORY, METRICS
@@ -188,7 +188,7 @@ def _differences(wanted: RunConfig, found: RunConfig) -> list[str]:
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
-    keys = strict_config.layer("", to_dict(config)).values
+    keys = flatten(to_dict(config))
     ignored = {"data.path", "data.cache", "data.num_workers", *(f"model.{key}" for key in MODEL_SWITCHES)}
     decides = {key for key in keys if key.partition(".")[0] in _DECIDES} | set(_DECIDES_ELSEWHERE)
     return {key: value for key, value in keys.items() if key in decides - ignored}

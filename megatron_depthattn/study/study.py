@@ -8,19 +8,17 @@ run comes from `config` and `settings`, in the keys of the run's config.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import MISSING
 
+from megatron_depthattn.config.load import build, read_yaml
 from megatron_depthattn.methods.definitions import DEFINITIONS
-from megatron_depthattn.strict_config import load_yaml
 from megatron_depthattn.study.ladder import Ladder
 
 METHODS = ("vanilla", "depth_attention", *DEFINITIONS)
@@ -123,21 +121,7 @@ def load_study(path: Path) -> Study:
     Raises:
         ValueError: the file is missing or no YAML, a key is unknown, a value has the wrong type or makes no sense.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"study {path} does not exist; give the path of a YAML file, such as configs/studies/smoke.yaml"
-        )
-    content = load_yaml(path)
-    if "${" in repr(content):  # OmegaConf would also read environment variables
-        raise ValueError(f"{path} holds '${{': a study takes no references; write the value")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Study), content)
-        study = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        raise ValueError(_unknown_key(path, error)) from error
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    assert isinstance(study, Study)
+    study = build(Study, read_yaml(path))
     _check(study, path)
     return study
 
@@ -145,14 +129,6 @@ def load_study(path: Path) -> Study:
 def arm_settings(name: str, arm: Arm) -> Mapping[str, Any]:
     """The arm's keys, with the method that its name stands for."""
     return ({"model.method": name} if name in METHODS else {}) | arm.settings
-
-
-def _unknown_key(path: Path, error: ConfigKeyError) -> str:
-    kind = error.object_type if isinstance(error.object_type, type) else Study
-    known = [entry.name for entry in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []
-    nearest = difflib.get_close_matches(str(error.key), known, n=1, cutoff=0.0)
-    hint = f"; the nearest valid key is '{nearest[0]}'" if nearest else ""
-    return f"unknown key '{error.full_key}' in {path}{hint}"
 
 
 def _check(study: Study, path: Path) -> None:

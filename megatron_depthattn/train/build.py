@@ -14,15 +14,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config, unwrap_model
 
-from megatron_depthattn.backends import GPU, resolve
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config.precision import data_parallel_fields, optimizer_fields, transformer_fields
+from megatron_depthattn.config.resolve import GPU, resolve
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.compiled import compile_layers
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
-from megatron_depthattn.precision import data_parallel_fields, optimizer_fields, transformer_fields
 from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.hardware import adds_gradients, resolve_here
 

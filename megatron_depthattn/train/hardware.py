@@ -6,8 +6,8 @@ import importlib.util
 
 import torch
 
-from megatron_depthattn.backends import AUTO, CPU, Available, Resolved, resolve
 from megatron_depthattn.config import RunConfig, Sizes
+from megatron_depthattn.config.resolve import AUTO, CPU, Available, Resolved, resolve
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import finds_compiler
 from megatron_depthattn.precision_check import INSTALL, Machine, machine_refusal

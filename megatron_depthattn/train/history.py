@@ -110,7 +110,7 @@ class RunHistory:
             raise ValueError(
                 f"the last {fruitless} starts all began at step {step} and none reached another checkpoint, with the "
                 f"same config and code: starting again will not help. Read {self._path.with_name('log.txt')} for why "
-                f"they ended; change what is wrong, or set train.max_fruitless_starts={limit * 2} (null: no limit)."
+                f"they ended; fix the cause, or set train.max_restarts_without_progress={limit * 2} (null: no limit)."
             )
 
     def has_started_from(self, load: str | None) -> bool:

@@ -263,7 +263,7 @@ class Training:
             history = RunHistory(self.run_dir, self.claim.run_id)
             start.warnings += self.claim.notes
             version = f"{config_digest(self.given)}-{code_digest()}"  # whatever `auto` became this time
-            history.check_restart_loop(progress.step, version, config.train.max_fruitless_starts)
+            history.check_restart_loop(progress.step, version, config.train.max_restarts_without_progress)
             if continues:
                 left = quarantine_after(self.checkpoint_dir, progress.step)
                 start.warnings += [f"{path} is beyond step {progress.step}, where this run resumes" for path in left]

@@ -156,7 +156,7 @@ EXPLODING = ("optimizer.lr=1e30", "optimizer.warmup_ratio=0", "optimizer.grad_cl
 
 def test_non_finite_stops_before_the_optimizer_and_a_restart_loop_ends(config_file: Path, tmp_path: Path):
     """A learning rate that blows the weights up: the step that is not finite changes and saves nothing."""
-    settings = (*EXPLODING, "checkpoint.interval=1", "train.max_fruitless_starts=1")
+    settings = (*EXPLODING, "checkpoint.interval=1", "train.max_restarts_without_progress=1")
     command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", *settings)
     result = python(*command)
     assert result.returncode == 1

@@ -62,7 +62,7 @@ CONFIG: dict[str, Any] = {
         "micro_batch_size": 2,
         "log_interval": 1,
         "hang_timeout": 12,
-        "max_fruitless_starts": None,
+        "max_restarts_without_progress": None,
     },
     "optimizer": {"lr": 5.0e-3},
     "checkpoint": {"interval": 7, "load": "latest", "keep": 3},

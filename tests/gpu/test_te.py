@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_depthattn.precision import RECIPES
+from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.precision_check import machine_refusal
 from megatron_depthattn.train.hardware import this_machine
 from tests.gpu import te_checks, te_engine_checks

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_depthattn import backends
-from megatron_depthattn.backends import CPU, GPU, Available, resolve
 from megatron_depthattn.config import RunConfig, config_digest, load_config
+from megatron_depthattn.config import resolve as backends
+from megatron_depthattn.config.resolve import CPU, GPU, Available, resolve
 from megatron_depthattn.estimate.hardware import GPUS, resolve_for
 from megatron_depthattn.estimate.report import estimate_config
 from megatron_depthattn.launch.submit import main as submit

@@ -2,12 +2,20 @@
 
 import dataclasses
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from megatron_depthattn.config import RunConfig, StreamConfig, config_keys, load_config, save_config, to_dict, validate
+from megatron_depthattn.config import (
+    RunConfig,
+    StreamConfig,
+    config_keys,
+    config_reference,
+    load_config,
+    save_config,
+    to_dict,
+    validate,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"quickstart": 2, "360m": 8, "1.5b": 64, "3b": 64}  # name -> ranks of a plausible run
@@ -83,7 +91,7 @@ KEYS = [
     "train.on_non_finite",
     "train.max_skipped_in_a_row",
     "train.hang_timeout",
-    "train.max_fruitless_starts",
+    "train.max_restarts_without_progress",
     "optimizer.lr",
     "optimizer.min_lr_ratio",
     "optimizer.warmup_ratio",
@@ -122,22 +130,12 @@ def test_surface_is_frozen():
     assert sorted(config_keys()) == sorted(KEYS)
 
 
-SECTIONS = ("depth_attention", "denseformer", "attnres", "mhc")
-
-
-def test_every_field_has_a_docstring():
-    """The line under a field is its documentation; a field without one is undocumented."""
-    import ast
-    import inspect
-
-    from megatron_depthattn import config
-
-    for section in ast.parse(inspect.getsource(config)).body:
-        if isinstance(section, ast.ClassDef) and section.name != "RunConfig":
-            for field, following in zip(section.body, [*section.body[1:], None], strict=True):
-                if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) not in SECTIONS:
-                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                    assert documented, f"{section.name}.{ast.unparse(field.target)} has no docstring"
+def test_reference_has_every_key_with_a_meaning():
+    keys = config_reference()
+    assert [key.name for key in keys] == list(config_keys())
+    assert all(key.meaning.endswith((".", "null: null.")) and key.type for key in keys)
+    (fp8,) = (key for key in keys if key.name == "precision.fp8")
+    assert (fp8.type, fp8.default) == ("one of delayed, tensorwise, blockwise, mxfp8 or null", None)
 
 
 def test_config_is_frozen():
@@ -198,44 +196,29 @@ def test_a_run_folder_may_contain_an_equals_sign(tmp_path, base):
     assert load_config(base, ["data.path=odd.yaml"]).data.path == "odd.yaml"
 
 
-def test_references_between_keys_are_resolved(base):
-    assert load_config(base, ["checkpoint.dir=${run.dir}/saved"]).checkpoint.dir == "out/saved"
-    assert load_config(base, ["train.stop_after=${train.steps}", "train.steps=7"]).train.stop_after == 7
-    assert load_config(
-        base, ["data.path=null", "data.streams=[{path: '${run.dir}/a', proportion: 1}]"]
-    ).data.streams == (StreamConfig(path="out/a", proportion=1.0),)
-
-
 @pytest.mark.parametrize(
-    "text",
-    [
-        "${run.folder}/saved",
-        "${oc.env:DEPTHATTN_SECRET}",
-        "s3://bucket/${oc.env:DEPTHATTN_SECRET,x}",
-        "${oc.decode:${oc.env:DEPTHATTN_SECRET}}",
-        "${oc.select:run.dir}",
-        "${.dir}",
-        "${run}",
-        "${",
-        "a${}",
-        "\\${run.dir}",
-        "${checkpoint.dir}",
-        "$${run.dir}{run.dir}",
-    ],
+    "text", ["${run.dir}/saved", "s3://b/${oc.env:DEPTHATTN_SECRET,x}", "${", "a${}", "\\${a}", "$${"]
 )
-@pytest.mark.parametrize("is_file", [False, True], ids=["argument", "file"])
-def test_a_reference_is_to_another_key_and_nothing_else(tmp_path, base, monkeypatch, text, is_file):
+def test_text_with_a_dollar_is_literal(tmp_path, base, monkeypatch, text):
     """A config from elsewhere could otherwise send an environment variable to a bucket, or into a folder's name."""
     monkeypatch.setenv("DEPTHATTN_SECRET", "hunter2")
-    overlay = write(tmp_path / "overlay.yaml", f"run: {{dir: $}}\ncheckpoint: {{dir: '{text}'}}")
-    given = [str(overlay)] if is_file else [f"checkpoint.dir={text}", "run.dir=$"]
-    if text == "\\${run.dir}":
-        assert load_config(base, given).checkpoint.dir == "\\$"
-        return
-    with pytest.raises(ValueError) as raised:
-        load_config(base, given)
-    assert "hunter2" not in str(raised.value)
-    assert "checkpoint.dir" in str(raised.value) or "overlay.yaml" in str(raised.value)
+    overlay = write(tmp_path / "overlay.yaml", f"checkpoint: {{dir: '{text}'}}")
+    for given in ([str(overlay)], [f"checkpoint.dir={text}"]):
+        config = load_config(base, [*given, "data.path=", f"data.streams=[{{path: '{text}', proportion: 1}}]"])
+        assert config.checkpoint.dir == text
+        assert config.data.streams == [StreamConfig(path=text, proportion=1.0)]
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["???", "${train.eval_batches}", "yes"])
+@pytest.mark.parametrize("key", ["train.steps", "data.shuffle", "model.spec"])
+def test_what_omegaconf_would_take(tmp_path, base, key, text):
+    """Nothing is silently the default, another key's value, or true."""
+    overlay = write(tmp_path / "overlay.yaml", f"{key}: '{text}'")
+    for given, source in ((str(overlay), str(overlay)), (f"{key}={text}", "the command line")):
+        with pytest.raises(ValueError, match=re.escape(f"{key} is string '{text}' (from {source}); expected")):
+            load_config(base, [given])
 
 
 STRING_KEYS = ("run.dir", "checkpoint.dir", "checkpoint.load", "data.path", "data.cache")
@@ -272,17 +255,6 @@ def test_a_string_key_takes_its_text_literally(base, key, text):
     config = load_config(base, [f"{key}={text}"])
     is_null = text == "" and key not in ("run.dir", "data.path")
     assert getattr(getattr(config, section), name) == (None if is_null else text)
-
-
-def test_references_are_no_bomb(tmp_path, base):
-    """Each of forty keys holds the next one twice."""
-    keys = [key for key in KEYS if key not in ("data.streams", "run.dir")][:40]
-    doubled = [f"{key}=${{{following}}}${{{following}}}" for key, following in pairwise(keys)]
-    for last in ("", "x"):
-        lines = "".join(f"{line.replace('=', ': ', 1)}\n" for line in [*doubled, f"{keys[-1]}='{last}'"])
-        bomb = write(tmp_path / "bomb.yaml", lines)
-        with pytest.raises(ValueError, match=r"characters; set at most 4096|expected"):
-            load_config(base, [str(bomb)])
 
 
 def test_tilde_is_the_home_folder(tmp_path, base, monkeypatch):
@@ -324,7 +296,6 @@ def test_round_trip(tmp_path):
         ("model.depth_atention.stride", "model.depth_attention.stride"),
         ("train.lr", "optimizer.lr"),
         ("paralel.tensor", "parallel.tensor"),
-        ("train.steps.count", "train.steps"),
     ],
 )
 def test_unknown_key_names_source_and_nearest(tmp_path, base, key, nearest):
@@ -370,8 +341,13 @@ def test_malformed_arguments_are_refused(base, argument):
         ("train.steps=", "train.steps is null (from the command line); expected an integer"),
         ("run.seed=18446744073709551616", "run.seed is an integer of 65 bits (from the command line); set one below "
          "2^63"),
-        ("optimizer.lr=0x" + "f" * 9999, "optimizer.lr is an integer of 39996 bits (from the command line); set one "
-         "below 2^63"),
+        ("train.steps.count=1", "unknown key 'train.steps.count' in the command line; the nearest valid key is "
+         "'train.steps'"),
+        ("train.max_restarts_without_progress=3", "unknown key 'train.max_restarts_without_progress' in the command line; the nearest "
+         "valid key is 'train.max_restarts_without_progress'"),
+        ("data.streams=[{pth: a}]", "unknown key 'data.streams.pth' in the command line; the nearest valid key is "
+         "'data.streams.path'"),
+        ("data.streams=[{path: a}]", "data.streams[0].proportion is missing (in the command line); set it"),
         ("run.dir=a\nb", "run.dir is 'a\\nb' (from the command line), which has a control character or is not UTF-8; "
          "leave it out"),
         ("run.dir=a\udcff", "run.dir is 'a\\udcff' (from the command line), which has a control character or is not "
@@ -461,7 +437,7 @@ REFUSALS = [
     (2, "parallel.tp_comm_overlap=true parallel.tensor=2 model.spec=local",
      "set model.spec=te and precision.dtype=bf16 and parallel.sequence=true, or parallel.tp_comm_overlap=false"),
     (1, "train.hang_timeout=0", "train.hang_timeout is 0.0; set a number above 0"),
-    (1, "train.max_fruitless_starts=0", "train.max_fruitless_starts is 0; set 1 or more"),
+    (1, "train.max_restarts_without_progress=0", "train.max_restarts_without_progress is 0; set 1 or more"),
     (1, "data.path=", "data.path is not set: the run has nothing to read"),
     (1, "run.dir=", "run.dir is not set: the run has nowhere to write"),
     (1, "data.path=s3://bucket/shards", "set data.cache to a local folder of each node"),

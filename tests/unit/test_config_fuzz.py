@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_depthattn.config import RunConfig, config_keys, load_config, save_config, validate
-from megatron_depthattn.strict_config import leaf_types
+from megatron_depthattn.config.load import leaf_types
 
 EXAMPLES = int(os.environ.get("DEPTHATTN_FUZZ", "60"))
 """Inputs of every test; `DEPTHATTN_FUZZ=5000` looks longer."""

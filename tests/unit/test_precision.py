@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_depthattn.config import ModelConfig, RunConfig, load_config, validate
-from megatron_depthattn.precision import RECIPES
+from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.precision_check import (
     CONFIG_REFUSALS,
     MACHINE_REFUSALS,

@@ -14,7 +14,7 @@ from megatron_depthattn.benchmarks.precision_compare import gradient_cosine, ove
 from megatron_depthattn.benchmarks.precision_run import ByteStream
 from megatron_depthattn.benchmarks.result import table
 from megatron_depthattn.config import load_config, validate
-from megatron_depthattn.precision import RECIPES
+from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.precision_check import Machine
 
 WITHIN = {"tolerance": 0.01, "least_cosine": 0.9}

@@ -15,8 +15,8 @@ import torch
 from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.layer_specs import depth_attention_layer_spec
-from megatron_depthattn.model.refusals import DEPTH_ATTENTION_REFUSALS, HIDDEN_STATE_REFUSALS, REFUSALS
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.model.unsupported import DEPTH_ATTENTION_REFUSALS, HIDDEN_STATE_REFUSALS, REFUSALS
 from megatron_depthattn.parallel import agreement
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
 

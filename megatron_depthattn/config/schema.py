@@ -1,38 +1,14 @@
-"""The run's config: every key, its default and its meaning.
+"""The config of a run: every key, its default and its meaning.
 
-    python -m megatron_depthattn.train CONFIG.yaml [OVERLAY.yaml ...] [a.b=c ...]
-
-The dotted path of a field is its key. Later wins: the defaults below < the files named under `base:` in a
-YAML (a path or a list, relative to it) < that YAML < overlays < `a.b=c`. `validate` refuses, from integers
-alone and before anything is built, what cannot run.
+The dotted path of a field is its key. `load.py` reads files and command lines into these classes, `checks.py`
+holds what they cannot be.
 """
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from omegaconf import OmegaConf
-
-from megatron_depthattn import strict_config
-from megatron_depthattn.config_check import Sizes, validate
-from megatron_depthattn.durable import write_durably
 from megatron_depthattn.methods.definitions import effective_method
-
-__all__ = [
-    "RunConfig",
-    "Sizes",
-    "config_digest",
-    "config_keys",
-    "from_dict",
-    "load_config",
-    "save_config",
-    "to_dict",
-    "validate",
-]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -64,7 +40,7 @@ class DepthConfig:
     """This many layers just before a layer are its sources as well."""
     op: Literal["auto", "lean", "triton", "reference"] = "auto"
     """Code of the mix: lean recomputes its intermediates in backward, triton does so in one GPU kernel each way (GPUs
-    only), reference is the fp32 definition; auto: triton on GPUs, lean on CPUs (backends.py)."""
+    only), reference is the fp32 definition; auto: triton on GPUs, lean on CPUs (config/resolve.py)."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -119,7 +95,7 @@ class ModelConfig:
     """Times the stack of layers is run with the same weights."""
     spec: Literal["auto", "local", "te"] = "auto"
     """Layer backend: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU); auto: te where it can be imported and
-    supports the config, else local, once for all ranks at the start of a run (backends.py)."""
+    supports the config, else local, once for all ranks at the start of a run (config/resolve.py)."""
     compile: bool = False
     """Compute the norms of the local layers, and SwiGLU, in kernels that torch.compile builds at first use."""
     fused_swiglu: bool | None = None
@@ -170,7 +146,7 @@ class PrecisionConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in forward and backward; the optimizer keeps fp32 copies."""
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """FP8 recipe of the linear layers, see precision.py; null: none. Needs bf16 and TransformerEngine's layers."""
+    """FP8 recipe of the linear layers (config/precision.py); null: none. Needs bf16 and TransformerEngine's layers."""
     fp8_params: bool = False
     """Keep the linear layers' weights in FP8 between steps as well; the optimizer's copy stays fp32."""
     fp8_attention: bool = False
@@ -203,7 +179,7 @@ class StreamConfig:
 class DataConfig:
     path: str = ""
     """Folder with train/ and val/ MDS shards, local or a remote URL. This or streams is required to train."""
-    streams: tuple[StreamConfig, ...] | None = None
+    streams: list[StreamConfig] | None = None
     """Several such folders, mixed: a list of {path, proportion}; null: data.path alone."""
     cache: str | None = None
     """Local folder of each node for downloaded and expanded shards; null: none, for local paths."""
@@ -217,9 +193,9 @@ class DataConfig:
     """Write the ids of the samples of every step to <run.dir>/samples/."""
 
     @property
-    def sources(self) -> tuple[StreamConfig, ...]:
+    def sources(self) -> list[StreamConfig]:
         """The streams to read, or data.path as the only one."""
-        return self.streams or (StreamConfig(path=self.path, proportion=1.0),)
+        return self.streams or [StreamConfig(path=self.path, proportion=1.0)]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -247,8 +223,8 @@ class TrainConfig:
     hang_timeout: float | None = 600.0
     """Seconds without a finished step, evaluation batch or tensor of a checkpoint after which a rank counts as hung:
     the stacks of all ranks are written to <run.dir>/stacks and the job ends with exit code 70; null: wait for ever."""
-    max_fruitless_starts: int | None = 5
-    """Refuse to start after this many starts from the same step, with the same config and code; null: no limit."""
+    max_restarts_without_progress: int | None = 5
+    """Starts from one step with the same config and code, after which the next one fails; null: no limit."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -288,9 +264,9 @@ class CheckpointConfig:
 @dataclass(kw_only=True, frozen=True)
 class PreflightConfig:
     enabled: bool = True
-    """Before the model is built: compare what all ranks say of their machines, measure the links between them."""
+    """Compare the machines of all ranks before the model is built."""
     on_problem: Literal["stop", "warn"] = "stop"
-    """What differs between ranks, or is missing or slow: refuse to start, or tell it and go on."""
+    """What to do where ranks differ, or something is missing: stop, or log a warning and continue."""
     timeout: float = 45.0
     """Seconds that a rank may stay silent before the others give up and name it; more where imports are slower."""
 
@@ -315,51 +291,3 @@ class RunConfig:
     def checkpoint_dir(self) -> str:
         """`checkpoint.dir`, or its default below the run's folder."""
         return self.checkpoint.dir or str(Path(self.run.dir) / "checkpoints")
-
-
-def config_keys() -> tuple[str, ...]:
-    """Every dotted key, in the order of the sections."""
-    return tuple(strict_config.leaf_types(RunConfig))
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path`, then the arguments: those that end in .yaml are overlays, the others are `a.b=c`.
-
-    `a.b=c` wins over every file wherever it stands. Raises ValueError for a missing or malformed file, an
-    unknown key or a value of the wrong type.
-    """
-    overlays = [argument for argument in overrides if _is_overlay(argument)]
-    layers = [layer for file in (path, *overlays) for layer in strict_config.read_yaml(file)]
-    settings = [argument for argument in overrides if not _is_overlay(argument)]
-    return strict_config.build(RunConfig, [*layers, strict_config.parse_overrides(RunConfig, settings)])
-
-
-def _is_overlay(argument: str) -> bool:
-    # A key has no slash, a folder may have '=': 'data.path=x.yaml' sets a key, 'runs/lr=1/c.yaml' is a file.
-    return argument.endswith((".yaml", ".yml")) and ("=" not in argument or "/" in argument.partition("=")[0])
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested plain dict of every key."""
-    return dataclasses.asdict(config)
-
-
-def config_digest(config: RunConfig) -> str:
-    """SHA-256 of every key and value, shortened: tells two configs apart."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def from_dict(values: dict[str, Any], source: str) -> RunConfig:
-    """The config of a nested dict, as `to_dict` gives it; `source` names it in errors.
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type.
-    """
-    return strict_config.build(RunConfig, [strict_config.layer(source, values)])
-
-
-def save_config(config: RunConfig, path: str | Path) -> None:
-    """Write every key as YAML that `load_config` reads back to an equal config."""
-    # OmegaConf's own dumper: it quotes the strings that its loader would take for numbers, such as 1e3.
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_durably(Path(path), OmegaConf.to_yaml(to_dict(config)))

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_depthattn.config import PrecisionConfig
+    from megatron_depthattn.config.schema import PrecisionConfig
 
 Version = tuple[int, ...]
 

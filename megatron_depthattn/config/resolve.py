@@ -10,7 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from megatron_depthattn.config import RunConfig
+    from megatron_depthattn.config.schema import RunConfig
 
 AUTO = "auto"
 SPEC, OP = "model.spec", "model.depth_attention.op"

@@ -17,7 +17,7 @@ from megatron_depthattn.switches import switches_refusal
 from megatron_depthattn.vocabulary import VOCAB_MULTIPLE, padded_vocab_size
 
 if TYPE_CHECKING:  # the config module re-exports `validate`, so the import goes one way at run time
-    from megatron_depthattn.config import RunConfig
+    from megatron_depthattn.config.schema import RunConfig
 
 MOST = 2**31 - 1
 """Largest count where no other is given: libraries count elements and samples with 32 bits."""
@@ -28,7 +28,7 @@ COUNTS = (
     *(f"parallel.{name}" for name in ("tensor", "pipeline", "virtual_pipeline", "context")),
     *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "stop_after", "eval_interval")),
     *(f"train.{name}" for name in ("eval_batches", "log_interval", "depth_interval", "max_skipped_in_a_row")),
-    *("train.max_fruitless_starts", "checkpoint.interval", "checkpoint.keep"),
+    *("train.max_restarts_without_progress", "checkpoint.interval", "checkpoint.keep"),
 )
 AT_LEAST_ZERO = (
     *("run.seed", "model.depth_attention.recent_window", "model.init_std", "data.num_workers"),
@@ -140,7 +140,7 @@ def _check_paths(config: "RunConfig") -> None:
         "data.streams=null to read data.path",
     )
     _require(
-        data.streams != (), "data.streams is an empty list; give at least one {path, proportion}, or set data.path"
+        data.streams != [], "data.streams is an empty list; give at least one {path, proportion}, or set data.path"
     )
     _require(data.cache != "", "data.cache is empty; set a local folder, or null for none")
     for number, stream in enumerate(data.sources):
