@@ -129,8 +129,7 @@ def _gradient(chunks: Chunks) -> dict[str, Tensor]:
 
 
 def _held_out_loss(config: RunConfig, stream: ByteStream, device: torch.device, chunks: Chunks) -> float:
-    from megatron_depthattn.train.engine import evaluation_mode
-    from megatron_depthattn.train.step import run_microbatches
+    from megatron_depthattn.train.step import evaluation_mode, run_microbatches
 
     shape = (config.train.micro_batch_size, config.data.sequence_length)
     batches = stream.held_out(config, device)

@@ -19,7 +19,7 @@ from megatron_depthattn.train.build import build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
 from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.fp8_state import Fp8State
-from megatron_depthattn.train.step import Microbatch, StepResult, run_microbatches, train_step
+from megatron_depthattn.train.step import Microbatch, StepResult, evaluation_mode, run_microbatches, train_step
 
 
 class Engine(Protocol):
@@ -130,14 +130,3 @@ class MegatronEngine:
     def load(self, folder: Path) -> Loaded:
         self._fp8.reset()  # of the initial weights; a checkpoint of a run in FP8 brings its own
         return load_checkpoint(folder, self._chunks, self._optimizer, self._scheduler, config=to_dict(self._config))
-
-
-@contextmanager
-def evaluation_mode(models: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Without gradients, and the modules told so; back to training afterwards."""
-    for model in models:
-        model.eval()
-    with torch.no_grad():
-        yield
-    for model in models:
-        model.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -279,3 +280,14 @@ def _share(losses: Sequence[LossSum], device: torch.device) -> tuple[Tensor, int
     if not losses or parallel_state.get_tensor_model_parallel_rank() > 0:  # tensor ranks hold copies of the same loss
         return torch.zeros((), dtype=torch.float64, device=device), 0
     return torch.stack([one.total for one in losses]).double().sum(), sum(one.tokens for one in losses)
+
+
+@contextmanager
+def evaluation_mode(models: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Without gradients, and with the modules in evaluation mode."""
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        yield
+    for model in models:
+        model.train()

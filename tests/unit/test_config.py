@@ -343,7 +343,7 @@ def test_malformed_arguments_are_refused(base, argument):
          "2^63"),
         ("train.steps.count=1", "unknown key 'train.steps.count' in the command line; the nearest valid key is "
          "'train.steps'"),
-        ("train.max_restarts_without_progress=3", "unknown key 'train.max_restarts_without_progress' in the command line; the nearest "
+        ("train.max_fruitless_starts=3", "unknown key 'train.max_fruitless_starts' in the command line; the nearest "
          "valid key is 'train.max_restarts_without_progress'"),
         ("data.streams=[{pth: a}]", "unknown key 'data.streams.pth' in the command line; the nearest valid key is "
          "'data.streams.path'"),

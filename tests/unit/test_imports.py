@@ -31,7 +31,7 @@ PURE = {
     "config/load.py": {"omegaconf", "yaml", f"{PACKAGE}.config.schema", f"{PACKAGE}.durable"},
     "config/describe.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.load"},
     "vocabulary.py": set(),
-    **dict.fromkeys(("engine_check.py", "loops_check.py", "switches.py"), {f"{PACKAGE}.config.schema"}),
+    **{name: {f"{PACKAGE}.config.schema"} for name in ("engine_check.py", "loops_check.py", "switches.py")},
     "precision_check.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.precision"},
     "model/source_plan.py": {"torch"},
     "model/flops.py": {f"{PACKAGE}.model.source_plan", f"{PACKAGE}.methods.definition"},

@@ -22,13 +22,13 @@ from megatron_depthattn.train.deepspeed_engine.build import Topology, build_mode
 from megatron_depthattn.train.deepspeed_engine.gradients import clip, squared_gradient_norm, sum_over_tensor_ranks
 from megatron_depthattn.train.deepspeed_engine.shards import STAGES
 from megatron_depthattn.train.deepspeed_engine.state import DeepSpeedState, Template
-from megatron_depthattn.train.engine import evaluation_mode
 from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.step import (
     LossSum,
     Microbatch,
     StepResult,
+    evaluation_mode,
     finish_attempt,
     forward_step,
     mean_over_global_batch,
