@@ -43,9 +43,7 @@ def starts(run_dir: Path, *records: tuple) -> RunHistory:
 
 def test_a_restart_loop_is_refused(tmp_path):
     history = starts(tmp_path, *[START] * 3)
-    with pytest.raises(
-        ValueError, match=r"last 3 starts .* train.max_restarts_without_progress=6"
-    ):
+    with pytest.raises(ValueError, match=r"last 3 starts .* train.max_restarts_without_progress=6"):
         history.check_restart_loop(100, "v", 3)
     history.check_restart_loop(100, "v", 4)
     history.check_restart_loop(100, "v", None)
