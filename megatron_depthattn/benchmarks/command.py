@@ -30,7 +30,7 @@ VERBS = ("op", "step", "memory", "hop", "layouts", "data", "prepare", "precision
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     """The command line with the options of the verb ``wanted``, or of all; what is parsed has ``measure``."""
     parser = argparse.ArgumentParser(
-        prog="benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="depthattn benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--markdown", type=user_path, metavar="FILE", help="also write the table to FILE")

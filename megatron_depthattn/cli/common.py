@@ -46,7 +46,9 @@ def find_config(text: str) -> str:
     return text
 
 
-def run(function: Callable[[argparse.Namespace], int | None], given: argparse.Namespace, *errors: type) -> int:
+def run(
+    function: Callable[[argparse.Namespace], int | None], given: argparse.Namespace, *errors: type[Exception]
+) -> int:
     """The exit code of a verb: the function's (None: 0), 1 after an error of one line, 130 after Ctrl-C.
 
     Args:

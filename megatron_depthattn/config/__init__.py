@@ -4,9 +4,13 @@ from megatron_depthattn.config.checks import Sizes, validate
 from megatron_depthattn.config.describe import config_reference
 from megatron_depthattn.config.load import config_digest, config_keys, from_dict, load_config, save_config, to_dict
 from megatron_depthattn.config.schema import (
+    AttnResConfig,
     CheckpointConfig,
     DataConfig,
+    DenseFormerConfig,
+    DepthConfig,
     EngineConfig,
+    MHCConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -20,9 +24,13 @@ from megatron_depthattn.config.schema import (
 )
 
 __all__ = [
+    "AttnResConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DenseFormerConfig",
+    "DepthConfig",
     "EngineConfig",
+    "MHCConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

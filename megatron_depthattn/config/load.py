@@ -63,8 +63,8 @@ class _Loader(yaml.SafeLoader):
 
 
 for _kind, _pattern in {
-    "null": r"~|null|",
-    "bool": r"true|false",
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
     "merge": "<<",
@@ -234,7 +234,7 @@ def _set(config: DictConfig, key: str, value: Any, leaves: Mapping[str, Any], so
         raise ValueError(_unknown_key(f"{key}.{error.key}", source, [f"{key}.{name}" for name in known])) from error
     except (OmegaConfBaseException, TypeError) as error:
         nested = isinstance(value, list | dict) and str(error)
-        detail = f" ({' '.join(nested.split())[:200]})" if nested else ""
+        detail = f" ({nested.splitlines()[0]})" if nested else ""
         raise ValueError(
             f"{key} is {_show(value)} (from {source}); expected {type_name(leaves[key])}{detail}"
         ) from error

@@ -19,7 +19,7 @@ from megatron_depthattn.config import RunConfig, config_keys, load_config, save_
 
 CODE_FOLDERS = ("megatron_depthattn", "launch")
 """In a checkout; an installed package has its scripts inside."""
-CODE_SUFFIXES = (".py", ".sh", ".sbatch", ".j2")
+CODE_SUFFIXES = (".py", ".sh", ".sbatch", ".j2", ".yaml")
 """Of the files that a job runs, beside commands without a suffix."""
 
 

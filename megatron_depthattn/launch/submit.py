@@ -284,7 +284,7 @@ def _sbatch(arguments: list[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="launch/submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="depthattn submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("config", help="YAML file of the run")

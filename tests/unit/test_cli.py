@@ -28,7 +28,7 @@ for verb in VERBS:
 def test_help_of_every_verb_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert [f"usage: depthattn {verb} " in done.stdout for verb in VERBS] == [True] * len(VERBS)
+    assert [verb for verb in VERBS if f"usage: depthattn {verb} " not in done.stdout] == []
 
 
 def test_without_a_verb(capsys):

@@ -129,7 +129,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_streams_are_read_saved_and_read_again(base: Path, tmp_path: Path) -> None:
-    expected = (StreamConfig(path="a", proportion=0.7), StreamConfig(path="b", proportion=3.0))
+    expected = [StreamConfig(path="a", proportion=0.7), StreamConfig(path="b", proportion=3.0)]
     config = load_config(base, [TWO])
     validate(config, 1)
     assert config.data.streams == config.data.sources == expected
@@ -138,23 +138,24 @@ def test_streams_are_read_saved_and_read_again(base: Path, tmp_path: Path) -> No
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("data:\n  streams:\n  - {path: a, proportion: 0.7}\n  - path: b\n    proportion: 3\n")
     assert load_config(base, [str(overlay)]) == config
-    assert load_config(base, [TWO, "data.streams=null", "data.path=a"]).data.sources == (
-        StreamConfig(path="a", proportion=1.0),
-    )
+    assert load_config(base, [TWO, "data.streams=null", "data.path=a"]).data.sources == [
+        StreamConfig(path="a", proportion=1.0)
+    ]
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("[{path: a, proprtion: 1}]", "unknown key 'data.streams[0].proprtion' in the command line; the nearest valid "
-         "key is 'data.streams[0].proportion'"),
+        ("[{path: a, proprtion: 1}]", "unknown key 'data.streams.proprtion' in the command line; the nearest valid "
+         "key is 'data.streams.proportion'"),
         ("[{path: a, proportion: 1}, {path: a}]", "data.streams[1].proportion is missing (in the command line); "
          "set it"),
-        ("[{path: a, proportion: much}]", "data.streams[0].proportion is string 'much' (from the command line); "
-         "expected a number"),
-        ("[a]", "data.streams[0] is string 'a' (from the command line); expected a section with data.streams[0].path, "
-         "data.streams[0].proportion"),
-        ("a", "data.streams is string 'a' (from the command line); expected a list of {path, proportion} or null"),
+        ("[{path: a, proportion: much}]", "data.streams is list [{'path': 'a', 'proportion': 'much'}] (from the "
+         "command line); expected a list, each entry {path, proportion} or null (Value 'much' of type 'str' could not be "
+         "converted to Float)"),
+        ("[a]", "data.streams is list ['a'] (from the command line); expected a list, each entry {path, proportion} or null "
+         "(Invalid type assigned: str is not a subclass of StreamConfig. value: a)"),
+        ("a", "data.streams is string 'a' (from the command line); expected a list, each entry {path, proportion} or null"),
         ("[]", "data.streams is an empty list; give at least one {path, proportion}, or set data.path"),
         ("[{path: a, proportion: 0}]", "data.streams[0].proportion is 0.0; set a number above 0"),
         ("[{path: '', proportion: 1}]", "data.streams[0].path is empty; set the folder or URL of a prepared corpus"),

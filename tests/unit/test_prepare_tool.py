@@ -149,5 +149,5 @@ def test_options_know_the_home_folder(tool: ModuleType, monkeypatch: pytest.Monk
     """A shell leaves the `~` of `--output=~/x` as it is, and a folder of that name would be made."""
     monkeypatch.setenv("HOME", "/home/someone")
     given = tool.parse_arguments(["--input", "a", "~/b", "--tokenizer=~/t", "--output=~/o", "--sequence-length", "8"])
-    assert (given.inputs, given.tokenizer) == (("a", "/home/someone/b"), "/home/someone/t")
+    assert (list(given.inputs), given.tokenizer) == (["a", "/home/someone/b"], "/home/someone/t")
     assert given.output == Path("/home/someone/o")
