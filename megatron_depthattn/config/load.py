@@ -214,7 +214,7 @@ def _set(config: DictConfig, key: str, value: Any, leaves: Mapping[str, Any], so
     """Set one key of a structured config."""
     if key not in leaves:
         inside = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
-        if inside and value is None:  # 'train:' with every line commented out
+        if inside and value in (None, {}):  # 'train:' with every line commented out
             return
         if inside:
             raise ValueError(f"'{key}' in {source} is a section and takes no value; set one of {', '.join(inside)}")
