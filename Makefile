@@ -15,11 +15,12 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-fast test-core parity-full convert-3b test-compiled prepare-200mb faults gpu launch-full quickstart clean
+.PHONY: help install lint test test-fast test-core parity-full convert-3b test-compiled prepare-200mb faults gpu launch-full quickstart quickstart-loss clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
 	@echo "make quickstart   install, prepare a small corpus, train on two CPU processes, export to Hugging Face, generate"
+	@echo "make quickstart-loss  the quickstart, the same without Depth-Attention, and both losses in docs/quickstart-loss.svg"
 	@echo "make test         install, lint, the whole test suite (PYTEST_ARGS=... goes to pytest)"
 	@echo "make test-fast    install, lint, the unit tests (under 3 minutes)"
 	@echo "make test-core    install, lint, the unit tests and one case of each kind of the rest (for a second Python: VENV=... PYTHON=...)"
@@ -97,6 +98,11 @@ quickstart: install data/quickstart/val/index.json
 	$(BIN)/python tools/convert_checkpoint.py to-hf --checkpoint runs/quickstart/checkpoints --output runs/quickstart/hf --overwrite
 	$(BIN)/python tools/convert_checkpoint.py verify --checkpoint runs/quickstart/checkpoints --model runs/quickstart/hf
 	$(BIN)/python tools/generate.py --model runs/quickstart/hf --prompt 'def __init__(self' --max-new-tokens 60 --temperature 0.8
+
+# docs/quickstart-loss.svg: the quickstart beside the same run without the mix.
+quickstart-loss: quickstart
+	$(BIN)/depthattn train quickstart --nproc-per-node 2 run.dir=runs/quickstart-vanilla model.method=vanilla
+	$(BIN)/depthattn compare runs/quickstart-vanilla runs/quickstart --figure docs/quickstart-loss.svg
 
 data/quickstart/val/index.json: | install
 	$(BIN)/python tools/prepare_data.py --input builtin:python-stdlib --tokenizer train-bpe:2048 \

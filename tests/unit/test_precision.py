@@ -194,8 +194,8 @@ def test_this_machine_refuses_transformer_engines_layers():
 def test_every_refusal_has_a_case_and_a_row_in_the_readme():
     names = [refusal.name for refusal in (*CONFIG_REFUSALS, *MACHINE_REFUSALS)]
     assert names == list(dict.fromkeys([case[0] for case in (*CASES, *MACHINE_CASES)]))
-    readme = (ROOT / "README.md").read_text()
-    table = readme.partition("| precision that is refused |")[2].partition("\n\n")[0]
+    readme = (ROOT / "docs/support.md").read_text()
+    table = readme.partition("| precision that is unsupported |")[2].partition("\n\n")[0]
     assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == names
 
 
