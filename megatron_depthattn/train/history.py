@@ -44,19 +44,12 @@ def code_commit() -> str | None:
     if frozen.is_file():
         commit, *changes = frozen.read_text(encoding="utf-8").strip().split(", ")
         return commit[:12] + ("+changes" if changes else "")
+    ask = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always", "--abbrev=12", "--exclude=*"]
     try:
-        ask = ["git", "-C", str(root), "--no-optional-locks"]
-        run = {"capture_output": True, "text": True, "check": True, "timeout": 20}
-        commit = subprocess.run([*ask, "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
-        changes = subprocess.run([*ask, "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
+        text = subprocess.run([*ask, "--dirty=+changes"], capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit[:12] + ("+changes" if changes else "")
-
-
-def machine_text() -> str:
-    """What one rank computes with, in a few words."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
+    return text.strip()
 
 
 def new_run_id() -> str:
@@ -89,44 +82,40 @@ class RunHistory:
         Args:
             step: where this start would begin.
             version: digest of config and code; another one means that somebody has changed something.
-            limit: fruitless starts that are let through.
+            limit: starts without progress that are let through.
 
         Raises:
             ValueError: the last ``limit`` starts all began here, with this version, and none saved a checkpoint;
                 those that a signal stopped are not counted.
         """
-        fruitless, outcome = 0, None
+        vain, outcome = 0, None
         for record in reversed(self._records):
             if record["event"] == "end":
                 outcome = record.get("outcome")
-                if outcome in DELIBERATE:
-                    break
-            elif record["event"] == "start":
-                if (record.get("step"), record.get("version")) != (step, version):
-                    break
-                fruitless += outcome != "signal"
-                outcome = None
-        if limit is not None and fruitless >= limit:
+            elif outcome in DELIBERATE or (record.get("step"), record.get("version")) != (step, version):
+                break
+            else:
+                vain, outcome = vain + (outcome != "signal"), None
+        if limit is not None and vain >= limit:
             raise ValueError(
-                f"the last {fruitless} starts all began at step {step} and none reached another checkpoint, with the "
+                f"the last {vain} starts all began at step {step} and none reached another checkpoint, with the "
                 f"same config and code: starting again will not help. Read {self._path.with_name('log.txt')} for why "
                 f"they ended; fix the cause, or set train.max_restarts_without_progress={limit * 2} (null: no limit)."
             )
 
     def has_started_from(self, load: str | None) -> bool:
         """Whether the run was interrupted after a start with this ``checkpoint.load``, so that it may resume."""
-        if not self._records or (
-            self._records[-1]["event"] == "end" and self._records[-1].get("outcome") in DELIBERATE
-        ):
+        if self._records and self._records[-1].get("outcome") in DELIBERATE:
             return False
         return any(record["event"] == "start" and record.get("load", ...) == load for record in self._records)
 
     def start(self, step: int, version: str, world_size: int, load: str | None) -> None:
         """Record that training begins after ``step`` steps, as ``checkpoint.load`` says."""
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
         self._append(
             {"event": "start", "step": step, "run_id": self.run_id, "version": version}
             | {"host": platform.node(), "world_size": world_size, "load": load}
-            | {"commit": code_commit(), "machine": machine_text()}
+            | {"commit": code_commit(), "machine": machine}
         )
 
     def end(self, step: int, outcome: Outcome, **more: Any) -> dict[str, Any]:
@@ -153,12 +142,8 @@ class RunHistory:
             wall += now - began
         useful = sum(record["step_seconds"] for record in read_records(self._metrics, step_seconds=NUMBER))
         starts = sum(record["event"] == "start" for record in self._records)
-        return {
-            "goodput": useful / wall if wall else 0.0,
-            "useful_seconds": useful,
-            "wall_seconds": wall,
-            "starts": starts,
-        }
+        share = useful / wall if wall else 0.0
+        return {"goodput": share, "useful_seconds": useful, "wall_seconds": wall, "starts": starts}
 
     def _append(self, record: dict[str, Any]) -> None:
         record = {"time": time.time()} | record

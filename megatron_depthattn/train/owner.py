@@ -2,16 +2,15 @@
 
 `owner.json` in the folder names the run's id and its run.dir; the run's history names the same id. A run whose folder
 was moved takes its checkpoints along. The file says who may start, a lock beside it who has: a process that ends, in
-whatever way, lets the lock go and leaves the file.
+whatever way, releases the lock and leaves the file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -24,9 +23,8 @@ LOCK_SECONDS = 30.0
 _RUN_LOCK, _CHECKPOINTS_LOCK = ".lock", ".checkpoints.lock"  # checkpoint.dir may be run.dir
 
 
-@dataclass(frozen=True)
-class Owner:
-    """Whose a folder of checkpoints is."""
+class Owner(NamedTuple):
+    """The run that a folder of checkpoints belongs to."""
 
     run_id: str
     run_dir: str
@@ -37,21 +35,20 @@ class Owner:
         return (directory.resolve() / self.run_dir).resolve()
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A run's hold on its folder of checkpoints, until the process ends."""
 
     run_id: str
     lock: FileLock
-    notes: list[str] = field(default_factory=list)
-    """What to say about how the folder became this run's."""
+    notes: list[str]
+    """How the folder became this run's, for the log."""
 
 
 def lock_run(run_dir: Path) -> FileLock:
     """Keep other processes out of a run's folder until this one ends, in whatever way; made if it is not there.
 
     Raises:
-        ValueError: another process has it. One that was just killed may take a moment to let it go, so this waits.
+        ValueError: another process has it. One that was just killed may take a moment to release it, so this waits.
     """
     return _lock(
         run_dir / _RUN_LOCK,
@@ -81,7 +78,7 @@ def claim_checkpoints(directory: Path, run_dir: Path) -> Claim:
     directory.mkdir(parents=True, exist_ok=True)
     if read_owner(directory) is None:
         notes = _claim_unowned(directory, run_dir, known)
-    _require_own(directory, run_dir, known)  # another run's is refused at once, not after the wait for its lock
+    _require_own(directory, run_dir, known)  # before the wait for its lock
     lock = _lock(
         directory / _CHECKPOINTS_LOCK,
         f"another process saves to checkpoint.dir={directory}, perhaps on another host: two would overwrite each "
@@ -89,16 +86,16 @@ def claim_checkpoints(directory: Path, run_dir: Path) -> Claim:
     )
     owner = _require_own(directory, run_dir, known)
     if not _same(owner.home(directory), run_dir):
-        write_durably(directory / OWNER, _text(Owner(owner.run_id, _written(run_dir, directory))))
+        write_durably(directory / OWNER, _record(owner.run_id, run_dir, directory))
         notes.append(f"run {owner.run_id} was moved from {owner.run_dir}; {directory} now belongs to {run_dir}")
     return Claim(owner.run_id, lock, notes)
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """Whose a folder of checkpoints is, as its file says; None: it has none.
+    """The owner that a folder's file names; None: there is no file.
 
     Raises:
-        ValueError: the file says nothing.
+        ValueError: the file names none.
     """
     path = directory / OWNER
     try:
@@ -116,11 +113,7 @@ def read_owner(directory: Path) -> Owner | None:
 
 
 def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
-    """The folder's owner, which is this run.
-
-    Raises:
-        ValueError: it is another one.
-    """
+    """The folder's owner; raises ValueError if it is not the run in ``run_dir``, whose history says ``known``."""
     owner = read_owner(directory)
     if owner is None:
         raise ValueError(f"{directory / OWNER} was removed while a run started: start again.")
@@ -133,13 +126,11 @@ def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
             "its last checkpoint: another run.dir, another checkpoint.dir and checkpoint.load=<step folder>."
         )
     if known not in (None, owner.run_id) or (known is None and not is_home):
-        unused = (
-            "" if complete_folders(directory) else f" It holds no checkpoint: if there is no such run, remove {OWNER}."
-        )
+        unused = f" It holds no checkpoint: if there is no such run, remove {OWNER}."
         raise ValueError(
             f"checkpoint.dir={directory} belongs to run {owner.run_id} of run.dir={home}: that and this run "
             f"({known or 'a new one'}) would overwrite each other's checkpoints. Set another checkpoint.dir (null: one "
-            f"below run.dir); to continue that run set run.dir={home}.{unused}"
+            f"below run.dir); to continue that run set run.dir={home}.{'' if complete_folders(directory) else unused}"
         )
     return owner
 
@@ -153,58 +144,37 @@ def _is_still_at(home: Path, run_id: str) -> bool:
 
 
 def _claim_unowned(directory: Path, run_dir: Path, known: str | None) -> list[str]:
-    """Write the owner of a folder that has none; returns what to say about checkpoints that were there before.
+    """Write the owner of a folder that has none; returns what to log about checkpoints that were there before.
 
     Raises:
         ValueError: nothing says that those are this run's.
     """
     run_id, notes = known, []
-    if complete_folders(directory):
-        saved = _newest_common(directory)
-        their_id, their_dir = saved.get("run_id"), _run_dir_of(saved)
-        if known is None:
-            is_ours = _is_within(directory, run_dir) or (their_dir is not None and _same(Path(their_dir), run_dir))
-        else:
-            is_ours = their_id == known or (their_id is None and _is_within(directory, run_dir))
-        if not is_ours:
-            whose = f"run {their_id} of run.dir={their_dir}" if their_id else "a run that they do not name"
+    if folders := complete_folders(directory):
+        saved_id = _saved_run_id(folders)
+        is_within = _is_within(directory, run_dir)
+        if not ((known and saved_id == known) or (is_within and None in (known, saved_id))):
             raise ValueError(
-                f"checkpoint.dir={directory} holds checkpoints of {whose}, and no {OWNER} that makes them this run's: "
-                f"they would be overwritten. Set another checkpoint.dir; to continue that run set its run.dir."
+                f"checkpoint.dir={directory} holds checkpoints of run {saved_id or '(unnamed)'}, and no {OWNER} that "
+                "makes them this run's: they would be overwritten. Set another checkpoint.dir."
             )
-        run_id = known or their_id
-        notes = [
-            f"{directory} had no owner; by its checkpoints and run.dir it is this run's, and now says so ({OWNER})"
-        ]
-    owner = Owner(run_id or new_run_id(), _written(run_dir, directory))
+        run_id = known or saved_id
+        notes = [f"{directory} had no owner; by its checkpoints or place it is this run's, as {OWNER} now says"]
     try:
-        create_durably(directory / OWNER, _text(owner))
+        create_durably(directory / OWNER, _record(run_id or new_run_id(), run_dir, directory))
     except FileExistsError:  # another start was faster: it owns the folder, and is compared with this one
         return []
     return notes
 
 
-def _newest_common(directory: Path) -> dict[str, Any]:
-    """What the newest checkpoint that can be read says about its run."""
-    for folder in reversed(complete_folders(directory)):
+def _saved_run_id(folders: list[Path]) -> str | None:
+    """The run that saved the newest checkpoint that can be read."""
+    for folder in reversed(folders):
         try:
-            return read_common(folder)
+            return read_common(folder).get("run_id")
         except ValueError:
             continue
-    return {}
-
-
-def _run_dir_of(common: dict[str, Any]) -> str | None:
-    try:
-        return str(common["config"]["run"]["dir"])
-    except (KeyError, TypeError):
-        return None
-
-
-def _written(run_dir: Path, directory: Path) -> str:
-    if _is_within(directory, run_dir):
-        return os.path.relpath(run_dir.resolve(), directory.resolve())
-    return str(run_dir.resolve())
+    return None
 
 
 def _is_within(directory: Path, run_dir: Path) -> bool:
@@ -219,8 +189,10 @@ def _same(one: Path, other: Path) -> bool:
         return one.resolve() == other.resolve()
 
 
-def _text(owner: Owner) -> str:
-    return json.dumps(asdict(owner)) + "\n"
+def _record(run_id: str, run_dir: Path, directory: Path) -> str:
+    home = run_dir.resolve()
+    place = os.path.relpath(home, directory.resolve()) if _is_within(directory, run_dir) else str(home)
+    return json.dumps(Owner(run_id, place)._asdict()) + "\n"
 
 
 def _lock(path: Path, message: str) -> FileLock:

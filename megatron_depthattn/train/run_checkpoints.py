@@ -41,21 +41,15 @@ class RunCheckpoints:
         directory: Path,
         state: Callable[[], dict[str, Any]],
         report: Reporter,
-        on_progress: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None],
     ) -> None:
         self._directory = directory
-        self._saver = CheckpointSaver(
-            self._directory,
-            keep=config.keep,
-            is_async=config.async_save,
-            on_progress=on_progress,
-        )
+        self._saver = CheckpointSaver(directory, keep=config.keep, is_async=config.async_save, on_progress=on_progress)
         self._state, self._report, self._on_progress = state, report, on_progress
-        self._stall = 0.0
         self._last: SaveOutcome | None = None
         self.blocking_seconds = 0.0
         """Seconds that the loop has waited for checkpoints since the process began."""
-        self._not_taken = 0.0
+        self._stall = self._reported = 0.0
 
     def save(self, progress: Progress) -> None:
         """Begin a checkpoint; end it too, unless asynchronous."""
@@ -65,7 +59,6 @@ class RunCheckpoints:
         self._saver.save(progress, self._state())
         self._stall = time.monotonic() - started
         self.blocking_seconds += self._stall
-        self._not_taken += self._stall
         self.log_outcome()
 
     def save_last(self, progress: Progress) -> None:
@@ -84,15 +77,16 @@ class RunCheckpoints:
             self.save(progress)
             self.finish()
             assert self._last is not None and self._last.step == progress.step
-            error = self._last.error
-            if error is None:
+            if self._last.error is None:
                 return
-        raise CheckpointError(f"the state after step {progress.step} is lost: its checkpoint was not written: {error}")
+        raise CheckpointError(
+            f"the state after step {progress.step} is lost: its checkpoint was not written: {self._last.error}"
+        )
 
     def pop_blocking_seconds(self) -> float:
         """Seconds that the loop has waited for checkpoints since this was last asked: those after the step before."""
-        stall, self._not_taken = self._not_taken, 0.0
-        return stall
+        before, self._reported = self._reported, self.blocking_seconds
+        return self._reported - before
 
     def log_outcome(self) -> None:
         """Log how the last save ended, once."""

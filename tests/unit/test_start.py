@@ -178,11 +178,10 @@ class Folders:
         RunHistory(self.root / run, found.run_id).start(0, "v", 1, "latest")
         return found
 
-    def save(self, checkpoints: str, run_id: str | None, run_dir: str) -> None:
-        """A checkpoint from before there were owners."""
+    def save(self, checkpoints: str, run_id: str | None) -> None:
+        """A checkpoint in a folder without an owner."""
         folder = publish(self.root / checkpoints, 100)
-        common = {"config": {"run": {"dir": str(self.root / run_dir)}}} | ({"run_id": run_id} if run_id else {})
-        torch.save(common, folder / "common.pt")
+        torch.save({"run_id": run_id} if run_id else {}, folder / "common.pt")
 
     def tree(self) -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in self.shared.rglob("*") if path.is_file()}
@@ -244,32 +243,31 @@ def test_a_run_folder_that_was_copied(folders):
 
 
 @pytest.mark.parametrize(
-    ("run_id", "run_dir", "has_history", "run", "checkpoints", "is_own"),
+    ("run_id", "has_history", "checkpoints", "is_own"),
     [
-        ("abc", "a", True, "a", "shared", True),
-        ("abc", "a", False, "a", "shared", True),  # run.dir was lost: its name is in the checkpoint
-        ("abc", "a", False, "a", "a/checkpoints", True),
-        (None, "a", False, "a", "a/checkpoints", True),  # an imported model, put there by hand
-        ("abc", "other", False, "a", "shared", False),
-        ("xyz", "a", True, "a", "shared", False),
-        (None, "other", True, "a", "shared", False),
+        ("abc", True, "shared", True),
+        ("abc", False, "a/checkpoints", True),
+        (None, False, "a/checkpoints", True),  # an imported model, put there by hand
+        ("abc", False, "shared", False),  # nothing says that it is this run's
+        ("xyz", True, "shared", False),
+        (None, True, "shared", False),
     ],
 )
-def test_checkpoints_from_before_there_were_owners(folders, run_id, run_dir, has_history, run, checkpoints, is_own):
-    folders.save(checkpoints, run_id, run_dir)
+def test_checkpoints_without_an_owner(folders, run_id, has_history, checkpoints, is_own):
+    folders.save(checkpoints, run_id)
     if has_history:
-        RunHistory(folders.root / run, "abc").start(0, "v", 1, None)
+        RunHistory(folders.root / "a", "abc").start(0, "v", 1, None)
     if is_own:
-        found = folders.claim(run, checkpoints)
+        found = folders.claim("a", checkpoints)
         assert run_id in (None, found.run_id)
         assert "had no owner" in found.notes[0]
-        assert folders.claim(run, checkpoints).notes == []
+        assert folders.claim("a", checkpoints).notes == []
     else:
         before = folders.tree()
         with pytest.raises(
             ValueError, match=r"holds checkpoints of .* and no owner.json .* Set another checkpoint.dir"
         ):
-            folders.claim(run, checkpoints)
+            folders.claim("a", checkpoints)
         assert folders.tree() == before
 
 
