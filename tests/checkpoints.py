@@ -128,3 +128,18 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+def load_checkpoint(
+    folder: Path,
+    chunks: list[Any],
+    optimizer: Any = None,
+    scheduler: Any = None,
+    *,
+    config: dict[str, Any] | None = None,
+) -> Any:
+    """`train.checkpoint.load_checkpoint` into the parts of a Megatron engine."""
+    from megatron_depthattn.train import checkpoint
+    from megatron_depthattn.train.megatron_state import MegatronState
+
+    return checkpoint.load_checkpoint(folder, MegatronState(chunks, optimizer), scheduler, config=config)

@@ -42,13 +42,17 @@ def save_checkpoint(
     *,
     config: dict[str, Any],
 ) -> Path:
-    """Write one checkpoint, outside of a run's loop; call on all ranks. Arguments as `checkpoint_state`.
+    """Write one checkpoint of the Megatron engine outside of a run's loop; call on all ranks.
+
+    Args:
+        optimizer: None writes weights only, with ``scheduler`` None as well.
+        config: as for `checkpoint_state`.
 
     Raises:
         OSError: it could not be written.
     """
     saver = CheckpointSaver(directory)
-    saver.save(progress, checkpoint_state(chunks, optimizer, scheduler, config=config))
+    saver.save(progress, checkpoint_state(MegatronState(chunks, optimizer), scheduler, config=config))
     outcome = saver.take_outcome()
     assert outcome is not None
     if outcome.error:
@@ -57,27 +61,14 @@ def save_checkpoint(
 
 
 def checkpoint_state(
-    chunks: Chunks,
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
-    *,
-    config: dict[str, Any],
-    **more: Any,
+    state: EngineState, scheduler: OptimizerParamScheduler | None, *, config: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
     """What a checkpoint holds, for `CheckpointSaver.save`; call on all ranks.
 
     Args:
-        optimizer: None writes weights only, with ``scheduler`` None as well.
         config: the resolved run config, kept in the checkpoint for tools.
         more: further plain values that describe the run, equal on all ranks.
     """
-    return assemble(MegatronState(chunks, optimizer), scheduler, config=config, **more)
-
-
-def assemble(
-    state: EngineState, scheduler: OptimizerParamScheduler | None, *, config: dict[str, Any], **more: Any
-) -> dict[str, Any]:
-    """`checkpoint_state` of any engine."""
     parts = state.sharded(is_loading=False) | {"config": config, **more}
     if scheduler is not None:
         parts |= {"scheduler": scheduler.state_dict(), RNG: sharded_rng_state()}
@@ -114,13 +105,12 @@ class Loaded(NamedTuple):
 
 def load_checkpoint(
     folder: Path,
-    chunks: Chunks,
-    optimizer: MegatronOptimizer | None = None,
+    state: EngineState,
     scheduler: OptimizerParamScheduler | None = None,
     *,
     config: dict[str, Any] | None = None,
 ) -> Loaded:
-    """Load a step folder that was saved under any layout into this one's chunks, optimizer and scheduler.
+    """Load a step folder that was saved under any layout, by any engine, into this one's weights and optimizer.
 
     A folder without optimizer state (an imported model) gives its weights to a new run, which starts at step 0; that
     run may choose its own data, seed and Depth-Attention.
@@ -133,24 +123,21 @@ def load_checkpoint(
         ValueError: the checkpoint is of another model or of other data.
         CheckpointException: torch's, which is no `Exception`: a weight is missing or has another shape; it is named.
     """
-    return load_into(folder, MegatronState(chunks, optimizer), scheduler, config=config)
-
-
-def load_into(
-    folder: Path,
-    state: EngineState,
-    scheduler: OptimizerParamScheduler | None = None,
-    *,
-    config: dict[str, Any] | None = None,
-) -> Loaded:
-    """`load_checkpoint` into any engine, whichever saved."""
     common = read_common(folder)
     if not isinstance(common.get("config"), dict):
         raise ValueError(f"{folder} does not say which model it holds: it was not written by this package")
     has_run = "scheduler" in common
     if config is not None:
         settings = _fixed_in_a_run if has_run else _fixed_by_weights
-        _check_same(folder, settings(common["config"]), settings(config))
+        before, now = settings(common["config"]), settings(config)
+        changed = [
+            f"{key} (was {before.get(key)}, is {value})" for key, value in now.items() if before.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} belongs to a run with other settings: {', '.join(changed)}. Set them as they were, "
+                "or start a new run: another run.dir with checkpoint.load=null."
+            )
     if not has_run:
         state.take_weights(_load(folder, state.sharded_weights()))
         notes = changed_function(common["config"], config) if config else ()
@@ -167,12 +154,10 @@ def load_into(
 def changed_function(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """How a run mixes otherwise than the model whose weights alone it starts from, by their configs; one line each."""
     before, now = _fixed_in_a_run(before), _fixed_in_a_run(now)
-    words = {None: "null (half the layers)"}
     return [
-        f"note: {key} is {words.get(now.get(key), now.get(key))}; the weights were trained with "
-        f"{words.get(before.get(key), before.get(key))}"
+        f"note: {key} is {now.get(key)}; the weights were trained with {before.get(key)}"
         for key in _MIXING
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and None not in (before.get(key), now.get(key))
     ]
 
 
@@ -200,18 +185,6 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     return dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
 
 
-def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise if the run would resume with another model function or another order of samples."""
-    differences = [
-        f"{key} (was {before.get(key)}, is {value})" for key, value in now.items() if before.get(key) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{folder} belongs to a run with other settings: {', '.join(differences)}. Set them as they were, "
-            "or start a new run: another run.dir with checkpoint.load=null."
-        )
-
-
 def _fixed_by_weights(config: dict[str, Any]) -> dict[str, Any]:
     """The settings without which the weights are of another model, by their keys."""
     free = ("spec", "max_position_embeddings", "init_std", "num_loops", "depth_attention", "method", *DEFINITIONS)
@@ -229,11 +202,11 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     model, depth = config["model"], config["model"]["depth_attention"]
     fixed = _fixed_by_weights(config)
     fixed |= {f"model.{key}": model[key] for key in ("init_std", "num_loops")}
-    is_ours = fixed["model.depth_attention.enabled"] = effective_method(model) == "depth_attention"
-    if is_ours:
+    fixed["model.depth_attention.enabled"] = effective_method(model) == "depth_attention"
+    if fixed["model.depth_attention.enabled"]:
         stride = depth["stride"] or default_stride(model["num_layers"] * model["num_loops"])
-        fixed["model.depth_attention.stride"] = stride
-        fixed["model.depth_attention.recent_window"] = depth["recent_window"]
+        fixed |= {"model.depth_attention.stride": stride}
+        fixed |= {"model.depth_attention.recent_window": depth["recent_window"]}
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]
     streams = config["data"].get("streams") or []

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_depthattn.config import RunConfig, Sizes
+from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader, build_loader
 from megatron_depthattn.train.errors import OtherRankError
@@ -29,8 +29,9 @@ class GlobalBatches:
     replica read the same samples.
 
     Args:
-        config: the run's config.
-        sizes: what `validate` returned.
+        data, train: the run's sections; of ``train`` the batch sizes.
+        vocab_size: of the model: no token may be beyond it.
+        seed: of the order of the samples.
         split: ``train``, or ``val``: in the order it is stored, and the same for every seed.
         consumed_samples: samples of the split that were used before.
 
@@ -39,12 +40,20 @@ class GlobalBatches:
     """
 
     def __init__(
-        self, config: RunConfig, sizes: Sizes, device: torch.device, *, split: str, consumed_samples: int = 0
+        self,
+        data: DataConfig,
+        train: TrainConfig,
+        device: torch.device,
+        *,
+        vocab_size: int,
+        seed: int,
+        split: str,
+        consumed_samples: int = 0,
     ) -> None:
-        self._config, self._sizes, self._device = config, sizes, device
+        self._data, self._train, self._device, self._vocab_size = data, train, device, vocab_size
         self._is_training = split == "train"
-        self._seed = config.run.seed if self._is_training else 0
-        self._corpus = _open_on_all_ranks(config, split)
+        self._seed = seed if self._is_training else 0
+        self._corpus = _open_on_all_ranks(data, vocab_size, split)
         self._loader: TokenLoader | None = None
         self._reader: _Reader | None = None
         self.data_seconds = 0.0
@@ -64,7 +73,7 @@ class GlobalBatches:
     def describe(self, consumed_samples: int, last_sample: int) -> list[str]:
         """One line a stream for people: its share, its samples, its epochs after so many samples and at the end."""
         lines = self._corpus.describe(consumed_samples, last_sample, seed=self._seed)
-        given = self._config.model.vocab_size
+        given = self._vocab_size
         used = max((stream.manifest or {}).get("vocab_size", given) for stream in self._corpus.streams)
         if used <= given * MUCH_SMALLER:
             lines.append(
@@ -76,19 +85,18 @@ class GlobalBatches:
     def seek(self, consumed_samples: int) -> None:
         """Resume from this many samples since the start of the split."""
         self.close()
-        config = self._config
-        if parallel_state.get_pipeline_model_parallel_rank() not in (0, config.parallel.pipeline - 1):
+        if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
             return
         self._loader = build_loader(
             self._corpus,
-            self._corpus.sequence(seed=self._seed, shuffle=config.data.shuffle and self._is_training),
+            self._corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training),
             consumed_samples=consumed_samples,
-            vocab_size=config.model.vocab_size,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
+            vocab_size=self._vocab_size,
+            global_batch_size=self._train.global_batch_size,
+            micro_batch_size=self._train.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=self._sizes.data_parallel_size,
-            num_workers=config.data.num_workers if self._is_training else 0,
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=self._data.num_workers if self._is_training else 0,
             pin_memory=self._device.type == "cuda",
         )
         self._reader = _Reader(self._loader)
@@ -116,7 +124,8 @@ class GlobalBatches:
             ValueError: a shard is damaged or missing (names the file), or a loader process died.
         """
         if self._reader is None:
-            return [{}] * self._sizes.num_microbatches
+            of_all = self._train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+            return [{}] * (self._train.global_batch_size // of_all)
         started = time.perf_counter()
         step = self._reader.take()
         self.data_seconds += time.perf_counter() - started
@@ -175,23 +184,23 @@ class _Reader:
                 request.set_exception(error)
 
 
-def _open_on_all_ranks(config: RunConfig, split: str) -> Corpus:
+def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
     """Open the data on every rank and compare: all ranks continue with the same data, or all of them stop.
 
     Raises:
         ValueError: on all ranks; the first rank that met an error raises it, the others name that rank.
     """
     corpus, mistake = None, None
-    sources = config.data.sources
+    sources = data.sources
     try:
         corpus = Corpus(
             [source.path for source in sources],
             [source.proportion for source in sources],
             split,
-            sequence_length=config.data.sequence_length,
-            cache=config.data.cache,
+            sequence_length=data.sequence_length,
+            cache=data.cache,
         )
-        _check_vocabulary(corpus, config.model.vocab_size)
+        _check_vocabulary(corpus, vocab_size)
     except ValueError as error:
         mistake = error
     found: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()

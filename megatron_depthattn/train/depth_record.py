@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config import TrainConfig
 from megatron_depthattn.model.depth_weights import COLUMNS_BEFORE_WEIGHTS, DepthRecorder
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 
@@ -32,15 +32,16 @@ class DepthRecord:
     Due are the run's first step, its last, and every ``train.depth_interval``-th; never without Depth-Attention.
 
     Args:
-        config: the run's config.
-        megatron: the model's; for its source plan.
+        train: the run's section; which steps are due.
+        megatron: the model's config; for its source plan and heads.
+        sequence_length: tokens of a sample.
     """
 
-    def __init__(self, config: RunConfig, megatron: DepthAttentionConfig) -> None:
+    def __init__(self, train: TrainConfig, megatron: DepthAttentionConfig, sequence_length: int) -> None:
         self._plan = megatron.source_plan if megatron.attends_over_depth else None
-        self._num_heads = config.model.num_query_groups
-        self._interval, self._last_step = config.train.depth_interval, config.train.steps
-        self._position_stride = -(-config.data.sequence_length // MAX_POSITIONS)
+        self._num_heads: int = megatron.num_query_groups
+        self._interval, self._last_step = train.depth_interval, train.steps
+        self._position_stride = -(-sequence_length // MAX_POSITIONS)
         self._recorder: DepthRecorder | None = None
 
     def recording(self, step: int) -> AbstractContextManager[None]:
@@ -84,11 +85,8 @@ class DepthRecord:
         shape = (self._plan.num_layers, self._num_heads, COLUMNS_BEFORE_WEIGHTS + num_weights)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         totals = torch.zeros(shape, dtype=torch.float64, device=device)
-        rank, size = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
-        first = rank * self._num_heads // size
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        first = parallel_state.get_tensor_model_parallel_rank() * self._num_heads // size
         for layer, sums in recorded.sums.items():
             totals[layer, first : first + sums.shape[0], : sums.shape[1]] = sums
         dist.all_reduce(totals)

@@ -4,51 +4,65 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_depthattn.config import RunConfig, to_dict
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.build import build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import Loaded, checkpoint_state, load_checkpoint
+from megatron_depthattn.train.checkpoint import EngineState, Loaded, checkpoint_state, load_checkpoint
 from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.fp8_state import Fp8State
+from megatron_depthattn.train.megatron_state import MegatronState
 from megatron_depthattn.train.step import Microbatch, StepResult, evaluation_mode, run_microbatches, train_step
 
 
-class Engine(Protocol):
-    """Who owns model, gradients, optimizer and schedule. Every method is called on all ranks."""
+class Engine(ABC):
+    """Owns model, gradients, optimizer and schedule. Every method is called on all ranks."""
+
+    _config: RunConfig
+    _state: EngineState
+    _scheduler: OptimizerParamScheduler
 
     def describe(self) -> list[str]:
         """Lines for the log."""
+        return []
 
     def advance_schedule(self) -> None:
         """Set the learning rate of the next step."""
+        self._scheduler.step(increment=1)
 
     @property
     def learning_rate(self) -> float:
         """Of the next step, or of the one just taken."""
+        return get_canonical_lr_for_logging(self._scheduler.optimizer.param_groups)
 
+    @abstractmethod
     def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
         """One optimizer step, or none if loss or gradient is not finite; see `step.train_step`."""
 
-    def evaluating(self) -> Any:
+    @abstractmethod
+    def evaluating(self) -> AbstractContextManager[None]:
         """A context in which `loss` is called."""
 
+    @abstractmethod
     def loss(self, microbatches: Sequence[Microbatch]) -> float:
         """Mean loss per token over a global batch, without gradients."""
 
     def checkpoint_state(self, **more: Any) -> dict[str, Any]:
         """What `CheckpointSaver.save` writes; ``more`` as in `checkpoint.checkpoint_state`."""
+        return checkpoint_state(self._state, self._scheduler, config=to_dict(self._config), **more)
 
     def load(self, folder: Path) -> Loaded:
-        """Go on from a step folder of any engine and layout; see `checkpoint.load_checkpoint`."""
+        """Resume from a step folder of any engine and layout; see `checkpoint.load_checkpoint`."""
+        return load_checkpoint(folder, self._state, self._scheduler, config=to_dict(self._config))
 
 
 def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnvironment) -> Engine:
@@ -74,26 +88,21 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
             "engine.name=deepspeed in a process that no launcher started: DeepSpeed reads the launcher's LOCAL_RANK; "
             "start it with torchrun --standalone --nproc_per_node 1 -m megatron_depthattn.train ..."
         )
-    if device.type == "cpu":
-        _check_build_tools()
+    if device.type == "cpu":  # DeepSpeed compiles a part of itself at its first start, and asks for ninja at every one
+        tools = {"ninja": ("ninja",), "a C++ compiler": ("c++", "g++")}
+        missing = [name for name, programs in tools.items() if not any(map(shutil.which, programs))]
+        if missing:
+            raise ValueError(
+                f"engine.name=deepspeed on a machine without a GPU needs {' and '.join(missing)} on PATH, to build a "
+                "part of itself: activate the environment that DeepSpeed is in (it comes with ninja), install g++, or "
+                "set engine.name=megatron"
+            )
     from megatron_depthattn.train.deepspeed_engine.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, device)
 
 
-def _check_build_tools() -> None:
-    """On CPU DeepSpeed compiles a part of itself at its first start, and asks for ninja at every one."""
-    tools = {"ninja": ("ninja",), "a C++ compiler": ("c++", "g++")}
-    missing = [name for name, programs in tools.items() if not any(map(shutil.which, programs))]
-    if missing:
-        raise ValueError(
-            f"engine.name=deepspeed on a machine without a GPU needs {' and '.join(missing)} on PATH, to build a part "
-            "of itself: activate the environment that DeepSpeed is in (it comes with ninja), install g++, or set "
-            "engine.name=megatron"
-        )
-
-
-class MegatronEngine:
+class MegatronEngine(Engine):
     """Megatron's schedules, data-parallel wrapper and distributed optimizer."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -101,17 +110,8 @@ class MegatronEngine:
         self._shape = (config.train.micro_batch_size, config.data.sequence_length)
         self._chunks = build_model(config, device)
         self._optimizer, self._scheduler = build_optimizer(config, self._chunks)
+        self._state = MegatronState(self._chunks, self._optimizer)
         self._fp8 = Fp8State(self._chunks if config.precision.fp8 == "delayed" else ())
-
-    def describe(self) -> list[str]:
-        return []
-
-    def advance_schedule(self) -> None:
-        self._scheduler.step(increment=1)
-
-    @property
-    def learning_rate(self) -> float:
-        return get_canonical_lr_for_logging(self._optimizer.param_groups)
 
     def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
         return train_step(self._chunks, self._optimizer, microbatches, self._shape, self._fp8, status)
@@ -124,9 +124,6 @@ class MegatronEngine:
     def loss(self, microbatches: Sequence[Microbatch]) -> float:
         return run_microbatches(self._chunks, microbatches, self._shape, forward_only=True)
 
-    def checkpoint_state(self, **more: Any) -> dict[str, Any]:
-        return checkpoint_state(self._chunks, self._optimizer, self._scheduler, config=to_dict(self._config), **more)
-
     def load(self, folder: Path) -> Loaded:
         self._fp8.reset()  # of the initial weights; a checkpoint of a run in FP8 brings its own
-        return load_checkpoint(folder, self._chunks, self._optimizer, self._scheduler, config=to_dict(self._config))
+        return super().load(folder)

@@ -111,7 +111,9 @@ class RunHistory:
 
     def start(self, step: int, version: str, world_size: int, load: str | None) -> None:
         """Record that training begins after ``step`` steps, as ``checkpoint.load`` says."""
-        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
+        machine = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
+        )
         self._append(
             {"event": "start", "step": step, "run_id": self.run_id, "version": version}
             | {"host": platform.node(), "world_size": world_size, "load": load}

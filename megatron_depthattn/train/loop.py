@@ -1,4 +1,4 @@
-"""The training run: `Training.run` is the table of contents."""
+"""The training run: `Training.__init__` lists its parts, `Training.run` is the table of contents."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_depthattn.config import RunConfig, TrainConfig, config_digest, validate
+from megatron_depthattn.config import RunConfig, TrainConfig, config_digest, save_config, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, shut_down
@@ -30,9 +31,9 @@ from megatron_depthattn.train.engine import Engine, build_engine
 from megatron_depthattn.train.exchange import RankStatus
 from megatron_depthattn.train.hardware import for_this_machine
 from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
-from megatron_depthattn.train.metrics import Meter, forward_flops, peak_memory_gb
+from megatron_depthattn.train.metrics import Meter, forward_flops, peak_memory_gb, peak_tflops
 from megatron_depthattn.train.owner import check_owner, claim_checkpoints, lock_run
-from megatron_depthattn.train.report import Reporter
+from megatron_depthattn.train.reporter import Reporter
 from megatron_depthattn.train.run_checkpoints import RunCheckpoints
 from megatron_depthattn.train.sample_log import SampleLog
 from megatron_depthattn.train.start import Start, broadcast_from_rank0, find_start, is_own_checkpoint
@@ -75,50 +76,58 @@ class Training:
     """
 
     def __init__(self, given: RunConfig, environment: LaunchEnvironment, signals: StopSignals) -> None:
-        self.given, self.world_size = given, environment.world_size
-        sizes = validate(given, environment.world_size)
-        self.resolved = for_this_machine(given, sizes)
-        config = self.config = self.resolved.config
+        resolved = for_this_machine(given, validate(given, environment.world_size))
+        config = self.config = resolved.config
         self.run_dir, self.checkpoint_dir = Path(config.run.dir), Path(config.checkpoint_dir)
         check_owner(self.checkpoint_dir, self.run_dir)  # preflight writes there
         timeout = _collective_timeout(config.train.hang_timeout)
-        self.device, self.fitness = enter_world(self.resolved, environment, timeout)
-        self.megatron = transformer_config(config)
-        _check_agreement(config, self.megatron)
+        device, preflight = enter_world(resolved, environment, timeout)
+        megatron, self.world_size = transformer_config(config), environment.world_size
+        _check_agreement(config, megatron)
         self.start_id = broadcast_from_rank0(self._lock)
         start = find_start(config.checkpoint.load, self.run_dir, self.checkpoint_dir)
 
-        self.engine = build_engine(config, self.device, environment)
+        self.engine = build_engine(config, device, environment)
         loaded = self.engine.load(start.folder) if start.folder else Loaded(Progress())
         self.progress, self.generation = loaded.progress, loaded.generation
         self.last_step = _last_step(config.train, self.progress)
-        self.batches = GlobalBatches(
-            config, sizes, self.device, split="train", consumed_samples=self.progress.consumed_samples
+        open_data = partial(
+            GlobalBatches, config.data, config.train, device, vocab_size=config.model.vocab_size, seed=config.run.seed
         )
-        self.held_out = GlobalBatches(config, sizes, self.device, split="val") if config.train.eval_interval else None
-        if loaded.corpus not in (None, self.batches.corpus_digest):
-            raise ValueError(
-                f"{start.folder} was trained on other data than data.path or data.streams hold now (another digest): "
-                "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
-                "checkpoint.load=null."
-            )
+        self.batches = open_data(split="train", consumed_samples=self.progress.consumed_samples)
+        self.held_out = open_data(split="val") if config.train.eval_interval else None
+        _check_corpus(start, loaded, self.batches)
         self.signals, self.agreement = signals, StopAgreement(signals)
         signals.only_note()
-        self.history, self.run_id = self._enter_history(start)
+        self.history, self.run_id = self._enter_history(start, config_digest(given))
         self.sample_log = SampleLog(self.run_dir, is_on=config.data.log_samples, first_step=self.progress.step)
-        self.flops = forward_flops(config, self.megatron)
-        self.meter = Meter(config, self.flops, environment.world_size)
+        self.flops, tokens = (
+            forward_flops(config, megatron),
+            config.train.global_batch_size * config.data.sequence_length,
+        )
+        self.meter = Meter(tokens, self.flops, self.world_size, peak_tflops(config))
         self.report = Reporter(
-            config, is_writer=environment.rank == 0, first_step=self.progress.step, last_step=self.last_step
+            self.run_dir,
+            is_writer=environment.rank == 0,
+            log_interval=config.train.log_interval,
+            first_step=self.progress.step,
+            last_step=self.last_step,
         )
         self.checkpoints = RunCheckpoints(
             config.checkpoint, self.checkpoint_dir, self._state, self.report, lambda: self._heartbeat("checkpoint")
         )
-        self.depth = DepthRecord(config, self.megatron)
+        self.depth = DepthRecord(config.train, megatron, config.data.sequence_length)
         self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
         self.cost = Cost()
         self.watchdog: Watchdog | None = None
-        self._open(start, loaded)
+        begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
+        last_sample = config.train.steps * config.train.global_batch_size
+        self.report.lines(preflight)
+        self.report.lines(opening_lines(config, megatron, self.flops, self.world_size, begins))
+        self.report.lines(self.engine.describe())
+        self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
+        self.report.lines(loaded.notes)
+        self.report.warn(start.warnings)
         gc.collect()
         gc.freeze()  # what has been built stays: no later collection looks at it again
         atexit.register(gc.unfreeze)
@@ -126,34 +135,22 @@ class Training:
     def run(self) -> int:
         """Step until the last step or a stop signal; returns the exit code."""
         with self._watch() as self.watchdog:
-            return self._run()
-
-    def _run(self) -> int:
-        self._heartbeat("first step")
-        try:
-            if self.progress.step == 0:
-                self._evaluate()
-            elif self._lacks_evaluation():
-                self.report.add_held_out(self.progress.step, self._evaluate())
-            while self.progress.step < self.last_step and self._step():
-                if self.progress.step == self.last_step:
+            self._heartbeat("first step")
+            try:
+                self._evaluate_first()
+                while self.progress.step < self.last_step and self._step():
+                    self._save_if_due()
+                if self.agreement.stop_signal and not self.signals.nothing_to_save:
                     self.checkpoints.save_last(self.progress)
-                elif _is_due(self.progress.step, self.config.checkpoint.interval):
-                    self.checkpoints.save(self.progress)
-                    self.agreement.ask_again()
-                self.checkpoints.log_outcome()
-                self._heartbeat("step")
-            if self.agreement.stop_signal and not self.signals.nothing_to_save:
-                self.checkpoints.save_last(self.progress)
-        except NonFiniteError:
-            self.checkpoints.finish()  # one may still be under way
-            self._end("not finite")
-            raise
-        if self.agreement.stop_signal:
-            self._end("signal", signal=signal.Signals(self.agreement.stop_signal).name)
-            return EXIT_REQUEUE
-        self._end("finished" if self.progress.step >= self.config.train.steps else "stop_after")
-        return 0
+            except NonFiniteError:
+                self.checkpoints.finish()  # one may still be under way
+                self._end("not finite")
+                raise
+            if self.agreement.stop_signal:
+                self._end("signal", signal=signal.Signals(self.agreement.stop_signal).name)
+                return EXIT_REQUEUE
+            self._end("finished" if self.progress.step >= self.config.train.steps else "stop_after")
+            return 0
 
     def close(self) -> None:
         """Leave the world."""
@@ -163,6 +160,23 @@ class Training:
         self.sample_log.close()
         self.report.close()
         shut_down()
+
+    def _evaluate_first(self) -> None:
+        """Before the first step, and the evaluation that a stop has cut off."""
+        step = self.progress.step
+        if step == 0:
+            self._evaluate()
+        elif self._is_evaluation_due() and broadcast_from_rank0(lambda: self.report.lacks_held_out(step)):
+            self.report.add_held_out(step, self._evaluate())
+
+    def _save_if_due(self) -> None:
+        if self.progress.step == self.last_step:
+            self.checkpoints.save_last(self.progress)
+        elif _is_due(self.progress.step, self.config.checkpoint.interval):
+            self.checkpoints.save(self.progress)
+            self.agreement.ask_again()
+        self.checkpoints.log_outcome()
+        self._heartbeat("step")
 
     def _step(self) -> bool:
         """One optimizer step, on record; false if there was none, because some rank was asked to stop.
@@ -187,7 +201,9 @@ class Training:
         if result.skipped:
             self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
         self.skipped.record(step, result)
-        self.progress = _advance(self.progress, self.config, skipped=result.skipped)
+        self.progress = self.progress.after_step(
+            self.config.train.global_batch_size, self.config.data.sequence_length, skipped=result.skipped
+        )
         self.cost.add_step(seconds)
         self._heartbeat("step")
         record = self.meter.record(self.progress, result, lr=self.engine.learning_rate, seconds=seconds, ranks=ranks)
@@ -204,11 +220,6 @@ class Training:
     def _is_evaluation_due(self) -> bool:
         train, step = self.config.train, self.progress.step
         return step == train.steps or _is_due(step, train.eval_interval)
-
-    def _lacks_evaluation(self) -> bool:
-        """Whether a stop has cut off the evaluation of the step that this start begins with."""
-        step = self.progress.step
-        return self._is_evaluation_due() and broadcast_from_rank0(lambda: self.report.lacks_held_out(step))
 
     def _evaluate(self) -> float | None:
         """The held-out loss; None without an evaluation, or if it was dropped because some rank was asked to stop."""
@@ -243,8 +254,8 @@ class Training:
             self.watchdog.heartbeat(self.progress.step, phase)
 
     def _state(self) -> dict[str, Any]:
-        kept = {GENERATION: self.generation}
-        return self.engine.checkpoint_state(run_id=self.run_id, corpus=self.batches.corpus_digest, **kept)
+        more = {"run_id": self.run_id, "corpus": self.batches.corpus_digest, GENERATION: self.generation}
+        return self.engine.checkpoint_state(**more)
 
     def _lock(self) -> str:
         """Take the run's folders for this start, until this process ends; returns a name that no other start has."""
@@ -252,36 +263,29 @@ class Training:
         self.claim = claim_checkpoints(self.checkpoint_dir, self.run_dir)
         return uuid.uuid4().hex
 
-    def _enter_history(self, start: Start) -> tuple[RunHistory | None, str]:
-        """The run's history (on rank 0) and identity, once it is sure that this start makes sense."""
-        config, progress = self.config, self.progress
-        continues = is_own_checkpoint(start.folder, self.checkpoint_dir)
+    def _enter_history(self, start: Start, config: str) -> tuple[RunHistory | None, str]:
+        """The run's history (on rank 0) and identity, once it is sure that this start makes sense.
+
+        ``config``: digest of the config as it was given, whatever `auto` became this time.
+        """
         history: RunHistory | None = None
 
         def enter() -> str:
             nonlocal history
+            step, limit = self.progress.step, self.config.train.max_restarts_without_progress
             history = RunHistory(self.run_dir, self.claim.run_id)
             start.warnings += self.claim.notes
-            version = f"{config_digest(self.given)}-{code_digest()}"  # whatever `auto` became this time
-            history.check_restart_loop(progress.step, version, config.train.max_restarts_without_progress)
-            if continues:
-                left = quarantine_after(self.checkpoint_dir, progress.step)
-                start.warnings += [f"{path} is beyond step {progress.step}, where this run resumes" for path in left]
-            history.start(progress.step, version, self.world_size, config.checkpoint.load)
+            version = f"{config}-{code_digest()}"
+            history.check_restart_loop(step, version, limit)
+            if is_own_checkpoint(start.folder, self.checkpoint_dir):
+                left = quarantine_after(self.checkpoint_dir, step)
+                start.warnings += [f"{path} is beyond step {step}, where this run resumes" for path in left]
+            save_config(self.config, self.run_dir / "config.yaml")
+            history.start(step, version, self.world_size, self.config.checkpoint.load)
             return history.run_id
 
         run_id = broadcast_from_rank0(enter)
         return history, run_id
-
-    def _open(self, start: Start, loaded: Loaded) -> None:
-        begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
-        self.report.lines(self.fitness)
-        self.report.lines(opening_lines(self.config, self.megatron, self.flops, self.world_size, begins))
-        last_sample = self.config.train.steps * self.config.train.global_batch_size
-        self.report.lines(self.engine.describe())
-        self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
-        self.report.lines(loaded.notes)
-        self.report.warn(start.warnings)
 
     def _end(self, outcome: Outcome, **more: Any) -> None:
         if self.history is None:
@@ -328,6 +332,15 @@ def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
         check_same_on_all_ranks("source plans", megatron.source_plan.digest())
 
 
+def _check_corpus(start: Start, loaded: Loaded, batches: GlobalBatches) -> None:
+    if loaded.corpus not in (None, batches.corpus_digest):
+        raise ValueError(
+            f"{start.folder} was trained on other data than data.path or data.streams hold now (another digest): "
+            "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
+            "checkpoint.load=null."
+        )
+
+
 def _last_step(train: TrainConfig, progress: Progress) -> int:
     """The step after which this process stops."""
     if train.stop_after is None:
@@ -337,13 +350,3 @@ def _last_step(train: TrainConfig, progress: Progress) -> int:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _advance(progress: Progress, config: RunConfig, *, skipped: bool) -> Progress:
-    samples = config.train.global_batch_size
-    return Progress(
-        step=progress.step + 1,
-        consumed_samples=progress.consumed_samples + samples,
-        consumed_tokens=progress.consumed_tokens + samples * config.data.sequence_length,
-        skipped_steps=progress.skipped_steps + skipped,
-    )

@@ -36,15 +36,15 @@ class Meter:
     """Turns steps into the records of metrics.jsonl.
 
     Args:
-        config: for the tokens of a step, and for the peak that MFU is a fraction of (bf16 only).
+        tokens: of a step.
         flops: operations of one token's forward pass; backward counts as two more.
         world_size: devices that share them.
+        peak: what MFU is a fraction of, see `peak_tflops`.
     """
 
-    def __init__(self, config: RunConfig, flops: ForwardFlops, world_size: int) -> None:
-        self._tokens = config.train.global_batch_size * config.data.sequence_length
-        self._tflops_per_device = 3 * flops.total * self._tokens / world_size / 1e12
-        self._peak = peak_tflops(config)
+    def __init__(self, tokens: int, flops: ForwardFlops, world_size: int, peak: float | None) -> None:
+        self._tokens, self._peak = tokens, peak
+        self._tflops_per_device = 3 * flops.total * tokens / world_size / 1e12
 
     def record(
         self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, ranks: Sequence[RankStatus]

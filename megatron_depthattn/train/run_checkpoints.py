@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_depthattn.config import CheckpointConfig
 from megatron_depthattn.train.errors import RunError
-from megatron_depthattn.train.report import Reporter
+from megatron_depthattn.train.reporter import Reporter
 from megatron_depthattn.train.save import CheckpointSaver, SaveOutcome
 from megatron_depthattn.train.step_folders import Progress, newest_step
 

@@ -95,7 +95,7 @@ class CheckpointSaver:
         self._strategy = _CopyToHost()
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None
-        self._warning: str | None = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._is_first = True
 
     def save(self, progress: Progress, state: dict[str, Any]) -> None:
@@ -109,10 +109,16 @@ class CheckpointSaver:
         """
         self.wait()
         assert self._outcome is None, "the outcome of the last save was not taken"
-        self._warning = None
         started = time.monotonic()
         staging = staging_folder(self._directory, progress.step)
-        error = self._agree(_make_empty(staging) if dist.get_rank() == 0 else None)
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                remove(staging)  # what an interrupted save left, or a link that somebody has put in the way
+                staging.mkdir(parents=True)
+            except OSError as problem:
+                error = _reason(problem, staging)
+        error = self._agree(error)
         if error is None:
             try:
                 dist_checkpointing.save(
@@ -127,22 +133,8 @@ class CheckpointSaver:
                 error = f"rank {dist.get_rank()}: {_reason(problem, staging)}"
             self._is_first = False
         self._on_progress()
-        copy = self._strategy.take()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-
-        def write() -> None:
-            num_bytes, reason = 0, error
-            if device is not None:
-                torch.cuda.set_device(device)  # each thread has its own current device, and begins with 0
-            try:
-                num_bytes, reason = self._write(progress.step, staging, copy, error)
-            except Exception as problem:  # another rank is gone: the loop will meet that itself
-                reason = _reason(problem, staging)
-            seconds = time.monotonic() - started
-            folder, warning = step_folder(self._directory, progress.step), self._warning
-            self._outcome = SaveOutcome(progress.step, folder, num_bytes, seconds, reason, warning)
-
-        self._thread = threading.Thread(target=write, name="checkpoint writer", daemon=True)
+        arguments = (progress.step, staging, self._strategy.take(), error, started)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint writer", daemon=True)
         self._thread.start()
         if not self._is_async:
             self.wait()
@@ -171,26 +163,31 @@ class CheckpointSaver:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _write(
-        self, step: int, staging: Path, state: dict[str, Any] | None, error: str | None
-    ) -> tuple[int, str | None]:
-        """The second half, in the thread; returns the size of the checkpoint, and why there is none."""
-        error = self._agree(error)
-        files: Digests = {}
-        if error is None:
-            assert state is not None
-            files, error = self._write_files(staging, state)
-        gathered: list[tuple[str | None, Digests]] = [(None, {})] * dist.get_world_size()
-        dist.all_gather_object(gathered, (error, files), group=self._group)
-        error = next((each for each, _ in gathered if each), None)
-        if error is None and dist.get_rank() == 0:
-            error = self._publish(step, staging, [digests for _, digests in gathered])
-        error = self._agree(error)
-        if dist.get_rank() == 0 and error is None:
-            self._warning = update_latest_and_rotate(step_folder(self._directory, step), self._keep)
-        elif dist.get_rank() == 0:
-            remove(staging)
-        return sum(file["bytes"] for _, digests in gathered for file in digests.values()), error
+    def _write(self, step: int, staging: Path, state: dict[str, Any] | None, error: str | None, started: float) -> None:
+        """The second half, in the thread."""
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # each thread has its own current device, and begins with 0
+        final, num_bytes, warning = step_folder(self._directory, step), 0, None
+        try:
+            files: Digests = {}
+            if (error := self._agree(error)) is None:
+                assert state is not None
+                files, error = self._write_files(staging, state)
+            gathered: list[tuple[str | None, Digests]] = [(None, {})] * dist.get_world_size()
+            dist.all_gather_object(gathered, (error, files), group=self._group)
+            error = next((each for each, _ in gathered if each), None)
+            digests = {name: file for _, of_rank in gathered for name, file in of_rank.items()}
+            num_bytes = sum(file["bytes"] for file in digests.values())
+            if error is None and dist.get_rank() == 0:
+                error = self._publish(final, staging, digests)
+            error = self._agree(error)
+            if dist.get_rank() == 0 and error is None:
+                warning = update_latest_and_rotate(final, self._keep)
+            elif dist.get_rank() == 0:
+                remove(staging)
+        except Exception as problem:  # another rank is gone: the loop will meet that itself
+            error = _reason(problem, staging)
+        self._outcome = SaveOutcome(step, final, num_bytes, time.monotonic() - started, error, warning)
 
     def _write_files(self, staging: Path, state: dict[str, Any]) -> tuple[Digests, str | None]:
         """Write this rank's files and hash them; all ranks together."""
@@ -213,13 +210,12 @@ class CheckpointSaver:
         except Exception as problem:  # nothing that goes wrong with a save may end the run
             return {}, f"rank {dist.get_rank()}: {_reason(problem, staging)}"
 
-    def _publish(self, step: int, staging: Path, digests: list[Digests]) -> str | None:
+    def _publish(self, final: Path, staging: Path, digests: Digests) -> str | None:
         try:
             save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(staging))
-            written = {name: file for of_rank in digests for name, file in of_rank.items()}
-            rest = [path.name for path in staging.iterdir() if path.name not in written]
-            write_manifest(staging, written | digest_files(staging, rest))
-            publish_folder(staging, step_folder(self._directory, step))
+            rest = [path.name for path in staging.iterdir() if path.name not in digests]
+            write_manifest(staging, digests | digest_files(staging, rest))
+            publish_folder(staging, final)
         except Exception as problem:
             return _reason(problem, staging)
         return None
@@ -301,16 +297,6 @@ class _CopyToHost(TorchDistSaveShardedStrategy):
             buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
             self._buffers[name] = buffer
         return buffer.copy_(source, non_blocking=True)
-
-
-def _make_empty(folder: Path) -> str | None:
-    """An empty folder in this place, or why there is none."""
-    try:
-        remove(folder)  # what an interrupted save left, or a link that somebody has put in the way
-        folder.mkdir(parents=True)
-    except OSError as problem:
-        return _reason(problem, folder)
-    return None
 
 
 def _reason(problem: BaseException, folder: Path) -> str:

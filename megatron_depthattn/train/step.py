@@ -131,21 +131,16 @@ def train_step(
     it is the caller's to say, see `SkippedSteps`. What ``status`` says is in the result, for every rank.
     """
 
-    def update(grad_norm: float) -> None:
-        clip([p.grad for p in optimizer.get_parameters() if p.grad is not None], grad_norm, optimizer.config.clip_grad)
-        optimizer.step_with_ready_grads()
-
     state = fp8 or Fp8State(())
     state.keep()
 
-    attempts = 0
-
     def attempt() -> Attempt:
-        nonlocal attempts
-        attempts += 1
-        if attempts > 1:
-            state.restore()  # it computes with the scales of the first
+        state.restore()  # a second one computes with the scales of the first
         return _attempt(chunks, optimizer, microbatches, shape, status)
+
+    def update(grad_norm: float) -> None:
+        clip([p.grad for p in optimizer.get_parameters() if p.grad is not None], grad_norm, optimizer.config.clip_grad)
+        optimizer.step_with_ready_grads()
 
     result = step_if_finite(attempt, update, chunks, microbatches)
     if result.skipped:
@@ -190,10 +185,9 @@ def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Stat
     total, tokens = _share(losses, squared_norm.device)
     ranks = exchange([tokens, *status()], torch.stack([total, squared_norm]))
     loss = sum(rank[0] for rank in ranks) / sum(rank[2] for rank in ranks)
-    suspects = () if math.isfinite(loss) else [i for i, one in enumerate(losses) if not one.total.isfinite()]
-    return Attempt(
-        loss, math.sqrt(sum(rank[1] for rank in ranks)), tuple(suspects), tuple(tuple(rank[3:]) for rank in ranks)
-    )
+    norm = math.sqrt(sum(rank[1] for rank in ranks))
+    suspects = [] if math.isfinite(loss) else [i for i, one in enumerate(losses) if not one.total.isfinite()]
+    return Attempt(loss, norm, tuple(suspects), tuple(tuple(rank[3:]) for rank in ranks))
 
 
 @torch.no_grad()

@@ -40,6 +40,11 @@ class Progress:
     skipped_steps: int = 0
     """Steps whose update was left out because loss or gradient was not finite; they count in ``step``."""
 
+    def after_step(self, samples: int, sequence_length: int, *, skipped: bool) -> Progress:
+        """One global batch further."""
+        tokens = self.consumed_tokens + samples * sequence_length
+        return Progress(self.step + 1, self.consumed_samples + samples, tokens, self.skipped_steps + skipped)
+
 
 def step_folder(directory: Path, step: int) -> Path:
     """Where the checkpoint after ``step`` steps lies."""

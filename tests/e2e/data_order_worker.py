@@ -25,12 +25,20 @@ def main() -> None:
     layout = None
     for segment in json.loads(Path(segments).read_text()):
         config = load_config(config_file, segment["overrides"])
-        sizes = validate(config, environment.world_size)
+        validate(config, environment.world_size)
         if config.parallel != layout:
             parallel_state.destroy_model_parallel()
             layout = config.parallel
             initialize_model_parallel(tensor=layout.tensor, pipeline=layout.pipeline)
-        batches = GlobalBatches(config, sizes, device, split="train", consumed_samples=segment["consumed_samples"])
+        batches = GlobalBatches(
+            config.data,
+            config.train,
+            device,
+            vocab_size=config.model.vocab_size,
+            seed=config.run.seed,
+            split="train",
+            consumed_samples=segment["consumed_samples"],
+        )
         log = SampleLog(Path(config.run.dir), is_on=config.data.log_samples, first_step=segment["first_step"])
         for step in range(segment["first_step"], segment["first_step"] + segment["num_steps"]):
             microbatches = batches.next()

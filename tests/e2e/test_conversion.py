@@ -15,7 +15,7 @@ from megatron_depthattn.config import load_config, to_dict
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.verify import megatron_logits
 from megatron_depthattn.hf.loading import load_causal_lm
-from megatron_depthattn.train.checkpoint import load_checkpoint
+from tests.checkpoints import load_checkpoint
 from tests.e2e.commands import must_succeed, torchrun
 from tests.reference_decoder import decoder_logits
 

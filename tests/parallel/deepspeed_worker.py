@@ -55,7 +55,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     engine = build_engine(config, device, launch_environment())
     if job.method in METHODS:
         engine.load(step_folder(folder / weights_of(job), 0))
-    depth = DepthRecord(config, transformer_config(config))
+    depth = DepthRecord(config.train, transformer_config(config), config.data.sequence_length)
     first = 0
     if job.resume:
         first = engine.load(step_folder(folder / job.resume, SAVE_AFTER)).progress.step

@@ -46,12 +46,13 @@ from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import load_checkpoint, save_checkpoint
+from megatron_depthattn.train.checkpoint import save_checkpoint
 from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.rng_state import RNG, sharded_rng_state
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
+from tests.checkpoints import load_checkpoint
 from tests.parallel import overlap
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
 from tests.parallel.compare import relative_errors
@@ -118,7 +119,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         first = progress.step
     else:
         load_checkpoint(common_weights(folder / (job.method if job.method in METHODS else "vanilla"), chunks), chunks)
-        depth = DepthRecord(config, get_model_config(chunks[0]))
+        depth = DepthRecord(config.train, get_model_config(chunks[0]), config.data.sequence_length)
         with recorded_sends() as sent, depth.recording(1):
             first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
         result |= {"first_loss": first_loss, "depth": depth.collect()}

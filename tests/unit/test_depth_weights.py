@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_depthattn.config import ModelConfig, RunConfig
+from megatron_depthattn.config import RunConfig, TrainConfig
 from megatron_depthattn.model.depth_weights import DepthRecorder, recorder
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.train.depth_record import DepthRecord, depth_curves
@@ -143,21 +143,19 @@ def test_the_first_of_two_micro_batches_is_heard_and_nothing_afterwards():
 # ---- the record
 
 
-def run_config(**train) -> RunConfig:
-    base = RunConfig(model=ModelConfig(num_layers=4, num_query_groups=2, num_attention_heads=4, vocab_size=VOCAB))
-    data = dataclasses.replace(base.data, sequence_length=SEQUENCE)
-    return dataclasses.replace(base, data=data, train=dataclasses.replace(base.train, **train))
+def train_config(**train) -> TrainConfig:
+    return dataclasses.replace(RunConfig().train, **train)
 
 
-def record_of(model, config: RunConfig, step_number: int = 1) -> dict | None:
-    record = DepthRecord(config, model.config)
+def record_of(model, config: TrainConfig, step_number: int = 1) -> dict | None:
+    record = DepthRecord(config, model.config, SEQUENCE)
     with record.recording(step_number):
         step(model)
     return record.collect()
 
 
 def test_a_record_is_in_the_documented_form():
-    record = record_of(build(), run_config())
+    record = record_of(build(), train_config())
     expected = expected_weights()
     assert json.loads(json.dumps(record)) == record
     assert (record.keys(), record["tokens"]) == ({"tokens", "layers"}, BATCH * SEQUENCE)
@@ -182,7 +180,7 @@ def test_a_head_that_puts_all_on_one_at_every_token_has_collapsed():
     direction[:, :, 0, 0] = 30.0
     query, towards_source = direction.repeat_interleave(2, dim=2), direction * 1.0
     towards_source[1::2] *= -1
-    record = DepthRecord(run_config(), build(stride=1, window=0).config)
+    record = DepthRecord(train_config(), build(stride=1, window=0).config, SEQUENCE)
     with record.recording(1):
         for layer in (1, 2, 3):
             keys = [towards_source, *[torch.zeros_like(direction)] * (layer - 1)]
@@ -197,7 +195,7 @@ def test_a_head_that_puts_all_on_one_at_every_token_has_collapsed():
     ("interval", "due"), [(4, [1, 4, 8, 10]), (1, list(range(1, 11))), (100, [1, 10]), (None, [])], ids=str
 )
 def test_due_steps(interval, due):
-    record = DepthRecord(run_config(steps=10, depth_interval=interval), build().config)
+    record = DepthRecord(train_config(steps=10, depth_interval=interval), build().config, SEQUENCE)
     found = []
     for number in range(1, 11):
         with record.recording(number):
@@ -208,8 +206,8 @@ def test_due_steps(interval, due):
 
 def test_nothing_is_on_record_of_a_vanilla_model_nor_of_weights_that_are_not_finite():
     vanilla = build(depth_attention=False)
-    assert record_of(vanilla, run_config(depth_interval=1)) is None
+    assert record_of(vanilla, train_config(depth_interval=1)) is None
     broken = build()
     with torch.no_grad():
         broken.decoder.layers[2].self_attention.linear_qkv.weight.fill_(torch.nan)
-    assert record_of(broken, run_config(depth_interval=1)) is None
+    assert record_of(broken, train_config(depth_interval=1)) is None

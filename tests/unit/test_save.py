@@ -25,7 +25,7 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
 from megatron_depthattn.train.step_folders import COMMON, Progress, complete_folders, step_folder
 from megatron_depthattn.train.step_reader import COMMON_ENTRY, check_fp8_state, read_common
-from tests.checkpoints import stored
+from tests.checkpoints import load_checkpoint, stored
 from tests.small_disk import can_mount, small_disk
 
 SETTINGS = {
@@ -70,8 +70,10 @@ class Run:
 
     def state(self) -> dict:
         from megatron_depthattn.train.checkpoint import checkpoint_state
+        from megatron_depthattn.train.megatron_state import MegatronState
 
-        return checkpoint_state(self.chunks, self.optimizer, self.scheduler, config=to_dict(self.config), run_id="abc")
+        state = MegatronState(self.chunks, self.optimizer)
+        return checkpoint_state(state, self.scheduler, config=to_dict(self.config), run_id="abc")
 
     def save(self) -> None:
         self.saver.save(Progress(step=self.number, consumed_samples=2 * self.number), self.state())
@@ -81,8 +83,6 @@ class Run:
         return self.saver.take_outcome()
 
     def load(self, folder: Path):
-        from megatron_depthattn.train.checkpoint import load_checkpoint
-
         return load_checkpoint(folder, self.chunks, self.optimizer, self.scheduler, config=to_dict(self.config))
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -238,7 +238,7 @@ def test_a_save_that_fails_changes_nothing_and_the_next_one_works(run, tmp_path,
 
 
 def test_the_record_waits_for_room_and_says_so(megatron_world_of_one, tmp_path, no_room, capsys):
-    from megatron_depthattn.train.report import Reporter
+    from megatron_depthattn.train.reporter import Reporter
 
     record = dict.fromkeys(("eval_loss", "depth")) | {
         "loss": 1.0,
@@ -246,11 +246,10 @@ def test_the_record_waits_for_room_and_says_so(megatron_world_of_one, tmp_path, 
         "lr": 1.0,
         "tokens_per_second": 1.0,
     }
-    config = from_dict(SETTINGS | {"run": {"dir": str(tmp_path)}}, "a test")
 
     def report(*sizes: int) -> list[int]:
         """The steps on record, one written under each limit."""
-        reporter = Reporter(config, is_writer=True, first_step=0, last_step=99)
+        reporter = Reporter(tmp_path, is_writer=True, log_interval=10, first_step=0, last_step=99)
         for step, size in enumerate(sizes, start=1):
             no_room(size)
             reporter.step(record | {"step": step})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -19,36 +21,17 @@ REDUCE_BUCKET = 50_000_000
 """Elements of the buffer in which gradients are reduced, at most; DeepSpeed allocates it whole."""
 
 
-class Topology:
+def topology() -> SimpleNamespace:
     """Megatron's process groups under the names that DeepSpeed asks an ``mpu`` for.
 
     Context-parallel ranks hold the same weights and other tokens: to the optimizer they are data-parallel ranks.
     """
-
-    def get_data_parallel_group(self) -> Any:
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-    def get_data_parallel_world_size(self) -> int:
-        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-
-    def get_data_parallel_rank(self) -> int:
-        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return parallel_state.get_tensor_model_parallel_group()
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return parallel_state.get_tensor_model_parallel_world_size()
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return parallel_state.get_tensor_model_parallel_rank()
-
-    get_model_parallel_group = get_tensor_model_parallel_group
-    get_model_parallel_world_size = get_tensor_model_parallel_world_size
-    get_model_parallel_rank = get_tensor_model_parallel_rank
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return 1
+    names: dict[str, Any] = {"get_pipeline_model_parallel_world_size": lambda: 1}
+    for what in ("group", "world_size", "rank"):
+        data, tensor = f"get_data_parallel_{what}", f"get_tensor_model_parallel_{what}"
+        names[data] = partial(getattr(parallel_state, data), with_context_parallel=True)
+        names[tensor] = names[f"get_model_parallel_{what}"] = getattr(parallel_state, tensor)
+    return SimpleNamespace(**names)
 
 
 class HeldAdamW(torch.optim.AdamW):
@@ -83,10 +66,11 @@ def build_optimizer(config: RunConfig, model: GPTModel) -> HeldAdamW:
         "max_lr": settings.lr,
         "min_lr": settings.lr * settings.min_lr_ratio,
     }
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups: list[list[Any]] = [[], []]
+    for parameter in model.parameters():
+        groups[parameter.dim() > 1].append(parameter)
     return HeldAdamW(
-        [{"params": matrices, "wd_mult": 1.0, **common}, {"params": norms, "wd_mult": 0.0, **common}],
+        [{"params": groups[decays], "wd_mult": float(decays), **common} for decays in (True, False)],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -103,7 +87,7 @@ def initialize(config: RunConfig, model: torch.nn.Module, optimizer: HeldAdamW) 
         model=model,
         optimizer=optimizer,
         config=settings(config, sum(parameter.numel() for parameter in model.parameters())),
-        mpu=Topology(),
+        mpu=topology(),
         dist_init_required=False,
     )
     return engine

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_depthattn.config import RunConfig, to_dict
+from megatron_depthattn.config import RunConfig
 from megatron_depthattn.parallel.schedule import Work
 from megatron_depthattn.train.build import build_schedule
-from megatron_depthattn.train.checkpoint import Loaded, assemble, load_into
-from megatron_depthattn.train.deepspeed_engine.build import Topology, build_model, build_optimizer, initialize
+from megatron_depthattn.train.deepspeed_engine.build import build_model, build_optimizer, initialize
 from megatron_depthattn.train.deepspeed_engine.gradients import clip, squared_gradient_norm, sum_over_tensor_ranks
 from megatron_depthattn.train.deepspeed_engine.shards import STAGES
 from megatron_depthattn.train.deepspeed_engine.state import DeepSpeedState, Template
+from megatron_depthattn.train.engine import Engine
 from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.step import (
@@ -37,13 +35,8 @@ from megatron_depthattn.train.step import (
 )
 
 
-class DeepSpeedEngine:
-    """See `Engine` in train/engine.py.
-
-    Args:
-        config: the run's config.
-        device: this process's.
-    """
+class DeepSpeedEngine(Engine):
+    """DeepSpeed's ZeRO over our schedule of microbatches."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._config, self._device = config, device
@@ -57,20 +50,13 @@ class DeepSpeedEngine:
         self._scheduler = build_schedule(config, self._optimizer)
         # DeepSpeed averages over data-parallel ranks, the loss is a sum over the tokens of them all.
         tokens = config.train.global_batch_size * config.data.sequence_length
-        self._loss_scale = Topology().get_data_parallel_world_size() / tokens
+        self._loss_scale = parallel_state.get_data_parallel_world_size(with_context_parallel=True) / tokens
         self._has_gradients = False
 
     def describe(self) -> list[str]:
         settings = self._config.engine
         where = ", optimizer in host memory" if settings.offload_optimizer else ""
         return [f"engine: DeepSpeed {deepspeed.__version__}, ZeRO stage {settings.zero_stage}{where}"]
-
-    def advance_schedule(self) -> None:
-        self._scheduler.step(increment=1)
-
-    @property
-    def learning_rate(self) -> float:
-        return get_canonical_lr_for_logging(self._optimizer.param_groups)
 
     def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
         return step_if_finite(lambda: self.attempt(microbatches, status), self._update, [self._module], microbatches)
@@ -97,15 +83,8 @@ class DeepSpeedEngine:
     def loss(self, microbatches: Sequence[Microbatch]) -> float:
         return mean_over_global_batch([self._forward(one)[2] for one in microbatches], self._device)
 
-    def checkpoint_state(self, **more: Any) -> dict[str, Any]:
-        return assemble(self._state, self._scheduler, config=to_dict(self._config), **more)
-
-    def load(self, folder: Path) -> Loaded:
-        return load_into(folder, self._state, self._scheduler, config=to_dict(self._config))
-
     def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, LossSum]:
-        output, _ = forward_step(iter([Work(microbatch, {})]), self._engine)
-        return sum_of_losses(output)
+        return sum_of_losses(forward_step(iter([Work(microbatch, {})]), self._engine)[0])
 
     def _update(self, grad_norm: float) -> None:
         if self._config.optimizer.grad_clip > 0:

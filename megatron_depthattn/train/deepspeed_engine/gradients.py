@@ -24,7 +24,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from megatron_depthattn.train.step import clip_factor, squared_norm
 
 if TYPE_CHECKING:
-    from megatron_depthattn.train.deepspeed_engine.shards import Shard, Shards
+    from megatron_depthattn.train.deepspeed_engine.shards import Shards
 
 _HEAD_NORMS = ("q_layernorm", "k_layernorm")
 
@@ -37,7 +37,11 @@ def sum_over_tensor_ranks(shards: Shards, device: torch.device) -> None:
     """
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return
-    partial = [shard for shard in shards.held if _has_partial_gradient(shard)]
+    partial = [
+        shard
+        for shard in shards.held
+        if getattr(shard.parameter, "sequence_parallel", False) or any(name in shard.name for name in _HEAD_NORMS)
+    ]
     gradients = [shards.gradient(shard) for shard in partial]
     if not gradients:
         return
@@ -48,18 +52,11 @@ def sum_over_tensor_ranks(shards: Shards, device: torch.device) -> None:
         shards.set_gradient(shard, summed)
 
 
-def _has_partial_gradient(shard: Shard) -> bool:
-    return getattr(shard.parameter, "sequence_parallel", False) or any(name in shard.name for name in _HEAD_NORMS)
-
-
 def squared_gradient_norm(shards: Shards, device: torch.device) -> Tensor:
     """What this rank adds to the squared norm of the whole gradient, fp64 []."""
     counts_here = not shards.is_replicated or parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    return squared_norm(_counted_gradients(shards) if counts_here else [], device)
-
-
-def _counted_gradients(shards: Shards) -> list[Tensor]:
-    return [shards.gradient(shard) for shard in shards.held if param_is_not_tensor_parallel_duplicate(shard.parameter)]
+    held = [shard for shard in shards.held if counts_here and param_is_not_tensor_parallel_duplicate(shard.parameter)]
+    return squared_norm([shards.gradient(shard) for shard in held], device)
 
 
 @torch.no_grad()

@@ -57,34 +57,28 @@ class DeepSpeedState:
 
     @torch.no_grad()
     def sharded(self, *, is_loading: bool) -> dict[str, Any]:
-        return self._to_load() if is_loading else self._to_save()
-
-    def _to_load(self) -> dict[str, Any]:
-        self._loading = {
-            (name, state): torch.empty(shard.size, dtype=torch.float32)
-            for name, shard in self._held.items()
-            for state in STATES
-        }
-        parts = [
-            part
-            for (name, state), values in self._loading.items()
-            for part in self._state_parts(name, state, self._held[name].start, values)
-        ]
-        return self.sharded_weights() | {"optimizer": {"param_state": parts}}
-
-    def _to_save(self) -> dict[str, Any]:
         weights: dict[str, list[ShardedTensor]] = {}
         parts: list[ShardedTensor] = []
         for name, shard in self._held.items():
-            first, last = self._share(shard.size)
+            whole = self._template.weights[name]
+            first, last = (0, shard.size) if is_loading else self._share(shard.size)
             for state in STATES:
-                values = self._shards.read(shard, state)[first:last]
-                parts += self._state_parts(name, state, shard.start + first, values)
-                if state == MASTER and first < last:
-                    whole = self._template.weights[name]
+                if is_loading:
+                    values = self._loading[name, state] = torch.empty(shard.size, dtype=torch.float32)
+                else:
+                    values = self._shards.read(shard, state)[first:last]
+                parts += range_parts(whole, shard.start + first, values, f"optimizer.state.{state}.")
+                if not is_loading and state == MASTER and first < last:
                     weights[name] = range_parts(whole, shard.start + first, values.to(whole.data.dtype))
+        if is_loading:
+            return self.sharded_weights() | {"optimizer": {"param_state": parts}}
+        groups = [
+            # The optimizer's settings, with the step where Megatron keeps it.
+            {key: value for key, value in group.items() if key != "params"} | {"step": self._shards.num_steps}
+            for group in self._param_groups
+        ]
         optimizer = {
-            "optimizer": {"param_groups": self._groups_without_parameters()},
+            "optimizer": {"param_groups": groups},
             "param_state_sharding_type": SAVED_METADATA["distrib_optim_sharding_type"],
             "param_state": parts,
         }
@@ -118,19 +112,9 @@ class DeepSpeedState:
         for name, parameter in self._named.items():
             self._shards.set_weights(parameter, loaded["model0"][name])
 
-    def _state_parts(self, name: str, state: str, start: int, values: Tensor) -> list[ShardedTensor]:
-        return range_parts(self._template.weights[name], start, values, f"optimizer.state.{state}.")
-
     def _share(self, size: int) -> tuple[int, int]:
         """Which of a shard's elements this rank writes: all, but for an even share of what every rank holds."""
         if not self._shards.is_replicated:
             return 0, size
         rank, ranks = self._group.rank(), self._group.size()
         return size * rank // ranks, size * (rank + 1) // ranks
-
-    def _groups_without_parameters(self) -> list[dict[str, Any]]:
-        """The optimizer's settings, with the step where Megatron keeps it."""
-        return [
-            {key: value for key, value in group.items() if key != "params"} | {"step": self._shards.num_steps}
-            for group in self._param_groups
-        ]

@@ -11,14 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megatron_depthattn.config import RunConfig, save_config
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
 
@@ -26,27 +24,22 @@ class Reporter:
     """Writes a run's record; on ranks other than 0 every method does nothing.
 
     Args:
-        config: for the run's folder and the steps between lines on the console.
+        run_dir: the run's folder.
         is_writer: whether this process writes.
+        log_interval: steps between lines on the console.
         first_step: steps already done; what the files say about later ones (of a run that was cut off) is dropped.
         last_step: the step at which the run ends, for the ETA.
     """
 
-    def __init__(self, config: RunConfig, *, is_writer: bool, first_step: int, last_step: int) -> None:
-        self.is_writer = is_writer
-        self.last_step, self.log_interval = last_step, config.train.log_interval
+    def __init__(self, run_dir: Path, *, is_writer: bool, log_interval: int, first_step: int, last_step: int) -> None:
+        self.is_writer, self.last_step, self.log_interval = is_writer, last_step, log_interval
         if not is_writer:
             return
-        run_dir = Path(config.run.dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
         self._path = run_dir / METRICS
         drop_steps_after(self._path, first_step)
         self._metrics, self._log = AppendFile(self._path), AppendFile(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard"
         self._tensorboard: SummaryWriter | None = _curve_writer(self._curves, purge_step=first_step + 1)
-        self._progress = _progress_bar() if sys.stdout.isatty() else None
-        self._task = self._progress.add_task("train", total=last_step, completed=first_step) if self._progress else None
         self._is_waiting = False
         self._started, self._first_step = time.monotonic(), first_step
 
@@ -56,10 +49,7 @@ class Reporter:
             return
         for text in texts:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            if self._progress:  # keeps the bar below the line
-                self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-            else:
-                _print(text, sys.stdout)
+            _print(text, sys.stdout)
 
     def warn(self, texts: Iterable[str]) -> None:
         """Lines that nobody should miss: on stderr as well."""
@@ -79,15 +69,8 @@ class Reporter:
             self.warn([f"{METRICS} cannot be written: {self._metrics.problem}; its lines wait in memory"])
         self._is_waiting = self._metrics.problem is not None
         self._draw(metrics)
-        if self._progress and self._task is not None:
-            if not self._progress.live.is_started:
-                self._progress.start()
-            self._progress.update(self._task, completed=step, description=f"loss {_number(metrics['loss'], '.3f')}")
         if step % self.log_interval == 0 or step == self.last_step or metrics["eval_loss"] is not None:
             self.lines([self._text(metrics)])
-        if self._progress and step == self.last_step:
-            self._progress.stop()
-            self._progress = None
 
     def lacks_held_out(self, step: int) -> bool:
         """Whether the record has this step without a held-out loss; on the rank that writes."""
@@ -114,8 +97,6 @@ class Reporter:
     def close(self) -> None:
         """Flush and close everything."""
         if self.is_writer:
-            if self._progress:
-                self._progress.stop()
             if self._tensorboard:
                 with contextlib.suppress(OSError):
                     self._tensorboard.close()
@@ -158,16 +139,3 @@ def _curve_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def _progress_bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stdout),
-    )
