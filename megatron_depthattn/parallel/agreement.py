@@ -21,7 +21,7 @@ def check_same_on_all_ranks(what: str, digest: str) -> None:
         )
 
 
-def describe_hops(config: DepthAttentionConfig, *, rows: int, bytes_per_element: int) -> list[str]:
+def describe_transfers(config: DepthAttentionConfig, *, rows: int, bytes_per_element: int) -> list[str]:
     """One line per pipeline edge: the sources that cross it and the bytes of one micro-batch, one way; for people.
 
     Args:

@@ -24,12 +24,14 @@ def main() -> int:
     silence_libraries()
 
     environment = LaunchEnvironment(rank=0, world_size=1, local_rank=0, launched=False)
+    is_mistake_of_all = True
     try:
         environment = launch_environment()
         signals.rank = environment.rank
         # the config first: a mistake in it is reported before torch is imported
         config = load_config(arguments.config, arguments.overrides)
         validate(config, environment.world_size)
+        is_mistake_of_all = False
         from megatron_depthattn.train.loop import train
 
         return train(config, environment, signals)
@@ -38,19 +40,21 @@ def main() -> int:
     except BaseException as error:  # torch's CheckpointException is no Exception
         is_stopped = signals.received and signals.nothing_to_save
         if not (is_stopped and is_secondary_failure(error)):  # another rank got the signal too
-            _report_error(error, environment)
+            is_told_by_rank_0 = is_mistake_of_all and isinstance(error, ValueError) and environment.rank > 0
+            _report_error(error, environment, is_printed=not is_told_by_rank_0)
         if is_stopped:
             signals.leave(signals.received)
     return 1
 
 
-def _report_error(error: BaseException, environment: LaunchEnvironment) -> None:
+def _report_error(error: BaseException, environment: LaunchEnvironment, *, is_printed: bool) -> None:
     """On stderr, as one line where the user can fix it; also recorded for the launcher."""
     is_one_line = isinstance(error, ValueError | OSError | RunError)
     line = f"error (rank {environment.rank}): {error}"
     text = line if is_one_line else "".join(traceback.format_exception(error))
     write_error_record(environment, error, text)
-    print(printable(text), file=sys.stderr, flush=True)
+    if is_printed:
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this module again

@@ -47,19 +47,18 @@ class Attempt(NamedTuple):
     """What each rank had to say beside its part of loss and norm, by rank."""
 
 
-class Place(NamedTuple):
-    """A rank, by the names that a log needs."""
+class RankCoordinates(NamedTuple):
+    """A rank and where it is in the layout."""
 
     rank: int
     data_rank: int
     stage: int
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """The first tensor of one microbatch that was not finite, in one direction, on one chunk of one rank."""
 
-    place: Place
+    place: RankCoordinates
     direction: Direction
     microbatch: int
     chunk: int
@@ -98,29 +97,40 @@ def diagnose(
     Returns:
         Lines for the log, the earliest offender first.
     """
-    place = Place(
-        dist.get_rank(), parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    )
     stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    place = RankCoordinates(dist.get_rank(), parallel_state.get_data_parallel_rank(), stage)
     models: list[GPTModel] = unwrap_model(list(chunks))
-    weights = [line for model in models for line in _broken_weights(model)]
+    weights = [
+        f"{_readable(path)} ({_count_values(parameter)})"
+        for model in models
+        for path, parameter in globally_named_parameters(model)
+        if not math.isfinite(_largest(parameter))
+    ]
     with ExitStack() as hooks:
         now = _Moment()
-        probes = [
-            _Probe(model, place, chunk=place.stage + index * stages, now=now, hooks=hooks)
-            for index, model in enumerate(models)
-        ]
+        probes = [_Probe(model, place, stage + index * stages, now, hooks) for index, model in enumerate(models)]
         second = replay()
     largest = max(probe.largest_gradient for probe in probes)
     findings = [finding for probe in probes for finding in probe.sent()]
-    if math.isfinite(second.loss) and math.isfinite(second.grad_norm):
-        findings = [_loss_finding(place, microbatch) for microbatch in suspects[:_MAX_SENT]]
+    is_transient = math.isfinite(second.loss) and math.isfinite(second.grad_norm)
+    if is_transient:  # all that is known: whose loss it reached; any rank of that replica may be at fault
+        what = ("loss of the first run", "not finite, on some rank of its replica")
+        findings = [Finding(place, "forward", microbatch, 0, 0, *what) for microbatch in suspects[:_MAX_SENT]]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (place, weights, findings, largest))
 
-    lines = _weight_lines([(place, weights) for place, weights, _, _ in everyone])
+    broken: dict[str, list[RankCoordinates]] = defaultdict(list)
+    for where, names, _, _ in everyone:
+        for name in names:
+            broken[name].append(where)
+    lines = [
+        f"{_where(places)}: the weights are not finite already before this step: {name}"
+        for name, places in broken.items()
+    ]
+    lines = lines[:MAX_LINES] + _count_line(len(lines) - MAX_LINES, "more weights that are not finite")
     origins = _origins(finding for _, _, findings, _ in everyone for finding in findings)
-    if math.isfinite(second.loss) and math.isfinite(second.grad_norm):
+    if is_transient:
         lines.append(
             f"run again, the same microbatches gave loss {second.loss:.6g} and gradient norm {second.grad_norm:.6g}: "
             "not reproduced, a transient fault (hardware?) or a nondeterministic kernel"
@@ -131,17 +141,10 @@ def diagnose(
             "run again, every output and every gradient of a microbatch is finite: the sum over microbatches and "
             f"ranks, or its norm, overflows; the largest gradient is that of {name} on rank {where.rank}, {size:.3g}"
         )
-    shown, left_out = origins[:MAX_LINES], origins[MAX_LINES:]
+    shown = origins[:MAX_LINES]
     ids = _gather_sample_ids({finding.chain for group in shown for finding in group}, place, sample_ids)
     lines += [_origin_line(group, ids, len(sample_ids)) for group in shown]
-    return lines + _count_line(len(left_out), "more places where values stopped being finite")
-
-
-def _loss_finding(place: Place, microbatch: int) -> Finding:
-    """All that is known of a fault that went away: whose loss it reached. Any rank of that replica may be at fault."""
-    return Finding(
-        place, "forward", microbatch, 0, 0, "loss of the first run", "not finite, on some rank of its replica"
-    )
+    return lines + _count_line(len(origins) - MAX_LINES, "more places where values stopped being finite")
 
 
 @dataclass
@@ -159,7 +162,7 @@ class _Probe:
     module backward hooks would turn outputs into views, which Megatron's schedules refuse to free.
     """
 
-    def __init__(self, model: GPTModel, place: Place, chunk: int, now: _Moment, hooks: ExitStack) -> None:
+    def __init__(self, model: GPTModel, place: RankCoordinates, chunk: int, now: _Moment, hooks: ExitStack) -> None:
         self.largest_gradient = (0.0, "")
         self._place, self._chunk, self._now = place, chunk, now
         self._findings: dict[tuple[Direction, int], Finding] = {}
@@ -269,25 +272,6 @@ def _readable(path: str) -> str:
 # ---- from every rank's findings to lines
 
 
-def _broken_weights(model: GPTModel) -> Iterator[str]:
-    for path, parameter in globally_named_parameters(model):
-        if not math.isfinite(_largest(parameter)):
-            yield f"{_readable(path)} ({_count_values(parameter)})"
-
-
-def _weight_lines(weights: Iterable[tuple[Place, list[str]]]) -> list[str]:
-    """One line for each weight that is not finite: then the step is not to blame."""
-    places: dict[str, list[Place]] = defaultdict(list)
-    for place, names in weights:
-        for name in names:
-            places[name].append(place)
-    lines = [
-        f"{_where(where)}: the weights are not finite already before this step: {name}"
-        for name, where in places.items()
-    ]
-    return lines[:MAX_LINES] + _count_line(len(lines) - MAX_LINES, "more weights that are not finite")
-
-
 def _origins(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Where values stopped being finite, earliest first; each as the findings that share a replica and a tensor."""
     chains: dict[tuple[int, int], list[Finding]] = defaultdict(list)
@@ -303,7 +287,7 @@ def _origins(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 
 def _gather_sample_ids(
-    chains: set[tuple[int, int]], place: Place, sample_ids: Sequence[list[int] | None]
+    chains: set[tuple[int, int]], place: RankCoordinates, sample_ids: Sequence[list[int] | None]
 ) -> dict[tuple[int, int], list[int]]:
     """The samples of the microbatches in question, which only the first and the last stage know."""
     mine = {chain: sample_ids[chain[1]] for chain in chains if chain[0] == place.data_rank}
@@ -323,7 +307,7 @@ def _origin_line(group: list[Finding], ids: dict[tuple[int, int], list[int]], nu
     )
 
 
-def _where(places: list[Place]) -> str:
+def _where(places: list[RankCoordinates]) -> str:
     def numbers(name: str, values: Iterable[int]) -> str:
         distinct = sorted(set(values))
         return f"{name}{'s' if len(distinct) > 1 else ''} {_listed(distinct)}"

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.model.flops import ForwardFlops
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
-from megatron_depthattn.parallel.agreement import describe_hops
+from megatron_depthattn.parallel.agreement import describe_transfers
 from megatron_depthattn.train.history import DELIBERATE
 from megatron_depthattn.train.metrics import decoder_shape, peak_memory_gb
 from megatron_depthattn.train.step_folders import Progress
@@ -20,23 +20,23 @@ from megatron_depthattn.train.step_folders import Progress
 def opening_lines(
     config: RunConfig, megatron: DepthAttentionConfig, flops: ForwardFlops, world_size: int, start: str
 ) -> list[str]:
-    """The model, the layout, what every pipeline hop costs, and where the run starts."""
+    """The model, the layout, what every transfer between stages costs, and where the run starts."""
     model, parallel = config.model, config.parallel
     loops = f" run {model.num_loops} times" if model.num_loops > 1 else ""
     return [
         f"model: {decoder_shape(config).parameters / 1e6:.1f} M parameters, {model.num_layers} layers{loops} x "
         f"{model.hidden_size}, {model.num_attention_heads} heads / {model.num_query_groups} KV heads, "
         f"{config.precision.dtype}",
-        depth_line(megatron, flops),
+        _depth_line(megatron, flops),
         f"layout: {world_size} ranks = data {world_size // (parallel.tensor * parallel.pipeline * parallel.context)} x "
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
         f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage)",
-        *hop_lines(config, megatron),
+        *_transfer_lines(config, megatron),
         f"start: {start}",
     ]
 
 
-def depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
+def _depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
     """What layers share and its arithmetic in one line."""
     cost = f"{100 * flops.mix / flops.total:.3f} % of the forward arithmetic"
     if definition := megatron.method_definition:
@@ -52,17 +52,14 @@ def depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
     )
 
 
-def hop_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
+def _transfer_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
     """One line per pipeline edge; none without pipelining or for a vanilla model."""
     if not megatron.shares_over_layers:
         return []
     parallel = config.parallel
     positions = config.data.sequence_length // parallel.context // (parallel.tensor if parallel.sequence else 1)
-    return describe_hops(
-        megatron,
-        rows=config.train.micro_batch_size * positions,
-        bytes_per_element=2 if config.precision.dtype == "bf16" else 4,
-    )
+    size = 2 if config.precision.dtype == "bf16" else 4
+    return describe_transfers(megatron, rows=config.train.micro_batch_size * positions, bytes_per_element=size)
 
 
 class Cost:
@@ -114,17 +111,12 @@ class Cost:
             return [*lines, f"{stopped}, saved: start the same command again"]
         if end["outcome"] == "not finite":
             return lines
-        return [
-            *lines,
-            f"record: {config.run.dir}/metrics.jsonl",
-            "",
-            *next_lines(config, world_size),
-        ]
+        return [*lines, f"record: {config.run.dir}/metrics.jsonl", "", *next_lines(config)]
 
 
-def next_lines(config: RunConfig, world_size: int) -> list[str]:
-    """What to try after this run: commands that hold for its method, its layout and its folders."""
-    run_dir, method, parallel = config.run.dir, config.model.effective_method, config.parallel
+def next_lines(config: RunConfig) -> list[str]:
+    """What to try after this run: commands that hold for its method and its folders."""
+    run_dir, method = config.run.dir, config.model.effective_method
     tensorboard = Path(sys.executable).with_name("tensorboard")
     program = str(tensorboard) if tensorboard.exists() else f"{sys.executable} -m tensorboard.main"
     hints = {
@@ -140,11 +132,6 @@ def next_lines(config: RunConfig, world_size: int) -> list[str]:
     hints["compare"] = f"depthattn compare {run_dir} OTHER_RUN_DIR"
     if method == "depth_attention" and config.model.depth_attention.stride != 1:
         hints["denser"] = "model.depth_attention.stride=1 (every layer reads every earlier one)"
-    heads = config.model.num_query_groups
-    if parallel.tensor == 1 and world_size > 1 and heads % world_size == 0 and config.engine.name == "megatron":
-        one = "parallel.virtual_pipeline=1 " if parallel.virtual_pipeline > 1 else ""
-        others = f"{one}parallel.pipeline=1 parallel.context=1"
-        hints["layout"] = f"parallel.tensor={world_size} parallel.sequence=true {others} (the same losses)"
     return [
         "what to try next (one setting each; another run.dir for every run but a longer one):",
         *(f"  {name:<9} {hint}" for name, hint in hints.items()),

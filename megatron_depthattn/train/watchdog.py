@@ -22,9 +22,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import psutil
@@ -55,7 +55,7 @@ class Heartbeat(NamedTuple):
     phase: str
 
 
-class Watchdog:
+class Watchdog(AbstractContextManager["Watchdog"]):
     """Ends this process, and through the store every other rank, when the loop stops calling `heartbeat`.
 
     Use it as a context manager or call `close`: what is not closed keeps watching.
@@ -89,9 +89,7 @@ class Watchdog:
         self._started = psutil.Process().create_time()
         self._beat: Heartbeat | None = None
         self._closed, self._alarmed = threading.Event(), threading.Event()
-        self._store: Any = dist.PrefixStore(  # Any: torch's type stubs lack `append`
-            "watchdog", store.clone()
-        )
+        self._store: Any = dist.PrefixStore("watchdog", store.clone())  # Any: torch's type stubs lack `append`
         self._store.set_timeout(timedelta(seconds=max(1.0, self.grace)))
         self._threads = [
             threading.Thread(target=self._watch, name="watchdog", daemon=True),
@@ -115,12 +113,7 @@ class Watchdog:
             thread.join(timeout=2.0)
         faulthandler.cancel_dump_traceback_later()
 
-    def __enter__(self) -> Watchdog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- watching
@@ -170,11 +163,11 @@ class Watchdog:
     def _report(self) -> None:
         """Write the stacks and, meanwhile, talk to the others; where one fails or blocks the other is still done."""
         stamp = time.strftime("%Y%m%dT%H%M%S")
-        _say(f"watchdog: rank {self.rank} {self._what_happened()}; main thread: {_chain(main_thread_frames(6))}")
+        _say(f"watchdog: rank {self.rank} {self._what_happened()}; main thread: {main_thread(6)}")
         path = self.folder / f"{stamp}_rank_{self.rank}.txt"
         stacks = threading.Thread(target=self._try, args=(lambda: self._write_stacks(path),), daemon=True)
         stacks.start()
-        answers = {self.rank: self._state() | {"where": _chain(main_thread_frames(3))}}
+        answers = {self.rank: self._state() | {"where": main_thread(3)}}
         self._try(lambda: answers.update(self._exchange_answers(answers[self.rank])))
         lines = [f"hang: no heartbeat for {self.timeout:g} s"] if self.rank == min(answers) else []
         self._try(lambda: lines.extend(self._silent_ranks(answers)))
@@ -203,13 +196,9 @@ class Watchdog:
     def _write_stacks(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
-            print(
-                f"rank {self.rank} on {self._host}, pid {self._pid}: {self._what_happened()}\n", file=file, flush=True
-            )
+            file.write(f"rank {self.rank} on {self._host}, pid {self._pid}: {self._what_happened()}\n\n")
+            file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    print(f"child {child.pid} {child.name()}: {child.status()}", file=file)
 
     def _exchange_answers(self, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """Raise the alarm, answer, and after the time of grace read who answered."""
@@ -246,17 +235,13 @@ class Watchdog:
         }
 
 
-def main_thread_frames(limit: int) -> list[str]:
+def main_thread(limit: int) -> str:
     """Where the main thread is, innermost first: ``file:line function``. Reads no source file: the disk may hang."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     frames: list[str] = []
     while frame is not None and len(frames) < limit:
         frames.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
-    return frames
-
-
-def _chain(frames: list[str]) -> str:
     return " < ".join(frames)
 
 

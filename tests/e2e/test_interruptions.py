@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import must_succeed, python
+from tests.e2e.forked_train import ForkedTrain
 
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
 
@@ -34,9 +35,9 @@ def history(run_dir: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(train: ForkedTrain, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    must_succeed(python("-m", "megatron_depthattn.train", config_file, f"run.dir={run_dir}", "train.steps=40"))
+    must_succeed(train(config_file, f"run.dir={run_dir}", "train.steps=40"))
     return run_dir
 
 
@@ -118,32 +119,36 @@ def flip_a_bit(folder: Path) -> None:
     file.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(undisturbed: Path, config_file: Path, tmp_path: Path):
+def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(
+    train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path
+):
     run_dir = shutil.copytree(undisturbed, tmp_path / "run")
     checkpoints = run_dir / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_00000036", "step_00000040"]
     flip_a_bit(checkpoints / "step_00000040")
-    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={run_dir}", "train.steps=40")
-    refused = python(*command, "checkpoint.load=step_00000040")
+    command = (config_file, f"run.dir={run_dir}", "train.steps=40")
+    refused = train(*command, "checkpoint.load=step_00000040")
     assert refused.returncode == 1
     assert "checkpoint.load=step_00000040 is damaged" in refused.stderr
-    result = must_succeed(python(*command, "checkpoint.load=latest"))
+    result = must_succeed(train(*command, "checkpoint.load=latest"))
     assert "DAMAGED CHECKPOINT" in result.stderr and "step_00000040.damaged; falling back" in result.stderr
     assert "start: " + str(checkpoints / "step_00000036") in result.stdout
     assert trajectory(run_dir) == trajectory(undisturbed)
     assert (checkpoints / "step_00000040.damaged").is_dir(), "nothing is thrown away"
     for folder in checkpoints.glob("step_????????"):
         flip_a_bit(folder)
-    result = python(*command, "checkpoint.load=latest")
+    result = train(*command, "checkpoint.load=latest")
     assert result.returncode == 1, "with every checkpoint damaged the run must not begin anew by itself"
     assert "all 2 checkpoints in" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_another_run_leaves_the_checkpoints_alone(undisturbed: Path, config_file: Path, tmp_path: Path):
+def test_another_run_leaves_the_checkpoints_alone(
+    train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path
+):
     checkpoints = undisturbed / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in (checkpoints, *checkpoints.rglob("*"))}
     settings = (f"run.dir={tmp_path}", f"checkpoint.dir={checkpoints}", "checkpoint.load=latest", "train.steps=60")
-    result = python("-m", "megatron_depthattn.train", config_file, *settings)
+    result = train(config_file, *settings)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     run_id = history(undisturbed)[0]["run_id"]
@@ -154,27 +159,29 @@ def test_another_run_leaves_the_checkpoints_alone(undisturbed: Path, config_file
 EXPLODING = ("optimizer.lr=1e30", "optimizer.warmup_ratio=0", "optimizer.grad_clip=0", "checkpoint.load=latest")
 
 
-def test_non_finite_stops_before_the_optimizer_and_a_restart_loop_ends(config_file: Path, tmp_path: Path):
+def test_non_finite_stops_before_the_optimizer_and_a_restart_loop_ends(
+    train: ForkedTrain, config_file: Path, tmp_path: Path
+):
     """A learning rate that blows the weights up: the step that is not finite changes and saves nothing."""
     settings = (*EXPLODING, "checkpoint.interval=1", "train.max_restarts_without_progress=1")
-    command = ("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", *settings)
-    result = python(*command)
+    command = (config_file, f"run.dir={tmp_path}", *settings)
+    result = train(*command)
     assert result.returncode == 1
     assert "not finite, so the optimizer was not stepped" in result.stderr
     assert "sample ids" in result.stderr and "layer" in result.stderr
     steps = records(tmp_path)
     assert (tmp_path / "checkpoints/latest").read_text().strip() == f"step_{len(steps):08d}"
     assert history(tmp_path)[-1]["outcome"] == "not finite"
-    again = python(*command)  # from the newest checkpoint now: a first start from there
+    again = train(*command)  # from the newest checkpoint now: a first start from there
     assert "not finite, so the optimizer was not stepped" in again.stderr
-    refused = python(*command)
+    refused = train(*command)
     assert refused.returncode == 1
     assert f"the last 1 starts all began at step {len(steps)} and none reached another checkpoint" in refused.stderr
 
 
-def test_skipped_steps_are_counted_and_have_an_end(config_file: Path, tmp_path: Path):
+def test_skipped_steps_are_counted_and_have_an_end(train: ForkedTrain, config_file: Path, tmp_path: Path):
     settings = (*EXPLODING, "train.on_non_finite=skip", "train.max_skipped_in_a_row=2", "train.eval_interval=null")
-    result = python("-m", "megatron_depthattn.train", config_file, f"run.dir={tmp_path}", *settings)
+    result = train(config_file, f"run.dir={tmp_path}", *settings)
     assert result.returncode == 1
     assert "3 steps in a row, more than train.max_skipped_in_a_row=2" in result.stderr
     steps = records(tmp_path)

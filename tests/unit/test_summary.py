@@ -7,9 +7,9 @@ from megatron_depthattn.train.summary import Cost, next_lines
 GOODPUT = {"goodput": 1.0, "useful_seconds": 1.0, "wall_seconds": 1.0, "starts": 1}
 
 
-def hints(*settings: str, world_size: int = 1) -> str:
+def hints(*settings: str) -> str:
     config = load_config("configs/quickstart.yaml", ["run.dir=runs/own", "parallel.pipeline=1", *settings])
-    return "\n".join(next_lines(config, world_size))
+    return "\n".join(next_lines(config))
 
 
 def test_hints_fit_the_method():
@@ -24,12 +24,6 @@ def test_hints_name_the_run_s_own_folders():
     text = hints("checkpoint.dir=elsewhere/steps")
     assert "--checkpoint elsewhere/steps --output runs/own/hf" in text
     assert "depthattn compare runs/own " in text and "--logdir runs/own" in text
-
-
-def test_another_layout_is_offered_where_there_are_ranks_for_it():
-    assert "parallel.tensor" not in hints()
-    assert "parallel.tensor=2" in hints("parallel.pipeline=2", world_size=2)
-    assert "parallel.tensor" not in hints("parallel.tensor=2", world_size=2)
 
 
 def test_one_held_out_loss_is_said_once():
