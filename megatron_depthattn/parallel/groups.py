@@ -15,7 +15,7 @@ from megatron_depthattn.parallel.patience import WaitedInVain, announced, within
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for the others before it gives up, at the least; for what comes before the first step, since
-later on `train.hang_timeout` is shorter and tells more."""
+later on `train.hang_timeout` is shorter and reports more."""
 
 
 def join_store(

@@ -1,5 +1,5 @@
 """The only place that touches environment variables: what torchrun (or nobody) says about this process, what steers
-communication, and what a library can be told in no other way."""
+communication, and what a library takes in no other way."""
 
 from __future__ import annotations
 

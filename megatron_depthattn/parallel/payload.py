@@ -1,6 +1,6 @@
 """What a pipeline stage hands to the next: one fresh tensor with named parts.
 
-Megatron's schedules send one tensor per hop, free its memory after the send, and run backward from it alone.
+Megatron's schedules send one tensor per transfer, free its memory after the send, and run backward from it alone.
 Sources that travelled beside the hidden state would lose their gradient without a word, and a view would keep its
 memory. So the parts are concatenated along the last dimension into a tensor of their own, and the names, widths and
 offsets live here, in one place, from which packing, unpacking, the message's size and the memory estimate follow.

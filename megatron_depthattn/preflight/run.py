@@ -35,7 +35,7 @@ from megatron_depthattn.preflight.describe import describe
 from megatron_depthattn.preflight.gather import gather
 from megatron_depthattn.preflight.report import RankReport, Requirements, from_json, to_json
 from megatron_depthattn.terminal import printable
-from megatron_depthattn.train.history import code_digest
+from megatron_depthattn.train.history import package_digest
 from megatron_depthattn.train.metrics import decoder_shape
 from megatron_depthattn.train.step_folders import complete_folders
 from megatron_depthattn.train.watchdog import Watchdog
@@ -184,7 +184,7 @@ def take_report(config: RunConfig, environment: LaunchEnvironment, reasons: Mapp
         address=machine.own_address(),
         device=machine.find_device(environment.local_rank),
         versions=versions,
-        code=code_digest(),
+        code=package_digest(),
         code_path=str(Path(megatron_depthattn.__file__).parent),
         config=config_digest(config),
         settings={key: str(operator.attrgetter(key)(config)) for key in config_keys()} | dict(reasons),

@@ -85,7 +85,7 @@ class EngineState(Protocol):
         """The weights alone, to be filled."""
 
     def take(self, loaded: dict[str, Any]) -> None:
-        """Go on with what was loaded into `sharded`."""
+        """Resume from what was loaded into `sharded`."""
 
     def take_weights(self, loaded: dict[str, Any]) -> None:
         """Begin with what was loaded into `sharded_weights`, and an optimizer that has not stepped."""

@@ -200,7 +200,13 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
             sequence_length=data.sequence_length,
             cache=data.cache,
         )
-        _check_vocabulary(corpus, vocab_size)
+        for stream in corpus.streams:
+            stored = (stream.manifest or {}).get("vocab_size")
+            if stored is not None and stored > vocab_size:
+                raise ValueError(
+                    f"model.vocab_size is {vocab_size}, but the data in {stream.path} was tokenised with {stored} "
+                    f"tokens: set model.vocab_size={stored} or prepare the data with a smaller tokenizer."
+                )
     except ValueError as error:
         mistake = error
     found: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
@@ -218,13 +224,3 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
         )
     assert corpus is not None
     return corpus
-
-
-def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
-    for stream in corpus.streams:
-        stored = (stream.manifest or {}).get("vocab_size")
-        if stored is not None and stored > vocab_size:
-            raise ValueError(
-                f"model.vocab_size is {vocab_size}, but the data in {stream.path} was tokenised with {stored} tokens: "
-                f"set model.vocab_size={stored} or prepare the data with a smaller tokenizer."
-            )

@@ -73,9 +73,8 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
             mix's op cannot run on this device.
     """
     mixes = config.model.effective_method == "depth_attention"
-    refusal = triton_refusal(device) if mixes and config.model.depth_attention.op == "triton" else None
-    if refusal is not None:
-        raise ValueError(f"model.depth_attention.op=triton {refusal}")
+    if mixes and config.model.depth_attention.op == "triton" and (reason := triton_refusal(device)):
+        raise ValueError(f"model.depth_attention.op=triton {reason}")
     if config.engine.name == "megatron":
         return MegatronEngine(config, device)
     if importlib.util.find_spec("deepspeed") is None:

@@ -28,7 +28,7 @@ DELIBERATE: frozenset[Outcome] = frozenset(["finished", "stop_after"])
 """Ends that the user asked for: what passes until the next start is not time that the run has lost."""
 
 
-def code_digest() -> str:
+def package_digest() -> str:
     """SHA-256 of this package's Python files, shortened, which identifies a version of the code."""
     root = Path(megatron_depthattn.__file__).parent
     digest = hashlib.sha256()

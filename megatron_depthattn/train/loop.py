@@ -8,7 +8,6 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -27,10 +26,10 @@ from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.depth_record import DepthRecord
-from megatron_depthattn.train.engine import Engine, build_engine
+from megatron_depthattn.train.engine import build_engine
 from megatron_depthattn.train.exchange import RankStatus
 from megatron_depthattn.train.hardware import for_this_machine
-from megatron_depthattn.train.history import Outcome, RunHistory, code_digest
+from megatron_depthattn.train.history import Outcome, RunHistory, package_digest
 from megatron_depthattn.train.metrics import Meter, forward_flops, peak_memory_gb, peak_tflops
 from megatron_depthattn.train.owner import check_owner, claim_checkpoints, lock_run
 from megatron_depthattn.train.reporter import Reporter
@@ -101,11 +100,8 @@ class Training:
         signals.only_note()
         self.history, self.run_id = self._enter_history(start, config_digest(given))
         self.sample_log = SampleLog(self.run_dir, is_on=config.data.log_samples, first_step=self.progress.step)
-        self.flops, tokens = (
-            forward_flops(config, megatron),
-            config.train.global_batch_size * config.data.sequence_length,
-        )
-        self.meter = Meter(tokens, self.flops, self.world_size, peak_tflops(config))
+        flops, tokens = forward_flops(config, megatron), config.train.global_batch_size * config.data.sequence_length
+        self.meter = Meter(tokens, flops, self.world_size, peak_tflops(config))
         self.report = Reporter(
             self.run_dir,
             is_writer=environment.rank == 0,
@@ -123,7 +119,7 @@ class Training:
         begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
         last_sample = config.train.steps * config.train.global_batch_size
         self.report.lines(preflight)
-        self.report.lines(opening_lines(config, megatron, self.flops, self.world_size, begins))
+        self.report.lines(opening_lines(config, megatron, flops, self.world_size, begins))
         self.report.lines(self.engine.describe())
         self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
         self.report.lines(loaded.notes)
@@ -146,11 +142,11 @@ class Training:
                 self.checkpoints.finish()  # one may still be under way
                 self._end("not finite")
                 raise
-            if self.agreement.stop_signal:
-                self._end("signal", signal=signal.Signals(self.agreement.stop_signal).name)
-                return EXIT_REQUEUE
-            self._end("finished" if self.progress.step >= self.config.train.steps else "stop_after")
-            return 0
+        if self.agreement.stop_signal:
+            self._end("signal", signal=signal.Signals(self.agreement.stop_signal).name)
+            return EXIT_REQUEUE
+        self._end("finished" if self.progress.step >= self.config.train.steps else "stop_after")
+        return 0
 
     def close(self) -> None:
         """Leave the world."""
@@ -186,14 +182,17 @@ class Training:
         """
         step = self.progress.step + 1
         started, waited = time.monotonic(), self.batches.data_seconds
-        if not self.agreement.may_go_on(self.batches):
+        if not self.agreement.may_continue(self.batches):
             return False
         self.signals.nothing_to_save = False
         self.engine.advance_schedule()
         microbatches = self.batches.next()
         waited = self.batches.data_seconds - waited
         with self.depth.recording(step):
-            result = self.engine.train_step(microbatches, lambda: self._status(waited))
+            result = self.engine.train_step(
+                microbatches,
+                lambda: RankStatus(waited, peak_memory_gb(), self.signals.received, self.batches.has_next),
+            )
         seconds = time.monotonic() - started
         ranks = [RankStatus(*status) for status in result.statuses]
         self.agreement.note(ranks, self.batches)
@@ -214,26 +213,31 @@ class Training:
         self.report.step(record)
         return True
 
-    def _status(self, data_seconds: float) -> RankStatus:
-        return RankStatus(data_seconds, peak_memory_gb(), self.signals.received, self.batches.has_next)
-
     def _is_evaluation_due(self) -> bool:
         train, step = self.config.train, self.progress.step
         return step == train.steps or _is_due(step, train.eval_interval)
 
     def _evaluate(self) -> float | None:
-        """The held-out loss; None without an evaluation, or if it was dropped because some rank was asked to stop."""
-        held_out = self.held_out
+        """Mean held-out loss in nats per token over the first ``train.eval_batches`` global batches of the val split.
+
+        None without an evaluation, or if it was dropped because some rank was asked to stop.
+        """
+        held_out, train = self.held_out, self.config.train
         if held_out is None:
             return None
-
-        def may_go_on() -> bool:
-            self._heartbeat("evaluation")
-            return self.agreement.may_go_on(held_out)
-
-        loss = evaluate(self.config.train, self.engine, held_out, may_go_on)
-        if loss is not None:
-            self.cost.add_held_out(self.progress.step, loss)
+        num_batches = max(1, min(train.eval_batches, held_out.num_samples // train.global_batch_size))
+        held_out.seek(0)
+        losses = []
+        with self.engine.evaluating():
+            for _ in range(num_batches):
+                self._heartbeat("evaluation")
+                if not self.agreement.may_continue(held_out):
+                    return None
+                losses.append(self.engine.loss(held_out.next()))
+        loss = sum(losses) / num_batches
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")
+        self.cost.add_held_out(self.progress.step, loss)
         return loss
 
     def _watch(self) -> AbstractContextManager[Watchdog | None]:
@@ -275,7 +279,7 @@ class Training:
             step, limit = self.progress.step, self.config.train.max_restarts_without_progress
             history = RunHistory(self.run_dir, self.claim.run_id)
             start.warnings += self.claim.notes
-            version = f"{config}-{code_digest()}"
+            version = f"{config}-{package_digest()}"
             history.check_restart_loop(step, version, limit)
             if is_own_checkpoint(start.folder, self.checkpoint_dir):
                 left = quarantine_after(self.checkpoint_dir, step)
@@ -297,27 +301,6 @@ class Training:
             self.report.warn([f"the end of this run is not on record: {error}"])
             return
         self.report.lines(self.cost.closing_lines(self.config, self.progress, self.world_size, record))
-
-
-def evaluate(
-    train: TrainConfig, engine: Engine, held_out: GlobalBatches, may_go_on: Callable[[], bool]
-) -> float | None:
-    """Mean loss in nats per token over the first ``train.eval_batches`` global batches of the val split.
-
-    None where ``may_go_on``, asked before each of them, says no.
-    """
-    num_batches = max(1, min(train.eval_batches, held_out.num_samples // train.global_batch_size))
-    held_out.seek(0)
-    losses = []
-    with engine.evaluating():
-        for _ in range(num_batches):
-            if not may_go_on():
-                return None
-            losses.append(engine.loss(held_out.next()))
-    loss = sum(losses) / num_batches
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")
-    return loss
 
 
 def _collective_timeout(hang_timeout: float | None) -> timedelta:

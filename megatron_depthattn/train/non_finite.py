@@ -30,7 +30,7 @@ from megatron_depthattn.model.initialization import globally_named_parameters
 MAX_LINES = 8
 """Offenders that are named, of the weights and of the step; the others are counted."""
 _MAX_SENT = 16
-"""Offending microbatches that a rank tells the others about; broken weights make every one of them offend."""
+"""Offending microbatches that a rank reports to the others; broken weights make every one of them offend."""
 _MAX_IDS = 32
 
 Direction = Literal["forward", "backward"]
@@ -159,7 +159,7 @@ class _Probe:
     """Looks at every module's outputs, at their gradients and at the parameters' gradients, on one chunk.
 
     Nothing is changed: no hook returns a value, and gradients are looked at through hooks on the tensors, since
-    module backward hooks would turn outputs into views, which Megatron's schedules refuse to free.
+    module backward hooks would turn outputs into views, which Megatron's schedules cannot free.
     """
 
     def __init__(self, model: GPTModel, place: RankCoordinates, chunk: int, now: _Moment, hooks: ExitStack) -> None:

@@ -11,7 +11,7 @@ from megatron_depthattn.config import CheckpointConfig
 from megatron_depthattn.train.errors import RunError
 from megatron_depthattn.train.reporter import Reporter
 from megatron_depthattn.train.save import CheckpointSaver, SaveOutcome
-from megatron_depthattn.train.step_folders import Progress, newest_step
+from megatron_depthattn.train.step_folders import Progress, complete_folders
 
 FINAL_ATTEMPTS = 3
 PAUSE_SECONDS = 10.0
@@ -102,8 +102,8 @@ class RunCheckpoints:
                 self._report.warn([outcome.warning])
         else:
             try:
-                newest = newest_step(self._directory) if self._report.is_writer else None
-                left = "there is none yet" if newest is None else f"the newest complete one is of step {newest}"
+                folders = complete_folders(self._directory) if self._report.is_writer else []
+                left = f"the newest complete one is {folders[-1].name}" if folders else "there is none yet"
             except OSError as error:
                 left = f"the folder cannot be read: {error}"
             self._report.warn([f"CHECKPOINT OF STEP {outcome.step} NOT WRITTEN: {outcome.error}; {left}"])

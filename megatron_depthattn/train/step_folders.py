@@ -83,16 +83,6 @@ def read_latest(directory: Path) -> str | None:
     return name if _NAME.fullmatch(name) else None
 
 
-def newest_step(directory: Path) -> int | None:
-    """The step of the newest complete checkpoint."""
-    folders = complete_folders(directory)
-    return _step(folders[-1]) if folders else None
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
 def update_latest_and_rotate(final: Path, keep: int | None) -> str | None:
     """Let ``latest`` name a published folder, then drop all but the newest ``keep``; returns what went wrong, if so."""
     try:
@@ -127,8 +117,8 @@ def quarantine(folder: Path, why: str) -> Path:
 
 
 def quarantine_after(directory: Path, step: int) -> list[Path]:
-    """Set aside the checkpoints beyond ``step``: they are of a branch that the run which goes on there has left."""
-    later = [folder for folder in complete_folders(directory) if _step(folder) > step]
+    """Rename the checkpoints beyond ``step``, where the run resumes: it will write others in their place."""
+    later = [folder for folder in complete_folders(directory) if folder.name > step_folder(directory, step).name]
     return [quarantine(folder, "abandoned") for folder in later]
 
 

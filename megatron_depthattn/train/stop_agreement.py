@@ -25,7 +25,7 @@ class StopAgreement:
         self._signals = signals
         self._agreed_on: GlobalBatches | None = None
 
-    def may_go_on(self, batches: GlobalBatches) -> bool:
+    def may_continue(self, batches: GlobalBatches) -> bool:
         """Wait for all ranks' next global batch; false if one of them was asked to stop.
 
         They ask each other again while a rank waits for its data, which may never come.

@@ -5,7 +5,7 @@ a signal is only noted; a rank that stopped by itself would leave the others in 
 ranks on each training step and each batch of an evaluation (`stop_agreement.py`), and saves.
 
 Python runs a signal's handler in the main thread, when that comes back from C: not while it waits for another rank or
-a dead disk. So a thread hears of the signals too, through `signal.set_wakeup_fd`.
+a dead disk. So a thread reads the signals too, through `signal.set_wakeup_fd`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class StopSignals:
         self.nothing_to_save = True
         """Until the first step begins."""
         self._ends_at_once, self._leaving = True, threading.Lock()
-        heard, wake = os.pipe()
+        numbers, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: started by nohup
                 signal.signal(number, self._note)
-        threading.Thread(target=self._listen, args=(heard,), name="stop signals", daemon=True).start()
+        threading.Thread(target=self._listen, args=(numbers,), name="stop signals", daemon=True).start()
 
     def only_note(self) -> None:
         """From now on the loop is to ask for signals, which end nothing by themselves any more."""
@@ -65,8 +65,8 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number
 
-    def _listen(self, heard: int) -> None:
+    def _listen(self, numbers: int) -> None:
         while True:
-            for number in os.read(heard, 1):
+            for number in os.read(numbers, 1):
                 if number in STOP_SIGNALS and self._ends_at_once:
                     self.leave(number)

@@ -47,7 +47,7 @@ _STATES = {
 
 
 class Heartbeat(NamedTuple):
-    """A sign of progress from the loop."""
+    """Progress of the loop."""
 
     at: float
     """Seconds of the monotonic clock."""
@@ -87,7 +87,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self.grace = 2 * self.interval + min(5.0, timeout / 4) if grace is None else grace
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._started = psutil.Process().create_time()
-        self._beat: Heartbeat | None = None
+        self._last: Heartbeat | None = None
         self._closed, self._alarmed = threading.Event(), threading.Event()
         self._store: Any = dist.PrefixStore("watchdog", store.clone())  # Any: torch's type stubs lack `append`
         self._store.set_timeout(timedelta(seconds=max(1.0, self.grace)))
@@ -100,9 +100,9 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def heartbeat(self, step: int, phase: str) -> None:
         """Say that the loop makes progress: ``phase`` (step, evaluation, checkpoint, ...) of ``step`` begins now."""
-        if self._beat is None:
+        if self._last is None:
             self._arm_backstop(self.timeout + self.grace)
-        self._beat = Heartbeat(time.monotonic(), step, phase)
+        self._last = Heartbeat(time.monotonic(), step, phase)
 
     def close(self) -> None:
         """Stop watching. Safe to call twice, also when the store is gone."""
@@ -121,10 +121,10 @@ class Watchdog(AbstractContextManager["Watchdog"]):
     def _watch(self) -> None:
         """The thread that decides; waits for nobody."""
         while not self._closed.wait(self.interval):
-            beat = self._beat
-            if beat is not None:  # armed here, not by each heartbeat: it fires when this thread does not run
+            last = self._last
+            if last is not None:  # armed here, not by each heartbeat: it fires when this thread does not run
                 self._arm_backstop(self.timeout + self.grace)
-            if self._alarmed.is_set() or (beat and time.monotonic() - beat.at > self.timeout):
+            if self._alarmed.is_set() or (last and time.monotonic() - last.at > self.timeout):
                 self._end()
 
     def _end(self) -> None:
@@ -186,12 +186,12 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             _say(f"watchdog: rank {self.rank}: {type(error).__name__}: {error}")
 
     def _what_happened(self) -> str:
-        beat = self._beat
-        if beat is None:
+        last = self._last
+        if last is None:
             return "learned of a hang before its first step"
-        age = time.monotonic() - beat.at
+        age = time.monotonic() - last.at
         verb = "hangs" if age > self.timeout else "learned of a hang"
-        return f"{verb}: last heartbeat {age:.0f} s ago at step {beat.step} ({beat.phase})"
+        return f"{verb}: last heartbeat {age:.0f} s ago at step {last.step} ({last.phase})"
 
     def _write_stacks(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +199,9 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             file.write(f"rank {self.rank} on {self._host}, pid {self._pid}: {self._what_happened()}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    print(f"child {child.pid} {child.name()}: {child.status()}", file=file)
 
     def _exchange_answers(self, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """Raise the alarm, answer, and after the time of grace read who answered."""
@@ -224,14 +227,14 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             yield f"and {len(silent) - _MAX_RANKS} more ranks are unresponsive"
 
     def _state(self) -> dict[str, Any]:
-        beat = self._beat
+        last = self._last
         return {
             "host": self._host,
             "pid": self._pid,
             "started": self._started,
-            "step": beat.step if beat else None,
-            "phase": beat.phase if beat else "start",
-            "since": time.time() - (time.monotonic() - beat.at if beat else 0.0),
+            "step": last.step if last else None,
+            "phase": last.phase if last else "start",
+            "since": time.time() - (time.monotonic() - last.at if last else 0.0),
         }
 
 

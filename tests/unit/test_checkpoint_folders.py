@@ -12,7 +12,6 @@ from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damag
 from megatron_depthattn.train.step_folders import (
     clean_up,
     complete_folders,
-    newest_step,
     quarantine,
     quarantine_after,
     resolve_checkpoint,
@@ -48,7 +47,6 @@ def test_latest_names_the_newest(tmp_path):
     publish(tmp_path, 200)
     assert (tmp_path / "latest").read_text() == "step_00000200\n"
     assert steps(tmp_path) == [100, 200]
-    assert newest_step(tmp_path) == 200
 
 
 def test_retention_keeps_the_newest(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_depthattn.train import history as module
-from megatron_depthattn.train.history import RunHistory, code_digest
+from megatron_depthattn.train.history import RunHistory, package_digest
 from megatron_depthattn.train.line_files import drop_steps_after
 
 
@@ -148,5 +148,5 @@ def test_a_line_that_a_crash_cut_off_costs_only_itself(tmp_path, line):
 
 
 def test_the_code_digest_is_of_the_code():
-    assert code_digest() == code_digest()
-    assert len(code_digest()) == 16
+    assert package_digest() == package_digest()
+    assert len(package_digest()) == 16
