@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 
@@ -88,16 +88,21 @@ def set_defaults(**values: str) -> None:
 
 
 @contextmanager
-def quiet_torch() -> Iterator[None]:
-    """No warnings of torch's C++, for imports within: torch reads the level once. What the user has set wins."""
-    if "TORCH_CPP_LOG_LEVEL" in os.environ:
+def _default_within(name: str, value: str) -> Iterator[None]:
+    """A variable for what is within; what the user has set wins."""
+    if name in os.environ:
         yield
         return
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ["TORCH_CPP_LOG_LEVEL"]
+        del os.environ[name]
+
+
+def quiet_torch() -> AbstractContextManager[None]:
+    """No warnings of torch's C++, for imports within: torch reads the level once."""
+    return _default_within("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 _COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS")
@@ -114,19 +119,10 @@ def finds_compiler(variable: str, *names: str) -> bool:
     return any(map(shutil.which, [named] if named else names))
 
 
-@contextmanager
-def pickled_fp8_scales_allowed() -> Iterator[None]:
+def pickled_fp8_scales_allowed() -> AbstractContextManager[None]:
     """Let TransformerEngine load the state of delayed FP8 scaling, which it saves as a pickle.
 
     Without the variable TransformerEngine 2.20 does not, and a run could not resume from its own checkpoint. Only for
-    state that `check_fp8_state` has let through. What the user has set wins.
+    state that `check_fp8_state` has let through.
     """
-    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
+    return _default_within("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")

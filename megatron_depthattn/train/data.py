@@ -85,7 +85,8 @@ class GlobalBatches:
     def seek(self, consumed_samples: int) -> None:
         """Resume from this many samples since the start of the split."""
         self.close()
-        if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        if parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
             return
         self._loader = build_loader(
             self._corpus,

@@ -14,8 +14,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,7 +108,8 @@ def diagnose(
         if not math.isfinite(_largest(parameter))
     ]
     with ExitStack() as hooks:
-        now = _Moment()
+        # The microbatch in backward, whichever chunk's: a looped model's gradients reach weights of another chunk.
+        now = SimpleNamespace(backward=0)
         probes = [_Probe(model, place, stage + index * stages, now, hooks) for index, model in enumerate(models)]
         second = replay()
     largest = max(probe.largest_gradient for probe in probes)
@@ -118,10 +119,10 @@ def diagnose(
         what = ("loss of the first run", "not finite, on some rank of its replica")
         findings = [Finding(place, "forward", microbatch, 0, 0, *what) for microbatch in suspects[:_MAX_SENT]]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (place, weights, findings, largest))
+    dist.all_gather_object(everyone, (place, weights, findings, largest, sample_ids))
 
     broken: dict[str, list[RankCoordinates]] = defaultdict(list)
-    for where, names, _, _ in everyone:
+    for where, names, *_ in everyone:
         for name in names:
             broken[name].append(where)
     lines = [
@@ -129,30 +130,27 @@ def diagnose(
         for name, places in broken.items()
     ]
     lines = lines[:MAX_LINES] + _count_line(len(lines) - MAX_LINES, "more weights that are not finite")
-    origins = _origins(finding for _, _, findings, _ in everyone for finding in findings)
+    origins = _origins(finding for _, _, findings, *_ in everyone for finding in findings)
     if is_transient:
         lines.append(
             f"run again, the same microbatches gave loss {second.loss:.6g} and gradient norm {second.grad_norm:.6g}: "
             "not reproduced, a transient fault (hardware?) or a nondeterministic kernel"
         )
     elif not origins:
-        (size, name), where = max((largest, place) for place, _, _, largest in everyone)
+        (size, name), where = max((largest, place) for place, _, _, largest, _ in everyone)
         lines.append(
             "run again, every output and every gradient of a microbatch is finite: the sum over microbatches and "
             f"ranks, or its norm, overflows; the largest gradient is that of {name} on rank {where.rank}, {size:.3g}"
         )
     shown = origins[:MAX_LINES]
-    ids = _gather_sample_ids({finding.chain for group in shown for finding in group}, place, sample_ids)
+    ids = {  # which only the first and the last stage know
+        (place.data_rank, microbatch): ids
+        for place, *_, of_rank in everyone
+        for microbatch, ids in enumerate(of_rank)
+        if ids is not None
+    }
     lines += [_origin_line(group, ids, len(sample_ids)) for group in shown]
     return lines + _count_line(len(origins) - MAX_LINES, "more places where values stopped being finite")
-
-
-@dataclass
-class _Moment:
-    """What this rank is doing, whichever of its chunks: a looped model's gradients reach weights of another chunk."""
-
-    backward: int = 0
-    """The microbatch in backward."""
 
 
 class _Probe:
@@ -162,7 +160,9 @@ class _Probe:
     module backward hooks would turn outputs into views, which Megatron's schedules cannot free.
     """
 
-    def __init__(self, model: GPTModel, place: RankCoordinates, chunk: int, now: _Moment, hooks: ExitStack) -> None:
+    def __init__(
+        self, model: GPTModel, place: RankCoordinates, chunk: int, now: SimpleNamespace, hooks: ExitStack
+    ) -> None:
         self.largest_gradient = (0.0, "")
         self._place, self._chunk, self._now = place, chunk, now
         self._findings: dict[tuple[Direction, int], Finding] = {}
@@ -284,16 +284,6 @@ def _origins(findings: Iterable[Finding]) -> list[list[Finding]]:
         ranks = tuple(sorted(finding.place.rank for finding in same_moment))
         groups[ranks, same_moment[0].what] += same_moment
     return sorted(groups.values(), key=lambda group: min((one.when, one.chain, one.place.rank) for one in group))
-
-
-def _gather_sample_ids(
-    chains: set[tuple[int, int]], place: RankCoordinates, sample_ids: Sequence[list[int] | None]
-) -> dict[tuple[int, int], list[int]]:
-    """The samples of the microbatches in question, which only the first and the last stage know."""
-    mine = {chain: sample_ids[chain[1]] for chain in chains if chain[0] == place.data_rank}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {chain: ids for chain, ids in mine.items() if ids is not None})
-    return {chain: ids for known in everyone for chain, ids in known.items()}
 
 
 def _origin_line(group: list[Finding], ids: dict[tuple[int, int], list[int]], num_microbatches: int) -> str:

@@ -17,24 +17,20 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import _get_layout
 
 from megatron_depthattn.train.step_folders import COMMON
 
 COMMON_ENTRY = "common_state/shard_0_1"
+_METADATA_CLASSES = (
+    *(dcp_metadata.Metadata, dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta, dcp_metadata.TensorProperties),
+    *(dcp_metadata.TensorStorageMetadata, dcp_metadata.BytesStorageMetadata, dcp_metadata.ChunkStorageMetadata),
+    *(dcp_metadata._MEM_FORMAT_ENCODING, _StorageInfo),
+)
 _Names = dict[tuple[str, str], Any]
 _DTYPES: _Names = {
     ("torch", str(value).removeprefix("torch.")): value
@@ -46,13 +42,7 @@ _METADATA_NAMES: _Names = _DTYPES | {
     ("torch.serialization", "_get_layout"): _get_layout,
     ("pathlib", "PosixPath"): PosixPath,  # where it was saved, which nobody asks for
     ("pathlib._local", "PosixPath"): PosixPath,  # the same by Python 3.13
-    **{
-        (each.__module__, each.__qualname__): each
-        for each in (
-            *(Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata, BytesStorageMetadata),
-            *(ChunkStorageMetadata, TensorProperties, _MEM_FORMAT_ENCODING, _StorageInfo),
-        )
-    },
+    **{(each.__module__, each.__qualname__): each for each in _METADATA_CLASSES},
 }
 
 
@@ -114,9 +104,9 @@ class StepReader(dcp.FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._folder = folder
-        self._metadata: Metadata | None = None
+        self._metadata: dcp_metadata.Metadata | None = None
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> dcp_metadata.Metadata:
         """See torch.
 
         Raises:
@@ -130,7 +120,7 @@ class StepReader(dcp.FileSystemReader):
                 _check(metadata)
             except Exception as error:
                 raise ValueError(f"{path} {_reason(error)}") from error
-            metadata.storage_meta = StorageMeta(load_id=self.load_id)
+            metadata.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
             self._metadata = metadata
         return self._metadata
 
@@ -199,11 +189,11 @@ def check_fp8_state(name: str, state: Any) -> None:
 
 
 def _check(metadata: Any) -> None:
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+    if not isinstance(metadata, dcp_metadata.Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise TypeError("no metadata")
     for name, entry in metadata.state_dict_metadata.items():
         # Under another name it would stand for a tensor, and be unpickled in its place.
-        if isinstance(entry, BytesStorageMetadata) and "/shard_" not in name:
+        if isinstance(entry, dcp_metadata.BytesStorageMetadata) and "/shard_" not in name:
             raise ValueError(f"{name} is no tensor")
     for index, place in metadata.storage_data.items():
         if PosixPath(place.relative_path).name != place.relative_path or place.relative_path == "..":

@@ -12,14 +12,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_grad,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_grad,
-    safe_set_local_optimizer_state,
-)
+from deepspeed import utils
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -126,24 +119,24 @@ class PartitionShards(Shards):
     is_replicated = False
 
     def gradient(self, shard: Shard) -> Tensor:
-        return safe_get_local_grad(shard.parameter)[: shard.size]
+        return utils.safe_get_local_grad(shard.parameter)[: shard.size]
 
     def set_gradient(self, shard: Shard, value: Tensor) -> None:
-        safe_set_local_grad(shard.parameter, _padded(shard, value))
+        utils.safe_set_local_grad(shard.parameter, _padded(shard, value))
 
     def read(self, shard: Shard, state: str) -> Tensor:
         whole = (
-            safe_get_local_fp32_param(shard.parameter)
+            utils.safe_get_local_fp32_param(shard.parameter)
             if state == MASTER
-            else safe_get_local_optimizer_state(shard.parameter, state)
+            else utils.safe_get_local_optimizer_state(shard.parameter, state)
         )
         return whole[: shard.size]
 
     def write(self, shard: Shard, state: str, value: Tensor) -> None:
         if state == MASTER:
-            safe_set_local_fp32_param(shard.parameter, _padded(shard, value))
+            utils.safe_set_local_fp32_param(shard.parameter, _padded(shard, value))
         else:
-            safe_set_local_optimizer_state(shard.parameter, _padded(shard, value), state)
+            utils.safe_set_local_optimizer_state(shard.parameter, _padded(shard, value), state)
 
     def set_weights(self, parameter: Parameter, value: Tensor) -> None:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
