@@ -17,7 +17,7 @@ def check_same_on_all_ranks(what: str, digest: str) -> None:
     if outliers:
         raise ValueError(
             f"ranks hold different {what}: rank 0 has {digests[0]}, but {outliers}. Start all ranks with the same "
-            "config, code and software."
+            "config, code, data and software."
         )
 
 

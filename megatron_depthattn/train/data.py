@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader, build_loader
+from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.train.errors import OtherRankError
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
@@ -192,11 +193,10 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
         ValueError: on all ranks; the first rank that met an error raises it, the others name that rank.
     """
     corpus, mistake = None, None
-    sources = data.sources
     try:
         corpus = Corpus(
-            [source.path for source in sources],
-            [source.proportion for source in sources],
+            [source.path for source in data.sources],
+            [source.proportion for source in data.sources],
             split,
             sequence_length=data.sequence_length,
             cache=data.cache,
@@ -210,18 +210,12 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
                 )
     except ValueError as error:
         mistake = error
-    found: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
-    dist.all_gather_object(found, (mistake is not None, corpus.digest if corpus else ""))
-    failed = [rank for rank, (is_mistake, _) in enumerate(found) if is_mistake]
-    if failed:
-        if mistake is not None and failed[0] == dist.get_rank():
-            raise mistake
-        raise OtherRankError(f"rank {failed[0]} could not open the {split} data; its error says why")
-    outliers = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
-    if outliers:
-        names = ", ".join(source.path for source in sources)
-        raise ValueError(
-            f"ranks {outliers} found other {split} data in {names} than rank 0: copy the same corpus to every node"
-        )
+    mistakes: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(mistakes, mistake is not None)
+    if mistake is not None and mistakes.index(True) == dist.get_rank():
+        raise mistake
+    if True in mistakes:
+        raise OtherRankError(f"rank {mistakes.index(True)} could not open the {split} data; its error says why")
     assert corpus is not None
+    check_same_on_all_ranks(f"{split} data", corpus.digest)
     return corpus

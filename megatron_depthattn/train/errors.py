@@ -39,11 +39,6 @@ def is_secondary_failure(error: BaseException) -> bool:
     return isinstance(error, OtherRankError) or any(text in str(error) for text in _LOST_PEER)
 
 
-def is_retryable(error: BaseException) -> bool:
-    """Whether starting again makes sense: the class's own ``retry``; else no for mistakes, yes for the rest."""
-    return bool(getattr(error, "retry", not isinstance(error, ValueError | ImportError)))
-
-
 def write_error_record(environment: LaunchEnvironment, error: BaseException, text: str) -> None:
     """Leave ``text``, what the user is to see of ``error``, where the launcher looks; nothing without a launcher."""
     if environment.error_file is None:
@@ -58,7 +53,8 @@ def write_error_record(environment: LaunchEnvironment, error: BaseException, tex
         "host": platform.node(),
         "rank": environment.rank,
         "notes": getattr(error, "__notes__", []),
-        "retry": is_retryable(error),
+        # Whether starting again makes sense: the class's own word; else no for mistakes, yes for the rest.
+        "retry": bool(getattr(error, "retry", not isinstance(error, ValueError | ImportError))),
         "consequence": is_secondary_failure(error),
     }
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself

@@ -59,7 +59,7 @@ class LossSum(NamedTuple):
 
 
 class SkippedSteps:
-    """What steps without an optimizer step do to the run, as ``train.on_non_finite`` says; counts them.
+    """What steps without an optimizer step do to the run, as ``train.on_non_finite`` says.
 
     Args:
         on_non_finite: ``stop`` at the first, or ``skip`` them.
@@ -67,7 +67,7 @@ class SkippedSteps:
     """
 
     def __init__(self, on_non_finite: Literal["stop", "skip"], max_in_a_row: int) -> None:
-        self.total, self.in_a_row = 0, 0
+        self.in_a_row = 0
         self._on_non_finite, self._max_in_a_row = on_non_finite, max_in_a_row
 
     def record(self, step: int, result: StepResult) -> None:
@@ -79,7 +79,6 @@ class SkippedSteps:
         self.in_a_row = self.in_a_row + 1 if result.skipped else 0
         if not result.skipped:
             return
-        self.total += 1
         advice = ""
         if self._on_non_finite == "stop":
             advice = "set train.on_non_finite=skip to leave such steps out"

@@ -111,6 +111,6 @@ def test_skip_stops_after_too_many_in_a_row():
     steps = SkippedSteps("skip", max_in_a_row=2)
     for step, result in enumerate([BAD, BAD, GOOD, BAD, BAD], start=1):
         steps.record(step, result)
-    assert (steps.total, steps.in_a_row) == (4, 2)
+    assert steps.in_a_row == 2
     with pytest.raises(NonFiniteError, match=r"3 steps in a row, more than train\.max_skipped_in_a_row=2"):
         steps.record(6, BAD)
