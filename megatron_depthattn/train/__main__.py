@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import time
 import traceback
 
 from megatron_depthattn.config import load_config, validate
@@ -12,6 +14,9 @@ from megatron_depthattn.quiet import silence_libraries
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import RunError, is_secondary_failure, leave_at_once, write_error_record
 from megatron_depthattn.train.stop_signals import StopSignals
+
+RANK_0_SECONDS = 10.0
+"""How long a rank leaves it to rank 0 to report a mistake in the config, and to the launcher to end all ranks."""
 
 
 def main() -> int:
@@ -40,21 +45,23 @@ def main() -> int:
     except BaseException as error:  # torch's CheckpointException is no Exception
         is_stopped = signals.received and signals.nothing_to_save
         if not (is_stopped and is_secondary_failure(error)):  # another rank got the signal too
-            is_told_by_rank_0 = is_mistake_of_all and isinstance(error, ValueError) and environment.rank > 0
-            _report_error(error, environment, is_printed=not is_told_by_rank_0)
+            if is_mistake_of_all and isinstance(error, ValueError) and environment.rank > 0:
+                # Rank 0 reports the same; to end before it does would let torchrun end it, before its line is out.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(RANK_0_SECONDS)
+            _report_error(error, environment)
         if is_stopped:
             signals.leave(signals.received)
     return 1
 
 
-def _report_error(error: BaseException, environment: LaunchEnvironment, *, is_printed: bool) -> None:
+def _report_error(error: BaseException, environment: LaunchEnvironment) -> None:
     """On stderr, as one line where the user can fix it; also recorded for the launcher."""
     is_one_line = isinstance(error, ValueError | OSError | RunError)
     line = f"error (rank {environment.rank}): {error}"
     text = line if is_one_line else "".join(traceback.format_exception(error))
     write_error_record(environment, error, text)
-    if is_printed:
-        print(printable(text), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this module again

@@ -77,11 +77,10 @@ class RunCheckpoints:
             self.save(progress)
             self.finish()
             assert self._last is not None and self._last.step == progress.step
-            if self._last.error is None:
+            error = self._last.error
+            if error is None:
                 return
-        raise CheckpointError(
-            f"the state after step {progress.step} is lost: its checkpoint was not written: {self._last.error}"
-        )
+        raise CheckpointError(f"the state after step {progress.step} is lost: its checkpoint was not written: {error}")
 
     def pop_blocking_seconds(self) -> float:
         """Seconds that the loop has waited for checkpoints since this was last asked: those after the step before."""
