@@ -84,18 +84,18 @@ def _write_corpus(folder: Path, given: argparse.Namespace) -> Corpus:
     while left > 0:
         # Of a skewed distribution, as tokens are: uniform ones would not compress at all.
         tokens = random.zipf(1.2, min(left, TOKENS_WRITTEN_AT_A_TIME)) % 50304
-        writer.write(tokens.astype(np.uint16))
+        writer.append(tokens.astype(np.uint16))
+        writer.flush()
         left -= len(tokens)
     writer.finish()
-    writer.close()
     return Corpus([str(folder)], [1.0], "train", sequence_length=given.sequence_length)
 
 
 def _tokens_per_second(corpus: Corpus, workers: int, run: int, given: argparse.Namespace) -> float:
     """After a first step, which starts the processes and opens the shards."""
-    from megatron_depthattn.data.loader import build_loader
+    from megatron_depthattn.data.loader import TokenLoader
 
-    loader = build_loader(
+    loader = TokenLoader(
         corpus,
         corpus.sequence(seed=run, shuffle=True),
         consumed_samples=0,

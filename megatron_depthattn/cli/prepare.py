@@ -17,7 +17,7 @@ from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 
 if TYPE_CHECKING:
-    from megatron_depthattn.data.prepare import Prepared, Progress
+    from megatron_depthattn.data.prepare import Prepared, PrepareProgress
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -36,7 +36,7 @@ class ProgressReport:
         self._task = self._bar.add_task("reading", total=None, figures="") if self._bar else None
         self._phase = ""
         self._phase_start = self._next_line = 0.0
-        self._first: Progress | None = None
+        self._first: PrepareProgress | None = None
         """The phase's first report: rates and time left count from it, not from what an earlier process did."""
 
     def __enter__(self) -> ProgressReport:
@@ -50,7 +50,7 @@ class ProgressReport:
         if self._bar:
             self._bar.stop()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: PrepareProgress) -> None:
         now = time.monotonic()
         is_new = progress.phase != self._phase
         if is_new or self._first is None:
@@ -72,7 +72,7 @@ class ProgressReport:
             print(f"{progress.phase}: {figures}", file=sys.stderr, flush=True)
 
     @staticmethod
-    def _figures(progress: Progress, first: Progress, seconds: float) -> str:
+    def _figures(progress: PrepareProgress, first: PrepareProgress, seconds: float) -> str:
         figures = [f"{progress.done_bytes / 1e6:,.1f} of {progress.total_bytes / 1e6:,.1f} MB"]
         if progress.tokens:
             figures.append(f"{progress.tokens:,} tokens")

@@ -90,7 +90,7 @@ def _parquet_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[
 
 
 def _check_single_parquet(file: CorpusFile) -> None:
-    """Refuse files that were joined: the last one's index would find the first one's rows.
+    """Raise for files that were joined: the last one's index would find the first one's rows.
 
     A file ends with the size of its index and a magic word, the next begins with that word.
     """
@@ -106,27 +106,24 @@ def _arrow_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[An
     with pyarrow.memory_map(str(file.path)) as source:
         skip = start
         for batch, consumed in _arrow_file(source) if source.read(6) == b"ARROW1" else _arrow_streams(source):
-            if isinstance(batch, pyarrow.Schema):
-                _check_column(batch, name)
-                continue
+            _check_column(batch.schema, name)
             if skip < batch.num_rows:
                 yield batch.column(name)[max(skip, 0) :], consumed
             skip -= batch.num_rows
 
 
 def _arrow_file(source: Any) -> Iterator[tuple[Any, int]]:
-    """(schema or batch, bytes on disk so far) of the file form."""
+    """(batch, bytes on disk so far) of the file form."""
     size = source.size()
     source.seek(0)
     opened = pyarrow.ipc.open_file(source)
     _check_single_arrow(source, size)
-    yield opened.schema, 0
     for i in range(opened.num_record_batches):
         yield opened.get_batch(i), size * (i + 1) // opened.num_record_batches
 
 
 def _check_single_arrow(source: Any, size: int) -> None:
-    """Refuse files that were joined: the last one's index would find the first one's rows.
+    """Raise for files that were joined: the last one's index would find the first one's rows.
 
     A whole file is a magic word of 8 bytes, messages that end with an empty one, an index, its size, a magic word.
     """
@@ -148,9 +145,7 @@ def _arrow_streams(source: Any) -> Iterator[tuple[Any, int]]:
     """The same of the stream form; streams may follow each other."""
     source.seek(0)
     while source.tell() < source.size():
-        opened = pyarrow.ipc.open_stream(source)
-        yield opened.schema, source.tell()
-        for batch in opened:
+        for batch in pyarrow.ipc.open_stream(source):
             yield batch, source.tell()
 
 

@@ -56,7 +56,7 @@ class Corpus(Dataset[torch.Tensor]):
             if digest is None:
                 raise ValueError(
                     f"{stream.path} has no {MANIFEST_NAME} that names its tokenizer, so it cannot be mixed with other "
-                    "streams: prepare it with tools/prepare_data.py"
+                    "streams: prepare it with depthattn prepare"
                 )
             if digest != hashes[0]:
                 raise ValueError(

@@ -1,15 +1,10 @@
 """What an encoding process does: documents of one unit of the corpus in, tokens of the two splits out.
 
-A process that runs `serve` reads an `Encoder` and a `Recipe`, then requests, from its standard input and answers each
-on its standard output, all pickled, until its input ends; with it ends the process, however its parent died.
-
 Imports little: a process costs tens of megabytes, not the gigabyte of torch and transformers.
 """
 
 import io
 import json
-import os
-import pickle
 import sys
 from codecs import BOM_UTF8
 from collections import Counter
@@ -22,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_depthattn.data.documents import character_start, is_validation, pieces
-from megatron_depthattn.data.text_bytes import byte_order_mark, check_text, to_utf8
+from megatron_depthattn.data.file_bytes import byte_order_mark, check_text, to_utf8
 from megatron_depthattn.data.tokenizer import Encoder
 
 JSON = json.JSONDecoder(parse_int=float)  # Python refuses integers of more than 4,300 digits, which JSON allows
@@ -247,24 +242,3 @@ def _tokens(part: Piece, encoder: Encoder) -> list[npt.NDArray[Any]]:
     # One text at a time: the library's own record of a text takes some 40 times its bytes.
     tokens = [encoder.tokens(piece.decode(errors="replace")) for piece in pieces(blocks)]
     return [*tokens, encoder.end] if part.is_last else tokens
-
-
-def serve() -> None:
-    """Answer requests until the standard input ends."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library that prints must not write into the answers
-    encoder, recipe = pickle.load(requests)
-    while True:
-        try:
-            content, max_bytes = pickle.load(requests)
-        except EOFError:
-            return
-        try:
-            answer: Encoded | OSError = encode(content, encoder, recipe, max_bytes)
-        except OSError as error:  # a file that cannot be read
-            answer = error
-        try:
-            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
-            answers.flush()
-        except BrokenPipeError:  # the parent is gone
-            os._exit(1)  # without a last attempt to flush

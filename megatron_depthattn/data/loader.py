@@ -1,8 +1,8 @@
 """From sample ids to micro-batches, read ahead by processes of their own.
 
 The loader's processes are forked, so they inherit what the run does on a signal; and a scheduler sends its signals to
-every process of a job. They must go on: the run wants to finish its step and save. So they ignore SIGINT, SIGUSR1 and
-SIGUSR2, and end on SIGTERM only if their parent sent it. They end within a second of its death.
+every process of a job. They must continue: the run wants to finish its step and save. So they ignore SIGINT, SIGUSR1
+and SIGUSR2, and end on SIGTERM only if their parent sent it. They end within a second of its death.
 
 They write a step into memory that was shared with them when they were forked, and say so through a pipe. DataLoader's
 own way needs room in /dev/shm and a socket below TMPDIR, whose path can be too long, and fails in a thread of the
@@ -81,13 +81,13 @@ def _shared_slots(*shape: int) -> torch.Tensor:
 
 
 def _end_worker(error: Exception, _result: object) -> None:
-    """End a loader process that cannot say how a step went: Python's own way is to print the error and go on."""
+    """End a loader process that cannot say how a step went: Python prints the error and continues."""
     print(f"error: a loader process could not hand over a step: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _shield_worker(parent: int, _number: int) -> None:
-    """Make a loader process deaf to a scheduler's signals, and end it with its parent.
+    """Make a loader process ignore a scheduler's signals, and end it with its parent.
 
     It was forked with these signals blocked. DataLoader looks for the parent's death as well, but only between two
     batches, and not if the parent died in the first moments.
@@ -107,35 +107,55 @@ def _shield_worker(parent: int, _number: int) -> None:
 
 
 class TokenLoader(Iterator[list[MicroBatch]]):
-    """Endless iterator of steps.
+    """The steps of one data-parallel rank, from `consumed_samples` on, without end.
+
+    What workers have read ahead is not counted anywhere: the caller's own count of consumed samples is the state.
 
     Args:
         samples: what is read.
-        steps: sample ids [num_micro_batches, mbs] of one step after the other.
-        shape: num_micro_batches, mbs.
+        sequence: the order in which it is read.
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
         vocab_size: what a token must be below; None: not checked.
         pin_memory: into page-locked memory, from which a copy to a GPU need not be waited for.
+
+    Yields:
+        Lists of micro-batches {"tokens": int64 [mbs, N], "labels": int64 [mbs, N], "sample_ids": int64 [mbs]}, where
+        labels[:, t] is the token after tokens[:, t].
+
+    Raises:
+        ValueError: the sizes do not divide (now, not in a worker).
     """
 
     def __init__(
         self,
         samples: Samples,
-        steps: Iterator[Ids],
-        shape: tuple[int, int],
-        num_workers: int,
-        vocab_size: int | None,
+        sequence: SampleIds,
+        *,
+        consumed_samples: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        num_workers: int = 0,
+        vocab_size: int | None = None,
         pin_memory: bool = False,
     ) -> None:
+        layout = {
+            "global_batch_size": global_batch_size,
+            "micro_batch_size": micro_batch_size,
+            "data_parallel_size": data_parallel_size,
+        }
+        shape = num_micro_batches(**layout), micro_batch_size, samples.sequence_length + 1
+        ids = steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout)
         # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
         # copied from its slot a moment later. Hence one slot more.
-        self._slots = _shared_slots(num_workers * STEPS_AHEAD + 1, *shape, samples.sequence_length + 1)
+        self._slots = _shared_slots(num_workers * STEPS_AHEAD + 1, *shape)
         self._asked: deque[tuple[int, Ids]] = deque()
         # batch_size=None: each item of the sampler is a whole step of ids, computed in this process once and not in
         # every worker. fork: workers start at once, with the index in memory, and never touch an accelerator.
         loader: DataLoader[str | None] = DataLoader(
             _Steps(samples, self._slots, vocab_size),
-            sampler=self._ask(steps),  # type: ignore[arg-type]  # an iterator is enough: it is taken once
+            sampler=self._ask(ids),  # type: ignore[arg-type]  # an iterator is enough: it is taken once
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=STEPS_AHEAD if num_workers else None,
@@ -153,7 +173,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if threading.current_thread() is threading.main_thread():
             # DataLoader's handler raises the death of a worker wherever the program is, be it in the middle of
-            # saving; without it the next `next` tells.
+            # saving; without it the next `next` does.
             signal.signal(signal.SIGCHLD, on_child)
         self._pin_memory = pin_memory
 
@@ -176,9 +196,8 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         rows = self._slots[slot].long()  # a copy: the slot is filled again
         if error is not None:
             raise ValueError(error)
-        tokens, labels = rows[..., :-1].contiguous(), rows[..., 1:].contiguous()
-        if self._pin_memory:
-            tokens, labels = tokens.pin_memory(), labels.pin_memory()
+        both = rows[..., :-1].contiguous(), rows[..., 1:].contiguous()
+        tokens, labels = (part.pin_memory() if self._pin_memory else part for part in both)
         parts = zip(tokens, labels, torch.from_numpy(ids), strict=True)
         return [dict(zip(("tokens", "labels", "sample_ids"), one, strict=True)) for one in parts]
 
@@ -200,42 +219,3 @@ class TokenLoader(Iterator[list[MicroBatch]]):
     def close(self) -> None:
         """Stop the workers. Safe to call twice; `next` then raises StopIteration."""
         self._iterator = None  # DataLoader's iterator ends its workers when the last reference goes
-
-
-def build_loader(
-    dataset: Samples,
-    sequence: SampleIds,
-    *,
-    consumed_samples: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    num_workers: int = 0,
-    vocab_size: int | None = None,
-    pin_memory: bool = False,
-) -> TokenLoader:
-    """The steps of one data-parallel rank, from `consumed_samples` on, without end.
-
-    What workers have read ahead is not counted anywhere: the caller's own count of consumed samples is the state.
-
-    Args:
-        num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
-        vocab_size: what a token must be below; None: not checked.
-        pin_memory: into page-locked memory.
-
-    Returns:
-        An iterator of lists of micro-batches {"tokens": int64 [mbs, N], "labels": int64 [mbs, N],
-        "sample_ids": int64 [mbs]}, where labels[:, t] is the token after tokens[:, t].
-
-    Raises:
-        ValueError: the sizes do not divide (now, not in a worker).
-    """
-    layout = {
-        "global_batch_size": global_batch_size,
-        "micro_batch_size": micro_batch_size,
-        "data_parallel_size": data_parallel_size,
-    }
-    shape = num_micro_batches(**layout), micro_batch_size
-    ids = steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout)
-    return TokenLoader(dataset, ids, shape, num_workers, vocab_size, pin_memory)

@@ -21,16 +21,16 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_depthattn.data.documents import CorpusFile, corpus_files
 from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, parts
 from megatron_depthattn.data.encode_pool import EncodePool
-from megatron_depthattn.data.prepare_outcome import SKIPPED, check_not_empty, outcome_counts, write_sources
 from megatron_depthattn.data.prepare_settings import (
     FORMAT_VERSION,
     PrepareSettings,
@@ -43,17 +43,31 @@ from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
 from megatron_depthattn.data.shard_writer import SplitWriter
 from megatron_depthattn.data.stream import MANIFEST_NAME
 from megatron_depthattn.data.tokenizer import Encoder, bpe_vocab, file_sha256, load_tokenizer, train_bpe
-from megatron_depthattn.data.unfinished import Merged, SplitState, Unfinished, open_unfinished, remove_leftover
+from megatron_depthattn.data.unfinished import Merged, Unfinished, open_unfinished, remove_leftover
 from megatron_depthattn.durable import fsync_path, publish_folder, recover_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can cost
+SOURCES_NAME = "sources.jsonl"
+SPLIT_COUNTS = ("documents", "documents_with_replaced_utf8", "bytes", "tokens", "samples", "dropped_tail_tokens")
+"""In the manifest, of each split. Dropped tokens follow the last whole sample, and are part of `tokens`."""
+SKIPPED = {
+    "binary": "binary_files_skipped",
+    "archive": "archive_files_skipped",
+    "dataset metadata": "dataset_metadata_files_skipped",
+    "undecodable": "undecodable_files_skipped",
+    "special": "special_files_skipped",
+    "link out of the folder": "links_out_of_the_folder_skipped",
+    "damaged": "damaged_files",
+    "json as text": "json_files_read_as_text",
+}
+"""Kinds of outcome, and what they are counted as in the manifest."""
 
 
 @dataclass(kw_only=True, frozen=True)
-class Progress:
+class PrepareProgress:
     """Handed to the progress callback when a phase starts and after every unit."""
 
     phase: str
@@ -75,7 +89,7 @@ class Prepared:
     """Encoded by this process."""
 
 
-ProgressCallback = Callable[[Progress], None]
+ProgressCallback = Callable[[PrepareProgress], None]
 
 
 def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = lambda progress: None) -> Prepared:
@@ -117,79 +131,67 @@ def available_cores() -> int:
 # ---- the work --------------------------------------------------------------------------------------------
 
 
+@dataclass
 class _Preparation:
     """One process's share of a preparation."""
 
-    def __init__(
-        self,
-        settings: PrepareSettings,
-        files: Sequence[CorpusFile],
-        record: dict[str, Any],
-        tokenizer: "PreTrainedTokenizerFast | int",
-        unfinished: Unfinished,
-        on_progress: ProgressCallback,
-    ) -> None:
-        self.new_tokens = 0
-        self._settings = settings
-        self._files = files
-        self._record = record
-        self._tokenizer = tokenizer  # an int: the size of the vocabulary to train
-        self._unfinished = unfinished
-        self._on_progress = on_progress
-        self._recipe = Recipe(settings.text_field, settings.validation_fraction, settings.max_bytes)
-        self._splits = SPLITS if settings.validation_fraction > 0 else SPLITS[:1]
-        total = sum(file.size for file in files)
-        self._total_bytes = min(total, settings.max_bytes or total)
-        self._merged = Merged()
-        self._writers: dict[str, SplitWriter] = {}
+    settings: PrepareSettings
+    files: Sequence[CorpusFile]
+    record: dict[str, Any]
+    tokenizer: "PreTrainedTokenizerFast | int"
+    """Or the size of the vocabulary to train."""
+    unfinished: Unfinished
+    on_progress: ProgressCallback
+    merged: Merged = field(default_factory=Merged)
+    writers: dict[str, SplitWriter] = field(default_factory=dict)
+    new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.recipe = Recipe(settings.text_field, settings.validation_fraction, settings.max_bytes)
+        total = sum(file.size for file in self.files)
+        self.total_bytes = min(total, self.settings.max_bytes or total)
+        # An edited file must not be continued in the middle; its times need not match once the corpus is finished.
+        times = hashlib.sha256(repr([file.modified_ns for file in self.files]).encode()).hexdigest()
+        self.record_to_continue = self.record | {"modification_times_sha256": times}
 
     def run(self) -> dict[str, Any]:
         """Write the corpus below the unfinished folder, or what is missing of it; returns the manifest.
 
         Stopped by an exception, it saves the progress first.
         """
-        # An edited file must not be continued in the middle; its times need not match once the corpus is finished.
-        times = hashlib.sha256(repr([file.modified_ns for file in self._files]).encode()).hexdigest()
-        self._record_to_continue = self._record | {"modification_times_sha256": times}
-        found = self._unfinished.load(self._record_to_continue, overwrite=self._settings.overwrite)
+        found = self.unfinished.load(self.record_to_continue, overwrite=self.settings.overwrite)
         if found is not None:
-            self._merged, states = found
-            check_skipped_damage(self._settings, self._merged.skipped, str(self._unfinished.folder))
+            self.merged = found[0]
+            check_skipped_damage(self.settings, self.merged.skipped, str(self.unfinished.folder))
         encoder = Encoder(self._prepare_tokenizer(is_new=found is None))
-        if found is None:
-            states = {split: SplitState([], encoder.no_tokens) for split in self._splits}
-        folder = self._unfinished.corpus
-        for split in self._splits:
-            of = states[split]
-            length = self._settings.sequence_length
-            self._writers[split] = SplitWriter(folder / split, length, encoder.dtype, of.shards, of.tokens)
-        try:
-            self._save()
-            self._encode_and_merge(encoder)
-            return self._finish(encoder)
-        finally:
-            for writer in self._writers.values():
-                writer.close()
+        for split in SPLITS if self.settings.validation_fraction > 0 else SPLITS[:1]:
+            state = found[1][split] if found else ([], encoder.no_tokens)
+            folder = self.unfinished.corpus / split
+            self.writers[split] = SplitWriter(folder, self.settings.sequence_length, encoder.dtype, *state)
+        self._save()
+        self._encode_and_merge(encoder)
+        return self._finish(encoder)
 
     def _prepare_tokenizer(self, *, is_new: bool) -> "PreTrainedTokenizerFast":
-        folder = self._unfinished.corpus / "tokenizer"
-        tokenizer = self._tokenizer
+        folder = self.unfinished.corpus / "tokenizer"
+        tokenizer = self.tokenizer
         if isinstance(tokenizer, int):
             if is_new:
-                self._on_progress(Progress(phase="training the tokenizer", total_bytes=self._total_bytes))
+                self.on_progress(PrepareProgress(phase="training the tokenizer", total_bytes=self.total_bytes))
                 train_bpe(self._training_documents(), tokenizer).save_pretrained(folder)
             tokenizer = load_tokenizer(str(folder))  # the same way whether it was trained now or before a break
         elif is_new:
             tokenizer.save_pretrained(folder)
-        _fsync_tree(self._unfinished.corpus)
+        _fsync_tree(self.unfinished.corpus)
         return tokenizer
 
     def _training_documents(self) -> Iterator[bytes]:
         """The train split, long documents in pieces; read in this process, for the first 32 MiB are enough."""
-        left = self._settings.max_bytes or sys.maxsize
-        for unit in read_units(self._files, self._recipe):
+        left = self.settings.max_bytes or sys.maxsize
+        for unit in read_units(self.files, self.recipe):
             encoded = Encoded()
-            for part in parts(unit.content, self._recipe, encoded):
+            for part in parts(unit.content, self.recipe, encoded):
                 if part.split == "train":
                     yield part.data[:left]
                 left -= len(part.data)
@@ -198,22 +200,24 @@ class _Preparation:
             self._check_damage(unit, encoded)
 
     def _encode_and_merge(self, encoder: Encoder) -> None:
-        merged, limit = self._merged, self._settings.max_bytes or sys.maxsize
+        merged, limit = self.merged, self.settings.max_bytes or sys.maxsize
         if merged.position != Position():
             self._report(message=self._where())
         is_whole = True
         saved = time.monotonic()
         try:
-            units = read_units(self._files, self._recipe, merged.position)
-            with EncodePool(self._settings.workers or available_cores(), encoder, self._recipe) as pool:
+            units = read_units(self.files, self.recipe, merged.position)
+            with EncodePool(self.settings.workers or available_cores(), encoder, self.recipe) as pool:
                 # A unit can be one long record. A character more: one that is cut is seen to reach the limit.
                 for unit, encoded in pool.encode_in_order(units, limit + 4):
                     if merged.bytes + encoded.bytes >= limit:
-                        encoded = pool.submit(unit.content, limit - merged.bytes).result()
+                        encoded = pool.encode(unit.content, limit - merged.bytes)
                     self._check_damage(unit, encoded)
                     is_whole = False
                     self._merge(unit, encoded)
                     is_whole = True
+                    for writer in self.writers.values():
+                        writer.flush()
                     self._report()
                     if merged.bytes >= limit:
                         return
@@ -230,44 +234,36 @@ class _Preparation:
     def _check_damage(self, unit: Unit, encoded: Encoded) -> None:
         damage = encoded.first_damage
         if not damage and unit.outcome is not None and unit.outcome.kind == "damaged":
-            damage = f"{self._files[unit.outcome.file].path}: {unit.outcome.message}"
-        if damage and self._settings.on_corrupt == "error":
+            damage = f"{self.files[unit.outcome.file].path}: {unit.outcome.message}"
+        if damage and self.settings.on_corrupt == "error":
             raise ValueError(f"{damage}; repair it, or pass --on-corrupt skip to continue without it and count it")
 
     def _merge(self, unit: Unit, encoded: Encoded) -> None:
-        merged = self._merged
-        for split, writer in self._writers.items():
-            writer.write(encoded.tokens[split])
+        merged = self.merged
+        for split, writer in self.writers.items():
+            writer.append(encoded.tokens[split])
             merged.counts[split].update(encoded.counts[split])
             self.new_tokens += len(encoded.tokens[split])
-        left_out = [Outcome(*entry) for entry in encoded.left_out]
-        for outcome in [*left_out, *([unit.outcome] if unit.outcome else [])]:
+        for outcome in [*(Outcome(*entry) for entry in encoded.left_out), *([unit.outcome] if unit.outcome else [])]:
             merged.outcomes.append(outcome)
             merged.skipped[SKIPPED[outcome.kind]] += 1
-        merged.skipped["empty_documents"] += encoded.empty_documents
         merged.skipped["damaged_records"] += encoded.damaged_records
+        merged.skipped["empty_documents"] += encoded.empty_documents
         merged.first_damage = merged.first_damage or encoded.first_damage
         merged.position, merged.consumed_bytes = unit.end, unit.consumed_bytes
 
     def _save(self) -> None:
-        states = {split: SplitState(*writer.state()) for split, writer in self._writers.items()}
-        self._unfinished.save(self._record_to_continue, self._merged, states)
+        states = {split: writer.state() for split, writer in self.writers.items()}
+        self.unfinished.save(self.record_to_continue, self.merged, states)
 
     def _report(self, message: str = "") -> None:
-        merged = self._merged
-        done = merged.consumed_bytes if self._settings.max_bytes is None else merged.bytes
-        self._on_progress(
-            Progress(
-                phase="tokenising",
-                total_bytes=self._total_bytes,
-                done_bytes=min(done, self._total_bytes),
-                tokens=merged.tokens,
-                message=message,
-            )
-        )
+        merged, total = self.merged, self.total_bytes
+        done = min(merged.consumed_bytes if self.settings.max_bytes is None else merged.bytes, total)
+        progress = {"total_bytes": total, "done_bytes": done, "tokens": merged.tokens}
+        self.on_progress(PrepareProgress(phase="tokenising", message=message, **progress))
 
     def _where(self) -> str:
-        merged, files = self._merged, self._files
+        merged, files = self.merged, self.files
         if merged.position.file >= len(files):
             return "continuing: everything is tokenised, the last shards are to be written"
         name = files[merged.position.file].name
@@ -278,29 +274,71 @@ class _Preparation:
 
     def _finish(self, encoder: Encoder) -> dict[str, Any]:
         """Write what comes after the last document, and have everything on disk."""
-        merged, folder = self._merged, self._unfinished.corpus
-        for split, writer in self._writers.items():
+        merged, folder = self.merged, self.unfinished.corpus
+        for split, writer in self.writers.items():
             counts = merged.counts[split]
             counts["samples"], counts["dropped_tail_tokens"] = writer.finish()
         try:
-            check_not_empty(self._settings, merged, self._splits)
+            self._check_not_empty()
         except ValueError:
-            self._unfinished.clear()  # no other settings can continue it
+            self.unfinished.clear()  # no other settings can continue it
             raise
         manifest = {
             "format_version": FORMAT_VERSION,
-            "sequence_length": self._settings.sequence_length,
+            "sequence_length": self.settings.sequence_length,
             "vocab_size": encoder.vocab_size,
             "eos_token_id": int(encoder.end[0]),
             "token_dtype": encoder.dtype,
             "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
-            **outcome_counts(merged, self._splits),
-            "sources": write_sources(folder, self._files, merged),
-            "settings": self._record,
+            "skipped": {
+                name: merged.skipped[name] for name in (*SKIPPED.values(), "damaged_records", "empty_documents")
+            },
+            "first_damaged_record": merged.first_damage or None,
+            "splits": {split: {name: merged.counts[split][name] for name in SPLIT_COUNTS} for split in self.writers},
+            "sources": self._write_sources(folder / SOURCES_NAME),
+            "settings": self.record,
         }
         (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         _fsync_tree(folder)
         return manifest
+
+    def _check_not_empty(self) -> None:
+        """Raise ValueError if a split has no sample."""
+        counts = self.merged.counts
+        if not any(counts[split]["documents"] for split in self.writers):
+            reasons = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in self.merged.skipped.items() if n)
+            raise ValueError(
+                f"--input {' '.join(self.settings.inputs)} holds no text ({reasons or 'no files'}): give files of "
+                "text, JSON lines, parquet or Arrow"
+            )
+        for split in self.writers:
+            if not counts[split]["samples"]:
+                fraction = ", set a larger --validation-fraction, or 0 for no val split" if split == "val" else ""
+                raise ValueError(
+                    f"the {split} split got {counts[split]['documents']} documents and {counts[split]['tokens']} "
+                    f"tokens, and one sample needs {self.settings.sequence_length + 1}: give more text or set a "
+                    f"smaller --sequence-length{fraction}"
+                )
+
+    def _write_sources(self, path: Path) -> dict[str, Any]:
+        """Write a line for each file, also of those that `max_bytes` left out; returns the totals for the manifest."""
+        outcomes = {outcome.file: outcome for outcome in self.merged.outcomes}
+        totals: dict[str, Counter[str]] = {}
+        with path.open("w", encoding="utf-8") as stream:
+            for index, file in enumerate(self.files):
+                reached = Outcome(index, "read" if Position(index) < self.merged.position else "not reached")
+                outcome = outcomes.get(index, reached)
+                entry = {"name": file.name, "bytes": file.size, "format": file.format, "outcome": outcome.kind}
+                entry |= {"message": outcome.message} if outcome.message else {}
+                stream.write(json.dumps(entry) + "\n")
+                totals.setdefault(file.format.value, Counter()).update(files=1, bytes=file.size)
+        return {
+            "files": len(self.files),
+            "bytes": sum(file.size for file in self.files),
+            "formats": {name: dict(of) for name, of in sorted(totals.items())},
+            "list": SOURCES_NAME,
+            "list_sha256": file_sha256(path),
+        }
 
 
 def _fsync_tree(folder: Path) -> None:

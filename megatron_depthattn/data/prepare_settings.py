@@ -15,7 +15,7 @@ FORMAT_VERSION = 3
 
 @dataclass(kw_only=True, frozen=True)
 class PrepareSettings:
-    """What `tools/prepare_data.py` was asked for."""
+    """What `depthattn prepare` was asked for."""
 
     inputs: tuple[str, ...]
     """Files, folders, or `builtin:python-stdlib`."""
@@ -40,18 +40,17 @@ class PrepareSettings:
 
 
 def check_settings(settings: PrepareSettings) -> None:
-    if not settings.inputs:
-        raise ValueError(f"no --input given: name files, folders, or {BUILTIN_STDLIB}")
-    if settings.sequence_length < 1:
-        raise ValueError(f"--sequence-length {settings.sequence_length}: set at least 1")
-    if not 0 <= settings.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction {settings.validation_fraction}: set a number in [0, 1)")
-    if settings.max_bytes is not None and settings.max_bytes < 1:
-        raise ValueError(f"--max-bytes {settings.max_bytes}: set at least 1, or leave it out")
-    if settings.workers is not None and settings.workers < 1:
-        raise ValueError(f"--workers {settings.workers}: set at least 1, or leave it out")
-    if settings.on_corrupt not in ("error", "skip"):
-        raise ValueError(f"--on-corrupt {settings.on_corrupt}: set error or skip")
+    fraction, max_bytes, workers = settings.validation_fraction, settings.max_bytes, settings.workers
+    for is_valid, given, advice in (
+        (settings.inputs, "input is missing", f"name files, folders, or {BUILTIN_STDLIB}"),
+        (settings.sequence_length >= 1, f"sequence-length {settings.sequence_length}", "set at least 1"),
+        (0 <= fraction < 1, f"validation-fraction {fraction}", "set a number in [0, 1)"),
+        (max_bytes is None or max_bytes >= 1, f"max-bytes {max_bytes}", "set at least 1, or leave it out"),
+        (workers is None or workers >= 1, f"workers {workers}", "set at least 1, or leave it out"),
+        (settings.on_corrupt in ("error", "skip"), f"on-corrupt {settings.on_corrupt}", "set error or skip"),
+    ):
+        if not is_valid:
+            raise ValueError(f"--{given}: {advice}")
     output = settings.output.resolve()
     for given in settings.inputs:
         if Path(given).is_dir() and output.is_relative_to(Path(given).resolve()):
@@ -68,15 +67,15 @@ def settings_record(settings: PrepareSettings, files: Sequence[CorpusFile], toke
     much as preparing. An edit that keeps a file's size needs --overwrite.
     """
     names_and_sizes = repr([(file.name, file.size) for file in files])
+    tokenizer = settings.tokenizer + (f" (sha256 {tokenizer_sha256})" if tokenizer_sha256 else "")
     return {
         "format_version": FORMAT_VERSION,
         "input": list(settings.inputs),
         "corpus_files_sha256": hashlib.sha256(names_and_sizes.encode()).hexdigest(),
-        "tokenizer": settings.tokenizer + (f" (sha256 {tokenizer_sha256})" if tokenizer_sha256 else ""),
-        "sequence_length": settings.sequence_length,
-        "validation_fraction": settings.validation_fraction,
-        "text_field": settings.text_field,
-        "max_bytes": settings.max_bytes,
+        "tokenizer": tokenizer,
+        **{
+            key: getattr(settings, key) for key in ("sequence_length", "validation_fraction", "text_field", "max_bytes")
+        },
     }
 
 

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 
 from megatron_depthattn.data.columns import column_rows
 from megatron_depthattn.data.documents import CorpusFile, Format, digest_is_validation, pieces
-from megatron_depthattn.data.encode import Content, Documents, JsonLines, Piece, Recipe, Rows, TextFiles
-from megatron_depthattn.data.file_bytes import DamagedFileError, UndecodableError, file_blocks
-from megatron_depthattn.data.json_files import MAX_RECORD_BYTES, json_content
-from megatron_depthattn.data.text_bytes import TextCheck, check_text
+from megatron_depthattn.data.encode import JSON, Content, Documents, JsonLines, Piece, Recipe, Rows, TextFiles
+from megatron_depthattn.data.file_bytes import DamagedFileError, TextCheck, UndecodableError, check_text, file_blocks
 
 UNIT_BYTES = 2 << 20  # about: a unit ends with the document that passes it
 UNIT_FILES = 4096
 NOT_READ = (Format.ARCHIVE, Format.DATASET_METADATA, Format.SPECIAL, Format.LINK)
 NO_DOCUMENTS = Documents([])
+# Of a JSON line, or a .json file that is one value: they are held in memory, several times over.
+MAX_RECORD_BYTES = 256 << 20
+_SPACE = " \t\r\n"  # JSON has no other
 
 
 class Position(NamedTuple):
@@ -118,35 +119,35 @@ def _lines(file: CorpusFile, offset: int, lines: int) -> Iterator[_Read]:
     """Whole lines, `UNIT_BYTES` or more at a time but for the last; those before a damaged place, then the error."""
     rest: list[bytes] = []
     size = consumed = 0
-    damage: DamagedFileError | None = None
+    error: DamagedFileError | None = None
     blocks = file_blocks(file, offset)
-    while True:
+    is_end = False
+    while not is_end:
         try:
             block, consumed = next(blocks, (b"", consumed))
-        except DamagedFileError as error:
-            block, damage = b"", error
+        except DamagedFileError as damage:
+            block, error = b"", damage
         rest.append(block)
         size += len(block)
-        is_too_long = size > MAX_RECORD_BYTES and b"\n" not in block
-        if block and not is_too_long and (size < UNIT_BYTES or b"\n" not in block):
+        if block and size > MAX_RECORD_BYTES and b"\n" not in block:
+            number = lines + 1 + sum(part.count(b"\n") for part in rest)
+            error = DamagedFileError(f"line {number} is longer than {MAX_RECORD_BYTES:,} bytes")
+        is_end = not block or error is not None
+        if not is_end and (size < UNIT_BYTES or b"\n" not in block):
             continue
         data = b"".join(rest)
-        whole = len(data) if not block and damage is None else data.rfind(b"\n") + 1
+        whole = len(data) if is_end and error is None else data.rfind(b"\n") + 1
         if whole:
             first, offset, lines = lines + 1, offset + whole, lines + data.count(b"\n", 0, whole)
             yield _Read(JsonLines(data[:whole], file.path, first), offset, lines, consumed)
-        if is_too_long and block:
-            raise DamagedFileError(f"line {lines + 1} is longer than {MAX_RECORD_BYTES:,} bytes")
-        if damage is not None:
-            raise damage
-        if not block:
-            return
         rest, size = [data[whole:]], len(data) - whole
+    if error is not None:
+        raise error
 
 
 def _json(file: CorpusFile, recipe: Recipe, start: Position) -> tuple[Iterator[_Read], str]:
     """What to read of a .json file, and why it is a text, if it is."""
-    records, why_text = json_content(file, recipe.text_field)
+    records, why_text = _json_content(file, recipe.text_field)
     if why_text:
         return _text(file, recipe, start.offset), why_text
     if records is None:
@@ -166,6 +167,91 @@ def _records(records: list[Any], file: CorpusFile, text_field: str, start: int) 
             content = JsonLines(b"".join(lines), file.path, first + 1, "record")
             yield _Read(content, number, 0, file.size * number // len(records))
             lines, size, first = [], 0, number
+
+
+# ---- what a .json file holds -----------------------------------------------------------------------------
+
+
+class _JsonContent(NamedTuple):
+    records: list[Any] | None = None
+    """Of an array or a single object; None: they are lines, or there are none."""
+    why_text: str = ""
+    """Why it is read as a text."""
+
+
+def _json_content(file: CorpusFile, text_field: str) -> _JsonContent:
+    """Look at a .json file, which is read once more where it holds lines or a text.
+
+    A text is an object or array without the field (settings, tables), or what is no JSON and does not name the field.
+
+    Raises:
+        DamagedFileError: it begins as records do, and cannot be read as such.
+    """
+    first, second = _first_lines(file)
+    values = [_decode(line) for line in (first, second)]
+    if not first:  # an empty file
+        return _JsonContent()
+    if isinstance(values[0], dict) and (second or text_field in values[0]):
+        return _JsonContent()
+    if isinstance(values[1], dict) and not first.startswith(b"["):  # the first line is damaged
+        return _JsonContent()
+    if not first.startswith((b"{", b"[")):
+        return _JsonContent(why_text="it is no JSON object or array")
+    text = _whole(file)
+    try:
+        value, end = JSON.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        if first.startswith(b"[") and json.dumps(text_field) in text:
+            raise DamagedFileError(f"it begins as a JSON array and is not one ({error})") from error
+        return _JsonContent(why_text=f"it is no JSON ({error})")
+    if text[end:].strip(_SPACE):
+        raise DamagedFileError("it holds several JSON values, and not one a line: write each record in a line")
+    if isinstance(value, dict):
+        return (
+            _JsonContent([value]) if text_field in value else _JsonContent(why_text=f'it has no field "{text_field}"')
+        )
+    if value and not any(isinstance(record, dict) and text_field in record for record in value):
+        return _JsonContent(why_text=f'it is an array without a field "{text_field}"')
+    return _JsonContent(value)
+
+
+def _first_lines(file: CorpusFile) -> tuple[bytes, bytes]:
+    """The first two lines that are not blank, stripped; b"" where there is none."""
+    lines = filter(None, (line.strip(_SPACE.encode()) for line in _all_lines(file)))
+    return next(lines, b""), next(lines, b"")
+
+
+def _all_lines(file: CorpusFile) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for block, _ in file_blocks(file):
+        first, *others = block.split(b"\n")
+        rest.append(first)
+        for other in others:
+            yield b"".join(rest)
+            rest = [other]
+        if sum(map(len, rest)) > MAX_RECORD_BYTES:
+            raise DamagedFileError(f"it has a line of over {MAX_RECORD_BYTES:,} bytes")
+    yield b"".join(rest)
+
+
+def _decode(line: bytes) -> Any:
+    try:
+        return JSON.decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _whole(file: CorpusFile) -> str:
+    blocks, size = [], 0
+    for block, _ in file_blocks(file):
+        blocks.append(block)
+        size += len(block)
+        if size > MAX_RECORD_BYTES:
+            raise DamagedFileError(
+                f"it is one JSON value of over {MAX_RECORD_BYTES:,} bytes: write its records as lines"
+            )
+    # Invalid bytes become halves of surrogate pairs, which are replaced and counted where records are encoded.
+    return b"".join(blocks).decode(errors="surrogateescape").strip(_SPACE)
 
 
 # ---- text ------------------------------------------------------------------------------------------------

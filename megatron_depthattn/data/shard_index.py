@@ -25,6 +25,8 @@ MAX_HEADER_BYTES = 1 << 16
 MAX_SHARD_BYTES = (1 << 32) - 1
 """Offsets in a shard have 32 bits."""
 EXPANDABLE = ("zstd", "gz", "bz2")
+HASHES = {*xxhash.algorithms_available, *hashlib.algorithms_guaranteed} - {"shake_128", "shake_256"}
+"""Those of a fixed length."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\.mds")
 _TOKENS = re.compile(r"ndarray:(u?int(?:8|16|32|64)):([1-9][0-9]{0,8})")
@@ -79,7 +81,7 @@ def parse_index(content: bytes, source: str) -> SplitIndex:
     if tokens is None:
         raise ValueError(
             f"{source} has the columns {reprlib.repr(columns[0])}, not '{TOKEN_COLUMN}' of a fixed length: prepare the "
-            "corpus with tools/prepare_data.py"
+            "corpus with depthattn prepare"
         )
     dtype, tokens_per_sample = np.dtype(tokens[1]), int(tokens[2])
     shards, names = [], set()
@@ -156,8 +158,7 @@ def _file(entry: Any, key: str) -> StoredFile:
     hashes = entry.get("hashes") or {} if isinstance(entry, dict) else None
     if not isinstance(hashes, dict) or not isinstance(entry.get("basename"), str):
         raise ValueError(f"{key} is {reprlib.repr(entry)}, not name, size and hashes of a file")
-    known = {name for name in hashes if name in xxhash.algorithms_available or name in hashlib.algorithms_guaranteed}
-    known -= {"shake_128", "shake_256"}  # they have no fixed length
+    known = hashes.keys() & HASHES
     if hashes and not known:
         raise ValueError(f"its hashes are {reprlib.repr(list(hashes))}, none of which this machine can compute")
     return StoredFile(

@@ -7,7 +7,6 @@ samples, so the bytes of the shards depend on the stream alone, not on how it ar
 import json
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from megatron_depthattn.data.shard_index import TOKEN_COLUMN
-from megatron_depthattn.durable import fsync_path
+from megatron_depthattn.durable import fsync_path, remove
 
 SHARD_BYTES = 32 << 20  # of samples, before compression
 Tokens = npt.NDArray[Any]
 
 
 class SplitWriter:
-    """Writes `folder`; a shard is on disk, whole, before it is counted in `shards`.
-
-    Shards are compressed and written in a thread, one at a time, while the next one's tokens gather: memory holds two.
+    """Writes `folder`. A shard is on disk, whole, before it is counted.
 
     Args:
         folder: of the split; its shards beyond those given are removed.
@@ -36,83 +33,60 @@ class SplitWriter:
     def __init__(
         self, folder: Path, sequence_length: int, dtype: str, shards: Sequence[dict[str, Any]], tokens: Tokens
     ) -> None:
-        self.shards = list(shards)
-        self._folder = folder
-        self._length = sequence_length
-        self._dtype = np.dtype(dtype)
-        self._samples_per_shard = max(1, SHARD_BYTES // (self._dtype.itemsize * (sequence_length + 1)))
-        self._open, self._num_open = [tokens], len(tokens)
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[dict[str, Any]] | None = None
+        self._folder, self._length, self._dtype = folder, sequence_length, np.dtype(dtype)
+        self._tokens_per_shard = max(1, SHARD_BYTES // (self._dtype.itemsize * (sequence_length + 1))) * sequence_length
+        self._state = [*shards], [tokens]  # replaced in one step, so that an interrupt leaves a whole one
         folder.mkdir(parents=True, exist_ok=True)
-        known = {entry["zip_data"]["basename"] for entry in self.shards}
+        known = {entry["zip_data"]["basename"] for entry in shards}
         for path in folder.iterdir():
             if path.name not in known:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
 
-    def write(self, tokens: Tokens) -> None:
-        """Append to the stream.
+    def append(self, tokens: Tokens) -> None:
+        """Add to the stream; nothing is written before `flush`."""
+        self._state[1].append(tokens)
+
+    def flush(self) -> None:
+        """Write the shards that are full.
 
         Raises:
-            OSError: a shard could not be written; perhaps one of an earlier call.
+            OSError: a shard could not be written; `state` still holds its tokens.
         """
-        self._open.append(tokens)
-        self._num_open += len(tokens)
-        while self._num_open > self._samples_per_shard * self._length:
-            stream = np.concatenate(self._open)
-            end = self._samples_per_shard * self._length
-            self._start_shard(stream[: end + 1])
-            rest = stream[end:].copy()  # not a view, which would keep the whole
-            self._open, self._num_open = [rest], len(rest)
+        while sum(map(len, self._state[1])) > self._tokens_per_shard:
+            self._write_shard(self._tokens_per_shard)
 
     def state(self) -> tuple[list[dict[str, Any]], Tokens]:
-        """`shards` and `tokens` that continue from here; waits for the shard under way."""
-        self._wait()
-        return list(self.shards), np.concatenate(self._open)
+        """Index entries and tokens that another writer continues from."""
+        return self._state[0], np.concatenate(self._state[1])
 
     def finish(self) -> tuple[int, int]:
         """Write the last shard and the index; returns the number of samples and of tokens that fill no sample."""
-        rest = np.concatenate(self._open)
-        end = max(len(rest) - 1, 0) // self._length * self._length
+        self.flush()
+        end = max(len(self.state()[1]) - 1, 0) // self._length * self._length
         if end:
-            self._start_shard(rest[: end + 1])
-        self._wait()
-        index = {"version": 2, "shards": self.shards}
-        (self._folder / "index.json").write_text(json.dumps(index, sort_keys=True))
-        num_samples = sum(int(entry["samples"]) for entry in self.shards)
-        shared = 1 if num_samples else 0
-        return num_samples, max(len(rest) - end - shared, 0)
+            self._write_shard(end)
+        shards, rest = self.state()
+        (self._folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+        num_samples = sum(int(entry["samples"]) for entry in shards)
+        return num_samples, max(len(rest) - (1 if num_samples else 0), 0)
 
-    def close(self) -> None:
-        """End the thread, after the shard under way."""
-        self._thread.shutdown()
-
-    def _start_shard(self, stream: Tokens) -> None:
-        self._wait()
-        self._pending = self._thread.submit(self._write_shard, len(self.shards), stream)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self.shards.append(self._pending.result())
-            self._pending = None
-
-    def _write_shard(self, number: int, stream: Tokens) -> dict[str, Any]:
-        """Write a data set of one shard in a staging folder; the shard gets its number and place, and is on disk."""
+    def _write_shard(self, end: int) -> None:
+        """Write tokens 0 to `end`: as a data set of one shard in a staging folder, renamed once it is on disk."""
         from streaming import MDSWriter  # brings transformers, scikit-learn and torchvision
 
-        staging = self._folder / f"shard.{number:05}.part"
-        shutil.rmtree(staging, ignore_errors=True)
+        shards, stream = self.state()
+        staging = self._folder / "staging"
+        remove(staging)
         columns = {TOKEN_COLUMN: f"ndarray:{self._dtype}:{self._length + 1}"}
         writer = MDSWriter(columns=columns, out=str(staging), compression="zstd", hashes=["xxh64"], size_limit=None)
-        for sample in sliding_window_view(stream, self._length + 1)[:: self._length]:
+        for sample in sliding_window_view(stream[: end + 1], self._length + 1)[:: self._length]:
             writer.write({TOKEN_COLUMN: sample})
         writer.finish()
         (entry,) = json.loads((staging / "index.json").read_text())["shards"]
         for data in (entry["raw_data"], entry["zip_data"]):
-            written, data["basename"] = data["basename"], data["basename"].replace("00000", f"{number:05}")
+            written, data["basename"] = data["basename"], data["basename"].replace("00000", f"{len(shards):05}")
         fsync_path(staging / written)
         (staging / written).replace(self._folder / data["basename"])
         fsync_path(self._folder)
         shutil.rmtree(staging)
-        result: dict[str, Any] = entry
-        return result
+        self._state = [*shards, entry], [stream[end:].copy()]  # not a view, which would keep the whole

@@ -1,19 +1,54 @@
-"""A prepared corpus as a data set of token sequences, read by sample number."""
+"""One split of a prepared corpus as a data set of token sequences, read by sample number.
+
+mosaicml-streaming gives the format and the downloads from object stores. Its StreamingDataset
+is not used. It deals samples out by torchrun rank, while a replica's tensor, pipeline and context ranks must read the
+same rows; and it coordinates processes through named shared memory, which a killed run leaves behind, where it blocks
+the next run or must be removed at the risk of a live one. Here files are all that processes share:
+
+- A shard appears under its name by a rename, complete, so a reader never sees a part of one.
+- One process at a time makes a shard, under a file lock. The kernel drops the lock of a process that dies.
+- A process hashes a shard when it first reads it. What is damaged is made again where there is an intact source,
+  and is an error that names the file where there is none. What is in the corpus itself is never removed.
+
+A corpus can come from anyone, and others can write to a shared cache. So names and sizes are those that `shard_index`
+let through, no more is read, expanded or kept in memory than they say, and no file is read or written through a link.
+"""
 
 import json
+import logging
+import os
 import reprlib
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
-from megatron_depthattn.data.shard_index import count
-from megatron_depthattn.data.shard_reader import Shards, is_remote, logger, read_small_file
+from megatron_depthattn.data.shard_files import (
+    MISSING,
+    copy,
+    damage,
+    download,
+    expanded,
+    is_remote,
+    open_plain,
+    read_small_file,
+)
+from megatron_depthattn.data.shard_index import INDEX_NAME, ShardEntry, StoredFile, count, parse_index
+from megatron_depthattn.durable import remove
+from megatron_depthattn.parallel.patience import announced
 
 MANIFEST_NAME = "manifest.json"
+LOCK_TIMEOUT_SECONDS = 900.0
+NUM_LOCKS = 16
+"""Shards of a folder that processes can make at the same time."""
+ATTEMPTS_TO_READ = 3
+AGAIN = "copy or prepare the corpus again"
+
+logger = logging.getLogger(__name__)
 
 
 def _read_manifest(path: str) -> dict[str, Any] | None:
@@ -51,17 +86,20 @@ def _check_manifest(manifest: Any) -> None:
 
 
 class TokenDataset(Dataset[torch.Tensor]):
-    """One split of a prepared corpus, read by sample number.
+    """One split of a prepared corpus, read by sample number; a shard is fetched and checked on first use.
+
+    Every process may open it on its own, at any time. It can be handed to forked processes.
 
     Args:
-        path: the folder written by `tools/prepare_data.py`, or a remote URL of its copy.
-        split: "train" or "val".
+        path: the folder written by `depthattn prepare`, or a remote URL of its copy.
+        split: "train" or "val": the folder below it that holds the index.
         sequence_length: what the model will be trained with; None takes what the corpus has.
         cache: folder for downloaded and expanded shards. Needed for a URL; with a local path it holds the expanded
-            shards, for a corpus in a read-only folder. Nothing is ever evicted.
+            shards, for a corpus in a read-only folder. Each corpus has a folder of its own in it, named by its content,
+            so that runs on different corpora can share a cache. Nothing is ever evicted.
 
     Raises:
-        ValueError: no such split, a shard missing, another sequence length, or a URL without a cache.
+        ValueError: no such split, a damaged index, a shard missing, another sequence length, or a URL without a cache.
     """
 
     def __init__(
@@ -77,30 +115,158 @@ class TokenDataset(Dataset[torch.Tensor]):
             raise ValueError(
                 f"data.path {self.path} is remote and data.cache is not set: set data.cache to a local folder"
             )
-        self._shards = Shards(self.path, split, None if cache is None else Path(cache))
-        index = self._shards.index
-        self.digest = index.digest
+        self._origin = f"{self.path.rstrip('/')}/{split}"
+        try:
+            content = read_small_file(f"{self._origin}/{INDEX_NAME}")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(
+                f"{self._origin} has no {INDEX_NAME}: give a folder written by depthattn prepare"
+            ) from error
+        self._index = parse_index(content, f"{self._origin}/{INDEX_NAME}")
+        self.digest = self._index.digest
         """SHA-256 of the split's index, which holds the hash of every shard."""
-        self.samples_per_shard: npt.NDArray[np.int64] = self._shards.samples_per_shard
-        self.num_samples = len(self._shards)
+        self._is_in_place = cache is None
+        name = f"{Path(self.path).name}-{split}-{self.digest[:12]}"
+        self._folder = Path(cache, name) if cache is not None else Path(self._origin)
+        if not is_remote(self.path):
+            self._check_presence()
+        self.samples_per_shard: npt.NDArray[np.int64] = np.array([s.samples for s in self._index.shards], np.int64)
+        self._ends = np.cumsum(self.samples_per_shard)
+        self.num_samples = int(self._ends[-1])
+        self._checked: set[int] = set()
         self.manifest = _read_manifest(self.path)
-        self.sequence_length = index.tokens_per_sample - 1
+        self.sequence_length = self._index.tokens_per_sample - 1
         if sequence_length is not None and sequence_length != self.sequence_length:
             raise ValueError(
                 f"data.sequence_length is {sequence_length}, but {self.path} was prepared with "
                 f"{self.sequence_length}: set data.sequence_length={self.sequence_length}, or prepare again "
                 f"with --sequence-length {sequence_length}"
             )
-        if not self._shards.has_hashes:
+        if not all(shard.raw.hashes for shard in self._index.shards):
             logger.warning("note: %s has no hashes in its index: only the sizes of its shards are checked", self.path)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Tokens of one sample: int64 [sequence_length + 1]; expands or downloads its shard on first use.
+        """Tokens of one sample: int64 [sequence_length + 1].
 
         Raises:
-            ValueError: the shard is damaged or missing; names the file.
+            ValueError: its shard is damaged or missing; names the file.
         """
-        return torch.from_numpy(self._shards[index].astype(np.int64))
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._index.shards[number]
+        file = self._folder / shard.raw.name
+        for _ in range(ATTEMPTS_TO_READ):
+            if number not in self._checked:
+                self._prepare(number, shard)
+                self._checked.add(number)
+            try:
+                tokens = self._read(file, index - int(self._ends[number]) + shard.samples)
+                return torch.from_numpy(tokens.astype(np.int64))
+            except FileNotFoundError:  # someone has emptied the cache under the run
+                self._checked.discard(number)
+        raise ValueError(
+            f"{file} disappeared {ATTEMPTS_TO_READ} times while it was read: set data.cache to a folder "
+            "that nothing else empties"
+        )
+
+    def _read(self, file: Path, sample: int) -> npt.NDArray[Any]:
+        """The `sample`-th sample of a shard: a count, the offsets of all samples and of the end, a header, samples."""
+        size = self._index.dtype.itemsize * self._index.tokens_per_sample
+        with open_plain(file) as stream:
+            try:
+                offsets = os.pread(stream.fileno(), 8, 4 * (1 + sample))
+                begin, end = np.frombuffer(offsets, "<u4").tolist() if len(offsets) == 8 else (0, 0)
+                data = os.pread(stream.fileno(), size, begin)
+            except OSError as error:  # such as a file that a server has replaced
+                raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+        if end - begin != size or len(data) != size:  # no hash in the index, or it changed since it was checked
+            raise ValueError(f"{file} cannot be read: its sample {sample} is not {size} bytes inside the file")
+        return np.frombuffer(data, self._index.dtype)
+
+    def _check_presence(self) -> None:
+        """Raise ValueError for a local split that lacks files now, rather than in the middle of the run."""
+        try:
+            present = set(os.listdir(self._origin))
+        except OSError as error:
+            raise ValueError(f"{self._origin} cannot be read: {error.strerror}") from error
+        for shard in self._index.shards:
+            stored = shard.packed or shard.raw
+            if not {stored.name, shard.raw.name} & present:
+                raise ValueError(f"{self._origin}/{stored.name} is missing: {AGAIN}")
+
+    def _prepare(self, number: int, shard: ShardEntry) -> None:
+        """See to it that an intact raw file is there."""
+        file = self._folder / shard.raw.name
+        if not self._is_in_place and self._folder.is_symlink():
+            raise ValueError(f"{self._folder} is a link: remove it, or set data.cache to a folder of your own")
+        reason = damage(file, shard.raw)
+        if reason is None:
+            return
+        if shard.packed is None and self._is_in_place:
+            raise ValueError(f"{file} {reason}: {AGAIN}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS)
+            with announced(str(file), lambda: f"the process that holds {lock.lock_file}", LOCK_TIMEOUT_SECONDS):
+                held = lock.acquire()
+            with held:
+                reason = damage(file, shard.raw)
+                if reason is not None:  # no other process has made it meanwhile
+                    self._make(file, shard, reason)
+        except Timeout as error:
+            raise ValueError(
+                f"{file} could not be made: another process has held the lock {error.lock_file} for "
+                f"{LOCK_TIMEOUT_SECONDS:.0f} s; end that process, or set data.cache to another folder"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"{file} cannot be written ({error.strerror or error}): set data.cache to a folder that is writable "
+                "and has room for the expanded shards"
+            ) from error
+
+    def _make(self, file: Path, shard: ShardEntry, reason: str) -> None:
+        staging, fetched = (file.with_name(f".{file.name}.{ending}") for ending in ("part", "fetched"))
+        try:
+            for leftover in (staging, fetched):  # of a killed process, or placed there by another user of the cache
+                remove(leftover)
+            with open(staging, "xb") as target:  # x: a new file, never through a link
+                self._write_raw(target, shard, fetched)
+            staging.replace(file)
+        except ValueError as error:
+            raise error if reason == MISSING else ValueError(f"{file} {reason}, and {error}") from error
+        finally:
+            for leftover in (staging, fetched):
+                remove(leftover)
+        if reason != MISSING:
+            logger.warning("note: %s %s; it was made again from %s", file, reason, self._origin)
+
+    def _write_raw(self, target: IO[bytes], shard: ShardEntry, fetched: Path) -> None:
+        """Write the raw file's content, checked, from the corpus."""
+        packed = shard.packed
+        is_local_copy = not is_remote(self._origin) and not self._is_in_place
+        if packed is None or (is_local_copy and not Path(self._origin, packed.name).is_file()):
+            self._copy_stored(shard.raw, fetched, target)
+            return
+        with open_plain(self._copy_stored(packed, fetched)) as stream:
+            wrong = copy(expanded(stream, shard.compression), shard.raw, target)
+        if wrong:
+            raise ValueError(f"{self._origin}/{packed.name} expands to {shard.raw.name}, which {wrong}: {AGAIN}")
+
+    def _copy_stored(self, stored: StoredFile, fetched: Path, target: IO[bytes] | None = None) -> Path:
+        """Check a file of the corpus, and write it on; returns where it lies on this machine."""
+        place = f"{self._origin}/{stored.name}"
+        file = Path(place)
+        if is_remote(place):
+            fetched.mkdir(mode=0o700)
+            file = fetched / stored.name
+            download(place, file)
+        try:
+            with open_plain(file, place) as stream:
+                wrong = copy(stream, stored, target)
+        except FileNotFoundError as error:
+            raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+        if wrong:
+            raise ValueError(f"{place} {wrong}: {AGAIN}")
+        return file

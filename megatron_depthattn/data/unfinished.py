@@ -52,12 +52,8 @@ class Merged:
         return sum(counts["tokens"] for counts in self.counts.values())
 
 
-@dataclass
-class SplitState:
-    """What a `SplitWriter` continues from."""
-
-    shards: list[dict[str, Any]]
-    tokens: Tokens
+SplitState = tuple[list[dict[str, Any]], Tokens]
+"""Shards and tokens that a `SplitWriter` continues from."""
 
 
 class Unfinished:
@@ -82,15 +78,11 @@ class Unfinished:
             changed = changed_settings(stored["settings"], settings)
             if not changed:
                 values = stored["merged"]
-                merged = Merged(
-                    position=Position(*values["position"]),
-                    consumed_bytes=values["consumed_bytes"],
-                    counts={split: Counter(counts) for split, counts in values["counts"].items()},
-                    skipped=Counter(values["skipped"]),
-                    outcomes=[Outcome(*outcome) for outcome in values["outcomes"]],
-                    first_damage=values["first_damage"],
-                )
-                return merged, {s: SplitState(shards, tokens[s]) for s, shards in stored["shards"].items()}
+                values["position"] = Position(*values["position"])
+                values["counts"] = {split: Counter(counts) for split, counts in values["counts"].items()}
+                values["skipped"] = Counter(values["skipped"])
+                values["outcomes"] = [Outcome(*outcome) for outcome in values["outcomes"]]
+                return Merged(**values), {split: (shards, tokens[split]) for split, shards in stored["shards"].items()}
             if not overwrite:
                 raise ValueError(
                     f"{self.folder} holds unfinished work with {changed}: finish it with its own settings, or pass "
@@ -101,15 +93,12 @@ class Unfinished:
 
     def save(self, settings: Mapping[str, Any], merged: Merged, splits: Mapping[str, SplitState]) -> None:
         """Replace the progress file; shards and tokenizer must be on disk already."""
-        state = {
-            "settings": settings,
-            "merged": vars(merged),
-            "shards": {split: of.shards for split, of in splits.items()},
-        }
+        shards = {split: of for split, (of, _) in splits.items()}
+        state = json.dumps({"settings": settings, "merged": vars(merged), "shards": shards})
         file = self.folder / PROGRESS_NAME
         staging = file.with_name(f"{PROGRESS_NAME}.part")
         content = io.BytesIO()  # a zip file on a disk that fills up ends in complaints of its own
-        np.savez(content, allow_pickle=False, state=json.dumps(state), **{s: of.tokens for s, of in splits.items()})
+        np.savez(content, allow_pickle=False, state=state, **{split: tokens for split, (_, tokens) in splits.items()})
         staging.write_bytes(content.getbuffer())
         fsync_path(staging)
         staging.replace(file)

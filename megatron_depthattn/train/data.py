@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.data.corpus import Corpus
-from megatron_depthattn.data.loader import MicroBatch, TokenLoader, build_loader
+from megatron_depthattn.data.loader import MicroBatch, TokenLoader
 from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
 from megatron_depthattn.train.errors import OtherRankError
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
@@ -89,7 +89,7 @@ class GlobalBatches:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         if parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
             return
-        self._loader = build_loader(
+        self._loader = TokenLoader(
             self._corpus,
             self._corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training),
             consumed_samples=consumed_samples,

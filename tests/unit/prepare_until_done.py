@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from megatron_depthattn.data import file_bytes, prepare, readers, shard_writer
-from megatron_depthattn.data.prepare import Progress, prepare_corpus
+from megatron_depthattn.data.prepare import PrepareProgress, prepare_corpus
 from tests.prepared import make_settings
 
 NUM_KILLS = 8
@@ -24,7 +24,7 @@ def attempt(source: str, tokenizer: str, output: Path, reports: int) -> None:
     prepare.SAVE_SECONDS, shard_writer.SHARD_BYTES = 0.0, 20_000
     readers.UNIT_BYTES = file_bytes.BLOCK_BYTES = 5000
 
-    def report(progress: Progress) -> None:
+    def report(progress: PrepareProgress) -> None:
         os.write(reports, b"c" if progress.message else b"u")
 
     prepare_corpus(make_settings(Path(source), tokenizer, output, workers=2), report)

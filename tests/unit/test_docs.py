@@ -118,7 +118,9 @@ def test_training_commands_load(arguments):
 
 def test_the_checks_see_what_they_look_for(monkeypatch, capsys):
     assert len(OF_VERBS) >= 40 and len(TRAINING) >= 6
-    assert {"train", "prepare", "convert", "estimate", "benchmark", "study", "compare"} <= {verb for _, verb, _ in OF_VERBS}
+    assert {"train", "prepare", "convert", "estimate", "benchmark", "study", "compare"} <= {
+        verb for _, verb, _ in OF_VERBS
+    }
     with pytest.raises(pytest.fail.Exception, match="no-such-option"):  # the control
         test_the_program_accepts_the_command("a page", "config", "--no-such-option", monkeypatch, capsys)
 

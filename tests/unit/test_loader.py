@@ -16,7 +16,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from megatron_depthattn.data.loader import MicroBatch, TokenLoader, build_loader
+from megatron_depthattn.data.loader import MicroBatch, TokenLoader
 from megatron_depthattn.data.order import SampleSequence
 from megatron_depthattn.data.stream import TokenDataset
 
@@ -36,7 +36,7 @@ def dataset(tmp_path: Path) -> TokenDataset:
 
 def start(dataset: TokenDataset, *, consumed: int = 0, workers: int = 0, seed: int = 3, **sizes: int) -> TokenLoader:
     """A loader of steps of two micro-batches of four."""
-    return build_loader(
+    return TokenLoader(
         dataset,
         SampleSequence(dataset.samples_per_shard, seed=seed, shuffle=True),
         consumed_samples=consumed,

@@ -319,7 +319,7 @@ def test_the_builtin_corpus_is_the_standard_library() -> None:
 REFUSED = {
     "missing input": ({"inputs": ("/no/such/file",)}, "--input /no/such/file does not exist"),
     "unknown builtin": ({"inputs": ("builtin:web",)}, "the builtin corpus is builtin:python-stdlib"),
-    "no input": ({"inputs": ()}, "no --input given"),
+    "no input": ({"inputs": ()}, "--input is missing: name files"),
     "small vocabulary": ({"tokenizer": "train-bpe:100"}, "integer of at least 258"),
     "vocabulary in words": ({"tokenizer": "train-bpe:8k"}, "integer of at least 258"),
     "missing tokenizer": ({"tokenizer": "/no/tok"}, "--tokenizer /no/tok does not exist"),

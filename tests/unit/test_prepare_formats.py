@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_depthattn.data import columns, documents, file_bytes, json_files, readers
+from megatron_depthattn.data import columns, documents, file_bytes, readers
 from megatron_depthattn.data.documents import corpus_files
 from megatron_depthattn.data.encode import Encoded, JsonLines, Piece, Recipe, Rows, parts
 from megatron_depthattn.data.encode_pool import EncodePool
@@ -558,8 +558,7 @@ def test_of_a_long_record_no_more_than_max_bytes_is_encoded(tokenizer: Path, tmp
 
 
 def test_a_record_has_a_greatest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (readers, json_files):
-        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 3 << 20)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 3 << 20)
     data = RECORD_LINES + json_lines(["a" * (5 << 20), "lost"])
     messages = {}
     for name, content in {

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_depthattn.cli import prepare
-from megatron_depthattn.data.prepare import Progress
+from megatron_depthattn.data.prepare import PrepareProgress
 from tests.prepared import make_documents
 
 ROOT = Path(__file__).parents[2]
@@ -116,10 +116,10 @@ def test_a_scheduler_s_stop_keeps_the_work(tool: ModuleType, source: Path, tmp_p
         assert process.stderr is not None
         assert process.stderr.readline().startswith("continuing at file 1 of 1 (a.txt), after ")
         children: list[psutil.Process] = []
-        while not children and process.poll() is None:  # it starts them once it knows where to go on
+        while len(children) < 2 and process.poll() is None:  # one that encodes, and multiprocessing's tracker
             children = psutil.Process(process.pid).children()
         process.kill()
-    assert len(children) == 1
+    assert len(children) == 2
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive  # encoding processes end with their parent: nobody else would end them
 
@@ -133,11 +133,11 @@ def test_progress_counts_from_where_this_process_began(
     with tool.ProgressReport() as report:
         values = {"phase": "tokenising", "total_bytes": 10**9}
         message = "continuing at file 7 (a\x1b[2J\nb [/i])"
-        report(Progress(**values, done_bytes=6 * 10**8, tokens=10**8, message=message))
+        report(PrepareProgress(**values, done_bytes=6 * 10**8, tokens=10**8, message=message))
         now += 50
-        report(Progress(**values, done_bytes=7 * 10**8, tokens=13 * 10**7))
+        report(PrepareProgress(**values, done_bytes=7 * 10**8, tokens=13 * 10**7))
         now += 1
-        report(Progress(**values, done_bytes=8 * 10**8, tokens=14 * 10**7))  # too soon for another line
+        report(PrepareProgress(**values, done_bytes=8 * 10**8, tokens=14 * 10**7))  # too soon for another line
     assert capsys.readouterr().err.splitlines() == [
         "continuing at file 7 (a\\x1b[2J b [/i])",
         "tokenising: 600.0 of 1,000.0 MB, 100,000,000 tokens",

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_depthattn.data import file_bytes, prepare, readers, shard_writer
 from megatron_depthattn.data.encode_pool import WorkerDiedError
-from megatron_depthattn.data.prepare import PrepareSettings, Progress, prepare_corpus
+from megatron_depthattn.data.prepare import PrepareProgress, PrepareSettings, prepare_corpus
 from megatron_depthattn.data.unfinished import open_unfinished, unfinished_folder
 from tests.prepared import assert_holds, folder_bytes, make_documents, make_settings, save_tokenizer
 
@@ -106,7 +106,7 @@ def test_killed_at_any_moment_it_continues(
 
 def encoding_processes() -> list[psutil.Process]:
     alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in alive if "import serve" in " ".join(child.cmdline())]
+    return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
 
 
 class Stop:
@@ -116,7 +116,7 @@ class Stop:
         self.left, self.action = after, action
         self.messages: list[str] = []
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: PrepareProgress) -> None:
         self.messages += [progress.message] if progress.message else []
         if progress.phase == "tokenising":
             self.left -= 1
@@ -190,7 +190,7 @@ def test_a_process_that_is_killed_is_an_error_and_no_hang(
         def kill_one() -> None:
             encoding_processes()[0].kill()
 
-        with pytest.raises(WorkerDiedError, match="was ended by SIGKILL: out of memory"):
+        with pytest.raises(WorkerDiedError, match="was killed: out of memory"):
             prepare_corpus(given, Stop(5, kill_one))
         assert not encoding_processes()
         continue_to_the_end(given, reference)
@@ -216,7 +216,7 @@ def test_a_death_after_the_last_rename_leaves_a_whole_corpus(
 ) -> None:
     given = make_settings(source, tokenizer, tmp_path / "out")
     publish = prepare.publish_folder
-    monkeypatch.setattr(prepare, "publish_folder", lambda aside, final: (publish(aside, final), interrupt()))
+    monkeypatch.setattr(prepare, "publish_folder", lambda staging, final: (publish(staging, final), interrupt()))
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(given)
     assert folder_bytes(given.output) == reference

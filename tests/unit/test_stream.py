@@ -23,7 +23,7 @@ import zstandard
 from filelock import FileLock
 from streaming import MDSWriter
 
-from megatron_depthattn.data import shard_reader
+from megatron_depthattn.data import shard_files, stream
 from megatron_depthattn.data.stream import TokenDataset
 
 LENGTH, NUM_SAMPLES = 8, 100
@@ -148,7 +148,7 @@ def test_a_damaged_raw_shard_is_named(tmp_path: Path, damage: Callable[[Path], N
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_a_damaged_expanded_shard_is_made_again_and_told(
+def test_a_damaged_expanded_shard_is_made_again_and_logged(
     corpus: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert read(TokenDataset(corpus)) == TOKENS.tolist()
@@ -158,9 +158,9 @@ def test_a_damaged_expanded_shard_is_made_again_and_told(
     with caplog.at_level(logging.WARNING):
         assert read(TokenDataset(corpus)) == TOKENS.tolist()
     assert file.read_bytes() == intact
-    told = [record.getMessage() for record in caplog.records]
+    logged = [record.getMessage() for record in caplog.records]
     expected = [] if damage is Path.unlink else [f"note: {file} "]
-    assert [line.startswith(start) for line, start in zip(told, expected, strict=True)] == [True] * len(expected)
+    assert [line.startswith(start) for line, start in zip(logged, expected, strict=True)] == [True] * len(expected)
 
 
 def test_both_forms_damaged_is_one_error_that_names_both(corpus: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_shard_that_goes_missing_later_is_named(corpus: Path) -> None:
         read(dataset)
 
 
-def test_an_expanded_shard_that_is_tidied_away_under_a_run_is_made_again(corpus: Path) -> None:
+def test_an_expanded_shard_that_is_removed_under_a_run_is_made_again(corpus: Path) -> None:
     dataset = TokenDataset(corpus)
     for _ in range(2):
         assert read(dataset) == TOKENS.tolist()
@@ -212,7 +212,7 @@ def test_an_only_copy_is_read_and_never_deleted(corpus: Path, tmp_path: Path) ->
 
 
 def test_control_a_wrong_byte_is_read_without_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What the hashes are for; and the user is told that there are none."""
+    """What the hashes are for; and the user is logged that there are none."""
     write_shards(tmp_path / "train", compression=None, hashes=[])
     flip(tmp_path / "train" / "shard.00001.mds")
     with caplog.at_level(logging.WARNING):
@@ -304,7 +304,7 @@ def test_reading_maps_no_shared_memory(corpus: Path) -> None:
 
 
 def test_a_lock_that_is_held_for_ever_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_reader, "LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(stream, "LOCK_TIMEOUT_SECONDS", 0.2)
     with (
         FileLock(corpus / "train" / ".lock.0"),
         pytest.raises(
@@ -330,7 +330,7 @@ def bucket(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "test")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setattr(shard_reader, "DOWNLOAD_ATTEMPTS", 1)
+        monkeypatch.setattr(shard_files, "DOWNLOAD_ATTEMPTS", 1)
         yield corpus.parent / "served" / "bucket"
         server.shutdown()
 
@@ -578,7 +578,7 @@ def test_nothing_is_written_or_read_through_a_link_in_a_shared_cache(corpus: Pat
     victim.mkdir()
     (victim / "file").write_text("precious")
     dataset = TokenDataset(corpus, cache=tmp_path / "cache")
-    folder = dataset._shards._folder
+    folder = dataset._folder
     link = folder if place == "" else folder / place
     link.parent.mkdir(parents=True)
     link.symlink_to(victim if place in ("", ".shard.00000.mds.fetched") else victim / "file")
