@@ -151,10 +151,10 @@ def test_streams_are_read_saved_and_read_again(base: Path, tmp_path: Path) -> No
         ("[{path: a, proportion: 1}, {path: a}]", "data.streams[1].proportion is missing (in the command line); "
          "set it"),
         ("[{path: a, proportion: much}]", "data.streams is list [{'path': 'a', 'proportion': 'much'}] (from the "
-         "command line); expected a list, each entry {path, proportion} or null (Value 'much' of type 'str' could not be "
-         "converted to Float)"),
-        ("[a]", "data.streams is list ['a'] (from the command line); expected a list, each entry {path, proportion} or "
-         "null (Invalid type assigned: str is not a subclass of StreamConfig. value: a)"),
+         "command line); expected a list, each entry {path, proportion} or null (Value 'much' of type 'str' could not "
+         "be converted to Float)"),
+        ("[a]", "data.streams is list ['a'] (from the command line); expected a list, each entry {path, proportion} "
+         "or null (Invalid type assigned: str is not a subclass of StreamConfig. value: a)"),
         ("a", "data.streams is string 'a' (from the command line); expected a list, each entry {path, proportion} or "
          "null"),
         ("[]", "data.streams is an empty list; give at least one {path, proportion}, or set data.path"),

@@ -1,4 +1,4 @@
-"""README and docs tell the truth: their paths and keys exist, their commands are parsed by the programs, the example runs."""
+"""README and docs: paths, keys and make targets exist, programs accept the commands, the example runs."""
 
 import argparse
 import importlib
