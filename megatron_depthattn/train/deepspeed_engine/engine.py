@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.parallel.schedule import Work
+from megatron_depthattn.train.base_engine import Engine
 from megatron_depthattn.train.build import build_schedule
 from megatron_depthattn.train.deepspeed_engine.build import build_model, build_optimizer, initialize
 from megatron_depthattn.train.deepspeed_engine.gradients import clip, squared_gradient_norm, sum_over_tensor_ranks
 from megatron_depthattn.train.deepspeed_engine.shards import STAGES
 from megatron_depthattn.train.deepspeed_engine.state import DeepSpeedState, Template
-from megatron_depthattn.train.engine import Engine
 from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.step import (
