@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_depthattn.data import file_bytes, prepare, readers, shard_writer
-from megatron_depthattn.data.prepare import PrepareProgress, prepare_corpus
-from tests.prepared import make_settings
+if __name__ == "__main__":  # not in the encoding processes, which import this file again
+    from megatron_depthattn.data import file_bytes, prepare, readers, shard_writer
+    from megatron_depthattn.data.prepare import PrepareProgress, prepare_corpus
+    from tests.prepared import make_settings
 
 NUM_KILLS = 8
 
@@ -24,7 +25,7 @@ def attempt(source: str, tokenizer: str, output: Path, reports: int) -> None:
     prepare.SAVE_SECONDS, shard_writer.SHARD_BYTES = 0.0, 20_000
     readers.UNIT_BYTES = file_bytes.BLOCK_BYTES = 5000
 
-    def report(progress: PrepareProgress) -> None:
+    def report(progress: "PrepareProgress") -> None:
         os.write(reports, b"c" if progress.message else b"u")
 
     prepare_corpus(make_settings(Path(source), tokenizer, output, workers=2), report)
