@@ -52,8 +52,8 @@ def test_the_rank_that_met_it_names_the_shard_and_all_stop(config_file: Path, tm
     # Step 2 holds samples 16 to 23, of which 22 and 23 are rank 1's second micro-batch.
     errors = [line for line in result.stderr.splitlines() if "shard.00011" in line]
     assert len(errors) == 2, result.stderr  # its own line, and torchrun's report of the first failure
-    told = f"error (rank 1): {tmp_path}/corpus/train/shard.00011.mds.zstd differs from its xxh64"
-    assert errors[0].startswith(told) and told in errors[1]
+    line = f"error (rank 1): {tmp_path}/corpus/train/shard.00011.mds.zstd differs from its xxh64"
+    assert errors[0].startswith(line) and line in errors[1]
     assert "ValueError" not in result.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]

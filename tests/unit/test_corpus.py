@@ -101,7 +101,7 @@ def change_manifest(folder: Path, **values: object) -> None:
         (lambda f: [file.unlink() for file in f.glob("code/train/shard.00001.*")], r"train/shard\.00001\.mds\.zstd is"),
     ],
 )
-def test_streams_that_do_not_fit_are_refused(
+def test_streams_that_do_not_fit_are_errors(
     folder: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -111,7 +111,7 @@ def test_streams_that_do_not_fit_are_refused(
         open_streams(copy)
 
 
-def test_streams_of_another_length_are_refused(folder: Path) -> None:
+def test_streams_of_another_length_are_errors(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.sequence_length is 5, but .*code was prepared with 4"):
         Corpus([str(folder / "code"), str(folder / "wiki")], [1, 1], "train", sequence_length=5)
 
@@ -164,7 +164,7 @@ def test_streams_are_read_saved_and_read_again(base: Path, tmp_path: Path) -> No
          "shards have nowhere to go; set data.cache to a local folder of each node"),
     ],
 )  # fmt: skip
-def test_wrong_streams_are_refused(base: Path, setting: str, message: str) -> None:
+def test_wrong_streams_are_errors(base: Path, setting: str, message: str) -> None:
     with pytest.raises(ValueError) as raised:
         validate(load_config(base, [f"data.streams={setting}"]), 1)
     assert str(raised.value) == message

@@ -151,12 +151,12 @@ def test_control_wrong_orders_differ() -> None:
 
 
 @pytest.mark.parametrize(("gbs", "mbs", "dp"), [(16, 3, 1), (16, 4, 3), (0, 1, 1), (8, 0, 2), (8, 16, 1)])
-def test_sizes_that_do_not_divide_are_refused(gbs: int, mbs: int, dp: int) -> None:
+def test_sizes_that_do_not_divide_are_errors(gbs: int, mbs: int, dp: int) -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch_size.*set a multiple of"):
         num_micro_batches(global_batch_size=gbs, micro_batch_size=mbs, data_parallel_size=dp)
 
 
-def test_impossible_coordinates_are_refused() -> None:
+def test_impossible_coordinates_are_errors() -> None:
     with pytest.raises(ValueError, match=r"rank 2 is outside \[0, 2\)"):
         batch_positions(0, **layout(2, 2, 2))
     with pytest.raises(ValueError, match="consumed_samples is -1"):
@@ -183,7 +183,7 @@ def test_slots_by_largest_remainder(proportions: tuple[float, ...], slots: tuple
     assert slots_of(proportions) == slots
 
 
-def test_a_proportion_that_rounds_to_nothing_is_refused() -> None:
+def test_a_proportion_that_rounds_to_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"data\.streams\[1\]\.proportion is 0\.0004, which rounds to none of 1000"):
         slots_of((0.9996, 0.0004))
 

@@ -150,7 +150,7 @@ def test_a_token_outside_the_vocabulary_is_one_line(dataset: TokenDataset, num_w
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_workers_go_on_when_a_scheduler_signals_every_process(loader: TokenLoader, number: int) -> None:
+def test_workers_continue_when_a_scheduler_signals_every_process(loader: TokenLoader, number: int) -> None:
     """Sent by another process, as a scheduler does; right after the fork and later."""
     pids = [str(worker.pid) for worker in workers()]
     expected = [batch["sample_ids"].tolist() for batch in next(loader)]
@@ -162,7 +162,7 @@ def test_workers_go_on_when_a_scheduler_signals_every_process(loader: TokenLoade
     assert [str(worker.pid) for worker in workers()] == pids
 
 
-def test_workers_end_when_their_parent_says_so(loader: TokenLoader) -> None:
+def test_workers_end_when_their_parent_ends_them(loader: TokenLoader) -> None:
     next(loader)
     processes = workers()
     for process in processes:

@@ -39,16 +39,17 @@ def test_a_long_document_is_cut_after_a_line(monkeypatch: pytest.MonkeyPatch) ->
             assert parts[0] == first
 
 
-def test_a_cut_document_has_the_tokens_of_the_whole(tokenizer: Path) -> None:
+def test_a_cut_document_has_the_tokens_of_the_whole(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPT-2 pre-tokenizer, whichever way the lines end up in the pieces; the control cuts elsewhere."""
+    monkeypatch.setattr("megatron_depthattn.data.documents.PIECE_BYTES", 1 << 17)
     encoder = Encoder(load_tokenizer(str(tokenizer)))
     rng = np.random.default_rng(1)
     lines = [
-        " " * int(rng.integers(0, 3)) + " ".join(rng.choice(WORDS, int(rng.integers(0, 9)))) for _ in range(90_000)
+        " " * int(rng.integers(0, 3)) + " ".join(rng.choice(WORDS, int(rng.integers(0, 9)))) for _ in range(12_000)
     ]
     text = "\n".join(lines)
     parts = [piece.decode() for piece in pieces([text.encode()])]
-    assert len(parts) == -(-len(text.encode()) // PIECE_BYTES) > 1
+    assert len(parts) == -(-len(text.encode()) // (1 << 17)) > 1
     whole = encoder.tokens(text)
     assert np.array_equal(np.concatenate([encoder.tokens(part) for part in parts]), whole)
     middle = text.index("alpha") + 2

@@ -94,13 +94,13 @@ def test_the_manifest_comes_with_the_data(corpus: Path) -> None:
     assert TokenDataset(corpus).manifest == {"vocab_size": 65536}
 
 
-def test_another_sequence_length_is_refused(corpus: Path) -> None:
+def test_another_sequence_length_is_an_error(corpus: Path) -> None:
     assert TokenDataset(corpus).sequence_length == LENGTH
     with pytest.raises(ValueError, match=r"data.sequence_length is 9, but .* was prepared with 8: set data"):
         TokenDataset(corpus, sequence_length=9)
 
 
-def test_paths_that_cannot_work_are_refused(tmp_path: Path) -> None:
+def test_paths_that_cannot_work_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"val has no index\.json: give a folder"):
         TokenDataset(tmp_path, "val")
     with pytest.raises(ValueError, match=r"s3://bucket/corpus is remote and data.cache is not set"):
@@ -220,7 +220,7 @@ def test_control_a_wrong_byte_is_read_without_hashes(tmp_path: Path, caplog: pyt
     assert "no hashes in its index: only the sizes" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(corpus: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
     with pytest.raises(ValueError, match=r"shard\.00000\.mds cannot be (read|written).*Not a directory"):
@@ -468,7 +468,7 @@ LIES = [
 
 
 @pytest.mark.parametrize(("lie", "reason"), LIES, ids=lambda of: repr(of)[:40])
-def test_an_index_with_impossible_sizes_or_types_is_refused(corpus: Path, lie: dict, reason: str) -> None:
+def test_an_index_with_impossible_sizes_or_types_is_an_error(corpus: Path, lie: dict, reason: str) -> None:
     def change(shard: dict) -> None:
         for key, value in lie.items():
             shard[key] = shard[key] | value if isinstance(value, dict) else value
@@ -482,7 +482,7 @@ def test_an_index_with_impossible_sizes_or_types_is_refused(corpus: Path, lie: d
 @pytest.mark.parametrize(
     "kind", ["pkl", "json", "jpeg", "ndarray", "ndarray:uint16", "ndarray:uint16:0", "ndarray:O:9"]
 )
-def test_shards_of_anything_but_tokens_are_refused(corpus: Path, kind: str) -> None:
+def test_shards_of_anything_but_tokens_are_errors(corpus: Path, kind: str) -> None:
     index = json.loads((corpus / "train" / "index.json").read_text())
     for shard in index["shards"]:
         shard |= columns(kind)
@@ -519,7 +519,7 @@ def test_what_is_no_index_or_manifest_is_named(corpus: Path, content: bytes) -> 
     "manifest",
     [{"vocab_size": "7"}, {"eos_token_id": -1}, {"tokenizer_sha256": "\x1b[2J"}, {"splits": [1]}, {"splits": {"a": 1}}],
 )
-def test_a_manifest_of_other_types_is_refused(corpus: Path, manifest: dict) -> None:
+def test_a_manifest_of_other_types_is_an_error(corpus: Path, manifest: dict) -> None:
     (corpus / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"corpus/manifest\.json is no manifest of a corpus: .*; copy or prepare"):
         TokenDataset(corpus)
