@@ -16,19 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_depthattn.data.documents import character_start, is_validation, pieces
-from megatron_depthattn.data.file_bytes import byte_order_mark, check_text, to_utf8
+from megatron_depthattn.data.documents import CorpusFile, character_start, is_validation, pieces
+from megatron_depthattn.data.file_bytes import NoTextError, short_text
 from megatron_depthattn.data.tokenizer import Encoder
 
-JSON = json.JSONDecoder(parse_int=float)  # Python refuses integers of more than 4,300 digits, which JSON allows
+JSON = json.JSONDecoder(parse_int=float)  # Python rejects integers of more than 4,300 digits, which JSON allows
 SPLITS = ("train", "val")
-FIRST_BLOCK_BYTES = 1 << 16  # a large binary file mostly shows itself here, and is then not read whole
 
 
 class TextFiles(NamedTuple):
-    """Whole small files, a document each: (index in the corpus, path)."""
+    """Whole small files, a document each: (index in the corpus, file)."""
 
-    files: list[tuple[int, Path]]
+    files: list[tuple[int, CorpusFile]]
 
 
 class Documents(NamedTuple):
@@ -125,28 +124,11 @@ def _documents(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[t
     elif isinstance(content, JsonLines):
         yield from _json_documents(content, recipe.text_field, encoded)
     elif isinstance(content, TextFiles):
-        for index, path in content.files:
-            data, problem = _text_file(path)
-            if problem:
-                encoded.left_out.append((index, problem))
-            else:
-                yield data, False
-
-
-def _text_file(path: Path) -> tuple[bytes, str]:
-    """(a small file's text in UTF-8, or "binary" or "undecodable" if it is none)"""
-    with path.open("rb") as file:
-        data = file.read(FIRST_BLOCK_BYTES)
-        if b"\0" in data and byte_order_mark(data)[1] == "utf-8":
-            return b"", "binary"
-        data += file.read()
-    try:
-        data = to_utf8(data)
-    except UnicodeDecodeError:
-        return b"", "undecodable"
-    if b"\0" in data:
-        return b"", "binary"
-    return (data, "") if check_text(data).finish() else (b"", "undecodable")
+        for index, file in content.files:
+            try:
+                yield short_text(file, sys.maxsize) or b"", False
+            except NoTextError as error:
+                encoded.left_out.append((index, error.kind))
 
 
 def _row_documents(content: Rows, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:

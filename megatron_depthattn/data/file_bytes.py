@@ -35,6 +35,14 @@ class UndecodableError(DamagedFileError):
     """The file is not in the encoding that its byte-order mark names."""
 
 
+class NoTextError(Exception):
+    """The file holds a NUL byte ("binary"), or other things that are no text ("undecodable")."""
+
+    def __init__(self, kind: str, message: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 def file_blocks(file: CorpusFile, start: int = 0) -> Iterator[tuple[bytes, int]]:
     """(bytes of the expanded text from `start` on, bytes on disk so far), at most `BLOCK_BYTES` a block.
 
@@ -124,17 +132,8 @@ def byte_order_mark(head: bytes) -> tuple[int, str]:
     return next(((len(mark), encoding) for mark, encoding in _MARKS if head.startswith(mark)), (0, "utf-8"))
 
 
-def to_utf8(data: bytes) -> bytes:
-    """A whole file without its byte-order mark, in UTF-8 if the mark says UTF-16 or UTF-32.
-
-    Raises:
-        UnicodeDecodeError: it is not in the encoding that its mark names, UTF-16 or UTF-32.
-    """
-    return b"".join(data for data, _ in utf8_blocks(iter([(data, 0)])))
-
-
 def utf8_blocks(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    """The same for a file in blocks, each with a number that is handed on. The first holds the whole mark."""
+    """A file's blocks in UTF-8 and without the byte-order mark, all of which the first one holds."""
     decoder: codecs.IncrementalDecoder | None = None
     for number, (data, tag) in enumerate(blocks):
         block = data
@@ -185,7 +184,24 @@ class TextCheck:
         return self._odd * 4 <= self._characters and (self.is_utf8 or has_spaces)
 
 
-def check_text(data: bytes) -> TextCheck:
+def short_text(file: CorpusFile, max_bytes: int) -> bytes | None:
+    """The text of a file; None if it is longer than `max_bytes`.
+
+    Raises:
+        NoTextError: it is no text.
+    """
+    text = b""
+    try:
+        for block, _ in file_blocks(file):
+            text += block
+            if b"\0" in block:
+                raise NoTextError("binary")
+            if len(text) > max_bytes:
+                return None
+    except UndecodableError as error:
+        raise NoTextError("undecodable", str(error)) from error
     check = TextCheck()
-    check.add(data)
-    return check
+    check.add(text)
+    if not check.finish():
+        raise NoTextError("undecodable")
+    return text

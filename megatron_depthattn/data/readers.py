@@ -7,14 +7,20 @@ Reading can start at the end of any unit.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_depthattn.data.columns import column_rows
 from megatron_depthattn.data.documents import CorpusFile, Format, digest_is_validation, pieces
 from megatron_depthattn.data.encode import JSON, Content, Documents, JsonLines, Piece, Recipe, Rows, TextFiles
-from megatron_depthattn.data.file_bytes import DamagedFileError, TextCheck, UndecodableError, check_text, file_blocks
+from megatron_depthattn.data.file_bytes import (
+    DamagedFileError,
+    NoTextError,
+    TextCheck,
+    UndecodableError,
+    file_blocks,
+    short_text,
+)
 
 UNIT_BYTES = 2 << 20  # about: a unit ends with the document that passes it
 UNIT_FILES = 4096
@@ -71,7 +77,7 @@ def read_units(files: Sequence[CorpusFile], recipe: Recipe, start: Position = ST
         OSError: a file cannot be read at all.
     """
     before = sum(file.size for file in files[: start.file])
-    small: list[tuple[int, Path]] = []
+    small: list[tuple[int, CorpusFile]] = []
     small_bytes = 0
     for index, file in enumerate(files[start.file :], start=start.file):
         is_small = file.format is Format.TEXT and not file.compression and file.size <= UNIT_BYTES
@@ -79,7 +85,7 @@ def read_units(files: Sequence[CorpusFile], recipe: Recipe, start: Position = ST
             yield Unit(TextFiles(small), Position(index), before)
             small, small_bytes = [], 0
         if is_small:
-            small.append((index, file.path))
+            small.append((index, file))
             small_bytes += file.size
         else:
             yield from _units_of_file(index, file, before, recipe, start if index == start.file else Position(index))
@@ -105,8 +111,11 @@ def _units_of_file(index: int, file: CorpusFile, before: int, recipe: Recipe, st
                 read = _text(file, recipe, start.offset)
             for content, offset, lines, consumed in read:
                 yield Unit(content, Position(index, offset, lines), before + consumed)
-        except _NoTextError as error:
+        except NoTextError as error:
             outcome = Outcome(index, error.kind, str(error))
+        except UndecodableError as error:
+            is_text = file.format is Format.TEXT or outcome is not None
+            outcome = Outcome(index, "undecodable" if is_text else "damaged", str(error))
         except DamagedFileError as error:
             outcome = Outcome(index, "damaged", str(error))
     yield Unit(NO_DOCUMENTS, Position(index + 1), before + file.size, outcome)
@@ -257,37 +266,14 @@ def _whole(file: CorpusFile) -> str:
 # ---- text ------------------------------------------------------------------------------------------------
 
 
-class _NoTextError(Exception):
-    """The file holds a NUL byte, or other things that are no text."""
-
-    def __init__(self, kind: str, message: str = "") -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 def _text(file: CorpusFile, recipe: Recipe, offset: int) -> Iterator[_Read]:
     """The file's one document: whole if it is short, else looked through first and then read in pieces."""
-    try:
-        yield from _text_reads(file, recipe, offset)
-    except UndecodableError as error:
-        raise _NoTextError("undecodable", str(error)) from error
-
-
-def _text_reads(file: CorpusFile, recipe: Recipe, offset: int) -> Iterator[_Read]:
-    head = b""
-    for block, _ in file_blocks(file):
-        head += block
-        if b"\0" in block:
-            raise _NoTextError("binary")
-        if len(head) > UNIT_BYTES:
-            break
-    else:
-        if not check_text(head).finish():
-            raise _NoTextError("undecodable")
+    text = short_text(file, UNIT_BYTES)
+    if text is not None:
         if offset == 0:
-            yield _Read(Documents([head]), len(head), 0, file.size)
+            yield _Read(Documents([text]), len(text), 0, file.size)
         return
-    split, is_blank, is_utf8, size = _look_through(lambda: (block for block, _ in file_blocks(file)), recipe)
+    split, is_blank, is_utf8, size = _look_through(file, recipe)
     if is_blank:
         yield _Read(Documents([b""]), size, 0, file.size)
         return
@@ -304,7 +290,7 @@ def _text_reads(file: CorpusFile, recipe: Recipe, offset: int) -> Iterator[_Read
         yield _Read(piece, position, 0, min(file.size * position // size, file.size))
 
 
-def _look_through(blocks: Callable[[], Iterator[bytes]], recipe: Recipe) -> tuple[str, bool, bool, int]:
+def _look_through(file: CorpusFile, recipe: Recipe) -> tuple[str, bool, bool, int]:
     """(split, whether it is blank, whether it is UTF-8, size in bytes) of a long document.
 
     Of one that is longer than all that is wanted only so much, and a block, is looked at: it is cut there at the
@@ -312,9 +298,9 @@ def _look_through(blocks: Callable[[], Iterator[bytes]], recipe: Recipe) -> tupl
     """
     digest, check = hashlib.sha256(), TextCheck()
     is_blank, is_whole, size = True, True, 0
-    for block in blocks():
+    for block, _ in file_blocks(file):
         if b"\0" in block:
-            raise _NoTextError("binary")
+            raise NoTextError("binary")
         digest.update(block)
         check.add(block)
         size += len(block)
@@ -323,7 +309,7 @@ def _look_through(blocks: Callable[[], Iterator[bytes]], recipe: Recipe) -> tupl
             is_blank = is_whole = False
             break
     if not check.finish(is_whole=is_whole):
-        raise _NoTextError("undecodable")
+        raise NoTextError("undecodable")
     split = "val" if digest_is_validation(digest.digest(), recipe.validation_fraction) else "train"
     return split, is_blank, check.is_utf8, size
 

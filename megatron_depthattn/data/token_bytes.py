@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-_KEEPING = {"ByteLevel", "Split", "Digits", "Punctuation", "Sequence"}  # pre-tokenizers that lose no text, unless told
+_KEEPING = {"ByteLevel", "Split", "Digits", "Punctuation", "Sequence"}  # pre-tokenizers that lose no text by default
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
