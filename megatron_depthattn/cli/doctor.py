@@ -1,6 +1,7 @@
 """What is installed on this machine, what each feature needs, and whether a config can run here.
 
-With CONFIG: the layout against the ranks (--world), the data's sequence length and vocabulary, folders, disk space.
+With CONFIG: the layout against the ranks (--world), a rank's memory against a GPU's (--gpu), the data's sequence length
+and vocabulary, folders, disk space.
 Starts nothing. Exit code 0: what the config (or, without one, training) needs is here; 1: it is not, or an error.
 """
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser("doctor", __doc__)
     add_config(parser, optional=True)
     parser.add_argument("--world", type=int, help="ranks of the run (default: the GPUs here; on CPU one model replica)")
+    parser.add_argument("--gpu", default="H100-80GB", metavar="NAME", help="that ranks must fit (default H100-80GB)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
     return run(_doctor, parser.parse_intermixed_args(arguments))  # settings may follow an option
 
@@ -56,7 +58,7 @@ def _doctor(given: argparse.Namespace) -> int:
     problems: list[str] = []
     subject = "training"
     if given.config:
-        asked, problems, ranks = check_config(given.config, given.overrides, given.world, host, packages)
+        asked, problems, ranks = check_config(given.config, given.overrides, given.world, host, packages, given.gpu)
         needed += asked
         subject = f"{given.config} on {ranks or '?'} ranks, as far as this machine shows"
     fixes = [f"{row.name}: {row.fix}" for row in rows if row.name in needed and row.fix] + problems
@@ -84,6 +86,7 @@ def check_config(
     world: int | None,
     host: doctor.Host,
     packages: Mapping[str, doctor.Package],
+    gpu: str = "H100-80GB",
 ) -> tuple[list[str], list[str], int | None]:
     """The features that a config asks for, what is wrong with it here, and its ranks; prints what `auto` becomes."""
     path, *overrides = map(find_config, (name, *overrides))
@@ -111,8 +114,22 @@ def check_config(
         return asked, [f"{path} on {ranks} ranks: {error}"], ranks
     said, error_text = doctor.run_python(_CHECKPOINT_BYTES, path, str(ranks), *overrides)
     unknown = [f"the size of a checkpoint is not known: {error_text}"] if error_text else []
-    # A config that the planner knows cannot fit into the GPUs' memory is to be reported here as well.
-    return asked, [*_check_data(config), *unknown, *_check_folders(config, int(said or 0))], ranks
+    from megatron_depthattn.estimate.fits import check_data
+
+    problems = [*_check_memory(config, ranks, gpu), *_find_data(config), *check_data(config), *unknown]
+    return asked, problems + _check_folders(config, int(said or 0)), ranks
+
+
+def _check_memory(config: RunConfig, ranks: int, gpu: str) -> list[str]:
+    """Whether a rank fits one GPU by the planner's count; prints what it needs and how long the run takes."""
+    from megatron_depthattn.estimate.fits import check_fit
+
+    try:
+        fit, problem = check_fit(config, ranks, gpu)
+    except ValueError as error:  # of a precision that this GPU has not
+        return [str(error)]
+    print(printable(fit.line))
+    return [f"{ranks} ranks: {problem}"] if problem else []
 
 
 def _get(settings: object, key: str) -> object:
@@ -121,24 +138,16 @@ def _get(settings: object, key: str) -> object:
     return settings
 
 
-def _check_data(config: RunConfig) -> list[str]:
-    """Whether local data is there, and of the config's sequence length and vocabulary."""
+def _find_data(config: RunConfig) -> list[str]:
+    """Whether local data is there; prints where the vocabulary is much larger than the data's."""
     problems = []
     for source in config.data.sources:
         folder, manifest = Path(source.path), Path(source.path, "manifest.json")
-        if "://" in source.path:
-            continue
-        if not folder.is_dir():
+        if "://" not in source.path and not folder.is_dir():
             problems.append(f"{folder} is not there: prepare it with depthattn prepare, or set data.path")
         elif manifest.is_file():
-            stored = json.loads(manifest.read_text(encoding="utf-8"))
-            length, wanted = stored.get("sequence_length"), config.data.sequence_length
-            vocabulary, rows = stored.get("vocab_size", 0), config.model.vocab_size
-            if length != wanted:
-                problems.append(f"data.sequence_length is {wanted} and {folder} has samples of {length}: set {length}")
-            if vocabulary > rows:
-                problems.append(f"model.vocab_size is {rows} and the tokenizer of {folder} has {vocabulary}: set more")
-            elif vocabulary * 2 < rows:
+            vocabulary = json.loads(manifest.read_text(encoding="utf-8")).get("vocab_size", 0)
+            if vocabulary * 2 < (rows := config.model.vocab_size):
                 print(printable(f"model.vocab_size is {rows}, the tokenizer of {folder} has only {vocabulary} tokens"))
     return problems
 

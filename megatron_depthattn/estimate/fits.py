@@ -1,8 +1,10 @@
-"""Whether a config fits the GPUs that it is meant for, before it is queued. Imports no torch."""
+"""Whether a config fits the GPUs and the data that it is meant for, before it is queued. Imports no torch."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_depthattn.config import RunConfig, validate
 from megatron_depthattn.estimate.hardware import find_gpu, resolve_for
@@ -72,3 +74,20 @@ def check_fit(config: RunConfig, world_size: int, gpu: str = "H100") -> tuple[Fi
         f"a rank needs {fit.needed_gb:.1f} GB and {hardware.name} has {hardware.memory_gb:.0f} GB less "
         f"{MEMORY_RESERVE:.0%}: set {', '.join(ways)}"
     )
+
+
+def check_data(config: RunConfig) -> list[str]:
+    """Where local data was prepared for another sequence length or a larger vocabulary, with what to set."""
+    problems = []
+    for source in config.data.sources:
+        manifest = Path(source.path, "manifest.json")
+        if "://" in source.path or not manifest.is_file():
+            continue
+        stored = json.loads(manifest.read_text(encoding="utf-8"))
+        length, wanted = stored.get("sequence_length"), config.data.sequence_length
+        vocabulary, rows = stored.get("vocab_size", 0), config.model.vocab_size
+        if length != wanted:
+            problems.append(f"data.sequence_length is {wanted} and {source.path} has samples of {length}: set {length}")
+        if vocabulary > rows:
+            problems.append(f"model.vocab_size is {rows} and the tokenizer of {source.path} has {vocabulary}: set more")
+    return problems

@@ -25,6 +25,7 @@ from pathlib import Path
 import megatron_depthattn
 from megatron_depthattn.config import RunConfig, load_config, validate
 from megatron_depthattn.config.resolve import CPU, GPU, resolve
+from megatron_depthattn.estimate.fits import check_data, check_fit
 from megatron_depthattn.launch import scripts
 from megatron_depthattn.launch.freeze import freeze
 from megatron_depthattn.terminal import printable
@@ -71,7 +72,10 @@ def submit(options: argparse.Namespace) -> int:
             resolved = resolve(config, nodes_have)
             validate(resolved.config, options.nodes * processes)
             choices |= dict.fromkeys(resolved.lines)
-            # The planner's memory for this GPU, and hours against --time, belong here.
+            for problem in check_data(config):
+                raise ValueError(problem)
+            if options.gpus_per_node:
+                choices |= dict.fromkeys([_fit(resolved.config, options)])
         except ValueError as error:
             place = f"{name}, " if len(configs) > 1 else ""
             raise ValueError(f"not submitted: {place}{options.nodes} nodes x {processes} processes: {error}") from error
@@ -100,6 +104,20 @@ def submit(options: argparse.Namespace) -> int:
     follow = shlex.join(["tail", "-F", str(log)])
     print(f"follow: {follow}; queue: squeue -j {','.join(ids)}; cancel: scancel {' '.join(ids)}")
     return 0
+
+
+def _fit(config: RunConfig, options: argparse.Namespace) -> str:
+    """Ranks, memory and hours against --time, for the log.
+
+    Raises:
+        ValueError: a rank does not fit the GPU.
+    """
+    fit, problem = check_fit(config, options.nodes * options.gpus_per_node, options.gpu)
+    if problem:
+        raise ValueError(problem)
+    limit = seconds_of(options.time)
+    jobs = f"; --time {options.time}: {fit.run_hours * 3600 / limit:,.1f} jobs of that length" if limit else ""
+    return fit.line + jobs
 
 
 def render(template: str, options: argparse.Namespace, run_dir: Path, num_configs: int, processes: int) -> str:
@@ -293,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each node, and as many processes")
     size.add_argument("--processes-per-node", type=int, metavar="N", help="processes of each node, without GPUs")
+    add("--gpu", default="H100-80GB", metavar="NAME", help="GPU of the nodes, for the planner (default H100-80GB)")
     for name, (metavar, meaning) in PASSED_ON.items():
         add(f"--{name}", metavar=metavar, help=meaning)
     add("--exclusive", action="store_true", help="whole nodes, shared with nobody")

@@ -112,6 +112,22 @@ def test_a_job_is_checked_for_its_nodes_and_keeps_auto(tmp_path, capsys):
     assert backends_of(load_config(tmp_path / "run/job/config.yaml")) == ("auto", "auto")
 
 
+def test_a_job_that_cannot_fit_is_not_queued(tmp_path, capsys):
+    """Memory by the planner, the sequence length of the data; the control shows ranks, GB and hours against --time."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"sequence_length": 2048, "vocab_size": 100}')
+    command = [str(ROOT / "configs/3b.yaml"), f"data.path={folder}", f"run.dir={tmp_path}/run", "--nodes", "4"]
+    command += ["--gpus-per-node", "8", "--time", "8:00:00", "--dry-run"]
+    assert submit([*command, "data.sequence_length=1024"]) == 1
+    assert f"{folder} has samples of 2048: set 2048" in capsys.readouterr().err
+    assert submit([*command, "train.micro_batch_size=16"]) == 1
+    assert "GB and H100 has 80 GB less 8%: set" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert submit(command) == 0
+    assert "32 x H100: " in (out := capsys.readouterr().out) and "--time 8:00:00: " in out
+
+
 def test_ranks_that_resolve_it_differently_do_not_start():
     """One machine of three has no TransformerEngine: named with the reason, whatever preflight.on_problem says."""
     reports = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,20 +187,33 @@ def test_what_of_a_config_is_wrong_here(tmp_path: Path):
     assert problems_of(tmp_path, "model.spec=tee")[0].startswith("model.spec is string 'tee'")
     (problem,) = problems_of(tmp_path, "parallel.tensor=2", world=7)
     assert "on 7 ranks: the world has 7 ranks, which is not a multiple of 2" in problem
-    (problem,) = problems_of(tmp_path)
+    (problem,) = problems_of(tmp_path, world=32)
     assert problem == "/nowhere/data is not there: prepare it with depthattn prepare, or set data.path"
 
 
 def test_data_of_another_length_or_vocabulary(tmp_path: Path, capsys):
     def said(vocabulary: int) -> list[str]:
         (tmp_path / "manifest.json").write_text(json.dumps({"sequence_length": 64, "vocab_size": vocabulary}))
-        return problems_of(tmp_path, f"data.path={tmp_path}", "data.sequence_length=128", "model.vocab_size=1000")
+        settings = [f"data.path={tmp_path}", "data.sequence_length=128", "model.vocab_size=1000"]
+        return problems_of(tmp_path, *settings, world=32)
 
     length, vocabulary = said(1001)
     assert length == f"data.sequence_length is 128 and {tmp_path} has samples of 64: set 64"
     assert vocabulary == f"model.vocab_size is 1000 and the tokenizer of {tmp_path} has 1001: set more"
     capsys.readouterr()
     assert said(400) == [length] and "has only 400 tokens" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_the_gpus(tmp_path: Path, capsys):
+    """The planner's count: what a rank needs, what there is, what to set; the control is the config as it ships."""
+    large = ("data.path=configs", "train.micro_batch_size=16")
+    (problem,) = problems_of(tmp_path, *large, world=32)
+    assert re.match(
+        r"32 ranks: a rank needs \d+\.\d GB and H100 has 80 GB less 8%: set recompute.granularity=", problem
+    )
+    capsys.readouterr()
+    assert problems_of(tmp_path, "data.path=configs", world=32) == []
+    assert re.search(r"^32 x H100: .* GB on the fullest rank, .* hours for the run", capsys.readouterr().out, re.M)
 
 
 def test_this_machine_is_ready(tmp_path: Path):
