@@ -8,14 +8,20 @@ The ``reference`` implementation of the mix, which keeps fp32 copies, is counted
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.config.resolve import CPU, GPU, resolve
-from megatron_depthattn.estimate.counts import element_bytes, hidden_rows, layers_of_chunk, rows, source_plan
+from megatron_depthattn.estimate.counts import (
+    cross_layer_method,
+    element_bytes,
+    hidden_rows,
+    layers_of_chunk,
+    rows,
+    source_plan,
+)
 from megatron_depthattn.methods.attnres.definition import AttentionResiduals
 from megatron_depthattn.methods.definition import CrossLayerMethod
-from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.methods.denseformer.definition import DenseFormer
 from megatron_depthattn.methods.mhc.definition import HyperConnections
 from megatron_depthattn.model.activation_memory import BLOCK_ROWS
@@ -130,7 +136,7 @@ def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> Chunk
     """What one pipeline chunk, in model order, needs for one micro-batch."""
     sizes, recompute = _Layers(config, on_gpu), config.recompute
     layers, num_layers = layers_of_chunk(config, chunk), config.model.num_layers * config.model.num_loops
-    plan, method = source_plan(config), method_of(asdict(config.model))
+    plan, method = source_plan(config), cross_layer_method(config.model)
     group = (recompute.num_layers or 1) if recompute.method == "uniform" else 1
     is_full = recompute.granularity == "full"
     recomputed = len(layers) if recompute.method == "uniform" else min(len(layers), recompute.num_layers or 0)

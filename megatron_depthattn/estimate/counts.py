@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import prod
 
-from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config import ModelConfig, RunConfig
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
@@ -32,8 +32,14 @@ def decoder_shape(config: RunConfig) -> DecoderShape:
         ffn_hidden_size=model.ffn_hidden_size,
         vocab_size=padded_vocab_size(model.vocab_size),
         tie_embeddings=model.tie_embeddings,
-        method=method_of(dataclasses.asdict(model)),
+        method=cross_layer_method(config.model),
     )
+
+
+@functools.lru_cache(64)
+def cross_layer_method(model: ModelConfig) -> CrossLayerMethod | None:
+    """The model's method beside Depth-Attention; None for that one and for vanilla."""
+    return method_of(dataclasses.asdict(model))
 
 
 def source_plan(config: RunConfig) -> CrossLayerPlan | None:
@@ -41,7 +47,7 @@ def source_plan(config: RunConfig) -> CrossLayerPlan | None:
     depth, num_layers = config.model.depth_attention, config.model.num_layers * config.model.num_loops
     num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     starts = tuple(range(0, num_layers, num_layers // num_chunks))
-    if method := method_of(asdict(config.model)):
+    if method := cross_layer_method(config.model):
         return ListedPlan(tuple(map(method.sources, range(num_layers))), starts, config.parallel.pipeline)
     if config.model.effective_method == "vanilla":
         return None
@@ -94,7 +100,12 @@ class RankWeights:
 
 def rank_weights(config: RunConfig, stage: int) -> RankWeights:
     """Weights of one tensor rank of a pipeline stage."""
-    model, tensor, stages = config.model, config.parallel.tensor, config.parallel.pipeline
+    layers = tuple(stage_layers(config, stage))
+    return _weights(config.model, config.parallel.tensor, config.parallel.pipeline, stage, layers)
+
+
+@functools.lru_cache(1024)
+def _weights(model: ModelConfig, tensor: int, stages: int, stage: int, own: tuple[int, ...]) -> RankWeights:
     query, key = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
     layers = model.num_layers // stages
     is_first, is_last = stage == 0, stage == stages - 1
@@ -103,7 +114,7 @@ def rank_weights(config: RunConfig, stage: int) -> RankWeights:
         linear=layers * (model.hidden_size * (2 * query + 2 * key + 3 * model.ffn_hidden_size) // tensor),
         norms=layers * 2 * (model.hidden_size + model.kv_channels)
         + is_last * model.hidden_size
-        + _method_weights(method_of(asdict(model)), stage_layers(config, stage), is_last),
+        + _method_weights(cross_layer_method(model), own, is_last),
         head_norms=layers * 2 * model.kv_channels,
         embeddings=copies * (padded_vocab_size(model.vocab_size) // tensor) * model.hidden_size,
     )

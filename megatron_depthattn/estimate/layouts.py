@@ -91,18 +91,23 @@ def candidate_layouts(config: RunConfig, world_size: int, hardware: Hardware) ->
 
     Micro-batches up to `LARGEST_MICRO_BATCH`, recompute modes as in `RECOMPUTE`.
     """
+    batch = config.train.global_batch_size
     for parallel in _parallel_settings(config, world_size, hardware):
         shared = None
+        replicas = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
         for mode in RECOMPUTE.values():
-            recompute = dataclasses.replace(config.recompute, **mode)
-            for micro in _divisors(config.train.global_batch_size):
-                if micro > LARGEST_MICRO_BATCH:
-                    break
+            recompute, sizes = dataclasses.replace(config.recompute, **mode), None
+            for micro in _divisors(batch, LARGEST_MICRO_BATCH):
+                passes, rest = divmod(batch, micro * replicas)
+                if rest or (parallel.virtual_pipeline > 1 and passes % parallel.pipeline):
+                    continue
                 train = dataclasses.replace(config.train, micro_batch_size=micro)
                 candidate = dataclasses.replace(config, parallel=parallel, recompute=recompute, train=train)
-                if (sizes := _accepted(candidate, world_size)) is not None:
+                if sizes is None:  # the size of a micro-batch is of no consequence for the other checks
+                    sizes = _accepted(candidate, world_size)
+                if sizes is not None:
                     shared = shared or CrossLayer.of(candidate)
-                    yield Layout(candidate, shared, sizes)
+                    yield Layout(candidate, shared, dataclasses.replace(sizes, num_microbatches=passes))
 
 
 def best_layouts(
@@ -150,7 +155,7 @@ def best_layouts(
         elif line in found:  # differs in its chunks alone
             also = (*found[line].other_chunks, parallel.virtual_pipeline)
             found[line] = dataclasses.replace(found[line], other_chunks=also)
-        elif _starts(layout.config):
+        elif _accepted(layout.config, world_size) and _starts(layout.config):
             found[line] = estimate(layout, time, memory, world_size, hardware)
     if not found:
         raise ValueError(
@@ -192,8 +197,8 @@ def estimate(layout: Layout, time: StepTime, memory: RankMemory, world_size: int
     )
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+def _divisors(number: int, largest: int | None = None) -> list[int]:
+    return [d for d in range(1, min(number, largest or number) + 1) if number % d == 0]
 
 
 def _parallel_settings(config: RunConfig, world_size: int, hardware: Hardware) -> Iterator[Any]:

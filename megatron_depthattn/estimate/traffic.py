@@ -15,12 +15,13 @@ first two are counted, scalars are not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.estimate.counts import (
     RankWeights,
+    cross_layer_method,
     element_bytes,
     hidden_rows,
     rank_weights,
@@ -29,7 +30,6 @@ from megatron_depthattn.estimate.counts import (
     stage_layers,
 )
 from megatron_depthattn.methods.definition import CrossLayerMethod
-from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.source_plan import hop_bytes
 from megatron_depthattn.vocabulary import padded_vocab_size
 
@@ -78,7 +78,7 @@ class CrossLayer:
     def of(cls, config: RunConfig) -> CrossLayer:
         """From the run's config."""
         model, parallel, plan = config.model, config.parallel, source_plan(config)
-        method = method_of(asdict(model))
+        method = cross_layer_method(config.model)
         num_layers, edges = model.num_layers * model.num_loops, parallel.pipeline * parallel.virtual_pipeline - 1
         if plan is None:
             return cls(None, False, (0,) * num_layers, (model.hidden_size,) * edges)

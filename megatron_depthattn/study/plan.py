@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def _layout(study: Study, config: RunConfig, name: str) -> tuple[dict[str, Any],
     from megatron_depthattn.estimate.hardware import find_gpu
     from megatron_depthattn.estimate.layouts import best_layouts
 
+    print(f"{name}: choosing a layout for {study.world.devices} x {study.world.gpu}", file=sys.stderr, flush=True)
     try:
         (best,) = best_layouts(config, study.world.devices, find_gpu(study.world.gpu), limit=1)
     except ValueError as error:
