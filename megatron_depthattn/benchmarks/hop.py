@@ -33,8 +33,7 @@ def add_hop(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def measure_hop(given: argparse.Namespace) -> Result:
     """For every layout and source plan, or method: bytes of one step sent and least possible, and the step's time.
 
-    Times are medians of forward and backward without the optimizer, beside the vanilla model of the same layout and
-    the same model under Megatron's own communicator, which exchanges shapes; the three take turns.
+    Times are medians of forward and backward without the optimizer; the vanilla model of the same layout takes turns.
 
     Raises:
         ValueError: a world of processes failed.
@@ -45,21 +44,20 @@ def measure_hop(given: argparse.Namespace) -> Result:
         f"tokens, {given.microbatches} microbatches, {given.runs} runs",
         columns=[
             *("layout", *variants[0]["columns"], "sent, MiB", "bound, MiB", "/ vanilla", "messages"),
-            *("time / vanilla", "link's bound", "exchanging"),
+            "time / vanilla",
         ],
         notes=[
             "sent: hidden states, sources and gradients over all boundaries between ranks, counted below Megatron",
             "bound: hidden states, and each source over every boundary on its way to its farthest reader once",
             "time: forward and backward, median of the ratios of neighbouring runs",
-            "link's bound: vanilla's time and that of the busiest boundary's sources at the speed of an idle link",
-            "exchanging: the time under Megatron's own communicator, which exchanges shapes first",
         ],
     )
     for layout in given.layouts:
         pipeline, virtual = LAYOUTS[layout]
         for variant, figures in zip(variants, _run_world(given, pipeline, virtual, variants), strict=True):
-            ratios = {kind: _ratio(figures["seconds"], kind) for kind in ("planned", "exchanged")}
-            ratios["link_bound"] = _link_bound(figures, pipeline, virtual)
+            seconds = figures["seconds"]
+            pairs = zip(seconds["planned"], seconds["vanilla"], strict=True)
+            ratio = statistics.median(own / vanilla for own, vanilla in pairs)
             result.rows.append(
                 [
                     layout,
@@ -68,13 +66,11 @@ def measure_hop(given: argparse.Namespace) -> Result:
                     f"{figures['bound'] / 2**20:.3f}",
                     f"{figures['sent'] / figures['vanilla_sent']:.2f}",
                     f"{figures['messages']} of {figures['least_messages']}",
-                    f"{ratios['planned']:.3f}",
-                    f"{ratios['link_bound']:.3f}",
-                    f"{ratios['exchanged']:.3f}",
+                    f"{ratio:.3f}",
                 ]
             )
             name = " ".join(f"{key} {value}" for key, value in variant["columns"].items())
-            result.figures[f"{layout} {name}"] = figures | ratios
+            result.figures[f"{layout} {name}"] = figures | {"ratio": ratio}
     return result
 
 
@@ -91,27 +87,6 @@ def _variants(given: argparse.Namespace) -> list[dict[str, Any]]:
         for stride in strides
         for window in given.windows
     ]
-
-
-def _ratio(seconds: dict[str, list[float]], kind: str) -> float:
-    """Median over the turns of the time over vanilla's of the same turn."""
-    return statistics.median(a / b for a, b in zip(seconds[kind], seconds["vanilla"], strict=True))
-
-
-def _link_bound(figures: dict[str, Any], pipeline: int, virtual: int) -> float:
-    """Vanilla's time and that of the busiest boundary's sources at the link's speed, over vanilla's time."""
-
-    def extra(stage: int) -> int:
-        """Bytes that sources and their gradients add between ``stage`` and the next."""
-        following = (stage + 1) % pipeline
-        both_ways = {f"{stage}>{following}", f"{following}>{stage}"}
-        edges = virtual if following else virtual - 1
-        if pipeline == 2:  # the boundary behind the last rank is the same pair of ranks
-            edges = 2 * virtual - 1
-        return sum(figures["sent_between"].get(edge, 0) for edge in both_ways) - edges * figures["vanilla_edge"]
-
-    seconds = max(extra(stage) for stage in range(pipeline)) / figures["link_bytes_per_second"]
-    return 1 + seconds / statistics.median(figures["seconds"]["vanilla"])
 
 
 def _run_world(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_depthattn.benchmarks.sent import recorded_sends, sent_between_stages
 from megatron_depthattn.benchmarks.timing import taking_turns
@@ -22,7 +18,6 @@ from megatron_depthattn.config import RunConfig, from_dict
 from megatron_depthattn.model.source_plan import hop_bytes
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
-from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, transformer_config
 from megatron_depthattn.train.step import Microbatch, run_microbatches
 
@@ -36,10 +31,7 @@ def main(work: dict[str, Any], output: Path) -> None:
     batch = {"tokens": tokens[:, :-1].to(device), "labels": tokens[:, 1:].to(device)}
     batches: list[Microbatch] = [batch] * work["microbatches"]
     vanilla = build_model(_config(work, {"method": "vanilla"}), device)
-    link = _link_bytes_per_second(work["hidden"] * work["sequence_length"], device)
-    figures = [
-        _measure(work, model, vanilla, batches, device) | {"link_bytes_per_second": link} for model in work["models"]
-    ]
+    figures = [_measure(work, model, vanilla, batches, device) for model in work["models"]]
     if dist.get_rank() == 0:
         output.write_text(json.dumps(figures))
     shut_down()
@@ -73,14 +65,10 @@ def _measure(
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     between = sent_between_stages(sent, stages) or {"bytes": {}, "messages": 0}
 
-    seconds: dict[str, list[float]] = {"vanilla": [], "planned": [], "exchanged": []}
+    seconds: dict[str, list[float]] = {"vanilla": [], "planned": []}
     for run in range(-1, work["runs"]):  # the first one warms up
         for kind in taking_turns([*seconds], run + 1):
-            exchanging = mock.patch.object(
-                PlannedCommunicator, "_communicate_shapes", P2PCommunicator._communicate_shapes
-            )
-            with exchanging if kind == "exchanged" else contextlib.nullcontext():
-                took = _step(vanilla if kind == "vanilla" else chunks, batches)
+            took = _step(vanilla if kind == "vanilla" else chunks, batches)
             if run >= 0:
                 seconds[kind].append(took)
 
@@ -101,22 +89,6 @@ def _measure(
         "least_messages": 2 * len(batches) * len(edges),
         "seconds": seconds,
     }
-
-
-def _link_bytes_per_second(numbers: int, device: torch.device, rounds: int = 30) -> float:
-    """Of a message of so many fp32 numbers between ranks 0 and 1, nothing else being sent: half a median round trip."""
-    message, seconds = torch.zeros(numbers, device=device), []
-    for _ in range(rounds):
-        dist.barrier()
-        started = time.perf_counter()
-        if dist.get_rank() == 0:
-            dist.send(message, 1)
-            dist.recv(message, 1)
-        elif dist.get_rank() == 1:
-            dist.recv(message, 0)
-            dist.send(message, 0)
-        seconds.append((time.perf_counter() - started) / 2)
-    return message.nbytes / statistics.median(seconds)
 
 
 def _step(chunks: Chunks, batches: list[Microbatch]) -> float:
