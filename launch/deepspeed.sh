@@ -18,34 +18,34 @@ if [ "${1:-}" = --rank ]; then # what the launcher starts on the hosts, for each
     mapfile -d '' -t arguments < <(base64 -d <<<"$2")
     exec "$PYTHON" -m megatron_depthattn.train "${arguments[@]}"
 fi
-refuse() { echo "error: ${*//[[:cntrl:]]/?}" >&2; exit 1; } # a terminal obeys nothing of a file that came from elsewhere
+die() { echo "error: ${*//[[:cntrl:]]/?}" >&2; exit 1; } # a terminal obeys nothing of a file that came from elsewhere
 
-[ $# -gt 0 ] || refuse "no config: HOSTFILE=... MASTER_ADDR=... MASTER_PORT=... launch/deepspeed.sh CONFIG.yaml [a.b=c ...]"
+[ $# -gt 0 ] || die "no config: HOSTFILE=... MASTER_ADDR=... MASTER_PORT=... launch/deepspeed.sh CONFIG.yaml [a.b=c ...]"
 missing=
 for name in HOSTFILE MASTER_ADDR MASTER_PORT; do [ -n "${!name:-}" ] || missing="$missing${missing:+, }$name"; done
-[ -z "$missing" ] || refuse "$missing not set, and a launcher must not guess. Set HOSTFILE: a file with a line" \
+[ -z "$missing" ] || die "$missing not set, and a launcher must not guess. Set HOSTFILE: a file with a line" \
     "\`host slots=N\` for each host; MASTER_ADDR: its first host, as the others reach it; MASTER_PORT: a free port of it."
 # Without the file DeepSpeed would start a world of this machine's GPUs.
-[ -f "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE: no such file; it holds a line \`host slots=N\` for each host."
+[ -f "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE: no such file; it holds a line \`host slots=N\` for each host."
 [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && [ "$MASTER_PORT" -le 65535 ] ||
-    refuse "MASTER_PORT=$MASTER_PORT is no port; set a free one of the first host, 1024 to 65535."
+    die "MASTER_PORT=$MASTER_PORT is no port; set a free one of the first host, 1024 to 65535."
 address='^[A-Za-z0-9:][A-Za-z0-9._:-]*$' # a program that is given another one may take it for an option, or for several hosts
-[[ $MASTER_ADDR =~ $address ]] || refuse "MASTER_ADDR=$MASTER_ADDR is no host name or address; set that of the first host."
+[[ $MASTER_ADDR =~ $address ]] || die "MASTER_ADDR=$MASTER_ADDR is no host name or address; set that of the first host."
 
 hosts=() slots=0 number=0
 while read -r host rest || [ -n "$host" ]; do
     number=$((number + 1))
     case $host in '' | '#'*) continue ;; esac
     [[ ${host##*@} =~ $address && $host =~ ^([A-Za-z0-9_][A-Za-z0-9._-]*@)?[^@]+$ ]] ||
-        refuse "$HOSTFILE, line $number: '$host' is no host name or address; write \`host slots=N\`, or user@host."
+        die "$HOSTFILE, line $number: '$host' is no host name or address; write \`host slots=N\`, or user@host."
     [[ $rest =~ ^slots=([1-9][0-9]{0,5})[[:space:]]*$ ]] ||
-        refuse "$HOSTFILE, line $number: '$host${rest:+ $rest}' is not \`host slots=N\` with N of 1 or more."
-    [[ " ${hosts[*]-} " != *" $host "* ]] || refuse "$HOSTFILE, line $number: $host is there already; give each host one line."
+        die "$HOSTFILE, line $number: '$host${rest:+ $rest}' is not \`host slots=N\` with N of 1 or more."
+    [[ " ${hosts[*]-} " != *" $host "* ]] || die "$HOSTFILE, line $number: $host is there already; give each host one line."
     hosts+=("$host") slots=$((slots + BASH_REMATCH[1]))
 done <"$HOSTFILE"
-[ "${#hosts[@]}" -gt 0 ] || refuse "$HOSTFILE names no host; it holds a line \`host slots=N\` for each host."
+[ "${#hosts[@]}" -gt 0 ] || die "$HOSTFILE names no host; it holds a line \`host slots=N\` for each host."
 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' ||
-    refuse "$PYTHON has no DeepSpeed: pip install 'megatron-depthattn[deepspeed]', or start with launch/node.sh."
+    die "$PYTHON has no DeepSpeed: pip install 'megatron-depthattn[deepspeed]', or start with launch/node.sh."
 "$PYTHON" - "$slots" "$@" <<'END'
 import sys
 from megatron_depthattn.config import load_config, validate
@@ -59,23 +59,23 @@ launcher=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master
     --master_port "$MASTER_PORT" --no_python --no_local_rank)
 if [ -n "${NODE_RANK:-}" ]; then
     [[ $NODE_RANK =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "${#hosts[@]}" ] ||
-        refuse "NODE_RANK=$NODE_RANK with ${#hosts[@]} hosts in $HOSTFILE; set 0 to $((${#hosts[@]} - 1)), or unset it."
+        die "NODE_RANK=$NODE_RANK with ${#hosts[@]} hosts in $HOSTFILE; set 0 to $((${#hosts[@]} - 1)), or unset it."
     launcher+=(--no_ssh --node_rank "$NODE_RANK")
 else
     obeyed='[][[:space:][:cntrl:]$`"\\;&|<>(){}*?!#'\']
     for path in "$here" "$PWD" "$PYTHON"; do # DeepSpeed hands them to a shell of the hosts as they are
         [[ ! $path =~ $obeyed ]] ||
-            refuse "the path $path reaches the hosts through a shell, unquoted: use one without blanks and without any of" \
+            die "the path $path reaches the hosts through a shell, unquoted: use one without blanks and without any of" \
                 "[ ] \$ \` \" ' \\ ; & | < > ( ) { } * ? ! #, or set NODE_RANK and start this on every host."
     done
     for program in ssh pdsh; do
-        command -v "$program" >/dev/null || refuse "$program is not installed, by which the hosts are reached; install it" \
+        command -v "$program" >/dev/null || die "$program is not installed, by which the hosts are reached; install it" \
             "(apt-get install $program), or set NODE_RANK and start this on every host."
     done
     for host in "${hosts[@]}"; do
         # shellcheck disable=SC2086 # several arguments
         ssh -o BatchMode=yes -o ConnectTimeout=10 ${SSH_ARGS:-} -- "$host" true </dev/null ||
-            refuse "$host ($HOSTFILE) cannot be reached with 'ssh -o BatchMode=yes ${SSH_ARGS:-} $host' (see above)."
+            die "$host ($HOSTFILE) cannot be reached with 'ssh -o BatchMode=yes ${SSH_ARGS:-} $host' (see above)."
     done
     export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} ${SSH_ARGS:-}"
     # --force_multi: a single host is reached as well; DeepSpeed would take this machine for it.

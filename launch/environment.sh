@@ -15,11 +15,11 @@ _default PYTHONFAULTHANDLER 1       # a crash in C leaves the Python stack
 # ---- collectives. How long a rank waits for another is set in code (train.hang_timeout): the watchdog tells more than a time-out
 _default TORCH_NCCL_ASYNC_ERROR_HANDLING 3 # a rank whose communicator failed ends, without waiting for an abort that may hang (torch's default, stated)
 _default TORCH_FR_BUFFER_SIZE 2000  # the flight recorder keeps the last 2000 collectives of each rank, off by default (torch before 2.9: TORCH_NCCL_TRACE_BUFFER_SIZE)
-_default TORCH_FR_DUMP_ON_TIMEOUT 1 # and writes them when a collective times out, to flight_recorder_<rank> beside the rank's log (launch/workers.py sets the path)
+_default TORCH_FR_DUMP_ON_TIMEOUT 1 # and writes them when a collective times out, to flight_recorder_<rank> beside the rank's log (megatron_depthattn.launch.torchrun sets the path)
 _default NCCL_DEBUG WARN            # NCCL is silent otherwise, also about what it then fails on
 # Left alone on purpose, as NCCL's choice is right unless measured otherwise: NCCL_ALGO, NCCL_PROTO, NCCL_IB_*, NCCL_SOCKET_IFNAME,
 # NCCL_NVLS_ENABLE (0 frees some GPU memory and costs bandwidth; needed only by in-process restarts, which do not exist here).
-# GLOO_SOCKET_IFNAME: launch/node.sh sets it to the interface by which the head node was reached.
+# GLOO_SOCKET_IFNAME: megatron_depthattn.launch.torchrun sets it to the interface by which the head node was reached.
 
 # ---- GPUs
 _default PYTORCH_ALLOC_CONF expandable_segments:True # sequence lengths and microbatches of several sizes fragment fixed segments

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_depthattn.config import RunConfig, config_keys, load_config, save_config
@@ -20,7 +20,8 @@ from megatron_depthattn.config import RunConfig, config_keys, load_config, save_
 CODE_FOLDERS = ("megatron_depthattn", "launch")
 """In a checkout; an installed package has its scripts inside."""
 CODE_SUFFIXES = (".py", ".sh", ".sbatch", ".j2", ".yaml")
-"""Of the files that a job runs, beside commands without a suffix."""
+COMMANDS = ("logs", "submit")
+"""Of the files that a job runs, those without a suffix."""
 
 
 def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replace: bool) -> str:
@@ -47,14 +48,15 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
     part.mkdir(mode=0o770)
     for name, config in configs.items():
         save_config(config, part / name)
-    files = list(_files(repository))
-    code = [name for name, is_code in files if is_code]
-    left_out = [name for name, is_code in files if not is_code]
+    code = [name for name in _files(repository) if _is_code(name)]
+    left_out = [str(name) for name in _files(repository) if not _is_code(name)]
     for name in code:
         (part / "code" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / name, part / "code" / name)
     commit = _git(repository, "rev-parse", "HEAD").strip()
-    changes = _git(repository, "diff", "HEAD", "--", *code, *_deleted_code(repository)) if commit else ""
+    names = _git(repository, "diff", "HEAD", "--name-only", "--no-renames", "--relative", "-z", "--", *CODE_FOLDERS)
+    changed = [name for name in names.split("\0") if name and _is_code(Path(name))]  # deleted files as well
+    changes = _git(repository, "diff", "HEAD", "--no-renames", "--", *changed) if changed else ""
     with_changes = ", with uncommitted.diff" if changes else ""
     (part / "code/commit.txt").write_text(f"{commit or 'no git repository'}{with_changes}\n", encoding="utf-8")
     if changes:
@@ -70,40 +72,22 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
 def code_digest(root: Path) -> str:
     """SHA-256 of the code below ``root``, shortened."""
     digest = hashlib.sha256()
-    for name, is_code in _files(root):
-        if is_code:
-            digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
+    for name in filter(_is_code, _files(root)):
+        digest.update(str(name).encode() + b"\0" + (root / name).read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _files(root: Path) -> Iterator[tuple[str, bool]]:
-    """Name and whether it is code, of every file in the folders that are frozen."""
+def _files(root: Path) -> Iterator[Path]:
+    """Every file in the folders that are frozen, relative to ``root``."""
     for folder in CODE_FOLDERS if (root / "launch/submit").is_file() else CODE_FOLDERS[:1]:
         for path in sorted((root / folder).rglob("*")):
-            name = path.relative_to(root)
-            if path.is_file() and "__pycache__" not in name.parts:
-                yield name.as_posix(), _is_code(name, lambda name: _is_command(root / name))
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield path.relative_to(root)
 
 
-def _deleted_code(repository: Path) -> list[str]:
-    """Names of the commit's code files that are there no more: part of the changes, as the others are."""
-    options = ("--name-only", "--no-renames", "--diff-filter=D", "--relative", "-z")
-    names = [Path(name) for name in _git(repository, "diff", "HEAD", *options, "--", *CODE_FOLDERS).split("\0") if name]
-
-    def was_command(name: Path) -> bool:
-        return _git(repository, "show", f"HEAD:./{name}").startswith("#!")
-
-    return [str(name) for name in names if _is_code(name, was_command)]
-
-
-def _is_code(name: Path, is_command: Callable[[Path], bool]) -> bool:
+def _is_code(name: Path) -> bool:
     is_hidden = any(part.startswith(".") for part in name.parts)
-    return not is_hidden and (name.suffix in CODE_SUFFIXES or (not name.suffix and is_command(name)))
-
-
-def _is_command(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"#!"
+    return not is_hidden and (name.suffix in CODE_SUFFIXES or name.name in COMMANDS)
 
 
 def _differences(job: Path, configs: dict[str, RunConfig], repository: Path) -> list[str]:

@@ -286,17 +286,15 @@ def seconds_of(limit: str | None) -> int | None:
 def _sbatch(arguments: list[str]) -> str:
     """Submit; returns the job's id."""
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", *arguments], capture_output=True, text=True, timeout=300, check=False
-        )
+        done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, timeout=300)
     except FileNotFoundError as error:
         raise ValueError("there is no sbatch here: submit from a node that has Slurm's commands") from error
     except subprocess.TimeoutExpired as error:
         raise ValueError(
-            "sbatch has not answered for 300 s: see scontrol ping; squeue says whether it queued it"
+            "no answer of sbatch for 300 s: see scontrol ping; squeue shows whether it is queued"
         ) from error
     if done.returncode:
-        raise ValueError(f"sbatch refuses: {' '.join(done.stderr.split())}")
+        raise ValueError(f"sbatch rejected it: {' '.join(done.stderr.split())}")
     return done.stdout.strip().partition(";")[0]
 
 
@@ -315,20 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (metavar, meaning) in PASSED_ON.items():
         add(f"--{name}", metavar=metavar, help=meaning)
     add("--exclusive", action="store_true", help="whole nodes, shared with nobody")
-    add(
-        "--signal-lead",
-        type=int,
-        default=300,
-        metavar="SECONDS",
-        help="from the signal to the time limit (300)",
-    )
-    add(
-        "--max-requeues",
-        type=int,
-        default=100,
-        metavar="N",
-        help="at the time limit; 0: end instead (100)",
-    )
+    add("--signal-lead", type=int, default=300, metavar="SECONDS", help="from the signal to the time limit (300)")
+    add("--max-requeues", type=int, default=100, metavar="N", help="at the time limit; 0: end instead (100)")
     add("--array", metavar="SWEEP", help="a.b=1,2,3, a task a value; or a file, a task a line of settings")
     add("--array-limit", type=int, metavar="N", help="tasks of the array at a time, at most")
     add("--after", metavar="JOB", help="begin when that job has ended well")
@@ -338,13 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--container-runtime", choices=["pyxis", "apptainer"], default="pyxis", help="default: pyxis")
     add("--container-mounts", default="", metavar="MOUNTS", help="mounts besides run.dir and the current folder")
     add("--python", default=sys.executable, metavar="PATH", help="interpreter of the job (default: this one)")
-    add(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="one other option of sbatch, as --sbatch=--nice=100; may be repeated",
-    )
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="another option, as --sbatch=--nice=100")
     add("--refreeze", action="store_true", help="resume with another config or code than run.dir was frozen with")
     add("--dry-run", action="store_true", help="write everything, submit nothing")
     return parser

@@ -1,4 +1,4 @@
-"""From the ranks' reports to findings: a pure function, one line for each.
+"""From the ranks' reports to findings, and to the lines that describe ranks which agree.
 
 What most ranks have counts as right (on a tie, what rank 0 has); the others are named, by rank and host.
 """
@@ -24,18 +24,11 @@ _MAX_KEYS = 5
 """Config keys that are named when configs differ."""
 _PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES")
 """Ends of the names of variables that may well differ from rank to rank."""
-_MEANING = {
-    "python": "pickled objects and generators may differ",
-    "torch": "kernels, collectives and checkpoints may differ",
-    "megatron-core": "layers, schedules and checkpoints may differ",
-    "transformer-engine": "layers and their checkpoints may differ",
-    "deepspeed": "ZeRO's partitions may differ",
-    "nccl": "communicators may not even form",
-    "cuda": "kernels may differ",
-    "triton": "compiled kernels may differ",
-    "mosaicml-streaming": "shards may be read in another way",
-}
-"""Versions that must be equal; of the others a difference is a warning."""
+_EQUAL = ("python", "torch", "megatron-core", "transformer-engine", "deepspeed", "nccl", "cuda", "triton")
+_EQUAL += ("mosaicml-streaming",)
+"""Software whose versions must be equal; of the others a difference is a warning."""
+MAX_HOSTS = 16
+"""Hosts that get a line; the others are in preflight.json."""
 
 
 class Finding(NamedTuple):
@@ -149,16 +142,15 @@ def _configs_and_code(reports: Sequence[RankReport]) -> list[Finding]:
 
 def _versions(reports: Sequence[RankReport]) -> list[Finding]:
     names = dict.fromkeys(name for report in reports for name in report.versions)
+    advice = "Kernels, collectives and checkpoints may differ: install the same on all hosts."
     findings = []
     for name in names:
-        must_be_equal = name in _MEANING
-        findings += _differences(
-            reports,
-            f"versions of {name}",
-            lambda report, name=name: report.versions.get(name) or "none",  # type: ignore[misc]
-            "stop" if must_be_equal else "warn",
-            f"{_MEANING.get(name, 'What they compute may differ').capitalize()}: install the same on all hosts.",
-        )
+        severity: Severity = "stop" if name in _EQUAL else "warn"
+
+        def version(report: RankReport, name: str = name) -> str:
+            return report.versions.get(name) or "none"
+
+        findings += _differences(reports, f"versions of {name}", version, severity, advice)
     return findings
 
 
@@ -243,12 +235,11 @@ def _memory(reports: Sequence[RankReport], requirements: Requirements) -> list[F
 
 
 def _network(reports: Sequence[RankReport]) -> list[Finding]:
-    """Several hosts, and one whose own name means itself alone: gloo would offer the others that address."""
-    hosts = group_by_host(reports)
-    if len(hosts) == 1:
+    """Several machines, and one whose own name means itself alone: gloo would offer the others that address."""
+    if len({report.machine for report in reports}) == 1:  # under any number of names: its loopback reaches all of them
         return []
     findings = []
-    for host, group in hosts.items():
+    for host, group in group_by_host(reports).items():
         address, has_interface = group[0].address, "GLOO_SOCKET_IFNAME" in group[0].variables
         if not has_interface and (address is None or ipaddress.ip_address(address).is_loopback):
             means = f"resolves to {address}" if address else "does not resolve"
@@ -269,13 +260,11 @@ def _settings(reports: Sequence[RankReport]) -> list[Finding]:
     names = dict.fromkeys(name for report in reports for name in report.variables)
     for name in names:
         if not name.endswith(_PER_RANK_VARIABLES):
-            findings += _differences(
-                reports,
-                f"values of {name}",
-                lambda report, name=name: report.variables.get(name, "no value"),  # type: ignore[misc]
-                "warn",
-                "Set it on all hosts or on none.",
-            )
+
+            def value(report: RankReport, name: str = name) -> str:
+                return report.variables.get(name, "no value")
+
+            findings += _differences(reports, f"values of {name}", value, "warn", "Set it on all hosts or on none.")
     return findings
 
 
@@ -286,3 +275,38 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+def describe(reports: Sequence[RankReport]) -> list[str]:
+    """What most ranks run; on several hosts a line for each: ranks, device, memory, disks."""
+    most, _ = outliers(reports, lambda report: tuple(sorted(report.versions.items(), key=str)))
+    versions = ", ".join(f"{name} {version}" for name in _EQUAL[:5] if (version := most[0].versions.get(name)))
+    hosts = group_by_host(reports)
+    ranks = f"{len(reports)} rank{'s' * (len(reports) > 1)}"
+    software = f"{versions}; code {most[0].code}, config {most[0].config}"
+    if len(hosts) == 1:
+        return [f"{ranks} on {most[0].device.name}; {software}"]
+    lines = [f"{ranks} on {len(hosts)} hosts; {software}"]
+    lines += [f"{host}: {_describe_host(group)}" for host, group in list(hosts.items())[:MAX_HOSTS]]
+    if len(hosts) > MAX_HOSTS:
+        lines.append(f"and {len(hosts) - MAX_HOSTS} more hosts")
+    return lines
+
+
+def _describe_host(group: Sequence[RankReport]) -> str:
+    device = group[0].device
+    memory = f", {size(device.total_bytes)}" if device.total_bytes else ""
+    disks = {
+        folder.key: folder.free_bytes
+        for report in group
+        for folder in report.folders
+        if folder.free_bytes is not None and folder.key != "run.dir"
+    }
+    return "; ".join(
+        [
+            f"{rank_spans([report.rank for report in group])} on {device.name}{memory}",
+            f"{size(min(report.memory_bytes for report in group))} of memory free",
+            f"/dev/shm {size(min((report.shared_memory_bytes or 0) for report in group))}",
+            *(f"{key.partition(' (')[0]} {size(free)}" for key, free in disks.items()),
+        ]
+    )

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from megatron_depthattn.parallel.patience import WaitedInVain, within
@@ -39,12 +37,15 @@ def gather(
     Raises:
         TimeoutError: on all ranks that are there; names those that have sent nothing for ``timeout`` seconds.
     """
-    exchange = _Exchange(store, rank, world_size, timeout)
-    others = f"{rank_spans(range(1, world_size))} of {world_size}" if world_size > 1 else "its own folders"
-    whom = "rank 0, through the store of the world" if rank else others
-    call = exchange.answer if rank else exchange.ask
+    store, others = dist.PrefixStore("preflight", store), range(1, world_size)
+    from_others = f"{rank_spans(others)} of {world_size}" if world_size > 1 else "its own folders"
+    whom = "rank 0, through the store of the world" if rank else from_others
+
+    def call() -> Message:
+        return _send(store, rank, timeout, take) if rank else _collect(store, others, timeout, take, compare)
+
     try:
-        return within(2 * timeout + 2 * _MARGIN, f"preflight: rank {rank}", lambda: whom, lambda: call(take, compare))
+        return within(2 * timeout + 2 * _MARGIN, f"preflight: rank {rank}", lambda: whom, call)
     except WaitedInVain as error:
         raise TimeoutError(
             f"{error}: the process that keeps the store (torchrun on its host, or rank 0) is stopped, its host is "
@@ -52,70 +53,62 @@ def gather(
         ) from error
 
 
-class _Exchange:
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
-        self._store = dist.PrefixStore("preflight", store)
-        self._rank, self._others, self._timeout = rank, range(1, world_size), timeout
-
-    def answer(self, take: Callable[[], Message], _: object) -> Message:
-        """On the other ranks."""
-        hello = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._store.set(f"joined/{self._rank}", json.dumps(hello))
-        self._store.set(f"report/{self._rank}", json.dumps(take()))
-        if not self._wait(["answer"], self._timeout + _MARGIN):
-            raise TimeoutError(
-                f"preflight: rank 0 has not answered for {self._timeout + _MARGIN:g} s: it has not started, is "
-                "stopped, or a file system hangs where it runs. Look there first; where imports take longer set "
-                "preflight.timeout higher."
-            )
-        answer: Message = json.loads(self._store.get("answer"))
-        self._store.set(f"read/{self._rank}", "")
-        if "missing" in answer:
-            raise TimeoutError(answer["missing"])
-        return answer
-
-    def ask(self, take: Callable[[], Message], compare: Callable[[list[Message]], Message]) -> Message:
-        """On rank 0."""
-        mine = take()
-        reports = [f"report/{rank}" for rank in self._others]
-        if not self._wait(reports, self._timeout):
-            text = self._missing([rank for rank in self._others if not self._store.check([f"report/{rank}"])])
-            self._store.set("answer", json.dumps({"missing": text}))
-            self._wait_until_read([rank for rank in self._others if self._store.check([f"report/{rank}"])])
-            raise TimeoutError(text)
-        answer = compare([mine, *(json.loads(self._store.get(key)) for key in reports)])
-        self._store.set("answer", json.dumps(answer))
-        self._wait_until_read(self._others)  # where this process keeps the store, they need it until then
-        return answer
-
-    def _missing(self, ranks: list[int]) -> str:
-        named = "; ".join(f"rank {rank}{self._state(rank)}" for rank in ranks[:_MAX_NAMED])
-        more = f"; and {len(ranks) - _MAX_NAMED} more" if len(ranks) > _MAX_NAMED else ""
-        return (
-            f"preflight: no report for {self._timeout:g} s, in a world of {len(self._others) + 1}, of {named}{more}. "
-            "Look there first; where imports or disks are slow set preflight.timeout higher."
+def _send(store: dist.Store, rank: int, timeout: float, take: Callable[[], Message]) -> Message:
+    """On the other ranks."""
+    store.set(f"joined/{rank}", f"{socket.gethostname()}, pid {os.getpid()}")
+    store.set(f"report/{rank}", json.dumps(take()))
+    if not _wait(store, ["answer"], timeout + _MARGIN):
+        raise TimeoutError(
+            f"preflight: rank 0 has not answered for {timeout + _MARGIN:g} s: it has not started, is stopped, or a "
+            "file system hangs where it runs. Look there first; where imports take longer set preflight.timeout higher."
         )
+    answer: Message = json.loads(store.get("answer"))
+    store.set(f"read/{rank}", "")
+    if "missing" in answer:
+        raise TimeoutError(answer["missing"])
+    return answer
 
-    def _state(self, rank: int) -> str:
-        if not self._store.check([f"joined/{rank}"]):
-            return ", which has not joined: it has not started, still imports, or is stopped"
-        hello = json.loads(self._store.get(f"joined/{rank}"))
-        state = ""
-        if hello["host"] == socket.gethostname():
-            with suppress(psutil.Error):
-                state = f", {psutil.Process(hello['pid']).status()}"
-        return f" ({hello['host']}, pid {hello['pid']}{state}), which has joined: most likely a file system hangs there"
 
-    def _wait_until_read(self, ranks: range | list[int]) -> None:
-        self._wait([f"read/{rank}" for rank in ranks], 5.0)
+def _collect(
+    store: dist.Store,
+    others: Sequence[int],
+    timeout: float,
+    take: Callable[[], Message],
+    compare: Callable[[list[Message]], Message],
+) -> Message:
+    """On rank 0."""
+    mine = take()
+    reports = [f"report/{rank}" for rank in others]
+    is_complete = _wait(store, reports, timeout)
+    missing = [] if is_complete else [rank for rank in others if not store.check([f"report/{rank}"])]
+    if missing:
+        named = "; ".join(f"rank {rank}{_state(store, rank)}" for rank in missing[:_MAX_NAMED])
+        more = f"; and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+        text = f"preflight: no report for {timeout:g} s, in a world of {len(others) + 1}, of {named}{more}. "
+        answer = {"missing": text + "Look there first; where imports or disks are slow set preflight.timeout higher."}
+    else:
+        answer = compare([mine, *(json.loads(store.get(key)) for key in reports)])
+    store.set("answer", json.dumps(answer))
+    # where this process keeps the store, they need it until they have read
+    _wait(store, [f"read/{rank}" for rank in others if rank not in missing], 5.0)
+    if missing:
+        raise TimeoutError(answer["missing"])
+    return answer
 
-    def _wait(self, keys: list[str], seconds: float) -> bool:
-        """Whether all keys are there within so many seconds."""
-        try:
-            if keys:
-                self._store.wait(keys, timedelta(seconds=seconds))
-        except dist.DistNetworkError:
-            raise
-        except dist.DistStoreError:
-            return False
-        return True
+
+def _state(store: dist.Store, rank: int) -> str:
+    if not store.check([f"joined/{rank}"]):
+        return ", which has not joined: it has not started, still imports, or is stopped"
+    return f" ({store.get(f'joined/{rank}').decode()}), which has joined: most likely a file system hangs there"
+
+
+def _wait(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Whether all keys are there within so many seconds."""
+    try:
+        if keys:
+            store.wait(keys, timedelta(seconds=seconds))
+    except dist.DistNetworkError:
+        raise
+    except dist.DistStoreError:
+        return False
+    return True

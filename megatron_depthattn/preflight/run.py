@@ -30,8 +30,7 @@ from megatron_depthattn.durable import write_durably
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, attempt, communication_variables
 from megatron_depthattn.preflight import machine
-from megatron_depthattn.preflight.compare import Finding, compare_reports
-from megatron_depthattn.preflight.describe import describe
+from megatron_depthattn.preflight.compare import Finding, compare_reports, describe
 from megatron_depthattn.preflight.gather import gather
 from megatron_depthattn.preflight.report import RankReport, Requirements, from_json, to_json
 from megatron_depthattn.terminal import printable
@@ -114,15 +113,11 @@ def check_ranks(
         own.append(take_report(config, environment, reasons))
         return to_json(own[0])
 
+    def compare(messages: list[dict[str, Any]]) -> dict[str, Any]:
+        return _compare(config, [from_json(message) for message in messages])
+
     try:
-        answer = gather(
-            store,
-            rank,
-            environment.world_size,
-            config.preflight.timeout,
-            take,
-            lambda messages: _compare(config, [from_json(message) for message in messages]),
-        )
+        answer = gather(store, rank, environment.world_size, config.preflight.timeout, take, compare)
     except dist.DistNetworkError as error:
         raise TimeoutError(
             f"preflight: the store of the world is gone ({str(error).splitlines()[0]}): the process that keeps it has "

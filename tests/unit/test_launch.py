@@ -303,7 +303,7 @@ def test_what_is_frozen_is_code_and_closed_to_others(tmp_path: Path):
     """Secrets beside the code stay there; changes of the code are recorded for its owner alone."""
     checkout, job = tmp_path / "checkout", tmp_path / "shared/run/job"
     code = {"launch/submit": "#!/bin/sh\n", "launch/a.py": "a = 1\n", "megatron_depthattn/b.sh": "b\n"}
-    deleted = {"launch/old": "#!/bin/sh\n", "megatron_depthattn/ä old.py": "old = 1\n"}
+    deleted = {"launch/logs": "#!/bin/sh\n", "megatron_depthattn/ä old.py": "old = 1\n"}
     secrets = ("launch/.env", "launch/credentials", "megatron_depthattn/key.pem", ".env", "launch/.netrc.py")
     secrets_deleted = ("launch/token", "launch/old.pem", "launch/.old.py")
     committed = code | deleted | dict.fromkeys(secrets, "none\n") | dict.fromkeys(secrets_deleted, "password\n")

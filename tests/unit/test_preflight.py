@@ -17,8 +17,7 @@ from megatron_depthattn.parallel import patience
 from megatron_depthattn.parallel.groups import join_store
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.preflight import gather, machine
-from megatron_depthattn.preflight.compare import compare_reports, group_by_host, size
-from megatron_depthattn.preflight.describe import describe
+from megatron_depthattn.preflight.compare import compare_reports, describe, group_by_host, size
 from megatron_depthattn.preflight.report import Device, Folder, RankReport, Requirements, from_json, to_json
 
 REQUIRED = Requirements(checkpoint_bytes=10**9, checkpoints=3, shared_memory_bytes=10**7)
@@ -231,6 +230,7 @@ def test_a_folder_that_is_not_shared():
 
 LEFT_ALONE = {
     "an address that others do not need": [dataclasses.replace(each, address="127.0.0.1") for each in world(1, 4)],
+    "one machine under two names": changed([0, 1, 2, 3], address="127.0.0.1", machine="boot0", variables={}),
     "another interface": changed([2, 3], address=None, variables=HEALTHY.variables | {"GLOO_SOCKET_IFNAME": "eth1"}),
     "no limit of open files": changed([0], open_files=-1),
     "CPU ranks": [dataclasses.replace(each, device=Device(name="cpu")) for each in world()],
