@@ -68,8 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _launch(options)
     except (ValueError, OSError) as error:
         return _report(f"error: {error}", EXIT_ERROR)
-    except _StoppedEarlyError as error:
-        return _report(f"stopped by {error} before the ranks were started: start the same command again", EXIT_REQUEUE)
 
 
 def _signals() -> list[signal.Signals]:
@@ -77,12 +75,9 @@ def _signals() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
-class _StoppedEarlyError(Exception):
-    """A signal came before there was a rank to pass it on to."""
-
-
 def _stop_early(number: int, _: FrameType | None) -> NoReturn:
-    raise _StoppedEarlyError(signal.Signals(number).name)
+    text = f"stopped by {signal.Signals(number).name} before the ranks were started: start the same command again"
+    sys.exit(_report(text, EXIT_REQUEUE))
 
 
 def _defaults(parser: ArgumentParser) -> list[str]:
@@ -211,9 +206,7 @@ def _why_not_joined(error: Exception, endpoint: str, conf: dict[str, Any], waiti
             reason = f"which is {socket.gethostbyname(host)} here"
         except OSError as lookup:
             reason = f"{lookup.strerror}"
-        return (
-            f"no rendezvous at {endpoint} {within}; {reason}. See that the head node (NODE_RANK=0) runs, and the port"
-        )
+        return f"no rendezvous at {endpoint} {within}; {reason}. Check that the head (NODE_RANK=0) runs, and the port"
     return f"another node has ended the run: {error}"
 
 
