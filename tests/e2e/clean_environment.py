@@ -1,4 +1,4 @@
-"""A virtual environment with torch and chosen packages alone, to see what a folder needs where the project is not."""
+"""A virtual environment with chosen packages alone, to see what a folder needs where the project is not."""
 
 from __future__ import annotations
 
@@ -19,37 +19,30 @@ class CleanEnvironment:
     folder: Path
 
     @classmethod
-    def build(cls, folder: Path, *requirements: str) -> CleanEnvironment:
-        """Install ``requirements`` from the index; take torch, which is large, from the environment of the caller."""
+    def build(cls, folder: Path, *linked: str, installed: str = "") -> CleanEnvironment:
+        """Install ``installed`` from the index; take ``linked`` from the environment of the caller."""
         must_succeed(python("-m", "venv", "--without-pip", folder))
         environment = cls(folder)
-        environment.install(*requirements)
-        environment._link_torch()  # last: pip must never remove a file through a link
+        if installed:
+            environment._install(installed)
+        for name in linked:  # last: pip must never remove a file through a link
+            environment._link(name)
         return environment
 
     @property
     def python(self) -> Path:
         return self.folder / "bin" / "python"
 
-    def install(self, *arguments: str) -> None:
-        pip = (
-            "-m",
-            "pip",
-            "--python",
-            self.python,
-            "--disable-pip-version-check",
-            "install",
-            "--quiet",
-            "--no-compile",
-        )
-        must_succeed(python(*pip, *arguments, seconds=240))
+    def _install(self, requirement: str) -> None:
+        pip = ("-m", "pip", "--python", self.python, "--disable-pip-version-check")
+        must_succeed(python(*pip, "install", "--quiet", "--no-compile", requirement, seconds=240))
 
-    def _link_torch(self) -> None:
-        """Link the top-level files and folders of torch and all that it requires, where pip has installed none."""
+    def _link(self, distribution_name: str) -> None:
+        """Link the top-level files and folders of a distribution and all that it requires, but for what is there."""
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         packages = self.folder / "lib" / version / "site-packages"
         installed = {_normalised(d.name) for d in Distribution.discover(path=[str(packages)])}
-        for name, package in required_distributions("torch"):
+        for name, package in required_distributions(distribution_name):
             if name in installed:
                 continue
             tops = {file.parts[0] for file in package.files or [] if file.parts[0] not in ("..", "__pycache__")}
