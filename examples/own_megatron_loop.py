@@ -17,12 +17,14 @@ from megatron_depthattn.model import depth_attention_block_spec, qwen3_style_con
 from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.quiet import silence_libraries
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--tensor", type=int, default=1)
 parser.add_argument("--steps", type=int, default=30)
 given = parser.parse_args()
 
+silence_libraries()  # Megatron warns once for each random generator that is the CPU's
 enter_cpu_runtime()  # without a GPU, Megatron's "cuda" means the CPU; with one, nothing changes
 device = initialize_distributed(launch_environment())  # joins torchrun's ranks, or is a world of one
 initialize_model_parallel(tensor=given.tensor, seed=1234)  # Megatron's groups and its random generators

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import megatron_depthattn
+from megatron_depthattn.quiet import silence_libraries
 from megatron_depthattn.terminal import printable
 
 
@@ -54,13 +54,13 @@ def run(
     Args:
         errors: what else, beside ValueError and OSError, is the user's to fix.
     """
-    for name in ("megatron.core", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch and Megatron say about themselves
+            silence_libraries()
+            warnings.simplefilter("ignore")
             return function(given) or 0
-    except (ValueError, OSError, *errors) as error:
+    except caught as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
@@ -73,15 +73,6 @@ def check(*conditions: tuple[bool, str]) -> None:
     for is_wrong, text in conditions:
         if is_wrong:
             raise ValueError(text)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested sections."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **settings: Any) -> None:

@@ -92,6 +92,7 @@ def check_config(
     path, *overrides = map(find_config, (name, *overrides))
     try:
         from megatron_depthattn.config import load_config, to_dict, validate
+        from megatron_depthattn.config.load import flatten
         from megatron_depthattn.config.resolve import Available, resolve
 
         config = load_config(path, overrides)
@@ -99,8 +100,8 @@ def check_config(
         return [], [f"{path} cannot be read: {error}; make install"], world
     except ValueError as error:
         return [], [str(error)], world
-    settings = to_dict(config)
-    asked = [feature for feature, (key, value) in doctor.ASKED_FOR.items() if _get(settings, key) == value]
+    settings = flatten(to_dict(config))
+    asked = [feature for feature, (key, value) in doctor.ASKED_FOR.items() if settings[key] == value]
     asked += ["S3 streaming"] * any("://" in source.path for source in config.data.sources)
     parallel = config.parallel
     ranks = world or len(host.devices) or parallel.tensor * parallel.pipeline * parallel.context
@@ -130,12 +131,6 @@ def _check_memory(config: RunConfig, ranks: int, gpu: str) -> list[str]:
         return [str(error)]
     print(printable(fit.line))
     return [f"{ranks} ranks: {problem}"] if problem else []
-
-
-def _get(settings: object, key: str) -> object:
-    for name in key.split("."):
-        settings = settings[name]  # type: ignore[index]
-    return settings
 
 
 def _find_data(config: RunConfig) -> list[str]:
