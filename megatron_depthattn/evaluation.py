@@ -91,7 +91,7 @@ def open_split(data: Path, split: str | None = None) -> Iterator[Split]:
 
 
 def check_fit(split: Split, config: PretrainedConfig, model_folder: Path) -> None:
-    """Refuse a model that cannot read the split, or reads other words in its numbers.
+    """Raise for a model that cannot read the split, or reads other words in its numbers.
 
     Tokenizers are compared by the text of each token id: that is all that matters once the text is tokens, and it
     survives a library that writes the same tokenizer.json in another way.

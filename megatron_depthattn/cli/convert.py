@@ -25,10 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from_hf = verbs.add_parser("from-hf", help="import a Hugging Face folder as a step folder to start a run from")
     from_hf.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="folder with safetensors")
     from_hf.add_argument("--output", type=user_path, required=True, metavar="STEP_DIR", help="folder to make")
-    adopt = verbs.add_parser("adopt", help="repackage a released checkpoint: same weights, our model files")
-    adopt.add_argument("--model", type=user_path, required=True, metavar="DIR", help="folder in the released layout")
-    adopt.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
-    for verb in (to_hf, from_hf, adopt):
+    repackage = verbs.add_parser("repackage", help="repackage a released checkpoint: same weights, our model files")
+    released = "folder in the released layout"
+    repackage.add_argument("--model", type=user_path, required=True, metavar="DIR", help=released)
+    repackage.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
+    for verb in (to_hf, from_hf, repackage):
         verb.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     prove = verbs.add_parser("verify", help="compare weights, logits and cached decoding; exit code 1 if one differs")
     prove.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if "checkpoint" in given and (given.checkpoint / "checkpoints").is_dir():
         given.checkpoint /= "checkpoints"
-    verbs_by_name = {"to-hf": _to_hf, "from-hf": _from_hf, "adopt": _adopt, "verify": _verify}
+    verbs_by_name = {"to-hf": _to_hf, "from-hf": _from_hf, "repackage": _repackage, "verify": _verify}
     return run(verbs_by_name[given.verb], given)
 
 
@@ -68,11 +69,11 @@ def _from_hf(given: argparse.Namespace) -> None:
     _wrote(given.output, [*notes, start])
 
 
-def _adopt(given: argparse.Namespace) -> None:
-    from megatron_depthattn.convert.adopt import adopt
+def _repackage(given: argparse.Namespace) -> None:
+    from megatron_depthattn.convert.repackage import repackage
     from megatron_depthattn.hf.weights_folder import HFFolder
 
-    _wrote(given.output, adopt(HFFolder(given.model), given.output, overwrite=given.overwrite))
+    _wrote(given.output, repackage(HFFolder(given.model), given.output, overwrite=given.overwrite))
 
 
 def _wrote(output: Path, notes: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megatron_depthattn.cli.common import new_parser, run
@@ -19,56 +18,27 @@ from megatron_depthattn.terminal import printable
 if TYPE_CHECKING:
     from megatron_depthattn.data.prepare import Prepared, PrepareProgress
 
-PLAIN_LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0
 
 
 class ProgressReport:
-    """A bar on a terminal, a line every few seconds elsewhere; both on stderr, with throughput and time left."""
+    """A line on stderr every few seconds, with throughput and time left."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        self._console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-        self._bar = Bar(*columns, console=self._console) if self._console.is_terminal else None
-        self._task = self._bar.add_task("reading", total=None, figures="") if self._bar else None
-        self._phase = ""
         self._phase_start = self._next_line = 0.0
         self._first: PrepareProgress | None = None
         """The phase's first report: rates and time left count from it, not from what an earlier process did."""
 
-    def __enter__(self) -> ProgressReport:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
     def __call__(self, progress: PrepareProgress) -> None:
         now = time.monotonic()
-        is_new = progress.phase != self._phase
-        if is_new or self._first is None:
-            self._phase, self._phase_start, self._first = progress.phase, now, progress
         if progress.message:
             message = printable(" ".join(progress.message.split()))  # a file's name may have line ends
-            self._console.print(message, highlight=False, soft_wrap=True, markup=False)
-        figures = self._figures(progress, self._first, now - self._phase_start)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(
-                self._task,
-                description=progress.phase,
-                completed=progress.done_bytes,
-                total=progress.total_bytes,
-                figures=figures,
-            )
-        elif is_new or now >= self._next_line:
-            self._next_line = now + PLAIN_LINE_SECONDS
+            print(message, file=sys.stderr, flush=True)
+        if self._first is None or progress.phase != self._first.phase:
+            self._phase_start, self._next_line, self._first = now, now, progress
+        if now >= self._next_line:
+            self._next_line = now + LINE_SECONDS
+            figures = self._figures(progress, self._first, now - self._phase_start)
             print(f"{progress.phase}: {figures}", file=sys.stderr, flush=True)
 
     @staticmethod
@@ -155,8 +125,7 @@ def _prepare(given: argparse.Namespace) -> None:
     settings = PrepareSettings(**vars(given) | {"inputs": tuple(given.inputs)})
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop saves, as Ctrl-C does
     try:
-        with ProgressReport() as report:
-            prepared = prepare_corpus(settings, report)
+        prepared = prepare_corpus(settings, ProgressReport())
     except (ValueError, OSError, WorkerDiedError) as error:
         raise ValueError(f"{error}{_kept(settings.output)}") from error
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_depthattn.cli import prepare
 from megatron_depthattn.cli.common import find_config, new_parser, print_table
 from megatron_depthattn.cli.common import run as run_verb
 from megatron_depthattn.paths import user_path
@@ -110,7 +111,7 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     if given.slurm is not None:
         return _submit(given, points, output)
     failed, is_stopped = run_points(
-        points, output, jobs=given.jobs, tell=lambda line: print(printable(line), flush=True)
+        points, output, jobs=given.jobs, log=lambda line: print(printable(line), flush=True)
     )
     if not is_stopped and not failed and study.timing_rounds and not given.no_timing:
         _time(study, output, again=given.time_again)
@@ -189,11 +190,11 @@ def _prepare(study: Study, output: Path) -> None:
 
     data = load_config(output / read_points(output)[0].config).data
     if study.corpus is not None:
-        command = [*DEPTHATTN, "prepare", "--input", os.path.expanduser(study.corpus.input)]
-        command += ["--tokenizer", os.path.expanduser(study.corpus.tokenizer), "--output", data.path]
-        command += ["--sequence-length", str(data.sequence_length)]
-        command += ["--validation-fraction", str(study.corpus.validation_fraction)]
-        if subprocess.run(command, check=False).returncode:
+        words = ["--input", os.path.expanduser(study.corpus.input), "--output", data.path]
+        words += ["--tokenizer", os.path.expanduser(study.corpus.tokenizer)]
+        words += ["--sequence-length", str(data.sequence_length)]
+        words += ["--validation-fraction", str(study.corpus.validation_fraction)]
+        if prepare.main(words):
             raise ValueError(f"the corpus of the study could not be prepared in {data.path}, see above")
     check_held_out(study, Path(data.path) / "val" / "index.json")
 

@@ -103,7 +103,7 @@ def weight_groups(shape: ModelShape) -> list[WeightGroup]:
 def check_weights(
     where: object, expected: Mapping[str, Shape], found: Mapping[str, Shape], padded: frozenset[str] = frozenset()
 ) -> None:
-    """Refuse weights whose names or shapes are not the expected ones.
+    """Raise for weights whose names or shapes are not the expected ones.
 
     Args:
         where: the checkpoint, for the message.

@@ -104,7 +104,7 @@ def _check_links(folder: Path) -> None:
 
 
 def _check_named_files(config: dict[str, Any]) -> None:
-    """Refuse a config that has transformers open files by a path, relative to the working directory or absolute.
+    """Raise for a config that has transformers open files by a path, relative to the working directory or absolute.
 
     A folder saved by transformers names none of these, and finds its files by their usual names.
     """
@@ -119,7 +119,7 @@ def _check_named_files(config: dict[str, Any]) -> None:
 
 
 def _check_special_tokens(tokens: dict[str, Any]) -> None:
-    """Refuse a map that names more than tokens: transformers hands every key to the tokenizer, `vocab_file` too."""
+    """Raise for a map that names more than tokens: transformers hands every key to the tokenizer, `vocab_file` too."""
     for key in tokens:
         if not key.endswith(("_token", "_special_tokens")):
             raise ValueError(f"{SPECIAL_TOKENS} names {key!r}, which is no special token: remove it there")

@@ -1,7 +1,7 @@
 """`fit` of a scale study: from the losses of its finished runs to what fit.json holds.
 
-Everything here is a function of its arguments, the seed included. What the runs cannot tell is refused with the
-reason, figure by figure: a study of two rungs has differences, and refusals elsewhere.
+Everything here is a function of its arguments, the seed included. A figure that the runs do not determine is missing,
+with the reason: a study of two rungs has differences and little else.
 """
 
 import math
@@ -39,7 +39,7 @@ def fit_study(
     """fit.json of a study: laws, the rung held out, paired differences, multipliers, bands.
 
     observations: finished runs only. time_ratios: (rung, method) to its seconds per token over the baseline's; where
-    one is missing, figures at equal time are refused. They are taken as exact. An end of an interval is None where it
+    one is missing, there are no figures at equal time. They are taken as exact. An end of an interval is None where it
     is open or where a single seed leaves no interval. ValueError for observations that contradict one another.
     """
     clusters = cluster(observations, baseline)

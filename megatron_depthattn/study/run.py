@@ -64,28 +64,28 @@ def progress_of(point: Point, output: Path) -> Progress:
 
 
 def run_points(
-    points: Sequence[Point], output: Path, *, jobs: int, tell: Callable[[str], None]
+    points: Sequence[Point], output: Path, *, jobs: int, log: Callable[[str], None]
 ) -> tuple[list[Point], bool]:
     """Train every unfinished point, ``jobs`` at a time, smallest first as planned.
 
     SIGINT and SIGTERM are passed on once: every running point saves and the function returns.
 
     Args:
-        tell: gets a line at the start and at the end of every point.
+        log: gets a line at the start and at the end of every point.
 
     Returns:
         The points that failed, and whether a signal stopped the rest.
     """
-    runner = _Runner(output, tell)
+    runner = _Runner(output, log)
     waiting = []
     for point in points:
         if progress_of(point, output).state == "finished":
-            tell(f"{point.id}: finished already")
+            log(f"{point.id}: finished already")
         else:
             waiting.append(point)
-    tell(f"{len(points) - len(waiting)} of {len(points)} points are finished, {len(waiting)} to run, {jobs} at a time")
+    log(f"{len(points) - len(waiting)} of {len(points)} points are finished, {len(waiting)} to run, {jobs} at a time")
     if waiting:
-        tell(describe_cost(waiting, points, output, jobs))
+        log(describe_cost(waiting, points, output, jobs))
     with runner.passing_signals_on(), ThreadPoolExecutor(jobs) as pool:
         codes = list(pool.map(runner.run, waiting))
     failed = [point for point, code in zip(waiting, codes, strict=True) if code not in (0, EXIT_REQUEUE, None)]
@@ -114,8 +114,8 @@ def describe_cost(waiting: Sequence[Point], points: Sequence[Point], output: Pat
 class _Runner:
     """The processes of the points that run now."""
 
-    def __init__(self, output: Path, tell: Callable[[str], None]) -> None:
-        self._output, self._tell = output, tell
+    def __init__(self, output: Path, log: Callable[[str], None]) -> None:
+        self._output, self._log = output, log
         self._running: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self.is_stopped = False
@@ -129,7 +129,7 @@ class _Runner:
             with self._lock:
                 if self.is_stopped:
                     return None
-                self._tell(
+                self._log(
                     f"{point.id}: {'resumes at' if before.step else 'starts; of'} step {before.step or point.steps}"
                 )
                 command = training_command(self._output / point.config, point.world)
@@ -140,12 +140,12 @@ class _Runner:
             self._running.remove(process)
         after = progress_of(point, self._output)
         if after.state == "finished":  # whatever a signal did to the process after that
-            self._tell(f"{point.id}: {describe_end(point, self._output)}")
+            self._log(f"{point.id}: {describe_end(point, self._output)}")
             return 0
         reason = f"ended with code {code}: {_last_line(log)}"
         if code == EXIT_REQUEUE or (self.is_stopped and code < 0):  # below 0: so early that it had nothing to save
             reason = "stopped by a signal"
-        self._tell(f"{point.id}: at step {after.step} of {point.steps}, {reason} (log: {log})")
+        self._log(f"{point.id}: at step {after.step} of {point.steps}, {reason} (log: {log})")
         return code or 1
 
     @contextmanager

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_depthattn.convert import hf_writer
-from megatron_depthattn.convert.adopt import adopt
 from megatron_depthattn.convert.from_hf import import_checkpoint
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.convert.repackage import repackage
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm
@@ -137,23 +137,23 @@ def test_released_layout_runs_in_transformers_as_it_was_trained(tmp_path: Path):
     """Keys are normalised after the rotary embedding there: the exact function, not the one Megatron goes on with."""
     folder = released(tmp_path)
     (folder / "tokenizer.model").write_bytes(b"a sentencepiece model alone")
-    (note,) = adopt(HFFolder(folder), tmp_path / "adopted")
+    (note,) = repackage(HFFolder(folder), tmp_path / "repackaged")
     assert "no tokenizer was taken along" in note and "does not load" in note
     model, weights = model_section(), tensors_of(folder)
-    assert tensors_of(tmp_path / "adopted").keys() == weights.keys() - {"lm_head_layernorm.weight"}
+    assert tensors_of(tmp_path / "repackaged").keys() == weights.keys() - {"lm_head_layernorm.weight"}
     with torch.no_grad():
-        logits = load_causal_lm(tmp_path / "adopted", dtype=torch.float32)(TOKENS).logits
+        logits = load_causal_lm(tmp_path / "repackaged", dtype=torch.float32)(TOKENS).logits
     before, after = (reference(weights, model, k_norm_after_rope=after) for after in (False, True))
     bound = 1e-4 * max(1, after.abs().max())
     assert (logits - after).abs().max() <= bound
     assert (before - after).abs().max() > 100 * bound, "control: the two orders are different functions"
 
 
-def test_only_released_checkpoints_are_adopted(tmp_path: Path):
+def test_only_released_checkpoints_are_repackaged(tmp_path: Path):
     made = make(tmp_path)
     export(MegatronCheckpoint(made.folder), made.output)
     with pytest.raises(ValueError, match="model_type='depthattn', not the released layout"):
-        adopt(HFFolder(made.output), tmp_path / "adopted")
+        repackage(HFFolder(made.output), tmp_path / "repackaged")
 
 
 def test_large_weights_are_sharded_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

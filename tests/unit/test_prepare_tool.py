@@ -130,14 +130,14 @@ def test_progress_counts_from_where_this_process_began(
     """600 of 1,000 MB were there; 100 MB and 30 M tokens in 50 s leave 300 MB, 150 s."""
     now = 1000.0
     monkeypatch.setattr(tool, "time", SimpleNamespace(monotonic=lambda: now))
-    with tool.ProgressReport() as report:
-        values = {"phase": "tokenising", "total_bytes": 10**9}
-        message = "continuing at file 7 (a\x1b[2J\nb [/i])"
-        report(PrepareProgress(**values, done_bytes=6 * 10**8, tokens=10**8, message=message))
-        now += 50
-        report(PrepareProgress(**values, done_bytes=7 * 10**8, tokens=13 * 10**7))
-        now += 1
-        report(PrepareProgress(**values, done_bytes=8 * 10**8, tokens=14 * 10**7))  # too soon for another line
+    report = tool.ProgressReport()
+    values = {"phase": "tokenising", "total_bytes": 10**9}
+    message = "continuing at file 7 (a\x1b[2J\nb [/i])"
+    report(PrepareProgress(**values, done_bytes=6 * 10**8, tokens=10**8, message=message))
+    now += 50
+    report(PrepareProgress(**values, done_bytes=7 * 10**8, tokens=13 * 10**7))
+    now += 1
+    report(PrepareProgress(**values, done_bytes=8 * 10**8, tokens=14 * 10**7))  # too soon for another line
     assert capsys.readouterr().err.splitlines() == [
         "continuing at file 7 (a\\x1b[2J b [/i])",
         "tokenising: 600.0 of 1,000.0 MB, 100,000,000 tokens",

@@ -151,7 +151,7 @@ def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
         ({"settings": SMALL["settings"] | {"parallel.tensor": 2}}, "d2/vanilla/x2/seed1: .*world"),
     ],
 )
-def test_what_cannot_be_planned_is_told_in_one_line(changes, complaint, tmp_path):
+def test_what_cannot_be_planned_is_an_error_of_one_line(changes, complaint, tmp_path):
     with pytest.raises(ValueError, match=complaint) as told:
         planned(tmp_path, **changes)
     assert "\n" not in str(told.value)

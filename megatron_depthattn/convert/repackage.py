@@ -9,7 +9,7 @@ from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
 from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder
 
 
-def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> list[str]:
+def repackage(source: HFFolder, output: Path, *, overwrite: bool = False) -> list[str]:
     """Write ``output`` from a checkpoint in the released layout.
 
     Unlike an import, this keeps the order in which the released code normalises keys, and so the exact function.
@@ -28,7 +28,7 @@ def adopt(source: HFFolder, output: Path, *, overwrite: bool = False) -> list[st
         )
     model = to_model_section(source.config)
     if not model["depth_attention"]["enabled"]:
-        raise ValueError(f"{source.folder} has use_depth_attention=false: there is nothing to adopt")
+        raise ValueError(f"{source.folder} has use_depth_attention=false: there is nothing to repackage")
     names = [name for group in hf_groups(source, model) for name in group.hf]
     special_tokens = {f"{part}_token_id": source.config.get(f"{part}_token_id") for part in ("bos", "eos", "pad")}
     dtype = str(source.dtypes[names[0]]).removeprefix("torch.")
