@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3ForCausalLM,
-    Qwen3MLP,
     Qwen3PreTrainedModel,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
@@ -35,7 +33,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import can_return_tuple
 
 from .configuration_cross_layer import AttnResConfig, DenseFormerConfig, MHCConfig
-from .modeling_depthattn import CACHE, CrossLayerForSequenceClassification, placement
+from .modeling_depthattn import CACHE, CrossLayerForSequenceClassification, DecoderLayer, placement
 
 _TAKES_CACHE_POSITION = "cache_position" in inspect.signature(Qwen3Attention.forward).parameters  # transformers 4
 SINKHORN_ITERATIONS = 20
@@ -50,15 +48,8 @@ class MethodWeights(nn.Module):
         raise NotImplementedError
 
 
-class CrossLayerDecoderLayer(GradientCheckpointingLayer):
-    """The parts of Qwen3's block; ``forward`` is the method's."""
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = Qwen3Attention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+class CrossLayerDecoderLayer(DecoderLayer):
+    """Qwen3's two sublayers; ``forward`` is the method's."""
 
     def attend(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """What attention adds to the residual stream, having read ``hidden_states`` [b, t, hidden]."""

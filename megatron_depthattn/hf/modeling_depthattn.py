@@ -146,15 +146,23 @@ class DepthAttnAttention(Qwen3Attention):
         return output, key, value, attention_weights, depth_weights
 
 
-class DepthAttnDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block of attention and SwiGLU; ``forward`` takes the sources it reads and returns its own."""
+class DecoderLayer(GradientCheckpointingLayer):
+    """The parts of Qwen3's block; ``forward`` is a method's."""
 
-    def __init__(self, config: DepthAttnConfig, layer_idx: int) -> None:
+    attention_class = Qwen3Attention
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = DepthAttnAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class DepthAttnDecoderLayer(DecoderLayer):
+    """Pre-norm block of attention and SwiGLU; ``forward`` takes the sources it reads and returns its own."""
+
+    attention_class = DepthAttnAttention
 
     def forward(
         self, hidden_states: Tensor, *sources: Tensor, **kwargs: Any
