@@ -287,12 +287,12 @@ def _gpu(host: Host) -> str:
 
 
 def _fp8(name: str, packages: Mapping[str, Package], host: Host) -> str:
-    from megatron_depthattn.precision_check import Machine, recipe_refusal
+    from megatron_depthattn.config.hardware_checks import Accelerator, recipe_unsupported_on
 
     gpu = host.devices[0]["name"] if host.devices else None
     version = packages["transformer-engine"].version
-    here = Machine(gpu=gpu, capability=host.capability or (), cuda=host.cuda, transformer_engine=version)
-    return recipe_refusal(name.removeprefix("FP8 "), here) or ""
+    here = Accelerator(gpu=gpu, capability=host.capability or (), cuda=host.cuda, transformer_engine=version)
+    return recipe_unsupported_on(name.removeprefix("FP8 "), here) or ""
 
 
 def _multi_node(host: Host) -> str:

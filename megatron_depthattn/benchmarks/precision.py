@@ -121,7 +121,7 @@ def _configs(given: argparse.Namespace, kind: str, settings: list[Setting], spec
 
 def _choose(given: argparse.Namespace, kind: str) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """The settings that this machine can run, the base first, and why it cannot run the others."""
-    from megatron_depthattn.precision_check import machine_refusal
+    from megatron_depthattn.config.hardware_checks import unsupported_on
     from megatron_depthattn.train.hardware import this_machine
 
     names = given.precisions or DEFAULTS[kind]
@@ -130,7 +130,7 @@ def _choose(given: argparse.Namespace, kind: str) -> tuple[dict[str, RunConfig],
     fp8 = [setting for setting in settings if setting.is_fp8]
     if fp8:
         machine = this_machine()
-        refusals = {name: machine_refusal(config, machine) for name, config in _configs(given, kind, fp8, "te").items()}
+        refusals = {name: unsupported_on(config, machine) for name, config in _configs(given, kind, fp8, "te").items()}
         refused = {name: refusal for name, refusal in refusals.items() if refusal}
     left = [setting for setting in settings if setting.name not in refused]
     if settings[0] not in left or len(left) < 2:

@@ -1,4 +1,4 @@
-"""Precision: which number is held in which format, why, and what that needs; precision_check.py refuses the rest.
+"""Precision: which number is held in which format, why, and what that needs; checks.py has what is unsupported.
 
 **bf16.** Weights, activations and pipeline messages are bf16; the optimizer's weights and moments, gradient sums and
 losses are fp32.
@@ -17,7 +17,7 @@ themselves are kept in bf16, or with `fp8_params` in FP8 beside the optimizer's 
   E4M3 is 16 times as coarse as one to bf16 (4 bits of significand against 8);
 - the scores decide between layers and are often close to each other: differences of bf16 products, summed in fp32,
   survive an fp32 softmax, not a bf16 one.
-So the QKV projection must hand out bf16 (`fp8_multi_head_attention` is refused), and FP8 attention, if asked for,
+So the QKV projection must hand out bf16 (`fp8_multi_head_attention` is unsupported), and FP8 attention, if asked for,
 casts q, k and the mixed value *after* the mix: sources and pipeline messages are never FP8.
 
 What the other methods add (`methods/`) stays out of it too: torch's arithmetic, in fp32 on bf16 hidden states, between

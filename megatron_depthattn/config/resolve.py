@@ -7,14 +7,21 @@ result. Planner and `launch/submit` resolve it for the machine that will train. 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from megatron_depthattn.config.schema import RunConfig
+from megatron_depthattn.config.check import Check, first_unsupported
+from megatron_depthattn.config.schema import RunConfig
 
 AUTO = "auto"
 SPEC, OP = "model.spec", "model.depth_attention.op"
 LARGEST_TRITON_HEAD = 256
+FP8_IN_AUTO_LAYERS = Check(
+    "machine",
+    "{precision.fp8=} with model.spec=auto",
+    lambda config, why_local: config.precision.fp8 and why_local and {"reason": why_local},
+    "only TransformerEngine's layers compute in FP8, and auto cannot take them here: {reason}",
+    "change that, or set precision.fp8=null",
+)
 
 
 class Available(NamedTuple):
@@ -55,11 +62,8 @@ def resolve(config: RunConfig, available: Available) -> Resolved:
     spec, op = model.spec, depth.op
     if spec == AUTO:
         why_local = _why_local(config, available)
-        if why_local and config.precision.fp8 is not None:
-            raise ValueError(
-                f"precision.fp8={config.precision.fp8} with {SPEC}=auto: only TransformerEngine's layers compute in "
-                f"FP8, and auto cannot take them here: {why_local}; change that, or set precision.fp8=null"
-            )
+        if message := first_unsupported((FP8_IN_AUTO_LAYERS,), config, why_local):
+            raise ValueError(message)
         spec = "local" if why_local else "te"
         reasons[SPEC] = f"{spec} (auto: {why_local or 'on GPUs with TransformerEngine'})"
     if op == AUTO:

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import DEFINITIONS, define, effective_method
 from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
-from megatron_depthattn.model.unsupported import refusal_of
+from megatron_depthattn.model.unsupported import unsupported_by
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.payload import Payload, cross_layer_payload
 
@@ -171,9 +171,8 @@ class DepthAttentionConfig(TransformerConfig):
             raise ValueError(
                 f"method is {self.method!r}; the methods are {['depth_attention', 'vanilla', *DEFINITIONS]}."
             )
-        refusal = refusal_of(self, self.method)
-        if refusal is not None:
-            raise ValueError(refusal)
+        if message := unsupported_by(self, self.method):
+            raise ValueError(message)
         _ = self.source_plan  # its constructor checks stride, window, the method's settings and the pipeline cut
 
 

@@ -7,11 +7,12 @@ import importlib.util
 import torch
 
 from megatron_depthattn.config import RunConfig, Sizes
+from megatron_depthattn.config.checks import unsupported_switches
+from megatron_depthattn.config.hardware_checks import INSTALL, Accelerator, unsupported_kernels, unsupported_on
 from megatron_depthattn.config.resolve import AUTO, CPU, Available, Resolved, resolve
+from megatron_depthattn.config.switches import Kernels, resolved_switches
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import finds_compiler
-from megatron_depthattn.precision_check import INSTALL, Machine, machine_refusal
-from megatron_depthattn.switches import Kernels, kernels_refusal, resolved_switches, switches_refusal
 
 C_COMPILER = "a C compiler, gcc or clang on PATH (or another in CC)"
 """With which Triton builds its launchers on every host."""
@@ -37,8 +38,8 @@ def resolve_here(config: RunConfig) -> Resolved:
 def require_hardware(config: RunConfig) -> Resolved:
     """`resolve_here`; raises ``ValueError`` if this machine has not what the config's layers and precision need."""
     resolved = resolve_here(config)
-    if resolved.config.model.spec == "te" and (refusal := machine_refusal(resolved.config, this_machine())) is not None:
-        raise ValueError(refusal)
+    if resolved.config.model.spec == "te" and (message := unsupported_on(resolved.config, this_machine())):
+        raise ValueError(message)
     return resolved
 
 
@@ -49,8 +50,8 @@ def for_this_machine(config: RunConfig, sizes: Sizes) -> Resolved:
         ValueError: this machine has not what the config's layers, precision or switches need.
     """
     resolved, kernels = require_hardware(config), these_kernels()
-    if (refusal := switches_refusal(resolved.config) or kernels_refusal(resolved.config, kernels)) is not None:
-        raise ValueError("; ".join([refusal, *resolved.lines]))
+    if message := unsupported_switches(resolved.config) or unsupported_kernels(resolved.config, kernels):
+        raise ValueError("; ".join([message, *resolved.lines]))
     same_weights = sizes.data_parallel_size * config.parallel.context
     return resolved._replace(config=resolved_switches(resolved.config, same_weights, kernels))
 
@@ -75,7 +76,7 @@ def adds_gradients() -> bool:
     return not torch.cuda.is_available() or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def this_machine() -> Machine:
+def this_machine() -> Accelerator:
     """Asks torch, and imports TransformerEngine, which takes seconds: call only for a config that uses it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     capability = torch.cuda.get_device_capability() if gpu else ()
@@ -84,5 +85,5 @@ def this_machine() -> Machine:
         import transformer_engine.pytorch
     except Exception as error:  # without its compiled part, or with one for another torch, it raises anything
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Machine(gpu, capability, torch.version.cuda, None, why)
-    return Machine(gpu, capability, torch.version.cuda, str(transformer_engine.__version__))
+        return Accelerator(gpu, capability, torch.version.cuda, None, why)
+    return Accelerator(gpu, capability, torch.version.cuda, str(transformer_engine.__version__))

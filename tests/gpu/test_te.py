@@ -10,8 +10,8 @@ import importlib.util
 import pytest
 import torch
 
+from megatron_depthattn.config.hardware_checks import unsupported_on
 from megatron_depthattn.config.precision import RECIPES
-from megatron_depthattn.precision_check import machine_refusal
 from megatron_depthattn.train.hardware import this_machine
 from tests.gpu import te_checks, te_engine_checks
 from tests.gpu.te_models import BF16, Place, run
@@ -42,7 +42,7 @@ def recipe(request) -> str | None:
 
 def skip_where_refused(recipe: str | None, *settings: str) -> None:
     settings = (BF16, *([f"precision.fp8={recipe}"] if recipe else []), *settings)
-    if (refusal := machine_refusal(GPU.config(*settings), this_machine())) is not None:
+    if (refusal := unsupported_on(GPU.config(*settings), this_machine())) is not None:
         pytest.skip(refusal)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_depthattn.config import load_config
+from megatron_depthattn.config.hardware_checks import Accelerator, recipe_unsupported_on
 from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
-from megatron_depthattn.precision_check import Machine, recipe_refusal
 from tests.te.small import FUSED_NORMS, assert_equal, restarted, small_config, under_te
 
 ROOT = Path(__file__).parents[2]
@@ -306,7 +306,9 @@ STRICTER_HERE = {
 
 
 def test_a_recipe_is_refused_where_transformer_engine_refuses_it(te):
-    refused = {key for key in te.support if recipe_refusal(key[0], Machine("a GPU", key[1], key[2], "2.20.2"))}
+    refused = {
+        key for key in te.support if recipe_unsupported_on(key[0], Accelerator("a GPU", key[1], key[2], "2.20.2"))
+    }
     assert refused - STRICTER_HERE == {key for key, runs in te.support.items() if not runs}
     assert {key[0] for key in te.support.keys() - refused} == {"delayed", "tensorwise", "blockwise", "mxfp8"}
 

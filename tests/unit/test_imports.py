@@ -17,22 +17,22 @@ ROOT = Path(__file__).parents[2]
 # Files whose mistakes would be silent: functions of integers and shapes, testable without processes. What
 # each may import besides the standard library; names inside the package are full module names.
 PURE = {
-    # one direction: schema <- checks, precision, resolve <- load <- describe
+    # one direction: schema, check <- precision, switches, resolve <- checks, hardware_checks; load <- describe
     "config/schema.py": {f"{PACKAGE}.methods"},
+    "config/check.py": set(),
     "config/precision.py": {f"{PACKAGE}.config.schema"},
-    "config/resolve.py": {f"{PACKAGE}.config.schema"},
+    "config/switches.py": {f"{PACKAGE}.config.schema"},
+    "config/resolve.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
+    "config/hardware_checks.py": {f"{PACKAGE}.config.{name}" for name in ("check", "precision", "schema", "switches")},
     "config/checks.py": {
         f"{PACKAGE}.{name}"
         for name in (
-            *("config.schema", "engine_check", "loops_check", "precision_check", "methods", "switches"),
-            "vocabulary",
+            *("config.check", "config.precision", "config.schema", "config.switches", "methods", "vocabulary"),
         )
     },
     "config/load.py": {"omegaconf", "yaml", f"{PACKAGE}.config.schema", f"{PACKAGE}.durable"},
     "config/describe.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.load"},
     "vocabulary.py": set(),
-    **{name: {f"{PACKAGE}.config.schema"} for name in ("engine_check.py", "loops_check.py", "switches.py")},
-    "precision_check.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.precision"},
     "model/source_plan.py": {"torch"},
     "model/flops.py": {f"{PACKAGE}.model.source_plan", f"{PACKAGE}.methods.definition"},
     "model/activation_memory.py": {f"{PACKAGE}.model.source_plan"},
@@ -41,7 +41,7 @@ PURE = {
         f"estimate/{name}.py": {
             f"{PACKAGE}.{n}"
             for n in (
-                *("config", "switches", "estimate", "methods", "vocabulary"),
+                *("config", "estimate", "methods", "vocabulary"),
                 *("model.activation_memory", "model.flops", "model.source_plan"),
             )
         }
@@ -52,7 +52,7 @@ PURE = {
     "quiet.py": set(),
     "preflight/report.py": set(),
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
-    "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "switches")},
+    "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "config.switches")},
     "data/order.py": {"numpy"},
     "study/report_data.py": {f"{PACKAGE}.train.line_files", f"{PACKAGE}.study.verdict"},
     "study/plots.py": {"numpy", "matplotlib", f"{PACKAGE}.study.report_data"},

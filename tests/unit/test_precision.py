@@ -1,4 +1,4 @@
-"""What each precision needs and refuses: every refusal has a case and a row in the README; Megatron takes the keys."""
+"""What each precision needs: every check has a case and a row in docs/support.md; Megatron takes the keys."""
 
 from __future__ import annotations
 
@@ -9,147 +9,109 @@ import pytest
 import torch
 
 from megatron_depthattn.config import ModelConfig, RunConfig, load_config, validate
+from megatron_depthattn.config.checks import PRECISION, unsupported_precision
+from megatron_depthattn.config.hardware_checks import ACCELERATOR_CHECKS, Accelerator, unsupported_on
 from megatron_depthattn.config.precision import RECIPES
-from megatron_depthattn.precision_check import (
-    CONFIG_REFUSALS,
-    MACHINE_REFUSALS,
-    Machine,
-    machine_refusal,
-    precision_refusal,
-)
+from megatron_depthattn.config.tables import PAGE, page
 
 ROOT = Path(__file__).parents[2]
 FP8 = ("model.spec=te", "precision.dtype=bf16")
-H100 = Machine("H100", (9, 0), "13.0", "2.20.2")
-B200 = Machine("B200", (10, 0), "13.0", "2.20.2")
-CPU = Machine(None, (), "13.0", None, "ImportError: no transformer_engine")
+H100 = Accelerator("H100", (9, 0), "13.0", "2.20.2")
+B200 = Accelerator("B200", (10, 0), "13.0", "2.20.2")
+CPU = Accelerator(None, (), "13.0", None, "ImportError: no transformer_engine")
 
-ENDS = "more first or last layers in bf16 than a pipeline stage holds, or all of them"
-SIZES = "FP8 with sizes that are no multiple of 16 (`mxfp8`: 32)"
 CASES = [
-    # row of the README, keys, the message
     (
-        "an FP8 option without FP8",
         "precision.fp8_params=true",
-        "precision.fp8_params=true with precision.fp8=null, where nothing is FP8; set precision.fp8 to one of delayed, "
+        "precision.fp8_params=true with precision.fp8=null: nothing is FP8; set precision.fp8 to one of delayed, "
         "tensorwise, blockwise, mxfp8, or precision.fp8_params=false",
     ),
-    ("an FP8 option without FP8", "precision.bf16_last_layers=2", "or precision.bf16_last_layers=0"),
-    ("FP8 with `precision.dtype: fp32`", "precision.fp8=delayed precision.dtype=fp32", "set precision.dtype=bf16"),
+    ("precision.bf16_last_layers=2", "or precision.bf16_last_layers=0"),
+    ("precision.fp8=delayed precision.dtype=fp32", "set precision.dtype=bf16"),
     (
-        "FP8 with `model.spec: local`",
         "precision.fp8=delayed model.spec=local",
-        "whose linear layers would compute in bf16 and not say so; set model.spec=te (needs TransformerEngine and an "
+        "its linear layers would compute in bf16 and not say so; set model.spec=te (needs TransformerEngine and an "
         "NVIDIA GPU), or precision.fp8=null",
     ),
     (
-        "FP8 with `engine.name: deepspeed`",
         "precision.fp8=delayed engine.name=deepspeed engine.zero_stage=1",
         "set engine.name=megatron, or precision.fp8=null",
     ),
+    ("precision.fp8=delayed precision.bf16_first_layers=1", "set both to 0, or precision.fp8=tensorwise"),
     (
-        "`delayed` with first or last layers in bf16",
-        "precision.fp8=delayed precision.bf16_first_layers=1",
-        "set both to 0, or precision.fp8=tensorwise",
-    ),
-    (
-        ENDS,
         "precision.fp8=tensorwise precision.bf16_first_layers=5 precision.bf16_last_layers=3",
-        "leave none of the 8 layers in FP8",
+        "leave none of 8 layers in FP8",
     ),
     (
-        ENDS,
         "precision.fp8=tensorwise precision.bf16_last_layers=5 parallel.pipeline=2",
-        "a pipeline stage holds 4 layers and Megatron-Core takes no more than one stage; set "
-        "precision.bf16_last_layers=4",
+        "a pipeline stage holds 4 layers: Megatron-Core takes no more than one stage; set precision.bf16_last_layers=4",
     ),
+    ("precision.fp8=mxfp8 precision.fp8_params=true", "set precision.fp8_params=false"),
     (
-        "`mxfp8` with `precision.fp8_params`",
-        "precision.fp8=mxfp8 precision.fp8_params=true",
-        "set precision.fp8_params=false",
-    ),
-    (
-        "`blockwise` or `mxfp8` with `precision.fp8_attention`",
         "precision.fp8=blockwise precision.fp8_attention=true",
         "set precision.fp8_attention=false, or precision.fp8=delayed",
     ),
+    ("precision.fp8=mxfp8 precision.fp8_attention=true", "Megatron-Core 0.16 leaves core attention in bf16 there"),
     (
-        "`blockwise` or `mxfp8` with `precision.fp8_attention`",
-        "precision.fp8=mxfp8 precision.fp8_attention=true",
-        "in which Megatron-Core 0.16 leaves core attention in bf16",
-    ),
-    (
-        "`precision.fp8_attention` with `recompute.granularity: selective`",
         "precision.fp8=delayed precision.fp8_attention=true recompute.granularity=selective",
         "set recompute.granularity=full or null, or precision.fp8_attention=false",
     ),
     (
-        SIZES,
         "precision.fp8=delayed model.ffn_hidden_size=520",
-        "model.ffn_hidden_size over parallel.tensor, is 520, which is not a multiple of 16",
+        "model.ffn_hidden_size over parallel.tensor, which is 520 and not a multiple of 16",
     ),
     (
-        SIZES,
         "precision.fp8=mxfp8 model.ffn_hidden_size=528",
-        "is 528, which is not a multiple of 32: FP8 matrix products (mxfp8) take no other",
+        "is 528 and not a multiple of 32 (mxfp8 32, others 16): FP8 matrix products take no other",
     ),
     (
-        SIZES,
         "precision.fp8=delayed data.sequence_length=250",
-        "train.micro_batch_size times data.sequence_length, over parallel.context, is 1000",
+        "train.micro_batch_size times data.sequence_length, over parallel.context, which is 1000",
     ),
     (
-        SIZES,
         "precision.fp8=delayed parallel.tensor=4 model.num_attention_heads=4 model.num_query_groups=1 "
         "model.kv_channels=48",
-        "the rows of the QKV projection, over parallel.tensor, is 72",
+        "the rows of the QKV projection, over parallel.tensor, which is 72",
     ),
 ]
 MACHINE_CASES = [
     (
-        "`model.spec: te` without TransformerEngine",
         "precision.fp8=null",
         CPU,
-        "model.spec=te needs TransformerEngine, which cannot be imported here (ImportError: no transformer_engine): "
+        "model.spec=te needs TransformerEngine, which cannot be imported here (ImportError: no transformer_engine); "
         "pip install --no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local",
     ),
     (
-        "`model.spec: te` without a GPU",
         "precision.fp8=null",
         dataclasses.replace(CPU, transformer_engine="2.20.2"),
         "model.spec=te needs an NVIDIA GPU and torch sees none: TransformerEngine has no CPU kernels; set "
         "model.spec=local",
     ),
     (
-        "an FP8 recipe that this TransformerEngine does not have",
         "precision.fp8=blockwise",
         dataclasses.replace(H100, transformer_engine="2.2.0+abc"),
-        "needs TransformerEngine 2.3 or later and this is 2.2.0+abc: upgrade it, or set precision.fp8 to one of "
+        "needs TransformerEngine 2.3 or later and this is 2.2.0+abc; upgrade it, or set precision.fp8 to one of "
         "delayed, tensorwise, null",
     ),
     (
-        "an FP8 recipe that this CUDA does not have",
         "precision.fp8=blockwise",
         dataclasses.replace(H100, cuda="12.8"),
-        "needs a torch built with CUDA 12.9 or later and this one has 12.8: install another torch, or set "
+        "needs a torch built with CUDA 12.9 or later and this one has 12.8; install another torch, or set "
         "precision.fp8 to one of delayed, tensorwise, null",
     ),
     (
-        "an FP8 recipe that this GPU does not have",
         "precision.fp8=mxfp8",
         H100,
-        "precision.fp8=mxfp8 needs a GPU of compute capability 10.0 or later, below 12.0 and H100 has 9.0: set "
+        "precision.fp8=mxfp8 needs a GPU of compute capability 10.0 or later, below 12.0 and H100 has 9.0; set "
         "precision.fp8 to one of delayed, tensorwise, blockwise, null",
     ),
     (
-        "FP8 attention that this GPU does not have",
         "precision.fp8=tensorwise precision.fp8_attention=true",
         H100,
-        "needs a GPU of compute capability 10.0 or later, below 12.0 and H100 has 9.0: set "
+        "needs a GPU of compute capability 10.0 or later, below 12.0 and H100 has 9.0; set "
         "precision.fp8_attention=false",
     ),
     (
-        "FP8 attention below capability 10.0 with heads of another size than 128",
         "precision.fp8=delayed precision.fp8_attention=true model.kv_channels=64",
         H100,
         "precision.fp8_attention=true with model.kv_channels=64 on H100 (compute capability 9.0): below 10.0 cuDNN's "
@@ -162,23 +124,20 @@ def config_of(keys: str = "") -> RunConfig:
     return load_config(ROOT / "configs" / "quickstart.yaml", ["parallel.pipeline=1", *FP8, *keys.split()])
 
 
-@pytest.mark.parametrize(("row", "keys", "message"), CASES)
-def test_a_config_that_cannot_run_is_refused_before_anything_is_built(row, keys, message):
+@pytest.mark.parametrize(("keys", "message"), CASES)
+def test_an_unsupported_config_is_an_error_before_anything_is_built(keys, message):
     config = config_of(keys)
     with pytest.raises(ValueError) as raised:
         validate(config, config.parallel.tensor * config.parallel.pipeline)
     assert message in str(raised.value) and "; " in str(raised.value)
-    by_row = {refusal.name: refusal.message(config) for refusal in CONFIG_REFUSALS}
-    assert by_row[row] == str(raised.value)
+    assert unsupported_precision(config) == str(raised.value)
 
 
-@pytest.mark.parametrize(("row", "keys", "machine", "message"), MACHINE_CASES)
-def test_what_a_machine_lacks_is_told(row, keys, machine, message):
+@pytest.mark.parametrize(("keys", "machine", "message"), MACHINE_CASES)
+def test_what_a_machine_lacks_is_reported(keys, machine, message):
     config = config_of(keys)
-    assert precision_refusal(config) is None
-    said = machine_refusal(config, machine)
-    assert said is not None and message in said
-    assert next(r.message(config, machine) for r in MACHINE_REFUSALS if r.name == row) == said
+    assert unsupported_precision(config) is None
+    assert message in str(unsupported_on(config, machine))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -191,12 +150,22 @@ def test_this_machine_refuses_transformer_engines_layers():
     assert require_hardware(config_of("model.spec=local")).config.model.spec == "local"
 
 
-def test_every_refusal_has_a_case_and_a_row_in_the_readme():
-    names = [refusal.name for refusal in (*CONFIG_REFUSALS, *MACHINE_REFUSALS)]
-    assert names == list(dict.fromkeys([case[0] for case in (*CASES, *MACHINE_CASES)]))
-    readme = (ROOT / "docs/support.md").read_text()
-    table = readme.partition("| precision that is unsupported |")[2].partition("\n\n")[0]
-    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == names
+def test_every_check_has_a_case():
+    found = {next(check for check in PRECISION if check.message(config_of(keys))) for keys, _ in CASES}
+    assert {check.given for check in PRECISION} - {check.given for check in found} == {
+        "{precision.bf16_first_layers is}, but a pipeline stage holds {layers} layers"  # as of the last layers
+    }
+    on_machines = [
+        next(check for check in ACCELERATOR_CHECKS if check.message(config_of(keys), machine))
+        for keys, machine, _ in MACHINE_CASES
+    ]
+    assert on_machines == list(ACCELERATOR_CHECKS)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_checks():
+    text = PAGE.read_text("utf-8")
+    assert page(text) == text, "python -m megatron_depthattn.config.tables writes the tables anew"
+    assert "{" not in text and "<precision" not in text
 
 
 GOOD = [("delayed", H100), ("tensorwise", H100), ("blockwise", H100), ("mxfp8", B200)]
@@ -212,7 +181,7 @@ def test_what_is_refused_in_one_place_runs_in_another(fp8, machine):
     keys += " precision.fp8_attention=true model.kv_channels=128" if fp8 == "delayed" else ""
     config = config_of(keys)
     validate(config, 1)
-    assert machine_refusal(config, machine) is None
+    assert unsupported_on(config, machine) is None
 
 
 @pytest.mark.parametrize("fp8", RECIPES)

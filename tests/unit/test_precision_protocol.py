@@ -14,8 +14,8 @@ from megatron_depthattn.benchmarks.precision_compare import gradient_cosine, ove
 from megatron_depthattn.benchmarks.precision_run import ByteStream
 from megatron_depthattn.benchmarks.result import table
 from megatron_depthattn.config import load_config, validate
+from megatron_depthattn.config.hardware_checks import Accelerator
 from megatron_depthattn.config.precision import RECIPES
-from megatron_depthattn.precision_check import Machine
 
 WITHIN = {"tolerance": 0.01, "least_cosine": 0.9}
 
@@ -129,7 +129,7 @@ def choose(*arguments):
 
 def test_what_runs_on_a_gpu_and_what_is_told(monkeypatch):
     """Here an H100 under a CUDA that is too old for one recipe: the base has TransformerEngine's layers as well."""
-    machine = Machine("NVIDIA H100", (9, 0), "12.8", "2.20.2")
+    machine = Accelerator("NVIDIA H100", (9, 0), "12.8", "2.20.2")
     monkeypatch.setattr("megatron_depthattn.train.hardware.this_machine", lambda: machine)
     configs, refused = choose()
     assert list(configs) == ["bf16", "bf16+reference", "delayed", "tensorwise"]

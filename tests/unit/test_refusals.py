@@ -16,7 +16,7 @@ from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.layer_specs import depth_attention_layer_spec
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
-from megatron_depthattn.model.unsupported import DEPTH_ATTENTION_REFUSALS, HIDDEN_STATE_REFUSALS, REFUSALS
+from megatron_depthattn.model.unsupported import EVERY, MEGATRON_CHECKS, MIX, OTHERS
 from megatron_depthattn.parallel import agreement
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
 
@@ -59,8 +59,8 @@ OF_OTHER_METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 NOT_IN_MEGATRON = {"yarn_rotary_scaling_factor"}
 """Fields that ``TransformerConfig`` has in none of the supported versions: set as an attribute, or by a subclass."""
-OF_DEPTH_ATTENTION = (*DEPTH_ATTENTION_REFUSALS, *REFUSALS)
-OTHER_METHODS = ("denseformer", "attnres", "mhc")
+CHECKS = [(re.findall(r"\w+", check.given)[0], check) for check in MEGATRON_CHECKS]
+OF_DEPTH_ATTENTION = [(field, check) for field, check in CHECKS if check.section != OTHERS]
 
 
 def config_of(**overrides: Any) -> DepthAttentionConfig:
@@ -69,40 +69,34 @@ def config_of(**overrides: Any) -> DepthAttentionConfig:
 
 
 def test_the_table_is_covered():
-    assert {refusal.field for refusal in OF_DEPTH_ATTENTION} == set(REFUSED_VALUES)
-    assert [refusal.field for refusal in HIDDEN_STATE_REFUSALS] == list(OF_OTHER_METHODS)
+    assert {check.section for check in MEGATRON_CHECKS} == {EVERY, MIX, OTHERS}
+    assert {field for field, _ in OF_DEPTH_ATTENTION} == set(REFUSED_VALUES)
+    assert [field for field, check in CHECKS if check.section == OTHERS] == list(OF_OTHER_METHODS)
     fields = set(DepthAttentionConfig.__dataclass_fields__)
-    missing = {refusal.field for refusal in OF_DEPTH_ATTENTION} - fields
+    missing = {field for field, _ in OF_DEPTH_ATTENTION} - fields
     assert missing == NOT_IN_MEGATRON, f"of {len(REFUSED_VALUES)} fields, this Megatron-Core lacks {sorted(missing)}"
 
 
-@pytest.mark.parametrize("refusal", OF_DEPTH_ATTENTION, ids=lambda refusal: refusal.field)
-def test_refusal(refusal):
-    """Set on a config that is fine without it, past Megatron's own checks."""
-    value, others = REFUSED_VALUES[refusal.field]
-    config = config_of(**others)
-    config.validate()
-    setattr(config, refusal.field, value)
-    with pytest.raises(ValueError) as error:
-        config.validate()
-    assert str(error.value) == (f"Depth-Attention refuses {refusal.field}={value!r}: {refusal.reason} {refusal.remedy}")
-    assert refusal.reason.endswith(".") and refusal.remedy.endswith(".")
-
-
-@pytest.mark.parametrize("method", OTHER_METHODS)
-def test_refusals_of_other_methods(method):
-    """What every method refuses, and what those refuse that work on the hidden state; not what the mix's seam needs."""
-    title = {"denseformer": "DenseFormer", "attnres": "Attention Residuals", "mhc": "mHC"}[method]
-    cases = [(refusal, OF_OTHER_METHODS) for refusal in HIDDEN_STATE_REFUSALS]
-    cases += [(refusal, REFUSED_VALUES) for refusal in REFUSALS if refusal.field not in OF_OTHER_METHODS]
-    for refusal, values in cases:
-        value, others = values[refusal.field]
+@pytest.mark.parametrize("method", ["depth_attention", "denseformer", "attnres", "mhc"])
+def test_every_check(method):
+    """Set on a config that is fine without it, past Megatron's own checks; not what other methods do not support."""
+    titles = {"denseformer": "DenseFormer", "attnres": "Attention Residuals", "mhc": "mHC"}
+    title = titles.get(method, "Depth-Attention")
+    for field, check in CHECKS:
+        if check.section == (MIX if method in titles else OTHERS):
+            continue
+        if method in titles and field in OF_OTHER_METHODS and check.section == EVERY:
+            continue  # unsupported without a pipeline, too
+        value, others = (OF_OTHER_METHODS if check.section == OTHERS else REFUSED_VALUES)[field]
         config = config_of(method=method, **others)
         config.validate()
-        setattr(config, refusal.field, value)
-        with pytest.raises(ValueError, match=re.escape(f"{title} refuses {refusal.field}={value!r}: {refusal.reason}")):
+        setattr(config, field, value)
+        with pytest.raises(ValueError) as error:
             config.validate()
-    config_of(method=method, softmax_scale=0.25)
+        assert str(error.value).startswith(f"{title} does not support {field}={value!r}")
+        assert str(error.value).endswith(f": {check.why}; {check.remedy}")
+    if method in titles:
+        config_of(method=method, softmax_scale=0.25)
 
 
 @pytest.mark.parametrize(
@@ -143,17 +137,17 @@ TRANSLATED_BY_MEGATRON = {"enable_cuda_graph": "cuda_graph_impl", "external_cuda
 """Old names of another field: the constructor's message names the new one."""
 
 
-@pytest.mark.parametrize("refusal", OF_DEPTH_ATTENTION, ids=lambda refusal: refusal.field)
-def test_the_constructor_never_accepts_a_refused_field(refusal):
-    value, others = REFUSED_VALUES[refusal.field]
-    named = TRANSLATED_BY_MEGATRON.get(refusal.field, refusal.field)
-    kind, message = ValueError, f"Depth-Attention refuses {named}="
-    if refusal.field in NOT_IN_MEGATRON:
-        kind, message = TypeError, f"unexpected keyword argument '{refusal.field}'"
-    elif refusal.field in REFUSED_BY_MEGATRON_FIRST:
+@pytest.mark.parametrize("field", REFUSED_VALUES)
+def test_the_constructor_never_accepts_an_unsupported_field(field):
+    value, others = REFUSED_VALUES[field]
+    named = TRANSLATED_BY_MEGATRON.get(field, field)
+    kind, message = ValueError, f"Depth-Attention does not support {named}="
+    if field in NOT_IN_MEGATRON:
+        kind, message = TypeError, f"unexpected keyword argument '{field}'"
+    elif field in REFUSED_BY_MEGATRON_FIRST:
         kind, message = AssertionError, ""
     with pytest.raises(kind, match=message):
-        config_of(**(others | {refusal.field: value}))
+        config_of(**(others | {field: value}))
 
 
 def test_enclosing_conditions_are_needed():

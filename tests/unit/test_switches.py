@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_depthattn.config import RunConfig, from_dict
-from megatron_depthattn.switches import Kernels, kernels_refusal, resolved_switches
+from megatron_depthattn.config.hardware_checks import unsupported_kernels
+from megatron_depthattn.config.switches import Kernels, resolved_switches
 
 GPU, CPU = Kernels(True, None, adds_gradients=False), Kernels(False, None, adds_gradients=True)
 KEYS = {
@@ -55,7 +56,7 @@ def test_null_stands_for_what_helps(given, same_weights, kernels, expected):
         ("fused_gradient_accumulation", GPU, "install Apex with --cpp_ext and --cuda_ext, or set"),
     ],
 )
-def test_what_the_machine_lacks_is_refused(key, kernels, message):
-    assert message in str(kernels_refusal(config_of(model={key: True}), kernels))
-    assert kernels_refusal(config_of(), kernels) is None
-    assert kernels_refusal(config_of(model={key: True}), Kernels(True, None, adds_gradients=True)) is None
+def test_what_the_machine_lacks(key, kernels, message):
+    assert message in str(unsupported_kernels(config_of(model={key: True}), kernels))
+    assert unsupported_kernels(config_of(), kernels) is None
+    assert unsupported_kernels(config_of(model={key: True}), Kernels(True, None, adds_gradients=True)) is None
