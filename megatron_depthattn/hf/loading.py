@@ -1,17 +1,19 @@
 """Load an exported folder, or any other Hugging Face model folder, whole or not at all. For transformers 4.57 and 5.
 
 transformers fills tensors that it cannot find with fresh random numbers and says so in a log line, which would give
-a perplexity that looks like a bad model's. Here such a folder is an error, by the name of the file or tensor at fault.
+a perplexity that looks like a bad model's. Here such a folder is refused, by the name of the file or tensor at fault.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from megatron_depthattn.hf.modeling_cross_layer import AttnResForCausalLM, DenseFormerForCausalLM, MHCForCausalLM
@@ -25,6 +27,7 @@ _OWN_CLASSES: dict[str, type[PreTrainedModel]] = {
     for model in (DepthAttnForCausalLM, DenseFormerForCausalLM, AttnResForCausalLM, MHCForCausalLM)
 }
 _ADAPTER = "adapter_config.json"
+MAX_PARAMETERS_PER_TENSOR = 8  # a file may hold as one what a model has as several, such as query, key and value
 
 
 def pick_device(name: str) -> torch.device:
@@ -75,20 +78,20 @@ def load_causal_lm(
         with quiet():
             config = model_class.config_class.from_pretrained(folder, **options)
             config._attn_implementation = attention
-            with torch.device("meta"):
+            with torch.device("meta"), _at_most_parameters(MAX_PARAMETERS_PER_TENSOR * len(source.shapes)):
                 empty = model_class(config)
     except Exception as error:  # the configs and models raise nearly everything
         raise ValueError(f"{folder} does not load: {one_line(error)}") from error
     if not source.config.get("quantization_config"):  # else they are packed
-        _check_shapes(source, {name: tensor.shape for name, tensor in empty.state_dict().items()})
-    _check_size(source, empty)
+        _refuse_other_shapes(source, {name: tensor.shape for name, tensor in empty.state_dict().items()})
+    _refuse_more_than_held(source, empty)
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         with quiet():
             model, info = model_class.from_pretrained(folder, config=config, dtype=dtype or "auto", **options)
     except Exception as error:
         raise ValueError(f"{folder} does not load: {one_line(error)}") from error
-    _check_loaded(source, info)
+    _refuse_partly_loaded(source, info)
     return model.eval()
 
 
@@ -107,7 +110,7 @@ def _model_class(source: HFFolder) -> type[PreTrainedModel]:
     return found
 
 
-def _check_shapes(source: HFFolder, wanted: Mapping[str, Sequence[int]]) -> None:
+def _refuse_other_shapes(source: HFFolder, wanted: Mapping[str, Sequence[int]]) -> None:
     """Before memory is taken for what the config asks for, which may be far more than the folder holds."""
     others = [name for name, shape in wanted.items() if source.shapes.get(name, tuple(shape)) != tuple(shape)]
     if others:
@@ -115,7 +118,7 @@ def _check_shapes(source: HFFolder, wanted: Mapping[str, Sequence[int]]) -> None
         raise ValueError(f"{source.folder} holds {some_names(held)}: its weights are not those of its {CONFIG}")
 
 
-def _check_size(source: HFFolder, model: nn.Module) -> None:
+def _refuse_more_than_held(source: HFFolder, model: nn.Module) -> None:
     """The same for tensors that the folder lacks, under whatever names it holds others; tied ones count once."""
     wanted = {name: math.prod(parameter.shape) for name, parameter in model.named_parameters()}
     # A packed weight takes a bit at least.
@@ -127,8 +130,26 @@ def _check_size(source: HFFolder, model: nn.Module) -> None:
         raise ValueError(f"{source.folder} {fault}: its weights are not those of its {CONFIG}")
 
 
-def _check_loaded(source: HFFolder, info: Any) -> None:
-    """Raise for a model that has tensors of which the folder holds nothing, or holds what it has no place for."""
+@contextmanager
+def _at_most_parameters(limit: int) -> Iterator[None]:
+    """Stop the making of a model that has more: layers and experts, however the config names their numbers."""
+    made = 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made > limit:
+            raise ValueError(f"{CONFIG} asks for more than {limit} tensors, which is more than the weights can fill")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _refuse_partly_loaded(source: HFFolder, info: Any) -> None:
+    """Refuse a model that has tensors of which the folder holds nothing, or holds what it has no place for."""
     complaints = []
     if missing := info["missing_keys"]:
         complaints.append(f"lacks {some_names(missing)}")

@@ -104,7 +104,7 @@ def test_an_adapters_base_is_not_loaded(folder: Path):
         ({"model_type": "bart", "decoder_layers": 10**9}, "decoder_layers=10+ is more than"),
         (
             {"model_type": "qwen3_moe", "num_experts": 10**9, "moe_intermediate_size": 8, "decoder_sparse_step": 1},
-            "num_experts=1000000000 is more than 4096",
+            r"config\.json asks for more than \d+ tensors, which is more than the weights can fill",
         ),
         ({"vocab_size": 10**9, "quantization_config": {"quant_method": "gptq", "bits": 4}}, r"has \d+ bytes for 64"),
         ({"model_type": "gpt2", "n_embd": 32, "n_head": 4, "vocab_size": 10**9}, r"lacks .*transformer\.h\.0"),
