@@ -52,7 +52,7 @@ class Layer(NamedTuple):
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of version 1.2: 1e-3 is a number, 007 is seven, `yes` and dates are text."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
@@ -299,7 +299,8 @@ def type_name(annotation: Any) -> str:
             names.append("one of " + ", ".join(typing.get_args(option)))
         elif typing.get_origin(option) is list:
             item = typing.get_args(option)[0]
-            inside = f"{{{', '.join(leaf_types(item))}}}" if dataclasses.is_dataclass(item) else _TYPES[item][0]
+            is_section = isinstance(item, type) and dataclasses.is_dataclass(item)
+            inside = f"{{{', '.join(leaf_types(item))}}}" if is_section else _TYPES[item][0]
             names.append(f"a list, each entry {inside}")
         else:
             names.append(_TYPES[option][0] if option in _TYPES else "a section")

@@ -24,8 +24,10 @@ _MAX_KEYS = 5
 """Config keys that are named when configs differ."""
 _PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES")
 """Ends of the names of variables that may well differ from rank to rank."""
-_EQUAL = ("python", "torch", "megatron-core", "transformer-engine", "deepspeed", "nccl", "cuda", "triton")
-_EQUAL += ("mosaicml-streaming",)
+_EQUAL = (
+    *("python", "torch", "megatron-core", "transformer-engine", "deepspeed", "nccl", "cuda", "triton"),
+    "mosaicml-streaming",
+)
 """Software whose versions must be equal; of the others a difference is a warning."""
 MAX_HOSTS = 16
 """Hosts that get a line; the others are in preflight.json."""
