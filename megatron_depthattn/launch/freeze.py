@@ -50,9 +50,9 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
         save_config(config, part / name)
     code = [name for name in _files(repository) if _is_code(name)]
     left_out = [str(name) for name in _files(repository) if not _is_code(name)]
-    for file in code:
-        (part / "code" / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(repository / file, part / "code" / file)
+    for path in code:
+        (part / "code" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(repository / path, part / "code" / path)
     commit = _git(repository, "rev-parse", "HEAD").strip()
     names = _git(repository, "diff", "HEAD", "--name-only", "--no-renames", "--relative", "-z", "--", *CODE_FOLDERS)
     changed = [name for name in names.split("\0") if name and _is_code(Path(name))]  # deleted files as well
