@@ -13,8 +13,8 @@ from typing import Any
 from megatron_depthattn.config.check import Check, first_unsupported
 from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.config.schema import RunConfig
-from megatron_depthattn.config.switches import OVERLAPS, has_chunks_of_same_weights
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
+from megatron_depthattn.switches import OVERLAPS, has_chunks_of_same_weights
 from megatron_depthattn.vocabulary import VOCAB_MULTIPLE, padded_vocab_size
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_depthattn.config.check import Check, first_unsupported
 from megatron_depthattn.config.precision import NO_LIMIT, RECIPES, Version
 from megatron_depthattn.config.schema import PrecisionConfig, RunConfig
-from megatron_depthattn.config.switches import COMPILED, Kernels, adds_gradients
+from megatron_depthattn.switches import COMPILED, Kernels, adds_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable

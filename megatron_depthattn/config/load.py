@@ -299,8 +299,7 @@ def type_name(annotation: Any) -> str:
             names.append("one of " + ", ".join(typing.get_args(option)))
         elif typing.get_origin(option) is list:
             item = typing.get_args(option)[0]
-            is_section = isinstance(item, type) and dataclasses.is_dataclass(item)
-            inside = f"{{{', '.join(leaf_types(item))}}}" if is_section else _TYPES[item][0]
+            inside = f"{{{', '.join(leaf_types(item))}}}" if item not in _TYPES else _TYPES[item][0]
             names.append(f"a list, each entry {inside}")
         else:
             names.append(_TYPES[option][0] if option in _TYPES else "a section")

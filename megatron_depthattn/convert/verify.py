@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_depthattn.config import ParallelConfig, PrecisionConfig, RecomputeConfig, from_dict
-from megatron_depthattn.config.switches import MODEL_SWITCHES
 from megatron_depthattn.convert.hf_writer import model_files
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import hf_tensors, megatron_groups
@@ -22,6 +21,7 @@ from megatron_depthattn.hf.model_config import AUTO_MAP, normalises_keys_after_r
 from megatron_depthattn.hf.weights_folder import HFFolder
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
+from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.build import build_chunk, transformer_config
 from megatron_depthattn.train.checkpoint import load_weights
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.config.resolve import CPU, GPU, resolve
-from megatron_depthattn.config.switches import Kernels, resolved_switches
 from megatron_depthattn.estimate.counts import (
     cross_layer_method,
     element_bytes,
@@ -27,6 +26,7 @@ from megatron_depthattn.methods.denseformer.definition import DenseFormer
 from megatron_depthattn.methods.mhc.definition import HyperConnections
 from megatron_depthattn.model.activation_memory import BLOCK_ROWS
 from megatron_depthattn.model.source_plan import CrossLayerPlan
+from megatron_depthattn.switches import Kernels, resolved_switches
 from megatron_depthattn.vocabulary import LOSS_CHUNK, padded_vocab_size
 
 

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from megatron_depthattn.config.switches import MODEL_SWITCHES
 from megatron_depthattn.parallel.rank_spans import rank_spans
 from megatron_depthattn.preflight.report import RankReport, Requirements
+from megatron_depthattn.switches import MODEL_SWITCHES
 
 Severity = Literal["always", "stop", "warn"]
 MIN_OPEN_FILES = 1024

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 from megatron_depthattn.config import RunConfig, load_config, to_dict
 from megatron_depthattn.config.load import flatten
 from megatron_depthattn.config.resolve import AUTO
-from megatron_depthattn.config.switches import MODEL_SWITCHES
 from megatron_depthattn.study.plan import Point
+from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.history import HISTORY, METRICS
 from megatron_depthattn.train.line_files import read_records
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE

@@ -19,10 +19,10 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_depthattn.config.switches import MODEL_SWITCHES
 from megatron_depthattn.hf.model_config import effective_method
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.source_plan import default_stride
+from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.megatron_state import MegatronState, set_weights, sharded_models
 from megatron_depthattn.train.rng_state import RNG, restore_generators, sharded_rng_state

@@ -10,9 +10,9 @@ from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.config.checks import unsupported_switches
 from megatron_depthattn.config.hardware_checks import INSTALL, Accelerator, unsupported_kernels, unsupported_on
 from megatron_depthattn.config.resolve import AUTO, CPU, Available, Resolved, resolve
-from megatron_depthattn.config.switches import Kernels, resolved_switches
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import finds_compiler
+from megatron_depthattn.switches import Kernels, resolved_switches
 
 C_COMPILER = "a C compiler, gcc or clang on PATH (or another in CC)"
 """With which Triton builds its launchers on every host."""

@@ -21,14 +21,14 @@ PURE = {
     "config/schema.py": {f"{PACKAGE}.methods"},
     "config/check.py": set(),
     "config/precision.py": {f"{PACKAGE}.config.schema"},
-    "config/switches.py": {f"{PACKAGE}.config.schema"},
+    "switches.py": {f"{PACKAGE}.config.schema"},
     "config/resolve.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
-    "config/hardware_checks.py": {f"{PACKAGE}.config.{name}" for name in ("check", "precision", "schema", "switches")},
+    "config/hardware_checks.py": {
+        f"{PACKAGE}.{name}" for name in ("config.check", "config.precision", "config.schema", "switches")
+    },
     "config/checks.py": {
         f"{PACKAGE}.{name}"
-        for name in (
-            *("config.check", "config.precision", "config.schema", "config.switches", "methods", "vocabulary"),
-        )
+        for name in (*("config.check", "config.precision", "config.schema", "switches", "methods", "vocabulary"),)
     },
     "config/load.py": {"omegaconf", "yaml", f"{PACKAGE}.config.schema", f"{PACKAGE}.durable"},
     "config/describe.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.load"},
@@ -41,7 +41,7 @@ PURE = {
         f"estimate/{name}.py": {
             f"{PACKAGE}.{n}"
             for n in (
-                *("config", "estimate", "methods", "vocabulary"),
+                *("config", "switches", "estimate", "methods", "vocabulary"),
                 *("model.activation_memory", "model.flops", "model.source_plan"),
             )
         }
@@ -52,7 +52,7 @@ PURE = {
     "quiet.py": set(),
     "preflight/report.py": set(),
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
-    "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "config.switches")},
+    "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "switches")},
     "data/order.py": {"numpy"},
     "study/report_data.py": {f"{PACKAGE}.train.line_files", f"{PACKAGE}.study.verdict"},
     "study/plots.py": {"numpy", "matplotlib", f"{PACKAGE}.study.report_data"},

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_depthattn.config import RunConfig, from_dict
 from megatron_depthattn.config.hardware_checks import unsupported_kernels
-from megatron_depthattn.config.switches import Kernels, resolved_switches
+from megatron_depthattn.switches import Kernels, resolved_switches
 
 GPU, CPU = Kernels(True, None, adds_gradients=False), Kernels(False, None, adds_gradients=True)
 KEYS = {
@@ -50,7 +50,7 @@ def test_null_stands_for_what_helps(given, same_weights, kernels, expected):
 @pytest.mark.parametrize(
     ("key", "kernels", "message"),
     [
-        ("fused_swiglu", Kernels(False, "g++", adds_gradients=False), "which needs g++: install it, or set"),
+        ("fused_swiglu", Kernels(False, "g++", adds_gradients=False), "which needs g++; install it, or set"),
         ("compile", Kernels(False, "g++", adds_gradients=False), "model.compile=true builds a kernel at first use"),
         ("fused_cross_entropy", Kernels(True, "Triton", adds_gradients=False), "model.fused_cross_entropy=false"),
         ("fused_gradient_accumulation", GPU, "install Apex with --cpp_ext and --cuda_ext, or set"),

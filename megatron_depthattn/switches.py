@@ -3,11 +3,14 @@
 None of them changes the model; docs/performance.md says where each has been tried.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_depthattn.config.schema import RunConfig
+if TYPE_CHECKING:
+    from megatron_depthattn.config.schema import RunConfig
 
 OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 COMPILED = ("compile", "fused_swiglu", "fused_cross_entropy")
