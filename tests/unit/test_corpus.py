@@ -157,10 +157,10 @@ def test_streams_are_read_saved_and_read_again(base: Path, tmp_path: Path) -> No
          "or null (Invalid type assigned: str is not a subclass of StreamConfig. value: a)"),
         ("a", "data.streams is string 'a' (from the command line); expected a list, each entry {path, proportion} or "
          "null"),
-        ("[]", "data.streams is an empty list; give at least one {path, proportion}, or set data.path"),
+        ("[]", "data.streams is an empty list; give at least one entry of path and proportion, or set data.path"),
         ("[{path: a, proportion: 0}]", "data.streams[0].proportion is 0.0; set a number above 0"),
         ("[{path: '', proportion: 1}]", "data.streams[0].path is empty; set the folder or URL of a prepared corpus"),
-        ("[{path: 's3://a', proportion: 1}]", "data.streams[0].path is the remote s3://a and data.cache is null, so "
+        ("[{path: 's3://a', proportion: 1}]", "data.streams[0].path is the remote s3://a and data.cache is null: "
          "shards have nowhere to go; set data.cache to a local folder of each node"),
     ],
 )  # fmt: skip
@@ -171,7 +171,7 @@ def test_wrong_streams_are_errors(base: Path, setting: str, message: str) -> Non
 
 
 def test_path_and_streams_exclude_each_other(base: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.path is c and data\.streams is set as well: set data\.path=''"):
+    with pytest.raises(ValueError, match=r"data\.path is c and data\.streams is set as well; set data\.path=''"):
         validate(load_config(base, [TWO, "data.path=c"]), 1)
     with pytest.raises(ValueError, match=r"data\.path is not set: the run has nothing to read"):
         validate(load_config(base), 1)
