@@ -5,9 +5,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from megatron_depthattn.config import from_dict
-from megatron_depthattn.switches import Kernels, resolved_switches
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.compiled import compile_layers
+from megatron_depthattn.switches import Kernels, resolved_switches
 from megatron_depthattn.train.build import build_chunk, transformer_config
 
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_depthattn.config import load_config, to_dict
-from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
+from megatron_depthattn.switches import MODEL_SWITCHES
 from tests.checkpoints import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, model_section, random_weights
 
 
