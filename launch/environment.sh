@@ -12,7 +12,7 @@ _default TOKENIZERS_PARALLELISM false # tokenizers' threads and forked loader wo
 _default PYTHONUNBUFFERED 1         # the last lines before a death are the ones that are needed
 _default PYTHONFAULTHANDLER 1       # a crash in C leaves the Python stack
 
-# ---- collectives. How long a rank waits for another is set in code (train.hang_timeout): the watchdog tells more than a time-out
+# ---- collectives. How long a rank waits for another is set in code (train.hang_timeout): the watchdog reports more than a time-out
 _default TORCH_NCCL_ASYNC_ERROR_HANDLING 3 # a rank whose communicator failed ends, without waiting for an abort that may hang (torch's default, stated)
 _default TORCH_FR_BUFFER_SIZE 2000  # the flight recorder keeps the last 2000 collectives of each rank, off by default (torch before 2.9: TORCH_NCCL_TRACE_BUFFER_SIZE)
 _default TORCH_FR_DUMP_ON_TIMEOUT 1 # and writes them when a collective times out, to flight_recorder_<rank> beside the rank's log (megatron_depthattn.launch.torchrun sets the path)

@@ -157,7 +157,7 @@ def _ranges(lines: Iterable[str]) -> dict[str, str]:
 
 
 def is_in_range(version: str | None, wanted: str) -> bool | None:
-    """Whether a version is in a range; None if it cannot be told."""
+    """Whether a version is in a range; None if that is unknown."""
     if version is None or not wanted:
         return None
     try:

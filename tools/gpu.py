@@ -68,7 +68,7 @@ def _memory(*more: str) -> tuple[str, ...]:
     return ("memory", "--shape", "360m", "--micro-batch", "1", *more)
 
 
-# Correctness first, then what no other machine can tell. Depth and micro-batch are those with which all models fit side
+# Correctness first, then what no other machine can show. Depth and micro-batch are those with which all models fit side
 # by side into 80 GB.
 _3B = _step("3b", "--layers", "12", "--micro-batch", "4", "--no-optimizer", "--strides", "6", "--ops", "lean", "triton")
 _PLAIN = "recompute.granularity=null"  # TransformerEngine's attention keeps no scores

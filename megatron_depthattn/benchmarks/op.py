@@ -157,7 +157,7 @@ def _measure_shape(
         try:
             for _ in range(3):  # the first calls compile and allocate
                 calls.forward_and_backward(clock, mix)
-        except Exception as error:  # whatever a compiler or a kernel says on this machine: the row tells
+        except Exception as error:  # whatever a compiler or a kernel says on this machine: the row says so
             failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             del mixes[label]
     seconds: dict[str, list[tuple[float, float]]] = {COPY: [], **{label: [] for label in mixes}}

@@ -16,7 +16,7 @@ class SavedTensors:
     """What was saved within `saved_tensors`, without the parameters of the model.
 
     Only what goes through autograd or a micro-batch's state is seen: not what a module or a closure holds on to (on a
-    GPU the allocator tells that too), and of what is recomputed only the inputs of the recomputation.
+    GPU the allocator reports that too), and of what is recomputed only the inputs of the recomputation.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

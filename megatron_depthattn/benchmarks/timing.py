@@ -73,7 +73,7 @@ class Clock:
 
 
 def last_level_cache_bytes() -> int:
-    """Bytes of the largest cache of the first core; 0 where Linux does not tell."""
+    """Bytes of the largest cache of the first core; 0 where Linux does not say."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return max((int(text[:-1]) * units[text[-1]] for text in (path.read_text().strip() for path in sizes)), default=0)

@@ -110,7 +110,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def config_digest(config: RunConfig) -> str:
-    """SHA-256 of every key and value, shortened: tells two configs apart."""
+    """SHA-256 of every key and value, shortened: distinguishes two configs."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -258,7 +258,7 @@ class CheckpointConfig:
     load: str | None = None
     """null: start fresh; latest: the run's newest complete one, fresh if there is none; or a step folder."""
     async_save: bool = False
-    """Write in the background while training goes on; needs host memory for a copy of what the rank writes."""
+    """Write in the background while training continues; needs host memory for a copy of what the rank writes."""
 
 
 @dataclass(kw_only=True, frozen=True)

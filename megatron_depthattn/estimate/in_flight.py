@@ -18,7 +18,7 @@ def in_flight(chunk_bytes: Sequence[int], *, rank: int, num_ranks: int, num_micr
         num_microbatches: of a step on one replica.
     """
     num_chunks = len(chunk_bytes)
-    # Peaks repeat once the pipeline is full, so a few rounds tell the peak of any number of them.
+    # Peaks repeat once the pipeline is full, so a few rounds give the peak of any number of them.
     rounds = min(num_microbatches, 4 * num_ranks * num_chunks)
     if num_chunks == 1:
         return (min(num_ranks - rank, rounds),)

@@ -133,7 +133,7 @@ class Agent(LocalElasticAgent):
         return started
 
     def _shutdown(self, *arguments: Any, **settings: Any) -> None:
-        """Schedulers tell all processes of a job at once, and their parents too: the second signal would kill ranks."""
+        """Schedulers signal all processes of a job at once, parents too: the second signal would kill ranks."""
         if isinstance(sys.exc_info()[1], SignalException):
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)

@@ -30,7 +30,7 @@ TRAIN = "megatron_depthattn.train"
 JOIN_SECONDS = 60
 """How long nodes wait for each other, at first and after a failure (``--rdzv-conf join_timeout=...``)."""
 SHUTDOWN_SECONDS = 600
-"""How long ranks that were told to stop may take to save (``--shutdown-timeout``)."""
+"""How long ranks that were asked to stop may take to save (``--shutdown-timeout``)."""
 
 
 def run(
@@ -127,7 +127,7 @@ def _launch(options: Namespace) -> int:
         codes = (agent.exit_codes() if agent else set()) or {-error.sigval}
     except RendezvousError as error:
         waiting = agent.waiting if agent else ""
-        codes, problem = {EXIT_ERROR}, _why_not_joined(error, options.rdzv_endpoint, config.rdzv_configs, waiting)
+        codes, problem = {EXIT_ERROR}, _join_failure(error, options.rdzv_endpoint, config.rdzv_configs, waiting)
     return _end(exit_code(codes), codes, problem, logs, started)
 
 
@@ -193,7 +193,7 @@ def _set_rendezvous(config: Any, options: Namespace) -> None:
         set_defaults(GLOO_SOCKET_IFNAME=interface)
 
 
-def _why_not_joined(error: Exception, endpoint: str, conf: dict[str, Any], waiting: str) -> str:
+def _join_failure(error: Exception, endpoint: str, conf: dict[str, Any], waiting: str) -> str:
     """One line for a rendezvous that failed."""
     from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
 

@@ -196,6 +196,6 @@ MEGATRON_CHECKS = (
     _interleaved(
         "batch_p2p_comm",
         True,
-        "batched messages between the same two ranks cannot be told apart by the interleaved schedule",
+        "batched messages between the same two ranks cannot be distinguished by the interleaved schedule",
     ),
 )

@@ -87,7 +87,7 @@ def find_device(local_rank: int) -> Device:
 
 
 def machine_id() -> str:
-    """Boot id and network namespace: what tells hosts of the same name apart."""
+    """Boot id and network namespace: what distinguishes hosts of the same name."""
     parts = []
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),

@@ -50,7 +50,7 @@ class RankReport:
     pid: int = 0
     host: str = ""
     machine: str = ""
-    """Boot id and network namespace: tells apart machines that share a name."""
+    """Boot id and network namespace: distinguishes machines that share a name."""
     address: str | None = None
     """What the host's name resolves to; None: nothing."""
     device: Device = field(default_factory=Device)

@@ -18,7 +18,7 @@ from megatron_depthattn.study.multiplier import Fitted, Multiplier, multipliers,
 from megatron_depthattn.study.verdict import budget_differences, sentence, verdict
 
 BAND_POINTS = 20
-BAND_MARGIN = 1.25  # how far a band goes on beyond the tokens of its rung, as a factor
+BAND_MARGIN = 1.25  # how far a band extends beyond the tokens of its rung, as a factor
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _law(of: ResampledLaw, confidence: float) -> dict[str, Any]:
     edges = [name for name in ("alpha", "beta") if not EXPONENTS[0] * 1.01 < value[name] < EXPONENTS[1] * 0.99]
     zeros = [name for name in ("E", "A", "B") if value[name] == 0]
     if edges or zeros:
-        notes.append(f"{', '.join(edges + zeros)} at the edge of what is allowed: these runs do not tell them apart")
+        notes.append(f"{', '.join(edges + zeros)} at the edge of what is allowed: these runs do not distinguish them")
     return found | ({"note": "; ".join(notes)} if notes else {})
 
 

@@ -79,7 +79,7 @@ class LawFit:
 
 
 def reason_not_fitted(sizes: Floats, tokens: Floats) -> str | None:
-    """Why these runs cannot tell the five parameters apart, and what to add; None if they can."""
+    """Why these runs cannot distinguish the five parameters, and what to add; None if they can."""
     cells = set(zip(sizes.tolist(), tokens.tolist(), strict=True))
     num_sizes, num_tokens = len({n for n, _ in cells}), len({d for _, d in cells})
     repeated = sum(len({d for n, d in cells if n == size}) > 1 for size in {n for n, _ in cells})
@@ -160,6 +160,6 @@ def fit_law(sizes: Floats, tokens: Floats, losses: Floats) -> LawFit:
     misfit_p, lack = cells.misfit(losses, law)
     if misfit_p is not None and misfit_p < MISFIT_LEVEL:
         # As a particle-data average is widened when its measurements disagree: the misfit of a cell is the same for
-        # all its seeds, so seeds do not average it away, and only the cells to spare tell how large it is.
+        # all its seeds, so seeds do not average it away, and only the cells to spare show how large it is.
         scale, dof = scale * math.sqrt(max(lack / square, 1.0)), len(cells.counts) - len(PARAMETERS)
     return LawFit(law, residuals * scale, dof, math.sqrt(square), misfit_p)

@@ -69,7 +69,7 @@ def _timing(points: Sequence[Point], output: Path, baseline: str, *, own_steps: 
     if file.is_file():
         measured = json.loads(file.read_text(encoding="utf-8"))
         return measured["timing"], measured["timing_source"]
-    if not own_steps:  # runs that may have shared their machine do not tell how long a step takes
+    if not own_steps:  # runs that may have shared their machine do not show how long a step takes
         return {}, "not timed yet"
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for point in points:
