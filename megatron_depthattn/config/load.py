@@ -30,6 +30,8 @@ from megatron_depthattn.durable import write_durably
 T = TypeVar("T")
 
 COMMAND_LINE = "the command line"
+RENAMED = {"train.max_fruitless_starts": "train.max_restarts_without_progress"}
+"""Keys of configs that were saved by earlier versions; on the command line they are unknown."""
 LONGEST_TEXT = 4096
 """Characters of a string; Linux takes no longer path."""
 _TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
@@ -55,10 +57,11 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        self.flatten_mapping(node)
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
         if len({repr(name) for name in names}) < len(names):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        self.flatten_mapping(node)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -159,7 +162,7 @@ def read_yaml(path: str | Path, _including: tuple[Path, ...] = ()) -> list[Layer
         content = {} if content is None else content
     except RecursionError as error:
         raise ValueError(f"{path} is not valid YAML: it is nested too deeply") from error
-    except (yaml.YAMLError, OSError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not valid YAML: {_quoted(' '.join(str(error).split()))[1:-1]}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_show(content)} at its top level; it must hold 'section: {{key: value}}'")
@@ -190,7 +193,7 @@ def parse_overrides(arguments: Sequence[str], cls: type = RunConfig) -> Layer:
         elif text.startswith(("[", "{")) or re.fullmatch(r"[\w.+~-]*", text, re.ASCII):  # YAML would cut at ' #'
             try:
                 values[key] = yaml.load(text, _Loader)
-            except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ValueError(f"the value in argument {_quoted(argument)} is not valid YAML; quote it") from error
     return Layer(COMMAND_LINE, values)
 
@@ -202,7 +205,8 @@ def build(cls: type[T], layers: Sequence[Layer]) -> T:
     try:
         for source, values in layers:
             for key, value in flatten(values, leaves).items():
-                _set(config, key, value, leaves, source)
+                known = key if source == COMMAND_LINE else RENAMED.get(key, key)
+                _set(config, known, value, leaves, source)
         return typing.cast(T, _mapped(OmegaConf.to_object(config), lambda text: text.replace("\0", "")))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing (in {source}); set it") from error
@@ -221,6 +225,10 @@ def _set(config: DictConfig, key: str, value: Any, leaves: Mapping[str, Any], so
         raise ValueError(_unknown_key(key, source, leaves))
     if type(value) is int and abs(value) >= 1 << 63:
         raise ValueError(f"{key} is an integer of {value.bit_length()} bits (from {source}); set one below 2^63")
+    if isinstance(value, str) and (named := re.search(r"\$\{([\w.]+)\}", value)) and named[1] in leaves:
+        raise ValueError(
+            f"{key} is {_quoted(value)} (from {source}): keys are not read in values; write what it stands for"
+        )
     section, _, name = key.rpartition(".")
     node = OmegaConf.select(config, section) if section else config
     OmegaConf.set_readonly(node, False)  # frozen are the objects that it becomes

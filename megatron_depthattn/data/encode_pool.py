@@ -4,6 +4,7 @@ parent, even if that is killed.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection
 from megatron_depthattn.data.encode import Content, Encoded, Recipe, encode
 from megatron_depthattn.data.readers import Unit
 from megatron_depthattn.data.tokenizer import Encoder
+from megatron_depthattn.parallel.launch_env import set_variables
 
 AHEAD_PER_WORKER = 2  # units read and not yet merged: enough that none waits, few enough to hold in memory
 
@@ -37,9 +39,14 @@ class EncodePool:
     def __enter__(self) -> "EncodePool":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._our_end.close()  # they hold nothing that could be lost
-        self._processes.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if (
+            kind is WorkerDiedError
+        ):  # perhaps in the middle of an answer, whose rest is waited for until nobody can send
+            self._our_end.close()
+            self._processes._result_queue._writer.close()  # type: ignore[attr-defined]
+        self._processes.shutdown(cancel_futures=True)  # after what is being encoded, a few MB a process
+        self._our_end.close()
         self._their_end.close()
 
     def encode(self, content: Content, max_bytes: int | None = None) -> Encoded:
@@ -49,7 +56,7 @@ class EncodePool:
             OSError: a file cannot be read.
             WorkerDiedError: the process died.
         """
-        return _result(self._processes.submit(_encode, content, max_bytes))
+        return self._result(self._processes.submit(_encode, content, max_bytes))
 
     def encode_in_order(self, units: Iterable[Unit], max_bytes: int | None = None) -> Iterator[tuple[Unit, Encoded]]:
         """Every unit with its tokens, in order, at most `AHEAD_PER_WORKER` units a process being read ahead.
@@ -62,27 +69,38 @@ class EncodePool:
                 waiting.append((unit, self._processes.submit(_encode, unit.content, max_bytes)))
                 if len(waiting) > AHEAD_PER_WORKER * self.num_workers:
                     unit, answer = waiting.popleft()
-                    yield unit, _result(answer)
+                    yield unit, self._result(answer)
         except BrokenProcessPool as error:
-            raise _death() from error
+            raise self._death() from error
         for unit, answer in waiting:
-            yield unit, _result(answer)
+            yield unit, self._result(answer)
 
+    def _result(self, answer: Future[Encoded]) -> Encoded:
+        while True:
+            try:
+                return answer.result(timeout=2.0)
+            except BrokenProcessPool as error:
+                raise self._death() from error
+            except TimeoutError:
+                if answer.done():  # of the file that it reads
+                    raise
+                if any(code is not None for code in self._exit_codes()):  # killed while it sent its answer
+                    raise self._death() from None
 
-def _result(answer: Future[Encoded]) -> Encoded:
-    try:
-        return answer.result()
-    except BrokenProcessPool as error:
-        raise _death() from error
+    def _exit_codes(self) -> list[int | None]:
+        return [process.exitcode for process in (self._processes._processes or {}).values()]
 
-
-def _death() -> WorkerDiedError:
-    return WorkerDiedError("an encoding process was killed: out of memory (see dmesg)? set fewer --workers")
+    def _death(self) -> WorkerDiedError:
+        codes = {code for code in self._exit_codes() if code} - {-signal.SIGTERM}  # by which the pool ends the others
+        if codes - {-signal.SIGKILL}:
+            return WorkerDiedError(f"an encoding process ended with exit code {min(codes)}; its own lines say why")
+        return WorkerDiedError("an encoding process was killed: out of memory (see dmesg)? set fewer --workers")
 
 
 def _start(alive: Connection, encoder: Encoder, recipe: Recipe) -> None:
     """Run first in an encoding process."""
     os.setpgrp()  # Ctrl-C is for the parent, which ends us
+    set_variables(TOKENIZERS_PARALLELISM="false")  # parallel by processes: none of the library's threads in them
     _given.append((encoder, recipe))
 
     def end_with_parent() -> None:

@@ -101,6 +101,8 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
         ValueError: the settings, the inputs or an existing output do not allow it.
         OSError: a file cannot be read or written.
         WorkerDiedError: an encoding process was killed.
+
+    Encoding processes are spawned: a script that calls this needs ``if __name__ == "__main__":``.
     """
     start = time.perf_counter()
     check_settings(settings)
@@ -114,6 +116,7 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
         remove_leftover(output)
         check_skipped_damage(settings, manifest["skipped"], str(output))
         return Prepared(manifest=manifest, already_prepared=True)
+    _check_streaming()
     with open_unfinished(output) as unfinished:
         preparation = _Preparation(settings, files, record, given, unfinished, on_progress)
         manifest = preparation.run()
@@ -121,6 +124,17 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
         unfinished.clear()
     seconds = time.perf_counter() - start
     return Prepared(manifest=manifest, already_prepared=False, seconds=seconds, new_tokens=preparation.new_tokens)
+
+
+def _check_streaming() -> None:
+    """Import what writes the shards, before anything is tokenised."""
+    try:
+        import streaming  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # the latter: its torchvision beside another build of torch
+        raise ValueError(
+            f"mosaicml-streaming, which writes the shards, cannot be imported here ({error}): install it, with the "
+            "torchvision that belongs to this torch"
+        ) from error
 
 
 def available_cores() -> int:

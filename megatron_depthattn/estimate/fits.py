@@ -49,7 +49,7 @@ def check_fit(config: RunConfig, world_size: int, gpu: str = "H100") -> tuple[Fi
     Raises:
         ValueError: no figures for this GPU, or the config cannot run on so many ranks.
     """
-    hardware = find_gpu(gpu.partition("-")[0])
+    hardware = find_gpu(gpu)
     config = resolve_for(hardware, config).config
     sizes = validate(config, world_size, needs_data=False)
     layout = Layout(config, CrossLayer.of(config), sizes)
@@ -72,7 +72,7 @@ def check_fit(config: RunConfig, world_size: int, gpu: str = "H100") -> tuple[Fi
         ways.insert(0, " ".join(f"recompute.{key}={value}" for key, value in keys.items()))
     return fit, (
         f"a rank needs {fit.needed_gb:.1f} GB and {hardware.name} has {hardware.memory_gb:.0f} GB less "
-        f"{MEMORY_RESERVE:.0%}: set {', '.join(ways)}"
+        f"{MEMORY_RESERVE:.0%}: set {', '.join(ways)}; for other GPUs --gpu NAME-MEMORY, such as H200-141GB"
     )
 
 
@@ -83,10 +83,14 @@ def check_data(config: RunConfig) -> list[str]:
         manifest = Path(source.path, "manifest.json")
         if "://" in source.path or not manifest.is_file():
             continue
-        stored = json.loads(manifest.read_text(encoding="utf-8"))
-        length, wanted = stored.get("sequence_length"), config.data.sequence_length
-        vocabulary, rows = stored.get("vocab_size", 0), config.model.vocab_size
-        if length != wanted:
+        try:
+            stored = json.loads(manifest.read_text(encoding="utf-8"))
+            length, wanted = stored.get("sequence_length"), config.data.sequence_length
+            vocabulary, rows = int(stored.get("vocab_size") or 0), config.model.vocab_size
+        except (ValueError, TypeError, AttributeError) as error:
+            problems.append(f"{manifest} is no manifest of a corpus ({error}): copy or prepare the corpus again")
+            continue
+        if length not in (None, wanted):
             problems.append(f"data.sequence_length is {wanted} and {source.path} has samples of {length}: set {length}")
         if vocabulary > rows:
             problems.append(f"model.vocab_size is {rows} and the tokenizer of {source.path} has {vocabulary}: set more")

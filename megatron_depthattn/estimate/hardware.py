@@ -7,8 +7,9 @@ the output: the shares of those peaks that are reached, latencies and the host's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.config.resolve import GPU, Resolved, resolve
@@ -106,11 +107,16 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Hardware:
-    """A GPU by its name.
+    """A GPU by its name, which may have another memory behind it, such as A100-40GB.
 
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in GPUS:
-        raise ValueError(f"no figures for a GPU named {name!r}: set --gpu to one of {', '.join(GPUS)}")
-    return GPUS[name]
+    model, dash, memory = name.partition("-")
+    size = re.fullmatch(r"([1-9]\d{0,3})GB", memory)
+    if model not in GPUS or bool(dash) != bool(size):
+        raise ValueError(
+            f"no figures for a GPU named {name!r}: set --gpu to one of {', '.join(GPUS)}, or with another memory, "
+            "such as A100-40GB"
+        )
+    return replace(GPUS[model], memory_gb=float(size[1])) if size else GPUS[model]

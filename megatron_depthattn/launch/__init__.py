@@ -9,6 +9,8 @@ import megatron_depthattn
 
 EXIT_DONE, EXIT_ERROR, EXIT_HANG, EXIT_REQUEUE = 0, 1, 70, 75
 """What launchers return; the last two are those of a training process."""
+SHUTDOWN_SECONDS = 600
+"""How long ranks that were asked to stop may take to save (``--shutdown-timeout``)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """Which a launcher passes on to its ranks."""
 

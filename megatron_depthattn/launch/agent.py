@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -18,13 +20,27 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rdzv_registry
 
-from megatron_depthattn.launch import EXIT_HANG, EXIT_REQUEUE, SIGNALS
+from megatron_depthattn.launch import EXIT_HANG, EXIT_REQUEUE, SHUTDOWN_SECONDS, SIGNALS
 from megatron_depthattn.launch.failures import record_death
 from megatron_depthattn.parallel.launch_env import set_variables, variable
 from megatron_depthattn.terminal import printable
 
 REPORT_SECONDS = 5
 """A node that waits for others says so as often as this."""
+
+
+def handle_signals() -> None:
+    """Raise `SignalException` at the first signal that stops a run, and ignore all later ones: schedulers signal all
+    processes of a job at once, parents too, and a second signal would kill ranks that save."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise SignalException("stopped", signal.Signals(number))
+
+    for number in SIGNALS:  # but those that are ignored: after nohup a lost terminal is nothing to stop for
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def start_agent(config: Any, command: Any, arguments: Sequence[str]) -> Agent:
@@ -58,6 +74,7 @@ def start_agent(config: Any, command: Any, arguments: Sequence[str]) -> Agent:
         **settings,
     )
     agent.num_nodes, agent.endpoint = config.max_nodes, config.rdzv_endpoint
+    agent.waits_for_saves = bool(settings)
     return agent
 
 
@@ -67,6 +84,10 @@ class Agent(LocalElasticAgent):
     num_nodes, endpoint = 1, ""
     waiting = ""
     """For whom this node waits, in a line; empty once all have joined."""
+    started = 0.0
+    """When the ranks were started the last time, in seconds since 1970."""
+    waits_for_saves = False
+    """Whether this version of torch has ``--shutdown-timeout``."""
 
     def run_until_end(self) -> set[int]:
         """Run the ranks, again after failures; returns the exit codes of this node's last ones.
@@ -116,13 +137,16 @@ class Agent(LocalElasticAgent):
         return result
 
     def _rendezvous(self, worker_group: Any) -> None:
+        self._pcontext = None  # of an earlier attempt, whose exit codes say nothing about this one
         with self._reported(worker_group.spec.rdzv_handler):
             super()._rendezvous(worker_group)
         self.waiting = ""
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         """Name the folders of the ranks' logs by rank; torchrun's own names have the number on this node only."""
+        self.started = time.time()
         started = super()._start_workers(worker_group)
+        handle_signals()  # torch has set its own
         attempt = worker_group.spec.max_restarts - self._remaining_restarts
         context: Any = self._pcontext
         for worker in worker_group.workers:
@@ -133,10 +157,10 @@ class Agent(LocalElasticAgent):
         return started
 
     def _shutdown(self, *arguments: Any, **settings: Any) -> None:
-        """Schedulers signal all processes of a job at once, parents too: the second signal would kill ranks."""
-        if isinstance(sys.exc_info()[1], SignalException):
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+        """Give ranks the time to save also where torch would kill them after 30 s."""
+        context: Any = self._pcontext
+        if isinstance(sys.exc_info()[1], SignalException) and context and not self.waits_for_saves:
+            context.close(arguments[0] if arguments else signal.SIGTERM, SHUTDOWN_SECONDS)
         super()._shutdown(*arguments, **settings)
 
     @contextlib.contextmanager

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, action="append", metavar="N", help="this rank only; may be repeated")
     parser.add_argument("--errors", action="store_true", help="stderr only")
     parser.add_argument("--first-failure", action="store_true", help="the first failure only")
+    parser.add_argument("--since", type=float, default=0.0, metavar="SECONDS", help="failures since then (since 1970)")
     options = parser.parse_args(arguments)
     starts = sorted(path for path in (options.run_dir / "logs").glob("*_*") if path.is_dir())
     if not starts:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.first_failure:
         for start in starts if options.all else newest.values():
             _show(start, options.rank, ("stderr",) if options.errors else ("stdout", "stderr"))
-    failures = [failure for start in newest.values() if (failure := first_failure(start))]
+    failures = [failure for start in newest.values() if (failure := first_failure(start, options.since))]
     if failures:
         print(printable(f"==== {min(failures, key=lambda failure: failure.order).text}"))
     return 0

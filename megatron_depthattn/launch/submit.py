@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megatron_depthattn
+from megatron_depthattn.cli.common import find_config
 from megatron_depthattn.config import RunConfig, load_config, validate
 from megatron_depthattn.config.resolve import CPU, GPU, resolve
 from megatron_depthattn.estimate.fits import check_data, check_fit
@@ -79,7 +80,7 @@ def submit(options: argparse.Namespace) -> int:
         except ValueError as error:
             place = f"{name}, " if len(configs) > 1 else ""
             raise ValueError(f"not submitted: {place}{options.nodes} nodes x {processes} processes: {error}") from error
-    run_dir = Path(load_config(options.config, options.overrides).run.dir).resolve()
+    run_dir = Path(_load(options).run.dir).resolve()
     _check(options)
     _check_text(options, run_dir)
     job = run_dir / "job"
@@ -104,6 +105,11 @@ def submit(options: argparse.Namespace) -> int:
     follow = shlex.join(["tail", "-F", str(log)])
     print(f"follow: {follow}; queue: squeue -j {','.join(ids)}; cancel: scancel {' '.join(ids)}")
     return 0
+
+
+def _load(options: argparse.Namespace, settings: Sequence[str] = ()) -> RunConfig:
+    """The config that was asked for, by file or by the name of a shipped one."""
+    return load_config(find_config(options.config), [*map(find_config, options.overrides), *settings])
 
 
 def _fit(config: RunConfig, options: argparse.Namespace) -> str:
@@ -188,12 +194,12 @@ def _container(options: argparse.Namespace, run_dir: Path) -> list[str]:
 def _configs(options: argparse.Namespace) -> dict[str, RunConfig]:
     """The config of each task, by file name; tasks of an array have folders of their own in run.dir, and in
     checkpoint.dir where several of them share it."""
-    config = load_config(options.config, options.overrides)
+    config = _load(options)
     if not options.array:
         return {"config.yaml": config}
     if not config.run.dir:
         raise ValueError("run.dir is not set: the tasks of an array have their folders in it; set run.dir=runs/sweep")
-    tasks = [load_config(options.config, [*options.overrides, *settings]) for settings in sweep(options.array)]
+    tasks = [_load(options, settings) for settings in sweep(options.array)]
     uses = collections.Counter(task.checkpoint.dir for task in tasks)
     found = {}
     for number, task in enumerate(tasks):

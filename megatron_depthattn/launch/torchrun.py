@@ -29,8 +29,6 @@ from megatron_depthattn.terminal import printable
 TRAIN = "megatron_depthattn.train"
 JOIN_SECONDS = 60
 """How long nodes wait for each other, at first and after a failure (``--rdzv-conf join_timeout=...``)."""
-SHUTDOWN_SECONDS = 600
-"""How long ranks that were asked to stop may take to save (``--shutdown-timeout``)."""
 
 
 def run(
@@ -98,10 +96,9 @@ def _launch(options: Namespace) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    from megatron_depthattn.launch.agent import start_agent
+    from megatron_depthattn.launch.agent import handle_signals, start_agent
 
     logs = _check_run(options, torchrun.determine_local_world_size)
-    started = time.time()
     if logs is not None and options.log_dir is None:
         folder = logs / f"{time.strftime('%Y%m%dT%H%M%S')}_{socket.gethostname()}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,21 +111,19 @@ def _launch(options: Namespace) -> int:
         config.role = "" if config.max_nodes == 1 else config.role
         config.log_line_prefix_template = "${role_name}" if config.max_nodes == 1 else "[rank ${rank}] "
     problem, agent = "", None
-
-    def stop(number: int, _: FrameType | None) -> NoReturn:
-        raise SignalException("stopped", signal.Signals(number))
-
-    for number in _signals():  # while nodes wait for each other; and what this version of torch does not handle
-        signal.signal(number, stop)
+    handle_signals()
     try:
         agent = start_agent(config, command, command_arguments)
         codes = agent.run_until_end()
     except SignalException as error:
         codes = (agent.exit_codes() if agent else set()) or {-error.sigval}
     except RendezvousError as error:
-        waiting = agent.waiting if agent else ""
-        codes, problem = {EXIT_ERROR}, _join_failure(error, options.rdzv_endpoint, config.rdzv_configs, waiting)
-    return _end(exit_code(codes), codes, problem, logs, started)
+        codes = agent.exit_codes() if agent else set()
+        if not codes or codes - {EXIT_DONE, EXIT_REQUEUE}:  # else the head has ended with all ranks, a moment earlier
+            waiting = agent.waiting if agent else ""
+            codes, problem = {EXIT_ERROR}, _join_failure(error, options.rdzv_endpoint, config.rdzv_configs, waiting)
+    # What has been recovered from is not the failure; a rank that was killed at once is dated a second back.
+    return _end(exit_code(codes), codes, problem, logs, agent.started - 2.0 if agent and agent.started else time.time())
 
 
 def _end(code: int, codes: set[int], problem: str, logs: Path | None, started: float) -> int:
@@ -185,6 +180,11 @@ def _set_rendezvous(config: Any, options: Namespace) -> None:
         config.local_addr = config.local_addr or "127.0.0.1"
         return
     host, _, port = options.rdzv_endpoint.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(
+            f"--rdzv-endpoint is {options.rdzv_endpoint!r} with --nnodes={options.nnodes}: set it to HOST:PORT of the head "
+            "node, on every node"
+        )
     if config.local_addr is None:
         is_head = str(conf.get("is_host", "")).lower() in ("1", "true")
         config.local_addr = host if is_head else _address_towards(host, int(port))

@@ -3,9 +3,12 @@ communication, and what a library takes in no other way."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
@@ -126,3 +129,10 @@ def pickled_fp8_scales_allowed() -> AbstractContextManager[None]:
     state that `check_fp8_state` has let through.
     """
     return _default_within("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+
+
+def end_with_launcher() -> None:
+    """Let the kernel send SIGTERM to this process when torchrun, which started it, has been killed."""
+    if os.environ.get("TORCHELASTIC_RUN_ID") is not None:
+        with contextlib.suppress(OSError, AttributeError):  # not on Linux
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

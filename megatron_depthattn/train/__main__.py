@@ -9,7 +9,7 @@ import time
 import traceback
 
 from megatron_depthattn.config import load_config, validate
-from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment, end_with_launcher, launch_environment
 from megatron_depthattn.quiet import silence_libraries
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import RunError, is_secondary_failure, leave_at_once, write_error_record
@@ -22,6 +22,7 @@ RANK_0_SECONDS = 10.0
 def main() -> int:
     """Run the command; returns the exit code: 0 done, 75 stopped by a signal (start again), 1 an error."""
     signals = StopSignals()
+    end_with_launcher()
     parser = argparse.ArgumentParser(prog="python -m megatron_depthattn.train", description="Train a decoder.")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")

@@ -217,5 +217,6 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
     if True in mistakes:
         raise OtherRankError(f"rank {mistakes.index(True)} could not open the {split} data; its error says why")
     assert corpus is not None
-    check_same_on_all_ranks(f"{split} data", corpus.digest)
+    paths = ", ".join(source.path for source in data.sources)
+    check_same_on_all_ranks(f"{split} data in {paths} (copy the same corpus to every node)", corpus.digest)
     return corpus

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from megatron_depthattn.train.errors import leave_at_once
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """SIGTERM and SIGUSR1/2 come from schedulers before a time limit or a preemption, SIGINT from Ctrl-C, SIGHUP from a
 lost terminal."""
 

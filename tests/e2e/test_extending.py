@@ -45,7 +45,7 @@ def test_the_page_adds_a_method(tmp_path: Path):
         "model": MODEL | {"method": "skip_back"},
         "data": {"path": str(tmp_path / "corpus"), "sequence_length": 32, "num_workers": 0},
         "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "depth_interval": None},
-        "optimizer": {"lr": 1.0e-2},
+        "optimizer": {"lr": 3.0e-2, "warmup_ratio": 0.0},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
 

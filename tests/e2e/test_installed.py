@@ -30,7 +30,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     must_succeed(python(*wheel, folder / "source"))
     must_succeed(python("-m", "venv", "--without-pip", folder / "venv"))
     interpreter = folder / "venv/bin/python"
-    install = ("-m", "pip", "--python", interpreter, "install", "--quiet", "--no-deps", "--no-index")
+    install = (
+        "-m",
+        "pip",
+        "--python",
+        interpreter,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+    )
     must_succeed(python(*install, *folder.glob("*.whl")))
     (packages,) = (folder / "venv/lib").glob("python*/site-packages")
     # A plain line: the .pth files there, one of which leads to the checkout, are not read.

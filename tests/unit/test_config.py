@@ -197,7 +197,7 @@ def test_a_run_folder_may_contain_an_equals_sign(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    "text", ["${run.dir}/saved", "s3://b/${oc.env:DEPTHATTN_SECRET,x}", "${", "a${}", "\\${a}", "$${"]
+    "text", ["${run.dirs}/saved", "s3://b/${oc.env:DEPTHATTN_SECRET,x}", "${", "a${}", "\\${a}", "$${"]
 )
 def test_text_with_a_dollar_is_literal(tmp_path, base, monkeypatch, text):
     """A config from elsewhere could otherwise send an environment variable to a bucket, or into a folder's name."""
@@ -211,7 +211,7 @@ def test_text_with_a_dollar_is_literal(tmp_path, base, monkeypatch, text):
         assert load_config(tmp_path / "saved.yaml") == config
 
 
-@pytest.mark.parametrize("text", ["???", "${train.eval_batches}", "yes"])
+@pytest.mark.parametrize("text", ["???", "${train.batches}", "yes"])
 @pytest.mark.parametrize("key", ["train.steps", "data.shuffle", "model.spec"])
 def test_what_omegaconf_would_take(tmp_path, base, key, text):
     """Nothing is silently the default, another key's value, or true."""
