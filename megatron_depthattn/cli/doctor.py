@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser("doctor", __doc__)
     add_config(parser, optional=True)
     parser.add_argument("--world", type=int, help="ranks of the run (default: the GPUs here; on CPU one model replica)")
-    parser.add_argument("--gpu", default="H100-80GB", metavar="NAME", help="that ranks must fit (default H100-80GB)")
+    parser.add_argument("--gpu", metavar="NAME", help="that ranks must fit (default: the GPU here, else H100-80GB)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
     return run(_doctor, parser.parse_intermixed_args(arguments))  # settings may follow an option
 
@@ -86,7 +86,7 @@ def check_config(
     world: int | None,
     host: doctor.Host,
     packages: Mapping[str, doctor.Package],
-    gpu: str = "H100-80GB",
+    gpu: str | None = None,
 ) -> tuple[list[str], list[str], int | None]:
     """The features that a config asks for, what is wrong with it here, and its ranks; prints what `auto` becomes."""
     path, *overrides = map(find_config, (name, *overrides))
@@ -117,8 +117,17 @@ def check_config(
     unknown = [f"the size of a checkpoint is not known: {error_text}"] if error_text else []
     from megatron_depthattn.estimate.fits import check_data
 
-    problems = [*_check_memory(config, ranks, gpu), *_find_data(config), *check_data(config), *unknown]
+    problems = [*_check_memory(config, ranks, gpu or _gpu_of(host)), *_find_data(config), *check_data(config), *unknown]
     return asked, problems + _check_folders(config, int(said or 0)), ranks
+
+
+def _gpu_of(host: doctor.Host) -> str:
+    """The smallest GPU of this host for the planner, or what a run is sized for without one."""
+    if not host.devices:
+        return "H100-80GB"
+    smallest = min(host.devices, key=lambda device: device["bytes"])
+    known = [name for name in ("H100", "H200", "A100", "B200") if name in smallest["name"]]
+    return f"{known[0] if known else 'H100'}-{round(smallest['bytes'] / 1e9)}GB"
 
 
 def _check_memory(config: RunConfig, ranks: int, gpu: str) -> list[str]:

@@ -40,9 +40,7 @@ class EncodePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if (
-            kind is WorkerDiedError
-        ):  # perhaps in the middle of an answer, whose rest is waited for until nobody can send
+        if kind is WorkerDiedError:  # perhaps amid an answer, whose rest is waited for until nobody can send
             self._our_end.close()
             self._processes._result_queue._writer.close()  # type: ignore[attr-defined]
         self._processes.shutdown(cancel_futures=True)  # after what is being encoded, a few MB a process

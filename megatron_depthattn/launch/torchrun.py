@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from megatron_depthattn.config import load_config, validate
-from megatron_depthattn.launch import EXIT_DONE, EXIT_ERROR, EXIT_HANG, EXIT_REQUEUE, SIGNALS
+from megatron_depthattn.launch import EXIT_DONE, EXIT_ERROR, EXIT_HANG, EXIT_REQUEUE, SHUTDOWN_SECONDS, SIGNALS
 from megatron_depthattn.launch.failures import first_failure
 from megatron_depthattn.parallel.launch_env import quiet_torch, set_defaults, variable
 from megatron_depthattn.terminal import printable
@@ -182,8 +182,8 @@ def _set_rendezvous(config: Any, options: Namespace) -> None:
     host, _, port = options.rdzv_endpoint.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(
-            f"--rdzv-endpoint is {options.rdzv_endpoint!r} with --nnodes={options.nnodes}: set it to HOST:PORT of the head "
-            "node, on every node"
+            f"--rdzv-endpoint is {options.rdzv_endpoint!r} with --nnodes={options.nnodes}: set it to HOST:PORT of the "
+            "head node, on every node"
         )
     if config.local_addr is None:
         is_head = str(conf.get("is_host", "")).lower() in ("1", "true")

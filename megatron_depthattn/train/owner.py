@@ -156,8 +156,9 @@ def _claim_unowned(directory: Path, run_dir: Path, known: str | None) -> list[st
         if not ((known and saved_id == known) or (is_within and None in (known, saved_id))):
             raise ValueError(
                 f"checkpoint.dir={directory} holds checkpoints of run {saved_id or '(unnamed)'}, and no {OWNER} that "
-                "makes them this run's: they would be overwritten. Set another checkpoint.dir; to resume that run, bring back its {OWNER} or run.dir's "
-                "history.jsonl; to start from its weights, set checkpoint.load to one of its step folders."
+                "makes them this run's: they would be overwritten. Set another checkpoint.dir; to resume that run, "
+                f"bring back its {OWNER} or run.dir's history.jsonl; to start from its weights, set checkpoint.load to "
+                "one of its step folders."
             )
         run_id = known or saved_id
         notes = [f"{directory} had no owner; by its checkpoints or place it is this run's, as {OWNER} now says"]
