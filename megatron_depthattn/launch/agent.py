@@ -35,7 +35,7 @@ def handle_signals() -> None:
 
     def stop(number: int, _: FrameType | None) -> NoReturn:
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, lambda *_: None)  # a signal under way when SIG_IGN is set would be a traceback
         raise SignalException("stopped", signal.Signals(number))
 
     for number in SIGNALS:  # but those that are ignored: after nohup a lost terminal is nothing to stop for

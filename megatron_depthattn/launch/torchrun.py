@@ -53,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in _signals():
         signal.signal(number, _stop_early)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # One thread, as torchrun sets, with a warning. With its shared store it does not recover from a lost node.
-    set_defaults(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    set_defaults(OMP_NUM_THREADS="1")  # as torchrun sets, with a warning
     with quiet_torch():  # a head that is not there yet is no page of C++ frames
         from torch.distributed.run import get_args_parser
 
@@ -62,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args([*_defaults(parser), *given])
     if options.nnodes in ("1", "1:1"):
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", "run"
+    else:  # with its shared store torchrun does not recover from a lost node
+        set_defaults(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     try:
         return _launch(options)
     except (ValueError, OSError) as error:

@@ -211,6 +211,15 @@ def test_text_with_a_dollar_is_literal(tmp_path, base, monkeypatch, text):
         assert load_config(tmp_path / "saved.yaml") == config
 
 
+def test_a_reference_to_a_key_is_an_error_and_an_old_key_of_a_saved_config_is_not(tmp_path, base):
+    """As text it would be one folder for all seeds."""
+    with pytest.raises(ValueError, match=r"run\.dir is 'runs/\$\{run\.seed\}' .*write what it stands for"):
+        load_config(base, ["run.dir=runs/${run.seed}"])
+    overlay = write(tmp_path / "overlay.yaml", "train: {max_fruitless_starts: 7}")
+    assert load_config(base, [str(overlay)]).train.max_restarts_without_progress == 7
+    assert from_dict({"train": {"max_fruitless_starts": 7}}, "a checkpoint").train.max_restarts_without_progress == 7
+
+
 @pytest.mark.parametrize("text", ["???", "${train.batches}", "yes"])
 @pytest.mark.parametrize("key", ["train.steps", "data.shuffle", "model.spec"])
 def test_what_omegaconf_would_take(tmp_path, base, key, text):

@@ -273,6 +273,9 @@ def test_the_tool_names_every_preset():
     assert set(GPUS) == set(PRESETS)
     with pytest.raises(ValueError, match="set --gpu to one of H100"):
         find_gpu("T4")
+    assert find_gpu("A100-40GB").memory_gb == 40 and find_gpu("A100").memory_gb == 80
+    with pytest.raises(ValueError, match=r"'A100-PCIE'.* A100-40GB"):
+        find_gpu("A100-PCIE")
 
 
 def test_a_study_of_transformer_engines_layers_has_no_negative_memory():
