@@ -123,10 +123,12 @@ def check_config(
 
 def _gpu_of(host: doctor.Host) -> str:
     """The smallest GPU of this host for the planner, or what a run is sized for without one."""
+    from megatron_depthattn.estimate.hardware import GPUS
+
     if not host.devices:
         return "H100-80GB"
     smallest = min(host.devices, key=lambda device: device["bytes"])
-    known = [name for name in ("H100", "H200", "A100", "B200") if name in smallest["name"]]
+    known = [name for name in GPUS if name in smallest["name"]]
     return f"{known[0] if known else 'H100'}-{round(smallest['bytes'] / 1e9)}GB"
 
 

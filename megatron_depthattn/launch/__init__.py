@@ -15,6 +15,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.
 """Which a launcher passes on to its ranks."""
 
 
+def heeded_signals() -> list[signal.Signals]:
+    """Those of `SIGNALS` that are not ignored: after nohup a lost terminal is nothing to stop for."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def scripts() -> Path:
     """The folder of shell scripts: ``launch/`` of the checkout, or its copy inside an installed package."""
     package = Path(megatron_depthattn.__file__).parent

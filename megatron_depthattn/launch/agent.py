@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rdzv_registry
 
-from megatron_depthattn.launch import EXIT_HANG, EXIT_REQUEUE, SHUTDOWN_SECONDS, SIGNALS
+from megatron_depthattn.launch import EXIT_HANG, EXIT_REQUEUE, SHUTDOWN_SECONDS, SIGNALS, heeded_signals
 from megatron_depthattn.launch.failures import record_death
 from megatron_depthattn.parallel.launch_env import set_variables, variable
 from megatron_depthattn.terminal import printable
@@ -38,9 +38,8 @@ def handle_signals() -> None:
             signal.signal(each, lambda *_: None)  # a signal under way when SIG_IGN is set would be a traceback
         raise SignalException("stopped", signal.Signals(number))
 
-    for number in SIGNALS:  # but those that are ignored: after nohup a lost terminal is nothing to stop for
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop)
+    for number in heeded_signals():
+        signal.signal(number, stop)
 
 
 def start_agent(config: Any, command: Any, arguments: Sequence[str]) -> Agent:

@@ -21,7 +21,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from megatron_depthattn.config import load_config, validate
-from megatron_depthattn.launch import EXIT_DONE, EXIT_ERROR, EXIT_HANG, EXIT_REQUEUE, SHUTDOWN_SECONDS, SIGNALS
+from megatron_depthattn.launch import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_HANG,
+    EXIT_REQUEUE,
+    SHUTDOWN_SECONDS,
+    SIGNALS,
+    heeded_signals,
+)
 from megatron_depthattn.launch.failures import first_failure
 from megatron_depthattn.parallel.launch_env import quiet_torch, set_defaults, variable
 from megatron_depthattn.terminal import printable
@@ -50,7 +58,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """torchrun's command line; returns the exit code."""
-    for number in _signals():
+    for number in heeded_signals():
         signal.signal(number, _stop_early)
     given = list(sys.argv[1:] if arguments is None else arguments)
     set_defaults(OMP_NUM_THREADS="1")  # as torchrun sets, with a warning
@@ -69,11 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(f"error: {error}", EXIT_ERROR)
 
 
-def _signals() -> list[signal.Signals]:
-    """Without those that are ignored: after nohup a lost terminal is nothing to stop for."""
-    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-
-
 def _stop_early(number: int, _: FrameType | None) -> NoReturn:
     text = f"stopped by {signal.Signals(number).name} before the ranks were started: start the same command again"
     sys.exit(_report(text, EXIT_REQUEUE))
@@ -85,7 +88,7 @@ def _defaults(parser: ArgumentParser) -> list[str]:
         "--rdzv-backend": "c10d",
         "--tee": "3",
         "--local-ranks-filter": "0",
-        "--signals-to-handle": ",".join(number.name for number in _signals()),
+        "--signals-to-handle": ",".join(number.name for number in heeded_signals()),
         "--shutdown-timeout": str(SHUTDOWN_SECONDS),
     }
     known = {name for action in parser._actions for name in action.option_strings}

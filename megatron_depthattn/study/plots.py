@@ -1,6 +1,6 @@
 """The figures of a study's report, each one panel of SVG text; a method keeps its colour and marker in all of them."""
 
-# ruff: noqa: B023 (a panel is drawn before its loop goes on)
+# ruff: noqa: B023 (a panel is drawn before the next pass of its loop)
 
 from __future__ import annotations
 
