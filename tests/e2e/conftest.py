@@ -1,12 +1,10 @@
 """A small real corpus (this package's own source) and a small config, shared by the command tests."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.forked_train import ForkedTrain
 from tests.e2e.small_run import MODEL, prepare_small_corpus
 
 
@@ -15,14 +13,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus") / "mds"
     prepare_small_corpus(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedTrain]:
-    """The training command in one process."""
-    server = ForkedTrain(tmp_path_factory.mktemp("train"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Under torchrun: read segments of runs as a training loop does, with the run's record of samples, and no model.
+"""One rank of a world: read segments of runs as a training loop does, with the run's record of samples, and no model.
 
 The argument is a JSON file: a list of segments, each with the config's overrides, the first step, the number of steps,
 and the count of consumed samples to resume from.

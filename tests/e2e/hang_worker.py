@@ -2,8 +2,7 @@
 
     python -m tests.e2e.hang_worker FOLDER TIMEOUT SCENARIO
 
-``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` are in the environment. Rank 1 (or 0) is the one that
-misbehaves after two good steps; the others wait for it in a collective.
+Rank 1 (or 0) misbehaves after two good steps; the other waits for it in a collective.
 """
 
 from __future__ import annotations

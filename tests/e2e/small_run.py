@@ -1,9 +1,11 @@
 """The small corpus and the small model of the command tests and of the fault campaign."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.commands import REPOSITORY, must_succeed, python
+from tests.e2e.commands import REPOSITORY, must_succeed
+from tests.forked import forked
 
 MODEL: dict[str, Any] = {
     "num_layers": 4,
@@ -21,8 +23,14 @@ MODEL: dict[str, Any] = {
 def prepare_small_corpus(folder: Path) -> None:
     """This package's own source in sequences of 32 tokens."""
     must_succeed(
-        python(
-            *("tools/prepare_data.py", "--input", REPOSITORY / "megatron_depthattn", "--tokenizer", "train-bpe:384"),
-            *("--sequence-length", "32", "--validation-fraction", "0.2", "--output", folder),
+        forked(
+            *(0, "megatron_depthattn.cli", "prepare", "--input", REPOSITORY / "megatron_depthattn"),
+            *("--tokenizer", "train-bpe:384", "--sequence-length", "32", "--validation-fraction", "0.2"),
+            *("--output", folder),
         )
     )
+
+
+def train(*arguments: str | Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """The training command, as a process without a launcher or as so many ranks."""
+    return forked(ranks, "megatron_depthattn.train", *arguments)

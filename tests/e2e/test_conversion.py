@@ -16,7 +16,8 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.verify import megatron_logits
 from megatron_depthattn.hf.loading import load_causal_lm
 from tests.checkpoints import load_checkpoint
-from tests.e2e.commands import must_succeed, torchrun
+from tests.e2e.commands import must_succeed
+from tests.forked import forked
 from tests.reference_decoder import decoder_logits
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -60,8 +61,8 @@ def exported(config_file: Path, tmp_path_factory: pytest.TempPathFactory):
         if layout not in made:
             folder = tmp_path_factory.mktemp(layout)
             ranks, settings = LAYOUTS[layout]
-            train = ("-m", "megatron_depthattn.train", config_file, f"run.dir={folder / 'run'}", *SHORT, *settings)
-            must_succeed(torchrun(ranks, *train))
+            train = ("megatron_depthattn.train", config_file, f"run.dir={folder / 'run'}", *SHORT, *settings)
+            must_succeed(forked(ranks, *train))
             step, hf = folder / "run" / STEP, folder / "hf"
             assert convert("to-hf", "--checkpoint", step, "--output", hf) == 0
             made[layout] = Exported(step, hf, json.loads((hf / "config.json").read_text()))
@@ -164,8 +165,8 @@ def test_an_import_trains_under_another_layout_from_the_same_bits(exported, conf
     model = yaml.safe_load((imported / "model.yaml").read_text())["model"]
     assert model["depth_attention"] == {"enabled": True, "stride": 2, "recent_window": 2}
     settings = ["parallel.pipeline=2", "precision.dtype=bf16", "optimizer.lr=1e-30", f"run.dir={tmp_path / 'run'}"]
-    train = ("-m", "megatron_depthattn.train", config_file, imported / "model.yaml", f"checkpoint.load={imported}")
-    output = must_succeed(torchrun(2, *train, *settings, "train.steps=1", "train.eval_interval=null", "run.seed=8"))
+    train = ("megatron_depthattn.train", config_file, imported / "model.yaml", f"checkpoint.load={imported}")
+    output = must_succeed(forked(2, *train, *settings, "train.steps=1", "train.eval_interval=null", "run.seed=8"))
     assert f"start: {imported}, at step 0" in output.stdout
     before, after = MegatronCheckpoint(made.step), MegatronCheckpoint(tmp_path / "run/checkpoints")
     assert before.weights.keys() == after.weights.keys()

@@ -16,7 +16,8 @@ import yaml
 from streaming import MDSWriter
 
 from tests.documented_order import mixed_order, stream_order
-from tests.e2e.commands import must_succeed, torchrun
+from tests.e2e.commands import must_succeed
+from tests.forked import forked
 
 LENGTH, GLOBAL_BATCH, MICRO_BATCH, SEED = 8, 16, 2, 21
 STOPS, NUM_STEPS, LOST_STEPS = (23, 51), 80, 3  # of 16 samples; neither stop is at the end of an epoch
@@ -38,7 +39,7 @@ RUNS = {  # name of the run (its first layout), and the layouts after each inter
     "pp2": ("pp2", "tp2", "dp2 tp2"),
     "forgetful": ("dp1", "dp2", "tp2"),  # control: resumes from sample 0
 }
-WORLDS = (1, 2, 4)  # torchruns, in order: each does what the runs need next
+WORLDS = (1, 2, 4)  # in this order: each does what the runs need next
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def runs(corpora: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
                 )
         listed = folder / f"{number}.json"
         listed.write_text(json.dumps(segments))
-        must_succeed(torchrun(world_size, "-m", "tests.e2e.data_order_worker", config_file, listed))
+        must_succeed(forked(world_size, "tests.e2e.data_order_worker", config_file, listed))
     assert not any(todo.values())
     return folder
 

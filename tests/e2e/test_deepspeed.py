@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import NEEDS_COMPILER, REPOSITORY, must_succeed, python, run, torchrun
+from tests.forked import forked
 from tests.launch.jobs import FULL
 
 BOUND = 1e-5
@@ -78,7 +79,7 @@ def test_a_checkpoint_of_deepspeed_exports_to_hugging_face(mixed, tmp_path):
 
 
 def test_a_world_without_a_launcher_is_refused(config_file, tmp_path):
-    result = python(*TRAIN, config_file, f"run.dir={tmp_path / 'run'}", DEEPSPEED)
+    result = forked(0, "megatron_depthattn.train", config_file, f"run.dir={tmp_path / 'run'}", DEEPSPEED)
     assert result.returncode == 1
     assert "error (rank 0): engine.name=deepspeed in a process that no launcher started" in result.stderr
 

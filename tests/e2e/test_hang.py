@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import socket
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_depthattn.train.watchdog import EXIT_HANG
-from tests.e2e.commands import REPOSITORY
+from tests import forked
 
 TIMEOUT = 2.0
 """Seconds without a heartbeat that are a hang, in these tests."""
@@ -25,14 +24,15 @@ PATIENCE = 90
 
 @dataclass
 class World:
-    """Two ranks that were started without a launcher: torchrun would wait 30 s for a stopped one."""
+    """Two ranks, of which one may end and the other stay."""
 
     folder: Path
-    processes: list[subprocess.Popen[str]]
+    ranks: forked.World
     errors: list[Path]
 
     def exit_code(self, rank: int) -> int:
-        return self.processes[rank].wait(timeout=PATIENCE)
+        assert self.ranks.wait(PATIENCE, rank), self.error(rank)
+        return self.ranks.codes[rank]
 
     def error(self, rank: int) -> str:
         return self.errors[rank].read_text()
@@ -44,24 +44,13 @@ class World:
 @pytest.fixture
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     """The world of the scenario that the test is parametrised with; ended afterwards, stopped processes too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    made = World(tmp_path / "stacks", [], [tmp_path / f"rank{rank}.err" for rank in range(2)])
-    for rank in range(2):
-        environment = os.environ | {
-            **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"},
-        }
-        command = [sys.executable, "-m", "tests.e2e.hang_worker", made.folder, str(TIMEOUT), request.param]
-        with made.errors[rank].open("w") as errors:
-            made.processes.append(
-                subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=errors, stderr=errors, text=True)
-            )
-    yield made
-    for process in made.processes:
-        process.kill()
-        process.wait()
+    folder, logs = tmp_path / "stacks", [tmp_path / "rank{rank}.err"] * 2
+    command = ("tests.e2e.hang_worker", folder, str(TIMEOUT), request.param)
+    ranks = forked.start(2, *command, logs=logs, end_together=False)
+    yield World(folder, ranks, [tmp_path / f"rank{rank}.err" for rank in range(2)])
+    for pid in ranks.pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def scenario(name: str) -> pytest.MarkDecorator:
@@ -71,9 +60,9 @@ def scenario(name: str) -> pytest.MarkDecorator:
 @scenario("stopped_1")
 def test_a_stopped_rank_is_named_with_its_state(world: World):
     assert world.exit_code(0) == EXIT_HANG, world.error(0)
-    assert world.processes[1].poll() is None, "a stopped process cannot end itself; the launcher kills it"
+    assert not world.ranks.wait(0.1), "a stopped process cannot end itself; the launcher kills it"
     said = world.error(0)
-    pid = world.processes[1].pid
+    pid = world.ranks.pids[1]
     silent = re.search(r"rank 1 is unresponsive: (.*)", said)
     assert silent, said
     assert (

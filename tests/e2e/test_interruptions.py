@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import must_succeed, python
-from tests.e2e.forked_train import ForkedTrain
+from tests.e2e.small_run import train
 
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
 
@@ -35,7 +35,7 @@ def history(run_dir: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(train: ForkedTrain, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     must_succeed(train(config_file, f"run.dir={run_dir}", "train.steps=40"))
     return run_dir
@@ -119,9 +119,7 @@ def flip_a_bit(folder: Path) -> None:
     file.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(
-    train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path
-):
+def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(undisturbed: Path, config_file: Path, tmp_path: Path):
     run_dir = shutil.copytree(undisturbed, tmp_path / "run")
     checkpoints = run_dir / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_00000036", "step_00000040"]
@@ -142,9 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(
     assert "all 2 checkpoints in" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_another_run_leaves_the_checkpoints_alone(
-    train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path
-):
+def test_another_run_leaves_the_checkpoints_alone(undisturbed: Path, config_file: Path, tmp_path: Path):
     checkpoints = undisturbed / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in (checkpoints, *checkpoints.rglob("*"))}
     settings = (f"run.dir={tmp_path}", f"checkpoint.dir={checkpoints}", "checkpoint.load=latest", "train.steps=60")
@@ -159,9 +155,7 @@ def test_another_run_leaves_the_checkpoints_alone(
 EXPLODING = ("optimizer.lr=1e30", "optimizer.warmup_ratio=0", "optimizer.grad_clip=0", "checkpoint.load=latest")
 
 
-def test_non_finite_stops_before_the_optimizer_and_a_restart_loop_ends(
-    train: ForkedTrain, config_file: Path, tmp_path: Path
-):
+def test_non_finite_stops_before_the_optimizer_and_a_restart_loop_ends(config_file: Path, tmp_path: Path):
     """A learning rate that blows the weights up: the step that is not finite changes and saves nothing."""
     settings = (*EXPLODING, "checkpoint.interval=1", "train.max_restarts_without_progress=1")
     command = (config_file, f"run.dir={tmp_path}", *settings)
@@ -179,7 +173,7 @@ def test_non_finite_stops_before_the_optimizer_and_a_restart_loop_ends(
     assert f"the last 1 starts all began at step {len(steps)} and none reached another checkpoint" in refused.stderr
 
 
-def test_skipped_steps_are_counted_and_have_an_end(train: ForkedTrain, config_file: Path, tmp_path: Path):
+def test_skipped_steps_are_counted_and_have_an_end(config_file: Path, tmp_path: Path):
     settings = (*EXPLODING, "train.on_non_finite=skip", "train.max_skipped_in_a_row=2", "train.eval_interval=null")
     result = train(config_file, f"run.dir={tmp_path}", *settings)
     assert result.returncode == 1

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.e2e.commands import must_succeed, torchrun
-from tests.e2e.forked_train import ForkedTrain
+from tests.e2e.commands import must_succeed
+from tests.e2e.small_run import train
 
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "samples", "step_seconds", "data_seconds", "tokens_per_second"),
@@ -35,7 +35,7 @@ def trajectory(run_dir: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(train: ForkedTrain, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     must_succeed(train(config_file, f"run.dir={run_dir}"))
     return run_dir
@@ -71,7 +71,7 @@ def test_run_directory(undisturbed: Path):
     assert "step 12/12" in log
 
 
-def test_resumed_run_obeys_its_own_config(train: ForkedTrain, config_file: Path, tmp_path: Path):
+def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
     """More steps, another learning rate, decay and op than the run that saved: the closing lines advise the first."""
     command = (config_file, f"run.dir={tmp_path}", "checkpoint.load=latest")
     must_succeed(train(*command, "train.stop_after=4"))
@@ -84,13 +84,11 @@ def test_resumed_run_obeys_its_own_config(train: ForkedTrain, config_file: Path,
 
 
 # tests/parallel resumes under many more; this is the command's way there.
-def test_resume_under_another_layout(train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path):
+def test_resume_under_another_layout(undisturbed: Path, config_file: Path, tmp_path: Path):
     """Two processes continue what one process began; the record is that of one process, the console only the run's."""
     command = (config_file, f"run.dir={tmp_path / 'run'}", "checkpoint.load=latest")
     must_succeed(train(*command, "train.stop_after=4"))
-    result = must_succeed(
-        torchrun(2, "-m", "megatron_depthattn.train", *command, "parallel.pipeline=2", "parallel.virtual_pipeline=2")
-    )
+    result = must_succeed(train(*command, "parallel.pipeline=2", "parallel.virtual_pipeline=2", ranks=2))
     assert "hop 0 -> 1:" in result.stdout
     foreign = [line for line in result.stdout.splitlines() + result.stderr.splitlines() if not OWN_LINE.match(line)]
     assert not foreign
@@ -99,14 +97,14 @@ def test_resume_under_another_layout(train: ForkedTrain, undisturbed: Path, conf
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_vanilla_is_one_key_away(train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path):
+def test_vanilla_is_one_key_away(undisturbed: Path, config_file: Path, tmp_path: Path):
     key = "model.depth_attention.enabled=false"
     output = must_succeed(train(config_file, f"run.dir={tmp_path}", key)).stdout
     assert "off (vanilla)" in output
     assert records(tmp_path)[-1]["loss"] != records(undisturbed)[-1]["loss"]
 
 
-def test_bf16_trains_and_resumes_bit_equal(train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path):
+def test_bf16_trains_and_resumes_bit_equal(undisturbed: Path, config_file: Path, tmp_path: Path):
     """The optimizer's fp32 master weights are part of the checkpoint: a resume from the bf16 ones would differ."""
     command = (config_file, "precision.dtype=bf16", "checkpoint.load=latest")
     must_succeed(train(*command, f"run.dir={tmp_path / 'whole'}"))
@@ -117,13 +115,11 @@ def test_bf16_trains_and_resumes_bit_equal(train: ForkedTrain, undisturbed: Path
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
 
 
-def test_tied_embeddings_over_two_stages(train: ForkedTrain, config_file: Path, tmp_path: Path):
+def test_tied_embeddings_over_two_stages(config_file: Path, tmp_path: Path):
     """Both ends of the pipeline hold the embedding: same initial weights, and gradients summed over the two copies."""
     command = (config_file, "model.tie_embeddings=true", "train.stop_after=6")
     must_succeed(train(*command, f"run.dir={tmp_path / 'one'}"))
-    must_succeed(
-        torchrun(2, "-m", "megatron_depthattn.train", *command, f"run.dir={tmp_path / 'two'}", "parallel.pipeline=2")
-    )
+    must_succeed(train(*command, f"run.dir={tmp_path / 'two'}", "parallel.pipeline=2", ranks=2))
     for ours, theirs in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
@@ -147,9 +143,7 @@ REFUSED_HERE = [  # in the folder of a finished run
 ]
 
 
-def test_refusals_are_one_line_and_change_nothing(
-    train: ForkedTrain, undisturbed: Path, config_file: Path, tmp_path: Path
-):
+def test_refusals_are_one_line_and_change_nothing(undisturbed: Path, config_file: Path, tmp_path: Path):
     before = trajectory(undisturbed)
     commands = [[config_file, f"run.dir={tmp_path / 'run'}", *settings] for settings, _ in REFUSED]
     commands += [[config_file, f"run.dir={undisturbed}", *settings] for settings, _ in REFUSED_HERE]
@@ -165,6 +159,6 @@ def test_refusals_are_one_line_and_change_nothing(
 
 def test_a_mistake_in_the_config_is_said_once(config_file: Path):
     """By rank 0: all ranks read the same config."""
-    result = torchrun(2, "-m", "megatron_depthattn.train", config_file, "run.dir=none", "model.num_layer=3")
+    result = train(config_file, "run.dir=none", "model.num_layer=3", ranks=2)
     assert result.returncode == 1
     assert sum(line.startswith("error") for line in result.stderr.splitlines()) == 1, result.stderr

@@ -1,4 +1,4 @@
-"""One of several processes of ``torchrun`` that share a model: MODEL_FOLDER RESULT_FILE."""
+"""One of several processes that share a model: MODEL_FOLDER RESULT_FILE."""
 
 import sys
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tests.e2e.commands import must_succeed, torchrun  # the standard library alone
+from tests.e2e.commands import must_succeed
+from tests.forked import forked
 from tests.hf.models import (
     DENSE,
     HEAD_DIM,
@@ -141,7 +142,7 @@ def test_tensor_parallel_through_transformers_equals_one_process(tmp_path):
     )
     model, tokens = make_model(**DENSE, num_loops=2), make_tokens()
     model.save_pretrained(tmp_path / "model")
-    must_succeed(torchrun(2, "-m", "tests.hf.tensor_parallel_worker", tmp_path / "model", tmp_path / "result.pt"))
+    must_succeed(forked(2, "tests.hf.tensor_parallel_worker", tmp_path / "model", tmp_path / "result.pt"))
     result = torch.load(tmp_path / "result.pt")
     assert result["local_query_rows"] == NUM_HEADS * HEAD_DIM // 2
     assert largest(result["logits"] - model(tokens).logits) < TOLERANCE

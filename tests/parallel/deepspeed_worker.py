@@ -1,6 +1,6 @@
-"""One rank of a world that works off jobs of the DeepSpeed campaign; started by launch.py with torchrun.
+"""One rank of a world that works off jobs of the DeepSpeed campaign; started by launch.py.
 
-    python -m torch.distributed.run ... -m tests.parallel.deepspeed_worker FOLDER JOBS.json
+    python -m tests.parallel.deepspeed_worker FOLDER JOBS.json
 
 Results, errors and rounds as in worker.py.
 """

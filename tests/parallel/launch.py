@@ -1,20 +1,16 @@
-"""Start a world of processes with torchrun, work off jobs in it, and never leave a process behind."""
+"""Work off jobs in worlds of processes."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.forked import start
+
 STALL_SECONDS = 240
 """A world that finishes no job for this long is stopped. A job takes seconds; the machine may be busy."""
 MAX_WORLDS = 4
@@ -53,49 +49,13 @@ def _run_world(folder: Path, world_size: int, jobs: Sequence[Any], log: Path, wo
     """Run one world to its end; how it ended, in words."""
     listing = log.with_suffix(".jobs.json")
     listing.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command = [*torchrun, "-m", worker, str(folder), str(listing)]
-    path = (
-        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment: DeepSpeed wants ninja
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": path}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-    try:
-        done, since = 0, time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.2)
-            now_done = sum(_is_done(folder, job) for job in jobs)
-            if now_done > done:
-                done, since = now_done, time.monotonic()
-            if time.monotonic() - since > STALL_SECONDS:
-                return f"was stopped: no job finished for {STALL_SECONDS} s"
-        return f"ended with exit code {process.returncode}"
-    finally:
-        _stop(process)
-
-
-def _end_with_parent() -> None:
-    """In the child: be terminated when pytest is gone, were it killed. torchrun then stops its workers."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask torchrun to stop its workers (they have sessions of their own), then end its group."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=45)  # torchrun gives its workers 30 s
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    world = start(world_size, worker, folder, listing, logs=(log, log))
+    done, since = 0, time.monotonic()
+    while not world.wait(0.2):
+        now_done = sum(_is_done(folder, job) for job in jobs)
+        if now_done > done:
+            done, since = now_done, time.monotonic()
+        if time.monotonic() - since > STALL_SECONDS:
+            world.stop()
+            return f"was stopped: no job finished for {STALL_SECONDS} s"
+    return f"ended with exit codes {world.codes}"

@@ -1,6 +1,6 @@
-"""One rank of a world in which single steps are made not finite; started by test_non_finite.py with torchrun.
+"""One rank of a world in which single steps are made not finite; started by test_non_finite.py.
 
-    python -m torch.distributed.run ... -m tests.parallel.non_finite_worker RESULTS.json LAYOUT...
+    python -m tests.parallel.non_finite_worker RESULTS.json LAYOUT...
 
 Rank 0 writes, for every layout and case, what each rank saw.
 """

@@ -1,6 +1,6 @@
 """One global batch of packed documents under this world's number of pipeline stages: losses and gradients to a file.
 
-torchrun ... -m tests.parallel.packed_worker FOLDER LENGTHS, with LENGTHS the documents of each microbatch as JSON.
+python -m tests.parallel.packed_worker FOLDER LENGTHS, with LENGTHS the documents of each microbatch as JSON.
 """
 
 import json

@@ -11,7 +11,8 @@ import torch
 
 from megatron_depthattn.config import ParallelConfig, RecomputeConfig
 from megatron_depthattn.train.step import NonFiniteError, SkippedSteps, StepResult
-from tests.e2e.commands import must_succeed, torchrun
+from tests.e2e.commands import must_succeed
+from tests.forked import forked
 from tests.parallel.non_finite_worker import CASES, LAYER, LAYOUTS, cases_of, config_of, run_case, undisturbed_run
 
 POISONED = [f"{layout} {case}" for layout in LAYOUTS for case in cases_of(layout) if case != "clean"]
@@ -21,7 +22,7 @@ POISONED = [f"{layout} {case}" for layout in LAYOUTS for case in cases_of(layout
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of four ranks saw, for every layout and case."""
     file: Path = tmp_path_factory.mktemp("non_finite") / "results.json"
-    must_succeed(torchrun(4, "-m", "tests.parallel.non_finite_worker", file, *LAYOUTS))
+    must_succeed(forked(4, "tests.parallel.non_finite_worker", file, *LAYOUTS))
     return json.loads(file.read_text())
 
 

@@ -1,33 +1,23 @@
 """Packed documents under two pipeline stages: as under one, if every microbatch has as many tokens; else refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.e2e.commands import must_succeed
+from tests.forked import forked
 from tests.parallel.cases import FULL
 from tests.parallel.packed_worker import step
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(folder: Path, batches: list[list[int]]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "-m", "tests.parallel.packed_worker", str(folder), json.dumps(batches)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+WORKER = "tests.parallel.packed_worker"
 
 
 @pytest.mark.usefixtures("megatron_world_of_one")
 def test_two_stages_are_one(tmp_path, record_property):
     batches = [[5, 11], [7, 3, 6], [16]]  # other borders in each microbatch
     one = step(batches, rank=0, stages=1)
-    done = run(tmp_path, batches)
-    assert done.returncode == 0, done.stderr[-3000:]
+    must_succeed(forked(2, WORKER, tmp_path, json.dumps(batches)))
     first, last = (torch.load(tmp_path / f"{name}.pt") for name in ("0of2", "1of2"))
     found = [float((x - y).norm() / y.norm()) for x, y in zip(last["losses"], one["losses"], strict=True)]
     both = first["gradients"] | last["gradients"]
@@ -41,6 +31,6 @@ def test_two_stages_are_one(tmp_path, record_property):
     not FULL, reason="the refusal itself is in tests/unit/test_schedule.py; in two processes: make parity-full"
 )
 def test_microbatches_of_unequal_lengths_are_refused(tmp_path):
-    done = run(tmp_path, [[5, 11], [7, 3]])
+    done = forked(2, WORKER, tmp_path, "[[5, 11], [7, 3]]")
     assert done.returncode != 0
     assert "a message of 10 rows and micro-batch 1 is to be sent, but the schedule was given 16 rows" in done.stderr

@@ -1,9 +1,9 @@
-"""One rank of a world that works off a list of jobs; started by launch.py with torchrun.
+"""One rank of a world that works off a list of jobs; started by launch.py.
 
-    python -m torch.distributed.run ... -m tests.parallel.worker FOLDER JOBS.json
+    python -m tests.parallel.worker FOLDER JOBS.json
 
 ``FOLDER`` holds the results (NAME.json, written by rank 0), the references' gradients (NAME.pt) and the
-checkpoints. A rank that fails writes NAME.error and dies: ranks may be out of step by then, so the launcher starts
+checkpoints. A rank that fails writes NAME.error and dies: ranks may be out of step by then, so launch.py starts
 the rest of the jobs in a new world.
 """
 
@@ -98,7 +98,7 @@ def work_off(folder: Path, jobs: Sequence[Any], do: Callable[[Any, torch.device]
 
 
 def write(path: Path, text: str) -> None:
-    """All at once: the launcher looks for the file while this writes."""
+    """All at once: launch.py looks for the file while this writes."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.rename(path)
