@@ -29,8 +29,8 @@ import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.e2e.commands import wait_until
-from tests.e2e.small_run import MODEL, prepare_small_corpus
+from tests.e2e.commands import must_succeed, wait_until
+from tests.e2e.small_run import MODEL, prepare_small_corpus, train
 from tests.faults.job import Job, RunState
 from tests.faults.kinds import ENDS_THE_JOB, JOB_GOES_ON, START_SECONDS, Scene
 from tests.small_disk import small_disk
@@ -117,8 +117,7 @@ class Campaign:
         """The run that nothing happens to."""
         if self._undisturbed is None:
             state = RunState(self.work / "undisturbed", self.work / "undisturbed/checkpoints")
-            job = self._start(state, asynchronous=False)
-            assert job.wait(600) == 0, f"the undisturbed run failed; see {self.work / 'undisturbed.out'}"
+            must_succeed(train(self.config, *_settings(state, asynchronous=False), ranks=NUM_PROCESSES, seconds=600))
             self._undisturbed = state
         return self._undisturbed
 
@@ -152,8 +151,7 @@ class Campaign:
         return faults
 
     def _start(self, run: RunState, *, asynchronous: bool) -> Job:
-        settings = [f"run.dir={run.run_dir}", f"checkpoint.dir={run.checkpoints}"]
-        settings.append(f"checkpoint.async_save={str(asynchronous).lower()}")
+        settings = _settings(run, asynchronous=asynchronous)
         output = run.run_dir.with_suffix(".out")
         return Job([str(self.config), *settings], NUM_PROCESSES, output, earlier_starts=run.openings())
 
@@ -201,6 +199,11 @@ class Campaign:
             assert run.newest_good_step() == run.last_step(), "a stop by signal saves the step that it stops at"
         if kind == "SIGSTOP of one rank":
             assert list((run.run_dir / "stacks").glob("*")), "no stacks were written"
+
+
+def _settings(run: RunState, *, asynchronous: bool) -> list[str]:
+    settings = [f"run.dir={run.run_dir}", f"checkpoint.dir={run.checkpoints}"]
+    return [*settings, f"checkpoint.async_save={str(asynchronous).lower()}"]
 
 
 def compare(run: RunState, undisturbed: RunState) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.small_run import prepare_small_corpus
-from tests.launch.jobs import STEPS, records, run, write_config
+from tests.e2e.commands import must_succeed
+from tests.e2e.small_run import prepare_small_corpus, train
+from tests.launch.jobs import STEPS, records, write_config
 
 HERE = Path(__file__).parent
 
@@ -24,10 +25,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of two ranks on one node, from its first step to its last."""
+    """The run directory of two ranks without a launcher, from its first step to its last."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run("launch/local.sh", config, f"run.dir={run_dir}", seconds=240, NPROC_PER_NODE="2")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    must_succeed(train(config, f"run.dir={run_dir}", ranks=2))
     assert len(records(run_dir)) == STEPS
     return run_dir
 
