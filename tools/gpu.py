@@ -37,7 +37,6 @@ OP = ("torch", "numpy", "yaml", "pytest")
 MODEL = (*OP, "megatron.core", "omegaconf")
 STEP = (*MODEL, "xxhash")
 TE = (*STEP, "transformer_engine")
-DATA = ("torch", "numpy", "streaming", "zstandard", "xxhash")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ PARTS = (
     Part("step-360m-stride-1", STEP, _step("360m", "--strides", "1", "--micro-batch", "4", *_LOCAL), 60),
     Part("memory-360m", MODEL, _memory(*_LOCAL), 60),
     Part("memory-3b", MODEL, ("memory", "--shape", "3b", "--layers", "12", "--micro-batch", "1", *_LOCAL), 60),
-    Part("data", DATA, ("data", "--runs", "3", "--steps", "50"), 45),
 )
 
 
@@ -173,9 +171,6 @@ def run_part(part: Part, seconds: float, work: Path) -> Outcome:
     else:
         files = ["--json", f"{base}.json", "--markdown", f"{base}.md"]
         command = ["tools/benchmark.py", *files, *part.arguments]
-        step = work / "step-360m.json"
-        if part.name == "data" and step.exists():
-            command += ["--step-json", str(step)]
     started = time.perf_counter()
     try:
         done = subprocess.run(

@@ -3,11 +3,8 @@
 benchmark op          the depth mix alone, as multiples of the time in which its bytes could be copied
 benchmark step        a training step with Depth-Attention over one without, or both over transformers' Qwen3
 benchmark memory      what is kept for backward above vanilla, beside what the source plan predicts
-benchmark flops       operations of a forward pass at the released shapes, counted
 benchmark hop         inter-stage transfers of a pipeline, against the least possible, and what they cost a step
 benchmark layouts     the planner's best layouts of a config, each run for a few steps
-benchmark data        how fast the loader reads, over how fast training consumes
-benchmark prepare     the whole corpus preparation against the bare tokenizer library, on the same cores
 benchmark precision   training in bf16 and every FP8 recipe against the same weights and batches in a base
 benchmark checkpoint  what saving costs in time and host memory, against Megatron's gather on one rank
 """
@@ -25,7 +22,7 @@ from importlib import import_module
 from megatron_depthattn.benchmarks.result import Result, machine_facts, machine_line, markdown, table
 from megatron_depthattn.paths import user_path
 
-VERBS = ("op", "step", "memory", "flops", "hop", "layouts", "data", "prepare", "precision", "checkpoint")
+VERBS = ("op", "step", "memory", "hop", "layouts", "precision", "checkpoint")
 
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:

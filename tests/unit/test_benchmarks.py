@@ -291,14 +291,3 @@ def test_layouts(tmp_path, monkeypatch):
     assert len(figures) == 3 and len(ran) == 6
     assert all(len(of["steps"]) == 4 and of["predicted"] > 0 for of in figures.values())
     assert "recompute" in page
-
-
-def test_data(tmp_path):
-    step = tmp_path / "step.json"
-    step.write_text(json.dumps({"figures": {"vanilla": {"tokens_per_second": 2000.0}, "odd": {"failure": "x"}}}))
-    sizes = ("--samples", "32", "--sequence-length", "16", "--batch", "4", "--micro-batch", "2")
-    against = ("--consumption", "1000", "--step-json", str(step))
-    figures, page = run(tmp_path, "data", *sizes, "--workers", "0", "1", "--steps", "2", "--runs", "1", *against)
-    assert figures["consumed"] == {"training": 1000.0, "vanilla": 2000.0}
-    assert figures["0 workers"]["tokens_per_second"][0] > 0
-    assert "| 0 (in the training process) |" in page

@@ -42,7 +42,7 @@ def test_limits_are_within_nine_minutes_and_names_are_unique():
 def test_every_benchmark_part_is_a_command():
     parser = benchmark.build_parser()
     verbs = {parser.parse_args(part.arguments).measure.__name__ for part in gpu.PARTS if not part.is_tests}
-    parts = ("op", "step", "memory", "data", "precision")
+    parts = ("op", "step", "memory", "precision")
     assert verbs == {f"measure_{part}" for part in parts}
 
 
@@ -50,7 +50,7 @@ def test_a_part_that_runs_fails_or_takes_too_long(tmp_path):
     sizes = ("--tokens", "8", "--sources", "1", "--runs", "1", "--implementations", "lean")
     op = gpu.run_part(gpu.Part("op", (), ("op", "--shape", "cpu", *sizes), 120), 120, tmp_path)
     assert (op.state, op.said) == ("ran", "see below")
-    refused = gpu.run_part(gpu.Part("data", (), ("data", "--directory", "/no/such/folder"), 120), 120, tmp_path)
+    refused = gpu.run_part(gpu.Part("layouts", (), ("layouts", "/no/such/file.yaml"), 120), 120, tmp_path)
     assert refused.state == "failed"
     assert refused.said.startswith("exit code 1: error: ")
     late = gpu.run_part(gpu.Part("op", (), ("op",), 0.2), 0.2, tmp_path)
@@ -98,13 +98,16 @@ def test_a_part_that_is_over_its_bound_fails_and_keeps_its_table(tmp_path, monke
 
 def test_a_second_call_on_the_same_machine_keeps_what_the_first_ran():
     machine = {"gpu": "NVIDIA H100", "torch": "2.11.0", "date": "today"}
-    first = [gpu.Outcome("op", "ran", "see below", 9.0, date="morning"), gpu.Outcome("data", "skipped", "3 s left")]
+    first = [
+        gpu.Outcome("op", "ran", "see below", 9.0, date="morning"),
+        gpu.Outcome("memory-3b", "skipped", "3 s left"),
+    ]
     earlier = {"machine": machine, "parts": [asdict(outcome) for outcome in first]}
-    second = [gpu.Outcome("data", "ran", "see below"), gpu.Outcome("tests", "ran", "9 passed")]
+    second = [gpu.Outcome("memory-3b", "ran", "see below"), gpu.Outcome("tests", "ran", "9 passed")]
     merged = gpu.merge(earlier, second, machine | {"date": "tomorrow"})
-    assert [(outcome.part, outcome.state) for outcome in merged] == [("tests", "ran"), ("op", "ran"), ("data", "ran")]
+    assert [(one.part, one.state) for one in merged] == [("tests", "ran"), ("op", "ran"), ("memory-3b", "ran")]
     assert merged[1].date == "morning"
-    skipped = [gpu.Outcome("op", "skipped", "3 s left"), gpu.Outcome("data", "skipped", "1 s left")]
+    skipped = [gpu.Outcome("op", "skipped", "3 s left"), gpu.Outcome("memory-3b", "skipped", "1 s left")]
     assert [outcome.said for outcome in gpu.merge(earlier, skipped, machine)] == ["see below", "1 s left"]
     assert gpu.merge(earlier, second, machine | {"torch": "2.15.0"}) == [second[1], second[0]]
     assert gpu.merge(None, second, machine) == [second[1], second[0]]
