@@ -7,17 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_depthattn.model.gpt import DepthGPTModel, qwen3_style_config
-    from megatron_depthattn.model.layer_specs import depth_attention_block_spec, depth_attention_layer_spec
-    from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+    from megatron_depthattn.model.gpt import DepthGPTModel as DepthGPTModel
+    from megatron_depthattn.model.gpt import qwen3_style_config as qwen3_style_config
+    from megatron_depthattn.model.layer_specs import depth_attention_block_spec as depth_attention_block_spec
+    from megatron_depthattn.model.layer_specs import depth_attention_layer_spec as depth_attention_layer_spec
+    from megatron_depthattn.model.transformer_config import DepthAttentionConfig as DepthAttentionConfig
 
-__all__ = [
-    "DepthAttentionConfig",
-    "DepthGPTModel",
-    "depth_attention_block_spec",
-    "depth_attention_layer_spec",
-    "qwen3_style_config",
-]
 _MODULES = {
     "DepthAttentionConfig": "transformer_config",
     "DepthGPTModel": "gpt",

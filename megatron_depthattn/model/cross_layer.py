@@ -97,11 +97,21 @@ class CrossLayerLayer(TransformerLayer):
         Returns:
             The hidden state (for the last layer of a chunk, the payload) and the context of the next layer.
         """
-        self._refuse_pipelined_inference(kwargs.get("inference_context"))
+        if kwargs.get("inference_context") is not None and self.config.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"inference with pipeline_model_parallel_size={self.config.pipeline_model_parallel_size}: Megatron's "
+                "inference buffers have room for the hidden state only, not for sources. Load the checkpoint with one "
+                "pipeline stage."
+            )
         if isinstance(attention_bias, MicrobatchState):
             state, attention_bias = attention_bias, None
         else:
-            self._refuse_recompute_without_state()
+            if self._is_recomputed:
+                raise ValueError(
+                    "recompute_granularity='full' and no MicrobatchState was given: a recomputed layer takes and "
+                    "returns nothing but tensors. Build the model with build_gpt_model, or pass "
+                    "extra_block_kwargs={'attention_bias': MicrobatchState()} to GPTModel."
+                )
             state = context = context or MicrobatchState()
         if self.enters_chunk:
             hidden_states, received = self._unpack(hidden_states)
@@ -117,6 +127,10 @@ class CrossLayerLayer(TransformerLayer):
             hidden_states = self._pack(hidden_states, made, state)
         state.keep_only(name for index in self.held for name in source_parts(index, self.kinds))
         return hidden_states, context
+
+    @property
+    def _is_recomputed(self) -> bool:
+        return self.training and self.config.recompute_granularity == "full"
 
     # ---- between layers of a rank: the micro-batch's state
 
@@ -151,26 +165,3 @@ class CrossLayerLayer(TransformerLayer):
             for index in self.receives
         }
         return parts[HIDDEN], sources
-
-    # ---- refusals
-
-    @property
-    def _is_recomputed(self) -> bool:
-        return self.training and self.config.recompute_granularity == "full"
-
-    def _refuse_recompute_without_state(self) -> None:
-        if self._is_recomputed:
-            raise ValueError(
-                "recompute_granularity='full' and no MicrobatchState was given: a recomputed layer takes and returns "
-                "nothing but tensors. Build the model with build_gpt_model, or pass "
-                "extra_block_kwargs={'attention_bias': MicrobatchState()} to GPTModel."
-            )
-
-    def _refuse_pipelined_inference(self, inference_context: Any) -> None:
-        if inference_context is not None and self.config.pipeline_model_parallel_size > 1:
-            raise ValueError(
-                "inference was called with "
-                f"pipeline_model_parallel_size={self.config.pipeline_model_parallel_size}: Megatron's "
-                "inference buffers have room for the hidden state only, not for sources. Load the checkpoint "
-                "with one pipeline stage."
-            )

@@ -17,7 +17,7 @@ from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.layer_specs import depth_attention_layer_spec
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.model.unsupported import EVERY, MEGATRON_CHECKS, MIX, OTHERS
-from megatron_depthattn.parallel import agreement
+from megatron_depthattn.parallel import groups
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, launch_environment
 
 PIPELINED = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
@@ -250,7 +250,7 @@ def test_pipelined_inference(megatron_world_of_one):
     model = build_gpt_model(config_of(), vocab_size=100, max_sequence_length=8).eval()
     layer = model.decoder.layers[0]
     layer.config.pipeline_model_parallel_size = 2
-    with pytest.raises(ValueError, match="inference was called with pipeline_model_parallel_size=2") as error:
+    with pytest.raises(ValueError, match="inference with pipeline_model_parallel_size=2") as error:
         layer(torch.zeros(4, 1, 32), inference_context=object())
     assert "one pipeline stage" in str(error.value)
 
@@ -298,12 +298,12 @@ def test_whole_and_absent_torchrun_environments(monkeypatch):
 
 
 def test_ranks_that_disagree(megatron_world_of_one, monkeypatch):
-    agreement.check_same_on_all_ranks("source plans", "abc")
+    groups.check_same_on_all_ranks("source plans", "abc")
 
     def all_gather_object(received: list[str], own: str) -> None:
         received[:] = [own, own, "other"]
 
-    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(agreement.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(groups.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(groups.dist, "all_gather_object", all_gather_object)
     with pytest.raises(ValueError, match=r"ranks hold different source plans: rank 0 has abc, but \{2: 'other'\}"):
-        agreement.check_same_on_all_ranks("source plans", "abc")
+        groups.check_same_on_all_ranks("source plans", "abc")
