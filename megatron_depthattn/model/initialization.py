@@ -22,12 +22,16 @@ from torch import Tensor
 
 def globally_named_parameters(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
     """``(name, parameter)`` of a chunk, with layers named by their index in the whole model."""
-    first_layer = model.decoder.layers[0].layer_number - 1
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + first_layer)
-        yield ".".join(parts), parameter
+        yield global_name(model, name), parameter
+
+
+def global_name(model: GPTModel, path: str) -> str:
+    """The path of a chunk's module or parameter, with layers numbered in the whole model, from 0."""
+    parts = path.split(".")
+    if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed, then Megatron's model-parallel groups over it."""
+"""Process groups: torch.distributed, then Megatron's model-parallel groups over it; what all ranks must agree on."""
 
 from __future__ import annotations
 
@@ -90,6 +90,19 @@ def initialize_model_parallel(
             distributed_timeout_minutes=round(timeout.total_seconds() / 60),
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def check_same_on_all_ranks(what: str, digest: str) -> None:
+    """Raise on every rank if ranks hold different ``digest`` strings of ``what``."""
+    digests: list[str] = [""] * dist.get_world_size()
+    with announced(f"rank {dist.get_rank()}", lambda: f"the other ranks' {what}"):
+        dist.all_gather_object(digests, digest)
+    outliers = {rank: other for rank, other in enumerate(digests) if other != digests[0]}
+    if outliers:
+        raise ValueError(
+            f"ranks hold different {what}: rank 0 has {digests[0]}, but {outliers}. Start all ranks with the same "
+            "config, code, data and software."
+        )
 
 
 def shut_down() -> None:

@@ -27,6 +27,7 @@ import megatron_depthattn
 from megatron_depthattn.config import RunConfig, config_digest, config_keys, validate
 from megatron_depthattn.config.resolve import Resolved
 from megatron_depthattn.durable import write_durably
+from megatron_depthattn.estimate.counts import decoder_shape
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, attempt, communication_variables
 from megatron_depthattn.preflight import machine
@@ -35,7 +36,6 @@ from megatron_depthattn.preflight.gather import gather
 from megatron_depthattn.preflight.report import RankReport, Requirements, from_json, to_json
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.history import package_digest
-from megatron_depthattn.train.metrics import decoder_shape
 from megatron_depthattn.train.step_folders import complete_folders
 from megatron_depthattn.train.watchdog import Watchdog
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from megatron_depthattn.config import RunConfig, save_config, validate
 from megatron_depthattn.config.load import Layer, build, read_yaml
+from megatron_depthattn.estimate.counts import decoder_shape, forward_flops
 from megatron_depthattn.study.study import Arm, Rung, Study, arm_settings
 from megatron_depthattn.train.build import transformer_config
-from megatron_depthattn.train.metrics import decoder_shape, forward_flops
 
 PLAN = "plan.json"
 
@@ -194,7 +194,7 @@ class _RungPlan:
     ) -> Point:
         try:
             validate(config, self.study.world.devices)
-            megatron = transformer_config(config, only_counted=True)
+            transformer_config(config, only_counted=True)  # which checks what Megatron does not support
         except ValueError as error:
             raise ValueError(f"{identity}: {error}") from error
         file = Path("configs") / f"{identity}.yaml"
@@ -210,7 +210,7 @@ class _RungPlan:
             parameters=decoder_shape(config).parameters,
             tokens=tokens,
             steps=config.train.steps,
-            flops=3.0 * forward_flops(config, megatron).total * tokens,
+            flops=3.0 * forward_flops(config).total * tokens,
             config=str(file),
             run_dir=str(Path("runs") / identity),
             world=self.study.world.devices,

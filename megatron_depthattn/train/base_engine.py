@@ -12,8 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 
 from megatron_depthattn.config import RunConfig, to_dict
 from megatron_depthattn.train.checkpoint import EngineState, Loaded, checkpoint_state, load_checkpoint
-from megatron_depthattn.train.exchange import Status, no_status
-from megatron_depthattn.train.step import Microbatch, StepResult
+from megatron_depthattn.train.step import Microbatch, Status, StepResult
 
 
 class Engine(ABC):
@@ -37,7 +36,7 @@ class Engine(ABC):
         return get_canonical_lr_for_logging(self._scheduler.optimizer.param_groups)
 
     @abstractmethod
-    def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
+    def train_step(self, microbatches: Sequence[Microbatch], status: Status = tuple) -> StepResult:
         """One optimizer step, or none if loss or gradient is not finite; see `step.train_step`."""
 
     @abstractmethod

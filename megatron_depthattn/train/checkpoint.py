@@ -7,12 +7,14 @@ may all differ between saving and loading. `save.py` writes, `start.py` decides 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -25,11 +27,11 @@ from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.megatron_state import MegatronState, set_weights, sharded_models
-from megatron_depthattn.train.rng_state import RNG, restore_generators, sharded_rng_state
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step_folders import GENERATION, Progress
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
+RNG = "rng_state"
 _MIXING = ("model.num_loops", *(f"model.depth_attention.{key}" for key in ("enabled", "stride", "recent_window")))
 
 
@@ -212,3 +214,46 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     streams = config["data"].get("streams") or []
     fixed["data.streams' proportions"] = [stream["proportion"] for stream in streams]
     return fixed
+
+
+# ---- random number generators: nothing in training draws from them today (no dropout; the order of samples is a
+# function of seed and position). They are kept so that what is added later, by us or by a user, resumes where it was.
+
+
+def sharded_rng_state() -> ShardedObject:
+    """This rank's generators, one set per tensor and pipeline rank; data-parallel ranks share rank 0's.
+
+    Another tensor or pipeline size has no such entry: there the generators stay as they were seeded.
+    """
+    groups = (parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_tensor_model_parallel_group())
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    sizes, place = tuple(group.size() for group in groups), tuple(group.rank() for group in groups)
+    return ShardedObject(RNG, _generators(), sizes, place, replica_id=replica)
+
+
+def _generators() -> dict[str, Any]:
+    """Plain numbers, lists and tensors: nothing that needs code to be loaded."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "device": _device(),
+        "python": [list(part) if isinstance(part, tuple) else part for part in random.getstate()],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+
+
+def restore_generators(state: dict[str, Any]) -> None:
+    """Set this process's generators to what `sharded_rng_state` held."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["device"] == _device():  # a GPU's generators and a CPU's have states of different kinds
+        torch.cuda.set_rng_state(state["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,10 @@
-"""The run's samples on this rank: which ranks read, and what they read."""
+"""The run's samples on this rank: which ranks read, what they read, and where all of them agree to continue or to stop."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 
@@ -14,10 +15,13 @@ from megatron.core import parallel_state
 from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader
-from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
+from megatron_depthattn.parallel.groups import check_same_on_all_ranks
 from megatron_depthattn.train.errors import OtherRankError
-from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
+from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch, RankStatus, exchange
+from megatron_depthattn.train.stop_signals import StopSignals
 
+LOOK_SECONDS = 0.5
+"""How long a rank waits for its data before it asks the others whether to stop."""
 MUCH_SMALLER = 0.75
 """A tokenizer with at most this share of model.vocab_size is worth a line."""
 
@@ -147,6 +151,45 @@ class GlobalBatches:
         if self._loader:
             self._loader.close()
             self._loader = None
+
+
+class StopAgreement:
+    """Whether all ranks compute the next global batch; ``stop_signal`` says why they do not.
+
+    In the steady state nothing is sent for it: ranks say in a step's own exchange whether they were asked to stop and
+    have their next batch, and where none was and all have it, the next step begins. A signal that comes after that
+    exchange is obeyed one step later.
+    """
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.stop_signal = 0
+        self._signals = signals
+        self._agreed_on: GlobalBatches | None = None
+
+    def may_continue(self, batches: GlobalBatches) -> bool:
+        """Wait for all ranks' next global batch; false if one of them was asked to stop.
+
+        They ask each other again while a rank waits for its data, which may never come.
+        """
+        agreed_on, self._agreed_on = self._agreed_on, None
+        if agreed_on is batches:
+            return True
+        while not self.stop_signal:
+            is_here = batches.wait(0.0 if self._signals.received else LOOK_SECONDS)
+            ranks = exchange([self._signals.received, is_here])
+            self.stop_signal = round(max(received for received, _ in ranks))
+            if not self.stop_signal and all(here for _, here in ranks):
+                return True
+        return False
+
+    def note(self, ranks: Sequence[RankStatus], batches: GlobalBatches) -> None:
+        """Take what ranks said in a step's exchange as their answers about the next of ``batches``."""
+        is_agreed = all(rank.has_next_batch and not rank.signal for rank in ranks)
+        self._agreed_on = batches if is_agreed else None
+
+    def ask_again(self) -> None:
+        """Forget the answers: what came after them took long."""
+        self._agreed_on = None
 
 
 class _Reader:

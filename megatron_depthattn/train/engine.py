@@ -16,10 +16,9 @@ from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train.base_engine import Engine
 from megatron_depthattn.train.build import build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import Loaded
-from megatron_depthattn.train.exchange import Status, no_status
 from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.megatron_state import MegatronState
-from megatron_depthattn.train.step import Microbatch, StepResult, evaluation_mode, run_microbatches, train_step
+from megatron_depthattn.train.step import Microbatch, Status, StepResult, evaluation_mode, run_microbatches, train_step
 
 
 def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnvironment) -> Engine:
@@ -69,7 +68,7 @@ class MegatronEngine(Engine):
         self._state = MegatronState(self._chunks, self._optimizer)
         self._fp8 = Fp8State(self._chunks if config.precision.fp8 == "delayed" else ())
 
-    def train_step(self, microbatches: Sequence[Microbatch], status: Status = no_status) -> StepResult:
+    def train_step(self, microbatches: Sequence[Microbatch], status: Status = tuple) -> StepResult:
         return train_step(self._chunks, self._optimizer, microbatches, self._shape, self._fp8, status)
 
     @contextmanager

@@ -18,29 +18,31 @@ import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig, TrainConfig, config_digest, save_config, validate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
-from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
-from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, shut_down
+from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, check_same_on_all_ranks, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.preflight.run import enter_world
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
-from megatron_depthattn.train.data import GlobalBatches
+from megatron_depthattn.train.data import GlobalBatches, StopAgreement
 from megatron_depthattn.train.depth_record import DepthRecord
 from megatron_depthattn.train.engine import build_engine
-from megatron_depthattn.train.exchange import RankStatus
 from megatron_depthattn.train.hardware import for_this_machine
 from megatron_depthattn.train.history import Outcome, RunHistory, package_digest
-from megatron_depthattn.train.metrics import Meter, forward_flops, peak_memory_gb, peak_tflops
-from megatron_depthattn.train.owner import check_owner, claim_checkpoints, lock_run
-from megatron_depthattn.train.reporter import Reporter
-from megatron_depthattn.train.run_checkpoints import RunCheckpoints
-from megatron_depthattn.train.sample_log import SampleLog
-from megatron_depthattn.train.start import Start, broadcast_from_rank0, find_start, is_own_checkpoint
-from megatron_depthattn.train.step import NonFiniteError, SkippedSteps
+from megatron_depthattn.train.metrics import Meter, opening_lines, peak_memory_gb
+from megatron_depthattn.train.reporter import Reporter, SampleLog
+from megatron_depthattn.train.save import RunCheckpoints
+from megatron_depthattn.train.start import (
+    Start,
+    broadcast_from_rank0,
+    check_owner,
+    claim_checkpoints,
+    find_start,
+    is_own_checkpoint,
+    lock_run,
+)
+from megatron_depthattn.train.step import NonFiniteError, RankStatus, SkippedSteps
 from megatron_depthattn.train.step_folders import GENERATION, Progress, quarantine_after
-from megatron_depthattn.train.stop_agreement import StopAgreement
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
-from megatron_depthattn.train.summary import Cost, opening_lines
 from megatron_depthattn.train.watchdog import Watchdog
 
 
@@ -100,8 +102,7 @@ class Training:
         signals.only_note()
         self.history, self.run_id = self._enter_history(start, config_digest(given))
         self.sample_log = SampleLog(self.run_dir, is_on=config.data.log_samples, first_step=self.progress.step)
-        flops, tokens = forward_flops(config, megatron), config.train.global_batch_size * config.data.sequence_length
-        self.meter = Meter(tokens, flops, self.world_size, peak_tflops(config))
+        self.meter = Meter(config, self.world_size)
         self.report = Reporter(
             self.run_dir,
             is_writer=environment.rank == 0,
@@ -114,12 +115,11 @@ class Training:
         )
         self.depth = DepthRecord(config.train, megatron, config.data.sequence_length)
         self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
-        self.cost = Cost()
         self.watchdog: Watchdog | None = None
         begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
         last_sample = config.train.steps * config.train.global_batch_size
         self.report.lines(preflight)
-        self.report.lines(opening_lines(config, megatron, flops, self.world_size, begins))
+        self.report.lines(opening_lines(config, megatron, self.world_size, begins))
         self.report.lines(self.engine.describe())
         self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
         self.report.lines(loaded.notes)
@@ -203,11 +203,16 @@ class Training:
         self.progress = self.progress.after_step(
             self.config.train.global_batch_size, self.config.data.sequence_length, skipped=result.skipped
         )
-        self.cost.add_step(seconds)
         self._heartbeat("step")
-        record = self.meter.record(self.progress, result, lr=self.engine.learning_rate, seconds=seconds, ranks=ranks)
+        record = self.meter.record(
+            self.progress,
+            result,
+            lr=self.engine.learning_rate,
+            seconds=seconds,
+            ranks=ranks,
+            blocked_seconds=self.checkpoints.blocking_seconds,
+        )
         record["depth"] = self.depth.collect()
-        record["checkpoint_seconds"] = self.checkpoints.pop_blocking_seconds()
         if step == self.last_step or self._is_evaluation_due():
             record["eval_loss"] = self._evaluate()
         self.report.step(record)
@@ -237,7 +242,7 @@ class Training:
         loss = sum(losses) / num_batches
         if not math.isfinite(loss):
             raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")
-        self.cost.add_held_out(self.progress.step, loss)
+        self.meter.add_held_out(self.progress.step, loss)
         return loss
 
     def _watch(self) -> AbstractContextManager[Watchdog | None]:
@@ -278,12 +283,12 @@ class Training:
             nonlocal history
             step, limit = self.progress.step, self.config.train.max_restarts_without_progress
             history = RunHistory(self.run_dir, self.claim.run_id)
-            start.warnings += self.claim.notes
+            start.warnings.extend(self.claim.notes)
             version = f"{config}-{package_digest()}"
             history.check_restart_loop(step, version, limit)
             if is_own_checkpoint(start.folder, self.checkpoint_dir):
                 left = quarantine_after(self.checkpoint_dir, step)
-                start.warnings += [f"{path} is beyond step {step}, where this run resumes" for path in left]
+                start.warnings.extend(f"{path} is beyond step {step}, where this run resumes" for path in left)
             save_config(self.config, self.run_dir / "config.yaml")
             history.start(step, version, self.world_size, self.config.checkpoint.load)
             return history.run_id
@@ -300,7 +305,7 @@ class Training:
         except OSError as error:
             self.report.warn([f"the end of this run is not on record: {error}"])
             return
-        self.report.lines(self.cost.closing_lines(self.config, self.progress, self.world_size, record))
+        self.report.lines(self.meter.closing_lines(self.progress, record))
 
 
 def _collective_timeout(hang_timeout: float | None) -> timedelta:

@@ -1,28 +1,24 @@
-"""A step's numbers, in the units of their names."""
+"""A run's numbers: those of each step, and what it says when it starts and when it ends."""
 
 from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_depthattn.config import RunConfig
-from megatron_depthattn.estimate.counts import PEAK_TFLOPS_BF16 as PEAK_TFLOPS_BF16
-from megatron_depthattn.estimate.counts import decoder_shape as decoder_shape
+from megatron_depthattn.estimate.counts import PEAK_TFLOPS_BF16, decoder_shape, forward_flops
 from megatron_depthattn.model.flops import ForwardFlops
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
-from megatron_depthattn.train.exchange import RankStatus
-from megatron_depthattn.train.step import StepResult
+from megatron_depthattn.train.history import DELIBERATE
+from megatron_depthattn.train.step import RankStatus, StepResult
 from megatron_depthattn.train.step_folders import Progress
-
-
-def forward_flops(config: RunConfig, megatron: DepthAttentionConfig) -> ForwardFlops:
-    """Operations of one token's forward pass under this config."""
-    plan = megatron.source_plan if megatron.attends_over_depth else None
-    return decoder_shape(config).forward_flops(config.data.sequence_length, plan)
 
 
 def peak_tflops(config: RunConfig) -> float | None:
@@ -32,27 +28,46 @@ def peak_tflops(config: RunConfig) -> float | None:
     return next((peak for part, peak in peaks.items() if part in name), None)
 
 
+def peak_memory_gb() -> float:
+    """Most memory this process has held, in 10^9 bytes: the allocator's peak on a GPU, resident memory on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 class Meter:
-    """Turns steps into the records of metrics.jsonl.
+    """Turns steps into the records of metrics.jsonl, and sums up what this process's part of the run has cost."""
 
-    Args:
-        tokens: of a step.
-        flops: operations of one token's forward pass; backward counts as two more.
-        world_size: devices that share them.
-        peak: what MFU is a fraction of, see `peak_tflops`.
-    """
-
-    def __init__(self, tokens: int, flops: ForwardFlops, world_size: int, peak: float | None) -> None:
-        self._tokens, self._peak = tokens, peak
-        self._tflops_per_device = 3 * flops.total * tokens / world_size / 1e12
+    def __init__(self, config: RunConfig, world_size: int) -> None:
+        self._config, self._world_size = config, world_size
+        self._tokens = config.train.global_batch_size * config.data.sequence_length
+        self._peak = peak_tflops(config)
+        # Of a step: backward counts as two more forward passes.
+        self._tflops_per_device = 3 * forward_flops(config).total * self._tokens / world_size / 1e12
+        self._started, self._steps = time.monotonic(), 0
+        self._step_seconds = self._blocked_seconds = 0.0
+        self._held_out: list[tuple[int, float]] = []
 
     def record(
-        self, progress: Progress, result: StepResult, *, lr: float | None, seconds: float, ranks: Sequence[RankStatus]
+        self,
+        progress: Progress,
+        result: StepResult,
+        *,
+        lr: float | None,
+        seconds: float,
+        ranks: Sequence[RankStatus],
+        blocked_seconds: float = 0.0,
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; the loop fills in ``eval_loss``, ``depth`` and ``checkpoint_seconds``.
+        """One line of metrics.jsonl; the loop fills in ``eval_loss`` and ``depth``.
 
         Memory is that of the rank that holds most of it. Loss and gradient norm are null where they are not finite.
+
+        Args:
+            blocked_seconds: how long the loop has waited for checkpoints since the process began.
         """
+        self._steps += 1
+        self._step_seconds += seconds
+        before, self._blocked_seconds = self._blocked_seconds, blocked_seconds
         tflops = self._tflops_per_device / seconds
         waits = [rank.data_seconds for rank in ranks]
         return {
@@ -70,15 +85,121 @@ class Meter:
             "tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
             "memory_gb": max(rank.memory_gb for rank in ranks),
-            "checkpoint_seconds": 0.0,
+            "checkpoint_seconds": blocked_seconds - before,
             "skipped_steps": progress.skipped_steps,
             "eval_loss": None,
             "depth": None,
         }
 
+    def add_held_out(self, step: int, loss: float) -> None:
+        """Remember a held-out loss, in nats per token."""
+        self._held_out.append((step, loss))
 
-def peak_memory_gb() -> float:
-    """Most memory this process has held, in 10^9 bytes: the allocator's peak on a GPU, resident memory on CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    def closing_lines(self, progress: Progress, end: Mapping[str, Any]) -> list[str]:
+        """What was trained, what it cost, what it brought and what to do next; ``end``: see `RunHistory.end`."""
+        config = self._config
+        if not self._steps and end["outcome"] in DELIBERATE:
+            return [f"nothing to do: {config.run.dir} is at step {progress.step}; set train.steps higher to continue"]
+        stopped = f"stopped by {end.get('signal')} at step {progress.step}"
+        if not self._steps and end["outcome"] == "signal":
+            return [f"{stopped}, nothing new to save: start the same command again"]
+        tokens = self._steps * self._tokens
+        lines = [
+            f"trained {_counted(self._steps, 'step')} to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
+            f"{_counted(self._world_size, 'rank')} in {time.monotonic() - self._started:.0f} s "
+            f"({tokens / max(self._step_seconds, 1e-9):,.0f} tokens/s in steps), "
+            f"peak memory {peak_memory_gb():.2f} GB on rank 0"
+        ]
+        if self._held_out:
+            (first, before), (last, after) = self._held_out[0], self._held_out[-1]
+            end_loss = f", {after:.4f} at step {last} (down {before - after:.2f})" if last != first else ""
+            lines.append(f"held-out loss in nats per token: {before:.4f} at step {first}{end_loss}")
+        goodput = end["goodput"]
+        lines.append(
+            f"goodput: {100 * goodput['goodput']:.1f} % ({goodput['useful_seconds']:.0f} s in steps that count, of "
+            f"{goodput['wall_seconds']:.0f} s over {_counted(goodput['starts'], 'start')})"
+        )
+        if progress.skipped_steps:
+            lines.append(f"{progress.skipped_steps} steps of the run were not finite and changed nothing")
+        if end["outcome"] == "signal":
+            return [*lines, f"{stopped}, saved: start the same command again"]
+        if end["outcome"] == "not finite":
+            return lines
+        return [*lines, f"record: {config.run.dir}/metrics.jsonl", "", *next_lines(config)]
+
+
+def opening_lines(config: RunConfig, megatron: DepthAttentionConfig, world_size: int, start: str) -> list[str]:
+    """The model, the layout, what every transfer between stages costs, and where the run starts."""
+    model, parallel = config.model, config.parallel
+    loops = f" run {model.num_loops} times" if model.num_loops > 1 else ""
+    return [
+        f"model: {decoder_shape(config).parameters / 1e6:.1f} M parameters, {model.num_layers} layers{loops} x "
+        f"{model.hidden_size}, {model.num_attention_heads} heads / {model.num_query_groups} KV heads, "
+        f"{config.precision.dtype}",
+        _depth_line(megatron, forward_flops(config)),
+        f"layout: {world_size} ranks = data {world_size // (parallel.tensor * parallel.pipeline * parallel.context)} x "
+        f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
+        f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage)",
+        *_transfer_lines(config, megatron),
+        f"start: {start}",
+    ]
+
+
+def _depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
+    """What layers share and its arithmetic in one line."""
+    cost = f"{100 * flops.mix / flops.total:.3f} % of the forward arithmetic"
+    if definition := megatron.method_definition:
+        settings = "".join(f", {key} {value}" for key, value in megatron.method_settings.items())
+        return f"{definition.title}{settings}: {definition.num_parameters:,} additional parameters, {cost}"
+    if not megatron.attends_over_depth:
+        return "depth attention: off (vanilla)"
+    plan = megatron.source_plan
+    everyone = sorted({source for layer in range(plan.num_layers) for source in plan.sources(layer)})
+    return (
+        f"depth attention: stride {megatron.depth_attention_stride}, recent window "
+        f"{megatron.depth_attention_recent_window}; layers {everyone} are sources; {cost}"
+    )
+
+
+def _transfer_lines(config: RunConfig, megatron: DepthAttentionConfig) -> list[str]:
+    """For each pipeline edge the sources that cross it and the bytes of a micro-batch, one way; none for vanilla."""
+    if not megatron.shares_over_layers:
+        return []
+    parallel = config.parallel
+    positions = config.data.sequence_length // parallel.context // (parallel.tensor if parallel.sequence else 1)
+    element = config.train.micro_batch_size * positions * (2 if config.precision.dtype == "bf16" else 4) / 2**20
+    lines = []
+    for i, edge in enumerate(megatron.source_plan.edges()):
+        width = megatron.message_into(i + 1).width
+        sources = f", sources of layers {list(edge)}" if edge else ""
+        cost = f"{element * width:.2f} MiB a micro-batch each way ({width / megatron.hidden_size:.2f}x vanilla)"
+        lines.append(f"hop {i} -> {i + 1}: {cost}{sources}")
+    return lines
+
+
+def next_lines(config: RunConfig) -> list[str]:
+    """What to try after this run: commands that hold for its method and its folders."""
+    run_dir, method = config.run.dir, config.model.effective_method
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    program = str(tensorboard) if tensorboard.exists() else f"{sys.executable} -m tensorboard.main"
+    hints = {
+        "curves": f"{program} --logdir {run_dir}",
+        "export": f"depthattn convert to-hf --checkpoint {config.checkpoint_dir} --output {run_dir}/hf",
+        "longer": f"train.steps={2 * config.train.steps} with the same run.dir and checkpoint.load=latest",
+        "baseline": "model.method=vanilla",
+    }
+    if method == "vanilla":
+        hints["baseline"] = "this run; with Depth-Attention: model.method=depth_attention"
+        if config.model.method == "depth_attention":
+            hints["baseline"] = "this run; with Depth-Attention: model.depth_attention.enabled=true"
+    hints["compare"] = f"depthattn compare {run_dir} OTHER_RUN_DIR"
+    if method == "depth_attention" and config.model.depth_attention.stride != 1:
+        hints["denser"] = "model.depth_attention.stride=1 (every layer reads every earlier one)"
+    return [
+        "what to try next (one setting each; another run.dir for every run but a longer one):",
+        *(f"  {name:<9} {hint}" for name, hint in hints.items()),
+    ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

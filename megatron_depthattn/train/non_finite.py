@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,15 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from megatron_depthattn.model.initialization import globally_named_parameters
+from megatron_depthattn.model.initialization import global_name, globally_named_parameters
 
 MAX_LINES = 8
 """Offenders that are named, of the weights and of the step; the others are counted."""
 _MAX_SENT = 16
 """Offending microbatches that a rank reports to the others; broken weights make every one of them offend."""
 _MAX_IDS = 32
-
-Direction = Literal["forward", "backward"]
 
 
 class Attempt(NamedTuple):
@@ -59,7 +58,7 @@ class Finding(NamedTuple):
     """The first tensor of one microbatch that was not finite, in one direction, on one chunk of one rank."""
 
     place: RankCoordinates
-    direction: Direction
+    backward: bool
     microbatch: int
     chunk: int
     """Position of the pipeline chunk in the model."""
@@ -76,8 +75,7 @@ class Finding(NamedTuple):
     @property
     def when(self) -> tuple[bool, int, int]:
         """Sorts the findings of a chain by the order of execution."""
-        backward = self.direction == "backward"
-        return backward, -self.chunk if backward else self.chunk, self.order
+        return self.backward, -self.chunk if self.backward else self.chunk, self.order
 
 
 def diagnose(
@@ -117,7 +115,7 @@ def diagnose(
     is_transient = math.isfinite(second.loss) and math.isfinite(second.grad_norm)
     if is_transient:  # all that is known: whose loss it reached; any rank of that replica may be at fault
         what = ("loss of the first run", "not finite, on some rank of its replica")
-        findings = [Finding(place, "forward", microbatch, 0, 0, *what) for microbatch in suspects[:_MAX_SENT]]
+        findings = [Finding(place, False, microbatch, 0, 0, *what) for microbatch in suspects[:_MAX_SENT]]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (place, weights, findings, largest, sample_ids))
 
@@ -125,12 +123,10 @@ def diagnose(
     for where, names, *_ in everyone:
         for name in names:
             broken[name].append(where)
-    lines = [
-        f"{_where(places)}: the weights are not finite already before this step: {name}"
-        for name, places in broken.items()
-    ]
-    lines = lines[:MAX_LINES] + _count_line(len(lines) - MAX_LINES, "more weights that are not finite")
-    origins = _origins(finding for _, _, findings, *_ in everyone for finding in findings)
+    before = "the weights are not finite already before this step"
+    lines = [f"{_where(places)}: {before}: {name}" for name, places in broken.items()]
+    lines = _first_of(lines, "weights that are not finite")
+    origins = _origins([finding for _, _, findings, *_ in everyone for finding in findings])
     if is_transient:
         lines.append(
             f"run again, the same microbatches gave loss {second.loss:.6g} and gradient norm {second.grad_norm:.6g}: "
@@ -142,15 +138,14 @@ def diagnose(
             "run again, every output and every gradient of a microbatch is finite: the sum over microbatches and "
             f"ranks, or its norm, overflows; the largest gradient is that of {name} on rank {where.rank}, {size:.3g}"
         )
-    shown = origins[:MAX_LINES]
     ids = {  # which only the first and the last stage know
         (place.data_rank, microbatch): ids
         for place, *_, of_rank in everyone
         for microbatch, ids in enumerate(of_rank)
         if ids is not None
     }
-    lines += [_origin_line(group, ids, len(sample_ids)) for group in shown]
-    return lines + _count_line(len(origins) - MAX_LINES, "more places where values stopped being finite")
+    found = [_origin_line(group, ids, len(sample_ids)) for group in origins]
+    return lines + _first_of(found, "places where values stopped being finite")
 
 
 class _Probe:
@@ -165,13 +160,13 @@ class _Probe:
     ) -> None:
         self.largest_gradient = (0.0, "")
         self._place, self._chunk, self._now = place, chunk, now
-        self._findings: dict[tuple[Direction, int], Finding] = {}
-        self._looked: Counter[tuple[Direction, int]] = Counter()
+        self._findings: dict[tuple[bool, int], Finding] = {}
+        self._looked: Counter[tuple[bool, int]] = Counter()
         self._num_started = 0
         self._forward: int | None = None  # the microbatch in forward; None in backward, when layers may be recomputed
         hooks.callback(model.register_forward_pre_hook(self._start).remove)
         for path, module in model.named_modules():
-            name = _readable(_global_path(path, model)) if path else "the loss" if model.post_process else "the chunk"
+            name = _readable(global_name(model, path)) if path else "the loss" if model.post_process else "the chunk"
             hook = partial(self._after_module, name)
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(self._end).remove)
@@ -192,33 +187,28 @@ class _Probe:
         self._num_started += 1
 
     def _end(self, _: Any, __: Any, output: Tensor) -> None:
-        assert self._forward is not None
-        output.register_hook(partial(self._start_backward, self._forward))
+        output.register_hook(partial(lambda microbatch, _: setattr(self._now, "backward", microbatch), self._forward))
         self._forward = None
 
-    def _start_backward(self, microbatch: int, _: Tensor) -> None:
-        self._now.backward = microbatch
-
     def _after_module(self, name: str, _: Any, args: Any, kwargs: Any, output: Any) -> None:
-        recomputed = self._forward is None
         microbatch = self._now.backward if self._forward is None else self._forward
         for tensor in _tensors(output):
-            if not recomputed:
-                self._look("forward", microbatch, f"output of {name}", tensor, inputs=(args, kwargs))
+            if self._forward is not None:
+                self._look(False, microbatch, f"output of {name}", tensor, inputs=(args, kwargs))
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._output_gradient, name, microbatch))
 
     def _output_gradient(self, name: str, microbatch: int, gradient: Tensor) -> None:
-        self._look("backward", microbatch, f"gradient of the output of {name}", gradient)
+        self._look(True, microbatch, f"gradient of the output of {name}", gradient)
 
     def _parameter_gradient(self, name: str, gradient: Tensor) -> None:
-        size = self._look("backward", self._now.backward, f"gradient of {name}", gradient)
+        size = self._look(True, self._now.backward, f"gradient of {name}", gradient)
         if math.isfinite(size):
             self.largest_gradient = max(self.largest_gradient, (size, name))
 
-    def _look(self, direction: Direction, microbatch: int, what: str, tensor: Tensor, inputs: Any = ()) -> float:
+    def _look(self, backward: bool, microbatch: int, what: str, tensor: Tensor, inputs: Any = ()) -> float:
         """The tensor's largest absolute value; NaN if it holds one."""
-        key = (direction, microbatch)
+        key = (backward, microbatch)
         self._looked[key] += 1
         size = _largest(tensor)
         if key not in self._findings and not math.isfinite(size):
@@ -226,22 +216,13 @@ class _Probe:
             if inputs:
                 finite = all(math.isfinite(_largest(given)) for given in _tensors(inputs))
                 values += " from finite input" if finite else " from input that is not finite"
-            self._findings[key] = Finding(
-                self._place, direction, microbatch, self._chunk, self._looked[key], what, values
-            )
+            self._findings[key] = Finding(self._place, *key, self._chunk, self._looked[key], what, values)
         return size
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors in nested containers."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @torch.no_grad()
@@ -256,14 +237,6 @@ def _count_values(tensor: Tensor) -> str:
     return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count) + f" of {tensor.numel()} values"
 
 
-def _global_path(path: str, model: GPTModel) -> str:
-    """The path of a chunk's module, with layers numbered in the whole model, from 0."""
-    parts = path.split(".")
-    if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
-    return ".".join(parts)
-
-
 def _readable(path: str) -> str:
     """``decoder.layers.3.mlp`` as ``layer 3 mlp``."""
     return re.sub(r"^decoder\.layers\.(\d+)\.?", r"layer \1 ", path).strip().removeprefix("decoder.")
@@ -272,45 +245,42 @@ def _readable(path: str) -> str:
 # ---- from every rank's findings to lines
 
 
-def _origins(findings: Iterable[Finding]) -> list[list[Finding]]:
+def _origins(findings: Sequence[Finding]) -> list[list[Finding]]:
     """Where values stopped being finite, earliest first; each as the findings that share a replica and a tensor."""
-    chains: dict[tuple[int, int], list[Finding]] = defaultdict(list)
-    for finding in findings:
-        chains[finding.chain].append(finding)
-    groups: dict[Any, list[Finding]] = defaultdict(list)
-    for chain in chains.values():
-        first = min(finding.when for finding in chain)
-        same_moment = [finding for finding in chain if finding.when == first]  # tensor- and context-parallel ranks
-        ranks = tuple(sorted(finding.place.rank for finding in same_moment))
-        groups[ranks, same_moment[0].what] += same_moment
+    first: dict[tuple[int, int], tuple[bool, int, int]] = {}
+    for one in findings:
+        first[one.chain] = min(one.when, first.get(one.chain, one.when))
+    groups: dict[tuple[int, str], list[Finding]] = defaultdict(list)
+    for one in findings:
+        if one.when == first[one.chain]:  # on several ranks where these are tensor- or context-parallel
+            groups[one.place.data_rank, one.what].append(one)
     return sorted(groups.values(), key=lambda group: min((one.when, one.chain, one.place.rank) for one in group))
 
 
 def _origin_line(group: list[Finding], ids: dict[tuple[int, int], list[int]], num_microbatches: int) -> str:
     first = min(group, key=lambda finding: (finding.microbatch, finding.place.rank))
-    microbatches = sorted({finding.microbatch for finding in group})
-    samples = [sample for chain in sorted({finding.chain for finding in group}) for sample in ids.get(chain, [])]
+    chains = sorted({finding.chain for finding in group})
+    samples = [sample for chain in chains for sample in ids.get(chain, [])]
     return (
         f"{_where([finding.place for finding in group])}: {first.what}: {first.values}; "
-        f"microbatch {_listed(microbatches)} of {num_microbatches} (from 0), "
+        f"microbatch {_listed([microbatch for _, microbatch in chains])} of {num_microbatches} (from 0), "
         f"sample ids {_listed(samples) if samples else 'unknown'}"
     )
 
 
-def _where(places: list[RankCoordinates]) -> str:
-    def numbers(name: str, values: Iterable[int]) -> str:
-        distinct = sorted(set(values))
-        return f"{name}{'s' if len(distinct) > 1 else ''} {_listed(distinct)}"
-
-    ranks = numbers("rank", (place.rank for place in places))
-    replicas = numbers("data-parallel rank", (place.data_rank for place in places))
-    return f"{ranks} ({replicas}, {numbers('pipeline stage', (place.stage for place in places))})"
+def _where(places: Iterable[RankCoordinates]) -> str:
+    columns = [sorted(set(column)) for column in zip(*places, strict=True)]
+    names = ("rank", "data-parallel rank", "pipeline stage")
+    ranks, *more = (
+        f"{name}{'s' * (len(numbers) > 1)} {_listed(numbers)}" for name, numbers in zip(names, columns, strict=True)
+    )
+    return f"{ranks} ({', '.join(more)})"
 
 
 def _listed(numbers: Sequence[int]) -> str:
     more = f" and {len(numbers) - _MAX_IDS} more" if len(numbers) > _MAX_IDS else ""
-    return ", ".join(str(number) for number in numbers[:_MAX_IDS]) + more
+    return ", ".join(map(str, numbers[:_MAX_IDS])) + more
 
 
-def _count_line(count: int, what: str) -> list[str]:
-    return [f"and {count} {what}"] if count > 0 else []
+def _first_of(lines: list[str], what: str) -> list[str]:
+    return lines[:MAX_LINES] + [f"and {len(lines) - MAX_LINES} more {what}"] * (len(lines) > MAX_LINES)

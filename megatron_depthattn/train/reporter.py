@@ -1,4 +1,4 @@
-"""What a run reports, from rank 0: log.txt and the console for people, metrics.jsonl as the record, TensorBoard."""
+"""What a run reports: log.txt and the console for people, metrics.jsonl as the record, TensorBoard, samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch.distributed as dist
+from megatron.core import parallel_state
+
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
+from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -124,6 +128,52 @@ class Reporter:
             f"grad norm {_number(metrics['grad_norm'], '.3f')} | lr {metrics['lr']:.2e} | "
             f"{metrics['tokens_per_second']:,.0f} tokens/s | eta {timedelta(seconds=remaining)}"
         )
+
+
+class SampleLog:
+    """Which samples this rank read in every step: ``<run.dir>/samples/rank_<NNNNN>.jsonl``, one object a step.
+
+    An object holds the step, the data-parallel rank, and the sample ids of every microbatch; the ids count through the
+    streams. The ranks of one replica write equal lines. Without ``data.log_samples`` nothing is written. Construct it
+    on all ranks.
+
+    Args:
+        run_dir: the run's folder.
+        is_on: ``data.log_samples``.
+        first_step: steps already done; what the files of any rank say about later ones is dropped.
+    """
+
+    def __init__(self, run_dir: Path, *, is_on: bool, first_step: int) -> None:
+        self._file: AppendFile | None = None
+        self._is_on = is_on
+        folder = run_dir / "samples"
+        self._path = folder / f"rank_{dist.get_rank():05d}.jsonl"
+        if not self._is_on:
+            return
+        if dist.get_rank() == 0:  # for all ranks: the run may have had more of them before
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.glob("rank_*.jsonl"):
+                drop_steps_after(file, first_step)
+        dist.barrier()
+
+    def write(self, step: int, batches: list[Microbatch]) -> None:
+        """Add a step; a rank that read nothing writes nothing."""
+        if not self._is_on or SAMPLE_IDS not in batches[0]:
+            return
+        if self._file is None:
+            self._file = AppendFile(self._path)
+        line = {
+            "step": step,
+            "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+            SAMPLE_IDS: [batch[SAMPLE_IDS].tolist() for batch in batches],
+        }
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _print(text: str, stream: TextIO) -> None:

@@ -39,11 +39,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
+from megatron_depthattn.config import CheckpointConfig
 from megatron_depthattn.durable import publish_folder, remove, write_error
+from megatron_depthattn.train.errors import RunError
 from megatron_depthattn.train.manifest import Digests, digest_files, write_manifest
+from megatron_depthattn.train.reporter import Reporter
 from megatron_depthattn.train.step_folders import (
     SAVED_METADATA,
     Progress,
+    complete_folders,
     staging_folder,
     step_folder,
     update_latest_and_rotate,
@@ -54,6 +58,9 @@ WRITE_TIMEOUT = timedelta(hours=1)
 ``train.hang_timeout`` for ranks that all write nothing."""
 LOOK_SECONDS = 1.0
 """How often a loop that waits looks whether something was written."""
+FINAL_ATTEMPTS = 3
+PAUSE_SECONDS = 10.0
+"""Between the attempts to write the last checkpoint of a process."""
 
 
 @dataclass(frozen=True)
@@ -178,13 +185,12 @@ class CheckpointSaver:
             error = next((each for each, _ in gathered if each), None)
             digests = {name: file for _, of_rank in gathered for name, file in of_rank.items()}
             num_bytes = sum(file["bytes"] for file in digests.values())
-            if error is None and dist.get_rank() == 0:
-                error = self._publish(final, staging, digests)
+            if dist.get_rank() == 0:
+                if error := error or self._publish(final, staging, digests):
+                    remove(staging)
+                else:
+                    warning = update_latest_and_rotate(final, self._keep)
             error = self._agree(error)
-            if dist.get_rank() == 0 and error is None:
-                warning = update_latest_and_rotate(final, self._keep)
-            elif dist.get_rank() == 0:
-                remove(staging)
         except Exception as problem:  # another rank is gone: the loop will meet that itself
             error = _reason(problem, staging)
         self._outcome = SaveOutcome(step, final, num_bytes, time.monotonic() - started, error, warning)
@@ -225,6 +231,97 @@ class CheckpointSaver:
         errors: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error, group=self._group)
         return next((each for each in errors if each), None)
+
+
+class CheckpointError(RunError):
+    """The last checkpoint of a run could not be written."""
+
+
+class RunCheckpoints:
+    """Saves, and logs how each save ended; call every method on all ranks.
+
+    A checkpoint that cannot be written costs nothing but itself: the run continues, with a loud line. Only the last one
+    of a process is tried again, and is an error in the end.
+
+    Args:
+        config: how they are saved, and how many are kept.
+        directory: where they lie.
+        state: what to save, called when it is saved.
+        report: where the lines go.
+        on_progress: called whenever a part of a save is done, on this rank or on one that it waits for.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        directory: Path,
+        state: Callable[[], dict[str, Any]],
+        report: Reporter,
+        on_progress: Callable[[], None],
+    ) -> None:
+        self._directory = directory
+        self._saver = CheckpointSaver(directory, keep=config.keep, is_async=config.async_save, on_progress=on_progress)
+        self._state, self._report, self._on_progress = state, report, on_progress
+        self._last = SaveOutcome(-1, directory, 0, 0.0)
+        self.blocking_seconds = 0.0
+        """Seconds that the loop has waited for checkpoints since the process began."""
+        self._stall = 0.0
+
+    def save(self, progress: Progress) -> None:
+        """Begin a checkpoint; end it too, unless asynchronous."""
+        started = time.monotonic()
+        self._report.force_to_disk()  # the record reaches at least as far as the checkpoint
+        self.finish()
+        self._saver.save(progress, self._state())
+        self._stall = time.monotonic() - started
+        self.blocking_seconds += self._stall
+        self.log_outcome()
+
+    def save_last(self, progress: Progress) -> None:
+        """A checkpoint that is there when this returns; written now, unless it is the last one that was.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.finish()
+        if self._last.step == progress.step and self._last.error is None:
+            return
+        for attempt in range(FINAL_ATTEMPTS):
+            if attempt:
+                self._report.lines([f"trying again in {PAUSE_SECONDS:.0f} s"])
+                time.sleep(PAUSE_SECONDS)
+            self.save(progress)
+            self.finish()
+            if self._last.error is None:
+                return
+        raise CheckpointError(f"the state after step {progress.step} was not written and is lost: {self._last.error}")
+
+    def log_outcome(self) -> None:
+        """Log how the last save ended, once."""
+        outcome = self._saver.take_outcome()
+        if outcome is None:
+            return
+        self._last = outcome
+        if outcome.error is None:
+            size, rate = outcome.num_bytes / 1e9, outcome.num_bytes / 1e6 / outcome.seconds
+            text = f"{size:.3f} GB in {outcome.seconds:.2f} s ({rate:.0f} MB/s); the loop waited {self._stall:.2f} s"
+            self._report.lines([f"saved {outcome.folder}: {text}"])
+            if outcome.warning:
+                self._report.warn([outcome.warning])
+        else:
+            try:
+                folders = complete_folders(self._directory) if self._report.is_writer else []
+                left = f"the newest complete one is {folders[-1].name}" if folders else "there is none yet"
+            except OSError as error:
+                left = f"the folder cannot be read: {error}"
+            self._report.warn([f"CHECKPOINT OF STEP {outcome.step} NOT WRITTEN: {outcome.error}; {left}"])
+
+    def finish(self) -> None:
+        """Wait for what is being written, and log how it ended."""
+        self._on_progress()
+        self._saver.wait()
+        self._on_progress()
+        self.log_outcome()
 
 
 class _Written:

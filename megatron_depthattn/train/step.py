@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
@@ -19,7 +19,6 @@ from torch.nn.utils import get_total_norm
 from megatron_depthattn.parallel.schedule import Work, run_schedule
 from megatron_depthattn.train.build import Chunks
 from megatron_depthattn.train.errors import RunError
-from megatron_depthattn.train.exchange import Status, exchange, no_status
 from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.non_finite import Attempt, diagnose
 
@@ -48,6 +47,22 @@ class StepResult(NamedTuple):
     """Of a skipped step: lines for the log that name the offenders, the same on every rank."""
     statuses: Sequence[Sequence[float]] = ()
     """What each rank had to say beside its part of loss and norm, by rank."""
+
+
+class RankStatus(NamedTuple):
+    """What a rank says of itself in a step's exchange, beside its part of the loss and of the gradient's norm."""
+
+    data_seconds: float
+    """How long the step waited for samples."""
+    memory_gb: float
+    signal: float
+    """Number of the stop signal that it has received; 0: none."""
+    has_next_batch: float
+    """1: what the next step computes with is here; 0: not yet."""
+
+
+Status = Callable[[], Sequence[float]]
+"""Asked by every engine once in a step, between the last backward and the optimizer; as long on all ranks."""
 
 
 class LossSum(NamedTuple):
@@ -102,12 +117,11 @@ def run_microbatches(
     Returns:
         The mean loss per token over the global batch, on every rank.
     """
-    losses = _losses(chunks, microbatches, shape, forward_only=forward_only)
-    return mean_over_global_batch(losses, device_of(chunks[0]))
+    return mean_over_global_batch(_losses(chunks, microbatches, shape, forward_only), device_of(chunks[0]))
 
 
 def _losses(
-    chunks: Chunks, microbatches: Sequence[Microbatch], shape: tuple[int, int], *, forward_only: bool
+    chunks: Chunks, microbatches: Sequence[Microbatch], shape: tuple[int, int], forward_only: bool
 ) -> list[LossSum]:
     """One for each microbatch on the last stage, elsewhere nothing."""
     size, length = shape
@@ -122,7 +136,7 @@ def train_step(
     microbatches: Sequence[Microbatch],
     shape: tuple[int, int],
     fp8: Fp8State | None = None,
-    status: Status = no_status,
+    status: Status = tuple,
 ) -> StepResult:
     """One optimizer step, or none: a loss or gradient that is not finite changes no weight, optimizer or FP8 state.
 
@@ -189,6 +203,24 @@ def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Stat
     return Attempt(loss, norm, tuple(suspects), tuple(tuple(rank[3:]) for rank in ranks))
 
 
+def exchange(numbers: Sequence[float], on_device: Tensor | None = None) -> list[list[float]]:
+    """Every rank's numbers, by rank, on every rank; where a step waits for the device.
+
+    Args:
+        numbers: this rank's; as many on all ranks.
+        on_device: more of them, fp64 ``[n]``, which no host has seen; they come first.
+    """
+    has_gpu = torch.cuda.is_available()
+    mine = torch.tensor(numbers, dtype=torch.float64, pin_memory=has_gpu)  # a copy from other memory would wait
+    if has_gpu:
+        mine = mine.to("cuda", non_blocking=True)
+    if on_device is not None:
+        mine = torch.cat([on_device, mine])
+    everyone = torch.empty(dist.get_world_size() * len(mine), dtype=torch.float64, device=mine.device)
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone.view(-1, len(mine)).tolist()  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Their squared L2 norm, fp64 []; inf where it overflows fp32, as Megatron's, which reads each one on the host."""
@@ -242,16 +274,13 @@ def forward_step(work: Iterator[Work], model: torch.nn.Module) -> tuple[Tensor, 
     tokens, labels = batch.get("tokens"), batch.get("labels")
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     if size > 1 and tokens is not None and labels is not None:
-        tokens, labels = _on_context_rank(tokens, rank, size), _on_context_rank(labels, rank, size)
+        tokens, labels = (  # the columns at `context_parallel_positions`; as two pieces, so nothing is sent to index
+            torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
+            for pieces in (tokens.chunk(2 * size, dim=1), labels.chunk(2 * size, dim=1))
+        )
     # RoPE numbers the positions itself (and the mask is causal): neither is passed.
     output = model(tokens, None, None, labels=labels, **call_arguments)
-    return output, partial(sum_of_losses)
-
-
-def _on_context_rank(tokens: Tensor, rank: int, size: int) -> Tensor:
-    """The columns at `context_parallel_positions` of ``tokens``; they are two pieces, so nothing is sent to index."""
-    pieces = tokens.chunk(2 * size, dim=1)
-    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
+    return output, sum_of_losses
 
 
 def sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, LossSum]:

@@ -15,7 +15,7 @@ from megatron_depthattn.config import load_config, validate
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.data import GlobalBatches
-from megatron_depthattn.train.sample_log import SampleLog
+from megatron_depthattn.train.reporter import SampleLog
 
 
 def main() -> None:

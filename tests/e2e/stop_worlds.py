@@ -24,10 +24,10 @@ from typing import Any
 
 from megatron_depthattn.data.stream import TokenDataset
 from megatron_depthattn.train import __main__ as command
-from megatron_depthattn.train import loop, run_checkpoints, save
+from megatron_depthattn.train import loop, save
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.engine import MegatronEngine
-from megatron_depthattn.train.sample_log import SampleLog
+from megatron_depthattn.train.reporter import SampleLog
 from tests.e2e.odd_worlds import free_port, wait
 
 SECONDS = 60
@@ -76,7 +76,7 @@ def in_a_step(_: int, __: int, run_dir: Path) -> None:
         in_the_way.unlink()
 
     at(MegatronEngine, "train_step", 3, lambda: send(signal.SIGUSR1))
-    run_checkpoints.time = type("Time", (), {"monotonic": time.monotonic, "sleep": pause})
+    save.time = type("Time", (), {"monotonic": time.monotonic, "sleep": pause})
 
 
 def in_an_evaluation(batch: int) -> Callable[[int, int, Path], None]:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.estimate.counts import forward_flops
 from megatron_depthattn.model.module_flops import module_flops
-from megatron_depthattn.train.build import Chunks, transformer_config
-from megatron_depthattn.train.metrics import forward_flops
+from megatron_depthattn.train.build import Chunks
 
 
 def counted_flops(config: RunConfig, chunks: Chunks) -> dict[str, dict[str, int]] | None:
@@ -25,6 +25,6 @@ def counted_flops(config: RunConfig, chunks: Chunks) -> dict[str, dict[str, int]
     dist.gather_object(counted, gathered if dist.get_rank() == 0 else None)
     if dist.get_rank() > 0:
         return None
-    formula = asdict(forward_flops(config, transformer_config(config)))
+    formula = asdict(forward_flops(config))
     modules = sum(gathered, Counter())
     return {"modules": {line: modules[line] for line in {*modules, *formula}}, "formula": formula}

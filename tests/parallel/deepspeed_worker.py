@@ -187,7 +187,7 @@ def state_of(engine: Any) -> list[Tensor]:
 # ---- deliberate mistakes
 
 ENGINE = "megatron_depthattn.train.deepspeed_engine.engine"
-GRADIENTS = "megatron_depthattn.train.deepspeed_engine.gradients"
+SHARDS = "megatron_depthattn.train.deepspeed_engine.shards"
 
 
 def _last_microbatch_only() -> Any:
@@ -208,7 +208,7 @@ SABOTAGES: dict[str, Any] = {
     "norms_not_reduced": lambda: mock.patch(f"{ENGINE}.sum_over_tensor_ranks", return_value=None),
     "last_microbatch_only": _last_microbatch_only,
     "norm_of_own_tensor_rank": lambda: mock.patch(f"{ENGINE}.finish_attempt", _own_norm),
-    "norm_counts_copies": lambda: mock.patch(f"{GRADIENTS}.param_is_not_tensor_parallel_duplicate", return_value=True),
+    "norm_counts_copies": lambda: mock.patch(f"{SHARDS}.param_is_not_tensor_parallel_duplicate", return_value=True),
     "not_clipped": lambda: mock.patch(f"{ENGINE}.clip", return_value=None),
 }
 

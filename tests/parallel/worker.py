@@ -40,15 +40,18 @@ from megatron_depthattn.model.cross_layer import CrossLayerLayer, SourceTensors
 from megatron_depthattn.model.initialization import globally_named_parameters
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.norm import RMSNorm
-from megatron_depthattn.parallel.agreement import check_same_on_all_ranks
-from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
+from megatron_depthattn.parallel.groups import (
+    check_same_on_all_ranks,
+    initialize_distributed,
+    initialize_model_parallel,
+    shut_down,
+)
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import save_checkpoint
+from megatron_depthattn.train.checkpoint import RNG, save_checkpoint, sharded_rng_state
 from megatron_depthattn.train.depth_record import DepthRecord
-from megatron_depthattn.train.rng_state import RNG, sharded_rng_state
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder

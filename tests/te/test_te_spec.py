@@ -240,8 +240,7 @@ def test_control_a_missing_weight_is_an_error_under_both_specs(te):
 
 
 def test_later_loops_compute_with_the_first_loops_weights(te):
-    from megatron_depthattn.train.build import transformer_config
-    from megatron_depthattn.train.metrics import forward_flops
+    from megatron_depthattn.estimate.counts import forward_flops
 
     found = te.loops
     assert found["shared"] and found["apart"]
@@ -250,7 +249,7 @@ def test_later_loops_compute_with_the_first_loops_weights(te):
     assert {*found["parameters"]} == under_te(te.initial).keys()
     config = small_config("local")
     looped = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=2))
-    assert found["flops"] == dataclasses.asdict(forward_flops(looped, transformer_config(looped)))
+    assert found["flops"] == dataclasses.asdict(forward_flops(looped))
 
 
 # ---- full recompute through TransformerEngine's checkpoint function

@@ -48,7 +48,7 @@ def test_gradients_in_host_memory_are_summed_where_the_backend_takes_them(monkey
     """
     from megatron.core import parallel_state
 
-    from megatron_depthattn.train.deepspeed_engine.gradients import sum_over_tensor_ranks
+    from megatron_depthattn.train.deepspeed_engine.shards import sum_over_tensor_ranks
 
     summed = []
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)

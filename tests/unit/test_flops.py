@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_depthattn.config import load_config
+from megatron_depthattn.estimate.counts import decoder_shape
 from megatron_depthattn.model.flops import DecoderShape, mix_flops
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.module_flops import module_flops
 from megatron_depthattn.model.source_plan import SourcePlan
-from megatron_depthattn.train.metrics import decoder_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPE = {

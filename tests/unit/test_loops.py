@@ -16,15 +16,15 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.config import from_dict, to_dict
+from megatron_depthattn.estimate.counts import decoder_shape
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.train.build import build_chunk, build_model, build_optimizer, transformer_config
 from megatron_depthattn.train.checkpoint import save_checkpoint
 from megatron_depthattn.train.megatron_state import sharded_models
-from megatron_depthattn.train.metrics import decoder_shape
+from megatron_depthattn.train.metrics import opening_lines
 from megatron_depthattn.train.step_folders import Progress
-from megatron_depthattn.train.summary import opening_lines
 from tests.checkpoints import load_checkpoint
 from tests.e2e.small_run import MODEL
 
@@ -193,11 +193,10 @@ def test_the_opening_lines_tell_of_loops():
     config = run_config(num_loops=3)
     megatron = transformer_config(config)
     assert megatron.num_layers == 3 * MODEL["num_layers"] == len(build_chunk(config, megatron).decoder.layers)
-    flops = decoder_shape(config).forward_flops(config.data.sequence_length, megatron.source_plan)
-    lines = opening_lines(config, megatron, flops, 1, "step 0")
+    lines = opening_lines(config, megatron, 1, "step 0")
     assert f"{MODEL['num_layers']} layers run 3 times x {MODEL['hidden_size']}" in lines[0]
     once = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=1))
-    assert "times" not in opening_lines(once, transformer_config(once), flops, 1, "step 0")[0]
+    assert "times" not in opening_lines(once, transformer_config(once), 1, "step 0")[0]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_depthattn.config import load_config, validate
+from megatron_depthattn.estimate.counts import decoder_shape, forward_flops
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.methods.mhc.reference import sinkhorn
 from megatron_depthattn.model.gpt import DepthGPTModel, build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.module_flops import module_flops
 from megatron_depthattn.train.build import build_chunk, build_model, build_optimizer, transformer_config
-from megatron_depthattn.train.metrics import decoder_shape, forward_flops
 from tests.megatron_weights import load, to_megatron, unpadded_logits
 from tests.parallel.compare import CANCELLING
 from tests.reference_decoder import decoder_logits, mean_cross_entropy, random_weights
@@ -260,7 +260,7 @@ def test_operations(method, settings):
     megatron = transformer_config(config)
     with torch.device("meta"):
         chunk = build_chunk(config, megatron)
-    formula = forward_flops(config, megatron)
+    formula = forward_flops(config)
     assert module_flops([chunk], config.data.sequence_length)["mix"] == formula.mix
     assert formula.mix == _operations(method, settings, 6, model.hidden_size)
 

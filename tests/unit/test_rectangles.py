@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_depthattn.train.rectangles import rectangles
+from megatron_depthattn.train.megatron_state import rectangles
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (4, 5), (1, 6), (6, 1), (3, 2, 4), (2, 1, 3, 2)], ids=str)

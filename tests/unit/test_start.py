@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_depthattn.train import manifest, owner
+from megatron_depthattn.train import manifest
+from megatron_depthattn.train import start as starting
 from megatron_depthattn.train.history import RunHistory
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
 from megatron_depthattn.train.step_folders import OWNER, clean_up, quarantine_after
@@ -107,11 +108,11 @@ def in_child(function: Callable[[], object]) -> int:
 
 
 def test_one_process_trains_in_a_folder_and_a_killed_one_lets_it_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(owner, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(starting, "LOCK_SECONDS", 0.1)
     held = tmp_path / "held"
 
     def hold() -> None:
-        lock = owner.lock_run(tmp_path / "run")
+        lock = starting.lock_run(tmp_path / "run")
         held.touch()
         time.sleep(60)
         lock.release()
@@ -121,14 +122,14 @@ def test_one_process_trains_in_a_folder_and_a_killed_one_lets_it_go(tmp_path, mo
     while not held.exists():
         time.sleep(0.01)
     with pytest.raises(ValueError, match="another process is training in"):
-        owner.lock_run(tmp_path / "run")
+        starting.lock_run(tmp_path / "run")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    owner.lock_run(tmp_path / "run").release()
+    starting.lock_run(tmp_path / "run").release()
     # the same run, on two hosts where run.dir is a folder of each
-    claim = owner.claim_checkpoints(tmp_path / "checkpoints", tmp_path / "run")
+    claim = starting.claim_checkpoints(tmp_path / "checkpoints", tmp_path / "run")
     with pytest.raises(ValueError, match=r"another process saves to checkpoint\.dir="):
-        owner.claim_checkpoints(tmp_path / "checkpoints", tmp_path / "run")
+        starting.claim_checkpoints(tmp_path / "checkpoints", tmp_path / "run")
     claim.lock.release()
 
 
@@ -139,7 +140,7 @@ def test_of_two_runs_that_start_together_one_owns_the_checkpoints(tmp_path):
     def run(name: str, directory: Path, barrier, results) -> None:
         barrier.wait(30)
         try:
-            claim = owner.claim_checkpoints(directory, tmp_path / name)
+            claim = starting.claim_checkpoints(directory, tmp_path / name)
             results.put((name, ""))
             barrier.wait(30)  # it trains meanwhile
             claim.lock.release()
@@ -170,10 +171,10 @@ class Folders:
     def __init__(self, root: Path) -> None:
         self.root, self.shared = root, root / "shared"
 
-    def claim(self, run: str, checkpoints: str | None = None) -> owner.Claim:
+    def claim(self, run: str, checkpoints: str | None = None) -> starting.Claim:
         """Start and end a run; its identity comes to its history."""
         directory = self.root / checkpoints if checkpoints else self.root / run / "checkpoints"
-        found = owner.claim_checkpoints(directory, self.root / run)
+        found = starting.claim_checkpoints(directory, self.root / run)
         found.lock.release()
         RunHistory(self.root / run, found.run_id).start(0, "v", 1, "latest")
         return found
@@ -300,8 +301,8 @@ def test_a_teammate_continues_a_run(request):
 
     def train(user: int, first: int) -> None:
         become(user)
-        lock = owner.lock_run(run_dir)
-        claim = owner.claim_checkpoints(run_dir / "checkpoints", run_dir)
+        lock = starting.lock_run(run_dir)
+        claim = starting.claim_checkpoints(run_dir / "checkpoints", run_dir)
         clean_up(run_dir / "checkpoints")
         quarantine_after(run_dir / "checkpoints", first)
         RunHistory(run_dir, claim.run_id).start(first, "v", 1, "latest")

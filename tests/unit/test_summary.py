@@ -1,8 +1,9 @@
 """The lines that a run closes with: they fit the run."""
 
 from megatron_depthattn.config import load_config
+from megatron_depthattn.train.metrics import Meter, next_lines
+from megatron_depthattn.train.step import RankStatus, StepResult
 from megatron_depthattn.train.step_folders import Progress
-from megatron_depthattn.train.summary import Cost, next_lines
 
 GOODPUT = {"goodput": 1.0, "useful_seconds": 1.0, "wall_seconds": 1.0, "starts": 1}
 
@@ -27,13 +28,12 @@ def test_hints_name_the_run_s_own_folders():
 
 
 def test_one_held_out_loss_is_said_once():
-    cost = Cost()
-    cost.add_step(1.0)
-    cost.add_held_out(0, 7.6534)
-    config = load_config("configs/quickstart.yaml", [])
-    lines = cost.closing_lines(config, Progress(step=1), 1, {"outcome": "stop_after", "goodput": GOODPUT})
+    meter = Meter(load_config("configs/quickstart.yaml", []), 1)
+    meter.record(Progress(step=1), StepResult(7.0, 1.0), lr=0.1, seconds=1.0, ranks=[RankStatus(0, 0, 0, 1)])
+    meter.add_held_out(0, 7.6534)
+    lines = meter.closing_lines(Progress(step=1), {"outcome": "stop_after", "goodput": GOODPUT})
     assert "held-out loss in nats per token: 7.6534 at step 0" in lines
     assert lines[0].startswith("trained 1 step to step 1:") and " on 1 rank in " in lines[0]
-    cost.add_held_out(1, 7.0)
-    lines = cost.closing_lines(config, Progress(step=1), 1, {"outcome": "stop_after", "goodput": GOODPUT})
+    meter.add_held_out(1, 7.0)
+    lines = meter.closing_lines(Progress(step=1), {"outcome": "stop_after", "goodput": GOODPUT})
     assert "held-out loss in nats per token: 7.6534 at step 0, 7.0000 at step 1 (down 0.65)" in lines

@@ -40,7 +40,7 @@ class Run:
         rows = torch.randint(200, (NUM_MICROBATCHES, 2, 17), generator=torch.Generator().manual_seed(self.number))
         return [{"tokens": one[:, :-1], "labels": one[:, 1:]} for one in rows]
 
-    def step(self, status: step.Status = step.no_status) -> step.StepResult:
+    def step(self, status: step.Status = tuple) -> step.StepResult:
         self.schedule.step(1)
         return step.train_step(self.chunks, self.optimizer, self.batches(), SHAPE, status=status)
 
@@ -66,7 +66,7 @@ def test_a_step_asks_the_device_once():
 
 def test_norm_and_clipping_are_megatrons_to_the_bit():
     run = Run()
-    attempt = step._attempt(run.chunks, run.optimizer, run.batches(), SHAPE, step.no_status)
+    attempt = step._attempt(run.chunks, run.optimizer, run.batches(), SHAPE, tuple)
     assert attempt.grad_norm == run.optimizer.get_grad_norm() > 0
     before = [gradient.clone() for gradient in run.gradients()]
     for largest in (0.0, 2 * attempt.grad_norm):

@@ -1,22 +1,44 @@
-"""Which part of every parameter's gradient and optimizer state this rank holds, the same questions at every ZeRO stage.
+"""Which part of every parameter's gradient and optimizer state this rank holds, the same questions at every ZeRO stage;
+what is done with the gradients, and the parts as those of a checkpoint.
 
 A `Shard` is a range of the parameter's flattened elements. Stage 0 holds all of them on every data-parallel rank.
 Stages 1 and 2 cut the parameters of a group, laid end to end, into equal parts: a rank may hold a piece of a parameter,
 or none. Stage 3 cuts every parameter by itself. The private names of DeepSpeed that this needs are in this file.
+
+DeepSpeed sums gradients over data-parallel ranks. Three things are left, each silent when it is forgotten:
+
+- The weight of a norm that works on a rank's own positions (sequence parallel) or own heads (q and k norms) has on each
+  tensor rank a part of its gradient. Megatron sums them in `finalize_model_grads`, which DeepSpeed does not call.
+- The norm of the whole gradient counts a weight that is cut over tensor ranks on all of them, any other on one.
+- Whether it is finite must be known before the step, and on all ranks alike.
+
+In a checkpoint the names, shapes and types are those of the Megatron engine. Every data-parallel rank writes the ranges
+of parameters that it holds, and reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed import utils
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn import Parameter
 
-from megatron_depthattn.train.megatron_state import MASTER
+from megatron_depthattn.train.megatron_state import MASTER, STATES, range_parts, sharded_models
+from megatron_depthattn.train.step import clip_factor, squared_norm
+from megatron_depthattn.train.step_folders import SAVED_METADATA
+
+_HEAD_NORMS = ("q_layernorm", "k_layernorm")
 
 
 class Shard(NamedTuple):
@@ -166,3 +188,147 @@ def _padded(shard: Shard, value: Tensor) -> Tensor:
     whole = value.new_zeros(shard.parameter.ds_tensor.numel())  # type: ignore[attr-defined]
     whole[: shard.size] = value
     return whole
+
+
+# ---- gradients
+
+
+@torch.no_grad()
+def sum_over_tensor_ranks(shards: Shards, device: torch.device) -> None:
+    """Complete the gradients of which every tensor rank has a part.
+
+    They are summed on ``device``, where the backend takes them; those of an offloaded optimizer lie in host memory.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return
+    partial = [
+        shard
+        for shard in shards.held
+        if getattr(shard.parameter, "sequence_parallel", False) or any(name in shard.name for name in _HEAD_NORMS)
+    ]
+    gradients = [shards.gradient(shard) for shard in partial]
+    if not gradients:
+        return
+    flat = _flatten_dense_tensors(gradients).to(device)
+    dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
+    flat = flat.to(gradients[0].device)
+    for shard, summed in zip(partial, _unflatten_dense_tensors(flat, gradients), strict=True):
+        shards.set_gradient(shard, summed)
+
+
+def squared_gradient_norm(shards: Shards, device: torch.device) -> Tensor:
+    """What this rank adds to the squared norm of the whole gradient, fp64 []."""
+    counts_here = not shards.is_replicated or parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    held = [shard for shard in shards.held if counts_here and param_is_not_tensor_parallel_duplicate(shard.parameter)]
+    return squared_norm([shards.gradient(shard) for shard in held], device)
+
+
+@torch.no_grad()
+def clip(shards: Shards, grad_norm: float, largest: float) -> None:
+    """Scale the gradient down to the norm ``largest``."""
+    factor = clip_factor(grad_norm, largest)
+    if factor < 1.0:
+        for shard in shards.held:
+            shards.set_gradient(shard, shards.gradient(shard).mul_(factor))
+
+
+# ---- checkpoints
+
+
+class Template:
+    """How the model's weights lie in the whole model; made before ZeRO takes the weights apart.
+
+    Args:
+        model: this rank's share of the model.
+    """
+
+    def __init__(self, model: GPTModel) -> None:
+        tree = sharded_models([model])["model0"]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._others = {key: part for key, part in tree.items() if id(part.data) not in names}
+        self.weights = {
+            names[id(part.data)]: replace(part, data=part.data.detach().to("meta"))
+            for part in tree.values()
+            if id(part.data) in names
+        }
+        """What Megatron says of each parameter; without its values."""
+
+    def tree(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """The model's part of a checkpoint with these weights: whole ones, or this rank's shares of some."""
+        return {"model0": self._others | weights}
+
+
+class DeepSpeedState:
+    """See `EngineState` in checkpoint.py."""
+
+    def __init__(
+        self, template: Template, shards: Shards, named: dict[str, Parameter], param_groups: list[Any]
+    ) -> None:
+        self._template, self._shards, self._named, self._param_groups = template, shards, named, param_groups
+        self._held: dict[str, Shard] = {shard.name: shard for shard in shards.held}
+        self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._loading: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def sharded(self, *, is_loading: bool) -> dict[str, Any]:
+        weights: dict[str, list[ShardedTensor]] = {}
+        parts: list[ShardedTensor] = []
+        for name, shard in self._held.items():
+            whole = self._template.weights[name]
+            first, last = (0, shard.size) if is_loading else self._share(shard.size)
+            for state in STATES:
+                if is_loading:
+                    values = self._loading[name, state] = torch.empty(shard.size, dtype=torch.float32)
+                else:
+                    values = self._shards.read(shard, state)[first:last]
+                parts += range_parts(whole, shard.start + first, values, f"optimizer.state.{state}.")
+                if not is_loading and state == MASTER and first < last:
+                    weights[name] = range_parts(whole, shard.start + first, values.to(whole.data.dtype))
+        if is_loading:
+            return self.sharded_weights() | {"optimizer": {"param_state": parts}}
+        groups = [
+            # The optimizer's settings, with the step where Megatron keeps it.
+            {key: value for key, value in group.items() if key != "params"} | {"step": self._shards.num_steps}
+            for group in self._param_groups
+        ]
+        optimizer = {
+            "optimizer": {"param_groups": groups},
+            "param_state_sharding_type": SAVED_METADATA["distrib_optim_sharding_type"],
+            "param_state": parts,
+        }
+        return self._template.tree(weights) | {"optimizer": optimizer}
+
+    def sharded_weights(self) -> dict[str, Any]:
+        return self._template.tree(
+            {
+                name: replace(whole, data=torch.empty_like(whole.data, device="cpu"))
+                for name, whole in self._template.weights.items()
+            }
+        )
+
+    @torch.no_grad()
+    def take(self, loaded: dict[str, Any]) -> None:
+        for (name, state), values in self._loading.items():
+            self._shards.write(self._held[name], state, values)
+        self._loading = {}
+        # Only the count of steps: learning rate, decay and betas stay those of this run's config.
+        self._shards.num_steps = float(loaded["optimizer"]["optimizer"]["param_groups"][0]["step"])
+        self._set_weights(loaded)
+
+    @torch.no_grad()
+    def take_weights(self, loaded: dict[str, Any]) -> None:
+        for name, shard in self._held.items():
+            whole = loaded["model0"][name].float()
+            self._shards.write(shard, MASTER, whole.reshape(-1).narrow(0, shard.start, shard.size))
+        self._set_weights(loaded)
+
+    def _set_weights(self, loaded: dict[str, Any]) -> None:
+        for name, parameter in self._named.items():
+            self._shards.set_weights(parameter, loaded["model0"][name])
+
+    def _share(self, size: int) -> tuple[int, int]:
+        """Which of a shard's elements this rank writes: all, but for an even share of what every rank holds."""
+        if not self._shards.is_replicated:
+            return 0, size
+        rank, ranks = self._group.rank(), self._group.size()
+        return size * rank // ranks, size * (rank + 1) // ranks
