@@ -26,12 +26,6 @@ from megatron_depthattn.terminal import printable
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
 
-_CHECKPOINT_BYTES = """
-from megatron_depthattn.config import load_config
-from megatron_depthattn.preflight.run import requirements_of
-print(requirements_of(load_config(sys.argv[1], sys.argv[3:]), int(sys.argv[2])).checkpoint_bytes)
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
@@ -113,12 +107,11 @@ def check_config(
             print(printable(f"here {line}"))
     except ValueError as error:
         return asked, [f"{path} on {ranks} ranks: {error}"], ranks
-    said, error_text = doctor.run_python(_CHECKPOINT_BYTES, path, str(ranks), *overrides)
-    unknown = [f"the size of a checkpoint is not known: {error_text}"] if error_text else []
+    from megatron_depthattn.estimate.counts import checkpoint_bytes
     from megatron_depthattn.estimate.fits import check_data
 
-    problems = [*_check_memory(config, ranks, gpu or _gpu_of(host)), *_find_data(config), *check_data(config), *unknown]
-    return asked, problems + _check_folders(config, int(said or 0)), ranks
+    problems = [*_check_memory(config, ranks, gpu or _gpu_of(host)), *_find_data(config), *check_data(config)]
+    return asked, problems + _check_folders(config, checkpoint_bytes(config)), ranks
 
 
 def _gpu_of(host: doctor.Host) -> str:

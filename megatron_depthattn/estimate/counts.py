@@ -132,6 +132,11 @@ def element_bytes(config: RunConfig) -> int:
     return 2 if config.precision.dtype == "bf16" else 4
 
 
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint: weights in their own type, and of each an fp32 copy and Adam's two averages."""
+    return decoder_shape(config).parameters * (element_bytes(config) + 12)
+
+
 def rows(config: RunConfig) -> int:
     """Tokens of a micro-batch on one rank; under sequence parallel those inside attention and MLP."""
     return config.train.micro_batch_size * config.data.sequence_length // config.parallel.context

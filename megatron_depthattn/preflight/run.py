@@ -27,7 +27,7 @@ import megatron_depthattn
 from megatron_depthattn.config import RunConfig, config_digest, config_keys, validate
 from megatron_depthattn.config.resolve import Resolved
 from megatron_depthattn.durable import write_durably
-from megatron_depthattn.estimate.counts import decoder_shape
+from megatron_depthattn.estimate.counts import checkpoint_bytes
 from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, attempt, communication_variables
 from megatron_depthattn.preflight import machine
@@ -41,8 +41,6 @@ from megatron_depthattn.train.watchdog import Watchdog
 
 RECORD = "preflight.json"
 SHARED_FOLDERS = ("run.dir", "checkpoint.dir")
-OPTIMIZER_BYTES = 12
-"""Of a parameter in a checkpoint, beside the weight itself: the fp32 copy and Adam's two averages."""
 NCCL_SHARED_MEMORY = 32 * 2**20
 """Room in /dev/shm that we want NCCL to have for each rank."""
 
@@ -198,17 +196,16 @@ def take_report(config: RunConfig, environment: LaunchEnvironment, reasons: Mapp
 def requirements_of(config: RunConfig, world_size: int) -> Requirements:
     """What the config takes of every machine.
 
-    A checkpoint: the weights in their own type and 12 bytes more of each for the optimizer. Of them ``checkpoint.keep``
-    and the one under way, less those that are there; at least one. Shared memory: 32 MiB for NCCL on GPUs.
+    Of checkpoints ``checkpoint.keep`` and the one under way, less those that are there; at least one. Shared memory:
+    32 MiB for NCCL on GPUs.
 
     Raises:
         ValueError: the config does not fit the world.
     """
     validate(config, world_size)
-    weight_bytes = 2 if config.precision.dtype == "bf16" else 4
     there = len(complete_folders(Path(config.checkpoint_dir)))
     return Requirements(
-        checkpoint_bytes=decoder_shape(config).parameters * (weight_bytes + OPTIMIZER_BYTES),
+        checkpoint_bytes=checkpoint_bytes(config),
         checkpoints=max(1, (config.checkpoint.keep or 1) + 1 - there),
         shared_memory_bytes=NCCL_SHARED_MEMORY if torch.cuda.is_available() else 0,
     )

@@ -6,16 +6,19 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_depthattn.cli.doctor import check_config
 from megatron_depthattn.cli.estimate import main as estimate
 from megatron_depthattn.config import load_config, validate
-from megatron_depthattn.doctor import MODULES, Host, Package, features, is_in_range, requirements
+from megatron_depthattn.doctor import MODULES, Host, Package, features, find_host, is_in_range, requirements
 
 ROOT = Path(__file__).parents[2]
 H100 = {"name": "H100", "capability": [9, 0], "bytes": 80 * 10**9}
@@ -161,18 +164,31 @@ def test_an_interpreter_with_nothing_installed(tmp_path: Path):
     assert "configs/quickstart.yaml cannot be read: No module named " in result.stdout
 
 
-def test_a_driver_whose_gpus_torch_does_not_see(broken_torch: dict[str, str], tmp_path: Path):
+def test_a_driver_whose_gpus_torch_does_not_see(
+    broken_torch: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 570.86.15'\n")
     tool.chmod(0o755)
     path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
-    result = doctor(**broken_torch, PATH=path)
-    assert result.returncode == 1
-    assert "TO FIX: GPU training" in result.stdout and "driver: 570.86.15" in result.stdout
+    for name, value in (broken_torch | {"PATH": path}).items():
+        monkeypatch.setenv(name, value)
+    host = find_host()
+    assert host.gpus_of_driver == ("NVIDIA H100 80GB HBM3",) and host.driver == "570.86.15" and not host.devices
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: no driver is running' >&2\nexit 9\n")
-    result = doctor(**broken_torch, PATH=path)
-    assert "nvidia-smi: NVIDIA-SMI has failed: no driver is running" in result.stdout
+    assert find_host().driver == "nvidia-smi: NVIDIA-SMI has failed: no driver is running"
+
+
+@pytest.fixture
+def free_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the free space of every disk, since a checkpoint of `3b` is larger than some machines' disks."""
+
+    def set_free(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+    set_free(10**13)
+    return set_free
 
 
 def problems_of(tmp_path: Path, *settings: str, world: int | None = None, host: Host = HEALTHY) -> list[str]:
@@ -180,6 +196,7 @@ def problems_of(tmp_path: Path, *settings: str, world: int | None = None, host: 
     return check_config("3b", given, world, dataclasses.replace(host, **CPU), PACKAGES)[1]
 
 
+@pytest.mark.usefixtures("free_bytes")
 def test_what_of_a_config_is_wrong_here(tmp_path: Path):
     """Before anything runs: layout against ranks, keys, data."""
     (problem,) = problems_of(tmp_path, "parallel.tensor=3")
@@ -191,6 +208,15 @@ def test_what_of_a_config_is_wrong_here(tmp_path: Path):
     assert problem == "/nowhere/data is not there: prepare it with depthattn prepare, or set data.path"
 
 
+def test_a_disk_too_small_for_a_checkpoint(tmp_path: Path, free_bytes: Callable[[int], None]):
+    free_bytes(10**9)
+    (problem,) = problems_of(tmp_path, "data.path=configs", world=32)
+    where, said = problem.split(": ", 1)
+    assert where == f"checkpoint.dir={tmp_path}/run/checkpoints"
+    assert said == "1.0 GB free, a checkpoint takes about 38.5 GB; free some, or set another"
+
+
+@pytest.mark.usefixtures("free_bytes")
 def test_data_of_another_length_or_vocabulary(tmp_path: Path, capsys):
     def said(vocabulary: int) -> list[str]:
         (tmp_path / "manifest.json").write_text(json.dumps({"sequence_length": 64, "vocab_size": vocabulary}))
@@ -204,6 +230,7 @@ def test_data_of_another_length_or_vocabulary(tmp_path: Path, capsys):
     assert said(400) == [length] and "has only 400 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("free_bytes")
 def test_what_does_not_fit_the_gpus(tmp_path: Path, capsys):
     """The planner's count: what a rank needs, what there is, what to set; the control is the config as it ships."""
     large = ("data.path=configs", "train.micro_batch_size=16")
