@@ -1,5 +1,6 @@
 """The config of a run: its keys (`schema`), reading it (`load`) and what cannot run (`checks`)."""
 
+# ruff: noqa: F401 - these are the names that other packages import from here
 from megatron_depthattn.config.checks import Sizes, validate
 from megatron_depthattn.config.describe import config_reference
 from megatron_depthattn.config.load import config_digest, config_keys, from_dict, load_config, save_config, to_dict
@@ -7,47 +8,14 @@ from megatron_depthattn.config.schema import (
     AttnResConfig,
     CheckpointConfig,
     DataConfig,
-    DenseFormerConfig,
     DepthConfig,
     EngineConfig,
-    MHCConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
-    PreflightConfig,
     RecomputeConfig,
     RunConfig,
-    RunDirConfig,
     StreamConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "AttnResConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "DenseFormerConfig",
-    "DepthConfig",
-    "EngineConfig",
-    "MHCConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "PrecisionConfig",
-    "PreflightConfig",
-    "RecomputeConfig",
-    "RunConfig",
-    "RunDirConfig",
-    "Sizes",
-    "StreamConfig",
-    "TrainConfig",
-    "config_digest",
-    "config_keys",
-    "config_reference",
-    "from_dict",
-    "load_config",
-    "save_config",
-    "to_dict",
-    "validate",
-]

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+Condition = Callable[[Any, Any], Any]
+"""Of the config, and of the number of ranks or what a machine has; values for the texts count as true."""
+
 
 def as_yaml(value: Any) -> str:
     """A value as a config writes it."""
@@ -22,8 +25,7 @@ class Check:
 
     section: str
     given: str
-    applies: Callable[[Any, Any], Any]
-    """Of the config, and of the number of ranks or what a machine has; values for the texts count as true."""
+    applies: Condition
     why: str
     remedy: str
 
@@ -36,8 +38,7 @@ class Check:
 
         def text_of(match: re.Match[str]) -> str:
             name, form = match.groups()
-            # Fields come and go between Megatron-Core versions: an absent one is None.
-            value = values.get(name) if name in values else functools.reduce(_get, name.split("."), config)
+            value = values[name] if name in values else _value(config, name)
             shown = value if name in values and isinstance(value, str) else show(value)
             return f"{name}{form}{' ' if form == ' is' else ''}{shown}" if form else shown
 
@@ -45,8 +46,36 @@ class Check:
         return re.sub(r"\{([\w.]+)(=| is)?(?:\|[^}]*)?\}", text_of, text)
 
 
-def _get(section: Any, name: str) -> Any:
-    return getattr(section, name, None)
+def checks(section: str, *rows: str | tuple[str, Condition]) -> tuple[Check, ...]:
+    """Checks from their messages, ``given: why; remedy`` or ``given; remedy``.
+
+    One without a condition beside it applies to a config in which every setting that ``given`` names is as it says:
+    ``a.b=value`` has that value, ``{a.b=|above 1}`` is above 1, ``{a.b=}`` is neither null, false nor empty.
+    """
+    made = []
+    for row in rows:
+        text, condition = (row, None) if isinstance(row, str) else row
+        problem, _, remedy = text.partition("; ")
+        given, _, why = problem.partition(": ")
+        made.append(Check(section, given, condition or _as_given(given), why, remedy))
+    return tuple(made)
+
+
+def _as_given(given: str) -> Condition:
+    settings = re.findall(r"\{([\w.]+)(?:=| is)(?:\|above (\d+))?\}|([\w.]+\.\w+)=(\w+)", given)
+    return lambda config, _: all(
+        as_yaml(_value(config, key)) == text
+        if key
+        else _value(config, shown) > int(least)
+        if least
+        else _value(config, shown)
+        for shown, least, key, text in settings
+    )
+
+
+def _value(config: Any, key: str) -> Any:
+    # Fields come and go between Megatron-Core versions: an absent one is None.
+    return functools.reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
 
 
 def first_unsupported(checks: Iterable[Check], config: Any, context: Any = None) -> str | None:

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
 
-from megatron_depthattn.config.check import Check, first_unsupported
+from megatron_depthattn.config.check import Check, Condition, checks
 from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.config.schema import RunConfig
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
-from megatron_depthattn.switches import OVERLAPS, has_chunks_of_same_weights
+from megatron_depthattn.switches import OVERLAPS
 from megatron_depthattn.vocabulary import VOCAB_MULTIPLE, padded_vocab_size
 
 
@@ -40,36 +40,21 @@ def validate(config: RunConfig, world_size: int, *, needs_data: bool = True) -> 
             raise ValueError(message)
     for method in DEFINITIONS:
         method_of(asdict(config.model) | {"method": method})  # raises where a setting of it is out of range
-    replicas = world_size // _model_ranks(config)
     return Sizes(
-        data_parallel_size=replicas,
-        num_microbatches=config.train.global_batch_size // (config.train.micro_batch_size * replicas),
+        data_parallel_size=world_size // _model_ranks(config),
+        num_microbatches=config.train.global_batch_size // _samples_at_once(config, world_size),
         layers_per_chunk=_layers_per_chunk(config),
     )
-
-
-def unsupported_precision(config: RunConfig) -> str | None:
-    """The message of the first check of the precision that applies."""
-    return first_unsupported(PRECISION, config)
-
-
-def unsupported_switches(config: RunConfig) -> str | None:
-    """The same of the switches for speed; they are checked again once `auto` is resolved."""
-    return first_unsupported(SWITCHES, config)
 
 
 # ---- ranges
 
 
 def _ranges(keys: str, is_valid: Callable[[Any], bool], remedy: str) -> tuple[Check, ...]:
-    def check(key: str) -> Check:
-        def applies(config: RunConfig, _: int) -> bool:
-            value: Any = reduce(getattr, key.split("."), config)
-            return value is not None and not is_valid(value)
+    def applies(key: str) -> Condition:
+        return lambda config, _: (value := reduce(getattr, key.split("."), config)) is not None and not is_valid(value)
 
-        return Check("ranges", f"{{{key} is}}", applies, "", remedy)
-
-    return tuple(check(key) for key in keys.split())
+    return checks("ranges", *((f"{{{key} is}}; {remedy}", applies(key)) for key in keys.split()))
 
 
 RANGES = (
@@ -86,6 +71,7 @@ RANGES = (
         lambda n: 1 <= n < 1 << 31,
         "set 1 to 2147483647",
     ),
+    *_ranges("engine.zero_stage", lambda n: 0 <= n <= 3, "set one of DeepSpeed's stages: 0, 1, 2, 3"),
     *_ranges("data.num_workers", lambda n: 0 <= n <= 1024, "set 0 to 1024"),
     *_ranges(
         "run.seed model.depth_attention.recent_window model.init_std precision.bf16_first_layers "
@@ -103,188 +89,96 @@ RANGES = (
 
 # ---- looped models and the engine
 
-
-def _engine(name: str, given: str, applies: Callable[[RunConfig], bool], why: str, remedy: str) -> Check:
-    return Check("engine", given, lambda c, _: c.engine.name == name and applies(c), why, remedy)
-
-
-LOOPS = (
-    Check(
-        "looped models",
-        "{model.num_loops is|above 1} with {model.method=|denseformer, attnres or mhc}",
-        lambda c, _: c.model.num_loops > 1 and c.model.method not in ("depth_attention", "vanilla"),
-        "the method has weights of its own for every place in depth and is not defined for a stack that is run again",
-        "set model.num_loops=1, or model.method to depth_attention or vanilla",
+LOOPS = checks(
+    "looped models",
+    (
+        "{model.num_loops is|above 1} with {model.method=|denseformer, attnres or mhc}: the method has weights of its "
+        "own for every place in depth and is not defined for a stack that is run again; set model.num_loops=1, or "
+        "model.method to depth_attention or vanilla",
+        lambda c, _: c.model.num_loops > 1 and c.model.method in DEFINITIONS,
     ),
-    Check(
-        "looped models",
-        "{model.num_loops is|above 1} with {precision.fp8=}",
-        lambda c, _: c.model.num_loops > 1 and c.precision.fp8,
-        "scaling state has not been tried with weights that several layers use",
-        "set precision.fp8=null or model.num_loops=1",
-    ),
-    Check(
-        "looped models",
-        "{model.num_loops is|above 1} with {parallel.pipeline=|above 1} and {parallel.virtual_pipeline=|another}",
+    "{model.num_loops is|above 1} with {precision.fp8=}: scaling state has not been tried with weights that several "
+    "layers use; set precision.fp8=null or model.num_loops=1",
+    (
+        "{model.num_loops is|above 1} with {parallel.pipeline=|above 1} and {parallel.virtual_pipeline=|another}: a "
+        "stage keeps its layers' weights for all loops, so it holds one chunk for each; set "
+        "parallel.virtual_pipeline={model.num_loops}, or parallel.pipeline=1",
         lambda c, _: 1 != c.model.num_loops != c.parallel.virtual_pipeline and c.parallel.pipeline > 1,
-        "a stage keeps its layers' weights for all loops, so it holds one chunk for each",
-        "set parallel.virtual_pipeline={model.num_loops}, or parallel.pipeline=1",
     ),
 )
-ENGINE = (
-    _engine(
-        "megatron",
-        "{engine.zero_stage is|above 0} with engine.name=megatron",
-        lambda c: c.engine.zero_stage != 0,
-        "that engine has no ZeRO stages",
-        "set engine.zero_stage=0 (its optimizer's state is always sharded over the data-parallel ranks)",
-    ),
-    _engine(
-        "megatron",
-        "engine.offload_optimizer=true with engine.name=megatron",
-        lambda c: c.engine.offload_optimizer,
-        "its optimizer stays on its device",
-        "set engine.offload_optimizer=false, or engine.name=deepspeed with engine.zero_stage=1 or more",
-    ),
-    _engine(
-        "deepspeed",
-        "{engine.zero_stage is|outside 0 to 3} with engine.name=deepspeed",
-        lambda c: not 0 <= c.engine.zero_stage <= 3,
-        "",
-        "set one of DeepSpeed's stages: 0, 1, 2, 3",
-    ),
-    _engine(
-        "deepspeed",
-        "{model.num_loops is|above 1} with engine.name=deepspeed",
-        lambda c: c.model.num_loops > 1,
-        "it expects every weight's gradient once in a backward pass and gathers ZeRO-3 weights for the one module that "
-        "holds them",
-        "set model.num_loops=1 or engine.name=megatron",
-    ),
+ENGINE = checks(
+    "engine",
+    "{engine.zero_stage is|above 0} with engine.name=megatron: that engine has no ZeRO stages; set engine.zero_stage=0 "
+    "(its optimizer's state is always sharded over the data-parallel ranks)",
+    "engine.offload_optimizer=true with engine.name=megatron: its optimizer stays on its device; set "
+    "engine.offload_optimizer=false, or engine.name=deepspeed with engine.zero_stage=1 or more",
+    "{model.num_loops is|above 1} with engine.name=deepspeed: it expects every weight's gradient once in a backward "
+    "pass and gathers ZeRO-3 weights for the one module that holds them; set model.num_loops=1 or engine.name=megatron",
     *(
-        _engine(
-            "deepspeed",
-            f"{{parallel.{key} is|above 1}} with engine.name=deepspeed",
-            lambda c, key=key: getattr(c.parallel, key) > 1,  # type: ignore[misc]
-            "it does not run Megatron's pipeline schedules",
-            f"set parallel.{key}=1 (and more parallel.tensor, or a higher engine.zero_stage), or engine.name=megatron",
-        )
+        f"{{parallel.{key} is|above 1}} with engine.name=deepspeed: it does not run Megatron's pipeline schedules; set "
+        f"parallel.{key}=1 (and more parallel.tensor, or a higher engine.zero_stage), or engine.name=megatron"
         for key in ("virtual_pipeline", "pipeline")
     ),
-    _engine(
-        "deepspeed",
-        "engine.offload_optimizer=true with engine.zero_stage=0",
-        lambda c: c.engine.offload_optimizer and c.engine.zero_stage == 0,
-        "DeepSpeed has no offload there",
-        "set engine.zero_stage=1 or more, or engine.offload_optimizer=false",
-    ),
-    _engine(
-        "deepspeed",
-        "precision.dtype=bf16 with engine.name=deepspeed and engine.zero_stage=0",
-        lambda c: c.precision.dtype == "bf16" and c.engine.zero_stage == 0,
-        "DeepSpeed would sum gradients in bf16",
-        "set engine.zero_stage=1 or more (they sum in fp32), or engine.name=megatron",
-    ),
+    "engine.offload_optimizer=true with engine.zero_stage=0: DeepSpeed has no offload there; set engine.zero_stage=1 "
+    "or more, or engine.offload_optimizer=false",
+    "precision.dtype=bf16 with engine.name=deepspeed and engine.zero_stage=0: DeepSpeed would sum gradients in bf16; "
+    "set engine.zero_stage=1 or more (they sum in fp32), or engine.name=megatron",
 )
 
 # ---- Megatron's switches for speed
 
 _FUSED = "model.fused_gradient_accumulation"
-_OVERLAP_NEEDS: dict[str, Callable[[RunConfig], bool]] = {
-    "engine.name=megatron": lambda c: c.engine.name == "megatron",
-    "model.spec=te": lambda c: c.model.spec != "local",
-    "precision.dtype=bf16": lambda c: c.precision.dtype == "bf16",
-    "parallel.tensor=2 or more": lambda c: c.parallel.tensor > 1,
-    "parallel.sequence=true": lambda c: c.parallel.sequence,
-}
 
 
 def _overlap_lacks(config: RunConfig, _: int) -> dict[str, str]:
-    missing = [setting for setting, is_there in _OVERLAP_NEEDS.items() if not is_there(config)]
-    return {"missing": " and ".join(missing)} if config.parallel.tp_comm_overlap and missing else {}
+    needs = {
+        "engine.name=megatron": config.engine.name == "megatron",
+        "model.spec=te": config.model.spec != "local",
+        "precision.dtype=bf16": config.precision.dtype == "bf16",
+        "parallel.tensor=2 or more": config.parallel.tensor > 1,
+        "parallel.sequence=true": config.parallel.sequence,
+    }
+    missing = " and ".join(setting for setting, is_there in needs.items() if not is_there)
+    return {"missing": missing} if config.parallel.tp_comm_overlap and missing else {}
 
 
-def _is_deepspeed_with(section: str, key: str) -> Callable[[RunConfig, int], bool]:
-    return lambda c, _: c.engine.name == "deepspeed" and bool(getattr(getattr(c, section), key))
-
-
-SWITCHES = (
+SWITCHES = checks(
+    "switches",
     *(
-        Check(
-            "switches",
-            f"parallel.{key}=true with engine.name=deepspeed",
-            _is_deepspeed_with("parallel", key),
-            "it reduces and gathers in its own way",
-            f"set parallel.{key}=null, or engine.name=megatron",
-        )
+        f"parallel.{key}=true with engine.name=deepspeed: it reduces and gathers in its own way; set "
+        f"parallel.{key}=null, or engine.name=megatron"
         for key in OVERLAPS
     ),
     *(
-        Check(
-            "switches",
-            f"parallel.{key}=true with {{model.num_loops=|above 1}} and {{parallel.virtual_pipeline=|above 1}}",
-            lambda c, _, key=key: getattr(c.parallel, key) and has_chunks_of_same_weights(c),  # type: ignore[misc]
-            "the chunks of a rank use the same weights, whose gradients are finished once for each chunk, so no bucket "
-            "knows the last time",
-            f"set parallel.{key}=null, or parallel.pipeline=1 and parallel.virtual_pipeline=1",
-        )
+        f"parallel.{key}=true with {{model.num_loops=|above 1}} and {{parallel.virtual_pipeline=|above 1}}: the chunks "
+        "of a rank use the same weights, whose gradients are finished once for each chunk, so no bucket knows the last "
+        f"time; set parallel.{key}=null, or parallel.pipeline=1 and parallel.virtual_pipeline=1"
         for key in OVERLAPS
     ),
-    Check(
-        "switches",
-        "parallel.overlap_param_gather=true with parallel.overlap_grad_reduce=false",
-        lambda c, _: c.parallel.overlap_param_gather and c.parallel.overlap_grad_reduce is False,
-        "the buckets that are gathered one by one are those of the reduction",
-        "set parallel.overlap_grad_reduce=true, or parallel.overlap_param_gather=false",
-    ),
-    Check(
-        "switches",
-        "model.compile=true with model.spec=te",
-        lambda c, _: c.model.compile and c.model.spec == "te",
-        "the norms of the local layers are compiled, TransformerEngine's are kernels already",
-        "set model.compile=false, or model.spec=local",
-    ),
-    Check(
-        "switches",
-        "model.compile=true with engine.name=deepspeed",
-        _is_deepspeed_with("model", "compile"),
-        "it takes weights away from the modules and has not been tried with compiled ones",
-        "set model.compile=false, or engine.name=megatron",
-    ),
-    Check(
-        "switches",
-        "model.fused_cross_entropy=true with precision.dtype=fp32",
-        lambda c, _: c.model.fused_cross_entropy and c.precision.dtype != "bf16",
-        "Megatron's kernel rounds the logits' gradient to bf16",
-        "set model.fused_cross_entropy=false, or precision.dtype=bf16",
-    ),
-    Check(
-        "switches",
-        f"{_FUSED}=true with engine.name=deepspeed",
-        _is_deepspeed_with("model", "fused_gradient_accumulation"),
-        "its gradients are not summed in Megatron's buffers",
-        f"set {_FUSED}=null, or engine.name=megatron",
-    ),
-    Check(
-        "switches",
-        f"{_FUSED}=true with {{model.num_loops=|above 1}}",
-        lambda c, _: c.model.fused_gradient_accumulation and c.model.num_loops > 1,
-        "TransformerEngine's first microbatch of a step overwrites a weight's gradient, also that of the loops before",
-        f"set {_FUSED}=null, or model.num_loops=1",
-    ),
-    Check(
-        "switches",
-        "parallel.tp_comm_overlap=true without sequence parallel, TransformerEngine's layers and bf16",
+    "parallel.overlap_param_gather=true with parallel.overlap_grad_reduce=false: the buckets that are gathered one by "
+    "one are those of the reduction; set parallel.overlap_grad_reduce=true, or parallel.overlap_param_gather=false",
+    "model.compile=true with model.spec=te: the norms of the local layers are compiled, TransformerEngine's are "
+    "kernels already; set model.compile=false, or model.spec=local",
+    "model.compile=true with engine.name=deepspeed: it takes weights away from the modules and has not been tried with "
+    "compiled ones; set model.compile=false, or engine.name=megatron",
+    "model.fused_cross_entropy=true with precision.dtype=fp32: Megatron's kernel rounds the logits' gradient to bf16; "
+    "set model.fused_cross_entropy=false, or precision.dtype=bf16",
+    f"{_FUSED}=true with engine.name=deepspeed: its gradients are not summed in Megatron's buffers; set {_FUSED}=null, "
+    "or engine.name=megatron",
+    f"{_FUSED}=true with {{model.num_loops=|above 1}}: TransformerEngine's first microbatch of a step overwrites a "
+    f"weight's gradient, also that of the loops before; set {_FUSED}=null, or model.num_loops=1",
+    (
+        "parallel.tp_comm_overlap=true without sequence parallel, TransformerEngine's layers and bf16: it overlaps the "
+        "gathers and reductions of sequence parallel inside TransformerEngine's layers, in bf16; set {missing}, or "
+        "parallel.tp_comm_overlap=false",
         _overlap_lacks,
-        "it overlaps the gathers and reductions of sequence parallel inside TransformerEngine's layers, in bf16",
-        "set {missing}, or parallel.tp_comm_overlap=false",
     ),
 )
 
 # ---- data
 
 
-def _stream(is_wrong: Callable[[Any, RunConfig], bool]) -> Callable[[RunConfig, int], dict[str, Any]]:
+def _stream(is_wrong: Callable[[Any, RunConfig], bool]) -> Condition:
     def applies(config: RunConfig, _: int) -> dict[str, Any]:
         for number, stream in enumerate(config.data.sources):
             if is_wrong(stream, config):
@@ -294,71 +188,50 @@ def _stream(is_wrong: Callable[[Any, RunConfig], bool]) -> Callable[[RunConfig, 
     return applies
 
 
-DATA = (
-    Check(
-        "data",
-        "data.path is not set",
+DATA = checks(
+    "data",
+    (
+        "data.path is not set: the run has nothing to read; set it to the folder or URL that tools/prepare_data.py "
+        "--output wrote, such as data.path=data/quickstart (or several in data.streams)",
         lambda c, _: not c.data.path and c.data.streams is None,
-        "the run has nothing to read",
-        "set it to the folder or URL that tools/prepare_data.py --output wrote, such as data.path=data/quickstart (or "
-        "several in data.streams)",
     ),
-    Check(
-        "data",
-        "{data.path is} and data.streams is set as well",
+    (
+        "{data.path is} and data.streams is set as well; set data.path='' to read the streams, or data.streams=null to "
+        "read data.path",
         lambda c, _: c.data.path and c.data.streams is not None,
-        "",
-        "set data.path='' to read the streams, or data.streams=null to read data.path",
     ),
-    Check(
-        "data",
-        "data.streams is an empty list",
+    (
+        "data.streams is an empty list; give at least one entry of path and proportion, or set data.path",
         lambda c, _: c.data.streams == [],
-        "",
-        "give at least one entry of path and proportion, or set data.path",
     ),
-    Check("data", "data.cache is empty", lambda c, _: c.data.cache == "", "", "set a local folder, or null for none"),
-    Check(
-        "data",
-        "{stream}.path is empty",
-        _stream(lambda stream, c: not stream.path),
-        "",
-        "set the folder or URL of a prepared corpus",
-    ),
-    Check(
-        "data",
-        "{stream}.proportion is {proportion}",
+    ("data.cache is empty; set a local folder, or null for none", lambda c, _: c.data.cache == ""),
+    ("{stream}.path is empty; set the folder or URL of a prepared corpus", _stream(lambda stream, c: not stream.path)),
+    (
+        "{stream}.proportion is {proportion}; set a number above 0",
         _stream(lambda stream, c: not 0 < stream.proportion < math.inf),
-        "",
-        "set a number above 0",
     ),
-    Check(
-        "data",
-        "{stream}.path is the remote {path} and data.cache is null",
+    (
+        "{stream}.path is the remote {path} and data.cache is null: shards have nowhere to go; set data.cache to a "
+        "local folder of each node",
         _stream(lambda stream, c: "://" in stream.path and c.data.cache is None),
-        "shards have nowhere to go",
-        "set data.cache to a local folder of each node",
     ),
-    Check(
-        "data",
-        "run.dir is not set",
+    (
+        "run.dir is not set: the run has nowhere to write; set a folder, such as run.dir=runs/first",
         lambda c, _: not c.run.dir,
-        "the run has nowhere to write",
-        "set a folder, such as run.dir=runs/first",
     ),
 )
 
 # ---- model and layout
 
 
-def _multiples(value: int, step: int) -> str:
-    """The multiples of `step` on both sides of `value`."""
+def _unless_multiple(value: int, step: int, **more: int) -> dict[str, Any]:
+    """For the texts, the multiples of `step` on both sides of `value`; empty if it is one."""
     below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
-
-
-def _unless_multiple(value: int, step: int) -> dict[str, Any]:
-    return {"step": step, "multiples": _multiples(value, step)} if value % step else {}
+    return (
+        {"step": step, "multiples": f"{below} or {below + step}" if below > 0 else str(step), **more}
+        if value < 1 or value % step
+        else {}
+    )
 
 
 def _divisors(number: int) -> str:
@@ -376,6 +249,11 @@ def _model_ranks(config: RunConfig) -> int:
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
+def _samples_at_once(config: RunConfig, ranks: int) -> int:
+    """Samples of one forward pass of all model replicas."""
+    return config.train.micro_batch_size * (ranks // _model_ranks(config))
+
+
 def _layers_per_chunk(config: RunConfig) -> int:
     """Layers of a chunk; those of all loops where there is no pipeline to cut them."""
     model, parallel = config.model, config.parallel
@@ -384,311 +262,228 @@ def _layers_per_chunk(config: RunConfig) -> int:
     return model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
 
 
-def _world(config: RunConfig, ranks: int) -> dict[str, Any]:
-    found = _unless_multiple(ranks, _model_ranks(config))
-    return {"ranks": ranks, **found} if found else {}
+def _groups(config: RunConfig, ranks: int) -> Any:
+    batch, at_once = config.train.global_batch_size, _samples_at_once(config, ranks)
+    group = at_once * config.parallel.pipeline
+    return config.parallel.virtual_pipeline > 1 and _unless_multiple(batch, group, microbatches=batch // at_once)
 
 
-def _batch(config: RunConfig, ranks: int) -> dict[str, Any]:
-    replicas = ranks // _model_ranks(config)
-    found = _unless_multiple(config.train.global_batch_size, config.train.micro_batch_size * replicas)
-    return {"replicas": replicas, **found} if found else {}
+def _pieces(config: RunConfig) -> int:
+    """Equal pieces of a sequence: two for each context-parallel rank, so that causal work is even."""
+    return 2 * config.parallel.context if config.parallel.context > 1 else 1
 
 
-def _groups(config: RunConfig, ranks: int) -> dict[str, Any]:
-    batch, per_pass = config.train.global_batch_size, config.train.micro_batch_size * (ranks // _model_ranks(config))
-    stages = config.parallel.pipeline
-    if config.parallel.virtual_pipeline == 1 or batch // per_pass % stages == 0:
-        return {}
-    return {"microbatches": batch // per_pass, "multiples": _multiples(batch, per_pass * stages)}
-
-
-def _sequence_share(config: RunConfig, _: int) -> dict[str, Any]:
-    parallel = config.parallel
-    shares = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
-    return _unless_multiple(config.data.sequence_length, shares) if parallel.sequence else {}
-
-
-MODEL = (
-    Check(
-        "model",
-        "{model.num_attention_heads is} and {model.num_query_groups is|that does not divide it}",
+MODEL = checks(
+    "model",
+    (
+        "{model.num_attention_heads is} and {model.num_query_groups is|that does not divide it}: every key/value head "
+        "serves the same number of query heads; set num_query_groups to one of {divisors}",
         lambda c, _: (
             c.model.num_attention_heads % c.model.num_query_groups
             and {"divisors": _divisors(c.model.num_attention_heads)}
         ),
-        "every key/value head serves the same number of query heads",
-        "set num_query_groups to one of {divisors}",
     ),
-    Check(
-        "model",
-        "{model.kv_channels is|odd}",
+    (
+        "{model.kv_channels is|odd}: RoPE turns pairs of channels; set an even number",
         lambda c, _: c.model.kv_channels % 2,
-        "RoPE turns pairs of channels",
-        "set an even number",
     ),
-    Check(
-        "model",
-        "{parallel.tensor is} and {model.num_query_groups is|of which none divides the other}",
+    (
+        "{parallel.tensor is} and {model.num_query_groups is|of which none divides the other}: a rank holds whole "
+        "key/value heads, or ranks share one evenly; set parallel.tensor to a divisor or a multiple of "
+        "num_query_groups",
         lambda c, _: c.model.num_query_groups % c.parallel.tensor and c.parallel.tensor % c.model.num_query_groups,
-        "a rank holds whole key/value heads, or ranks share one evenly",
-        "set parallel.tensor to a divisor or a multiple of num_query_groups",
     ),
     *(
-        Check(
-            "model",
-            f"{{model.{key} is}}, which {{parallel.tensor=}} does not divide",
-            lambda c, _, key=key: _unless_multiple(getattr(c.model, key), c.parallel.tensor),  # type: ignore[misc]
-            "each tensor-parallel rank holds an equal share",
-            f"set model.{key}={{multiples}}, or another parallel.tensor",
+        (
+            f"{{model.{key} is}}, which {{parallel.tensor=}} does not divide: each tensor-parallel rank holds an equal "
+            f"share; set model.{key}={{multiples}}, or another parallel.tensor",
+            lambda c, _, key=key: _unless_multiple(getattr(c.model, key), c.parallel.tensor),
         )
         for key in ("num_attention_heads", "ffn_hidden_size")
     ),
-    Check(
-        "model",
+    (
         f"{{model.vocab_size is}}, whose embedding of {{rows}} rows (padded to a multiple of {VOCAB_MULTIPLE}) "
-        "{parallel.tensor=} does not divide",
+        "{parallel.tensor=} does not divide: each tensor-parallel rank holds an equal share; set "
+        "model.vocab_size={next}, or parallel.tensor to a power of two",
         _padded_rows,
-        "each tensor-parallel rank holds an equal share",
-        "set model.vocab_size={next}, or parallel.tensor to a power of two",
     ),
 )
-LAYOUT = (
-    Check(
-        "layout",
-        "{parallel.virtual_pipeline is|above 1} with parallel.pipeline=1",
-        lambda c, _: c.parallel.virtual_pipeline > 1 and c.parallel.pipeline == 1,
-        "chunks are interleaved over several stages",
-        "set parallel.virtual_pipeline=1 or parallel.pipeline=2 or more",
-    ),
-    Check(
-        "layout",
-        "{model.num_layers is}, which is not a multiple of {parallel.pipeline=}, with {model.num_loops=|above 1}",
+LAYOUT = checks(
+    "layout",
+    "{parallel.virtual_pipeline is|above 1} with parallel.pipeline=1: chunks are interleaved over several stages; set "
+    "parallel.virtual_pipeline=1 or parallel.pipeline=2 or more",
+    (
+        "{model.num_layers is}, which is not a multiple of {parallel.pipeline=}, with {model.num_loops=|above 1}: "
+        "every stage holds the same number of layers, and runs them in each loop; set model.num_layers={multiples}, or "
+        "other stages",
         lambda c, _: c.model.num_loops > 1 and _unless_multiple(c.model.num_layers, c.parallel.pipeline),
-        "every stage holds the same number of layers, and runs them in each loop",
-        "set model.num_layers={multiples}, or other stages",
     ),
-    Check(
-        "layout",
+    (
         "{model.num_layers is}, which is not a multiple of {step} ({parallel.pipeline=} times "
-        "{parallel.virtual_pipeline=})",
+        "{parallel.virtual_pipeline=}): every chunk holds the same number of layers; set model.num_layers={multiples}, "
+        "or other stages",
         lambda c, _: (
             c.model.num_loops == 1
             and _unless_multiple(c.model.num_layers, c.parallel.pipeline * c.parallel.virtual_pipeline)
         ),
-        "every chunk holds the same number of layers",
-        "set model.num_layers={multiples}, or other stages",
     ),
-    Check(
-        "recompute",
-        "{recompute.granularity is|null or selective} with {recompute.method=} and {recompute.num_layers=}",
+    (
+        "the world has {ranks} ranks, which is not a multiple of {step} ({parallel.tensor=} times {parallel.pipeline=} "
+        "times {parallel.context=}): those are the ranks of one model replica; start {multiples} ranks, or set another "
+        "layout",
+        lambda c, ranks: _unless_multiple(ranks, _model_ranks(c), ranks=ranks),
+    ),
+    (
+        "{data.sequence_length is}, more than {model.max_position_embeddings=}; set "
+        "model.max_position_embeddings={data.sequence_length} or a shorter data.sequence_length",
+        lambda c, _: c.data.sequence_length > c.model.max_position_embeddings,
+    ),
+    (
+        "{data.sequence_length is}, which is not a multiple of {step}, with {parallel.context=}: each rank holds two "
+        "equal pieces of the sequence, so that causal work is even; set data.sequence_length={multiples}",
+        lambda c, _: _unless_multiple(c.data.sequence_length, _pieces(c)),
+    ),
+    "parallel.sequence=true with parallel.tensor=1: sequence parallel splits positions over the tensor-parallel ranks; "
+    "set parallel.sequence=false or parallel.tensor=2 or more",
+    (
+        "{data.sequence_length is}, which is not a multiple of {step}, with parallel.sequence=true: every one of "
+        "{parallel.tensor} tensor-parallel ranks holds an equal share of the positions; set "
+        "data.sequence_length={multiples} or parallel.sequence=false",
+        lambda c, _: c.parallel.sequence and _unless_multiple(c.data.sequence_length, c.parallel.tensor * _pieces(c)),
+    ),
+    (
+        "{train.global_batch_size is}, which is not a multiple of {step} ({train.micro_batch_size=} times {replicas} "
+        "data-parallel replicas): every replica runs the same number of microbatches; set "
+        "train.global_batch_size={multiples}, or another train.micro_batch_size",
+        lambda c, ranks: _unless_multiple(
+            c.train.global_batch_size, _samples_at_once(c, ranks), replicas=ranks // _model_ranks(c)
+        ),
+    ),
+    (
+        "a step has {microbatches} microbatches, which is not a multiple of {parallel.pipeline=}, with "
+        "{parallel.virtual_pipeline=}: the interleaved schedule takes them in groups of one per stage; set "
+        "train.global_batch_size={multiples} or parallel.virtual_pipeline=1",
+        _groups,
+    ),
+)
+RECOMPUTE = checks(
+    "recompute",
+    (
+        "{recompute.granularity is|null or selective} with {recompute.method=} and {recompute.num_layers=}: these two "
+        "belong to full recompute; set both to null, or recompute.granularity=full",
         lambda c, _: c.recompute.granularity != "full" and (c.recompute.method or c.recompute.num_layers is not None),
-        "these two belong to full recompute",
-        "set both to null, or recompute.granularity=full",
     ),
-    Check(
-        "recompute",
-        "recompute.granularity=full without recompute.method and recompute.num_layers",
+    (
+        "recompute.granularity=full without recompute.method and recompute.num_layers: it needs both; set "
+        "recompute.method=uniform recompute.num_layers=1 to keep only each layer's input",
         lambda c, _: c.recompute.granularity == "full" and None in (c.recompute.method, c.recompute.num_layers),
-        "it needs both",
-        "set recompute.method=uniform recompute.num_layers=1 to keep only each layer's input",
     ),
-    Check(
-        "recompute",
-        "{recompute.num_layers is}, but a pipeline chunk holds {layers} layers",
+    (
+        "{recompute.num_layers is}, but a pipeline chunk holds {layers} layers; set recompute.num_layers from 1 to "
+        "{layers}",
         lambda c, _: (
             c.recompute.granularity == "full"
             and c.recompute.num_layers > (layers := _layers_per_chunk(c))
             and {"layers": layers}
         ),
-        "",
-        "set recompute.num_layers from 1 to {layers}",
     ),
-    Check(
-        "recompute",
+    (
         "{recompute.num_layers is}, which does not divide the {layers} layers of a pipeline chunk, with "
-        "recompute.method=uniform",
+        "recompute.method=uniform: uniform recompute cuts a chunk into equal groups; set it to one of {divisors}",
         lambda c, _: (
             c.recompute.method == "uniform"
             and (layers := _layers_per_chunk(c)) % c.recompute.num_layers
             and {"layers": layers, "divisors": _divisors(layers)}
         ),
-        "uniform recompute cuts a chunk into equal groups",
-        "set it to one of {divisors}",
-    ),
-    Check(
-        "layout",
-        "the world has {ranks} ranks, which is not a multiple of {step} ({parallel.tensor=} times {parallel.pipeline=} "
-        "times {parallel.context=})",
-        lambda c, ranks: (ranks < 1 and {"ranks": ranks, "step": 1, "multiples": "1"}) or _world(c, ranks),
-        "those are the ranks of one model replica",
-        "start {multiples} ranks, or set another layout",
-    ),
-    Check(
-        "layout",
-        "{data.sequence_length is}, more than {model.max_position_embeddings=}",
-        lambda c, _: c.data.sequence_length > c.model.max_position_embeddings,
-        "",
-        "set model.max_position_embeddings={data.sequence_length} or a shorter data.sequence_length",
-    ),
-    Check(
-        "layout",
-        "{data.sequence_length is}, which is not a multiple of {step}, with {parallel.context=}",
-        lambda c, _: c.parallel.context > 1 and _unless_multiple(c.data.sequence_length, 2 * c.parallel.context),
-        "each rank holds two equal pieces of the sequence, so that causal work is even",
-        "set data.sequence_length={multiples}",
-    ),
-    Check(
-        "layout",
-        "parallel.sequence=true with parallel.tensor=1",
-        lambda c, _: c.parallel.sequence and c.parallel.tensor == 1,
-        "sequence parallel splits positions over the tensor-parallel ranks",
-        "set parallel.sequence=false or parallel.tensor=2 or more",
-    ),
-    Check(
-        "layout",
-        "{data.sequence_length is}, which is not a multiple of {step}, with parallel.sequence=true",
-        _sequence_share,
-        "every one of {parallel.tensor} tensor-parallel ranks holds an equal share of the positions",
-        "set data.sequence_length={multiples} or parallel.sequence=false",
-    ),
-)
-BATCH = (
-    Check(
-        "layout",
-        "{train.global_batch_size is}, which is not a multiple of {step} ({train.micro_batch_size=} times {replicas} "
-        "data-parallel replicas)",
-        _batch,
-        "every replica runs the same number of microbatches",
-        "set train.global_batch_size={multiples}, or another train.micro_batch_size",
-    ),
-    Check(
-        "layout",
-        "a step has {microbatches} microbatches, which is not a multiple of {parallel.pipeline=}, with "
-        "{parallel.virtual_pipeline=}",
-        _groups,
-        "the interleaved schedule takes them in groups of one per stage",
-        "set train.global_batch_size={multiples} or parallel.virtual_pipeline=1",
     ),
 )
 
 # ---- precision
 
 
-def _fp8(given: str, applies: Callable[[RunConfig], Any], why: str, remedy: str) -> Check:
-    return Check("precision", given, lambda c, _: c.precision.fp8 and applies(c), why, remedy)
-
-
 def _option_without_fp8(config: RunConfig, _: int) -> dict[str, str]:
-    precision = config.precision
     for key in ("fp8_params", "fp8_attention", "bf16_first_layers", "bf16_last_layers"):
-        if precision.fp8 is None and (value := getattr(precision, key)):
+        if config.precision.fp8 is None and (value := getattr(config.precision, key)):
             neutral = "false" if value is True else "0"
             return {"option": f"precision.{key}={str(value).lower()}", "off": f"precision.{key}={neutral}"}
     return {}
 
 
-def _more_than_a_stage(key: str) -> Callable[[RunConfig], Any]:
-    def applies(config: RunConfig) -> Any:
-        layers = config.model.num_layers // config.parallel.pipeline
-        return getattr(config.precision, key) > layers and {"layers": layers}
-
-    return applies
+def _more_than_a_stage(key: str) -> Condition:
+    return lambda c, _: (
+        getattr(c.precision, key) > (layers := c.model.num_layers // c.parallel.pipeline) and {"layers": layers}
+    )
 
 
-def _unaligned(config: RunConfig) -> dict[str, Any]:
+def _bf16_layers(config: RunConfig) -> int:
+    return config.precision.bf16_first_layers + config.precision.bf16_last_layers
+
+
+def _unaligned(config: RunConfig, _: int) -> dict[str, Any]:
     """The first dimension of a matrix product that is no multiple of what the recipe takes."""
-    model, tensor, multiple = config.model, config.parallel.tensor, RECIPES[str(config.precision.fp8)].multiple
+    if not config.precision.fp8:
+        return {}
+    model, tensor, multiple = config.model, config.parallel.tensor, RECIPES[config.precision.fp8].multiple
     query, key = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
+    tokens = config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
     sizes = {
         "model.hidden_size": model.hidden_size,
         "model.num_attention_heads times model.kv_channels, over parallel.tensor": query // tensor,
         "the rows of the QKV projection, over parallel.tensor": (query + 2 * key) // tensor,
         "model.ffn_hidden_size over parallel.tensor": model.ffn_hidden_size // tensor,
-        "train.micro_batch_size times data.sequence_length, over parallel.context": (
-            config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
-        ),
+        "train.micro_batch_size times data.sequence_length, over parallel.context": tokens,
     }
     wrong = next((name for name, size in sizes.items() if size % multiple), None)
     return {"dimension": wrong, "size": sizes[wrong], "multiple": multiple} if wrong else {}
 
 
-PRECISION = (
-    Check(
-        "precision",
-        "{option} with precision.fp8=null",
+PRECISION = checks(
+    "precision",
+    (
+        "{option} with precision.fp8=null: nothing is FP8; set precision.fp8 to one of "
+        f"{', '.join(RECIPES)}, or {{off}}",
         _option_without_fp8,
-        "nothing is FP8",
-        f"set precision.fp8 to one of {', '.join(RECIPES)}, or {{off}}",
     ),
-    _fp8(
-        "{precision.fp8=} with precision.dtype=fp32",
-        lambda c: c.precision.dtype != "bf16",
-        "FP8 is cast from bf16, and everything around the linear layers runs in that",
-        "set precision.dtype=bf16",
+    "{precision.fp8=} with precision.dtype=fp32: FP8 is cast from bf16, and everything around the linear layers runs "
+    "in that; set precision.dtype=bf16",
+    # auto takes te here, or nothing
+    "{precision.fp8=} with model.spec=local: its linear layers would compute in bf16 and not say so; set model.spec=te "
+    "(needs TransformerEngine and an NVIDIA GPU), or precision.fp8=null",
+    "{precision.fp8=} with engine.name=deepspeed: the ZeRO optimizer has not been tried with FP8 scaling state; set "
+    "engine.name=megatron, or precision.fp8=null",
+    (
+        "{precision.bf16_first_layers=} and {precision.bf16_last_layers=} with precision.fp8=delayed: its scales are "
+        "brought up to date once for all layers; set both to 0, or precision.fp8=tensorwise",
+        lambda c, _: c.precision.fp8 == "delayed" and _bf16_layers(c),
     ),
-    _fp8(
-        "{precision.fp8=} with model.spec=local",
-        lambda c: c.model.spec == "local",  # auto takes te here, or nothing
-        "its linear layers would compute in bf16 and not say so",
-        "set model.spec=te (needs TransformerEngine and an NVIDIA GPU), or precision.fp8=null",
-    ),
-    _fp8(
-        "{precision.fp8=} with engine.name=deepspeed",
-        lambda c: c.engine.name != "megatron",
-        "the ZeRO optimizer has not been tried with FP8 scaling state",
-        "set engine.name=megatron, or precision.fp8=null",
-    ),
-    _fp8(
-        "{precision.bf16_first_layers=} and {precision.bf16_last_layers=} with precision.fp8=delayed",
-        lambda c: (
-            not RECIPES[c.precision.fp8 or ""].has_bf16_layers
-            and c.precision.bf16_first_layers + c.precision.bf16_last_layers
-        ),
-        "its scales are brought up to date once for all layers",
-        "set both to 0, or precision.fp8=tensorwise",
-    ),
-    _fp8(
+    (
         "{precision.bf16_first_layers=} and {precision.bf16_last_layers=} leave none of {model.num_layers} layers in "
-        "FP8",
-        lambda c: c.precision.bf16_first_layers + c.precision.bf16_last_layers >= c.model.num_layers,
-        "",
-        "set fewer, or precision.fp8=null",
+        "FP8; set fewer, or precision.fp8=null",
+        lambda c, _: _bf16_layers(c) >= c.model.num_layers,
     ),
     *(
-        _fp8(
-            f"{{precision.{key} is}}, but a pipeline stage holds {{layers}} layers",
+        (
+            f"{{precision.{key} is}}, but a pipeline stage holds {{layers}} layers: Megatron-Core takes no more than "
+            f"one stage; set precision.{key}={{layers}} or fewer, or fewer stages",
             _more_than_a_stage(key),
-            "Megatron-Core takes no more than one stage",
-            f"set precision.{key}={{layers}} or fewer, or fewer stages",
         )
         for key in ("bf16_first_layers", "bf16_last_layers")
     ),
-    _fp8(
-        "precision.fp8_params=true with precision.fp8=mxfp8",
-        lambda c: c.precision.fp8_params and not RECIPES[c.precision.fp8 or ""].has_fp8_params,
-        "Megatron-Core gathers such weights through the gradient buffer while the forward pass runs, which this stack "
-        "does not do",
-        "set precision.fp8_params=false",
+    "precision.fp8_params=true with precision.fp8=mxfp8: Megatron-Core gathers such weights through the gradient "
+    "buffer while the forward pass runs, which this stack does not do; set precision.fp8_params=false",
+    (
+        "precision.fp8_attention=true with {precision.fp8=} (not delayed or tensorwise): Megatron-Core 0.16 leaves "
+        "core attention in bf16 there; set precision.fp8_attention=false, or precision.fp8=delayed",
+        lambda c, _: c.precision.fp8_attention and not RECIPES[c.precision.fp8].attention_gpus,
     ),
-    _fp8(
-        "precision.fp8_attention=true with {precision.fp8=} (not delayed or tensorwise)",
-        lambda c: c.precision.fp8_attention and not RECIPES[c.precision.fp8 or ""].attention_gpus,
-        "Megatron-Core 0.16 leaves core attention in bf16 there",
-        "set precision.fp8_attention=false, or precision.fp8=delayed",
-    ),
-    _fp8(
-        "precision.fp8_attention=true with recompute.granularity=selective",
-        lambda c: c.precision.fp8_attention and c.recompute.granularity == "selective",
-        "Megatron-Core would compute core attention again without the scales of the first pass",
-        "set recompute.granularity=full or null, or precision.fp8_attention=false",
-    ),
-    _fp8(
-        "{precision.fp8=} with {dimension}, which is {size} and not a multiple of {multiple} (mxfp8 32, others 16)",
+    "precision.fp8_attention=true with recompute.granularity=selective: Megatron-Core would compute core attention "
+    "again without the scales of the first pass; set recompute.granularity=full or null, or "
+    "precision.fp8_attention=false",
+    (
+        "{precision.fp8=} with {dimension}, which is {size} and not a multiple of {multiple} (mxfp8 32, others 16): "
+        "FP8 matrix products take no other; change it, or set precision.fp8=null",
         _unaligned,
-        "FP8 matrix products take no other",
-        "change it, or set precision.fp8=null",
     ),
 )
 
-CHECKS = (*RANGES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *MODEL, *LAYOUT, *PRECISION, *BATCH)
+CHECKS = (*RANGES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *MODEL, *LAYOUT, *RECOMPUTE, *PRECISION)

@@ -23,20 +23,16 @@ class Key(NamedTuple):
 def config_reference() -> list[Key]:
     """Every dotted key, in the order of the sections."""
     meanings = {
-        (section.name, ast.unparse(entry.target)): inspect.cleandoc(following.value.value)
+        (section.name, ast.unparse(entry.target)): ast.literal_eval(following.value)
         for section in ast.parse(inspect.getsource(schema)).body
         if isinstance(section, ast.ClassDef)
         for entry, following in zip(section.body, section.body[1:], strict=False)
-        if isinstance(entry, ast.AnnAssign)
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-        and isinstance(following.value.value, str)
+        if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr)
     }
     keys = []
     for name, annotation in leaf_types(schema.RunConfig).items():
         *path, last = name.split(".")
         section = reduce(getattr, path, schema.RunConfig())
-        default = getattr(section, last)
         meaning = " ".join(meanings[type(section).__name__, last].split())
-        keys.append(Key(name, type_name(annotation), default, meaning))
+        keys.append(Key(name, type_name(annotation), getattr(section, last), meaning))
     return keys

@@ -17,6 +17,7 @@ import types
 import typing
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -24,24 +25,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from megatron_depthattn.config.check import as_yaml
 from megatron_depthattn.config.schema import RunConfig
 from megatron_depthattn.durable import write_durably
 
 T = TypeVar("T")
 
 COMMAND_LINE = "the command line"
-RENAMED = {"train.max_fruitless_starts": "train.max_restarts_without_progress"}
-"""Keys of configs that were saved by earlier versions; on the command line they are unknown."""
 LONGEST_TEXT = 4096
 """Characters of a string; Linux takes no longer path."""
-_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
-    int: ("an integer", (int,)),
-    float: ("a number", (int, float)),
-    str: ("a string", (str,)),
-    bool: ("true or false", (bool,)),
-    types.NoneType: ("null", (types.NoneType,)),
-}
-"""How a type is named in errors, and the types of YAML that it takes; OmegaConf alone would take `1` for true."""
+_TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
+"""How a type is named in errors."""
 
 
 class Layer(NamedTuple):
@@ -57,11 +51,9 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        names = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
-        if len({repr(name) for name in names}) < len(names):
+        names = [repr(self.construct_object(key, deep=True)) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        if len(set(names)) < len(names):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        self.flatten_mapping(node)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -70,22 +62,15 @@ for _kind, _pattern in {
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-    "merge": "<<",
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that begins like no word, as `_Loader` takes 1e3 for a number."""
+    """Quotes the text that `_Loader` would take for something else."""
 
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style=None if re.match("[A-Za-z/_]", text) else '"'
-    ),
-)
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -155,8 +140,8 @@ def read_yaml(path: str | Path, _including: tuple[Path, ...] = ()) -> list[Layer
         named_in = f" (named under 'base' in {_including[-1]})" if _including else ""
         raise ValueError(f"config file {path}{named_in} does not exist; give the path of a YAML file")
     if path.resolve() in (seen.resolve() for seen in _including):
-        chain = " -> ".join(str(seen) for seen in (*_including, path))
-        raise ValueError(f"{path} includes itself through 'base': {chain}; remove one of these entries")
+        way = " -> ".join(map(str, (*_including, path)))
+        raise ValueError(f"{path} includes itself through 'base': {way}; remove one of these entries")
     try:
         content = yaml.load(path.read_text("utf-8"), _Loader)
         content = {} if content is None else content
@@ -174,12 +159,12 @@ def read_yaml(path: str | Path, _including: tuple[Path, ...] = ()) -> list[Layer
     return [*(layer for base in below for layer in read_yaml(base, (*_including, path))), Layer(str(path), content)]
 
 
-def parse_overrides(arguments: Sequence[str], cls: type = RunConfig) -> Layer:
+def parse_overrides(arguments: Sequence[str]) -> Layer:
     """`a.b=c` arguments: a string key takes its text literally, other keys take numbers, true, false, null, lists.
 
     Where a key may be null, `null` or nothing (an unset variable of the shell) is that.
     """
-    leaves, values = leaf_types(cls), dict[str, Any]()
+    leaves, values = leaf_types(RunConfig), dict[str, Any]()
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
@@ -205,8 +190,7 @@ def build(cls: type[T], layers: Sequence[Layer]) -> T:
     try:
         for source, values in layers:
             for key, value in flatten(values, leaves).items():
-                known = key if source == COMMAND_LINE else RENAMED.get(key, key)
-                _set(config, known, value, leaves, source)
+                _set(config, key, value, leaves, source)
         return typing.cast(T, _mapped(OmegaConf.to_object(config), lambda text: text.replace("\0", "")))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing (in {source}); set it") from error
@@ -233,8 +217,7 @@ def _set(config: DictConfig, key: str, value: Any, leaves: Mapping[str, Any], so
     node = OmegaConf.select(config, section) if section else config
     OmegaConf.set_readonly(node, False)  # frozen are the objects that it becomes
     try:
-        accepted = [type_ for option in _options(leaves[key]) for type_ in _accepted(option)]
-        if not any(type(value) is type_ for type_ in accepted):  # not isinstance: a bool is an int
+        if type(value) not in chain(*map(_accepted, _options(leaves[key]))):  # OmegaConf would take `1` for true
             raise TypeError
         node.merge_with({name: _mapped(value, lambda text: _literal(text, key, source))})
     except ConfigKeyError as error:
@@ -295,30 +278,29 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 def _accepted(option: Any) -> tuple[type, ...]:
+    """The types of YAML that an option takes."""
     kind = typing.get_origin(option) or option
-    return (str,) if kind is Literal else (list,) if kind is list else _TYPES[kind][1] if kind in _TYPES else (dict,)
+    return {Literal: (str,), float: (int, float)}.get(kind, (kind,))
 
 
 def type_name(annotation: Any) -> str:
     """The type of a key in words."""
     names = []
     for option in _options(annotation):
-        if typing.get_origin(option) is Literal:
-            names.append("one of " + ", ".join(typing.get_args(option)))
-        elif typing.get_origin(option) is list:
-            item = typing.get_args(option)[0]
-            inside = f"{{{', '.join(leaf_types(item))}}}" if item not in _TYPES else _TYPES[item][0]
+        origin, items = typing.get_origin(option), typing.get_args(option)
+        if origin is Literal:
+            names.append("one of " + ", ".join(items))
+        elif origin is list:
+            inside = _TYPES.get(items[0]) or f"{{{', '.join(leaf_types(items[0]))}}}"
             names.append(f"a list, each entry {inside}")
         else:
-            names.append(_TYPES[option][0] if option in _TYPES else "a section")
+            names.append(_TYPES.get(option, "a section"))
     return " or ".join(names)
 
 
 def _show(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return as_yaml(value)
     kinds = {str: "string ", list: "list ", dict: "section ", int: "integer ", float: "number "}
     return f"{kinds.get(type(value), '')}{_quoted(value)}"
 

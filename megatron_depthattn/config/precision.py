@@ -47,62 +47,30 @@ Version = tuple[int, ...]
 class Recipe:
     """How FP8 scales are chosen, and what that needs."""
 
-    scale: str
-    """What shares a scale, and where it comes from."""
     gpus: tuple[Version, Version]
     """Compute capability from ... to below ..."""
     transformer_engine: Version
     """Least version through which Megatron-Core builds the recipe."""
     cuda: Version
     """Least version of the CUDA that torch was built with."""
-    multiple: int
+    multiple: int = 16
     """Every dimension of every matrix product is a multiple of this."""
     fp8_format: str = "hybrid"
     """Megatron's name of the formats forward and backward."""
-    has_bf16_layers: bool = True
-    """Whether first and last layers can stay in bf16."""
-    has_fp8_params: bool = True
-    """Whether weights can be kept in FP8."""
     attention_gpus: tuple[Version, Version] | None = None
     """Compute capability on which core attention can run in FP8; None: nowhere."""
 
 
 NO_LIMIT = (99, 0)
 RECIPES: dict[str, Recipe] = {
-    "delayed": Recipe(
-        "one scale a tensor, from the largest entry of the passes before",
-        gpus=((8, 9), NO_LIMIT),
-        transformer_engine=(1, 6),
-        cuda=(12, 1),
-        multiple=16,
-        has_bf16_layers=False,
-        attention_gpus=((9, 0), (12, 0)),
-    ),
-    "tensorwise": Recipe(
-        "one scale a tensor, from the largest entry of this one",
-        gpus=((8, 9), NO_LIMIT),
-        transformer_engine=(2, 2),
-        cuda=(12, 1),
-        multiple=16,
-        attention_gpus=((10, 0), (12, 0)),
-    ),
-    "blockwise": Recipe(
-        "one scale for 128 activations, or 128 x 128 weights",
-        gpus=((9, 0), (12, 0)),
-        transformer_engine=(2, 3),
-        cuda=(12, 9),
-        multiple=16,
-        fp8_format="e4m3",
-    ),
-    "mxfp8": Recipe(
-        "one scale, a power of two, for 32 entries",
-        gpus=((10, 0), (12, 0)),
-        transformer_engine=(2, 1),
-        cuda=(12, 8),
-        multiple=32,
-        fp8_format="e4m3",
-        has_fp8_params=False,
-    ),
+    # One scale a tensor, from the largest entry of the passes before.
+    "delayed": Recipe(((8, 9), NO_LIMIT), (1, 6), (12, 1), attention_gpus=((9, 0), (12, 0))),
+    # One scale a tensor, from the largest entry of this one.
+    "tensorwise": Recipe(((8, 9), NO_LIMIT), (2, 2), (12, 1), attention_gpus=((10, 0), (12, 0))),
+    # One scale for 128 activations, or 128 x 128 weights.
+    "blockwise": Recipe(((9, 0), (12, 0)), (2, 3), (12, 9), fp8_format="e4m3"),
+    # One scale, a power of two, for 32 entries.
+    "mxfp8": Recipe(((10, 0), (12, 0)), (2, 1), (12, 8), multiple=32, fp8_format="e4m3"),
 }
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from megatron_depthattn.config.check import Check, first_unsupported
+from megatron_depthattn.config.check import checks, first_unsupported
 from megatron_depthattn.config.schema import RunConfig
 
 AUTO = "auto"
-SPEC, OP = "model.spec", "model.depth_attention.op"
 LARGEST_TRITON_HEAD = 256
-FP8_IN_AUTO_LAYERS = Check(
+AUTO_CHECKS = checks(
     "machine",
-    "{precision.fp8=} with model.spec=auto",
-    lambda config, why_local: config.precision.fp8 and why_local and {"reason": why_local},
-    "only TransformerEngine's layers compute in FP8, and auto cannot take them here: {reason}",
-    "change that, or set precision.fp8=null",
+    (
+        "{precision.fp8=} with model.spec=auto: only TransformerEngine's layers compute in FP8, and auto cannot take "
+        "them here: {reason}; change that, or set precision.fp8=null",
+        lambda config, why_local: config.precision.fp8 and why_local and {"reason": why_local},
+    ),
 )
 
 
@@ -57,42 +57,35 @@ def resolve(config: RunConfig, available: Available) -> Resolved:
     Raises:
         ValueError: FP8 is asked for, which TransformerEngine's layers alone have, and they cannot be used.
     """
-    model, depth = config.model, config.model.depth_attention
-    reasons: dict[str, str] = {}
-    spec, op = model.spec, depth.op
+    model, reasons = config.model, dict[str, str]()
+    spec, op = model.spec, model.depth_attention.op
     if spec == AUTO:
         why_local = _why_local(config, available)
-        if message := first_unsupported((FP8_IN_AUTO_LAYERS,), config, why_local):
+        if message := first_unsupported(AUTO_CHECKS, config, why_local):
             raise ValueError(message)
         spec = "local" if why_local else "te"
-        reasons[SPEC] = f"{spec} (auto: {why_local or 'on GPUs with TransformerEngine'})"
+        reasons["model.spec"] = f"{spec} (auto: {why_local or 'on GPUs with TransformerEngine'})"
     if op == AUTO:
         why_lean = _why_lean(config, available)
         op = "lean" if why_lean else "triton"
-        reasons[OP] = f"{op} (auto: {why_lean or 'on GPUs with Triton'})"
-    if not reasons:
-        return Resolved(config, reasons)
-    depth = dataclasses.replace(depth, op=op)
-    return Resolved(
-        dataclasses.replace(config, model=dataclasses.replace(model, spec=spec, depth_attention=depth)), reasons
-    )
+        reasons["model.depth_attention.op"] = f"{op} (auto: {why_lean or 'on GPUs with Triton'})"
+    depth = dataclasses.replace(model.depth_attention, op=op)
+    model = dataclasses.replace(model, spec=spec, depth_attention=depth)
+    return Resolved(dataclasses.replace(config, model=model), reasons)
 
 
 def _why_local(config: RunConfig, available: Available) -> str:
     """What rules TransformerEngine's layers out; empty: nothing."""
-    if not available.gpu:
-        return "no GPU"
-    if config.model.compile:
-        return "model.compile=true, which compiles the local layers"
-    if config.model.num_loops > 1:
-        return f"model.num_loops={config.model.num_loops}, and looped models have not run on TransformerEngine's layers"
-    if config.engine.name != "megatron":
-        return f"engine.name={config.engine.name}, which has not run with TransformerEngine's layers"
-    if config.precision.dtype == "fp32":
-        return "precision.dtype=fp32, whose matrix products TransformerEngine computes in TF32"
-    if available.no_transformer_engine:
-        return f"no TransformerEngine: {available.no_transformer_engine}"
-    return ""
+    loops, engine, dtype = config.model.num_loops, config.engine.name, config.precision.dtype
+    reasons = {
+        "no GPU": not available.gpu,
+        "model.compile=true, which compiles the local layers": config.model.compile,
+        f"model.num_loops={loops}, and looped models have not run on TransformerEngine's layers": loops > 1,
+        f"engine.name={engine}, which has not run with TransformerEngine's layers": engine != "megatron",
+        "precision.dtype=fp32, whose matrix products TransformerEngine computes in TF32": dtype == "fp32",
+        f"no TransformerEngine: {available.no_transformer_engine}": available.no_transformer_engine,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def _why_lean(config: RunConfig, available: Available) -> str:

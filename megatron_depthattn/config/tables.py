@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_depthattn.config.check import Check
 from megatron_depthattn.config.checks import CHECKS
 from megatron_depthattn.config.hardware_checks import ACCELERATOR_CHECKS, KERNEL_CHECKS
-from megatron_depthattn.config.resolve import FP8_IN_AUTO_LAYERS
+from megatron_depthattn.config.resolve import AUTO_CHECKS
 
 START, END = "<!-- generated: the tables of unsupported combinations -->", "<!-- end of the generated tables -->"
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
@@ -18,7 +18,7 @@ def tables() -> str:
     """Every check as a row of Markdown: those of a run's config, and those of the layer specs alone."""
     from megatron_depthattn.model.unsupported import MEGATRON_CHECKS  # imports Megatron-Core
 
-    of_runs = (*CHECKS, *ACCELERATOR_CHECKS, *KERNEL_CHECKS, FP8_IN_AUTO_LAYERS)
+    of_runs = (*CHECKS, *ACCELERATOR_CHECKS, *KERNEL_CHECKS, *AUTO_CHECKS)
     return (
         f"## Unsupported in a run's config\n\n{_table(of_runs)}\n\n"
         f"## Unsupported in Megatron's `TransformerConfig`, with the layer specs alone\n\n{_table(MEGATRON_CHECKS)}"

@@ -11,7 +11,6 @@ from megatron_depthattn.config import (
     StreamConfig,
     config_keys,
     config_reference,
-    from_dict,
     load_config,
     save_config,
     to_dict,
@@ -212,13 +211,10 @@ def test_text_with_a_dollar_is_literal(tmp_path, base, monkeypatch, text):
         assert load_config(tmp_path / "saved.yaml") == config
 
 
-def test_a_reference_to_a_key_is_an_error_and_an_old_key_of_a_saved_config_is_not(tmp_path, base):
+def test_a_reference_to_a_key_is_an_error(base):
     """As text it would be one folder for all seeds."""
     with pytest.raises(ValueError, match=r"run\.dir is 'runs/\$\{run\.seed\}' .*write what it stands for"):
         load_config(base, ["run.dir=runs/${run.seed}"])
-    overlay = write(tmp_path / "overlay.yaml", "train: {max_fruitless_starts: 7}")
-    assert load_config(base, [str(overlay)]).train.max_restarts_without_progress == 7
-    assert from_dict({"train": {"max_fruitless_starts": 7}}, "a checkpoint").train.max_restarts_without_progress == 7
 
 
 @pytest.mark.parametrize("text", ["???", "${train.batches}", "yes"])
@@ -353,8 +349,6 @@ def test_malformed_arguments_are_refused(base, argument):
          "2^63"),
         ("train.steps.count=1", "unknown key 'train.steps.count' in the command line; the nearest valid key is "
          "'train.steps'"),
-        ("train.max_fruitless_starts=3", "unknown key 'train.max_fruitless_starts' in the command line; the nearest "
-         "valid key is 'train.max_restarts_without_progress'"),
         ("data.streams=[{pth: a}]", "unknown key 'data.streams.pth' in the command line; the nearest valid key is "
          "'data.streams.path'"),
         ("data.streams=[{path: a}]", "data.streams[0].proportion is missing (in the command line); set it"),
@@ -410,7 +404,7 @@ REFUSALS = [
     (1, "optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio is 1.5; set a number from 0 to 1"),
     (1, "engine.zero_stage=1", "set engine.zero_stage=0 (its optimizer's state"),
     (1, "engine.offload_optimizer=true", "engine.name=megatron: its optimizer stays on its device; set"),
-    (1, "engine.name=deepspeed engine.zero_stage=4", "zero_stage is 4 with engine.name=deepspeed; set one"),
+    (1, "engine.name=deepspeed engine.zero_stage=4", "engine.zero_stage is 4; set one of"),
     (2, "engine.name=deepspeed parallel.pipeline=2", "parallel.pipeline is 2 with engine.name=deepspeed"),
     (2, "engine.name=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1"),
     (1, "engine.name=deepspeed engine.offload_optimizer=true", "set engine.zero_stage=1 or more, or engine.offload"),

@@ -30,7 +30,7 @@ PURE = {
         f"{PACKAGE}.{name}"
         for name in (*("config.check", "config.precision", "config.schema", "switches", "methods", "vocabulary"),)
     },
-    "config/load.py": {"omegaconf", "yaml", f"{PACKAGE}.config.schema", f"{PACKAGE}.durable"},
+    "config/load.py": {"omegaconf", "yaml", *(f"{PACKAGE}.{n}" for n in ("config.check", "config.schema", "durable"))},
     "config/describe.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.load"},
     "vocabulary.py": set(),
     "model/source_plan.py": {"torch"},

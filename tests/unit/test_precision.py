@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_depthattn.config import ModelConfig, RunConfig, load_config, validate
-from megatron_depthattn.config.checks import PRECISION, unsupported_precision
+from megatron_depthattn.config.check import first_unsupported
+from megatron_depthattn.config.checks import PRECISION
 from megatron_depthattn.config.hardware_checks import ACCELERATOR_CHECKS, Accelerator, unsupported_on
 from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.config.tables import PAGE, page
@@ -130,13 +131,13 @@ def test_an_unsupported_config_is_an_error_before_anything_is_built(keys, messag
     with pytest.raises(ValueError) as raised:
         validate(config, config.parallel.tensor * config.parallel.pipeline)
     assert message in str(raised.value) and "; " in str(raised.value)
-    assert unsupported_precision(config) == str(raised.value)
+    assert first_unsupported(PRECISION, config) == str(raised.value)
 
 
 @pytest.mark.parametrize(("keys", "machine", "message"), MACHINE_CASES)
 def test_what_a_machine_lacks_is_reported(keys, machine, message):
     config = config_of(keys)
-    assert unsupported_precision(config) is None
+    assert first_unsupported(PRECISION, config) is None
     assert message in str(unsupported_on(config, machine))
 
 
@@ -175,9 +176,8 @@ GOOD = [("delayed", H100), ("tensorwise", H100), ("blockwise", H100), ("mxfp8", 
 def test_what_is_refused_in_one_place_runs_in_another(fp8, machine):
     """Control: each recipe with all that it can do passes every check."""
     keys = f"precision.fp8={fp8}"
-    recipe = RECIPES[fp8]
-    keys += " precision.bf16_first_layers=1 precision.bf16_last_layers=2" if recipe.has_bf16_layers else ""
-    keys += " precision.fp8_params=true" if recipe.has_fp8_params else ""
+    keys += " precision.bf16_first_layers=1 precision.bf16_last_layers=2" if fp8 != "delayed" else ""
+    keys += " precision.fp8_params=true" if fp8 != "mxfp8" else ""
     keys += " precision.fp8_attention=true model.kv_channels=128" if fp8 == "delayed" else ""
     config = config_of(keys)
     validate(config, 1)
