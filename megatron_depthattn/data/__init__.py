@@ -1,1 +1,1 @@
-"""Data: documents to shards of samples (`prepare.py`), order (`order.py`, `mixture.py`), reading (`corpus.py`)."""
+"""Data: documents to shards of samples (`prepare.py`), order (`order.py`), reading (`corpus.py`)."""

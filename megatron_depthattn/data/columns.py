@@ -72,7 +72,7 @@ def _parquet_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[
     words = [name] if is_indices and name in metadata.schema.names else []
     with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True, read_dictionary=words) as table:
         _check_column(table.schema_arrow, name)
-        _check_single_parquet(file)
+        _check_single(file, b"PAR1")
         num_rows, first = max(metadata.num_rows, 1), 0
         for number, group in enumerate(groups):
             skip = start - first
@@ -89,61 +89,37 @@ def _parquet_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[
                 raise pyarrow.ArrowInvalid(f"row group {number} ends at row {row} and not {first}")
 
 
-def _check_single_parquet(file: CorpusFile) -> None:
+def _check_single(file: CorpusFile, magic: bytes) -> None:
     """Raise for files that were joined: the last one's index would find the first one's rows.
 
     A file ends with the size of its index and a magic word, the next begins with that word.
     """
     with file.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = data.find(b"PAR1PAR1")
+        at = data.find(magic * 2)
         while at >= 0:
             if 0 < int.from_bytes(data[at - 4 : at], "little") < at:  # else it is text
-                raise DamagedFileError("it is several parquet files joined: take them apart")
-            at = data.find(b"PAR1PAR1", at + 1)
+                raise DamagedFileError(f"it is several {file.format.value} files joined: take them apart")
+            at = data.find(magic * 2, at + 1)
 
 
 def _arrow_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[Any, int]]:
     with pyarrow.memory_map(str(file.path)) as source:
-        skip = start
-        for batch, consumed in _arrow_file(source) if source.read(6) == b"ARROW1" else _arrow_streams(source):
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            opened = pyarrow.ipc.open_file(source)
+            _check_single(file, b"ARROW1")
+        count = opened.num_record_batches if is_file else 0
+        batches = ((opened.get_batch(i), file.size * (i + 1) // count) for i in range(count))
+        for batch, consumed in batches if is_file else _streams(source):
             _check_column(batch.schema, name)
-            if skip < batch.num_rows:
-                yield batch.column(name)[max(skip, 0) :], consumed
-            skip -= batch.num_rows
+            if start < batch.num_rows:
+                yield batch.column(name)[max(start, 0) :], consumed
+            start -= batch.num_rows
 
 
-def _arrow_file(source: Any) -> Iterator[tuple[Any, int]]:
-    """(batch, bytes on disk so far) of the file form."""
-    size = source.size()
-    source.seek(0)
-    opened = pyarrow.ipc.open_file(source)
-    _check_single_arrow(source, size)
-    for i in range(opened.num_record_batches):
-        yield opened.get_batch(i), size * (i + 1) // opened.num_record_batches
-
-
-def _check_single_arrow(source: Any, size: int) -> None:
-    """Raise for files that were joined: the last one's index would find the first one's rows.
-
-    A whole file is a magic word of 8 bytes, messages that end with an empty one, an index, its size, a magic word.
-    """
-    source.seek(8)
-    messages = pyarrow.ipc.MessageReader.open_stream(source)
-    try:
-        while True:
-            messages.read_next_message()
-    except StopIteration:
-        end = source.tell()
-    except (pyarrow.ArrowException, OSError):  # a writer that leaves the empty message out
-        return
-    source.seek(size - 10)
-    if end + int.from_bytes(source.read(4), "little") + 10 < size:
-        raise DamagedFileError("it is several Arrow files joined: take them apart")
-
-
-def _arrow_streams(source: Any) -> Iterator[tuple[Any, int]]:
-    """The same of the stream form; streams may follow each other."""
-    source.seek(0)
+def _streams(source: Any) -> Iterator[tuple[Any, int]]:
+    """(batch, bytes on disk so far) of the stream form; streams may follow each other."""
     while source.tell() < source.size():
         for batch in pyarrow.ipc.open_stream(source):
             yield batch, source.tell()

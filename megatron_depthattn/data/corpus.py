@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from megatron_depthattn.data.mixture import SLOTS_PER_BLOCK, MixedSequence, Mixture, slots_of
-from megatron_depthattn.data.order import SampleIds, SampleSequence
+from megatron_depthattn.data.order import SLOTS_PER_BLOCK, MixedSequence, Mixture, SampleIds, SampleSequence, slots_of
 from megatron_depthattn.data.stream import MANIFEST_NAME, TokenDataset
 
 
@@ -38,30 +37,22 @@ class Corpus(Dataset[torch.Tensor]):
         cache: str | Path | None = None,
     ) -> None:
         self.slots = slots_of(proportions)
-        self.streams = [TokenDataset(path, split, sequence_length=sequence_length, cache=cache) for path in paths]
+        self.streams: list[TokenDataset] = []
+        for path in paths:
+            self.streams.append(TokenDataset(path, split, sequence_length=sequence_length, cache=cache))
+            sequence_length = self.streams[0].sequence_length
         self.sequence_length = self.streams[0].sequence_length
         if len(self.streams) > 1:
             self._check_tokenizers()
-        for stream in self.streams:
-            if stream.sequence_length != self.sequence_length:
-                raise ValueError(
-                    f"{stream.path} was prepared with --sequence-length {stream.sequence_length}, and "
-                    f"{self.streams[0].path} with {self.sequence_length}: prepare all streams with the same"
-                )
         self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
 
     def _check_tokenizers(self) -> None:
         hashes = [(stream.manifest or {}).get("tokenizer_sha256") for stream in self.streams]
         for stream, digest in zip(self.streams, hashes, strict=True):
-            if digest is None:
+            if digest is None or digest != hashes[0]:
                 raise ValueError(
-                    f"{stream.path} has no {MANIFEST_NAME} that names its tokenizer, so it cannot be mixed with other "
-                    "streams: prepare it with depthattn prepare"
-                )
-            if digest != hashes[0]:
-                raise ValueError(
-                    f"{stream.path} was tokenised with another tokenizer (sha256 {digest[:12]}) than "
-                    f"{self.streams[0].path} ({str(hashes[0])[:12]}): prepare all streams with one --tokenizer"
+                    f"{stream.path} was tokenised with another tokenizer than {self.streams[0].path}, or an unknown "
+                    f"one ({digest} and {hashes[0]} in {MANIFEST_NAME}): prepare all streams with one --tokenizer"
                 )
 
     @property

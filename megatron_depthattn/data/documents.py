@@ -6,11 +6,9 @@ land on the same side.
 Nothing but the standard library is behind it: every encoding process imports this file.
 """
 
-import errno
 import hashlib
 import json
 import os
-import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
@@ -128,12 +126,11 @@ def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None
         return None
     try:
         state = json.loads((folder / "state.json").read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / 'state.json'} is damaged ({error}): copy the data set again") from error
-    try:
         listed = [str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError):
         return None  # of another program
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / 'state.json'} is damaged ({error}): copy the data set again") from error
     missing = [name for name in listed if name not in names]
     if missing:
         raise ValueError(f"{folder / 'state.json'} names {missing[0]}, which is not there: copy the data set again")
@@ -141,14 +138,9 @@ def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None
 
 
 def _corpus_file(path: Path, name: str) -> CorpusFile:
-    try:
-        status = path.stat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        return CorpusFile(path, name, 0, 0, Format.SPECIAL)  # a broken link, or one to itself
-    if not stat.S_ISREG(status.st_mode):
+    if not path.is_file():
         return CorpusFile(path, name, 0, 0, Format.SPECIAL)
+    status = path.stat()
     ending, compression = path.suffix.lower(), ""
     if ending in COMPRESSIONS:
         compression = COMPRESSIONS[ending]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_depthattn.data.documents import CorpusFile, character_start, is_validation, pieces
-from megatron_depthattn.data.file_bytes import NoTextError, short_text
+from megatron_depthattn.data.file_bytes import NoTextError, text_blocks
 from megatron_depthattn.data.tokenizer import Encoder
 
 JSON = json.JSONDecoder(parse_int=float)  # Python rejects integers of more than 4,300 digits, which JSON allows
@@ -28,12 +28,6 @@ class TextFiles(NamedTuple):
     """Whole small files, a document each: (index in the corpus, file)."""
 
     files: list[tuple[int, CorpusFile]]
-
-
-class Documents(NamedTuple):
-    """Whole texts, which the reader has looked through."""
-
-    documents: list[bytes]
 
 
 class Rows(NamedTuple):
@@ -67,7 +61,7 @@ class Piece(NamedTuple):
     """The document is not valid UTF-8."""
 
 
-Content = TextFiles | Documents | Rows | JsonLines | Piece
+Content = TextFiles | Rows | JsonLines | Piece
 
 
 class Recipe(NamedTuple):
@@ -117,24 +111,21 @@ def parts(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[Piece]
 
 def _documents(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
     """(document, whether it was repaired already)"""
-    if isinstance(content, Documents):
-        yield from ((document, False) for document in content.documents)
-    elif isinstance(content, Rows):
+    if isinstance(content, Rows):
         yield from _row_documents(content, encoded)
     elif isinstance(content, JsonLines):
         yield from _json_documents(content, recipe.text_field, encoded)
     elif isinstance(content, TextFiles):
         for index, file in content.files:
             try:
-                yield short_text(file, sys.maxsize) or b"", False
+                yield b"".join(text_blocks(file)), False
             except NoTextError as error:
                 encoded.left_out.append((index, error.kind))
 
 
 def _row_documents(content: Rows, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
     for number, row in enumerate(content.rows, start=content.first_row):
-        text = "" if _is_utf8(row) else row.decode(errors="replace")
-        if _is_mostly_replaced(text):
+        if not _is_utf8(row) and _is_mostly_replaced(row.decode(errors="replace")):
             encoded.damage(f"{content.path}: row {number} is mostly invalid UTF-8")
         else:
             yield row, False
@@ -144,34 +135,21 @@ def _json_documents(content: JsonLines, text_field: str, encoded: Encoded) -> It
     for number, line in enumerate(io.BytesIO(content.lines), start=content.first_line):
         if not line.strip():
             continue
-        text, is_repaired = json_text(line, text_field)
-        if text is None:
-            encoded.damage(
-                f'{content.path}, {content.unit} {number} is not a JSON object with a string field "{text_field}" '
-                "(--text-field)"
-            )
+        where, is_repaired = f"{content.path}, {content.unit} {number}", not _is_utf8(line)
+        try:  # without a mark: files with one are joined
+            text = JSON.decode(line.removeprefix(BOM_UTF8).decode(errors="replace"))[text_field]
+        except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, no such field, no object, nested too deep
+            text = 0
+        text = "" if text is None else text
+        if not isinstance(text, str):
+            encoded.damage(f'{where} is not a JSON object with a string field "{text_field}" (--text-field)')
         elif is_repaired and _is_mostly_replaced(text):
-            encoded.damage(f"{content.path}, {content.unit} {number} is mostly invalid UTF-8")
+            encoded.damage(f"{where} is mostly invalid UTF-8")
         else:
             try:
                 yield text.encode(), is_repaired
             except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
                 yield text.encode(errors="replace"), True
-
-
-def json_text(line: bytes, text_field: str) -> tuple[str | None, bool]:
-    """(the field's text, whether invalid UTF-8 was replaced); None if there is none, "" if it is null."""
-    line = line.removeprefix(BOM_UTF8)  # files with a mark that were joined
-    try:
-        try:
-            decoded, is_repaired = line.decode(), False
-        except UnicodeDecodeError:
-            decoded, is_repaired = line.decode(errors="replace"), True
-        text = JSON.decode(decoded)[text_field]
-    except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, no such field, not an object, nested too deep
-        return None, False
-    text = "" if text is None else text
-    return (text if isinstance(text, str) else None), is_repaired
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -196,7 +174,7 @@ def encode(content: Content, encoder: Encoder, recipe: Recipe, max_bytes: int | 
     The split of a cut document is that of the whole.
     """
     encoded = Encoded()
-    tokens: dict[str, list[npt.NDArray[Any]]] = {split: [encoder.no_tokens] for split in SPLITS}
+    tokens: dict[str, list[npt.NDArray[Any]]] = {split: [encoder.end[:0]] for split in SPLITS}
     left = sys.maxsize if max_bytes is None else max_bytes
     for part in parts(content, recipe, encoded):
         if len(part.data) >= left:

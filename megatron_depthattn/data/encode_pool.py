@@ -47,19 +47,14 @@ class EncodePool:
         self._our_end.close()
         self._their_end.close()
 
-    def encode(self, content: Content, max_bytes: int | None = None) -> Encoded:
-        """The tokens of `content`, or of its first `max_bytes` of documents.
-
-        Raises:
-            OSError: a file cannot be read.
-            WorkerDiedError: the process died.
-        """
-        return self._result(self._processes.submit(_encode, content, max_bytes))
-
     def encode_in_order(self, units: Iterable[Unit], max_bytes: int | None = None) -> Iterator[tuple[Unit, Encoded]]:
         """Every unit with its tokens, in order, at most `AHEAD_PER_WORKER` units a process being read ahead.
 
-        Of a unit no more than `max_bytes` of documents are encoded. Raises what `encode` does.
+        Of a unit no more than `max_bytes` of documents are encoded.
+
+        Raises:
+            OSError: a file cannot be read.
+            WorkerDiedError: a process died.
         """
         waiting: deque[tuple[Unit, Future[Encoded]]] = deque()
         try:

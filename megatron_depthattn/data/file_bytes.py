@@ -48,22 +48,27 @@ def file_blocks(file: CorpusFile, start: int = 0) -> Iterator[tuple[bytes, int]]
 
     The text is that without its byte-order mark, in UTF-8 if the mark says UTF-16 or UTF-32.
     """
-    if file.compression:
-        blocks = _joined(_expanded(file))
-    else:
+    if not file.compression:
         with file.path.open("rb") as stream:
             size, encoding = byte_order_mark(stream.read(MARK_BYTES))
             if encoding == "utf-8":
                 stream.seek(size + start)
                 yield from _read(stream)
                 return
-        blocks = _read(file.path.open("rb"))
+    blocks = _joined(_expanded(file)) if file.compression else _read(file.path.open("rb"))
+    decoder: codecs.IncrementalDecoder | None = None
     skip = start
     try:
-        for data, consumed in utf8_blocks(blocks):
+        for number, (block, consumed) in enumerate(blocks):
+            size, encoding = byte_order_mark(block) if number == 0 else (0, "utf-8")
+            if encoding != "utf-8":
+                decoder = codecs.getincrementaldecoder(encoding)()
+            data = decoder.decode(block[size:]).encode() if decoder else block[size:]
             if skip < len(data):
                 yield data[skip:], consumed
             skip = max(skip - len(data), 0)
+        if decoder:
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise UndecodableError(f"its byte-order mark says {error.encoding}, and it is not ({error.reason})") from error
 
@@ -78,18 +83,18 @@ def _joined(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
     """The same bytes in blocks of `BLOCK_BYTES`; before damage, those that precede it."""
     rest, consumed = bytearray(), 0
     damage: DamagedFileError | None = None
-    while damage is None:
-        try:
-            block, consumed = next(blocks, (b"", consumed))
-        except DamagedFileError as error:
-            block, damage = b"", error
-        rest += block
-        if not block or len(rest) >= BLOCK_BYTES:
-            yield from ((bytes(rest[i : i + BLOCK_BYTES]), consumed) for i in range(0, len(rest), BLOCK_BYTES))
-            rest.clear()
-        if not block and damage is None:
-            return
-    raise damage
+    try:
+        for block, consumed in blocks:
+            rest += block
+            while len(rest) >= BLOCK_BYTES:
+                yield bytes(rest[:BLOCK_BYTES]), consumed
+                del rest[:BLOCK_BYTES]
+    except DamagedFileError as error:
+        damage = error
+    if rest:
+        yield bytes(rest), consumed
+    if damage:
+        raise damage
 
 
 def _expanded(file: CorpusFile) -> Iterator[tuple[bytes, int]]:
@@ -98,9 +103,11 @@ def _expanded(file: CorpusFile) -> Iterator[tuple[bytes, int]]:
     consumed = 0
     with file.path.open("rb") as stream:
         while data := stream.read(COMPRESSED_BLOCK_BYTES):
-            if file.compression == "gzip" and consumed and decompressor is None:
-                data = data.lstrip(b"\0")  # padding after a member, which gzip itself passes over
             while data:
+                if decompressor is None and consumed and file.compression == "gzip":
+                    data = data.lstrip(b"\0")  # padding after a member, which gzip itself passes over
+                    if not data:
+                        break
                 decompressor = decompressor or _decompressor(file.compression)
                 try:
                     expanded = decompressor.decompress(data)
@@ -108,13 +115,12 @@ def _expanded(file: CorpusFile) -> Iterator[tuple[bytes, int]]:
                     raise DamagedFileError(
                         f"the {file.compression} data is damaged between byte {consumed} and {stream.tell()} ({error})"
                     ) from error
-                consumed = stream.tell() - len(decompressor.unused_data)
+                data = decompressor.unused_data
+                consumed = stream.tell() - len(data)
                 if expanded:
                     yield expanded, consumed
-                data = decompressor.unused_data
                 if decompressor.eof:
                     decompressor = None
-                    data = data.lstrip(b"\0") if file.compression == "gzip" else data
     if decompressor is not None or consumed == 0:
         raise DamagedFileError(f"the {file.compression} data is truncated: it ends at byte {consumed}, too early")
 
@@ -132,32 +138,15 @@ def byte_order_mark(head: bytes) -> tuple[int, str]:
     return next(((len(mark), encoding) for mark, encoding in _MARKS if head.startswith(mark)), (0, "utf-8"))
 
 
-def utf8_blocks(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    """A file's blocks in UTF-8 and without the byte-order mark, all of which the first one holds."""
-    decoder: codecs.IncrementalDecoder | None = None
-    for number, (data, tag) in enumerate(blocks):
-        block = data
-        if number == 0:
-            size, encoding = byte_order_mark(data)
-            block = data[size:]
-            decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)()
-        yield (block if decoder is None else decoder.decode(block).encode()), tag
-    if decoder is not None:
-        decoder.decode(b"", final=True)
-
-
 class TextCheck:
     """Learns from the blocks of a text whether it is UTF-8, and whether it is text."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._tail = b""
-        self._characters = self._odd = self._replaced = self._ascii = self._spaces = 0
-
-    @property
-    def is_utf8(self) -> bool:
-        """Whether no byte had to be replaced; final once `finish` was called."""
-        return self._replaced == 0
+        self._characters = self._odd = self._ascii = self._spaces = 0
+        self.replaced = 0
+        """Bytes that are no UTF-8; final once `finish` was called."""
 
     def add(self, block: bytes, *, is_last: bool = False) -> None:
         self._odd += len(block) - len(block.translate(None, _CONTROLS))
@@ -167,7 +156,7 @@ class TextCheck:
         self._tail = spelt_out[-2:]
         self._characters += len(text)
         self._odd += text.count("\ufffd")
-        self._replaced += text.count("\ufffd") - spelt_out.count("\ufffd".encode())
+        self.replaced += text.count("\ufffd") - spelt_out.count("\ufffd".encode())
 
     def finish(self, *, is_whole: bool = True) -> bool:
         """Whether it is text in UTF-8, or in ASCII with other bytes here and there that are replaced, such as Latin-1.
@@ -181,27 +170,23 @@ class TextCheck:
         """
         self.add(b"", is_last=is_whole)
         has_spaces = self._ascii < _JUDGED_ASCII or self._spaces * 100 >= self._ascii
-        return self._odd * 4 <= self._characters and (self.is_utf8 or has_spaces)
+        return self._odd * 4 <= self._characters and (not self.replaced or has_spaces)
 
 
-def short_text(file: CorpusFile, max_bytes: int) -> bytes | None:
-    """The text of a file; None if it is longer than `max_bytes`.
+def text_blocks(file: CorpusFile, check: TextCheck | None = None) -> Iterator[bytes]:
+    """The blocks of a text file, which `check` has seen.
 
     Raises:
-        NoTextError: it is no text.
+        NoTextError: it is no text; after the last block at the latest.
     """
-    text = b""
+    check = check or TextCheck()
     try:
         for block, _ in file_blocks(file):
-            text += block
             if b"\0" in block:
                 raise NoTextError("binary")
-            if len(text) > max_bytes:
-                return None
+            check.add(block)
+            yield block
     except UndecodableError as error:
         raise NoTextError("undecodable", str(error)) from error
-    check = TextCheck()
-    check.add(text)
     if not check.finish():
         raise NoTextError("undecodable")
-    return text

@@ -19,12 +19,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.order import Ids, SampleIds, num_micro_batches, steps
+from megatron_depthattn.data.stream import TokenDataset
 
 STEPS_AHEAD = 2
 """Whole steps that every loader process holds ready."""
@@ -35,17 +36,6 @@ _IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 MicroBatch = dict[str, torch.Tensor]
 
 
-class Samples(Protocol):
-    """What can be read by sample number, such as a `TokenDataset` or a `Corpus`."""
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a sample, less one."""
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Tokens of one sample: int64 [sequence_length + 1]."""
-
-
 class _Steps(Dataset[str | None]):
     """Reads the samples of a step into a slot; this is what the loader's processes run.
 
@@ -54,7 +44,7 @@ class _Steps(Dataset[str | None]):
         vocab_size: what a token must be below; None: not checked.
     """
 
-    def __init__(self, samples: Samples, slots: torch.Tensor, vocab_size: int | None) -> None:
+    def __init__(self, samples: Corpus | TokenDataset, slots: torch.Tensor, vocab_size: int | None) -> None:
         self.samples, self.slots, self.vocab_size = samples, slots, vocab_size
 
     def __getitem__(self, item: tuple[int, Ids]) -> str | None:
@@ -73,11 +63,6 @@ class _Steps(Dataset[str | None]):
                 f"model.vocab_size is {self.vocab_size}: prepare the data with the model's tokenizer"
             )
         return None
-
-
-def _shared_slots(*shape: int) -> torch.Tensor:
-    """Zeros int32 of a shape, in memory of its own that forked processes write to as well."""
-    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.int32).view(shape)
 
 
 def _end_worker(error: Exception, _result: object) -> None:
@@ -128,7 +113,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Corpus | TokenDataset,
         sequence: SampleIds,
         *,
         consumed_samples: int,
@@ -149,7 +134,9 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         ids = steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout)
         # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
         # copied from its slot a moment later. Hence one slot more.
-        self._slots = _shared_slots(num_workers * STEPS_AHEAD + 1, *shape)
+        shape = num_workers * STEPS_AHEAD + 1, *shape
+        # Shared: forked processes write to it as well.
+        self._slots = torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.int32).view(shape)
         self._asked: deque[tuple[int, Ids]] = deque()
         # batch_size=None: each item of the sampler is a whole step of ids, computed in this process once and not in
         # every worker. fork: workers start at once, with the index in memory, and never touch an accelerator.
@@ -189,9 +176,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
             ValueError: a shard is damaged or missing, or a token is outside the vocabulary.
             ChildProcessError: a loader process died.
         """
-        if self._iterator is None:
-            raise StopIteration
-        error = self._wait(self._iterator)
+        error = self._wait()
         slot, ids = self._asked.popleft()
         rows = self._slots[slot].long()  # a copy: the slot is filled again
         if error is not None:
@@ -201,8 +186,8 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         parts = zip(tokens, labels, torch.from_numpy(ids), strict=True)
         return [dict(zip(("tokens", "labels", "sample_ids"), one, strict=True)) for one in parts]
 
-    def _wait(self, results: Iterator[str | None]) -> str | None:
-        while self._iterator is not None:
+    def _wait(self) -> str | None:
+        while (results := self._iterator) is not None:
             try:
                 return next(results)
             except RuntimeError as error:
@@ -214,7 +199,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
                     f"a loader process of this rank died: {' '.join(str(error).split())}. Most likely the machine ran "
                     "out of memory (see dmesg): set data.num_workers=0, or give it more"
                 ) from error
-        raise StopIteration  # closed by another thread
+        raise StopIteration  # closed, perhaps by another thread
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice; `next` then raises StopIteration."""

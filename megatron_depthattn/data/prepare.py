@@ -22,33 +22,26 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_depthattn.data.documents import CorpusFile, corpus_files
-from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, parts
+from megatron_depthattn.data.documents import BUILTIN_STDLIB, CorpusFile, corpus_files
+from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, encode, parts
 from megatron_depthattn.data.encode_pool import EncodePool
-from megatron_depthattn.data.prepare_settings import (
-    FORMAT_VERSION,
-    PrepareSettings,
-    check_settings,
-    check_skipped_damage,
-    existing_manifest,
-    settings_record,
-)
 from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
 from megatron_depthattn.data.shard_writer import SplitWriter
 from megatron_depthattn.data.stream import MANIFEST_NAME
 from megatron_depthattn.data.tokenizer import Encoder, bpe_vocab, file_sha256, load_tokenizer, train_bpe
-from megatron_depthattn.data.unfinished import Merged, Unfinished, open_unfinished, remove_leftover
+from megatron_depthattn.data.unfinished import Merged, Unfinished, changed_settings, open_unfinished
 from megatron_depthattn.durable import fsync_path, publish_folder, recover_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FORMAT_VERSION = 3
 SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can cost
 SOURCES_NAME = "sources.jsonl"
 SPLIT_COUNTS = ("documents", "documents_with_replaced_utf8", "bytes", "tokens", "samples", "dropped_tail_tokens")
@@ -64,6 +57,32 @@ SKIPPED = {
     "json as text": "json_files_read_as_text",
 }
 """Kinds of outcome, and what they are counted as in the manifest."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class PrepareSettings:
+    """What `depthattn prepare` was asked for."""
+
+    inputs: tuple[str, ...]
+    """Files, folders, or `builtin:python-stdlib`."""
+    tokenizer: str
+    """A Hugging Face tokenizer folder, a tokenizer.json, or `train-bpe:VOCAB`."""
+    sequence_length: int
+    """Tokens a model sees at a time; a sample stores one more."""
+    output: Path
+    """The folder to write."""
+    validation_fraction: float = 0.01
+    """Share of the documents that goes to val; 0 writes no val split."""
+    text_field: str = "text"
+    """Field of a JSON line, column of a parquet or Arrow file."""
+    on_corrupt: str = "error"
+    """error, or skip: keep what comes before the damage and count it."""
+    workers: int | None = None
+    """Encoding processes; None: the cores that this process may use. The output does not depend on it."""
+    max_bytes: int | None = None
+    """Stop after this many bytes of documents; the last one is cut."""
+    overwrite: bool = False
+    """Prepare again even if `output` holds a corpus, or unfinished work with other settings."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -113,13 +132,12 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
     recover_folder(output)
     manifest = existing_manifest(settings, record)
     if manifest is not None:
-        remove_leftover(output)
         check_skipped_damage(settings, manifest["skipped"], str(output))
         return Prepared(manifest=manifest, already_prepared=True)
     _check_streaming()
     with open_unfinished(output) as unfinished:
-        preparation = _Preparation(settings, files, record, given, unfinished, on_progress)
-        manifest = preparation.run()
+        preparation = _Preparation(settings, files, record, unfinished, on_progress)
+        manifest = preparation.run(given)
         publish_folder(unfinished.corpus, output)
         unfinished.clear()
     seconds = time.perf_counter() - start
@@ -142,6 +160,77 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+# ---- settings ------------------------------------------------------------------------------------------
+
+
+def check_settings(settings: PrepareSettings) -> None:
+    fraction, max_bytes, workers = settings.validation_fraction, settings.max_bytes, settings.workers
+    for is_valid, given, advice in (
+        (settings.inputs, "input is missing", f"name files, folders, or {BUILTIN_STDLIB}"),
+        (settings.sequence_length >= 1, f"sequence-length {settings.sequence_length}", "set at least 1"),
+        (0 <= fraction < 1, f"validation-fraction {fraction}", "set a number in [0, 1)"),
+        (max_bytes is None or max_bytes >= 1, f"max-bytes {max_bytes}", "set at least 1, or leave it out"),
+        (workers is None or workers >= 1, f"workers {workers}", "set at least 1, or leave it out"),
+        (settings.on_corrupt in ("error", "skip"), f"on-corrupt {settings.on_corrupt}", "set error or skip"),
+    ):
+        if not is_valid:
+            raise ValueError(f"--{given}: {advice}")
+    output = settings.output.resolve()
+    for given in settings.inputs:
+        if Path(given).is_dir() and output.is_relative_to(Path(given).resolve()):
+            raise ValueError(f"--output {settings.output} lies inside --input {given}: choose a folder outside of it")
+
+
+def settings_record(settings: PrepareSettings, files: Sequence[CorpusFile], tokenizer_sha256: str) -> dict[str, Any]:
+    """What decides the result, as stored in the manifest.
+
+    `tokenizer_sha256` is that of the loaded tokenizer, or "" for one that is to be trained. A list of files that
+    decide it would be that of some kinds of tokenizer only.
+
+    The corpus counts by file names and sizes: reading every byte to find that nothing changed would cost as
+    much as preparing. An edit that keeps a file's size needs --overwrite.
+    """
+    names_and_sizes = repr([(file.name, file.size) for file in files])
+    tokenizer = settings.tokenizer + (f" (sha256 {tokenizer_sha256})" if tokenizer_sha256 else "")
+    return {
+        "format_version": FORMAT_VERSION,
+        "input": list(settings.inputs),
+        "corpus_files_sha256": hashlib.sha256(names_and_sizes.encode()).hexdigest(),
+        "tokenizer": tokenizer,
+        **{
+            key: getattr(settings, key) for key in ("sequence_length", "validation_fraction", "text_field", "max_bytes")
+        },
+    }
+
+
+def existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a corpus already prepared with these settings; None if the output is to be written."""
+    output = settings.output
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    file = output / MANIFEST_NAME
+    if not file.is_file():
+        # Never removed, --overwrite or not: it is not ours.
+        raise ValueError(f"--output {output} exists and is not a prepared corpus: choose another folder")
+    if settings.overwrite:
+        return None
+    manifest: dict[str, Any] = json.loads(file.read_text())
+    changed = changed_settings(manifest.get("settings", {}), record)
+    if changed:
+        raise ValueError(
+            f"--output {output} was prepared with {changed}: use it as it is, choose another folder or pass --overwrite"
+        )
+    return manifest
+
+
+def check_skipped_damage(settings: PrepareSettings, skipped: Mapping[str, int], where: str) -> None:
+    if settings.on_corrupt == "error" and (skipped["damaged_files"] or skipped["damaged_records"]):
+        raise ValueError(
+            f"{where} leaves out {skipped['damaged_files']} damaged files and {skipped['damaged_records']} damaged "
+            "records: pass --on-corrupt skip to accept that, or repair them and pass --overwrite"
+        )
+
+
 # ---- the work --------------------------------------------------------------------------------------------
 
 
@@ -152,8 +241,6 @@ class _Preparation:
     settings: PrepareSettings
     files: Sequence[CorpusFile]
     record: dict[str, Any]
-    tokenizer: "PreTrainedTokenizerFast | int"
-    """Or the size of the vocabulary to train."""
     unfinished: Unfinished
     on_progress: ProgressCallback
     merged: Merged = field(default_factory=Merged)
@@ -164,32 +251,36 @@ class _Preparation:
         settings = self.settings
         self.recipe = Recipe(settings.text_field, settings.validation_fraction, settings.max_bytes)
         total = sum(file.size for file in self.files)
-        self.total_bytes = min(total, self.settings.max_bytes or total)
+        self.total_bytes = min(total, settings.max_bytes or total)
         # An edited file must not be continued in the middle; its times need not match once the corpus is finished.
         times = hashlib.sha256(repr([file.modified_ns for file in self.files]).encode()).hexdigest()
         self.record_to_continue = self.record | {"modification_times_sha256": times}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, tokenizer: "PreTrainedTokenizerFast | int") -> dict[str, Any]:
         """Write the corpus below the unfinished folder, or what is missing of it; returns the manifest.
 
         Stopped by an exception, it saves the progress first.
+
+        Args:
+            tokenizer: the tokenizer, or the size of the vocabulary to train.
         """
         found = self.unfinished.load(self.record_to_continue, overwrite=self.settings.overwrite)
-        if found is not None:
+        if found:
             self.merged = found[0]
             check_skipped_damage(self.settings, self.merged.skipped, str(self.unfinished.folder))
-        encoder = Encoder(self._prepare_tokenizer(is_new=found is None))
+        encoder = Encoder(self._prepare_tokenizer(tokenizer, is_new=not found))
         for split in SPLITS if self.settings.validation_fraction > 0 else SPLITS[:1]:
-            state = found[1][split] if found else ([], encoder.no_tokens)
+            state = found[1][split] if found else ([], encoder.end[:0])
             folder = self.unfinished.corpus / split
             self.writers[split] = SplitWriter(folder, self.settings.sequence_length, encoder.dtype, *state)
         self._save()
         self._encode_and_merge(encoder)
         return self._finish(encoder)
 
-    def _prepare_tokenizer(self, *, is_new: bool) -> "PreTrainedTokenizerFast":
+    def _prepare_tokenizer(
+        self, tokenizer: "PreTrainedTokenizerFast | int", *, is_new: bool
+    ) -> "PreTrainedTokenizerFast":
         folder = self.unfinished.corpus / "tokenizer"
-        tokenizer = self.tokenizer
         if isinstance(tokenizer, int):
             if is_new:
                 self.on_progress(PrepareProgress(phase="training the tokenizer", total_bytes=self.total_bytes))
@@ -216,16 +307,15 @@ class _Preparation:
     def _encode_and_merge(self, encoder: Encoder) -> None:
         merged, limit = self.merged, self.settings.max_bytes or sys.maxsize
         if merged.position != Position():
-            self._report(message=self._where())
-        is_whole = True
-        saved = time.monotonic()
+            self._report(self._where())
+        is_whole, saved = True, time.monotonic()
         try:
             units = read_units(self.files, self.recipe, merged.position)
             with EncodePool(self.settings.workers or available_cores(), encoder, self.recipe) as pool:
                 # A unit can be one long record. A character more: one that is cut is seen to reach the limit.
                 for unit, encoded in pool.encode_in_order(units, limit + 4):
                     if merged.bytes + encoded.bytes >= limit:
-                        encoded = pool.encode(unit.content, limit - merged.bytes)
+                        encoded = encode(unit.content, encoder, self.recipe, limit - merged.bytes)
                     self._check_damage(unit, encoded)
                     is_whole = False
                     self._merge(unit, encoded)
@@ -278,11 +368,9 @@ class _Preparation:
 
     def _where(self) -> str:
         merged, files = self.merged, self.files
-        if merged.position.file >= len(files):
-            return "continuing: everything is tokenised, the last shards are to be written"
-        name = files[merged.position.file].name
+        number = min(merged.position.file, len(files) - 1)
         return (
-            f"continuing at file {merged.position.file + 1:,} of {len(files):,} ({name}), "
+            f"continuing at file {number + 1:,} of {len(files):,} ({files[number].name}), "
             f"after {merged.bytes / 1e6:,.1f} MB of documents and {merged.tokens:,} tokens"
         )
 
@@ -292,11 +380,9 @@ class _Preparation:
         for split, writer in self.writers.items():
             counts = merged.counts[split]
             counts["samples"], counts["dropped_tail_tokens"] = writer.finish()
-        try:
-            self._check_not_empty()
-        except ValueError:
+        if fault := self._emptiness():
             self.unfinished.clear()  # no other settings can continue it
-            raise
+            raise ValueError(fault)
         manifest = {
             "format_version": FORMAT_VERSION,
             "sequence_length": self.settings.sequence_length,
@@ -316,23 +402,24 @@ class _Preparation:
         _fsync_tree(folder)
         return manifest
 
-    def _check_not_empty(self) -> None:
-        """Raise ValueError if a split has no sample."""
+    def _emptiness(self) -> str:
+        """What is wrong if a split has no sample; empty if each has one."""
         counts = self.merged.counts
         if not any(counts[split]["documents"] for split in self.writers):
             reasons = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in self.merged.skipped.items() if n)
-            raise ValueError(
+            return (
                 f"--input {' '.join(self.settings.inputs)} holds no text ({reasons or 'no files'}): give files of "
                 "text, JSON lines, parquet or Arrow"
             )
         for split in self.writers:
             if not counts[split]["samples"]:
                 fraction = ", set a larger --validation-fraction, or 0 for no val split" if split == "val" else ""
-                raise ValueError(
+                return (
                     f"the {split} split got {counts[split]['documents']} documents and {counts[split]['tokens']} "
                     f"tokens, and one sample needs {self.settings.sequence_length + 1}: give more text or set a "
                     f"smaller --sequence-length{fraction}"
                 )
+        return ""
 
     def _write_sources(self, path: Path) -> dict[str, Any]:
         """Write a line for each file, also of those that `max_bytes` left out; returns the totals for the manifest."""

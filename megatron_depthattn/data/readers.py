@@ -8,27 +8,20 @@ Reading can start at the end of any unit.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from megatron_depthattn.data.columns import column_rows
 from megatron_depthattn.data.documents import CorpusFile, Format, digest_is_validation, pieces
-from megatron_depthattn.data.encode import JSON, Content, Documents, JsonLines, Piece, Recipe, Rows, TextFiles
-from megatron_depthattn.data.file_bytes import (
-    DamagedFileError,
-    NoTextError,
-    TextCheck,
-    UndecodableError,
-    file_blocks,
-    short_text,
-)
+from megatron_depthattn.data.encode import JSON, Content, JsonLines, Piece, Recipe, Rows, TextFiles
+from megatron_depthattn.data.file_bytes import DamagedFileError, NoTextError, TextCheck, file_blocks, text_blocks
 
 UNIT_BYTES = 2 << 20  # about: a unit ends with the document that passes it
 UNIT_FILES = 4096
 NOT_READ = (Format.ARCHIVE, Format.DATASET_METADATA, Format.SPECIAL, Format.LINK)
-NO_DOCUMENTS = Documents([])
 # Of a JSON line, or a .json file that is one value: they are held in memory, several times over.
 MAX_RECORD_BYTES = 256 << 20
-_SPACE = " \t\r\n"  # JSON has no other
+_SPACE = b" \t\r\n"  # JSON has no other
 
 
 class Position(NamedTuple):
@@ -61,11 +54,8 @@ class Unit(NamedTuple):
     """Of the file that ends here."""
 
 
-class _Read(NamedTuple):
-    content: Content
-    offset: int
-    lines: int = 0
-    consumed_bytes: int = 0
+_Reads = Iterator[tuple[Content, int, int, int]]
+"""(content, the file's offset and lines where it ends, bytes on disk up to there)"""
 
 
 def read_units(files: Sequence[CorpusFile], recipe: Recipe, start: Position = START) -> Iterator[Unit]:
@@ -113,134 +103,61 @@ def _units_of_file(index: int, file: CorpusFile, before: int, recipe: Recipe, st
                 yield Unit(content, Position(index, offset, lines), before + consumed)
         except NoTextError as error:
             outcome = Outcome(index, error.kind, str(error))
-        except UndecodableError as error:
-            is_text = file.format is Format.TEXT or outcome is not None
-            outcome = Outcome(index, "undecodable" if is_text else "damaged", str(error))
         except DamagedFileError as error:
             outcome = Outcome(index, "damaged", str(error))
-    yield Unit(NO_DOCUMENTS, Position(index + 1), before + file.size, outcome)
+    yield Unit(TextFiles([]), Position(index + 1), before + file.size, outcome)
 
 
 # ---- JSON lines ------------------------------------------------------------------------------------------
 
 
-def _lines(file: CorpusFile, offset: int, lines: int) -> Iterator[_Read]:
+def _lines(file: CorpusFile, offset: int, lines: int) -> Iterator[tuple[JsonLines, int, int, int]]:
     """Whole lines, `UNIT_BYTES` or more at a time but for the last; those before a damaged place, then the error."""
-    rest: list[bytes] = []
-    size = consumed = 0
-    error: DamagedFileError | None = None
-    blocks = file_blocks(file, offset)
-    is_end = False
-    while not is_end:
-        try:
-            block, consumed = next(blocks, (b"", consumed))
-        except DamagedFileError as damage:
-            block, error = b"", damage
-        rest.append(block)
-        size += len(block)
-        if block and size > MAX_RECORD_BYTES and b"\n" not in block:
-            number = lines + 1 + sum(part.count(b"\n") for part in rest)
-            error = DamagedFileError(f"line {number} is longer than {MAX_RECORD_BYTES:,} bytes")
-        is_end = not block or error is not None
-        if not is_end and (size < UNIT_BYTES or b"\n" not in block):
-            continue
-        data = b"".join(rest)
-        whole = len(data) if is_end and error is None else data.rfind(b"\n") + 1
-        if whole:
-            first, offset, lines = lines + 1, offset + whole, lines + data.count(b"\n", 0, whole)
-            yield _Read(JsonLines(data[:whole], file.path, first), offset, lines, consumed)
-        rest, size = [data[whole:]], len(data) - whole
-    if error is not None:
-        raise error
+    rest, consumed = bytearray(), 0
+    damage: DamagedFileError | None = None
+    try:
+        for block, consumed in file_blocks(file, offset):
+            rest += block
+            has_end = b"\n" in block
+            if len(rest) > MAX_RECORD_BYTES and not has_end:
+                number = lines + 1 + rest.count(b"\n")
+                raise DamagedFileError(f"line {number} is longer than {MAX_RECORD_BYTES:,} bytes")
+            if len(rest) >= UNIT_BYTES and has_end:
+                whole = rest.rfind(b"\n") + 1
+                content = JsonLines(bytes(rest[:whole]), file.path, lines + 1)
+                del rest[:whole]
+                offset, lines = offset + whole, lines + content.lines.count(b"\n")
+                yield content, offset, lines, consumed
+    except DamagedFileError as error:
+        damage = error
+        del rest[rest.rfind(b"\n") + 1 :]
+    if rest:
+        content = JsonLines(bytes(rest), file.path, lines + 1)
+        yield content, offset + len(rest), lines + rest.count(b"\n"), consumed
+    if damage:
+        raise damage
 
 
-def _json(file: CorpusFile, recipe: Recipe, start: Position) -> tuple[Iterator[_Read], str]:
-    """What to read of a .json file, and why it is a text, if it is."""
-    records, why_text = _json_content(file, recipe.text_field)
-    if why_text:
-        return _text(file, recipe, start.offset), why_text
-    if records is None:
-        return _lines(file, start.offset, start.lines), ""
-    return _records(records, file, recipe.text_field, start.offset), ""
-
-
-def _records(records: list[Any], file: CorpusFile, text_field: str, start: int) -> Iterator[_Read]:
-    """The records of an array from number `start` on, as lines of nothing but the field."""
-    lines: list[bytes] = []
-    size, first = 0, start
-    for number, record in enumerate(records[start:], start=start + 1):
-        text = record.get(text_field, 0) if isinstance(record, dict) else 0
-        lines.append(json.dumps({text_field: text if text is None or isinstance(text, str) else 0}).encode() + b"\n")
-        size += len(lines[-1])
-        if size >= UNIT_BYTES or number == len(records):
-            content = JsonLines(b"".join(lines), file.path, first + 1, "record")
-            yield _Read(content, number, 0, file.size * number // len(records))
-            lines, size, first = [], 0, number
-
-
-# ---- what a .json file holds -----------------------------------------------------------------------------
-
-
-class _JsonContent(NamedTuple):
-    records: list[Any] | None = None
-    """Of an array or a single object; None: they are lines, or there are none."""
-    why_text: str = ""
-    """Why it is read as a text."""
-
-
-def _json_content(file: CorpusFile, text_field: str) -> _JsonContent:
-    """Look at a .json file, which is read once more where it holds lines or a text.
+def _json(file: CorpusFile, recipe: Recipe, start: Position) -> tuple[_Reads, str]:
+    """What to read of a .json file, and why it is a text, if it is.
 
     A text is an object or array without the field (settings, tables), or what is no JSON and does not name the field.
 
     Raises:
         DamagedFileError: it begins as records do, and cannot be read as such.
     """
-    first, second = _first_lines(file)
-    values = [_decode(line) for line in (first, second)]
-    if not first:  # an empty file
-        return _JsonContent()
-    if isinstance(values[0], dict) and (second or text_field in values[0]):
-        return _JsonContent()
-    if isinstance(values[1], dict) and not first.startswith(b"["):  # the first line is damaged
-        return _JsonContent()
-    if not first.startswith((b"{", b"[")):
-        return _JsonContent(why_text="it is no JSON object or array")
-    text = _whole(file)
-    try:
-        value, end = JSON.raw_decode(text)
-    except (ValueError, RecursionError) as error:
-        if first.startswith(b"[") and json.dumps(text_field) in text:
-            raise DamagedFileError(f"it begins as a JSON array and is not one ({error})") from error
-        return _JsonContent(why_text=f"it is no JSON ({error})")
-    if text[end:].strip(_SPACE):
-        raise DamagedFileError("it holds several JSON values, and not one a line: write each record in a line")
-    if isinstance(value, dict):
-        return (
-            _JsonContent([value]) if text_field in value else _JsonContent(why_text=f'it has no field "{text_field}"')
-        )
-    if value and not any(isinstance(record, dict) and text_field in record for record in value):
-        return _JsonContent(why_text=f'it is an array without a field "{text_field}"')
-    return _JsonContent(value)
-
-
-def _first_lines(file: CorpusFile) -> tuple[bytes, bytes]:
-    """The first two lines that are not blank, stripped; b"" where there is none."""
-    lines = filter(None, (line.strip(_SPACE.encode()) for line in _all_lines(file)))
-    return next(lines, b""), next(lines, b"")
-
-
-def _all_lines(file: CorpusFile) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for block, _ in file_blocks(file):
-        first, *others = block.split(b"\n")
-        rest.append(first)
-        for other in others:
-            yield b"".join(rest)
-            rest = [other]
-        if sum(map(len, rest)) > MAX_RECORD_BYTES:
-            raise DamagedFileError(f"it has a line of over {MAX_RECORD_BYTES:,} bytes")
-    yield b"".join(rest)
+    field = recipe.text_field
+    lines = (line.strip(_SPACE) for content in _lines(file, 0, 0) for line in content[0].lines.split(b"\n"))
+    first, second = islice(chain(filter(None, lines), (b"", b"")), 2)
+    value = _decode(first)
+    is_record = isinstance(value, dict) and (second or field in value)
+    is_damaged_record = not first.startswith(b"[") and isinstance(_decode(second), dict)
+    if not first or is_record or is_damaged_record:
+        return _lines(file, start.offset, start.lines), ""
+    records, why_text = [], "it is no JSON object or array"
+    if first.startswith((b"{", b"[")):
+        records, why_text = _json_value(file, field)
+    return (_text(file, recipe, start.offset) if why_text else _records(records, file, field, start.offset)), why_text
 
 
 def _decode(line: bytes) -> Any:
@@ -250,74 +167,77 @@ def _decode(line: bytes) -> Any:
         return None
 
 
-def _whole(file: CorpusFile) -> str:
-    blocks, size = [], 0
+def _json_value(file: CorpusFile, field: str) -> tuple[list[Any], str]:
+    """The records of a file that is one array or one object, or why it is a text."""
+    data = bytearray()
     for block, _ in file_blocks(file):
-        blocks.append(block)
-        size += len(block)
-        if size > MAX_RECORD_BYTES:
-            raise DamagedFileError(
-                f"it is one JSON value of over {MAX_RECORD_BYTES:,} bytes: write its records as lines"
-            )
+        data += block
+        if len(data) > MAX_RECORD_BYTES:
+            raise DamagedFileError(f"it is one JSON value of over {MAX_RECORD_BYTES:,} bytes: write it as lines")
     # Invalid bytes become halves of surrogate pairs, which are replaced and counted where records are encoded.
-    return b"".join(blocks).decode(errors="surrogateescape").strip(_SPACE)
+    text = data.strip(_SPACE).decode(errors="surrogateescape")
+    try:
+        value, end = JSON.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        if text.startswith("[") and json.dumps(field) in text:
+            raise DamagedFileError(f"it begins as a JSON array and is not one ({error})") from error
+        return [], f"it is no JSON ({error})"
+    if end < len(text):
+        raise DamagedFileError("it holds several JSON values, and not one a line: write each record in a line")
+    records: list[Any] = value if isinstance(value, list) else [value]
+    if records and not any(isinstance(record, dict) and field in record for record in records):
+        return [], f'it has no field "{field}"'
+    return records, ""
+
+
+def _records(records: list[Any], file: CorpusFile, text_field: str, start: int) -> _Reads:
+    """The records of an array from number `start` on, as lines of nothing but the field."""
+    lines: list[bytes] = []
+    size, first = 0, start
+    for number, record in enumerate(records[start:], start=start + 1):
+        text = record.get(text_field, 0) if isinstance(record, dict) else 0
+        lines.append(json.dumps({text_field: text if text is None or isinstance(text, str) else 0}).encode() + b"\n")
+        size += len(lines[-1])
+        if size >= UNIT_BYTES or number == len(records):
+            content = JsonLines(b"".join(lines), file.path, first + 1, "record")
+            yield content, number, 0, file.size * number // len(records)
+            lines, size, first = [], 0, number
 
 
 # ---- text ------------------------------------------------------------------------------------------------
 
 
-def _text(file: CorpusFile, recipe: Recipe, offset: int) -> Iterator[_Read]:
-    """The file's one document: whole if it is short, else looked through first and then read in pieces."""
-    text = short_text(file, UNIT_BYTES)
-    if text is not None:
-        if offset == 0:
-            yield _Read(Documents([text]), len(text), 0, file.size)
-        return
-    split, is_blank, is_utf8, size = _look_through(file, recipe)
-    if is_blank:
-        yield _Read(Documents([b""]), size, 0, file.size)
-        return
-    position = offset
-    for data in pieces(block for block, _ in file_blocks(file, offset)):
-        piece = Piece(
-            data,
-            split,
-            is_first=position == 0,
-            is_last=position + len(data) == size,
-            is_repaired=not is_utf8,
-        )
-        position += len(data)
-        yield _Read(piece, position, 0, min(file.size * position // size, file.size))
-
-
-def _look_through(file: CorpusFile, recipe: Recipe) -> tuple[str, bool, bool, int]:
-    """(split, whether it is blank, whether it is UTF-8, size in bytes) of a long document.
+def _text(file: CorpusFile, recipe: Recipe, offset: int) -> _Reads:
+    """The file's one document: looked through first, then read in pieces.
 
     Of one that is longer than all that is wanted only so much, and a block, is looked at: it is cut there at the
     latest, and what it expands to has no bounds.
     """
     digest, check = hashlib.sha256(), TextCheck()
-    is_blank, is_whole, size = True, True, 0
-    for block, _ in file_blocks(file):
-        if b"\0" in block:
-            raise NoTextError("binary")
+    is_blank, size = True, 0
+    for block in text_blocks(file, check):
         digest.update(block)
-        check.add(block)
         size += len(block)
         is_blank = is_blank and not block.strip()
         if recipe.max_bytes is not None and size > recipe.max_bytes:
-            is_blank = is_whole = False
+            is_blank = False
+            if not check.finish(is_whole=False):
+                raise NoTextError("undecodable")
             break
-    if not check.finish(is_whole=is_whole):
-        raise NoTextError("undecodable")
+    if is_blank and not offset:
+        yield Rows([b""], file.path, 1), size, 0, file.size
+        return
     split = "val" if digest_is_validation(digest.digest(), recipe.validation_fraction) else "train"
-    return split, is_blank, check.is_utf8, size
+    for data in pieces(block for block, _ in file_blocks(file, offset)):
+        is_first, offset = offset == 0, offset + len(data)
+        piece = Piece(data, split, is_first=is_first, is_last=offset == size, is_repaired=check.replaced > 0)
+        yield piece, offset, 0, min(file.size * offset // size, file.size)
 
 
 # ---- columns ---------------------------------------------------------------------------------------------
 
 
-def _column(file: CorpusFile, name: str, start: int) -> Iterator[_Read]:
+def _column(file: CorpusFile, name: str, start: int) -> _Reads:
     """The rows of a parquet or Arrow file from row `start` on; a null is an empty document."""
     documents: list[bytes] = []
     size, row = 0, start
@@ -329,11 +249,11 @@ def _column(file: CorpusFile, name: str, start: int) -> Iterator[_Read]:
                 size += len(documents[-1])
                 row += 1
                 if size >= UNIT_BYTES:
-                    yield _Read(Rows(documents, file.path, row - len(documents) + 1), row, 0, consumed)
+                    yield Rows(documents, file.path, row - len(documents) + 1), row, 0, consumed
                     documents, size = [], 0
     except DamagedFileError as error:
         damage = DamagedFileError(f"after row {row}, {error}")
     if documents:
-        yield _Read(Rows(documents, file.path, row - len(documents) + 1), row, 0, file.size)
-    if damage is not None:
+        yield Rows(documents, file.path, row - len(documents) + 1), row, 0, file.size
+    if damage:
         raise damage

@@ -128,9 +128,8 @@ def damage(file: Path, expected: StoredFile) -> str | None:
         return MISSING
 
 
-def expanded(stream: IO[bytes], compression: str | None) -> Source:
-    if compression == "gz":
-        return gzip.GzipFile(fileobj=stream)
-    if compression == "bz2":
-        return bz2.BZ2File(stream)
-    return zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+def expanded(stream: IO[bytes], name: str) -> Source:
+    """The content of the compressed file of this name."""
+    if name.endswith(".zstd"):
+        return zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+    return gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else bz2.BZ2File(stream)

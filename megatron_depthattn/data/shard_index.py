@@ -10,8 +10,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -32,8 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}\.mds")
 _TOKENS = re.compile(r"ndarray:(u?int(?:8|16|32|64)):([1-9][0-9]{0,8})")
 
 
-@dataclass(kw_only=True, frozen=True)
-class StoredFile:
+class StoredFile(NamedTuple):
     """A shard's file, raw or compressed."""
 
     name: str
@@ -42,26 +40,23 @@ class StoredFile:
     """Hex digest by algorithm; only algorithms that this machine has."""
 
 
-@dataclass(kw_only=True, frozen=True)
-class ShardEntry:
+class ShardEntry(NamedTuple):
     """One shard of an index."""
 
     samples: int
     raw: StoredFile
     packed: StoredFile | None
-    compression: str | None
-    """One of `EXPANDABLE`; None where there is no compressed form."""
+    """The compressed form, one of `EXPANDABLE` by its name."""
 
 
-@dataclass(kw_only=True, frozen=True)
-class SplitIndex:
+class SplitIndex(NamedTuple):
     """A split's index."""
 
     digest: str
     """SHA-256 of the file."""
     dtype: np.dtype[Any]
     tokens_per_sample: int
-    shards: tuple[ShardEntry, ...]
+    shards: list[ShardEntry]
 
 
 def parse_index(content: bytes, source: str) -> SplitIndex:
@@ -96,8 +91,7 @@ def parse_index(content: bytes, source: str) -> SplitIndex:
             raise ValueError(f"{source}, shard {number}: {error}; copy or prepare the corpus again") from error
         names.add(shard.raw.name.lower())
         shards.append(shard)
-    digest = hashlib.sha256(content).hexdigest()
-    return SplitIndex(digest=digest, dtype=dtype, tokens_per_sample=tokens_per_sample, shards=tuple(shards))
+    return SplitIndex(hashlib.sha256(content).hexdigest(), dtype, tokens_per_sample, shards)
 
 
 def new_hash(algorithm: str) -> Any:
@@ -123,35 +117,39 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shard(entry: Mapping[str, Any], sample_bytes: int) -> ShardEntry:
-    kind = entry.get("format"), entry.get("version")
-    if kind != ("mds", 2):
-        raise ValueError(f"its format is {reprlib.repr(kind)}, not MDS version 2")
-    samples = count(entry, "samples")
-    if samples < 1:
-        raise ValueError("it holds no samples")
+    kind, samples = (entry.get("format"), entry.get("version")), count(entry, "samples")
     raw = _file(entry.get("raw_data"), "raw_data")
-    if not _NAME.fullmatch(raw.name):
-        raise ValueError(f"its file is named {reprlib.repr(raw.name)}, which is no plain name such as shard.00000.mds")
     least = 4 * (samples + 2) + samples * sample_bytes  # count, offsets, samples
-    if not least <= raw.bytes <= min(least + MAX_HEADER_BYTES, MAX_SHARD_BYTES):
-        raise ValueError(
+    most = min(least + MAX_HEADER_BYTES, MAX_SHARD_BYTES)
+    checks = [
+        (kind == ("mds", 2), f"its format is {reprlib.repr(kind)}, not MDS version 2"),
+        (samples >= 1, "it holds no samples"),
+        (
+            bool(_NAME.fullmatch(raw.name)),
+            f"its file is named {reprlib.repr(raw.name)}, which is no plain name such as shard.00000.mds",
+        ),
+        (
+            least <= raw.bytes <= most,
             f"{raw.name} has {raw.bytes} bytes, and {samples} samples of {sample_bytes} bytes with their header have "
-            f"{least} to {min(least + MAX_HEADER_BYTES, MAX_SHARD_BYTES)}"
-        )
-    if entry.get("zip_data") is None:
-        return ShardEntry(samples=samples, raw=raw, packed=None, compression=None)
-    packed = _file(entry["zip_data"], "zip_data")
-    compression = str(entry.get("compression")).partition(":")[0]
-    if compression not in EXPANDABLE:
-        given = reprlib.repr(entry.get("compression"))
-        raise ValueError(f"{raw.name} is compressed with {given}: only {', '.join(EXPANDABLE)} can be read")
-    if packed.name != f"{raw.name}.{compression}":
-        raise ValueError(
-            f"the compressed {raw.name} is named {reprlib.repr(packed.name)}, not {raw.name}.{compression}"
-        )
-    if packed.bytes > MAX_SHARD_BYTES:
-        raise ValueError(f"{packed.name} has {packed.bytes} bytes, more than {MAX_SHARD_BYTES}")
-    return ShardEntry(samples=samples, raw=raw, packed=packed, compression=compression)
+            f"{least} to {most}",
+        ),
+    ]
+    packed = None
+    if entry.get("zip_data") is not None:
+        packed, given = _file(entry["zip_data"], "zip_data"), entry.get("compression")
+        name = f"{raw.name}.{str(given).partition(':')[0]}"
+        checks += [
+            (
+                name.removeprefix(f"{raw.name}.") in EXPANDABLE,
+                f"{raw.name} is compressed with {reprlib.repr(given)}: only {', '.join(EXPANDABLE)} can be read",
+            ),
+            (packed.name == name, f"the compressed {raw.name} is named {reprlib.repr(packed.name)}, not {name}"),
+            (packed.bytes <= MAX_SHARD_BYTES, f"{packed.name} has {packed.bytes} bytes, more than {MAX_SHARD_BYTES}"),
+        ]
+    for is_right, fault in checks:
+        if not is_right:
+            raise ValueError(fault)
+    return ShardEntry(samples, raw, packed)
 
 
 def _file(entry: Any, key: str) -> StoredFile:
@@ -161,6 +159,4 @@ def _file(entry: Any, key: str) -> StoredFile:
     known = hashes.keys() & HASHES
     if hashes and not known:
         raise ValueError(f"its hashes are {reprlib.repr(list(hashes))}, none of which this machine can compute")
-    return StoredFile(
-        name=entry["basename"], bytes=count(entry, "bytes"), hashes={name: str(hashes[name]) for name in known}
-    )
+    return StoredFile(entry["basename"], count(entry, "bytes"), {name: str(hashes[name]) for name in known})

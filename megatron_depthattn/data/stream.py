@@ -16,6 +16,7 @@ let through, no more is read, expanded or kept in memory than they say, and no f
 
 import json
 import logging
+import math
 import os
 import reprlib
 from pathlib import Path
@@ -67,22 +68,20 @@ def _read_manifest(path: str) -> dict[str, Any] | None:
         manifest = json.loads(content)
         _check_manifest(manifest)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is no manifest of a corpus: {error}; copy or prepare the corpus again") from error
+        raise ValueError(f"{file} is no manifest of a corpus: {error}; {AGAIN}") from error
     return cast(dict[str, Any], manifest)
 
 
 def _check_manifest(manifest: Any) -> None:
     """Check the type of whatever is used of a manifest; all of it may be absent."""
-    for key in manifest.keys() & {"vocab_size", "eos_token_id"}:
-        count(manifest, key)
-    if manifest.keys() >= {"vocab_size", "eos_token_id"} and manifest["eos_token_id"] >= manifest["vocab_size"]:
+    for part in (manifest, *manifest.get("splits", {}).values()):
+        for key in part.keys() & {"vocab_size", "eos_token_id", "bytes", "tokens"}:
+            count(part, key)
+    if manifest.get("eos_token_id", 0) >= manifest.get("vocab_size", math.inf):
         raise ValueError(f"its eos_token_id is {manifest['eos_token_id']}, and its vocab_size {manifest['vocab_size']}")
     digest = manifest.get("tokenizer_sha256", "0")
     if not isinstance(digest, str) or not digest.isalnum():  # it is printed
         raise ValueError(f"tokenizer_sha256 is {reprlib.repr(digest)}, not a hash")
-    for counts in manifest.get("splits", {}).values():
-        for key in counts.keys() & {"bytes", "tokens"}:
-            count(counts, key)
 
 
 class TokenDataset(Dataset[torch.Tensor]):
@@ -128,8 +127,12 @@ class TokenDataset(Dataset[torch.Tensor]):
         self._is_in_place = cache is None
         name = f"{Path(self.path).name}-{split}-{self.digest[:12]}"
         self._folder = Path(cache, name) if cache is not None else Path(self._origin)
-        if not is_remote(self.path):
-            self._check_presence()
+        # A local split that lacks files is an error now, rather than in the middle of the run.
+        present = None if is_remote(self.path) else set(os.listdir(self._origin))
+        for shard in self._index.shards:
+            stored = shard.packed or shard.raw
+            if present is not None and not {stored.name, shard.raw.name} & present:
+                raise ValueError(f"{self._origin}/{stored.name} is missing: {AGAIN}")
         self.samples_per_shard: npt.NDArray[np.int64] = np.array([s.samples for s in self._index.shards], np.int64)
         self._ends = np.cumsum(self.samples_per_shard)
         self.num_samples = int(self._ends[-1])
@@ -166,10 +169,7 @@ class TokenDataset(Dataset[torch.Tensor]):
                 return torch.from_numpy(tokens.astype(np.int64))
             except FileNotFoundError:  # someone has emptied the cache under the run
                 self._checked.discard(number)
-        raise ValueError(
-            f"{file} disappeared {ATTEMPTS_TO_READ} times while it was read: set data.cache to a folder "
-            "that nothing else empties"
-        )
+        raise ValueError(f"{file} disappears while it is read: set data.cache to a folder that nothing else empties")
 
     def _read(self, file: Path, sample: int) -> npt.NDArray[Any]:
         """The `sample`-th sample of a shard: a count, the offsets of all samples and of the end, a header, samples."""
@@ -184,17 +184,6 @@ class TokenDataset(Dataset[torch.Tensor]):
         if end - begin != size or len(data) != size:  # no hash in the index, or it changed since it was checked
             raise ValueError(f"{file} cannot be read: its sample {sample} is not {size} bytes inside the file")
         return np.frombuffer(data, self._index.dtype)
-
-    def _check_presence(self) -> None:
-        """Raise ValueError for a local split that lacks files now, rather than in the middle of the run."""
-        try:
-            present = set(os.listdir(self._origin))
-        except OSError as error:
-            raise ValueError(f"{self._origin} cannot be read: {error.strerror}") from error
-        for shard in self._index.shards:
-            stored = shard.packed or shard.raw
-            if not {stored.name, shard.raw.name} & present:
-                raise ValueError(f"{self._origin}/{stored.name} is missing: {AGAIN}")
 
     def _prepare(self, number: int, shard: ShardEntry) -> None:
         """See to it that an intact raw file is there."""
@@ -215,15 +204,13 @@ class TokenDataset(Dataset[torch.Tensor]):
                 reason = damage(file, shard.raw)
                 if reason is not None:  # no other process has made it meanwhile
                     self._make(file, shard, reason)
-        except Timeout as error:
-            raise ValueError(
-                f"{file} could not be made: another process has held the lock {error.lock_file} for "
-                f"{LOCK_TIMEOUT_SECONDS:.0f} s; end that process, or set data.cache to another folder"
-            ) from error
         except OSError as error:
+            reason = str(error.strerror or error)
+            if isinstance(error, Timeout):
+                reason = f"for {LOCK_TIMEOUT_SECONDS:.0f} s another process has held the lock {error.lock_file}"
             raise ValueError(
-                f"{file} cannot be written ({error.strerror or error}): set data.cache to a folder that is writable "
-                "and has room for the expanded shards"
+                f"{file} cannot be written ({reason}): set data.cache to a folder that is writable and has room for "
+                "the expanded shards"
             ) from error
 
     def _make(self, file: Path, shard: ShardEntry, reason: str) -> None:
@@ -250,7 +237,7 @@ class TokenDataset(Dataset[torch.Tensor]):
             self._copy_stored(shard.raw, fetched, target)
             return
         with open_plain(self._copy_stored(packed, fetched)) as stream:
-            wrong = copy(expanded(stream, shard.compression), shard.raw, target)
+            wrong = copy(expanded(stream, packed.name), shard.raw, target)
         if wrong:
             raise ValueError(f"{self._origin}/{packed.name} expands to {shard.raw.name}, which {wrong}: {AGAIN}")
 

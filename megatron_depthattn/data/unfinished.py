@@ -22,12 +22,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from megatron_depthattn.data.encode import SPLITS
-from megatron_depthattn.data.prepare_settings import changed_settings
 from megatron_depthattn.data.readers import START, Outcome, Position
 from megatron_depthattn.data.shard_writer import Tokens
 from megatron_depthattn.durable import fsync_path
-
-PROGRESS_NAME = "progress.npz"
 
 
 @dataclass
@@ -57,12 +54,10 @@ SplitState = tuple[list[dict[str, Any]], Tokens]
 
 
 class Unfinished:
-    """The folder beside `output`. Construct it with `open_unfinished`."""
+    """The folder beside the output. Construct it with `open_unfinished`."""
 
-    def __init__(self, output: Path, folder: Path) -> None:
-        self.output = output
-        self.folder = folder
-        self.corpus = folder / "corpus"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.corpus, self.progress = folder, folder / "corpus", folder / "progress.npz"
 
     def load(self, settings: Mapping[str, Any], *, overwrite: bool) -> tuple[Merged, dict[str, SplitState]] | None:
         """What the last process left, or None to start anew, with the folder emptied.
@@ -70,9 +65,8 @@ class Unfinished:
         Raises:
             ValueError: it was left by other settings, and not `overwrite`.
         """
-        file = self.folder / PROGRESS_NAME
         if self.can_continue:
-            with np.load(file) as arrays:
+            with np.load(self.progress) as arrays:
                 stored = json.loads(str(arrays["state"]))
                 tokens = {split: arrays[split] for split in stored["shards"]}
             changed = changed_settings(stored["settings"], settings)
@@ -95,23 +89,22 @@ class Unfinished:
         """Replace the progress file; shards and tokenizer must be on disk already."""
         shards = {split: of for split, (of, _) in splits.items()}
         state = json.dumps({"settings": settings, "merged": vars(merged), "shards": shards})
-        file = self.folder / PROGRESS_NAME
-        staging = file.with_name(f"{PROGRESS_NAME}.part")
+        staging = self.progress.with_suffix(".part")
         content = io.BytesIO()  # a zip file on a disk that fills up ends in complaints of its own
         np.savez(content, allow_pickle=False, state=state, **{split: tokens for split, (_, tokens) in splits.items()})
         staging.write_bytes(content.getbuffer())
         fsync_path(staging)
-        staging.replace(file)
+        staging.replace(self.progress)
         fsync_path(self.folder)
 
     def clear(self) -> None:
         """Forget the work; the lock stays."""
-        (self.folder / PROGRESS_NAME).unlink(missing_ok=True)  # first: without it the rest means nothing
+        self.progress.unlink(missing_ok=True)  # first: without it the rest means nothing
         shutil.rmtree(self.corpus, ignore_errors=True)
 
     @property
     def can_continue(self) -> bool:
-        return (self.folder / PROGRESS_NAME).is_file() and self.corpus.is_dir()
+        return self.progress.is_file() and self.corpus.is_dir()
 
 
 def unfinished_folder(output: Path) -> Path:
@@ -119,11 +112,9 @@ def unfinished_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.unfinished")
 
 
-def remove_leftover(output: Path) -> None:
-    """Remove what a process left that died after its corpus had got its name."""
-    folder = unfinished_folder(output)
-    if folder.is_dir() and not (folder / "corpus").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+def changed_settings(stored: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The settings that differ, as words; empty if none does."""
+    return "; ".join(f"{key} {stored.get(key)!r}, not {new[key]!r}" for key in new if stored.get(key) != new[key])
 
 
 @contextmanager
@@ -140,7 +131,7 @@ def open_unfinished(output: Path) -> Iterator[Unfinished]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"--output {output} is being prepared by another process: wait for it, or end it") from error
-    unfinished = Unfinished(output, folder)
+    unfinished = Unfinished(folder)
     try:
         yield unfinished
     finally:

@@ -5,8 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_depthattn.data.mixture import MixedSequence, Mixture, slots_of
-from megatron_depthattn.data.order import EpochOrder, SampleSequence, batch_positions, num_micro_batches, steps
+from megatron_depthattn.data.order import (
+    EpochOrder,
+    MixedSequence,
+    Mixture,
+    SampleSequence,
+    batch_positions,
+    num_micro_batches,
+    slots_of,
+    steps,
+)
 from tests.documented_order import epoch_order, stream_order
 
 SHARDS = np.array([7, 3, 9, 10])
@@ -154,15 +162,6 @@ def test_control_wrong_orders_differ() -> None:
 def test_sizes_that_do_not_divide_are_errors(gbs: int, mbs: int, dp: int) -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch_size.*set a multiple of"):
         num_micro_batches(global_batch_size=gbs, micro_batch_size=mbs, data_parallel_size=dp)
-
-
-def test_impossible_coordinates_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"rank 2 is outside \[0, 2\)"):
-        batch_positions(0, **layout(2, 2, 2))
-    with pytest.raises(ValueError, match="consumed_samples is -1"):
-        batch_positions(-1, **layout(2, 2, 0))
-    with pytest.raises(ValueError, match="at least 1 sample"):
-        SampleSequence(np.array([0]), seed=0, shuffle=True)
 
 
 # -------------------------------------------------------------------------------------- several streams

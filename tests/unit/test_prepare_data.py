@@ -170,7 +170,9 @@ def test_repeat_is_a_no_op_and_other_settings_are_an_error(corpus: tuple[Path, P
     stamp = shard.stat().st_mtime_ns
     assert prepare_corpus(settings(source, output)).already_prepared
     assert shard.stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="sequence_length 16, not 32: choose another folder or pass --overwrite"):
+    with pytest.raises(
+        ValueError, match="sequence_length 16, not 32: use it as it is, choose another folder or pass --overwrite"
+    ):
         prepare_corpus(settings(source, output, sequence_length=32))
     replaced = prepare_corpus(settings(source, output, sequence_length=32, overwrite=True))
     assert replaced.manifest["sequence_length"] == 32
@@ -288,9 +290,7 @@ def test_a_corpus_of_an_earlier_version_is_neither_taken_nor_replaced(
     manifest = json.loads((corpus[1] / "manifest.json").read_text())
     manifest["settings"]["format_version"] = 2
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        ValueError, match=r"by another version of this tool \(format_version 2, here 3\).*use it as it is"
-    ):
+    with pytest.raises(ValueError, match=r"was prepared with format_version 2, not 3.*use it as it is"):
         prepare_corpus(settings(corpus[0], tmp_path))
 
 

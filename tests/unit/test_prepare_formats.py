@@ -415,7 +415,7 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], bytes], list[str], list[str
         b'[{"body": "a"}, 3]',
         ['[{"body": "a"}, 3]'],
         ["json as text"],
-        'it is an array without a field "text"',
+        'it has no field "text"',
     ),
     "an array, the field in some": (
         "a.json",
@@ -536,15 +536,16 @@ def test_what_expands_comes_in_units_of_the_usual_size(tmp_path: Path) -> None:
 
 def test_of_a_long_text_no_more_than_max_bytes_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"a" * (60 << 20)))
-    expanded = 0
+    expanded, file_blocks = 0, file_bytes.file_blocks
 
     def counted(*arguments: object) -> Iterable[tuple[bytes, int]]:
         nonlocal expanded
-        for block in file_bytes.file_blocks(*arguments):
+        for block in file_blocks(*arguments):
             expanded += len(block[0])
             yield block
 
-    monkeypatch.setattr(readers, "file_blocks", counted)
+    for module in (readers, file_bytes):
+        monkeypatch.setattr(module, "file_blocks", counted)
     unit = next(read_units(corpus_files([str(tmp_path)]), RECIPE._replace(max_bytes=1000)))
     assert isinstance(unit.content, Piece)
     assert expanded <= 3 * (readers.UNIT_BYTES + file_bytes.BLOCK_BYTES)
@@ -572,8 +573,8 @@ def test_a_record_has_a_greatest_length(tmp_path: Path, monkeypatch: pytest.Monk
         assert (documents, counted) == (["one", "zwölf"] if name == "a.jsonl.gz" else [], ["damaged"])
     assert messages == {
         "a.jsonl.gz": "line 3 is longer than 3,145,728 bytes",
-        "b.json": "it has a line of over 3,145,728 bytes",
-        "c.json": "it is one JSON value of over 3,145,728 bytes: write its records as lines",
+        "b.json": "line 1 is longer than 3,145,728 bytes",
+        "c.json": "it is one JSON value of over 3,145,728 bytes: write it as lines",
     }
 
 
