@@ -1,4 +1,4 @@
-"""The run's samples on this rank: which ranks read, what they read, and where all of them agree to continue or to stop."""
+"""The run's samples on this rank: which ranks read, what they read, and where all agree to continue or to stop."""
 
 from __future__ import annotations
 
