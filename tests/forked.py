@@ -61,11 +61,10 @@ class World:
 @functools.cache
 def _server() -> subprocess.Popen[bytes]:
     """The process that forks, one for all tests of this process; it ends when its input is closed."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment: for ninja
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.forked"],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": path},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,  # a line that is read leaves the next one to `select`

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,8 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
     """The engine that ``engine.name`` names, with initial weights; call after the process groups are there.
 
     Raises:
-        ValueError: DeepSpeed or what it builds itself with is not installed, no launcher started this process, or the
-            mix's op cannot run on this device.
+        ValueError: DeepSpeed is not installed, no launcher started this process, or the mix's op cannot run on this
+            device.
     """
     mixes = config.model.effective_method == "depth_attention"
     if mixes and config.model.depth_attention.op == "triton" and (reason := triton_refusal(device)):
@@ -43,15 +42,6 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
             "engine.name=deepspeed in a process that no launcher started: DeepSpeed reads the launcher's LOCAL_RANK; "
             "start it with torchrun --standalone --nproc_per_node 1 -m megatron_depthattn.train ..."
         )
-    if device.type == "cpu":  # DeepSpeed compiles a part of itself at its first start, and asks for ninja at every one
-        tools = {"ninja": ("ninja",), "a C++ compiler": ("c++", "g++")}
-        missing = [name for name, programs in tools.items() if not any(map(shutil.which, programs))]
-        if missing:
-            raise ValueError(
-                f"engine.name=deepspeed on a machine without a GPU needs {' and '.join(missing)} on PATH, to build a "
-                "part of itself: activate the environment that DeepSpeed is in (it comes with ninja), install g++, or "
-                "set engine.name=megatron"
-            )
     from megatron_depthattn.train.deepspeed_engine.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,19 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).parents[2]
-HAS_NO_COMPILER = shutil.which("nvidia-smi") is None and not (shutil.which("c++") or shutil.which("g++"))
-NEEDS_COMPILER = pytest.mark.skipif(HAS_NO_COMPILER, reason="DeepSpeed without a GPU needs g++")
 
 
 def run(command: Sequence[str | Path], *, seconds: float, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """Run to the end; on time-out ask the process to stop (torchrun then stops its workers) and raise."""
-    path = (
-        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment: DeepSpeed wants ninja
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,

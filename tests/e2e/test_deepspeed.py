@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import NEEDS_COMPILER, REPOSITORY, must_succeed, python, run, torchrun
+from tests.e2e.commands import REPOSITORY, must_succeed, python, run, torchrun
 from tests.forked import forked
 from tests.launch.jobs import FULL
 
@@ -24,7 +24,7 @@ TRAIN = ("-m", "megatron_depthattn.train")
 DEEPSPEED = "engine.name=deepspeed"
 # As in tests/parallel/cases.py: otherwise Adam steps by the sign of gradients that are nothing but rounding.
 STEADY = ("optimizer.eps=1e-5", "optimizer.warmup_ratio=0.5")
-pytestmark = [pytest.mark.timeout(900), NEEDS_COMPILER]
+pytestmark = pytest.mark.timeout(900)
 
 
 def records(run_dir: Path) -> list[dict]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.commands import NEEDS_COMPILER
 from tests.parallel.compare import BOUND, DEPTH_BOUND, worst_depth_difference
 from tests.parallel.deepspeed_cases import (
     BF16,
@@ -29,7 +28,7 @@ from tests.parallel.deepspeed_cases import (
 from tests.parallel.launch import run_jobs
 
 # Whichever test comes first to a world waits for all of its jobs.
-pytestmark = [pytest.mark.timeout(3600), NEEDS_COMPILER]
+pytestmark = pytest.mark.timeout(3600)
 
 NORM_BOUND = 1e-4
 BF16_LOSS_BOUND, BF16_NORM_BOUND = 1e-3, 1e-2

@@ -35,12 +35,6 @@ def test_deepspeed_without_a_launcher():
         build(LAUNCHED._replace(launched=False))
 
 
-def test_deepspeed_that_cannot_build_itself(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"without a GPU needs ninja and a C\+\+ compiler on PATH"):
-        build()
-
-
 def test_gradients_in_host_memory_are_summed_where_the_backend_takes_them(monkeypatch):
     """With an offloaded optimizer; NCCL takes no tensor on the CPU. Tensors without data stand for both devices.
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,8 @@ from megatron_depthattn.train.step import (
     sum_of_losses,
 )
 
+# On a CPU it would compile, for a minute, an operation of its inference that training does not call.
+vars(import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
 REDUCE_BUCKET = 50_000_000
 """Elements of the buffer in which gradients are reduced, at most; DeepSpeed allocates it whole."""
 
