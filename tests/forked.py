@@ -59,11 +59,11 @@ class World:
 
 
 @functools.cache
-def _server() -> subprocess.Popen[bytes]:
+def _server(root: Path) -> subprocess.Popen[bytes]:
     """The process that forks, one for all tests of this process; it ends when its input is closed."""
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.forked"],
-        cwd=REPOSITORY,
+        cwd=root,  # comes first on the path
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -76,17 +76,23 @@ _worlds: list[World] = []
 
 
 def start(
-    num_processes: int, module: str, *arguments: str | Path, logs: Sequence[Path], end_together: bool = True
+    num_processes: int,
+    module: str,
+    *arguments: str | Path,
+    logs: Sequence[Path],
+    end_together: bool = True,
+    root: Path = REPOSITORY,
 ) -> World:
     """``python -m module arguments`` as ranks of a world; 0: one process and no launcher. One world at a time.
 
     Args:
         logs: files of stdout and stderr, which ``{rank}`` in them makes each rank's own.
         end_together: whether one failure ends the others.
+        root: of the package.
     """
     while _worlds:
         _worlds.pop().stop()  # a test may have been interrupted
-    server = _server()
+    server = _server(root)
     assert server.stdin is not None
     request = {"module": module, "arguments": [*map(str, arguments)], "ranks": num_processes, "logs": [*map(str, logs)]}
     server.stdin.write(f"{json.dumps(request | {'end_together': end_together})}\n".encode())
@@ -95,12 +101,12 @@ def start(
 
 
 def forked(
-    num_processes: int, module: str, *arguments: str | Path, seconds: float = 180
+    num_processes: int, module: str, *arguments: str | Path, seconds: float = 180, root: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
     """`start`, to the end; the exit code is 0 or that of the first that failed."""
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, name) for name in ("out", "err")]
-        world = start(num_processes, module, *arguments, logs=logs)
+        world = start(num_processes, module, *arguments, logs=logs, root=root)
         in_time = world.wait(seconds)
         world.stop()
         output, errors = (path.read_text(errors="replace") for path in logs)

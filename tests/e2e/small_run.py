@@ -31,6 +31,6 @@ def prepare_small_corpus(folder: Path) -> None:
     )
 
 
-def train(*arguments: str | Path, ranks: int = 0, seconds: float = 180) -> subprocess.CompletedProcess[str]:
-    """The training command, as a process without a launcher or as so many ranks."""
-    return forked(ranks, "megatron_depthattn.train", *arguments, seconds=seconds)
+def train(*arguments: str | Path, ranks: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The training command, as a process without a launcher or as so many ranks; ``options`` of `forked`."""
+    return forked(ranks, "megatron_depthattn.train", *arguments, **options)

@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.commands import REPOSITORY, must_succeed, run
-from tests.e2e.small_run import MODEL, prepare_small_corpus
+from tests.e2e.commands import REPOSITORY, must_succeed
+from tests.e2e.small_run import MODEL, prepare_small_corpus, train
 
 PAGE = (REPOSITORY / "docs/extending.md").read_text()
 
@@ -49,16 +48,13 @@ def test_the_page_adds_a_method(tmp_path: Path):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
 
-    def train(name: str, ranks: int, *overrides: str) -> list[float]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        module = ["-m", "megatron_depthattn.train", "config.yaml", f"run.dir={name}", *overrides]
-        # The copy is what is imported: the working folder comes first.
-        must_succeed(run([sys.executable, *launcher, *module], seconds=120, cwd=tmp_path))
+    def losses_of(name: str, ranks: int, *overrides: str) -> list[float]:
+        must_succeed(train("config.yaml", f"run.dir={name}", *overrides, ranks=ranks, root=tmp_path))
         return losses(tmp_path / name)
 
-    single = train("single", 1)
-    staged = train("staged", 2, "parallel.pipeline=2")
-    other = train("other", 1, "model.skip_back.distance=1")
+    single = losses_of("single", 0)
+    staged = losses_of("staged", 2, "parallel.pipeline=2")
+    other = losses_of("other", 0, "model.skip_back.distance=1")
     assert staged == pytest.approx(single, rel=1e-5)
     assert other[0] == single[0]  # both begin as vanilla
     assert other[-1] != pytest.approx(single[-1], rel=1e-5)  # the control
