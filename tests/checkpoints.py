@@ -143,3 +143,18 @@ def load_checkpoint(
     from megatron_depthattn.train.megatron_state import MegatronState
 
     return checkpoint.load_checkpoint(folder, MegatronState(chunks, optimizer), scheduler, config=config)
+
+
+def save_checkpoint(
+    directory: Path, progress: Any, chunks: list[Any], optimizer: Any, scheduler: Any, *, config: dict[str, Any]
+) -> Path:
+    """Write one checkpoint of the Megatron engine outside of a run's loop; without an optimizer weights only."""
+    from megatron_depthattn.train.checkpoint import checkpoint_state
+    from megatron_depthattn.train.megatron_state import MegatronState
+    from megatron_depthattn.train.save import CheckpointSaver
+
+    saver = CheckpointSaver(directory)
+    saver.save(progress, checkpoint_state(MegatronState(chunks, optimizer), scheduler, config=config))
+    outcome = saver.take_outcome()
+    assert outcome is not None and outcome.error is None, outcome
+    return outcome.folder

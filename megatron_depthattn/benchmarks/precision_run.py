@@ -144,13 +144,16 @@ def _exported_loss(config: RunConfig, stream: ByteStream, device: torch.device, 
     from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
     from megatron_depthattn.convert.to_hf import export
     from megatron_depthattn.hf.loading import load_causal_lm
-    from megatron_depthattn.train.checkpoint import save_checkpoint
-    from megatron_depthattn.train.step_folders import Progress
+    from megatron_depthattn.train.checkpoint import checkpoint_state
+    from megatron_depthattn.train.megatron_state import MegatronState
+    from megatron_depthattn.train.save import CheckpointSaver
+    from megatron_depthattn.train.step_folders import Progress, step_folder
 
     with tempfile.TemporaryDirectory() as work:
         progress = Progress(step=config.train.steps)
-        folder = save_checkpoint(Path(work) / "checkpoints", progress, chunks, None, None, config=to_dict(config))
-        export(MegatronCheckpoint(folder), Path(work) / "exported")
+        state = checkpoint_state(MegatronState(chunks, None), None, config=to_dict(config))
+        CheckpointSaver(Path(work) / "checkpoints").save(progress, state)
+        export(MegatronCheckpoint(step_folder(Path(work) / "checkpoints", progress.step)), Path(work) / "exported")
         model = load_causal_lm(Path(work) / "exported", dtype=torch.bfloat16).to(device)
     losses = []
     with torch.inference_mode():

@@ -19,8 +19,14 @@ from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_ke
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import HFFolder, read_json, some_names
-from megatron_depthattn.train.manifest import MANIFEST, digest_files, write_manifest
-from megatron_depthattn.train.step_folders import GENERATION, Progress, is_run_checkpoint
+from megatron_depthattn.train.step_folders import (
+    GENERATION,
+    MANIFEST,
+    Progress,
+    digest_files,
+    is_run_checkpoint,
+    write_manifest,
+)
 from megatron_depthattn.vocabulary import padded_vocab_size
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

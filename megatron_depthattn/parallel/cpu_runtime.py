@@ -25,25 +25,22 @@ _CUDA_TYPE_NAMES = {
     torch.float16: "torch.cuda.HalfTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
-_entered = False
 
 
+@functools.cache
 def enter_cpu_runtime() -> bool:
     """Make Megatron-Core run on CPU in this process; a no-op where a GPU is present.
 
     Call it before the first Megatron object is built. Returns whether the process runs on CPU.
     """
-    global _entered
     if torch.cuda.is_available():
         return False
-    if not _entered:
-        _entered = True
-        _replace_tensor_functions()
-        _replace_cuda_functions()
-        _replace_megatron_rng()
-        _replace_fused_optimizer()
-        _replace_gradient_kernel()
-        _replace_collectives_of_one()
+    _replace_tensor_functions()
+    _replace_cuda_functions()
+    _replace_megatron_rng()
+    _replace_fused_optimizer()
+    _replace_gradient_kernel()
+    _replace_collectives_of_one()
     return True
 
 
@@ -83,9 +80,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _names_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
 class _NoStream:

@@ -58,11 +58,10 @@ def initialize_distributed(
     device = torch.device("cpu") if on_cpu else torch.device("cuda", environment.local_rank)
     if not on_cpu:
         torch.cuda.set_device(device)
-    backend = "gloo" if on_cpu else "nccl"
     store = store or join_store(environment, timeout)
     with announced(f"rank {environment.rank}", lambda: "all ranks to join the world", timeout.total_seconds()):
         dist.init_process_group(
-            backend,
+            "gloo" if on_cpu else "nccl",
             timeout=timeout,
             store=dist.PrefixStore("default_pg", store),
             rank=environment.rank,

@@ -93,14 +93,13 @@ def set_defaults(**values: str) -> None:
 @contextmanager
 def _default_within(name: str, value: str) -> Iterator[None]:
     """A variable for what is within; what the user has set wins."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
+    is_set = name in os.environ
+    os.environ.setdefault(name, value)
     try:
         yield
     finally:
-        del os.environ[name]
+        if not is_set:
+            del os.environ[name]
 
 
 def quiet_torch() -> AbstractContextManager[None]:

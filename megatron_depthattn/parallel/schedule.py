@@ -126,15 +126,13 @@ class PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
     ) -> None:
         super().__init__(pp_group, config)
         self._leading = rows, micro_batch_size
-        order = chunk_order(
-            num_microbatches,
-            config.virtual_pipeline_model_parallel_size or 1,
-            config.microbatch_group_size_per_vp_stage,
-        )
-        received = received_messages(order, pp_group.rank(), pp_group.size())
-        widths = {chunk: config.message_into(chunk).width for chunk in {*received.forward, *received.backward}}
-        self._from_previous = iter([widths[chunk] for chunk in received.forward])
-        self._from_next = iter([] if forward_only else [widths[chunk] for chunk in received.backward])
+        chunks, group_size = config.virtual_pipeline_model_parallel_size or 1, config.microbatch_group_size_per_vp_stage
+        # The chunk that runs each forward, in Megatron's order; backward mirrors it.
+        order = [chunk for _, chunk in get_schedule_table(num_microbatches, chunks, group_size)]
+        forward, backward = received_messages(order, pp_group.rank(), pp_group.size())
+        widths = {chunk: config.message_into(chunk).width for chunk in {*forward, *backward}}
+        self._from_previous = iter([widths[chunk] for chunk in forward])
+        self._from_next = iter([] if forward_only else [widths[chunk] for chunk in backward])
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
@@ -158,22 +156,10 @@ class PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
         )
 
 
-def chunk_order(num_microbatches: int, num_chunks: int, group_size: int) -> list[int]:
-    """Of a rank's ``num_chunks`` chunks, the one that runs each forward, in Megatron's order; backward mirrors it."""
-    return [chunk for _, chunk in get_schedule_table(num_microbatches, num_chunks, group_size)]
+def received_messages(order: Sequence[int], rank: int, num_ranks: int) -> tuple[list[int], list[int]]:
+    """What ``rank`` receives in one global batch, each message named by the chunk (in model order) whose input it is.
 
-
-class ReceivedMessages(NamedTuple):
-    """The messages that a rank receives, each named by the chunk (in model order) whose input it is."""
-
-    forward: list[int]
-    """From the previous rank: inputs of this rank's chunks."""
-    backward: list[int]
-    """From the next rank: gradients of its chunks' inputs."""
-
-
-def received_messages(order: Sequence[int], rank: int, num_ranks: int) -> ReceivedMessages:
-    """What ``rank`` receives in one global batch, in order of arrival.
+    In order of arrival: from the previous rank inputs of its chunks, from the next rank gradients of their inputs.
 
     All ranks run their chunks in the same order, forward as in ``order`` and backward with the chunks mirrored. The
     input of the model's first chunk is not a message, nor is the output of its last.
@@ -184,4 +170,4 @@ def received_messages(order: Sequence[int], rank: int, num_ranks: int) -> Receiv
     after = (rank + 1) % num_ranks
     backward = [(num_chunks - 1 - chunk) * num_ranks + after for chunk in order]
     last = num_chunks * num_ranks
-    return ReceivedMessages([c for c in forward if c < last], [c for c in backward if c > 0])
+    return [c for c in forward if c < last], [c for c in backward if c > 0]

@@ -50,19 +50,15 @@ def main() -> int:
                 # Rank 0 reports the same; to end before it does would let torchrun end it, before its line is out.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(RANK_0_SECONDS)
-            _report_error(error, environment)
+            # One line where the user can fix it.
+            is_one_line = isinstance(error, ValueError | OSError | RunError)
+            line = f"error (rank {environment.rank}): {error}"
+            text = line if is_one_line else "".join(traceback.format_exception(error))
+            write_error_record(environment, error, text)
+            print(printable(text), file=sys.stderr, flush=True)
         if is_stopped:
             signals.leave(signals.received)
     return 1
-
-
-def _report_error(error: BaseException, environment: LaunchEnvironment) -> None:
-    """On stderr, as one line where the user can fix it; also recorded for the launcher."""
-    is_one_line = isinstance(error, ValueError | OSError | RunError)
-    line = f"error (rank {environment.rank}): {error}"
-    text = line if is_one_line else "".join(traceback.format_exception(error))
-    write_error_record(environment, error, text)
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer starts processes that import this module again

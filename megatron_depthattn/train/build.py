@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config, unwrap_model
+from torch import Tensor
 
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.config.precision import data_parallel_fields, optimizer_fields, transformer_fields
@@ -23,10 +27,11 @@ from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
-from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.hardware import adds_gradients, resolve_here
 
 Chunks = list[DistributedDataParallel]
+SAME_NAME = ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
+"""Keys of our config's ``model`` that are Megatron's fields."""
 
 
 def transformer_config(config: RunConfig, *, only_counted: bool = False) -> DepthAttentionConfig:
@@ -40,18 +45,12 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
     return qwen3_style_config(
         num_layers=model.num_layers * model.num_loops,
         num_loops=model.num_loops,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        ffn_hidden_size=model.ffn_hidden_size,
+        **{name: getattr(model, name) for name in SAME_NAME},
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_std,
         method=model.effective_method,
         method_settings=dataclasses.asdict(getattr(model, model.method)) if model.method in DEFINITIONS else {},
-        depth_attention_stride=depth.stride,
-        depth_attention_recent_window=depth.recent_window,
-        depth_attention_op=depth.op,
+        **{f"depth_attention_{key}": getattr(depth, key) for key in ("stride", "recent_window", "op")},
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
@@ -63,9 +62,7 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
         **transformer_fields(config.precision),
         # Of q and k one by one, so v is there to be mixed.
         apply_rope_fusion=model.spec == "te" and not only_counted,
-        recompute_granularity=config.recompute.granularity,
-        recompute_method=config.recompute.method,
-        recompute_num_layers=config.recompute.num_layers,
+        **{f"recompute_{key}": value for key, value in dataclasses.asdict(config.recompute).items()},
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         batch_p2p_sync=False,  # for torch before 2.0
@@ -79,16 +76,8 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
     )
 
 
-def build_chunk(
-    config: RunConfig,
-    megatron: DepthAttentionConfig,
-    *,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    first_chunk: GPTModel | None = None,
-) -> GPTModel:
-    """One pipeline chunk, its weights not set yet; by default the whole model. Arguments as `build_gpt_model`."""
+def build_chunk(config: RunConfig, megatron: DepthAttentionConfig, **place: Any) -> GPTModel:
+    """One pipeline chunk, its weights not set yet; by default the whole model. ``place``: see `build_gpt_model`."""
     return build_gpt_model(
         megatron,
         vocab_size=config.model.vocab_size,
@@ -96,10 +85,7 @@ def build_chunk(
         rotary_base=config.model.rotary_base,
         tie_embeddings=config.model.tie_embeddings,
         backend=resolve_here(config).config.model.spec,
-        pre_process=pre_process,
-        post_process=post_process,
-        vp_stage=vp_stage,
-        first_chunk=first_chunk,
+        **place,
     )
 
 
@@ -252,3 +238,61 @@ def build_schedule(config: RunConfig, optimizer: MegatronOptimizer | torch.optim
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
+
+
+# ---- delayed FP8 scaling
+
+
+class Fp8State:
+    """Scales and histories of the TransformerEngine layers in ``models`` that are scaled with delay, if any.
+
+    Every pass leaves the largest entries that it met in its layers' histories, from which later scales come. What is no
+    part of the training must leave no trace there: an evaluation, a step that is not finite, weights that were replaced
+    before they were used. Under the other recipes layers remember nothing.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+        self._layers: list[Any] = [m for model in models for m in model.modules() if hasattr(m, "fp8_meta")]
+        self._kept: list[list[Tensor]] = [[] for _ in self._layers]
+
+    def keep(self) -> None:
+        """Remember the state as it is now; a layer has none before its first pass."""
+        live = [_tensors(layer) for layer in self._layers]
+        if list(map(len, live)) == list(map(len, self._kept)):
+            _copy(live, self._kept)
+        else:
+            self._kept = [[tensor.clone() for tensor in tensors] for tensors in live]
+
+    def restore(self) -> None:
+        """Bring back what `keep` found, in place: TransformerEngine refers to these tensors elsewhere as well."""
+        live = [_tensors(layer) for layer in self._layers]
+        for layer, now, before in zip(self._layers, live, self._kept, strict=True):
+            if now and not before:
+                layer.reset_fp8_meta_tensors()
+        had_some = [index for index, before in enumerate(self._kept) if before]
+        _copy([self._kept[index] for index in had_some], [live[index] for index in had_some])
+
+    def reset(self) -> None:
+        """Scales of one and empty histories, as before anything was cast."""
+        for layer in self._layers:
+            if _tensors(layer):
+                layer.reset_fp8_meta_tensors()
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """A context whose passes leave no trace."""
+        self.keep()
+        yield
+        self.restore()
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    states = [layer.fp8_meta.get(way) for way in ("scaling_fwd", "scaling_bwd")]
+    return [x for state in states if hasattr(state, "amax_history") for x in (state.scale, state.amax_history)]
+
+
+@torch.no_grad()
+def _copy(sources: Sequence[list[Tensor]], targets: Sequence[list[Tensor]]) -> None:
+    """One launch for hundreds of small tensors."""
+    if any(sources):
+        torch._foreach_copy_(list(chain.from_iterable(targets)), list(chain.from_iterable(sources)))

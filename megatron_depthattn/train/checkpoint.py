@@ -18,48 +18,18 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_depthattn.hf.model_config import effective_method
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.switches import MODEL_SWITCHES
-from megatron_depthattn.train.build import Chunks
-from megatron_depthattn.train.megatron_state import MegatronState, set_weights, sharded_models
-from megatron_depthattn.train.save import CheckpointSaver
+from megatron_depthattn.train.megatron_state import set_weights, sharded_models
 from megatron_depthattn.train.step_folders import GENERATION, Progress
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
 RNG = "rng_state"
 _MIXING = ("model.num_loops", *(f"model.depth_attention.{key}" for key in ("enabled", "stride", "recent_window")))
-
-
-def save_checkpoint(
-    directory: Path,
-    progress: Progress,
-    chunks: Chunks,
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
-    *,
-    config: dict[str, Any],
-) -> Path:
-    """Write one checkpoint of the Megatron engine outside of a run's loop; call on all ranks.
-
-    Args:
-        optimizer: None writes weights only, with ``scheduler`` None as well.
-        config: as for `checkpoint_state`.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    saver = CheckpointSaver(directory)
-    saver.save(progress, checkpoint_state(MegatronState(chunks, optimizer), scheduler, config=config))
-    outcome = saver.take_outcome()
-    assert outcome is not None
-    if outcome.error:
-        raise OSError(f"{outcome.folder} could not be written: {outcome.error}")
-    return outcome.folder
 
 
 def checkpoint_state(
@@ -140,17 +110,17 @@ def load_checkpoint(
                 f"{folder} belongs to a run with other settings: {', '.join(changed)}. Set them as they were, "
                 "or start a new run: another run.dir with checkpoint.load=null."
             )
+    generation = common.get(GENERATION)
     if not has_run:
         state.take_weights(_load(folder, state.sharded_weights()))
-        notes = changed_function(common["config"], config) if config else ()
-        return Loaded(Progress(), generation=common.get(GENERATION), notes=notes)
+        return Loaded(Progress(), None, generation, changed_function(common["config"], config) if config else ())
     loaded = _load(folder, state.sharded(is_loading=True) | {RNG: sharded_rng_state()})
     state.take(loaded)
     if RNG in loaded:  # saved under these tensor and pipeline sizes
         restore_generators(loaded[RNG])
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
-    return Loaded(Progress(**common["progress"]), corpus=common.get("corpus"), generation=common.get(GENERATION))
+    return Loaded(Progress(**common["progress"]), common.get("corpus"), generation)
 
 
 def changed_function(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -207,8 +177,8 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     fixed["model.depth_attention.enabled"] = effective_method(model) == "depth_attention"
     if fixed["model.depth_attention.enabled"]:
         stride = depth["stride"] or default_stride(model["num_layers"] * model["num_loops"])
-        fixed |= {"model.depth_attention.stride": stride}
-        fixed |= {"model.depth_attention.recent_window": depth["recent_window"]}
+        mixing = {"stride": stride, "recent_window": depth["recent_window"]}
+        fixed |= {f"model.depth_attention.{key}": value for key, value in mixing.items()}
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]
     streams = config["data"].get("streams") or []

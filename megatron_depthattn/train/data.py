@@ -58,28 +58,18 @@ class GlobalBatches:
         self._data, self._train, self._device, self._vocab_size = data, train, device, vocab_size
         self._is_training = split == "train"
         self._seed = seed if self._is_training else 0
-        self._corpus = _open_on_all_ranks(data, vocab_size, split)
+        self.corpus = _open_on_all_ranks(data, vocab_size, split)
         self._loader: TokenLoader | None = None
         self._reader: _Reader | None = None
         self.data_seconds = 0.0
         """Seconds that this rank's steps have waited for samples."""
         self.seek(consumed_samples)
 
-    @property
-    def num_samples(self) -> int:
-        """Samples of the split, over all streams."""
-        return len(self._corpus)
-
-    @property
-    def corpus_digest(self) -> str:
-        """A digest of the contents of the split's streams, in their order, wherever they lie."""
-        return self._corpus.digest
-
     def describe(self, consumed_samples: int, last_sample: int) -> list[str]:
         """One line a stream for people: its share, its samples, its epochs after so many samples and at the end."""
-        lines = self._corpus.describe(consumed_samples, last_sample, seed=self._seed)
+        lines = self.corpus.describe(consumed_samples, last_sample, seed=self._seed)
         given = self._vocab_size
-        used = max((stream.manifest or {}).get("vocab_size", given) for stream in self._corpus.streams)
+        used = max((stream.manifest or {}).get("vocab_size", given) for stream in self.corpus.streams)
         if used <= given * MUCH_SMALLER:
             lines.append(
                 f"vocabulary: the tokenizer of the data has {used:,} tokens and model.vocab_size is {given:,}; the "
@@ -94,8 +84,8 @@ class GlobalBatches:
         if parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
             return
         self._loader = TokenLoader(
-            self._corpus,
-            self._corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training),
+            self.corpus,
+            self.corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training),
             consumed_samples=consumed_samples,
             vocab_size=self._vocab_size,
             global_batch_size=self._train.global_batch_size,
@@ -145,12 +135,10 @@ class GlobalBatches:
 
     def close(self) -> None:
         """End the loader's processes."""
-        if self._reader:
+        if self._reader and self._loader:
             self._reader.close()
-            self._reader = None
-        if self._loader:
             self._loader.close()
-            self._loader = None
+            self._reader = self._loader = None
 
 
 class StopAgreement:
@@ -236,14 +224,9 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
         ValueError: on all ranks; the first rank that met an error raises it, the others name that rank.
     """
     corpus, mistake = None, None
+    paths, shares = [source.path for source in data.sources], [source.proportion for source in data.sources]
     try:
-        corpus = Corpus(
-            [source.path for source in data.sources],
-            [source.proportion for source in data.sources],
-            split,
-            sequence_length=data.sequence_length,
-            cache=data.cache,
-        )
+        corpus = Corpus(paths, shares, split, sequence_length=data.sequence_length, cache=data.cache)
         for stream in corpus.streams:
             stored = (stream.manifest or {}).get("vocab_size")
             if stored is not None and stored > vocab_size:
@@ -260,6 +243,5 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
     if True in mistakes:
         raise OtherRankError(f"rank {mistakes.index(True)} could not open the {split} data; its error says why")
     assert corpus is not None
-    paths = ", ".join(source.path for source in data.sources)
-    check_same_on_all_ranks(f"{split} data in {paths} (copy the same corpus to every node)", corpus.digest)
+    check_same_on_all_ranks(f"{split} data in {', '.join(paths)} (copy the same corpus to every node)", corpus.digest)
     return corpus

@@ -1,50 +1,62 @@
-"""Megatron's own engine, and the one place that chooses an engine."""
+"""What the training loop needs of an engine, what all engines have in common, and Megatron's own."""
 
 from __future__ import annotations
 
-import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from megatron_depthattn.config import RunConfig
-from megatron_depthattn.ops.triton_mix import triton_refusal
-from megatron_depthattn.parallel.launch_env import LaunchEnvironment
-from megatron_depthattn.train.base_engine import Engine
-from megatron_depthattn.train.build import build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import Loaded
-from megatron_depthattn.train.fp8_state import Fp8State
+from megatron_depthattn.config import RunConfig, to_dict
+from megatron_depthattn.train.build import Fp8State, build_model, build_optimizer
+from megatron_depthattn.train.checkpoint import EngineState, Loaded, checkpoint_state, load_checkpoint
 from megatron_depthattn.train.megatron_state import MegatronState
 from megatron_depthattn.train.step import Microbatch, Status, StepResult, evaluation_mode, run_microbatches, train_step
 
 
-def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnvironment) -> Engine:
-    """The engine that ``engine.name`` names, with initial weights; call after the process groups are there.
+class Engine(ABC):
+    """Owns model, gradients, optimizer and schedule. Every method is called on all ranks."""
 
-    Raises:
-        ValueError: DeepSpeed is not installed, no launcher started this process, or the mix's op cannot run on this
-            device.
-    """
-    mixes = config.model.effective_method == "depth_attention"
-    if mixes and config.model.depth_attention.op == "triton" and (reason := triton_refusal(device)):
-        raise ValueError(f"model.depth_attention.op=triton {reason}")
-    if config.engine.name == "megatron":
-        return MegatronEngine(config, device)
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(
-            "engine.name=deepspeed, but DeepSpeed is not installed: pip install 'megatron-depthattn[deepspeed]', or "
-            "set engine.name=megatron"
-        )
-    if not environment.launched:
-        raise ValueError(
-            "engine.name=deepspeed in a process that no launcher started: DeepSpeed reads the launcher's LOCAL_RANK; "
-            "start it with torchrun --standalone --nproc_per_node 1 -m megatron_depthattn.train ..."
-        )
-    from megatron_depthattn.train.deepspeed_engine.engine import DeepSpeedEngine
+    _config: RunConfig
+    _state: EngineState
+    _scheduler: OptimizerParamScheduler
 
-    return DeepSpeedEngine(config, device)
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        return []
+
+    def advance_schedule(self) -> None:
+        """Set the learning rate of the next step."""
+        self._scheduler.step(increment=1)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step, or of the one just taken."""
+        return get_canonical_lr_for_logging(self._scheduler.optimizer.param_groups)
+
+    @abstractmethod
+    def train_step(self, microbatches: Sequence[Microbatch], status: Status = tuple) -> StepResult:
+        """One optimizer step, or none if loss or gradient is not finite; see `step.train_step`."""
+
+    @abstractmethod
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A context in which `loss` is called."""
+
+    @abstractmethod
+    def loss(self, microbatches: Sequence[Microbatch]) -> float:
+        """Mean loss per token over a global batch, without gradients."""
+
+    def checkpoint_state(self, **more: Any) -> dict[str, Any]:
+        """What `CheckpointSaver.save` writes; ``more`` as in `checkpoint.checkpoint_state`."""
+        return checkpoint_state(self._state, self._scheduler, config=to_dict(self._config), **more)
+
+    def load(self, folder: Path) -> Loaded:
+        """Resume from a step folder of any engine and layout; see `checkpoint.load_checkpoint`."""
+        return load_checkpoint(folder, self._state, self._scheduler, config=to_dict(self._config))
 
 
 class MegatronEngine(Engine):

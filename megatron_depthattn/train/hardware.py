@@ -30,8 +30,7 @@ def resolve_here(config: RunConfig) -> Resolved:
         return Resolved(config, {})
     if not torch.cuda.is_available():
         return resolve(config, CPU)
-    no_te = this_machine().import_error if model.spec == AUTO else ""
-    no_te += f" ({INSTALL})" if no_te else ""
+    no_te = f"{error} ({INSTALL})" if model.spec == AUTO and (error := this_machine().import_error) else ""
     no_triton = triton_refusal(torch.device("cuda")) or ("" if _has_c_compiler() else f"needs {C_COMPILER}")
     return resolve(config, Available(True, no_te, no_triton))
 

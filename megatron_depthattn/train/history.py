@@ -52,11 +52,6 @@ def code_commit() -> str | None:
     return text.strip()
 
 
-def new_run_id() -> str:
-    """An identity that no other run has."""
-    return uuid.uuid4().hex[:12]
-
-
 def recorded_run_id(run_dir: Path) -> str | None:
     """The identity of the run in ``run_dir``, by its history; None: it has none yet."""
     return next((record["run_id"] for record in read_records(run_dir / HISTORY, run_id=str)), None)
@@ -73,7 +68,7 @@ class RunHistory:
     def __init__(self, run_dir: Path, run_id: str | None = None) -> None:
         self._path, self._metrics = run_dir / HISTORY, run_dir / METRICS
         self._records = list(read_records(self._path, event=str, time=NUMBER))
-        self.run_id: str = recorded_run_id(run_dir) or run_id or new_run_id()
+        self.run_id: str = recorded_run_id(run_dir) or run_id or uuid.uuid4().hex[:12]
         """Who the run is for loggers, the same after every restart."""
 
     def check_restart_loop(self, step: int, version: str, limit: int | None) -> None:
@@ -140,8 +135,7 @@ class RunHistory:
             elif record.get("outcome") in DELIBERATE and began is not None:
                 wall += record["time"] - began
                 began = None
-        if began is not None:
-            wall += now - began
+        wall += 0.0 if began is None else now - began
         useful = sum(record["step_seconds"] for record in read_records(self._metrics, step_seconds=NUMBER))
         starts = sum(record["event"] == "start" for record in self._records)
         share = useful / wall if wall else 0.0

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import math
 import signal
 import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from megatron_depthattn.config import RunConfig, TrainConfig, config_digest, save_config, validate
-from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.config import RunConfig, config_digest, save_config, validate
+from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, check_same_on_all_ranks, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.preflight.run import enter_world
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches, StopAgreement
-from megatron_depthattn.train.depth_record import DepthRecord
-from megatron_depthattn.train.engine import build_engine
+from megatron_depthattn.train.engine import Engine, MegatronEngine
 from megatron_depthattn.train.hardware import for_this_machine
 from megatron_depthattn.train.history import Outcome, RunHistory, package_digest
-from megatron_depthattn.train.metrics import Meter, opening_lines, peak_memory_gb
+from megatron_depthattn.train.metrics import DepthRecord, Meter, opening_lines, peak_memory_gb
 from megatron_depthattn.train.reporter import Reporter, SampleLog
 from megatron_depthattn.train.save import RunCheckpoints
 from megatron_depthattn.train.start import (
@@ -81,31 +82,43 @@ class Training:
         config = self.config = resolved.config
         self.run_dir, self.checkpoint_dir = Path(config.run.dir), Path(config.checkpoint_dir)
         check_owner(self.checkpoint_dir, self.run_dir)  # preflight writes there
-        timeout = _collective_timeout(config.train.hang_timeout)
+        # Longer than a hang may last: the watchdog reports more than a collective that gives up.
+        hang = config.train.hang_timeout
+        timeout = max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=hang)) if hang else timedelta(days=1)
         device, preflight = enter_world(resolved, environment, timeout)
         megatron, self.world_size = transformer_config(config), environment.world_size
-        _check_agreement(config, megatron)
+        if not config.preflight.enabled:
+            check_same_on_all_ranks("run configs", f"{config_digest(config)}, {config.model.spec} layers")
+        if megatron.shares_over_layers:
+            check_same_on_all_ranks("source plans", megatron.source_plan.digest())
         self.start_id = broadcast_from_rank0(self._lock)
         start = find_start(config.checkpoint.load, self.run_dir, self.checkpoint_dir)
 
         self.engine = build_engine(config, device, environment)
         loaded = self.engine.load(start.folder) if start.folder else Loaded(Progress())
         self.progress, self.generation = loaded.progress, loaded.generation
-        self.last_step = _last_step(config.train, self.progress)
+        self.last_step = max(config.train.steps, self.progress.step)
+        if config.train.stop_after is not None:
+            self.last_step = min(config.train.steps, self.progress.step + config.train.stop_after)
         open_data = partial(
             GlobalBatches, config.data, config.train, device, vocab_size=config.model.vocab_size, seed=config.run.seed
         )
         self.batches = open_data(split="train", consumed_samples=self.progress.consumed_samples)
         self.held_out = open_data(split="val") if config.train.eval_interval else None
-        _check_corpus(start, loaded, self.batches)
+        if loaded.corpus not in (None, self.batches.corpus.digest):
+            raise ValueError(
+                f"{start.folder} was trained on other data than data.path or data.streams hold now (another digest): "
+                "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
+                "checkpoint.load=null."
+            )
         self.signals, self.agreement = signals, StopAgreement(signals)
         signals.only_note()
-        self.history, self.run_id = self._enter_history(start, config_digest(given))
+        self.history: RunHistory | None = None
+        self.run_id = broadcast_from_rank0(lambda: self._enter_history(start, config_digest(given)))
         self.sample_log = SampleLog(self.run_dir, is_on=config.data.log_samples, first_step=self.progress.step)
         self.meter = Meter(config, self.world_size)
         self.report = Reporter(
             self.run_dir,
-            is_writer=environment.rank == 0,
             log_interval=config.train.log_interval,
             first_step=self.progress.step,
             last_step=self.last_step,
@@ -130,7 +143,10 @@ class Training:
 
     def run(self) -> int:
         """Step until the last step or a stop signal; returns the exit code."""
-        with self._watch() as self.watchdog:
+        # A store outlives the processes of a start that torchrun repeats: each start has its own place in it.
+        store = dist.PrefixStore(self.start_id, dist.distributed_c10d._get_default_store())
+        hang, ranks = self.config.train.hang_timeout, {"rank": dist.get_rank(), "world_size": self.world_size}
+        with Watchdog(hang, self.run_dir / "stacks", store=store, **ranks) if hang else nullcontext() as self.watchdog:
             self._heartbeat("first step")
             try:
                 self._evaluate_first()
@@ -150,11 +166,9 @@ class Training:
 
     def close(self) -> None:
         """Leave the world."""
-        for source in (self.batches, self.held_out):
-            if source:
-                source.close()
-        self.sample_log.close()
-        self.report.close()
+        for part in (self.batches, self.held_out, self.sample_log, self.report):
+            if part:
+                part.close()
         shut_down()
 
     def _evaluate_first(self) -> None:
@@ -190,8 +204,7 @@ class Training:
         waited = self.batches.data_seconds - waited
         with self.depth.recording(step):
             result = self.engine.train_step(
-                microbatches,
-                lambda: RankStatus(waited, peak_memory_gb(), self.signals.received, self.batches.has_next),
+                microbatches, lambda: RankStatus(waited, peak_memory_gb(), self.signals.received, self.batches.has_next)
             )
         seconds = time.monotonic() - started
         ranks = [RankStatus(*status) for status in result.statuses]
@@ -204,13 +217,9 @@ class Training:
             self.config.train.global_batch_size, self.config.data.sequence_length, skipped=result.skipped
         )
         self._heartbeat("step")
+        blocked = self.checkpoints.blocking_seconds
         record = self.meter.record(
-            self.progress,
-            result,
-            lr=self.engine.learning_rate,
-            seconds=seconds,
-            ranks=ranks,
-            blocked_seconds=self.checkpoints.blocking_seconds,
+            self.progress, result, lr=self.engine.learning_rate, seconds=seconds, blocked_seconds=blocked
         )
         record["depth"] = self.depth.collect()
         if step == self.last_step or self._is_evaluation_due():
@@ -230,7 +239,7 @@ class Training:
         held_out, train = self.held_out, self.config.train
         if held_out is None:
             return None
-        num_batches = max(1, min(train.eval_batches, held_out.num_samples // train.global_batch_size))
+        num_batches = max(1, min(train.eval_batches, len(held_out.corpus) // train.global_batch_size))
         held_out.seek(0)
         losses = []
         with self.engine.evaluating():
@@ -245,26 +254,14 @@ class Training:
         self.meter.add_held_out(self.progress.step, loss)
         return loss
 
-    def _watch(self) -> AbstractContextManager[Watchdog | None]:
-        if self.config.train.hang_timeout is None:
-            return nullcontext()
-        return Watchdog(
-            self.config.train.hang_timeout,
-            self.run_dir / "stacks",
-            rank=dist.get_rank(),
-            world_size=self.world_size,
-            # A store outlives the processes of a start that torchrun repeats: each start has its own place in it.
-            store=dist.PrefixStore(self.start_id, dist.distributed_c10d._get_default_store()),
-        )
-
     def _heartbeat(self, phase: str) -> None:
         """Send a heartbeat: this rank makes progress, and `phase` begins."""
         if self.watchdog:
             self.watchdog.heartbeat(self.progress.step, phase)
 
     def _state(self) -> dict[str, Any]:
-        more = {"run_id": self.run_id, "corpus": self.batches.corpus_digest, GENERATION: self.generation}
-        return self.engine.checkpoint_state(**more)
+        run = {"run_id": self.run_id, "corpus": self.batches.corpus.digest, GENERATION: self.generation}
+        return self.engine.checkpoint_state(**run)
 
     def _lock(self) -> str:
         """Take the run's folders for this start, until this process ends; returns a name that no other start has."""
@@ -272,29 +269,22 @@ class Training:
         self.claim = claim_checkpoints(self.checkpoint_dir, self.run_dir)
         return uuid.uuid4().hex
 
-    def _enter_history(self, start: Start, config: str) -> tuple[RunHistory | None, str]:
-        """The run's history (on rank 0) and identity, once it is sure that this start makes sense.
+    def _enter_history(self, start: Start, config: str) -> str:
+        """On rank 0: the run's history and identity, once it is sure that this start makes sense.
 
         ``config``: digest of the config as it was given, whatever `auto` became this time.
         """
-        history: RunHistory | None = None
-
-        def enter() -> str:
-            nonlocal history
-            step, limit = self.progress.step, self.config.train.max_restarts_without_progress
-            history = RunHistory(self.run_dir, self.claim.run_id)
-            start.warnings.extend(self.claim.notes)
-            version = f"{config}-{package_digest()}"
-            history.check_restart_loop(step, version, limit)
-            if is_own_checkpoint(start.folder, self.checkpoint_dir):
-                left = quarantine_after(self.checkpoint_dir, step)
-                start.warnings.extend(f"{path} is beyond step {step}, where this run resumes" for path in left)
-            save_config(self.config, self.run_dir / "config.yaml")
-            history.start(step, version, self.world_size, self.config.checkpoint.load)
-            return history.run_id
-
-        run_id = broadcast_from_rank0(enter)
-        return history, run_id
+        step, version = self.progress.step, f"{config}-{package_digest()}"
+        history = RunHistory(self.run_dir, self.claim.run_id)
+        start.warnings.extend(self.claim.notes)
+        history.check_restart_loop(step, version, self.config.train.max_restarts_without_progress)
+        if is_own_checkpoint(start.folder, self.checkpoint_dir):
+            left = quarantine_after(self.checkpoint_dir, step)
+            start.warnings.extend(f"{path} is beyond step {step}, where this run resumes" for path in left)
+        save_config(self.config, self.run_dir / "config.yaml")
+        history.start(step, version, self.world_size, self.config.checkpoint.load)
+        self.history = history
+        return history.run_id
 
     def _end(self, outcome: Outcome, **more: Any) -> None:
         if self.history is None:
@@ -308,33 +298,32 @@ class Training:
         self.report.lines(self.meter.closing_lines(self.progress, record))
 
 
-def _collective_timeout(hang_timeout: float | None) -> timedelta:
-    """Longer than a hang may last: the watchdog reports more than a collective that gives up."""
-    return max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=hang_timeout)) if hang_timeout else timedelta(days=1)
-
-
-def _check_agreement(config: RunConfig, megatron: DepthAttentionConfig) -> None:
-    if not config.preflight.enabled:
-        check_same_on_all_ranks("run configs", f"{config_digest(config)}, {config.model.spec} layers")
-    if megatron.shares_over_layers:
-        check_same_on_all_ranks("source plans", megatron.source_plan.digest())
-
-
-def _check_corpus(start: Start, loaded: Loaded, batches: GlobalBatches) -> None:
-    if loaded.corpus not in (None, batches.corpus_digest):
-        raise ValueError(
-            f"{start.folder} was trained on other data than data.path or data.streams hold now (another digest): "
-            "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
-            "checkpoint.load=null."
-        )
-
-
-def _last_step(train: TrainConfig, progress: Progress) -> int:
-    """The step after which this process stops."""
-    if train.stop_after is None:
-        return max(train.steps, progress.step)
-    return min(train.steps, progress.step + train.stop_after)
-
-
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnvironment) -> Engine:
+    """The engine that ``engine.name`` names, with initial weights; call after the process groups are there.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, no launcher started this process, or the mix's op cannot run on this
+            device.
+    """
+    mixes = config.model.effective_method == "depth_attention"
+    if mixes and config.model.depth_attention.op == "triton" and (reason := triton_refusal(device)):
+        raise ValueError(f"model.depth_attention.op=triton {reason}")
+    if config.engine.name == "megatron":
+        return MegatronEngine(config, device)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "engine.name=deepspeed, but DeepSpeed is not installed: pip install 'megatron-depthattn[deepspeed]', or "
+            "set engine.name=megatron"
+        )
+    if not environment.launched:
+        raise ValueError(
+            "engine.name=deepspeed in a process that no launcher started: DeepSpeed reads the launcher's LOCAL_RANK; "
+            "start it with torchrun --standalone --nproc_per_node 1 -m megatron_depthattn.train ..."
+        )
+    from megatron_depthattn.train.deepspeed_engine.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, device)

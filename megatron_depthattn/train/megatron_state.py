@@ -53,7 +53,7 @@ class MegatronState:
         """Every data-parallel rank writes and reads the ranges of parameters that it steps."""
         finish_param_gather(self._chunks)
         state = sharded_models(self._models)
-        wholes = {id(part.data): part for part in nested_values(state) if _is_trained(part.data)}
+        wholes = {id(part.data): part for part in nested_values(state) if isinstance(part.data, torch.nn.Parameter)}
         if not is_loading:  # Megatron does it by itself where it loads
             # A checkpoint holds weights in a plain dtype. Only now: the optimizer knows its weights by identity.
             force_all_tensors_to_non_fp8(state)
@@ -103,10 +103,8 @@ class MegatronState:
 
 def sharded_models(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Each chunk's weights under their names in the whole model."""
-    return {
-        f"model{index}": model.sharded_state_dict(metadata=_metadata())  # type: ignore[operator]
-        for index, model in enumerate(models)
-    }
+    metadata = SAVED_METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}  # type: ignore[operator]
 
 
 def set_weights(models: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -127,19 +125,11 @@ def set_weights(models: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> No
         assert not lost, f"Megatron loaded other weights than it asked for: {lost}"
 
 
-def _metadata() -> dict[str, Any]:
-    return SAVED_METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
 def _allocate_state(optimizer: MegatronOptimizer) -> None:
     """Adam allocates its state in its first step; a checkpoint may come before."""
     for adam in torch_adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
-            adam.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            adam.state[parameter] = fresh_adam_state(parameter)
     for part in optimizer.chained_optimizers:
         if not part.optimizer.state:  # TransformerEngine's Adam: Megatron knows how, but leaves the moments unset
             part.load_state_dict(part.state_dict())
@@ -147,8 +137,10 @@ def _allocate_state(optimizer: MegatronOptimizer) -> None:
                 torch._foreach_zero_(list(state.values()))
 
 
-def _is_trained(value: Any) -> bool:
-    return isinstance(value, torch.nn.Parameter) and value.requires_grad
+def fresh_adam_state(parameter: Tensor) -> dict[str, Tensor]:
+    """What torch's Adam allocates for a parameter in its first step."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": torch.zeros_like(parameter.data), "exp_avg_sq": torch.zeros_like(parameter.data)}
 
 
 def _ranges(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, Tensor]]]:

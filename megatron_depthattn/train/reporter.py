@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.terminal import printable
-from megatron_depthattn.train.depth_record import depth_curves
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
+from megatron_depthattn.train.metrics import depth_curves
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
 if TYPE_CHECKING:
@@ -29,15 +29,14 @@ class Reporter:
 
     Args:
         run_dir: the run's folder.
-        is_writer: whether this process writes.
         log_interval: steps between lines on the console.
         first_step: steps already done; what the files say about later ones (of a run that was cut off) is dropped.
         last_step: the step at which the run ends, for the ETA.
     """
 
-    def __init__(self, run_dir: Path, *, is_writer: bool, log_interval: int, first_step: int, last_step: int) -> None:
-        self.is_writer, self.last_step, self.log_interval = is_writer, last_step, log_interval
-        if not is_writer:
+    def __init__(self, run_dir: Path, *, log_interval: int, first_step: int, last_step: int) -> None:
+        self.is_writer, self.last_step, self.log_interval = dist.get_rank() == 0, last_step, log_interval
+        if not self.is_writer:
             return
         self._path = run_dir / METRICS
         drop_steps_after(self._path, first_step)
@@ -59,9 +58,8 @@ class Reporter:
         """Lines that nobody should miss: on stderr as well."""
         texts = list(texts)
         self.lines(texts)
-        if self.is_writer:
-            for text in texts:
-                _print(text, sys.stderr)
+        for text in texts if self.is_writer else ():
+            _print(text, sys.stderr)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One step's numbers; ``None`` values are kept in the record and left out of the curves."""
@@ -144,24 +142,21 @@ class SampleLog:
     """
 
     def __init__(self, run_dir: Path, *, is_on: bool, first_step: int) -> None:
-        self._file: AppendFile | None = None
-        self._is_on = is_on
         folder = run_dir / "samples"
-        self._path = folder / f"rank_{dist.get_rank():05d}.jsonl"
-        if not self._is_on:
-            return
-        if dist.get_rank() == 0:  # for all ranks: the run may have had more of them before
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in folder.glob("rank_*.jsonl"):
-                drop_steps_after(file, first_step)
-        dist.barrier()
+        self._path = folder / f"rank_{dist.get_rank():05d}.jsonl" if is_on else None
+        self._file: AppendFile | None = None
+        if is_on:
+            if dist.get_rank() == 0:  # for all ranks: the run may have had more of them before
+                folder.mkdir(parents=True, exist_ok=True)
+                for file in folder.glob("rank_*.jsonl"):
+                    drop_steps_after(file, first_step)
+            dist.barrier()
 
     def write(self, step: int, batches: list[Microbatch]) -> None:
         """Add a step; a rank that read nothing writes nothing."""
-        if not self._is_on or SAMPLE_IDS not in batches[0]:
+        if self._path is None or SAMPLE_IDS not in batches[0]:
             return
-        if self._file is None:
-            self._file = AppendFile(self._path)
+        self._file = self._file or AppendFile(self._path)
         line = {
             "step": step,
             "data_parallel_rank": parallel_state.get_data_parallel_rank(),
@@ -173,7 +168,6 @@ class SampleLog:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-            self._file = None
 
 
 def _print(text: str, stream: TextIO) -> None:

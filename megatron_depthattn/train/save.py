@@ -1,7 +1,7 @@
 """Writing checkpoints: while the training loop waits only for a copy in host memory, or until everything is on disk.
 
 A save has two halves. The first runs in the loop, on all ranks: each rank copies what it writes into host memory (its
-share, see rectangles.py); nothing is gathered. The second writes the copy with torch's distributed checkpoint writer,
+share, see megatron_state.py); nothing is gathered. The second writes it with torch's distributed checkpoint writer,
 hashes what lies on disk, and publishes the folder; it runs in a thread of each rank and talks over a process group of
 its own, so that with ``checkpoint.async_save`` training continues meanwhile. Without it the loop waits for that thread.
 
@@ -42,17 +42,20 @@ from torch.distributed.checkpoint.planner import WriteItem
 from megatron_depthattn.config import CheckpointConfig
 from megatron_depthattn.durable import publish_folder, remove, write_error
 from megatron_depthattn.train.errors import RunError
-from megatron_depthattn.train.manifest import Digests, digest_files, write_manifest
 from megatron_depthattn.train.reporter import Reporter
 from megatron_depthattn.train.step_folders import (
     SAVED_METADATA,
+    Digests,
     Progress,
     complete_folders,
+    digest_files,
     staging_folder,
     step_folder,
     update_latest_and_rotate,
+    write_manifest,
 )
 
+Notify = Callable[[], None]
 WRITE_TIMEOUT = timedelta(hours=1)
 """How long ranks wait for the slowest writer before the save is given up. The loop itself waits no longer than
 ``train.hang_timeout`` for ranks that all write nothing."""
@@ -89,12 +92,7 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        keep: int | None = None,
-        is_async: bool = False,
-        on_progress: Callable[[], None] = lambda: None,
+        self, directory: Path, *, keep: int | None = None, is_async: bool = False, on_progress: Notify = lambda: None
     ) -> None:
         self._directory, self._keep, self._is_async, self._on_progress = directory, keep, is_async, on_progress
         self._written = _Written()
@@ -257,7 +255,7 @@ class RunCheckpoints:
         directory: Path,
         state: Callable[[], dict[str, Any]],
         report: Reporter,
-        on_progress: Callable[[], None],
+        on_progress: Notify,
     ) -> None:
         self._directory = directory
         self._saver = CheckpointSaver(directory, keep=config.keep, is_async=config.async_save, on_progress=on_progress)
@@ -352,7 +350,7 @@ class _Written:
 class _Planner(MCoreSavePlanner):
     """Megatron's planner, which says when a part is about to be written."""
 
-    def __init__(self, on_part: Callable[[], None]) -> None:
+    def __init__(self, on_part: Notify) -> None:
         super().__init__(flatten_state_dict=False)
         self._on_part = on_part
 

@@ -20,20 +20,19 @@ from filelock import FileLock, Timeout
 
 from megatron_depthattn.durable import create_durably, write_durably
 from megatron_depthattn.parallel.patience import announced
-from megatron_depthattn.train.history import RunHistory, new_run_id, recorded_run_id
-from megatron_depthattn.train.manifest import find_damage
+from megatron_depthattn.train.history import RunHistory, recorded_run_id
 from megatron_depthattn.train.step_folders import (
     LATEST,
     OWNER,
     clean_up,
     complete_folders,
+    find_damage,
     quarantine,
     resolve_checkpoint,
 )
 from megatron_depthattn.train.step_reader import read_common
 
 LOCK_SECONDS = 30.0
-_RUN_LOCK, _CHECKPOINTS_LOCK = ".lock", ".checkpoints.lock"  # checkpoint.dir may be run.dir
 T = TypeVar("T")
 
 
@@ -57,15 +56,14 @@ def find_start(load: str | None, run_dir: Path, checkpoints: Path) -> Start:
             run would overwrite the checkpoints of another.
     """
     first = ""
-    candidates, note = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints))
-    warnings = list(note)
+    candidates, warnings = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints))
     for folder in candidates:
         damage = _damage(folder)
         if not damage:
             return Start(folder, warnings)
         reason = damage[0] + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
         first = first or reason
-        if load != LATEST and not note:
+        if load != LATEST and not warnings:
             raise ValueError(f"checkpoint.load={load} is damaged: {reason}. Name another one.")
         quarantined = broadcast_from_rank0(lambda folder=folder: quarantine(folder, "damaged"))  # type: ignore[misc]
         warnings.append(f"DAMAGED CHECKPOINT: {reason}. It is now {quarantined.name}; falling back to the one before.")
@@ -144,12 +142,9 @@ class Owner(NamedTuple):
     """The run that a folder of checkpoints belongs to."""
 
     run_id: str
-    run_dir: str
-    """Absolute, or from the folder of checkpoints where that lies in it: they are moved and copied together."""
-
-    def home(self, directory: Path) -> Path:
-        """The run's folder."""
-        return (directory.resolve() / self.run_dir).resolve()
+    home: Path
+    """The run's folder. In the file it is absolute, or from the folder of checkpoints where that lies in it: they are
+    moved and copied together."""
 
 
 class Claim(NamedTuple):
@@ -168,7 +163,7 @@ def lock_run(run_dir: Path) -> FileLock:
         ValueError: another process has it. One that was just killed may take a moment to release it, so this waits.
     """
     return _lock(
-        run_dir / _RUN_LOCK,
+        run_dir / ".lock",
         f"another process is training in {run_dir}: two would overwrite each other's checkpoints. Wait for it, end it, "
         "or set another run.dir",
     )
@@ -199,14 +194,14 @@ def claim_checkpoints(directory: Path, run_dir: Path) -> Claim:
             create_durably(directory / OWNER, _record(run_id, run_dir, directory))
     _require_own(directory, run_dir, known)  # before the wait for its lock
     lock = _lock(
-        directory / _CHECKPOINTS_LOCK,
+        directory / ".checkpoints.lock",  # checkpoint.dir may be run.dir
         f"another process saves to checkpoint.dir={directory}, perhaps on another host: two would overwrite each "
         "other's checkpoints. Wait for it, end it, or set another checkpoint.dir",
     )
     owner = _require_own(directory, run_dir, known)
-    if not _same(owner.home(directory), run_dir):
+    if not _same(owner.home, run_dir):
         write_durably(directory / OWNER, _record(owner.run_id, run_dir, directory))
-        notes.append(f"run {owner.run_id} was moved from {owner.run_dir}; {directory} now belongs to {run_dir}")
+        notes.append(f"run {owner.run_id} was moved from {owner.home}; {directory} now belongs to {run_dir}")
     return Claim(owner.run_id, lock, notes)
 
 
@@ -219,9 +214,7 @@ def read_owner(directory: Path) -> Owner | None:
     path = directory / OWNER
     try:
         content = json.loads(path.read_bytes())
-        owner = Owner(str(content["run_id"]), str(content["run_dir"]))
-        owner.home(directory)
-        return owner
+        return Owner(str(content["run_id"]), (directory.resolve() / str(content["run_dir"])).resolve())
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -236,8 +229,7 @@ def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
     owner = read_owner(directory)
     if owner is None:
         raise ValueError(f"{directory / OWNER} was removed while a run started: start again.")
-    home = owner.home(directory)
-    is_home = _same(home, run_dir)
+    home, is_home = owner.home, _same(owner.home, run_dir)
     is_at_home = False
     with suppress(PermissionError):  # a folder that this user may not look into is taken for moved away
         is_at_home = recorded_run_id(home) == owner.run_id
@@ -265,7 +257,7 @@ def _id_for_unowned(directory: Path, run_dir: Path, known: str | None) -> tuple[
     """
     folders = complete_folders(directory)
     if not folders:
-        return known or new_run_id(), []
+        return RunHistory(run_dir).run_id, []
     saved_id = None  # of the newest checkpoint that can be read
     for folder in folders:
         with suppress(ValueError):
@@ -278,7 +270,7 @@ def _id_for_unowned(directory: Path, run_dir: Path, known: str | None) -> tuple[
             "step folders."
         )
     note = f"{directory} had no owner; by its checkpoints or place it is this run's, as {OWNER} now says"
-    return known or saved_id or new_run_id(), [note]
+    return RunHistory(run_dir, saved_id).run_id, [note]
 
 
 def _is_within(directory: Path, run_dir: Path) -> bool:
@@ -295,7 +287,7 @@ def _same(one: Path, other: Path) -> bool:
 def _record(run_id: str, run_dir: Path, directory: Path) -> str:
     home = run_dir.resolve()
     place = os.path.relpath(home, directory.resolve()) if _is_within(directory, run_dir) else str(home)
-    return json.dumps(Owner(run_id, place)._asdict()) + "\n"
+    return json.dumps({"run_id": run_id, "run_dir": place}) + "\n"
 
 
 def _lock(path: Path, message: str) -> FileLock:

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from megatron_depthattn.parallel.schedule import Work, run_schedule
-from megatron_depthattn.train.build import Chunks
+from megatron_depthattn.train.build import Chunks, Fp8State
 from megatron_depthattn.train.errors import RunError
-from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.non_finite import Attempt, diagnose
 
 Microbatch = Mapping[str, Tensor]
@@ -83,7 +82,7 @@ class SkippedSteps:
 
     def __init__(self, on_non_finite: Literal["stop", "skip"], max_in_a_row: int) -> None:
         self.in_a_row = 0
-        self._on_non_finite, self._max_in_a_row = on_non_finite, max_in_a_row
+        self._stops, self._max_in_a_row = on_non_finite == "stop", max_in_a_row
 
     def record(self, step: int, result: StepResult) -> None:
         """Count a step; call on all ranks with the number of the step, from 1.
@@ -92,14 +91,9 @@ class SkippedSteps:
             NonFiniteError: on all ranks alike, if the run must stop here.
         """
         self.in_a_row = self.in_a_row + 1 if result.skipped else 0
-        if not result.skipped:
-            return
-        advice = ""
-        if self._on_non_finite == "stop":
-            advice = "set train.on_non_finite=skip to leave such steps out"
-        elif self.in_a_row > self._max_in_a_row:
+        if self.in_a_row > (0 if self._stops else self._max_in_a_row):
             advice = f"{self.in_a_row} steps in a row, more than train.max_skipped_in_a_row={self._max_in_a_row}"
-        if advice:
+            advice = "set train.on_non_finite=skip to leave such steps out" if self._stops else advice
             raise NonFiniteError(f"step {step}: {'; '.join(result.diagnosis[:2])}; {advice}")
 
 
@@ -148,8 +142,21 @@ def train_step(
     state.keep()
 
     def attempt() -> Attempt:
+        """Forward and backward from zeroed gradients, up to what the optimizer steps with."""
         state.restore()  # a second one computes with the scales of the first
-        return _attempt(chunks, optimizer, microbatches, shape, status)
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = _losses(chunks, microbatches, shape, forward_only=False)
+        optimizer.prepare_grads()
+        counted = [
+            parameter.grad
+            for parameter in optimizer.get_parameters()
+            if parameter.grad is not None
+            and param_is_not_shared(parameter)
+            and param_is_not_tensor_parallel_duplicate(parameter)
+        ]
+        return finish_attempt(losses, squared_norm(counted, device_of(chunks[0])), status)
 
     def update(grad_norm: float) -> None:
         clip([p.grad for p in optimizer.get_parameters() if p.grad is not None], grad_norm, optimizer.config.clip_grad)
@@ -243,29 +250,6 @@ def clip_factor(grad_norm: float, largest: float) -> float:
 def device_of(model: torch.nn.Module) -> torch.device:
     """Where the model's parameters lie."""
     return next(model.parameters()).device
-
-
-def _attempt(
-    chunks: Chunks,
-    optimizer: MegatronOptimizer,
-    microbatches: Sequence[Microbatch],
-    shape: tuple[int, int],
-    status: Status,
-) -> Attempt:
-    """Forward and backward from zeroed gradients, up to what the optimizer steps with."""
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = _losses(chunks, microbatches, shape, forward_only=False)
-    optimizer.prepare_grads()
-    counted = [
-        parameter.grad
-        for parameter in optimizer.get_parameters()
-        if parameter.grad is not None
-        and param_is_not_shared(parameter)
-        and param_is_not_tensor_parallel_duplicate(parameter)
-    ]
-    return finish_attempt(losses, squared_norm(counted, device_of(chunks[0])), status)
 
 
 def forward_step(work: Iterator[Work], model: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -11,7 +11,7 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
@@ -32,11 +32,7 @@ _METADATA_CLASSES = (
     *(dcp_metadata._MEM_FORMAT_ENCODING, _StorageInfo),
 )
 _Names = dict[tuple[str, str], Any]
-_DTYPES: _Names = {
-    ("torch", str(value).removeprefix("torch.")): value
-    for value in vars(torch).values()
-    if isinstance(value, torch.dtype)
-}
+_DTYPES: _Names = {tuple(str(each).split(".")): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 _METADATA_NAMES: _Names = _DTYPES | {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _get_layout,
@@ -210,5 +206,5 @@ def _reason(error: BaseException) -> str:
             f"refers to {found[1]}, which could run as code and which no checkpoint of this package holds: take a step "
             "folder that this package has written"
         )
-    lines: Sequence[str] = text.splitlines()
-    return f"cannot be read: {type(error).__name__}: {lines[0] if lines else ''}"
+    first, *_ = text.splitlines() or [""]
+    return f"cannot be read: {type(error).__name__}: {first}"

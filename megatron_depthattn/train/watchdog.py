@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -35,8 +37,6 @@ from megatron_depthattn.parallel.rank_spans import rank_spans
 EXIT_HANG = 70
 """Exit code of a process that the watchdog ended: EX_SOFTWARE, which neither Python nor a signal produces."""
 _ALARM, _ANSWERS = "alarm", "answers"
-_MAX_RANKS = 16
-"""Silent ranks that are described one by one; more are counted."""
 _STATES = {
     psutil.STATUS_STOPPED: "stopped (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "stopped by a debugger",
@@ -51,14 +51,14 @@ class Heartbeat(NamedTuple):
 
     at: float
     """Seconds of the monotonic clock."""
-    step: int
+    step: int | None
     phase: str
 
 
 class Watchdog(AbstractContextManager["Watchdog"]):
     """Ends this process, and through the store every other rank, when the loop stops calling `heartbeat`.
 
-    Use it as a context manager or call `close`: what is not closed keeps watching.
+    Use it as a context manager: what is not closed keeps watching.
 
     Args:
         timeout: seconds without a heartbeat after which a rank counts as hung; longer than the slowest step, evaluation
@@ -69,24 +69,15 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         rank, world_size: this process's place.
         store: the store of the world. Of it a copy with a connection of its own is used, since a store serves one
             call at a time and the main thread's may be the one that hangs.
-        grace: seconds for the other ranks to answer; the default suits ``timeout``.
     """
 
-    def __init__(
-        self,
-        timeout: float,
-        folder: Path,
-        *,
-        rank: int,
-        world_size: int,
-        store: dist.Store,
-        grace: float | None = None,
-    ) -> None:
+    def __init__(self, timeout: float, folder: Path, *, rank: int, world_size: int, store: dist.Store) -> None:
         self.rank, self.world_size, self.timeout, self.folder = rank, world_size, timeout, folder
         self.interval = min(5.0, timeout / 10)
-        self.grace = 2 * self.interval + min(5.0, timeout / 4) if grace is None else grace
-        self._host, self._pid = socket.gethostname(), os.getpid()
-        self._started = psutil.Process().create_time()
+        self.grace = 2 * self.interval + min(5.0, timeout / 4)
+        """Seconds for the other ranks to answer."""
+        self._host = socket.gethostname()
+        self._process = {"host": self._host, "pid": os.getpid(), "started": psutil.Process().create_time()}
         self._last: Heartbeat | None = None
         self._closed, self._alarmed = threading.Event(), threading.Event()
         self._store: Any = dist.PrefixStore("watchdog", store.clone())  # Any: torch's type stubs lack `append`
@@ -104,17 +95,11 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             self._arm_backstop(self.timeout + self.grace)
         self._last = Heartbeat(time.monotonic(), step, phase)
 
-    def close(self) -> None:
-        """Stop watching. Safe to call twice, also when the store is gone."""
-        if self._closed.is_set():
-            return
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         for thread in self._threads:
-            thread.join(timeout=2.0)
+            thread.join(timeout=2.0)  # not for a store that is gone
         faulthandler.cancel_dump_traceback_later()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # ---- watching
 
@@ -156,14 +141,14 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             self._store.set(f"state/{self.rank}", json.dumps(self._state() | {"phase": "closed"}))
         except RuntimeError as error:  # torch's DistError: the host of the store is gone
             if not self._closed.is_set():
-                _say(f"watchdog: rank {self.rank} lost the store ({error}); it keeps watching for itself alone")
+                _say(f"rank {self.rank} lost the store ({error}); it keeps watching for itself alone")
 
     # ---- the end
 
     def _report(self) -> None:
         """Write the stacks and, meanwhile, talk to the others; where one fails or blocks the other is still done."""
         stamp = time.strftime("%Y%m%dT%H%M%S")
-        _say(f"watchdog: rank {self.rank} {self._what_happened()}; main thread: {main_thread(6)}")
+        _say(f"rank {self.rank} {self._what_happened()}; main thread: {main_thread(6)}")
         path = self.folder / f"{stamp}_rank_{self.rank}.txt"
         stacks = threading.Thread(target=self._try, args=(lambda: self._write_stacks(path),), daemon=True)
         stacks.start()
@@ -174,7 +159,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         if self.rank == min(answers):
             lines += _groups(answers)
         for line in lines:
-            _say(f"watchdog: {line}")
+            _say(line)
         if lines:
             self._try(lambda: (self.folder / f"{stamp}_hang_{self.rank}.txt").write_text("\n".join(lines) + "\n"))
         stacks.join()
@@ -183,20 +168,19 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         try:
             part()
         except (OSError, RuntimeError, ValueError, psutil.Error) as error:
-            _say(f"watchdog: rank {self.rank}: {type(error).__name__}: {error}")
+            _say(f"rank {self.rank}: {type(error).__name__}: {error}")
 
     def _what_happened(self) -> str:
         last = self._last
         if last is None:
             return "learned of a hang before its first step"
-        age = time.monotonic() - last.at
-        verb = "hangs" if age > self.timeout else "learned of a hang"
-        return f"{verb}: last heartbeat {age:.0f} s ago at step {last.step} ({last.phase})"
+        verb = "hangs" if time.monotonic() - last.at > self.timeout else "learned of a hang"
+        return f"{verb}: {_last_heartbeat(self._state())}"
 
     def _write_stacks(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
-            file.write(f"rank {self.rank} on {self._host}, pid {self._pid}: {self._what_happened()}\n\n")
+            file.write(f"rank {self.rank} on {self._host}, pid {os.getpid()}: {self._what_happened()}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             for child in psutil.Process().children(recursive=True):
@@ -216,46 +200,38 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def _silent_ranks(self, answers: dict[int, dict[str, Any]]) -> Iterator[str]:
         """A line for each rank that did not answer, from the one rank that can say most: the first on its host."""
-        silent = [rank for rank in range(self.world_size) if rank not in answers]
-        for rank in silent[:_MAX_RANKS]:
+        for rank in sorted({*range(self.world_size)} - answers.keys()):
             key = f"state/{rank}"
             state = json.loads(self._store.get(key)) if self._store.check([key]) else {}
             neighbours = [other for other, answer in answers.items() if answer["host"] == state.get("host")]
             if self.rank == min(neighbours or answers):
                 yield f"rank {rank} is unresponsive: {_describe(state, self._host)}"
-        if len(silent) > _MAX_RANKS and self.rank == min(answers):
-            yield f"and {len(silent) - _MAX_RANKS} more ranks are unresponsive"
 
     def _state(self) -> dict[str, Any]:
-        last = self._last
-        return {
-            "host": self._host,
-            "pid": self._pid,
-            "started": self._started,
-            "step": last.step if last else None,
-            "phase": last.phase if last else "start",
-            "since": time.time() - (time.monotonic() - last.at if last else 0.0),
-        }
+        beat = self._last or Heartbeat(time.monotonic(), None, "start")
+        since = time.time() - (time.monotonic() - beat.at)
+        return self._process | {"step": beat.step, "phase": beat.phase, "since": since}
 
 
 def main_thread(limit: int) -> str:
     """Where the main thread is, innermost first: ``file:line function``. Reads no source file: the disk may hang."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    frames: list[str] = []
-    while frame is not None and len(frames) < limit:
-        frames.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}")
-        frame = frame.f_back
-    return " < ".join(frames)
+    places = [(each.f_code, line) for each, line in itertools.islice(traceback.walk_stack(frame), limit)]
+    return " < ".join(f"{os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in places)
 
 
 def _describe(state: dict[str, Any], host: str) -> str:
     """What is known of a rank that is silent, from its last state in the store and, on this host, from the kernel."""
     if not state:
         return "it never began"
-    age = time.time() - state["since"]
-    last = f"last heartbeat {age:.0f} s ago at step {state['step']} ({state['phase']})"
-    text = f"{state['host']}, pid {state['pid']}, {last if state['step'] is not None else 'no heartbeat yet'}"
-    return f"{text}; its process is {_process_state(state)}" if state["host"] == host else f"{text}; another host"
+    where = f"its process is {_process_state(state)}" if state["host"] == host else "another host"
+    return f"{state['host']}, pid {state['pid']}, {_last_heartbeat(state)}; {where}"
+
+
+def _last_heartbeat(state: dict[str, Any]) -> str:
+    if state["step"] is None:
+        return "no heartbeat yet"
+    return f"last heartbeat {time.time() - state['since']:.0f} s ago at step {state['step']} ({state['phase']})"
 
 
 def _process_state(state: dict[str, Any]) -> str:
@@ -285,4 +261,4 @@ def _stderr() -> Any:
 
 
 def _say(line: str) -> None:
-    print(line, file=_stderr(), flush=True)
+    print(f"watchdog: {line}", file=_stderr(), flush=True)

@@ -23,13 +23,13 @@ from megatron_depthattn.config import to_dict, validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_model, transformer_config
-from megatron_depthattn.train.checkpoint import save_checkpoint
-from megatron_depthattn.train.depth_record import DepthRecord
-from megatron_depthattn.train.engine import build_engine
+from megatron_depthattn.train.loop import build_engine
+from megatron_depthattn.train.metrics import DepthRecord
 from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, finish_attempt, run_microbatches
 from megatron_depthattn.train.step_folders import Progress, step_folder
+from tests.checkpoints import save_checkpoint
 from tests.megatron_weights import leave_initial_values
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SEQUENCE_LENGTH, TRAIN
 from tests.parallel.compare import relative_errors

@@ -26,10 +26,9 @@ from torch import Tensor
 from megatron_depthattn.config import RunConfig, validate
 from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, finish_param_gather
-from megatron_depthattn.train.checkpoint import save_checkpoint
 from megatron_depthattn.train.step import Microbatch, evaluation_mode, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress
-from tests.checkpoints import load_checkpoint
+from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.parallel.cases import SEQUENCE_LENGTH, TRAIN, Job
 
 BUCKET_SIZE = 20_000

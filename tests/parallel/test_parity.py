@@ -8,8 +8,10 @@ import json
 import pytest
 import torch
 
-from megatron_depthattn.train.manifest import MANIFEST
-from megatron_depthattn.train.step_folders import step_folder
+from megatron_depthattn.train.step_folders import (
+    MANIFEST,
+    step_folder,
+)
 from tests.checkpoints import stored
 from tests.parallel.cases import (
     AGREEMENT,

@@ -50,12 +50,12 @@ from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import RNG, save_checkpoint, sharded_rng_state
-from megatron_depthattn.train.depth_record import DepthRecord
+from megatron_depthattn.train.checkpoint import RNG, sharded_rng_state
+from megatron_depthattn.train.metrics import DepthRecord
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
-from tests.checkpoints import load_checkpoint
+from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.parallel import overlap
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
 from tests.parallel.compare import relative_errors

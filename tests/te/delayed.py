@@ -16,8 +16,8 @@ from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_depthattn.train import build, step
+from megatron_depthattn.train.build import Fp8State
 from megatron_depthattn.train.engine import MegatronEngine
-from megatron_depthattn.train.fp8_state import Fp8State
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step_folders import Progress
 from tests.te.kernels import computing

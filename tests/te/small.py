@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_depthattn.config import RunConfig, from_dict, to_dict
 from megatron_depthattn.model.initialization import globally_named_parameters
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import Loaded, save_checkpoint
+from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.step_folders import Progress
-from tests.checkpoints import load_checkpoint
+from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.e2e.small_run import MODEL
 
 PROGRESS = Progress(step=2, consumed_samples=4, consumed_tokens=64)

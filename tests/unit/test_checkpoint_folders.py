@@ -8,16 +8,19 @@ import pytest
 
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.durable import publish_folder, recover_folder, write_durably
-from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
 from megatron_depthattn.train.step_folders import (
+    MANIFEST,
     clean_up,
     complete_folders,
+    digest_files,
+    find_damage,
     quarantine,
     quarantine_after,
     resolve_checkpoint,
     staging_folder,
     step_folder,
     update_latest_and_rotate,
+    write_manifest,
 )
 
 

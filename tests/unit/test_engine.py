@@ -19,7 +19,7 @@ LAUNCHED = LaunchEnvironment(rank=0, world_size=1, local_rank=0, launched=True)
 
 
 def build(environment: LaunchEnvironment = LAUNCHED):
-    from megatron_depthattn.train.engine import build_engine
+    from megatron_depthattn.train.loop import build_engine
 
     return build_engine(DEEPSPEED, torch.device("cpu"), environment)
 

@@ -21,11 +21,10 @@ from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.train.build import build_chunk, build_model, build_optimizer, transformer_config
-from megatron_depthattn.train.checkpoint import save_checkpoint
 from megatron_depthattn.train.megatron_state import sharded_models
 from megatron_depthattn.train.metrics import opening_lines
 from megatron_depthattn.train.step_folders import Progress
-from tests.checkpoints import load_checkpoint
+from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.e2e.small_run import MODEL
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")

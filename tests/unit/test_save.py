@@ -22,8 +22,16 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_depthattn.config import from_dict, to_dict
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_depthattn.train.manifest import MANIFEST, digest_files, find_damage, write_manifest
-from megatron_depthattn.train.step_folders import COMMON, Progress, complete_folders, step_folder
+from megatron_depthattn.train.step_folders import (
+    COMMON,
+    MANIFEST,
+    Progress,
+    complete_folders,
+    digest_files,
+    find_damage,
+    step_folder,
+    write_manifest,
+)
 from megatron_depthattn.train.step_reader import COMMON_ENTRY, check_fp8_state, read_common
 from tests.checkpoints import load_checkpoint, stored
 from tests.small_disk import can_mount, small_disk
@@ -249,7 +257,7 @@ def test_the_record_waits_for_room_and_says_so(megatron_world_of_one, tmp_path, 
 
     def report(*sizes: int) -> list[int]:
         """The steps on record, one written under each limit."""
-        reporter = Reporter(tmp_path, is_writer=True, log_interval=10, first_step=0, last_step=99)
+        reporter = Reporter(tmp_path, log_interval=10, first_step=0, last_step=99)
         for step, size in enumerate(sizes, start=1):
             no_room(size)
             reporter.step(record | {"step": step})

@@ -4,9 +4,14 @@ import itertools
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
-from megatron_depthattn.parallel.schedule import PlannedCommunicator, chunk_order, received_messages, run_schedule
+from megatron_depthattn.parallel.schedule import PlannedCommunicator, received_messages, run_schedule
+
+
+def chunk_order(num_microbatches: int, num_chunks: int, group_size: int) -> list[int]:
+    return [chunk for _, chunk in get_schedule_table(num_microbatches, num_chunks, group_size)]
 
 
 def sent_by(rank: int, order: list[int], num_chunks: int, ranks: int, forward: bool) -> list[tuple[int, int]]:
@@ -27,10 +32,10 @@ def test_received_messages_are_those_that_the_neighbours_send(ranks, num_chunks,
     order = chunk_order(rounds * ranks, num_chunks, ranks)
     assert len(order) == rounds * ranks * num_chunks
     for rank in range(ranks):
-        received = received_messages(order, rank, ranks)
+        forward, backward = received_messages(order, rank, ranks)
         before, after = (rank - 1) % ranks, (rank + 1) % ranks
-        assert received.forward == [c for to, c in sent_by(before, order, num_chunks, ranks, True) if to == rank]
-        assert received.backward == [c for to, c in sent_by(after, order, num_chunks, ranks, False) if to == rank]
+        assert forward == [c for to, c in sent_by(before, order, num_chunks, ranks, True) if to == rank]
+        assert backward == [c for to, c in sent_by(after, order, num_chunks, ranks, False) if to == rank]
 
 
 def test_by_hand():

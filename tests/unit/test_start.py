@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_depthattn.train import manifest
 from megatron_depthattn.train import start as starting
+from megatron_depthattn.train import step_folders
 from megatron_depthattn.train.history import RunHistory
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
 from megatron_depthattn.train.step_folders import OWNER, clean_up, quarantine_after
@@ -64,7 +64,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(run_dir, monkeypatch):
     def fail(*_) -> None:
         raise OSError(errno.EIO, "Input/output error")  # as a read does: without the file's name
 
-    monkeypatch.setattr(manifest.xxhash, "xxh3_128", lambda: SimpleNamespace(update=fail))
+    monkeypatch.setattr(step_folders.xxhash, "xxh3_128", lambda: SimpleNamespace(update=fail))
     with pytest.raises(
         ValueError, match=r"cannot be read by rank 0 on .*Input/output error: '.*distcp'.*nothing was renamed"
     ):

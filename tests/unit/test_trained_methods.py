@@ -12,10 +12,9 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.convert.verify import LOGITS, verify
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
-from megatron_depthattn.train.checkpoint import save_checkpoint
 from megatron_depthattn.train.step import train_step
 from megatron_depthattn.train.step_folders import Progress
-from tests.checkpoints import load_checkpoint
+from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.megatron_weights import leave_initial_values
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")

@@ -19,7 +19,7 @@ from megatron_depthattn.convert import verify
 from megatron_depthattn.ops import depth_mix
 from megatron_depthattn.ops.triton_mix import triton_refusal
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
-from megatron_depthattn.train import engine as engines
+from megatron_depthattn.train import loop as engines
 from tests.gpu.compile_kernels import CASES as COMPILED
 from tests.gpu.interpret import MODEL
 from tests.gpu.mix_cases import CASES, Case, make_inputs

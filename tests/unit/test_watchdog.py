@@ -33,7 +33,6 @@ def test_a_closed_watchdog_is_gone_and_its_last_sign_says_so(tmp_path: Path):
     sign = json.loads(store.get("watchdog/state/0"))
     assert (sign["step"], sign["phase"], sign["pid"]) == (7, "closed", os.getpid())
     assert not (tmp_path / "stacks").exists()
-    dog.close()
 
 
 def test_an_exception_in_the_loop_ends_the_watch(tmp_path: Path):

@@ -6,8 +6,8 @@ Here our config's keys become DeepSpeed's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -23,7 +23,6 @@ from torch import Tensor
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.parallel.schedule import Work
-from megatron_depthattn.train.base_engine import Engine
 from megatron_depthattn.train.build import build_chunk, build_schedule, transformer_config
 from megatron_depthattn.train.deepspeed_engine.shards import (
     STAGES,
@@ -33,6 +32,7 @@ from megatron_depthattn.train.deepspeed_engine.shards import (
     squared_gradient_norm,
     sum_over_tensor_ranks,
 )
+from megatron_depthattn.train.engine import Engine
 from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.step import (
     LossSum,
@@ -103,10 +103,8 @@ class DeepSpeedEngine(Engine):
         sum_over_tensor_ranks(self.shards, self._device)
         return finish_attempt(losses, squared_gradient_norm(self.shards, self._device), status)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        with evaluation_mode([self._engine]):
-            yield
+    def evaluating(self) -> AbstractContextManager[None]:
+        return evaluation_mode([self._engine])
 
     def loss(self, microbatches: Sequence[Microbatch]) -> float:
         return mean_over_global_batch([self._forward(one)[2] for one in microbatches], self._device)

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn import Parameter
 
-from megatron_depthattn.train.megatron_state import MASTER, STATES, range_parts, sharded_models
+from megatron_depthattn.train.megatron_state import MASTER, STATES, fresh_adam_state, range_parts, sharded_models
 from megatron_depthattn.train.step import clip_factor, squared_norm
 from megatron_depthattn.train.step_folders import SAVED_METADATA
 
@@ -58,11 +58,7 @@ class Shards:
     def __init__(self, named: dict[str, Parameter], optimizer: torch.optim.Optimizer, engine: Any) -> None:
         self._named, self._optimizer, self._engine = named, optimizer, engine
         for flat in self._flat_parameters():  # torch allocates in its first step; checkpoints may come before
-            optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                "exp_avg": torch.zeros_like(flat.data),
-                "exp_avg_sq": torch.zeros_like(flat.data),
-            }
+            optimizer.state[flat] = fresh_adam_state(flat)
         self.held = list(self._shards())
 
     def gradient(self, shard: Shard) -> Tensor:
@@ -71,15 +67,15 @@ class Shards:
 
     def set_gradient(self, shard: Shard, value: Tensor) -> None:
         """Replace what `gradient` returned; that may have been it itself, or a copy."""
-        _copy(self.gradient(shard), value)
+        self.gradient(shard).copy_(value)
 
     def read(self, shard: Shard, state: str) -> Tensor:
         """Fp32 ``[size]``: one of `STATES`."""
-        return (shard.parameter.data if state == MASTER else self._state(shard.parameter)[state]).view(-1)
+        return (shard.parameter.data if state == MASTER else self._optimizer.state[shard.parameter][state]).view(-1)
 
     def write(self, shard: Shard, state: str, value: Tensor) -> None:
         """Set what `read` reads."""
-        _copy(self.read(shard, state), value)
+        self.read(shard, state).copy_(value)
 
     def set_weights(self, parameter: Parameter, value: Tensor) -> None:
         """Set a whole weight as the model computes with it, from a value that is the same on all ranks."""
@@ -103,9 +99,6 @@ class Shards:
         for name, parameter in self._named.items():
             yield Shard(name, parameter, 0, parameter.numel())
 
-    def _state(self, flat: Tensor) -> dict[str, Tensor]:
-        return self._optimizer.state[flat]
-
 
 class FlatShards(Shards):
     """Stages 1 and 2, also with the separate optimizer class that DeepSpeed takes for bf16 at stage 1."""
@@ -125,7 +118,7 @@ class FlatShards(Shards):
         if state == MASTER:
             return mapping.hp_fragment
         (flat,) = self._optimizer.param_groups[mapping.param_group_index]["params"]
-        return self._state(flat)[state].narrow(0, mapping.hp_fragment_address.start, shard.size)
+        return self._optimizer.state[flat][state].narrow(0, mapping.hp_fragment_address.start, shard.size)
 
     def _shards(self) -> Iterator[Shard]:
         for name, parameter in self._named.items():
@@ -147,12 +140,9 @@ class PartitionShards(Shards):
         utils.safe_set_local_grad(shard.parameter, _padded(shard, value))
 
     def read(self, shard: Shard, state: str) -> Tensor:
-        whole = (
-            utils.safe_get_local_fp32_param(shard.parameter)
-            if state == MASTER
-            else utils.safe_get_local_optimizer_state(shard.parameter, state)
-        )
-        return whole[: shard.size]
+        if state == MASTER:
+            return utils.safe_get_local_fp32_param(shard.parameter)[: shard.size]
+        return utils.safe_get_local_optimizer_state(shard.parameter, state)[: shard.size]
 
     def write(self, shard: Shard, state: str, value: Tensor) -> None:
         if state == MASTER:
@@ -177,11 +167,6 @@ class PartitionShards(Shards):
 
 
 STAGES = {0: Shards, 1: FlatShards, 2: FlatShards, 3: PartitionShards}
-
-
-def _copy(target: Tensor, value: Tensor) -> None:
-    if target.data_ptr() != value.data_ptr():
-        target.copy_(value)
 
 
 def _padded(shard: Shard, value: Tensor) -> Tensor:
@@ -236,21 +221,14 @@ def clip(shards: Shards, grad_norm: float, largest: float) -> None:
 
 
 class Template:
-    """How the model's weights lie in the whole model; made before ZeRO takes the weights apart.
-
-    Args:
-        model: this rank's share of the model.
-    """
+    """How a model's weights lie in the whole model; made before ZeRO takes the weights apart."""
 
     def __init__(self, model: GPTModel) -> None:
         tree = sharded_models([model])["model0"]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._others = {key: part for key, part in tree.items() if id(part.data) not in names}
-        self.weights = {
-            names[id(part.data)]: replace(part, data=part.data.detach().to("meta"))
-            for part in tree.values()
-            if id(part.data) in names
-        }
+        parts = {names[id(part.data)]: part for part in tree.values() if id(part.data) in names}
+        self.weights = {name: replace(part, data=part.data.detach().to("meta")) for name, part in parts.items()}
         """What Megatron says of each parameter; without its values."""
 
     def tree(self, weights: dict[str, Any]) -> dict[str, Any]:
@@ -286,11 +264,8 @@ class DeepSpeedState:
                     weights[name] = range_parts(whole, shard.start + first, values.to(whole.data.dtype))
         if is_loading:
             return self.sharded_weights() | {"optimizer": {"param_state": parts}}
-        groups = [
-            # The optimizer's settings, with the step where Megatron keeps it.
-            {key: value for key, value in group.items() if key != "params"} | {"step": self._shards.num_steps}
-            for group in self._param_groups
-        ]
+        step = {"step": self._shards.num_steps}  # where Megatron keeps it, among the optimizer's settings
+        groups = [{key: group[key] for key in group if key != "params"} | step for group in self._param_groups]
         optimizer = {
             "optimizer": {"param_groups": groups},
             "param_state_sharding_type": SAVED_METADATA["distrib_optim_sharding_type"],
@@ -299,11 +274,9 @@ class DeepSpeedState:
         return self._template.tree(weights) | {"optimizer": optimizer}
 
     def sharded_weights(self) -> dict[str, Any]:
+        wholes = self._template.weights.items()
         return self._template.tree(
-            {
-                name: replace(whole, data=torch.empty_like(whole.data, device="cpu"))
-                for name, whole in self._template.weights.items()
-            }
+            {name: replace(x, data=torch.empty_like(x.data, device="cpu")) for name, x in wholes}
         )
 
     @torch.no_grad()
