@@ -16,7 +16,7 @@ class Model:
     """Initialised as a run initialises it; every step is on the same tokens, drawn at random."""
 
     def __init__(self, config: RunConfig, device: torch.device, *, has_optimizer: bool) -> None:
-        from megatron_depthattn.model.module_flops import module_flops
+        from megatron_depthattn.estimate.counts import forward_flops
         from megatron_depthattn.train.build import build_model, build_optimizer
         from megatron_depthattn.train.metrics import peak_tflops
 
@@ -27,7 +27,7 @@ class Model:
         self._whole = random_microbatch(config, device)
         self._batches = [self._whole]
         self.tokens = self._shape[0] * self._shape[1]
-        self.flops_per_token = 3 * module_flops(self._chunks, self._shape[1]).total()
+        self.flops_per_token = 3 * forward_flops(config).total
         self.peak_tflops = peak_tflops(config)
 
     def step(self) -> float:

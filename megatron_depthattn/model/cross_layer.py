@@ -64,10 +64,6 @@ class CrossLayerLayer(TransformerLayer):
             The hidden state and what this layer leaves to later ones, of every one of ``kinds``.
         """
 
-    def forward_flops(self) -> dict[str, int]:
-        """What the method adds to the layer, operations per token; `module_flops` counts everything else."""
-        return {"mix": self.config.method_definition.flops(self.layer_index)}
-
     def source_of_message(self, parts: SourceTensors) -> SourceTensors:
         """A source from what arrived of it, each part ``[rows, b, width]``."""
         return parts

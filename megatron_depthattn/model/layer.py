@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_depthattn.model.attention import DepthCall, Source
 from megatron_depthattn.model.cross_layer import CrossLayerLayer, SourceTensors
-from megatron_depthattn.model.flops import mix_flops
 
 
 class DepthAttentionLayer(CrossLayerLayer):
@@ -30,9 +29,3 @@ class DepthAttentionLayer(CrossLayerLayer):
             rows *= self.config.tensor_model_parallel_size
         shape = (rows, batch, -1, self.self_attention.hidden_size_per_attention_head)
         return Source(*(part.reshape(shape) for part in parts))
-
-    def forward_flops(self) -> dict[str, int]:
-        """The mix's operations per token, over all tensor ranks; `module_flops` counts everything else."""
-        config = self.config
-        sizes = (config.num_attention_heads * config.kv_channels, config.num_query_groups * config.kv_channels)
-        return {"mix": mix_flops(*sizes, num_sources=len(self.reads))}

@@ -25,7 +25,7 @@ class DepthAttentionConfig(TransformerConfig):
 
     All of Megatron's fields keep their meaning; with ``depth_attention=False`` or ``method="vanilla"`` the model is
     Megatron's own.
-    Construction raises ``ValueError`` for every combination in `refusals.py`, with the reason and what to set.
+    Construction raises ``ValueError`` for every combination in `unsupported.py`, with the reason and what to set.
     """
 
     depth_attention: bool = True

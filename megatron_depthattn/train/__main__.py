@@ -50,10 +50,9 @@ def main() -> int:
                 # Rank 0 reports the same; to end before it does would let torchrun end it, before its line is out.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(RANK_0_SECONDS)
-            # One line where the user can fix it.
-            is_one_line = isinstance(error, ValueError | OSError | RunError)
-            line = f"error (rank {environment.rank}): {error}"
-            text = line if is_one_line else "".join(traceback.format_exception(error))
+            text = f"error (rank {environment.rank}): {error}"
+            if not isinstance(error, ValueError | OSError | RunError):  # those are the user's to fix
+                text = "".join(traceback.format_exception(error))
             write_error_record(environment, error, text)
             print(printable(text), file=sys.stderr, flush=True)
         if is_stopped:

@@ -170,10 +170,10 @@ class StopAgreement:
                 return True
         return False
 
-    def note(self, ranks: Sequence[RankStatus], batches: GlobalBatches) -> None:
+    def note(self, statuses: Sequence[Sequence[float]], batches: GlobalBatches) -> None:
         """Take what ranks said in a step's exchange as their answers about the next of ``batches``."""
-        is_agreed = all(rank.has_next_batch and not rank.signal for rank in ranks)
-        self._agreed_on = batches if is_agreed else None
+        ranks = [RankStatus(*status) for status in statuses]
+        self._agreed_on = batches if all(rank.has_next_batch and not rank.signal for rank in ranks) else None
 
     def ask_again(self) -> None:
         """Forget the answers: what came after them took long."""

@@ -43,13 +43,12 @@ def write_error_record(environment: LaunchEnvironment, error: BaseException, tex
     """Leave ``text``, what the user is to see of ``error``, where the launcher looks; nothing without a launcher."""
     if environment.error_file is None:
         return
-    now = time.time()
     record = {
         "message": {
             "message": f"{type(error).__name__}: {error}",
-            "extraInfo": {"py_callstack": text, "timestamp": str(int(now))},
+            "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))},
         },
-        "time": now,
+        "time": time.time(),
         "host": platform.node(),
         "rank": environment.rank,
         "notes": getattr(error, "__notes__", []),

@@ -23,8 +23,8 @@ from megatron_depthattn.train.line_files import NUMBER, append_durably, read_rec
 HISTORY = "history.jsonl"
 METRICS = "metrics.jsonl"
 
-Outcome = Literal["finished", "stop_after", "signal", "not finite", "error"]
-DELIBERATE: frozenset[Outcome] = frozenset(["finished", "stop_after"])
+EndReason = Literal["finished", "stop_after", "signal", "not finite", "error"]
+DELIBERATE: frozenset[EndReason] = frozenset(["finished", "stop_after"])
 """Ends that the user asked for: what passes until the next start is not time that the run has lost."""
 
 
@@ -115,7 +115,7 @@ class RunHistory:
             | {"commit": code_commit(), "machine": machine}
         )
 
-    def end(self, step: int, outcome: Outcome, **more: Any) -> dict[str, Any]:
+    def end(self, step: int, outcome: EndReason, **more: Any) -> dict[str, Any]:
         """Record that training ends after ``step`` steps, and why; returns the record with the run's goodput."""
         record = {"event": "end", "step": step, "outcome": outcome, **more}
         self._append(record | {"goodput": self.goodput()})

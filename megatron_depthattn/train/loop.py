@@ -28,7 +28,7 @@ from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.data import GlobalBatches, StopAgreement
 from megatron_depthattn.train.engine import Engine, MegatronEngine
 from megatron_depthattn.train.hardware import for_this_machine
-from megatron_depthattn.train.history import Outcome, RunHistory, package_digest
+from megatron_depthattn.train.history import EndReason, RunHistory, package_digest
 from megatron_depthattn.train.metrics import DepthRecord, Meter, opening_lines, peak_memory_gb
 from megatron_depthattn.train.reporter import Reporter, SampleLog
 from megatron_depthattn.train.save import RunCheckpoints
@@ -105,12 +105,7 @@ class Training:
         )
         self.batches = open_data(split="train", consumed_samples=self.progress.consumed_samples)
         self.held_out = open_data(split="val") if config.train.eval_interval else None
-        if loaded.corpus not in (None, self.batches.corpus.digest):
-            raise ValueError(
-                f"{start.folder} was trained on other data than data.path or data.streams hold now (another digest): "
-                "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
-                "checkpoint.load=null."
-            )
+        _check_corpus(start, loaded, self.batches)
         self.signals, self.agreement = signals, StopAgreement(signals)
         signals.only_note()
         self.history: RunHistory | None = None
@@ -207,8 +202,7 @@ class Training:
                 microbatches, lambda: RankStatus(waited, peak_memory_gb(), self.signals.received, self.batches.has_next)
             )
         seconds = time.monotonic() - started
-        ranks = [RankStatus(*status) for status in result.statuses]
-        self.agreement.note(ranks, self.batches)
+        self.agreement.note(result.statuses, self.batches)
         self.sample_log.write(step, microbatches)
         if result.skipped:
             self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
@@ -286,7 +280,7 @@ class Training:
         self.history = history
         return history.run_id
 
-    def _end(self, outcome: Outcome, **more: Any) -> None:
+    def _end(self, outcome: EndReason, **more: Any) -> None:
         if self.history is None:
             return
         more["checkpoint_seconds"] = self.checkpoints.blocking_seconds
@@ -296,6 +290,15 @@ class Training:
             self.report.warn([f"the end of this run is not on record: {error}"])
             return
         self.report.lines(self.meter.closing_lines(self.progress, record))
+
+
+def _check_corpus(start: Start, loaded: Loaded, batches: GlobalBatches) -> None:
+    if loaded.corpus not in (None, batches.corpus.digest):
+        raise ValueError(
+            f"{start.folder} was trained on other data than data.path or data.streams hold now (another digest): "
+            "give the same corpora in the same order, wherever they lie, or start a new run: another run.dir with "
+            "checkpoint.load=null."
+        )
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -25,7 +25,7 @@ HASH_PART = 1 << 24
 LATEST = "latest"
 """The file that names the newest complete step folder."""
 OWNER = "owner.json"
-"""The file that names the run which a folder of checkpoints belongs to, see owner.py."""
+"""The file that names the run which a folder of checkpoints belongs to, see start.py."""
 COMMON = "common.pt"
 """What is no tensor: progress, config, schedule."""
 GENERATION = "generation_config"

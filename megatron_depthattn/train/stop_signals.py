@@ -2,7 +2,7 @@
 
 Until something has been trained, the process that gets one ends at once: there is nothing to save. From then on
 a signal is only noted; a rank that stopped by itself would leave the others in a collective. The loop agrees with all
-ranks on each training step and each batch of an evaluation (`stop_agreement.py`), and saves.
+ranks on each training step and each batch of an evaluation (`data.StopAgreement`), and saves.
 
 Python runs a signal's handler in the main thread, when that comes back from C: not while it waits for another rank or
 a dead disk. So a thread reads the signals too, through `signal.set_wakeup_fd`.

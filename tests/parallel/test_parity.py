@@ -65,13 +65,6 @@ def test_a_pipeline_sends_the_fewest_bytes_possible(campaign, job):
     assert sent["messages"] == 2 * edges * num_microbatches
 
 
-@by_name([*PARITY, *VANILLA_LOOPED])
-def test_the_modules_of_all_ranks_count_up_to_the_formula(campaign, job):
-    flops = campaign.result(job)["flops"]
-    assert flops["modules"] == flops["formula"]
-    assert flops["modules"]["projections"] > 0
-
-
 @by_name([CHATTY])
 def test_control_exchanged_shapes_are_counted(campaign, job):
     result = campaign.result(job)

@@ -59,7 +59,6 @@ from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.parallel import overlap
 from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
 from tests.parallel.compare import relative_errors
-from tests.parallel.counted import counted_flops
 
 SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
 PATIENCE = timedelta(minutes=2)
@@ -130,7 +129,6 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
             with depth.recording(1), torch.no_grad():
                 run_microbatches(chunks, microbatches(0)[1:], SHAPE, forward_only=True)
             result["depth_of_second"] = depth.collect()
-        result["flops"] = counted_flops(config, chunks)
         stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         result["sent"] = sent_between_stages(sent, stages)
         result["microbatches"] = len(microbatches(0))

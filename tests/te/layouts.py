@@ -26,7 +26,6 @@ from transformer_engine.pytorch.ops.basic import rmsnorm as te_rmsnorm
 from megatron_depthattn.config import load_config
 from megatron_depthattn.model.attention import DepthSelfAttention
 from megatron_depthattn.model.initialization import initialize_weights
-from megatron_depthattn.model.module_flops import module_flops
 from megatron_depthattn.parallel.groups import shut_down
 from megatron_depthattn.train.build import build_chunk, transformer_config
 from megatron_depthattn.train.megatron_state import sharded_models
@@ -112,7 +111,6 @@ def share(spec: str, *, rank: int, method: str = "depth_attention") -> dict[str,
                 ]
                 for name, parameter in model.named_parameters()
             },
-            "flops": dict(module_flops([model], config.data.sequence_length)),
             "weights": _weights(model)["weights"],
             "classes": _modules(model)["classes"],
             "keeps projection": method == "depth_attention"
@@ -121,7 +119,7 @@ def share(spec: str, *, rank: int, method: str = "depth_attention") -> dict[str,
 
 
 def loops() -> dict[str, Any]:
-    """Of the small model run twice: its weights and FLOPs, and whether later layers compute with the first loop's."""
+    """Of the small model run twice: its weights, and whether later layers compute with the first loop's."""
     with _world(Layout("small")), _a_gpu(torch.device("cpu")):
         config = small_config("te")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=2))
@@ -137,7 +135,6 @@ def loops() -> dict[str, Any]:
             "modules": {path: len(weights) for (_, path), weights in used.items() if weights},
             "shared": all(used[number, path] == used[number % half, path] for number, path in used),
             "apart": len({tuple(used[number, "mlp.linear_fc2"]) for number in range(half)}) == half,
-            "flops": dict(module_flops([model], config.data.sequence_length)),
         }
 
 

@@ -51,7 +51,6 @@ def test_tensor_ranks_hold_the_same_shares_with_the_same_marks(te, method):
     for local, ours in zip(shares["local"], shares["te"], strict=True):
         assert_equal(ours["parameters"], under_te(local["parameters"]))
         assert ours["marks"] == under_te(local["marks"])
-        assert ours["flops"] == local["flops"]
         assert added <= ours["parameters"].keys()
         for name in added:
             assert ours["marks"][name] == [False, -1, True]

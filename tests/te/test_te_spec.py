@@ -3,7 +3,6 @@
 Here are the local spec, the converter and the comparisons; what needs TransformerEngine runs in worker.py.
 """
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -149,7 +148,6 @@ def test_tensor_ranks_hold_the_same_shares_with_the_same_marks(te):
     for local, ours in zip(te.local["shares"], te.te["shares"], strict=True):
         assert_equal(ours["parameters"], under_te(local["parameters"]))
         assert ours["marks"] == under_te(local["marks"])
-        assert ours["flops"] == local["flops"]
     first, second = (share["parameters"] for share in te.te["shares"])
     is_split = {name: marks[0] for name, marks in te.te["shares"][0]["marks"].items()}
     assert {name: not torch.equal(first[name], second[name]) for name in first} == is_split, "control: other shares"
@@ -240,16 +238,11 @@ def test_control_a_missing_weight_is_an_error_under_both_specs(te):
 
 
 def test_later_loops_compute_with_the_first_loops_weights(te):
-    from megatron_depthattn.estimate.counts import forward_flops
-
     found = te.loops
     assert found["shared"] and found["apart"]
     linear = {"self_attention.linear_qkv": 2, "self_attention.linear_proj": 1, "mlp.linear_fc1": 2, "mlp.linear_fc2": 1}
     assert found["modules"] == linear | {f"self_attention.{name}_layernorm": 1 for name in "qk"}
     assert {*found["parameters"]} == under_te(te.initial).keys()
-    config = small_config("local")
-    looped = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=2))
-    assert found["flops"] == dataclasses.asdict(forward_flops(looped))
 
 
 # ---- full recompute through TransformerEngine's checkpoint function

@@ -1,7 +1,5 @@
 """The counters against the model that is really built, against torch's own counter, and against the published sizes."""
 
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from megatron_depthattn.config import load_config
 from megatron_depthattn.estimate.counts import decoder_shape
 from megatron_depthattn.model.flops import DecoderShape, mix_flops
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
-from megatron_depthattn.model.module_flops import module_flops
 from megatron_depthattn.model.source_plan import SourcePlan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,33 +50,6 @@ def test_matrix_operations_are_those_that_torch_counts(megatron_world_of_one, nu
     ours = DecoderShape(**SHAPE, vocab_size=256, num_loops=num_loops).forward_flops(sequence, None)
     square = ours.attention * 2 * sequence // (sequence + 1)
     assert counter.get_total_flops() == tokens.numel() * (ours.projections + ours.logits + square)
-
-
-@pytest.mark.parametrize("num_loops", [1, 3])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("depth", [{"depth_attention": False}, {"depth_attention_stride": 1}, {}], ids=str)
-def test_counting_the_modules_gives_the_formula(megatron_world_of_one, depth, tied, num_loops):
-    """Line by line, exactly; and without the output layer where a chunk has none."""
-    config = looped(num_loops, **depth)
-    build = partial(build_gpt_model, config, vocab_size=200, max_sequence_length=32, tie_embeddings=tied)
-    shape = DecoderShape(**SHAPE, vocab_size=256, tie_embeddings=tied, num_loops=num_loops)
-    formula = shape.forward_flops(32, config.source_plan if config.depth_attention else None)
-    counted = module_flops([build()], 32)
-    assert {line: counted[line] for line in asdict(formula)} == asdict(formula)
-    assert counted.total() == formula.total
-    headless = module_flops([build(post_process=False)], 32)
-    assert headless.total() == formula.total - formula.logits
-
-
-def test_a_layer_declares_lines_of_its_own(megatron_world_of_one):
-    class Router(torch.nn.Linear):
-        def forward_flops(self):
-            return {"routing": 7}
-
-    model = build_gpt_model(qwen3_style_config(**SHAPE), vocab_size=200, max_sequence_length=32)
-    before = module_flops([model], 32)
-    model.decoder.layers[1].router = Router(3, 3)
-    assert module_flops([model], 32) - before == {"routing": 7}
 
 
 def test_the_mix_as_matrix_products_is_what_torch_counts():
