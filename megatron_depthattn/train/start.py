@@ -55,22 +55,20 @@ def find_start(load: str | None, run_dir: Path, checkpoints: Path) -> Start:
         ValueError: on all ranks, if there is no such checkpoint, if a named one or all of them are damaged, or if the
             run would overwrite the checkpoints of another.
     """
-    first = ""
     candidates, warnings = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints))
     for folder in candidates:
         damage = _damage(folder)
         if not damage:
             return Start(folder, warnings)
         reason = damage[0] + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
-        first = first or reason
         if load != LATEST and not warnings:
             raise ValueError(f"checkpoint.load={load} is damaged: {reason}. Name another one.")
         quarantined = broadcast_from_rank0(lambda folder=folder: quarantine(folder, "damaged"))  # type: ignore[misc]
-        warnings.append(f"DAMAGED CHECKPOINT: {reason}. It is now {quarantined.name}; falling back to the one before.")
+        warnings.append(f"DAMAGED CHECKPOINT: {reason}. It is now {quarantined.name}.")
     if candidates:
         raise ValueError(
             f"all {len(candidates)} checkpoints in {checkpoints} are damaged and were renamed to .damaged; the newest: "
-            f"{first}. To train from initial weights set another run.dir."
+            f"{warnings[-len(candidates)]} To train from initial weights set another run.dir."
         )
     return Start(None, warnings)
 
@@ -186,7 +184,8 @@ def claim_checkpoints(directory: Path, run_dir: Path) -> Claim:
         ValueError: the folder is another run's, or holds checkpoints of which nothing says that they are this run's.
             Nothing was changed in it.
     """
-    known, notes = recorded_run_id(run_dir), []
+    known = recorded_run_id(run_dir)
+    notes: list[str] = []
     directory.mkdir(parents=True, exist_ok=True)
     if read_owner(directory) is None:
         run_id, notes = _id_for_unowned(directory, run_dir, known)

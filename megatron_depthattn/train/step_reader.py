@@ -32,7 +32,7 @@ _METADATA_CLASSES = (
     *(dcp_metadata._MEM_FORMAT_ENCODING, _StorageInfo),
 )
 _Names = dict[tuple[str, str], Any]
-_DTYPES: _Names = {tuple(str(each).split(".")): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
+_DTYPES: _Names = {("torch", str(each)[6:]): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 _METADATA_NAMES: _Names = _DTYPES | {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _get_layout,
