@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PROBE_BYTES = 1 << 20
-
 
 def fsync_path(path: Path) -> None:
     """Force a file's content, or a folder's list of names, to disk."""
@@ -85,27 +83,19 @@ def write_error(problem: BaseException, folder: Path) -> str | None:
     while cause is not None and not (isinstance(cause, OSError) and cause.errno):
         cause = cause.__cause__ or cause.__context__
     if cause is None:
-        cause = _probe(folder)
+        probe = folder / f".probe.{uuid.uuid4().hex}"
+        try:
+            probe.write_bytes(bytes(1 << 20))
+        except OSError as error:
+            cause = error
+        finally:
+            probe.unlink(missing_ok=True)
+        if isinstance(cause, FileNotFoundError):  # the folder is gone: that says nothing about what was not written
+            return None
     if not isinstance(cause, OSError):
         return None
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full, or your share of it: {cause.strerror}: {cause.filename or folder}"
-    return f"{cause.strerror}: {cause.filename or folder}"
-
-
-def _probe(folder: Path) -> OSError | None:
-    """The error that a file in ``folder`` meets now, if any."""
-    path = folder / f".probe.{uuid.uuid4().hex}"
-    try:
-        with naming(folder):
-            path.write_bytes(bytes(_PROBE_BYTES))
-    except FileNotFoundError:  # the folder is gone, which says nothing about what could not be written
-        return None
-    except OSError as error:
-        return error
-    finally:
-        path.unlink(missing_ok=True)
-    return None
+    full = "the disk is full, or your share of it: " if cause.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{full}{cause.strerror}: {cause.filename or folder}"
 
 
 def remove(path: Path) -> None:
@@ -123,7 +113,7 @@ def publish_folder(staging: Path, final: Path) -> None:
     Should the rename fail, the folder that had the name keeps it. A process that dies between two renames leaves it as
     ``.<name>.old``, which `recover_folder` brings back.
     """
-    replaced = _replaced(final)
+    replaced = final.with_name(f".{final.name}.old")
     fsync_path(staging)
     try:
         if os.path.lexists(final):
@@ -138,10 +128,6 @@ def publish_folder(staging: Path, final: Path) -> None:
 
 def recover_folder(final: Path) -> None:
     """Bring back the folder that a process was about to replace when it died."""
-    replaced = _replaced(final)
+    replaced = final.with_name(f".{final.name}.old")
     if os.path.lexists(replaced) and not os.path.lexists(final):
         replaced.rename(final)
-
-
-def _replaced(final: Path) -> Path:
-    return final.with_name(f".{final.name}.old")

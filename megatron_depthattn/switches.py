@@ -38,6 +38,7 @@ def resolved_switches(config: RunConfig, same_weights: int, kernels: Kernels) ->
     """
     model, parallel = config.model, config.parallel
     can_compile = kernels.on_gpu and not kernels.compiler
+    has_chunks_of_same_weights = model.num_loops > 1 and parallel.virtual_pipeline > 1
     defaults = {
         "fused_swiglu": can_compile or model.compile,
         "fused_cross_entropy": can_compile and config.precision.dtype == "bf16",
@@ -46,7 +47,7 @@ def resolved_switches(config: RunConfig, same_weights: int, kernels: Kernels) ->
     if config.engine.name == "megatron":
         adds = model.num_loops == 1 and adds_gradients(config, kernels)
         defaults["fused_gradient_accumulation"] = adds
-        helps = kernels.on_gpu and same_weights > 1 and not has_chunks_of_same_weights(config)
+        helps = kernels.on_gpu and same_weights > 1 and not has_chunks_of_same_weights
         reduce = _given(parallel.overlap_grad_reduce, helps or bool(parallel.overlap_param_gather))
         overlaps = dict(zip(OVERLAPS, (reduce, _given(parallel.overlap_param_gather, reduce and helps)), strict=True))
     fusions: dict[str, Any] = {key: _given(getattr(model, key), default) for key, default in defaults.items()}
@@ -59,11 +60,6 @@ def resolved_switches(config: RunConfig, same_weights: int, kernels: Kernels) ->
 
 def _given(value: bool | None, default: bool) -> bool:
     return default if value is None else value
-
-
-def has_chunks_of_same_weights(config: RunConfig) -> bool:
-    """Whether a rank has several pipeline chunks that use the same weights."""
-    return config.model.num_loops > 1 and config.parallel.virtual_pipeline > 1
 
 
 def adds_gradients(config: RunConfig, kernels: Kernels) -> bool:

@@ -39,11 +39,8 @@ def shipped_folder(name: str) -> Path:
 def find_config(text: str) -> str:
     """The path of a config or overlay: a file that exists, or a shipped one of this name; settings stay."""
     folder = shipped_folder("configs")
-    if "=" not in text and not Path(text).exists():
-        for path in (folder / f"{text}.yaml", folder.parent / text):
-            if path.is_file():
-                return str(path)
-    return text
+    shipped = (str(path) for path in (folder / f"{text}.yaml", folder.parent / text) if path.is_file())
+    return text if "=" in text or Path(text).exists() else next(shipped, text)
 
 
 def run(
@@ -75,8 +72,8 @@ def check(*conditions: tuple[bool, str]) -> None:
             raise ValueError(text)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **settings: Any) -> None:
-    """Print a table; cells are text, no markup. Plain lines where ``rich`` is not installed."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 160, **settings: Any) -> None:
+    """Print a table as wide as the terminal, or ``width`` in a file; plain lines where ``rich`` is not installed."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -87,4 +84,4 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **setting
     table = Table(*columns, **settings)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else width).print(table)

@@ -8,10 +8,9 @@ off a straight line.
 from __future__ import annotations
 
 import argparse
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,50 +36,39 @@ class Curves:
 
     def held_out_at(self, seconds: float) -> float:
         """Held-out loss at a time between the first and the last evaluation."""
-        steps = list(self.held_out)
-        times = [self.seconds[step] for step in steps]
-        i = max(1, bisect_left(times, seconds))
-        share = (seconds - times[i - 1]) / (times[i] - times[i - 1])
-        return (1 - share) * self.held_out[steps[i - 1]] + share * self.held_out[steps[i]]
+        import numpy as np
+
+        return float(np.interp(seconds, [self.seconds[step] for step in self.held_out], list(self.held_out.values())))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 1 with one line on stderr."""
     parser = new_parser("compare", __doc__)
-    folder = "run folder, with metrics.jsonl and config.yaml"
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=user_path, help=folder)
-    rows = "show at most so many evaluations (default 10)"
-    parser.add_argument("--rows", type=int, default=10, metavar="N", help=rows)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=user_path, help="run folder, with its metrics.jsonl")
     figure = "plot the losses against steps and seconds; .png, .svg, .pdf (needs matplotlib)"
     parser.add_argument("--figure", type=user_path, metavar="FILE", help=figure)
     return run(_compare, parser.parse_args(arguments))
 
 
 def _compare(given: argparse.Namespace) -> None:
-    check(
-        (len(given.runs) < 2, f"only {given.runs[0]} is given: name two runs or more"),
-        (given.rows < 1, f"--rows is {given.rows}: set 1 or more"),
-    )
+    check((len(given.runs) < 2, f"only {given.runs[0]} is given: name two runs or more"))
     curves = [read_curves(folder, given.runs) for folder in given.runs]
-    differences = [(key, *map(str, values)) for key, values in _differing(curves)]
     names = [each.name for each in curves]
-    print_table(("differs", *names), differences)
+    settings = [(key, *(str(each.settings.get(key)) for each in curves)) for key in curves[0].settings]
+    differing = [row for row in settings if row[0] != "run.dir" and len(set(row[1:])) > 1]
+    print_table(("differs", *names), differing)
     steps = sorted(set.intersection(*(set(each.held_out) for each in curves)))
     check((len(steps) < 2, "fewer than two steps have a held-out loss in all runs: set train.eval_interval alike"))
-    shown = [step for step in _spread(steps, given.rows) if step > 0] or steps[-1:]
+    shown = [step for step in _spread(steps) if step > 0] or steps[-1:]
     rows = []
     for before, step in pairwise([0, *shown]):
         losses = [fmean(loss for at, loss in each.train.items() if before < at <= step) for each in curves]
         rows.append((f"{step:,}", *_cells([each.held_out[step] for each in curves]), *_cells(losses)))
-    columns = (*_columns("held-out", names), *_columns("train", names))
-    print_table(("step", *columns), rows, title="at equal steps")
+    print_table(("step", *_columns("held-out", names), *_columns("train", names)), rows, title="at equal steps")
     first = max(each.seconds[min(each.held_out)] for each in curves)
     last = min(each.seconds[max(each.held_out)] for each in curves)
-    times = [curves[0].seconds[step] for step in curves[0].held_out]
-    times = [*(time for time in times if first < time < last), last]
-    rows = [
-        (f"{time:,.1f}", *_cells([each.held_out_at(time) for each in curves])) for time in _spread(times, given.rows)
-    ]
+    times = [*(time for step in curves[0].held_out if first < (time := curves[0].seconds[step]) < last), last]
+    rows = [(f"{time:,.1f}", *_cells([each.held_out_at(time) for each in curves])) for time in _spread(times)]
     print_table(("seconds", *_columns("held-out", names)), rows, title="at equal time of training steps")
     for each in curves:
         step = max(each.seconds)
@@ -115,52 +103,40 @@ def read_curves(folder: Path, others: Sequence[Path] = ()) -> Curves:
     return Curves(folder.name if is_unique else str(folder), settings, train, held_out, seconds)
 
 
-def _differing(curves: Sequence[Curves]) -> Iterator[tuple[str, list[Any]]]:
-    for key in curves[0].settings:
-        values = [each.settings.get(key) for each in curves]
-        if key != "run.dir" and any(value != values[0] for value in values):
-            yield key, values
-
-
 def _columns(kind: str, names: Sequence[str]) -> list[str]:
     baseline, *others = names
-    return [f"{kind} {baseline}", *(text for name in others for text in (f"{kind} {name}", "difference"))]
+    return [f"{kind} {baseline}", *chain(*((f"{kind} {name}", "difference") for name in others))]
 
 
 def _cells(losses: Sequence[float]) -> list[str]:
     baseline, *others = losses
-    return [
-        f"{baseline:.4f}",
-        *(text for loss in others for text in (f"{loss:.4f}", f"{round(loss - baseline, 4) + 0.0:+.4f}")),
-    ]
+    pairs = ((f"{loss:.4f}", f"{round(loss - baseline, 4) + 0.0:+.4f}") for loss in others)
+    return [f"{baseline:.4f}", *chain(*pairs)]
 
 
-def _spread(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, evenly spread, the last among them."""
-    stride = -(-len(values) // most)
+def _spread(values: Sequence[Any]) -> list[Any]:
+    """At most ten, evenly spread, the last among them."""
+    stride = -(-len(values) // 10)
     return list(values[::-1][::stride][::-1])
 
 
 def _plot(curves: Sequence[Curves], path: Path) -> None:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--figure needs matplotlib: pip install 'megatron-depthattn[plot]'") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    by_time: Callable[[Curves, int], float] = lambda each, step: each.seconds[step]  # noqa: E731
-    by_step: Callable[[Curves, int], float] = lambda each, step: step  # noqa: E731
-    for axis, label, at in zip(axes, ("step", "seconds of training steps"), (by_step, by_time), strict=True):
+    figure = Figure((10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, label in zip(axes, ("step", "seconds of training steps"), strict=True):
         for i, each in enumerate(curves):
-            color = f"C{i}"
-            axis.plot([at(each, s) for s in each.train], list(each.train.values()), color=color, alpha=0.3, lw=0.8)
-            held_out = [at(each, s) for s in each.held_out], list(each.held_out.values())
-            axis.plot(*held_out, color=color, marker="o", ms=3.5, label=f"{each.name}, held-out")
+            for losses, style in (
+                (each.train, {"alpha": 0.3, "lw": 0.8}),
+                (each.held_out, {"marker": "o", "ms": 3.5, "label": f"{each.name}, held-out"}),
+            ):
+                at = list(losses) if axis is axes[0] else [each.seconds[step] for step in losses]
+                axis.plot(at, list(losses.values()), color=f"C{i}", **style)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("loss (thin: training)")
     axes[1].legend(frameon=False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -21,8 +21,7 @@ from megatron_depthattn.terminal import printable
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 1 with one line on stderr."""
     parser = new_parser("config", __doc__)
-    words = "sections or keys; or CONFIG, further YAML files, a.b=c settings"
-    parser.add_argument("words", metavar="WORD", nargs="*", help=words)
+    parser.add_argument("words", metavar="WORD", nargs="*", help="sections or keys; or CONFIG, YAML files, a.b=c")
     return run(_config, parser.parse_args(arguments))
 
 

@@ -20,16 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step = "step folder; or a run's folder, or its checkpoints: the latest step"
     to_hf = verbs.add_parser("to-hf", help="export a step folder as a Hugging Face folder")
     to_hf.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
-    to_hf.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
     to_hf.add_argument("--tokenizer", type=user_path, metavar="DIR", help="default: the one of the run's data")
     from_hf = verbs.add_parser("from-hf", help="import a Hugging Face folder as a step folder to start a run from")
     from_hf.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="folder with safetensors")
-    from_hf.add_argument("--output", type=user_path, required=True, metavar="STEP_DIR", help="folder to make")
     repackage = verbs.add_parser("repackage", help="repackage a released checkpoint: same weights, our model files")
-    released = "folder in the released layout"
-    repackage.add_argument("--model", type=user_path, required=True, metavar="DIR", help=released)
-    repackage.add_argument("--output", type=user_path, required=True, metavar="HF_DIR", help="folder to make")
-    for verb in (to_hf, from_hf, repackage):
+    repackage.add_argument("--model", type=user_path, required=True, metavar="DIR", help="folder as it was released")
+    for verb, made in ((to_hf, "HF_DIR"), (from_hf, "STEP_DIR"), (repackage, "HF_DIR")):
+        verb.add_argument("--output", type=user_path, required=True, metavar=made, help="folder to make")
         verb.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     prove = verbs.add_parser("verify", help="compare weights, logits and cached decoding; exit code 1 if one differs")
     prove.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
@@ -50,14 +47,11 @@ def _to_hf(given: argparse.Namespace) -> None:
     notes = export(checkpoint, given.output, tokenizer=given.tokenizer, overwrite=given.overwrite)
     _wrote(given.output, notes)
     size = sum(file.stat().st_size for file in given.output.iterdir())
-    print(f"  {checkpoint.folder.name} of {checkpoint.folder.parent}, {size / 1e6:,.1f} MB in {_names(given.output)}")
+    names = ", ".join(sorted(file.name for file in given.output.iterdir()))
+    print(f"  {checkpoint.folder.name} of {checkpoint.folder.parent}, {size / 1e6:,.1f} MB in {names}")
     folder = shlex.quote(str(given.output))
     print(f"next: depthattn generate --model {folder} --prompt TEXT")
     print(f"      depthattn convert verify --checkpoint {shlex.quote(str(given.checkpoint))} --model {folder}")
-
-
-def _names(folder: Path) -> str:
-    return ", ".join(sorted(file.name for file in folder.iterdir()))
 
 
 def _from_hf(given: argparse.Namespace) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +25,8 @@ from megatron_depthattn.terminal import printable
 if TYPE_CHECKING:
     from megatron_depthattn.config import RunConfig
 
+    Packages = Mapping[str, doctor.Package]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
@@ -38,15 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    done = 0
-
-    def count(line: str) -> None:
-        nonlocal done
-        done += 1
-        end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"{f'checked {done} of {len(doctor.MODULES)}: {printable(line)}':100.100}", end=end, file=sys.stderr)
-
-    packages, host = doctor.find_packages(count), doctor.find_host()
+    packages, host = doctor.find_packages(), doctor.find_host()
     rows = doctor.features(packages, host)
     needed = ["GPU training" if host.devices or host.gpus_of_driver else "CPU training"]
     problems: list[str] = []
@@ -56,6 +49,7 @@ def _doctor(given: argparse.Namespace) -> int:
         needed += asked
         subject = f"{given.config} on {ranks or '?'} ranks, as far as this machine shows"
     fixes = [f"{row.name}: {row.fix}" for row in rows if row.name in needed and row.fix] + problems
+    ready = "not ready" if fixes else "ready"
     shared, disk = size(machine.shared_memory_bytes() or 0), size(shutil.disk_usage(".").free)
     memory = size(machine.memory_bytes())
     print(f"python {host.python}; {memory} of memory free, /dev/shm {shared}, disk {disk}; driver: {host.driver}")
@@ -64,9 +58,8 @@ def _doctor(given: argparse.Namespace) -> int:
     columns = ("feature (* asked for)", "ready", "here", "what to do")
     marked = [(row, " *" if row.name in needed else "") for row in rows]
     print_table(columns, [(row.name + star, "NO" if row.fix else "yes", row.here, row.fix) for row, star in marked])
-    for line in fixes:
-        print(printable(f"TO FIX: {line}"))
-    print(printable(f"{'not ready' if fixes else 'ready'} for {subject}: {', '.join(needed)}"))
+    for line in (*(f"TO FIX: {fix}" for fix in fixes), f"{ready} for {subject}: {', '.join(needed)}"):
+        print(printable(line))
     if given.json is not None:
         report = {"packages": [asdict(each) for each in packages.values()], "machine": asdict(host)}
         report |= {"features": [asdict(row) for row in rows], "needed": needed, "to_fix": fixes}
@@ -79,7 +72,7 @@ def check_config(
     overrides: Sequence[str],
     world: int | None,
     host: doctor.Host,
-    packages: Mapping[str, doctor.Package],
+    packages: Packages,
     gpu: str | None = None,
 ) -> tuple[list[str], list[str], int | None]:
     """The features that a config asks for, what is wrong with it here, and its ranks; prints what `auto` becomes."""
@@ -88,72 +81,47 @@ def check_config(
         from megatron_depthattn.config import load_config, to_dict, validate
         from megatron_depthattn.config.load import flatten
         from megatron_depthattn.config.resolve import Available, resolve
+        from megatron_depthattn.estimate.counts import checkpoint_bytes
+        from megatron_depthattn.estimate.fits import check_data, check_fit
 
         config = load_config(path, overrides)
     except ImportError as error:
         return [], [f"{path} cannot be read: {error}; make install"], world
     except ValueError as error:
         return [], [str(error)], world
-    settings = flatten(to_dict(config))
-    asked = [feature for feature, (key, value) in doctor.ASKED_FOR.items() if settings[key] == value]
-    asked += ["S3 streaming"] * any("://" in source.path for source in config.data.sources)
-    parallel = config.parallel
+    settings, parallel, sources = flatten(to_dict(config)), config.parallel, config.data.sources
     ranks = world or len(host.devices) or parallel.tensor * parallel.pipeline * parallel.context
+    asked = [feature for feature, (key, value) in doctor.ASKED_FOR.items() if settings[key] == value]
+    asked += ["S3 streaming"] * any("://" in source.path for source in sources)
     asked += ["multi-node torchrun"] * (ranks > len(host.devices) > 0)
     no_te, no_triton = (doctor.install([name], packages) for name in ("transformer-engine", "triton"))
     try:
         validate(config, ranks)
-        for line in resolve(config, Available(bool(host.devices), no_te, no_triton)).lines:
-            print(printable(f"here {line}"))
+        lines = [f"here {line}" for line in resolve(config, Available(bool(host.devices), no_te, no_triton)).lines]
+        fit, problem = check_fit(config, ranks, gpu or _gpu_of(host))
+        print(printable("\n".join([*lines, fit.line])))
     except ValueError as error:
         return asked, [f"{path} on {ranks} ranks: {error}"], ranks
-    from megatron_depthattn.estimate.counts import checkpoint_bytes
-    from megatron_depthattn.estimate.fits import check_data
-
-    problems = [*_check_memory(config, ranks, gpu or _gpu_of(host)), *_find_data(config), *check_data(config)]
-    return asked, problems + _check_folders(config, checkpoint_bytes(config)), ranks
+    problems = [f"{ranks} ranks: {problem}"] if problem else []
+    problems += [
+        f"{source.path} is not there: prepare it with depthattn prepare, or set data.path"
+        for source in sources
+        if "://" not in source.path and not Path(source.path).is_dir()
+    ]
+    return asked, [*problems, *check_data(config), *_check_folders(config, checkpoint_bytes(config))], ranks
 
 
 def _gpu_of(host: doctor.Host) -> str:
     """The smallest GPU of this host for the planner, or what a run is sized for without one."""
     from megatron_depthattn.estimate.hardware import GPUS
 
-    if not host.devices:
-        return "H100-80GB"
-    smallest = min(host.devices, key=lambda device: device["bytes"])
-    known = [name for name in GPUS if name in smallest["name"]]
-    return f"{known[0] if known else 'H100'}-{round(smallest['bytes'] / 1e9)}GB"
+    devices = [(device["bytes"], device["name"]) for device in host.devices]
+    memory, name = min(devices, default=(80e9, "H100"))
+    return f"{next((gpu for gpu in GPUS if gpu in name), 'H100')}-{round(memory / 1e9)}GB"
 
 
-def _check_memory(config: RunConfig, ranks: int, gpu: str) -> list[str]:
-    """Whether a rank fits one GPU by the planner's count; prints what it needs and how long the run takes."""
-    from megatron_depthattn.estimate.fits import check_fit
-
-    try:
-        fit, problem = check_fit(config, ranks, gpu)
-    except ValueError as error:  # of a precision that this GPU has not
-        return [str(error)]
-    print(printable(fit.line))
-    return [f"{ranks} ranks: {problem}"] if problem else []
-
-
-def _find_data(config: RunConfig) -> list[str]:
-    """Whether local data is there; prints where the vocabulary is much larger than the data's."""
-    problems = []
-    for source in config.data.sources:
-        folder, manifest = Path(source.path), Path(source.path, "manifest.json")
-        if "://" not in source.path and not folder.is_dir():
-            problems.append(f"{folder} is not there: prepare it with depthattn prepare, or set data.path")
-        elif manifest.is_file():
-            vocabulary = json.loads(manifest.read_text(encoding="utf-8")).get("vocab_size", 0)
-            if vocabulary * 2 < (rows := config.model.vocab_size):
-                print(printable(f"model.vocab_size is {rows}, the tokenizer of {folder} has only {vocabulary} tokens"))
-    return problems
-
-
-def _check_folders(config: RunConfig, checkpoint_bytes: int) -> list[str]:
-    """Whether folders can be written and are large enough."""
-    problems = []
+def _check_folders(config: RunConfig, checkpoint_bytes: int) -> Iterator[str]:
+    """What is wrong with the folders that the run writes."""
     wanted = {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint_dir, "data.cache": config.data.cache}
     for key, folder in wanted.items():
         if not folder:
@@ -162,8 +130,7 @@ def _check_folders(config: RunConfig, checkpoint_bytes: int) -> list[str]:
         probe = machine.probe_folder(key, place, 0, "doctor")
         machine.remove_probe(place, 0)
         if probe.problem:
-            problems.append(f"{key}={folder}: {place}: {probe.problem}; set it to a folder that can be written")
+            yield f"{key}={folder}: {place}: {probe.problem}; set it to a folder that can be written"
         elif key == "checkpoint.dir" and (probe.free_bytes or 0) < checkpoint_bytes:
             free, one = size(probe.free_bytes or 0), size(checkpoint_bytes)
-            problems.append(f"{key}={folder}: {free} free, a checkpoint takes about {one}; free some, or set another")
-    return problems
+            yield f"{key}={folder}: {free} free, a checkpoint takes about {one}; free some, or set another"

@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from megatron_depthattn.cli.common import add_config, check, find_config, new_parser, run
 from megatron_depthattn.paths import user_path
@@ -25,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--world", type=int, metavar="N", help="ranks (default: one model replica)")
     parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default H100)")
     parser.add_argument("--layouts", action="store_true", help="rank the layouts that fit by predicted step time")
-    parser.add_argument("--limit", type=int, default=10, metavar="N", help="show at most so many layouts (default 10)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
     return run(_estimate, parser.parse_intermixed_args(arguments))  # settings may follow an option
 
@@ -34,33 +34,30 @@ def _estimate(given: argparse.Namespace) -> None:
     from megatron_depthattn.config import load_config
     from megatron_depthattn.estimate.hardware import find_gpu, resolve_for
     from megatron_depthattn.estimate.layouts import best_layouts
-    from megatron_depthattn.estimate.report import Estimate, estimate_config
+    from megatron_depthattn.estimate.report import estimate_config
     from megatron_depthattn.estimate.step_time import MODEL
     from megatron_depthattn.estimate.tables import show, show_assumptions, show_layouts
 
-    config = load_config(find_config(given.config), [find_config(word) for word in given.overrides])
-    parallel = config.parallel
-    world = given.world if given.world is not None else parallel.tensor * parallel.pipeline * parallel.context
-    least = min(world, given.limit)
-    check((least < 1, f"--world is {world} and --limit is {given.limit}: set both to 1 or more"))
+    path, *overrides = map(find_config, (given.config, *given.overrides))
     hardware = find_gpu(given.gpu)
-    resolved = resolve_for(hardware, config)
-    config = resolved.config
-    for line in resolved.lines:
-        print(printable(line))
-    as_it_stands: Estimate | None = None
+    resolved = resolve_for(hardware, load_config(path, overrides))
+    config, parallel = resolved.config, resolved.config.parallel
+    world = given.world if given.world is not None else parallel.tensor * parallel.pipeline * parallel.context
+    check((world < 1, f"--world is {world}: set 1 or more"))
+    print("".join(printable(f"{line}\n") for line in resolved.lines), end="")
+    values: dict[str, Any] = {}
     try:
         as_it_stands = estimate_config(config, world, hardware)
         show(config, as_it_stands, hardware)
+        values = as_it_stands.as_dict()
     except ValueError as error:
         if not given.layouts:
             raise
         print(f"as it stands it does not run on {world} ranks: {error}")
-    layouts = best_layouts(config, world, hardware, limit=given.limit) if given.layouts else []
+    layouts = best_layouts(config, world, hardware, limit=10) if given.layouts else []
     if given.layouts:
         show_layouts(layouts, hardware)
     show_assumptions()
     if given.json:
-        values = as_it_stands.as_dict() if as_it_stands else {}
         values |= {"layouts": [asdict(each) for each in layouts], "machine": asdict(hardware), "model": MODEL}
         given.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -7,15 +7,13 @@ batches, the first train.eval_batches x train.global_batch_size samples of the s
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_depthattn.cli.common import check, new_parser, print_table, run
 from megatron_depthattn.paths import user_path
-
-if TYPE_CHECKING:
-    from megatron_depthattn.evaluation import Evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,71 +39,45 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(given: argparse.Namespace) -> None:
     few = given.max_samples is not None and given.max_samples < 1
+    lost = given.json is not None and not given.json.absolute().parent.is_dir()
     check(
         (given.batch_size < 1, f"--batch-size {given.batch_size}: set at least 1"),
-        (
-            few,
-            f"--max-samples {given.max_samples}: set at least 1, or leave it out",
-        ),
-        (
-            given.json is not None and not given.json.absolute().parent.is_dir(),
-            f"--json {given.json}: its folder does not exist; make it first",
-        ),
+        (few, f"--max-samples {given.max_samples}: set at least 1, or leave it out"),
+        (lost, f"--json {given.json}: its folder does not exist; make it first"),
     )
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from megatron_depthattn.evaluation import check_fit, evaluate, find_tokenizer, open_split, save_json
+    from megatron_depthattn.evaluation import check_fit, evaluate, find_tokenizer, open_split
     from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, pick_device
 
     device = pick_device(given.device)
-    console = Console(stderr=True)
     with open_split(given.data, given.split) as split:
         model = load_causal_lm(given.model, DTYPES[given.dtype])
         check_fit(split, model.config, given.model)
         tokenizer = find_tokenizer(split, given.model)
         model.to(device)
         start = time.perf_counter()
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("samples")
-            result = evaluate(
-                model,
-                split,
-                tokenizer,
-                batch_size=given.batch_size,
-                max_samples=given.max_samples,
-                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        seconds = time.perf_counter() - start
+        result = evaluate(model, split, tokenizer, given.batch_size, given.max_samples)
+        seconds, length = time.perf_counter() - start, split.dataset.sequence_length
         dtype = str(model.dtype).removeprefix("torch.")
-        about = {
-            "model": str(given.model),
-            "data": str(given.data),
-            "split": split.name,
-            "sequence_length": split.dataset.sequence_length,
-            "dtype": dtype,
-            "device": str(device),
-            "batch_size": given.batch_size,
-            "seconds": seconds,
-        }
         print(f"{given.model} on {given.data}, split {split.name}, in {dtype} on {device}")
-        _show(result, seconds, len(split.dataset), split.dataset.sequence_length)
+        _show(result, seconds, f"of {len(split.dataset):,} in the split, {length} tokens each")
     if given.json is not None:
-        save_json(given.json, result, about)
+        about = {"model": str(given.model), "data": str(given.data), "split": split.name, "sequence_length": length}
+        about |= {"dtype": dtype, "device": str(device), "batch_size": given.batch_size, "seconds": seconds}
+        given.json.write_text(json.dumps(about | result, indent=2) + "\n")
 
 
-def _show(result: Evaluation, seconds: float, samples_in_split: int, length: int) -> None:
-    of = f"of {samples_in_split:,} in the split, {length} tokens each"
-    num_bytes = "unknown" if result.bytes is None else f"{result.bytes:,.0f}"
-    per_byte = "unknown" if result.bits_per_byte is None else f"{result.bits_per_byte:.6f}"
+def _show(result: dict[str, Any], seconds: float, of: str) -> None:
+    def shown(name: str, form: str) -> str:
+        return "unknown" if result[name] is None else format(result[name], form)
+
     rows = [
-        ("samples", f"{result.samples:,}", of),
-        ("tokens", f"{result.tokens:,}", f"predicted, {result.tokens / seconds:,.0f} a second"),
-        ("bytes", num_bytes, ""),
-        ("loss", f"{result.loss:.6f}", "nats a token"),
-        ("perplexity", f"{result.perplexity:,.4f}", "a token"),
-        ("bits per byte", per_byte, ""),
+        ("samples", shown("samples", ","), of),
+        ("tokens", shown("tokens", ","), f"predicted, {result['tokens'] / seconds:,.0f} a second"),
+        ("bytes", shown("bytes", ",.0f"), ""),
+        ("loss", shown("loss", ".6f"), "nats a token"),
+        ("perplexity", shown("perplexity", ",.4f"), "a token"),
+        ("bits per byte", shown("bits_per_byte", ".6f"), ""),
     ]
     print_table(("", "", ""), rows, show_header=False, box=None)
     print("a run's own held-out loss is of its first train.eval_batches x train.global_batch_size samples alone")
-    print(f"bytes: {result.bytes_source}")
+    print(f"bytes: {result['bytes_source']}")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from megatron_depthattn.cli.common import check, new_parser, run
+from megatron_depthattn.cli.common import check, new_parser, print_table, run
 from megatron_depthattn.cli.evaluate import add_device
 from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,7 +48,6 @@ def _generate(given: argparse.Namespace) -> None:
     prompt = _read_prompt(given.prompt)
 
     import torch
-    from rich.console import Console
     from transformers import TextStreamer
 
     from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, pick_device
@@ -78,20 +76,18 @@ def _generate(given: argparse.Namespace) -> None:
         text = model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer)
         if given.show_depth is not None:
             first = max(tokens.shape[1] - 1, text.shape[1] - given.show_depth)
-            width = None if sys.stdout.isatty() else 10_000  # lines in a file are not broken
-            console = Console(markup=False, emoji=False, highlight=False, width=width)
-            console.print(depth_table(model, tokenizer, text, first))
+            columns = ("token", "layer", "reads mixed values of", "made of values of")
+            caption = f"means over KV heads; shares below {SHOWN:g} are left out"
+            rows = list(_depth_rows(model, tokenizer, text, first))
+            print_table(columns, rows, width=10_000, show_lines=True, caption=caption)  # lines in a file are not broken
 
 
 def _check_options(given: argparse.Namespace) -> None:
-    shown, hot, top_p, top_k = given.show_depth, given.temperature, given.top_p, given.top_k
+    hot, top_p, top_k, shown = given.temperature, given.top_p, given.top_k, given.show_depth
     cold = hot == 0 and (top_p < 1 or top_k > 0)
     check(
         (given.max_new_tokens < 1, f"--max-new-tokens {given.max_new_tokens}: set at least 1"),
-        (
-            shown is not None and shown < 1,
-            f"--show-depth {shown}: set at least 1 token",
-        ),
+        (shown is not None and shown < 1, f"--show-depth {shown}: set at least 1 token"),
         (not hot >= 0, f"--temperature {hot}: set 0 (the likeliest token each time) or more"),
         (not 0 < top_p <= 1, f"--top-p {top_p}: set a number in (0, 1]; 1 keeps every token"),
         (top_k < 0, f"--top-k {top_k}: set at least 1, or 0 to keep every token"),
@@ -102,25 +98,25 @@ def _check_options(given: argparse.Namespace) -> None:
 def _check_model(given: argparse.Namespace, tokens: Tensor, model: PreTrainedModel) -> None:
     """Raise where the model does not know the tokens [1, t], has no room for new ones, or has no depth to show."""
     config, length, largest = model.config, tokens.shape[1], int(tokens.max())
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
     layers = range(getattr(config, "num_effective_layers", 0))
-    has_depth = hasattr(config, "depth_sources") and any(config.depth_sources(layer) for layer in layers)
+    has_depth = hasattr(config, "depth_sources") and any(map(config.depth_sources, layers))
+    too_long = (
+        f"the prompt's {length} tokens and {given.max_new_tokens} new ones are more than the model's {positions} "
+        "positions (max_position_embeddings): shorten the prompt or set a smaller --max-new-tokens"
+    )
+    unknown = (
+        f"the prompt has token {largest} and the model's vocab_size is {config.vocab_size}: the tokenizer in the "
+        "folder belongs to another model"
+    )
+    no_depth = (
+        f"--show-depth: no layer of this model (model_type {config.model_type!r}) attends over depth; leave the "
+        "option out, or give --model a folder with Depth-Attention"
+    )
     check(
-        (
-            length + given.max_new_tokens > (positions or math.inf),
-            f"the prompt's {length} tokens and {given.max_new_tokens} new ones are more than the model's {positions} "
-            "positions (max_position_embeddings): shorten the prompt or set a smaller --max-new-tokens",
-        ),
-        (
-            largest >= config.vocab_size,
-            f"the prompt has token {largest} and the model's vocab_size is {config.vocab_size}: the tokenizer in the "
-            "folder belongs to another model",
-        ),
-        (
-            given.show_depth is not None and not has_depth,
-            f"--show-depth: no layer of this model (model_type {config.model_type!r}) attends over depth; leave the "
-            "option out, or give --model a folder with Depth-Attention",
-        ),
+        (length + given.max_new_tokens > positions, too_long),
+        (largest >= config.vocab_size, unknown),
+        (given.show_depth is not None and not has_depth, no_depth),
     )
 
 
@@ -132,13 +128,13 @@ def _generation_config(
 
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
-    first_end = end[0] if isinstance(end, list) else end
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end
-    settings: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
-    if given.temperature > 0:
-        # transformers' own default is the 50 likeliest tokens.
-        settings |= {"do_sample": True, "temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
-    return GenerationConfig(**settings)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end
+    # transformers' own default of top_k is the 50 likeliest tokens.
+    sampling = {"do_sample": True, "temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
+    sampling = sampling if given.temperature > 0 else {}
+    return GenerationConfig(max_new_tokens=given.max_new_tokens, eos_token_id=end, pad_token_id=pad, **sampling)
 
 
 def _read_prompt(given: str) -> str:
@@ -146,39 +142,30 @@ def _read_prompt(given: str) -> str:
     try:
         prompt = sys.stdin.read() if given == "-" else given
         prompt.encode()  # bytes of the command line that are no UTF-8 are kept as lone surrogates
+        return prompt
     except UnicodeError as error:
         place = "standard input (--prompt -)" if given == "-" else "--prompt"
         raise ValueError(f"{place} is not UTF-8 ({error}): give text in UTF-8") from error
-    return prompt
 
 
-def depth_table(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, first: int) -> Table:
+def _depth_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, first: int
+) -> Iterator[list[str]]:
     """What the values of ``tokens`` [1, t] from position ``first`` on are mixed of, in every layer that mixes."""
-    from rich.table import Table
-
     from megatron_depthattn.hf.depth_origins import depth_origins
 
     weights = model(tokens, use_cache=False, logits_to_keep=1, output_depth_weights=True).depth_weights
     reads = [model.config.depth_sources(layer) for layer in range(len(weights))]
     origins = depth_origins(weights, reads)
-    table = Table(
-        "token",
-        "layer",
-        "reads mixed values of",
-        "made of values of",
-        caption=f"means over KV heads; shares below {SHOWN:g} are left out",
-    )
     for position in range(first, tokens.shape[1]):
-        name = f"{position} {tokenizer.decode(tokens[0, position])!r}"
+        lines = []
         for layer, sources in enumerate(reads):
             if sources:
                 direct, made_of = (of[layer][0, :, position].float().mean(dim=0).tolist() for of in (weights, origins))
-                table.add_row(name, str(layer), shares([*sources, "itself"], direct), shares(range(layer + 1), made_of))
-                name = ""
-        table.add_section()
-    return table
+                lines.append((str(layer), _shares([*sources, "itself"], direct), _shares(range(layer + 1), made_of)))
+        yield [f"{position} {tokenizer.decode(tokens[0, position])!r}", *map("\n".join, zip(*lines, strict=True))]
 
 
-def shares(names: Iterable[object], values: Iterable[float]) -> str:
+def _shares(names: Iterable[object], values: Iterable[float]) -> str:
     """``name:share`` of all that are not nearly nothing."""
     return "  ".join(f"{name}:{share:.2f}" for name, share in zip(names, values, strict=False) if share >= SHOWN)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,9 @@ from megatron_depthattn.terminal import printable
 if TYPE_CHECKING:
     from megatron_depthattn.data.prepare import Prepared, PrepareProgress
 
-LINE_SECONDS = 10.0
-
 
 class ProgressReport:
-    """A line on stderr every few seconds, with throughput and time left."""
+    """A line on stderr every ten seconds, with throughput and time left."""
 
     def __init__(self) -> None:
         self._phase_start = self._next_line = 0.0
@@ -36,28 +35,16 @@ class ProgressReport:
             print(message, file=sys.stderr, flush=True)
         if self._first is None or progress.phase != self._first.phase:
             self._phase_start, self._next_line, self._first = now, now, progress
-        if now >= self._next_line:
-            self._next_line = now + LINE_SECONDS
-            figures = self._figures(progress, self._first, now - self._phase_start)
-            print(f"{progress.phase}: {figures}", file=sys.stderr, flush=True)
-
-    @staticmethod
-    def _figures(progress: PrepareProgress, first: PrepareProgress, seconds: float) -> str:
+        if now < self._next_line:
+            return
+        self._next_line = now + 10
         figures = [f"{progress.done_bytes / 1e6:,.1f} of {progress.total_bytes / 1e6:,.1f} MB"]
-        if progress.tokens:
-            figures.append(f"{progress.tokens:,} tokens")
-        new_bytes = progress.done_bytes - first.done_bytes
+        figures += [f"{progress.tokens:,} tokens"] if progress.tokens else []
+        seconds, new_bytes = now - self._phase_start, progress.done_bytes - self._first.done_bytes
         if new_bytes > 0 and seconds > 0:
-            left = (progress.total_bytes - progress.done_bytes) * seconds / new_bytes
-            figures.append(f"{(progress.tokens - first.tokens) / seconds:,.0f} tokens/s")
-            figures.append(f"{duration(left)} left")
-        return ", ".join(figures)
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss"""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+            left = timedelta(seconds=round((progress.total_bytes - progress.done_bytes) * seconds / new_bytes))
+            figures.append(f"{(progress.tokens - self._first.tokens) / seconds:,.0f} tokens/s, {left} left")
+        print(f"{progress.phase}: {', '.join(figures)}", file=sys.stderr, flush=True)
 
 
 def summary(output: Path, prepared: Prepared) -> str:
@@ -74,16 +61,13 @@ def summary(output: Path, prepared: Prepared) -> str:
         )
     formats = manifest["sources"]["formats"].items()
     read = ", ".join(f"{of['files']:,} {name} ({of['bytes'] / 1e6:.1f} MB)" for name, of in formats)
-    lines.append(f"  files      {read}")
-    skipped = manifest["skipped"]
-    lines.append(
-        f"  skipped    {skipped['binary_files_skipped']:,} binary files, {skipped['empty_documents']:,} empty documents"
+    counts = {name.removesuffix("_skipped").replace("_", " "): n for name, n in manifest["skipped"].items()}
+    skipped = ", ".join(
+        f"{n:,} {name}" for name, n in counts.items() if n or name in ("binary files", "empty documents")
     )
-    shown = {"binary_files_skipped", "empty_documents"}
-    lines += [f"  {'':<10} {n:,} {name.replace('_', ' ')}" for name, n in skipped.items() if n and name not in shown]
+    lines += [f"  files      {read}", f"  skipped    {skipped}"]
     if not prepared.already_prepared:
-        seconds, tokens = prepared.seconds, prepared.new_tokens
-        lines.append(f"  took       {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+        lines.append(f"  took       {prepared.seconds:.1f} s, {prepared.new_tokens / prepared.seconds:,.0f} tokens/s")
     return "\n".join(lines)
 
 
@@ -97,21 +81,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("prepare", __doc__)
     add = parser.add_argument
     inputs = (
-        "files or folders (every file below them): text (a document each), .jsonl or .json (a document per record), "
-        "each also as .gz or .zst; .parquet, .arrow, .feather (a document per row); or builtin:python-stdlib (the "
-        "source of this Python's standard library)"
+        "files or folders: text (a document each), .jsonl or .json (one per record), each also as .gz or .zst; "
+        ".parquet, .arrow, .feather (one per row); or builtin:python-stdlib, the source of Python's standard library"
     )
     tokenizer = "a Hugging Face tokenizer folder, a tokenizer.json, or train-bpe:VOCAB to train a byte-level BPE"
-    fraction = "share of the documents for the val split, chosen by hash (default 0.01; 0: no val split)"
-    corrupt = "a damaged file or record is an error (default), or is counted and what precedes it in the file is kept"
     overwrite = "prepare again even if DIR holds a corpus, or unfinished work with other settings"
     add("--input", dest="inputs", nargs="+", type=os.path.expanduser, required=True, metavar="PATH", help=inputs)
     add("--tokenizer", required=True, type=os.path.expanduser, metavar="DIR_OR_FILE", help=tokenizer)
     add("--sequence-length", type=int, required=True, metavar="N", help="tokens a model sees at a time")
     add("--output", type=user_path, required=True, metavar="DIR", help="folder to write; data.path takes it")
-    add("--validation-fraction", type=float, default=0.01, metavar="F", help=fraction)
+    add("--validation-fraction", type=float, default=0.01, metavar="F", help="of documents, for val (default 0.01)")
     add("--text-field", default="text", metavar="NAME", help="field or column that holds the text (default text)")
-    add("--on-corrupt", choices=("error", "skip"), default="error", help=corrupt)
+    add("--on-corrupt", choices=("error", "skip"), default="error", help="a damaged file or record (default: error)")
     add("--workers", type=int, metavar="N", help="encoding processes (default: the cores available)")
     add("--max-bytes", type=int, metavar="N", help="read at most this many bytes of text")
     add("--overwrite", action="store_true", help=overwrite)

@@ -246,7 +246,7 @@ def test_evaluate_refuses_models_that_do_not_fit_the_data(data, folder, tokenize
     with MDSWriter(columns={"tokens": f"ndarray:uint16:{LENGTH + 1}"}, out=str(shards)) as out:
         for row in itertools.repeat(torch.full((LENGTH + 1,), 310, dtype=torch.uint16).numpy(), 3):
             out.write({"tokens": row})
-    assert "the data has token 310 and the model a vocabulary of 300" in said(tmp_path / "small", shards.parent)
+    assert "the data has token 310, and model and tokenizer know 300" in said(tmp_path / "small", shards.parent)
     assert main(["--model", str(folder), "--data", str(shards)]) == 0
 
 

@@ -32,7 +32,7 @@ HEALTHY = Host(
     interfaces=("lo", "eth0"),
     gloo_interface=None,
     slurm_error=None,
-    programs=("g++", "ninja", "torchrun"),
+    programs=("g++", "ninja"),
 )
 PACKAGES = {name: Package(name, "2.20.2" if "engine" in name else "1.0", "", None) for name in MODULES}
 CPU = {"devices": (), "gpus_of_driver": (), "driver": "no nvidia-smi"}
@@ -92,7 +92,7 @@ CASES = [
     ({"devices": ({**H100, "capability": [8, 0]},)}, "FP8 delayed", "capability 8.9 or later and H100 has 8.0"),
     ({"devices": ({**H100, "capability": [8, 9]},)}, "FP8 blockwise", "set precision.fp8 to one of delayed, tensor"),
     ({"cuda": "12.8"}, "FP8 blockwise", "needs a torch built with CUDA 12.9 or later and this one has 12.8"),
-    ({"programs": ("g++", "torchrun")}, "DeepSpeed CPU Adam (offload)", "install ninja"),
+    ({"programs": ("g++",)}, "DeepSpeed CPU Adam (offload)", "install ninja"),
     ({"address": "127.0.1.1"}, "multi-node torchrun", "resolves to 127.0.1.1: set GLOO_SOCKET_IFNAME to one of eth0"),
     ({"address": None}, "multi-node torchrun", "does not resolve: set GLOO_SOCKET_IFNAME"),
     ({"interfaces": ("lo",)}, "multi-node torchrun", "a network interface beside lo"),
@@ -119,7 +119,7 @@ def test_ranges_come_from_pyproject():
     assert wanted["lm-eval"] == ">=0.4.9" and wanted["python"] == ">=3.11"
     assert is_in_range("0.19.2", wanted["megatron-core"]) is True
     assert is_in_range("0.20.0", wanted["megatron-core"]) is False
-    assert is_in_range(None, "") is None is is_in_range("1", "")
+    assert is_in_range(None, ">=2") and is_in_range("1", "")
 
 
 def doctor(*arguments: str | Path, python: str = sys.executable, flags: tuple[str, ...] = (), **environment: str):
@@ -177,7 +177,7 @@ def test_a_driver_whose_gpus_torch_does_not_see(
     host = find_host()
     assert host.gpus_of_driver == ("NVIDIA H100 80GB HBM3",) and host.driver == "570.86.15" and not host.devices
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: no driver is running' >&2\nexit 9\n")
-    assert find_host().driver == "nvidia-smi: NVIDIA-SMI has failed: no driver is running"
+    assert find_host().driver == "NVIDIA-SMI has failed: no driver is running"
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_a_disk_too_small_for_a_checkpoint(tmp_path: Path, free_bytes: Callable[
 
 
 @pytest.mark.usefixtures("free_bytes")
-def test_data_of_another_length_or_vocabulary(tmp_path: Path, capsys):
+def test_data_of_another_length_or_vocabulary(tmp_path: Path):
     def said(vocabulary: int) -> list[str]:
         (tmp_path / "manifest.json").write_text(json.dumps({"sequence_length": 64, "vocab_size": vocabulary}))
         settings = [f"data.path={tmp_path}", "data.sequence_length=128", "model.vocab_size=1000"]
@@ -226,8 +226,7 @@ def test_data_of_another_length_or_vocabulary(tmp_path: Path, capsys):
     length, vocabulary = said(1001)
     assert length == f"data.sequence_length is 128 and {tmp_path} has samples of 64: set 64"
     assert vocabulary == f"model.vocab_size is 1000 and the tokenizer of {tmp_path} has 1001: set more"
-    capsys.readouterr()
-    assert said(400) == [length] and "has only 400 tokens" in capsys.readouterr().out
+    assert said(400) == [length]
 
 
 @pytest.mark.usefixtures("free_bytes")
