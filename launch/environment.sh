@@ -1,5 +1,5 @@
-# Every environment variable that a run needs beyond torchrun's own, with its reason. Sourced by the other scripts here
-# (`. launch/environment.sh`); harmless to source twice. What the user has set already wins, an empty value too.
+# Every environment variable that a run needs beyond torchrun's own, with its reason. Read by megatron_depthattn.launch.torchrun
+# and sourced by deepspeed.sh; harmless to source twice. What the user has set already wins, an empty value too.
 #
 # Sources: PyTorch's "ProcessGroupNCCL Environment Variables", NCCL's "Environment Variables", megatron.training.arguments,
 # the PyTorch notes on CUDA memory. shellcheck shell=bash

@@ -9,7 +9,6 @@
 # Exit codes: 0 done, 75 stopped by a signal and saved, 70 hung, 1 an error; see docs/launch.md.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-. "$here/environment.sh"
 . "$here/interpreter.sh"
 exec "$PYTHON" -m megatron_depthattn.launch.torchrun --nproc-per-node="${NPROC_PER_NODE:-gpu}" \
     --max-restarts="${MAX_RESTARTS:-0}" -m megatron_depthattn.train "$@"

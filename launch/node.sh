@@ -12,7 +12,6 @@
 # Exit codes: 0 done, 75 stopped by a signal and saved, 70 hung, 1 an error; see docs/launch.md.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-. "$here/environment.sh"
 . "$here/interpreter.sh"
 die() { echo "error: ${*//[[:cntrl:]]/?}" >&2; exit 1; }
 

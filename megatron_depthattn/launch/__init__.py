@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import megatron_depthattn
+from megatron_depthattn.terminal import printable
 
 EXIT_DONE, EXIT_ERROR, EXIT_HANG, EXIT_REQUEUE = 0, 1, 70, 75
 """What launchers return; the last two are those of a training process."""
@@ -18,6 +20,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.
 def heeded_signals() -> list[signal.Signals]:
     """Those of `SIGNALS` that are not ignored: after nohup a lost terminal is nothing to stop for."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def exit_code(codes: set[int]) -> int:
+    """What the ranks' exit codes mean together. Ranks that torchrun ended after a failure have -SIGTERM, or 75."""
+    failed = codes - {EXIT_DONE, EXIT_REQUEUE} - {-number for number in SIGNALS}
+    if failed:
+        return EXIT_HANG if EXIT_HANG in failed else EXIT_ERROR
+    return EXIT_DONE if codes <= {EXIT_DONE} else EXIT_REQUEUE
+
+
+def report(text: str) -> None:
+    """Print to stderr what a terminal may show."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def scripts() -> Path:

@@ -7,17 +7,15 @@ import json
 import platform
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _MOST_TEXT = 20_000
 _UNANNOUNCED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What ended a rank."""
+class Failure(NamedTuple):
+    """What ended a rank; the least of several ended the run: ranks that lost a neighbour come after all others."""
 
     secondary: bool
     """Whether it speaks of another rank that has gone or failed."""
@@ -27,11 +25,6 @@ class Failure:
     host: str
     message: str
     """One line, or a traceback."""
-
-    @property
-    def order(self) -> tuple[bool, float]:
-        """The first one in this order ended the run: ranks that lost a neighbour come after all others."""
-        return self.secondary, self.time
 
     @property
     def text(self) -> str:
@@ -45,37 +38,23 @@ def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
     found = []
     for path in logs.glob("**/error.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # cut off: the rank died while it wrote
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["time"] >= since:
-                message = values["message"]["extraInfo"]["py_callstack"]
-                secondary = bool(values.get("secondary", values.get("consequence")))
-                found.append(Failure(secondary, values["time"], values["rank"], values["host"], message))
-    return min(found, key=lambda failure: failure.order, default=None)
+            it = json.loads(path.read_text(encoding="utf-8"))
+            text = it["message"]["extraInfo"]["py_callstack"]
+            found.append(Failure(bool(it["consequence"]), it["time"], it["rank"], it["host"], text))
+    return min((failure for failure in found if failure.time >= since), default=None)
 
 
 def record_death(path: Path, rank: int, pid: int, code: int) -> None:
     """Leave a record for a rank that ended without one."""
     what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    if code == 70:
-        what += ": the watchdog found the run hung"
-    if code == -signal.SIGKILL:
-        what += "; if nobody did that, the host ran out of memory: see its kernel's log"
+    memory = "; if nobody did that, the host ran out of memory: see its kernel's log"
+    what += {70: ": the watchdog found the run hung", -signal.SIGKILL: memory}.get(code, "")
     # Its neighbours fail within milliseconds, torchrun looks ten times a second: this came before.
     now = time.time() - (1.0 if code in _UNANNOUNCED else 0.0)
-    text = "\n".join([*_tail(path.with_name("stderr.log")), f"rank {rank} (pid {pid}) ended: {what}"])
-    record: dict[str, Any] = {
-        "message": {"message": what, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}},
-        "time": now,
-        "host": platform.node(),
-        "rank": rank,
-        "retry": True,
-        "secondary": False,
-    }
+    record: dict[str, Any] = {"time": now, "host": platform.node(), "rank": rank, "retry": True, "consequence": False}
+    errors = path.with_name("stderr.log")
+    last = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-30:] if errors.is_file() else []
+    text = "\n".join([*last, f"rank {rank} (pid {pid}) ended: {what}"])
+    record["message"] = {"message": what, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}}
     with contextlib.suppress(OSError):
         path.write_text(json.dumps(record), encoding="utf-8")
-
-
-def _tail(path: Path, lines: int = 30) -> list[str]:
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    return []

@@ -6,13 +6,12 @@ The folder is closed to other users, whatever the umask, and holds code alone: w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
-import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_depthattn.config import RunConfig, config_keys, load_config, save_config
@@ -48,41 +47,38 @@ def freeze(job: Path, configs: dict[str, RunConfig], repository: Path, *, replac
     part.mkdir(mode=0o770)
     for name, config in configs.items():
         save_config(config, part / name)
-    code = [name for name in _files(repository) if _is_code(name)]
-    left_out = [str(name) for name in _files(repository) if not _is_code(name)]
+    code, others = _files(repository)
     for path in code:
         (part / "code" / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / path, part / "code" / path)
-    commit = _git(repository, "rev-parse", "HEAD").strip()
     names = _git(repository, "diff", "HEAD", "--name-only", "--no-renames", "--relative", "-z", "--", *CODE_FOLDERS)
     changed = [name for name in names.split("\0") if name and _is_code(Path(name))]  # deleted files as well
     changes = _git(repository, "diff", "HEAD", "--no-renames", "--", *changed) if changed else ""
-    with_changes = ", with uncommitted.diff" if changes else ""
-    (part / "code/commit.txt").write_text(f"{commit or 'no git repository'}{with_changes}\n", encoding="utf-8")
+    commit = _git(repository, "rev-parse", "HEAD").strip() or "no git repository"
+    (part / "code/commit.txt").write_text(commit + ", with uncommitted.diff" * bool(changes) + "\n", encoding="utf-8")
     if changes:
-        record = os.open(part / "code/uncommitted.diff", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(record, "w", encoding="utf-8") as file:
-            file.write(changes)
+        record = part / "code/uncommitted.diff"
+        record.touch(mode=0o600)
+        record.write_text(changes, encoding="utf-8")
     part.rename(job)
-    not_code = f"; left out, as no code: {', '.join(left_out)}" if left_out else ""
-    many = "s" if len(configs) > 1 else ""
-    return f"frozen in {job}: {len(configs)} config{many}, code {code_digest(job / 'code')}{not_code}"
+    left_out = f"; left out, as no code: {', '.join(map(str, others))}" if others else ""
+    return f"frozen in {job}: {len(configs)} config(s), code {code_digest(job / 'code')}{left_out}"
 
 
 def code_digest(root: Path) -> str:
     """SHA-256 of the code below ``root``, shortened."""
     digest = hashlib.sha256()
-    for name in filter(_is_code, _files(root)):
+    for name in _files(root)[0]:
         digest.update(str(name).encode() + b"\0" + (root / name).read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """Every file in the folders that are frozen, relative to ``root``."""
-    for folder in CODE_FOLDERS if (root / "launch/submit").is_file() else CODE_FOLDERS[:1]:
-        for path in sorted((root / folder).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                yield path.relative_to(root)
+def _files(root: Path) -> tuple[list[Path], list[Path]]:
+    """The files in the folders that are frozen, relative to ``root``: code, and all others."""
+    folders = CODE_FOLDERS if (root / "launch/submit").is_file() else CODE_FOLDERS[:1]
+    paths = [path for folder in folders for path in sorted((root / folder).rglob("*")) if path.is_file()]
+    names = [path.relative_to(root) for path in paths if "__pycache__" not in path.parts]
+    return [name for name in names if _is_code(name)], [name for name in names if not _is_code(name)]
 
 
 def _is_code(name: Path) -> bool:
@@ -92,27 +88,20 @@ def _is_code(name: Path) -> bool:
 
 def _differences(job: Path, configs: dict[str, RunConfig], repository: Path) -> list[str]:
     """What a frozen job has otherwise, for people."""
-    found = []
-    frozen = {path.name for path in job.glob("*.yaml")}
-    if frozen != configs.keys():
-        found.append(f"set of configs ({len(frozen)}, now {len(configs)})")
-    for name in sorted(frozen & configs.keys()):
-        before = load_config(job / name)
-        for key in config_keys():
-            was, now = operator.attrgetter(key)(before), operator.attrgetter(key)(configs[name])
-            if was != now:
+    frozen = {path.name: load_config(path) for path in job.glob("*.yaml")}
+    found = [f"set of configs ({len(frozen)}, now {len(configs)})"] if frozen.keys() != configs.keys() else []
+    for name in sorted(frozen.keys() & configs.keys()):
+        for get, key in ((operator.attrgetter(key), key) for key in config_keys()):
+            if (was := get(frozen[name])) != (now := get(configs[name])):
                 found.append(f"{key} ({name}: {was}, now {now})")
-    codes = code_digest(job / "code"), code_digest(repository)
-    return found + ([f"code (digest {codes[0]}, now {codes[1]})"] if codes[0] != codes[1] else [])
+    was, now = code_digest(job / "code"), code_digest(repository)
+    return found + ([f"code (digest {was}, now {now})"] if was != now else [])
 
 
 def _git(repository: Path, *arguments: str) -> str:
     """Output of a git command; empty where that is no git repository, or there is no git."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(repository), *arguments],
-            capture_output=True, text=True, errors="replace", timeout=60, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    command = ["git", "-C", str(repository), *arguments]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        return "" if done.returncode else done.stdout
+    return ""

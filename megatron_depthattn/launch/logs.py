@@ -8,7 +8,6 @@ Below <run.dir>/logs each launcher has a folder <time>_<host>. Shows the newest 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +19,7 @@ from megatron_depthattn.terminal import printable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="launch/logs", description="Logs of all ranks of a run, the first failure last."
-    )
+    parser = argparse.ArgumentParser("launch/logs", description="Logs of all ranks of a run, the first failure last.")
     parser.add_argument("run_dir", type=user_path, help="the run's folder (run.dir)")
     parser.add_argument("--all", action="store_true", help="every start, not the newest of each host only")
     parser.add_argument("--rank", type=int, action="append", metavar="N", help="this rank only; may be repeated")
@@ -38,22 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.first_failure:
         for start in starts if options.all else newest.values():
             _show(start, options.rank, ("stderr",) if options.errors else ("stdout", "stderr"))
-    failures = [failure for start in newest.values() if (failure := first_failure(start, options.since))]
-    if failures:
-        print(printable(f"==== {min(failures, key=lambda failure: failure.order).text}"))
+    if failures := [failure for start in newest.values() if (failure := first_failure(start, options.since))]:
+        print(printable(f"==== {min(failures).text}"))
     return 0
 
 
 def _show(start: Path, ranks: Sequence[int] | None, streams: Sequence[str]) -> None:
-    for link in sorted(start.glob("rank_*")):
-        number = re.match(r"rank_(\d+)_attempt_(\d+)$", link.name)
-        if number is None or (ranks and int(number[1]) not in ranks):
-            continue
-        for stream in streams:
-            path = link / f"{stream}.log"
+    for link in sorted(start.glob("rank_*_attempt_*")):
+        _, rank, _, attempt = link.name.split("_")
+        for path in [link / f"{stream}.log" for stream in streams if not ranks or int(rank) in ranks]:
             if path.is_file() and path.stat().st_size:
-                title = f"rank {int(number[1])}, attempt {number[2]}, {stream}"
-                print(printable(f"==== {start.name}: {title}"))
+                print(printable(f"==== {start.name}: rank {int(rank)}, attempt {attempt}, {path.stem}"))
                 with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
                     for line in file:
                         print(printable(line.rstrip("\n")))

@@ -5,7 +5,6 @@ Exit code 0: fit to train this config; 1: not, with one line that says why.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from datetime import timedelta
@@ -13,19 +12,15 @@ from datetime import timedelta
 
 def main() -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_depthattn.preflight",
-        description="Check that these processes can train this config: versions, code, config, devices, disks, memory.",
-    )
-    parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", help="further YAML files and a.b=c settings, later ones win")
-    arguments = parser.parse_args()
-
+    from megatron_depthattn.cli.common import add_config, new_parser
     from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.parallel.launch_env import launch_environment
     from megatron_depthattn.quiet import silence_libraries
     from megatron_depthattn.terminal import printable
 
+    parser = new_parser("preflight", __doc__)
+    add_config(parser)
+    arguments = parser.parse_args()
     silence_libraries()
     rank = 0
     try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ipaddress
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from megatron_depthattn.parallel.rank_spans import rank_spans
 from megatron_depthattn.preflight.report import RankReport, Requirements
 from megatron_depthattn.switches import MODEL_SWITCHES
 
+T = TypeVar("T")
 Severity = Literal["always", "stop", "warn"]
 MIN_OPEN_FILES = 1024
 GPU_IN_USE = 0.1
@@ -24,11 +26,8 @@ _MAX_KEYS = 5
 """Config keys that are named when configs differ."""
 _PER_RANK_VARIABLES = ("_IFNAME", "_FILE", "_HCA", "_DEVICES")
 """Ends of the names of variables that may well differ from rank to rank."""
-_EQUAL = (
-    *("python", "torch", "megatron-core", "transformer-engine", "deepspeed", "nccl", "cuda", "triton"),
-    "mosaicml-streaming",
-)
-"""Software whose versions must be equal; of the others a difference is a warning."""
+_MAY_DIFFER = ("transformers", "driver")
+"""Software of which a different version is a warning."""
 MAX_HOSTS = 16
 """Hosts that get a line; the others are in preflight.json."""
 
@@ -54,12 +53,10 @@ def compare_reports(
     """
     return [
         *_configs_and_code(reports),
-        *_versions(reports),
+        *_named_values(reports),
         *_devices(reports),
         *_folders(reports, requirements, unseen or {}),
-        *_memory(reports, requirements),
-        *_network(reports),
-        *_settings(reports),
+        *_hosts(reports, requirements),
     ]
 
 
@@ -81,15 +78,11 @@ def who(reports: Sequence[RankReport]) -> str:
     return f"{rank_spans([report.rank for report in reports])} ({', '.join(group_by_host(reports))})"
 
 
-def outliers(
-    reports: Sequence[RankReport], value: Callable[[RankReport], Any]
-) -> tuple[list[RankReport], list[list[RankReport]]]:
-    """The ranks that have what most have, and the others, together where they have the same."""
-    groups: dict[Any, list[RankReport]] = defaultdict(list)
+def _grouped(reports: Iterable[RankReport], key: Callable[[RankReport], T]) -> dict[T, list[RankReport]]:
+    groups: dict[T, list[RankReport]] = defaultdict(list)
     for report in reports:
-        groups[value(report)].append(report)
-    usual = max(groups, key=lambda each: len(groups[each]))  # the first of equals: rank 0's
-    return groups[usual], [group for each, group in groups.items() if each != usual]
+        groups[key(report)].append(report)
+    return groups
 
 
 def _differences(
@@ -101,19 +94,14 @@ def _differences(
     show: Callable[[RankReport], str] | None = None,
 ) -> list[Finding]:
     """One finding that names everyone who has another ``value`` than most."""
-    if not reports:
+    groups = list(_grouped(reports, value).values())
+    if len(groups) < 2:
         return []
-    most, others = outliers(reports, value)
-    if not others:
-        return []
+    most = max(groups, key=len)  # the first of equals: rank 0's
+    groups.sort(key=lambda group: group is most)
     shown = show or (lambda report: str(value(report)))
-    odd = "; ".join(f"{who(group)} {_has(group)} {shown(group[0])}" for group in others)
-    text = f"different {what}: {odd}; {who(most)} {_has(most)} {shown(most[0])}. {advice}"
-    return [Finding(severity, text)]
-
-
-def _has(group: Sequence[RankReport]) -> str:
-    return "have" if len(group) > 1 else "has"
+    parts = [f"{who(group)} {'have' if len(group) > 1 else 'has'} {shown(group[0])}" for group in groups]
+    return [Finding(severity, f"different {what}: {'; '.join(parts)}. {advice}")]
 
 
 def _configs_and_code(reports: Sequence[RankReport]) -> list[Finding]:
@@ -142,50 +130,40 @@ def _configs_and_code(reports: Sequence[RankReport]) -> list[Finding]:
     ]
 
 
-def _versions(reports: Sequence[RankReport]) -> list[Finding]:
-    names = dict.fromkeys(name for report in reports for name in report.versions)
-    advice = "Kernels, collectives and checkpoints may differ: install the same on all hosts."
+def _named_values(reports: Sequence[RankReport]) -> list[Finding]:
+    """Versions, and variables that steer communication."""
     findings = []
-    for name in names:
-        severity: Severity = "stop" if name in _EQUAL else "warn"
-
-        def version(report: RankReport, name: str = name) -> str:
-            return report.versions.get(name) or "none"
-
+    advice = "Kernels, collectives and checkpoints may differ: install the same on all hosts."
+    for name in dict.fromkeys(name for report in reports for name in report.versions):
+        version = partial(lambda name, report: report.versions.get(name) or "none", name)
+        severity: Severity = "warn" if name in _MAY_DIFFER else "stop"
         findings += _differences(reports, f"versions of {name}", version, severity, advice)
+    for name in dict.fromkeys(name for report in reports for name in report.variables):
+        if not name.endswith(_PER_RANK_VARIABLES):
+            value = partial(lambda name, report: report.variables.get(name, "no value"), name)
+            findings += _differences(reports, f"values of {name}", value, "warn", "Set it on all hosts or on none.")
     return findings
 
 
 def _devices(reports: Sequence[RankReport]) -> list[Finding]:
-    findings = [
-        Finding(
-            "stop",
-            f"no device: {who([report])}: {report.device.problem}. Start as many ranks on a host as it has GPUs, and "
-            "see CUDA_VISIBLE_DEVICES and nvidia-smi there.",
-        )
-        for report in reports
-        if report.device.problem
-    ]
-    findings += _differences(
+    findings = _differences(
         [report for report in reports if not report.device.problem],
         "devices",
-        lambda report: (report.device.name, report.device.capability),
+        lambda report: report.device.name,
         "stop",
         "The slowest sets the pace, and numbers may differ: use one kind.",
-        lambda report: report.device.name,
     )
-    by_uuid: dict[str, list[RankReport]] = defaultdict(list)
-    for report in reports:
-        if report.device.uuid:
-            by_uuid[report.device.uuid].append(report)
-    for uuid, sharing in by_uuid.items():
-        if len(sharing) > 1:
-            text = f"one GPU for {len(sharing)} ranks: {who(sharing)} share {sharing[0].device.name} {uuid}. "
+    for uuid, group in _grouped(reports, lambda report: report.device.uuid).items():
+        if uuid and len(group) > 1:
+            text = f"one GPU for {len(group)} ranks: {who(group)} share {group[0].device.name} {uuid}. "
             findings.append(Finding("stop", text + "NCCL refuses that: start one rank for each GPU."))
     for report in reports:
-        used = report.device.total_bytes - report.device.free_bytes
-        if used > GPU_IN_USE * report.device.total_bytes:
-            text = f"GPU in use: {who([report])}: {size(used)} of {size(report.device.total_bytes)} are taken already. "
+        device, used = report.device, report.device.total_bytes - report.device.free_bytes
+        if device.problem:
+            text = f"no device: {who([report])}: {device.problem}. Start as many ranks on a host as it has GPUs, and "
+            findings.append(Finding("stop", text + "see CUDA_VISIBLE_DEVICES and nvidia-smi there."))
+        elif used > GPU_IN_USE * device.total_bytes:
+            text = f"GPU in use: {who([report])}: {size(used)} of {size(device.total_bytes)} are taken already. "
             findings.append(Finding("warn", text + "See nvidia-smi there for the process that was left over."))
     return findings
 
@@ -195,27 +173,25 @@ def _folders(
 ) -> list[Finding]:
     findings = []
     failed: dict[tuple[str, str], list[RankReport]] = defaultdict(list)
-    short: dict[tuple[str, str], list[tuple[int, RankReport]]] = defaultdict(list)
+    short: dict[tuple[Severity, str], list[tuple[int, RankReport]]] = defaultdict(list)
+    one = requirements.checkpoint_bytes
     for report in reports:
         for problem in dict.fromkeys(folder.problem for folder in report.folders if folder.problem):
             same = ", ".join(f"{each.key} ({each.path})" for each in report.folders if each.problem == problem)
-            failed[same, problem].append(report)
+            failed[problem, same].append(report)
         for folder in report.folders:
-            if folder.key == "checkpoint.dir" and folder.free_bytes is not None:
-                short[folder.key, folder.path].append((folder.free_bytes, report))
-    for (same, problem), group in failed.items():
+            free = requirements.checkpoints * one if folder.free_bytes is None else folder.free_bytes
+            if folder.key == "checkpoint.dir" and free < requirements.checkpoints * one:
+                short["stop" if free < one else "warn", folder.path].append((free, report))
+    for (problem, same), group in failed.items():
         text = f"cannot write: {who(group)}: {problem}: {same}. "
         findings.append(Finding("stop", text + "Fix that there, or name a folder that all ranks can write to."))
-    for (key, path), free_of in short.items():
-        for severity, copies, below in (("stop", 1, 0), ("warn", requirements.checkpoints, 1)):
-            low, high = below * requirements.checkpoint_bytes, copies * requirements.checkpoint_bytes
-            scarce = [(free, report) for free, report in free_of if low <= free < high]
-            if scarce:
-                free = size(min(free for free, _ in scarce))
-                wanted = f"{copies} checkpoint{'s' * (copies > 1)} of about {size(requirements.checkpoint_bytes)} each"
-                text = f"disk space: {who([report for _, report in scarce])}: {key}, {path}: {free} free for {wanted}. "
-                advice = "Free some, or set checkpoint.dir to a larger disk."
-                findings.append(Finding("stop" if severity == "stop" else "warn", text + advice))
+    for (severity, path), scarce in short.items():
+        copies = 1 if severity == "stop" else requirements.checkpoints
+        wanted = f"{copies} checkpoint{'s' * (copies > 1)} of about {size(one)} each"
+        text = f"disk space: {who([report for _, report in scarce])}: checkpoint.dir, {path}: "
+        text += f"{size(min(free for free, _ in scarce))} free for {wanted}. "
+        findings.append(Finding(severity, text + "Free some, or set checkpoint.dir to a larger disk."))
     for key, ranks in unseen.items():
         group = [report for report in reports if report.rank in ranks]
         text = f"not shared: what {who(group)} {'write' if len(group) > 1 else 'writes'} to {key}, rank 0 "
@@ -224,8 +200,11 @@ def _folders(
     return findings
 
 
-def _memory(reports: Sequence[RankReport], requirements: Requirements) -> list[Finding]:
+def _hosts(reports: Sequence[RankReport], requirements: Requirements) -> list[Finding]:
+    """Shared memory and limits; with several machines, one whose own name means itself alone: gloo would offer the
+    others that address."""
     findings = []
+    machines = {report.machine for report in reports}  # one, under any number of names: its loopback reaches all of it
     for host, group in group_by_host(reports).items():
         wanted = requirements.shared_memory_bytes * len(group)
         there = min((report.shared_memory_bytes or 0) for report in group)
@@ -233,40 +212,17 @@ def _memory(reports: Sequence[RankReport], requirements: Requirements) -> list[F
             text = f"shared memory: {host}: /dev/shm has {size(there)} free; its {len(group)} ranks take up to "
             advice = "Make it larger (docker run --shm-size=..., mount -o remount,size=...)."
             findings.append(Finding("stop", f"{text}{size(wanted)}. {advice}"))
-    return findings
-
-
-def _network(reports: Sequence[RankReport]) -> list[Finding]:
-    """Several machines, and one whose own name means itself alone: gloo would offer the others that address."""
-    if len({report.machine for report in reports}) == 1:  # under any number of names: its loopback reaches all of them
-        return []
-    findings = []
-    for host, group in group_by_host(reports).items():
         address, has_interface = group[0].address, "GLOO_SOCKET_IFNAME" in group[0].variables
-        if not has_interface and (address is None or ipaddress.ip_address(address).is_loopback):
+        is_local = address is None or ipaddress.ip_address(address).is_loopback
+        if len(machines) > 1 and is_local and not has_interface:
             means = f"resolves to {address}" if address else "does not resolve"
             text = f"address: {host}: its name {means} there, so other hosts cannot reach its ranks over gloo. "
-            findings.append(
-                Finding("stop", text + "Set GLOO_SOCKET_IFNAME to its network interface (ip addr), or fix /etc/hosts.")
-            )
-    return findings
-
-
-def _settings(reports: Sequence[RankReport]) -> list[Finding]:
-    findings = []
-    for host, group in group_by_host(reports).items():
+            advice = "Set GLOO_SOCKET_IFNAME to its network interface (ip addr), or fix /etc/hosts."
+            findings.append(Finding("stop", text + advice))
         fewest = min(report.open_files for report in group)
         if 0 <= fewest < MIN_OPEN_FILES:
             text = f"open files: {host}: a process may have {fewest} open at once (ulimit -n). "
             findings.append(Finding("warn", text + "Loader processes and sockets need more: raise it to 65536."))
-    names = dict.fromkeys(name for report in reports for name in report.variables)
-    for name in names:
-        if not name.endswith(_PER_RANK_VARIABLES):
-
-            def value(report: RankReport, name: str = name) -> str:
-                return report.variables.get(name, "no value")
-
-            findings += _differences(reports, f"values of {name}", value, "warn", "Set it on all hosts or on none.")
     return findings
 
 
@@ -280,35 +236,19 @@ def size(num_bytes: float) -> str:
 
 
 def describe(reports: Sequence[RankReport]) -> list[str]:
-    """What most ranks run; on several hosts a line for each: ranks, device, memory, disks."""
-    most, _ = outliers(reports, lambda report: tuple(sorted(report.versions.items(), key=str)))
-    versions = ", ".join(f"{name} {version}" for name in _EQUAL[:5] if (version := most[0].versions.get(name)))
-    hosts = group_by_host(reports)
-    ranks = f"{len(reports)} rank{'s' * (len(reports) > 1)}"
-    software = f"{versions}; code {most[0].code}, config {most[0].config}"
-    if len(hosts) == 1:
-        return [f"{ranks} on {most[0].device.name}; {software}"]
-    lines = [f"{ranks} on {len(hosts)} hosts; {software}"]
-    lines += [f"{host}: {_describe_host(group)}" for host, group in list(hosts.items())[:MAX_HOSTS]]
-    if len(hosts) > MAX_HOSTS:
-        lines.append(f"and {len(hosts) - MAX_HOSTS} more hosts")
-    return lines
-
-
-def _describe_host(group: Sequence[RankReport]) -> str:
-    device = group[0].device
-    memory = f", {size(device.total_bytes)}" if device.total_bytes else ""
-    disks = {
-        folder.key: folder.free_bytes
-        for report in group
-        for folder in report.folders
-        if folder.free_bytes is not None and folder.key != "run.dir"
-    }
-    return "; ".join(
-        [
-            f"{rank_spans([report.rank for report in group])} on {device.name}{memory}",
-            f"{size(min(report.memory_bytes for report in group))} of memory free",
-            f"/dev/shm {size(min((report.shared_memory_bytes or 0) for report in group))}",
-            *(f"{key.partition(' (')[0]} {size(free)}" for key, free in disks.items()),
-        ]
-    )
+    """What rank 0 runs; on several hosts a line for each: ranks, device, memory, disks."""
+    first, hosts = reports[0], group_by_host(reports)
+    names = ("python", "torch", "megatron-core", "transformer-engine", "deepspeed")
+    versions = ", ".join(f"{name} {version}" for name in names if (version := first.versions.get(name)))
+    software = f"{versions}; code {first.code}, config {first.config}"
+    place = first.device.name if len(hosts) == 1 else f"{len(hosts)} hosts"
+    lines = [f"{len(reports)} rank{'s' * (len(reports) > 1)} on {place}; {software}"]
+    for host, group in list(hosts.items())[: MAX_HOSTS if len(hosts) > 1 else 0]:
+        device, memory = group[0].device, min(report.memory_bytes for report in group)
+        free = {f.key.partition(" (")[0]: f.free_bytes for f in group[0].folders if f.key != "run.dir" and f.free_bytes}
+        free = {"/dev/shm": min((report.shared_memory_bytes or 0) for report in group)} | free
+        kind = f"{device.name}, {size(device.total_bytes)}" if device.total_bytes else device.name
+        ranks = rank_spans([report.rank for report in group])
+        disks = "; ".join(f"{name} {size(num_bytes)}" for name, num_bytes in free.items())
+        lines.append(f"{host}: {ranks} on {kind}; {size(memory)} of memory free; {disks}")
+    return lines + ([f"and {len(hosts) - MAX_HOSTS} more hosts"] if len(hosts) > MAX_HOSTS else [])

@@ -19,19 +19,14 @@ from megatron_depthattn.parallel.patience import WaitedInVain, within
 from megatron_depthattn.parallel.rank_spans import rank_spans
 
 Message = dict[str, Any]
+Take = Callable[[], Message]
+Compare = Callable[[list[Message]], Message]
 _MARGIN = 10.0
 """Seconds that the others wait longer than rank 0, so that they learn from it who is missing."""
 _MAX_NAMED = 16
 
 
-def gather(
-    store: dist.Store,
-    rank: int,
-    world_size: int,
-    timeout: float,
-    take: Callable[[], Message],
-    compare: Callable[[list[Message]], Message],
-) -> Message:
+def gather(store: dist.Store, rank: int, world_size: int, timeout: float, take: Take, compare: Compare) -> Message:
     """What ``compare`` makes, on rank 0, of the messages that ``take`` makes on each rank, in the order of ranks.
 
     Raises:
@@ -69,18 +64,11 @@ def _send(store: dist.Store, rank: int, timeout: float, take: Callable[[], Messa
     return answer
 
 
-def _collect(
-    store: dist.Store,
-    others: Sequence[int],
-    timeout: float,
-    take: Callable[[], Message],
-    compare: Callable[[list[Message]], Message],
-) -> Message:
+def _collect(store: dist.Store, others: Sequence[int], timeout: float, take: Take, compare: Compare) -> Message:
     """On rank 0."""
     mine = take()
     reports = [f"report/{rank}" for rank in others]
-    is_complete = _wait(store, reports, timeout)
-    missing = [] if is_complete else [rank for rank in others if not store.check([f"report/{rank}"])]
+    missing = [] if _wait(store, reports, timeout) else [n for n in others if not store.check([f"report/{n}"])]
     if missing:
         named = "; ".join(f"rank {rank}{_state(store, rank)}" for rank in missing[:_MAX_NAMED])
         more = f"; and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""

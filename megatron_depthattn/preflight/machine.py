@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import resource
 import shutil
 import socket
 import sys
@@ -16,25 +15,19 @@ from pathlib import Path
 
 from megatron_depthattn.preflight.report import Device, Folder
 
-PACKAGES = {
-    "torch": "torch",
-    "megatron-core": "megatron.core",
-    "transformer-engine": "transformer_engine",
-    "triton": "triton",
-    "transformers": "transformers",
-    "mosaicml-streaming": "streaming",
-    "deepspeed": "deepspeed",
-}
-"""Distribution and module of the software whose version matters to the numbers or to the wire."""
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "mosaicml-streaming", "deepspeed")
+"""Distributions whose version matters to the numbers or to the wire."""
+_MODULES = {"megatron-core": "megatron.core", "mosaicml-streaming": "streaming"}
+"""Those whose module has another name."""
 PROBE_BYTES = 64 * 1024
 
 
 def versions() -> dict[str, str | None]:
     """Versions by distribution: of the module where it is imported already, else of what is installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for distribution, module in PACKAGES.items():
-        imported = getattr(sys.modules.get(module), "__version__", None)
-        found[distribution] = str(imported) if imported else installed_version(distribution)
+    for name in PACKAGES:
+        module = sys.modules.get(_MODULES.get(name, name.replace("-", "_")))
+        found[name] = getattr(module, "__version__", None) or installed_version(name)
     return found
 
 
@@ -80,7 +73,6 @@ def find_device(local_rank: int) -> Device:
     return Device(
         name=properties.name,
         uuid=str(getattr(properties, "uuid", "")) or None,
-        capability=f"{properties.major}.{properties.minor}",
         total_bytes=total,
         free_bytes=free,
     )
@@ -88,14 +80,9 @@ def find_device(local_rank: int) -> Device:
 
 def machine_id() -> str:
     """Boot id and network namespace: what distinguishes hosts of the same name."""
-    parts = []
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        lambda: os.readlink("/proc/self/ns/net"),
-    ):
-        with suppress(OSError):
-            parts.append(read())
-    return " ".join(parts)
+    with suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+    return ""
 
 
 def own_address() -> str | None:
@@ -118,11 +105,6 @@ def memory_bytes() -> int:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         return int(found[1]) * 1024 if found else 0
     return 0
-
-
-def open_files() -> int:
-    """How many files a process may have open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def probe_path(folder: str | Path, rank: int) -> Path:

@@ -33,7 +33,6 @@ class Device:
     name: str = "cpu"
     uuid: str | None = None
     """CUDA's name for this one device of all; None on CPU."""
-    capability: str | None = None
     total_bytes: int = 0
     """Of the GPU's memory; 0 on CPU."""
     free_bytes: int = 0
@@ -46,8 +45,6 @@ class RankReport:
     """One rank's machine, software and settings."""
 
     rank: int = 0
-    local_rank: int = 0
-    pid: int = 0
     host: str = ""
     machine: str = ""
     """Boot id and network namespace: distinguishes machines that share a name."""
@@ -88,19 +85,11 @@ class Requirements:
     """Of one rank, at most."""
 
 
-def to_json(report: RankReport) -> dict[str, Any]:
-    """The report as nested plain values."""
-    return dataclasses.asdict(report)
-
-
 def from_json(values: Mapping[str, Any]) -> RankReport:
     """The report of nested plain values; what this version does not know is left out."""
-    report = _known(RankReport, values)
-    return dataclasses.replace(
-        report,
-        device=_known(Device, values.get("device", {})),
-        folders=tuple(_known(Folder, folder) for folder in values.get("folders", ())),
-    )
+    folders = tuple(_known(Folder, folder) for folder in values.get("folders", ()))
+    device = _known(Device, values.get("device", {}))
+    return dataclasses.replace(_known(RankReport, values), device=device, folders=folders)
 
 
 def _known(cls: type[T], values: Mapping[str, Any]) -> T:

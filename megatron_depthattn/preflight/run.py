@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import operator
-import os
+import resource
 import socket
 import sys
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from megatron_depthattn.parallel.launch_env import LaunchEnvironment, attempt, c
 from megatron_depthattn.preflight import machine
 from megatron_depthattn.preflight.compare import Finding, compare_reports, describe
 from megatron_depthattn.preflight.gather import gather
-from megatron_depthattn.preflight.report import RankReport, Requirements, from_json, to_json
+from megatron_depthattn.preflight.report import RankReport, Requirements, from_json
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.history import package_digest
 from megatron_depthattn.train.step_folders import complete_folders
@@ -109,13 +110,10 @@ def check_ranks(
 
     def take() -> dict[str, Any]:
         own.append(take_report(config, environment, reasons))
-        return to_json(own[0])
-
-    def compare(messages: list[dict[str, Any]]) -> dict[str, Any]:
-        return _compare(config, [from_json(message) for message in messages])
+        return asdict(own[0])
 
     try:
-        answer = gather(store, rank, environment.world_size, config.preflight.timeout, take, compare)
+        answer = gather(store, rank, environment.world_size, config.preflight.timeout, take, partial(_compare, config))
     except dist.DistNetworkError as error:
         raise TimeoutError(
             f"preflight: the store of the world is gone ({str(error).splitlines()[0]}): the process that keeps it has "
@@ -140,8 +138,9 @@ def check_ranks(
     return lines + found
 
 
-def _compare(config: RunConfig, reports: list[RankReport]) -> dict[str, Any]:
+def _compare(config: RunConfig, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """On rank 0: findings and a description; leaves both in the run's folder, where it can be written."""
+    reports = [from_json(message) for message in messages]
     unseen: dict[str, list[int]] = {}
     own_path = {folder.key: folder.path for folder in reports[0].folders if not folder.problem}
     for report in reports:
@@ -150,12 +149,9 @@ def _compare(config: RunConfig, reports: list[RankReport]) -> dict[str, Any]:
             if is_comparable and not machine.sees_probe(own_path[folder.key], report.rank, report.token):
                 unseen.setdefault(folder.key, []).append(report.rank)
     findings = compare_reports(reports, requirements_of(config, len(reports)), unseen=unseen)
-    record = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "findings": [each._asdict() for each in findings],
-        "settings": reports[0].settings,
-        "reports": [to_json(replace(report, settings={})) for report in reports],
-    }
+    record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": reports[0].settings}
+    record["findings"] = [each._asdict() for each in findings]
+    record["reports"] = [asdict(replace(report, settings={})) for report in reports]
     with suppress(OSError):
         write_durably(Path(config.run.dir) / RECORD, json.dumps(record, indent=1) + "\n")
     return {"lines": describe(reports), "findings": findings}
@@ -170,8 +166,6 @@ def take_report(config: RunConfig, environment: LaunchEnvironment, reasons: Mapp
         versions.pop("deepspeed")
     return RankReport(
         rank=rank,
-        local_rank=environment.local_rank,
-        pid=os.getpid(),
         host=socket.gethostname(),
         machine=machine.machine_id(),
         address=machine.own_address(),
@@ -187,7 +181,7 @@ def take_report(config: RunConfig, environment: LaunchEnvironment, reasons: Mapp
         ),
         shared_memory_bytes=machine.shared_memory_bytes(),
         memory_bytes=machine.memory_bytes(),
-        open_files=machine.open_files(),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         variables=communication_variables(),
         token=token,
     )

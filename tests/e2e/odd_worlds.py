@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.distributed
 from megatron_depthattn.preflight import __main__ as command
 from megatron_depthattn.preflight import run  # noqa: F401  imported once, before the forks
 from tests.e2e.odd_rank import do_wrong
+from tests.launch.jobs import free_port
 
 SECONDS = 50
 """A world that has not ended by then is ended."""
@@ -63,12 +63,6 @@ def keep_store(port: int) -> int:
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     time.sleep(600)
     os._exit(store is None)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start(rank: int, port: int, fault: str, folder: Path, arguments: list[str]) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 
 from tests.e2e.commands import REPOSITORY, must_succeed, python, run, torchrun
 from tests.forked import forked
-from tests.launch.jobs import FULL
+from tests.launch.jobs import FULL, free_port
 
 BOUND = 1e-5
 NORM_BOUND = 1e-4
@@ -91,12 +90,6 @@ def hostfile(folder: Path, *lines: str) -> Path:
     path = folder / "hosts"
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(*arguments: str | Path, seconds: float = 300, **variables: str | int | Path):

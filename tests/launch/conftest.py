@@ -1,4 +1,4 @@
-"""Real parts: a Slurm of two nodes on this machine, two hosts that are network namespaces, an undisturbed run."""
+"""Real parts: a Slurm of three nodes on this machine, two hosts that are network namespaces, an undisturbed run."""
 
 import os
 import shutil
@@ -34,14 +34,14 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[None]:
-    """Slurm's commands work while this lasts; two nodes, node1 and node2."""
+    """Slurm's commands work while this lasts; three nodes, node1 to node3."""
     missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name, path=_PATH)]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"a Slurm of one's own needs root and slurm-wlm, munge (here: {missing or 'no root'})")
     folder = tempfile.mkdtemp(prefix="slurm-test.", dir="/tmp")
     variables = os.environ | {"SLURM_LOCAL_DIR": folder}
     script = HERE / "slurm-local.sh"
-    started = subprocess.run([script, "start", "2"], env=variables, capture_output=True, text=True, timeout=300)
+    started = subprocess.run([script, "start", "3"], env=variables, capture_output=True, text=True, timeout=300)
     assert started.returncode == 0, started.stderr
     os.environ["SLURM_CONF"] = f"{folder}/slurm.conf"
     try:

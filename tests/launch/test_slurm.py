@@ -1,10 +1,11 @@
-"""Jobs under a real Slurm of two nodes: they train, resume after the time limit, end when cancelled.
+"""Jobs under a real Slurm of three nodes: they train, resume after the time limit, end when cancelled.
 
-Both nodes are this machine, with hostnames of their own.
+All nodes are this machine, with hostnames of their own.
 """
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -18,9 +19,9 @@ pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(600)]
 TWO_NODES = ("--nodes", "2", "--processes-per-node", "1")
 
 
-def submit(*arguments: str | Path) -> str:
+def submit(*arguments: str | Path, **variables: str) -> str:
     """The id of the (last) job."""
-    done = run("launch/submit", *arguments, seconds=120)
+    done = run("launch/submit", *arguments, seconds=120, **variables)
     assert done.returncode == 0, done.stderr
     ids = re.search(r"^submitted (.*)$", done.stdout, flags=re.M)
     assert ids, done.stdout
@@ -100,6 +101,37 @@ def test_an_array_of_three(config: Path, tmp_path: Path):
     ]
 
 
+@FULL
+def test_the_second_job_of_a_chain_continues_the_first(config: Path, undisturbed: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    chain = ("--chain", "2", "--max-requeues", "0", "--time", "20")
+    second = submit(config, f"run.dir={run_dir}", "train.stop_after=60", *TWO_NODES, *chain)
+    first = str(int(second) - 1)
+    assert f"Dependency=afterany:{first}" in slurm_says("scontrol", "show", "job", second)
+    log = run_dir / f"job/slurm-{second}.out"
+    assert must_end(second, log, seconds=400) == states(first) == ["COMPLETED"], log.read_text()[-3000:]
+    assert "Requeue=0" in slurm_says("scontrol", "show", "job", second)
+    assert [record["step"] for record in history(run_dir) if record["event"] == "start"] == [0, 60]
+    assert trajectory(run_dir) == trajectory(undisturbed)
+
+
+@FULL
+def test_an_absent_node_is_named_by_all_that_wait(config: Path, tmp_path: Path):
+    """Three nodes of which one starts nothing; the job fails in JOIN_TIMEOUT seconds."""
+    python, run_dir = tmp_path / "python", tmp_path / "run"
+    python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = node3 ] && exit 0\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    size = ("--nodes", "3", "--processes-per-node", "1", "train.global_batch_size=12", "--python", python)
+    job = submit(config, f"run.dir={run_dir}", *size, JOIN_TIMEOUT="25")
+    log = run_dir / f"job/slurm-{job}.out"
+    assert must_end(job, log) == ["FAILED"]
+    text = log.read_text()
+    joined = r"2 of 3 nodes joined at node1:\d+ \(node1, node2\); not: node3\n"
+    assert len(re.findall(f"waiting for nodes: {joined}", text)) >= 2, text
+    ends = r"error: (not all nodes came within 25 s \(JOIN_TIMEOUT\): |another node has ended the run; )"
+    assert len(re.findall(ends + joined, text)) == 2 and "not all nodes came" in text, text
+
+
 def test_scancel_ends_cleanly(config: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
     job = submit(config, f"run.dir={run_dir}", "train.steps=100000", "checkpoint.interval=100000", *TWO_NODES)
@@ -163,7 +195,7 @@ def test_a_failing_job_ends_its_log_with_the_first_failure(config: Path, tmp_pat
     log = run_dir / f"job/slurm-{job}.out"
     assert must_end(job, log) == ["FAILED"]
     last = log.read_text().splitlines()[-2:]
-    assert re.fullmatch(r"first failure, at .*: rank 0 on node[12]", last[0]), last
+    assert re.fullmatch(r"==== first failure, at .*: rank 0 on node[12]", last[0]), last
     assert "nothing/train has no index.json" in last[1]
     assert "srun: error" in log.read_text(), "Slurm's own lines come before it"
     assert "starting again" not in log.read_text()

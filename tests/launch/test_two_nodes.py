@@ -4,6 +4,7 @@
 """
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from tests.e2e.commands import wait_until
-from tests.launch.jobs import FULL, end, history, must_reach, records, run, start, trajectory
+from tests.launch.jobs import FULL, end, free_port, history, must_reach, records, run, start, trajectory
 
 pytestmark = pytest.mark.timeout(600)
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -98,6 +99,48 @@ def test_a_lost_node_comes_back_and_the_run_with_it(hosts: Start, undisturbed: P
     assert len({record["run_id"] for record in begins}) == 1
     assert "failed; starting again, 9 restarts left" in (tmp_path / "node0.log").read_text()
     print(f"\nnode 1 killed: {seconds:.1f} s to the next step, {begins[1]['step'] + 1}, 3 of them the supervisor's")
+
+
+RANK = """
+import os, signal, sys, time
+if "FAILS" in os.environ:
+    sys.exit(1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that waits in a collective ends no step
+time.sleep(3600)
+"""
+LAUNCHER = """
+import sys
+from megatron_depthattn.launch import agent, torchrun
+agent.STOP_SECONDS = 2
+sys.exit(torchrun.main())
+"""
+
+
+def test_ranks_do_not_wait_for_a_node_that_has_given_up(tmp_path: Path):
+    """Neither where the head has ended with its store, nor where another node has closed the rendezvous; ten minutes
+    are for saving alone."""
+    (tmp_path / "rank.py").write_text(RANK)
+    ends = {
+        0: "the head at 127.0.0.1:{} has ended or is lost",
+        1: "another node has ended the run; 2 of 2 nodes joined",
+    }
+    worlds, ports = {}, {}
+    for failing in ends:
+        ports[failing] = free_port()
+        for node in range(2):
+            options = ("--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{ports[failing]}", "--rdzv-id=a")
+            options += (f"--rdzv-conf=is_host={int(node == 0)}", "--local-addr=127.0.0.1", str(tmp_path / "rank.py"))
+            variables = {"FAILS": "1"} if node == failing else {}
+            output = tmp_path / f"{failing}_{node}.txt"
+            worlds[failing, node] = start(sys.executable, "-c", LAUNCHER, *options, output=output, **variables)
+    try:
+        for (failing, node), launcher in worlds.items():
+            text = tmp_path / f"{failing}_{node}.txt"
+            assert launcher.wait(200) == 1, text.read_text()
+            assert node == failing or ends[failing].format(ports[failing]) in text.read_text(), text.read_text()
+    finally:
+        for launcher in worlds.values():
+            end(launcher)
 
 
 @FULL

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from megatron_depthattn.config import RunConfig
 from megatron_depthattn.launch.failures import first_failure, record_death
 from megatron_depthattn.launch.freeze import CODE_FOLDERS, freeze
 from megatron_depthattn.launch.logs import main as show_logs
-from megatron_depthattn.launch.submit import _check, _configs, _parser, render, seconds_of, submit, sweep
-from megatron_depthattn.launch.torchrun import _defaults, exit_code
+from megatron_depthattn.launch.submit import _configs, _parser, check_options, render, seconds_of, submit, sweep
+from megatron_depthattn.launch.torchrun import _defaults
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import OtherRankError, RunError, write_error_record
@@ -43,7 +44,7 @@ from tests.e2e.commands import REPOSITORY
     ],
 )
 def test_what_the_ranks_exit_codes_mean_together(codes: set[int], code: int):
-    assert exit_code(codes) == code
+    assert launch.exit_code(codes) == code
 
 
 def test_options_that_this_torch_lacks_are_left_out():
@@ -158,7 +159,7 @@ def test_a_job_script_says_what_was_asked_for():
     text = script("--time", "8:00:00", "--partition", "gpu", "--account", "me", "--sbatch=--nice=5", "--exclusive")
     wanted = {"--nodes=4", "--gpus-per-node=8", "--time=8:00:00", "--partition=gpu", "--account=me", "--nice=5"}
     assert wanted | {"--exclusive", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(flags(text))
-    assert [flag for flag in flags(text) if flag.startswith("--signal")] == ["--signal=B:USR1@300"], "once"
+    assert [flag for flag in flags(text) if flag.startswith("--job-name")][-1] == "--job-name=my run", "the last wins"
     assert "--output=/runs/my run/job/slurm-%j.out" in flags(text)
     assert settings(text, "CODE", "ARGUMENTS", "NPROC_PER_NODE") == [
         "/runs/my run/job/code",
@@ -201,7 +202,7 @@ def test_values_reach_the_job_as_they_are(text: str, array: tuple, monkeypatch: 
     ("where", "text"),
     [
         *(("run.dir", text) for text in ("a\n#SBATCH --uid=0", "a\ntouch obeyed", "a\rb", "a\x1b[2Jb", "a\u2028b")),
-        *((option, "--x=a\ntouch obeyed") for option in ("--partition", "--job-name", "--sbatch", "--python")),
+        *((option, "--x=a\ntouch obeyed") for option in ("--partition", "--sbatch", "--python")),
     ],
 )
 def test_control_characters_are_refused_before_anything_is_written(where: str, text: str, tmp_path: Path):
@@ -235,7 +236,7 @@ def test_tasks_that_share_a_folder_of_checkpoints_get_their_own_in_it(tmp_path: 
 
 def test_the_jobs_of_a_chain_need_not_be_requeued():
     text = script("--max-requeues", "0", "--after", "17")
-    assert "--no-requeue" in flags(text) and "--requeue" not in flags(text)
+    assert flags(text).index("--no-requeue") > flags(text).index("--requeue"), "the last wins"
     assert "--dependency=afterok:17" in flags(text) and settings(text, "MAX_REQUEUES") == ["0"]
 
 
@@ -284,19 +285,25 @@ def test_time_limits(limit: str | None, seconds: int | None):
     [
         (("--time", "5"), "--signal-lead 300 with --time 5 (300 s)"),
         (("--signal-lead", "0"), "--signal-lead 0"),
-        (("--chain", "2", "--array", "run.seed=1"), "--chain 2"),
+        (("--chain", "2", "--array", "run.seed=1"), "--chain and --array"),
         (("--after", "1", "--dependency", "singleton"), "--after and --dependency"),
         (("--container-mounts", "/data"), "--container-mounts without --container"),
-        (("--sbatch=nice=100",), "--sbatch='nice=100' is no option"),
         *(
-            ((f"--sbatch={given}",), f"--sbatch={given!r}: it is one option")
-            for given in ("--qos high", "-p debug", "--nice=100 --qos=high", "--nice=1 -p a", '--comment="my job"')
+            ((f"--sbatch={given}",), f"--sbatch={given!r} is not one option")
+            for given in (
+                "nice=100",
+                "--qos high",
+                "-p debug",
+                "--nice=100 --qos=high",
+                "--nice=1 -p a",
+                '--comment="my job"',
+            )
         ),
     ],
 )
 def test_options_that_do_not_fit_together(options: tuple, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
-        _check(_parser().parse_intermixed_args([*SUBMIT, *options]))
+        check_options(_parser().parse_intermixed_args([*SUBMIT, *options]), Path("/run"))
 
 
 def test_what_is_frozen_is_code_and_closed_to_others(tmp_path: Path):
@@ -383,11 +390,24 @@ def test_help_of_submit_has_an_example_with_data_and_text_for_every_option():
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
-def test_the_environment_that_a_user_has_set_stays():
-    show = f". {REPOSITORY}/launch/environment.sh; echo $OMP_NUM_THREADS,$TORCH_FR_BUFFER_SIZE,$NCCL_DEBUG."
-    said = subprocess.run(
-        ["bash", "-euc", show],
-        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "7", "NCCL_DEBUG": ""},
-        capture_output=True, text=True, check=True, timeout=30,
-    ).stdout  # fmt: skip
-    assert said.strip() == "7,2000,."
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": ""},
+            {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "", "PYTHONUNBUFFERED": "1"},
+        ),
+        ({"CAPABILITY": "9.0"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN"}),
+        ({"CAPABILITY": "10.0"}, {"CUDA_DEVICE_MAX_CONNECTIONS": None, "PYTHONUNBUFFERED": "1"}),
+        ({"CAPABILITY": "9.0", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+    ],
+)
+def test_the_environment_of_the_ranks(given: dict, expected: dict, tmp_path: Path):
+    """The defaults of launch/environment.sh for every launch; what the user has set stays."""
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "${CAPABILITY:-}"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    show = "import json, os; from megatron_depthattn.launch.torchrun import set_environment as set; set()"
+    command = [sys.executable, "-c", f"{show}; print(json.dumps(dict(os.environ)))"]
+    variables = given | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    shown = subprocess.run(command, cwd=REPOSITORY, env=variables, stdout=subprocess.PIPE, check=True, timeout=60)
+    assert {name: json.loads(shown.stdout).get(name) for name in expected} == expected

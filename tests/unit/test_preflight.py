@@ -18,10 +18,10 @@ from megatron_depthattn.parallel.groups import join_store
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.preflight import gather, machine
 from megatron_depthattn.preflight.compare import compare_reports, describe, group_by_host, size
-from megatron_depthattn.preflight.report import Device, Folder, RankReport, Requirements, from_json, to_json
+from megatron_depthattn.preflight.report import Device, Folder, RankReport, Requirements, from_json
 
 REQUIRED = Requirements(checkpoint_bytes=10**9, checkpoints=3, shared_memory_bytes=10**7)
-GPU = Device(name="H100", uuid="", capability="9.0", total_bytes=80 * 10**9, free_bytes=79 * 10**9)
+GPU = Device(name="H100", uuid="", total_bytes=80 * 10**9, free_bytes=79 * 10**9)
 HEALTHY = RankReport(
     device=GPU,
     versions={"python": "3.11.7", "torch": "2.15.0", "transformer-engine": None, "driver": "570.86", "nccl": "2.28"},
@@ -46,7 +46,6 @@ def world(num_hosts: int = 2, ranks_each: int = 2) -> list[RankReport]:
         dataclasses.replace(
             HEALTHY,
             rank=host * ranks_each + local,
-            local_rank=local,
             host=f"node{host}",
             machine=f"boot{host}",
             address=f"10.0.0.{host + 1}",
@@ -266,7 +265,7 @@ def test_hosts_of_the_same_name_are_told_apart():
 
 def test_a_report_survives_its_journey_and_another_version_of_itself():
     report = world()[3]
-    values = json.loads(json.dumps(to_json(report)))
+    values = json.loads(json.dumps(dataclasses.asdict(report)))
     assert from_json(values) == report
     values["device"]["news"] = values["news"] = 1
     del values["versions"]
