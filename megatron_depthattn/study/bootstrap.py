@@ -11,37 +11,31 @@ Small samples: with few residuals their scale is itself uncertain, and plain per
 Each resample therefore also draws the scale, as sqrt(dof / chi2): of a mean this makes exactly Student's t interval.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import chi2
 
+from megatron_depthattn.study.differences import Clusters
 from megatron_depthattn.study.law import Floats
 
 
 class Noise:
-    """`resamples` draws for the clusters of a study, given as (rung, budget, seed) and the methods that ran there.
+    """`resamples` draws for the clusters of a study.
 
     whole_seeds: the budgets of one rung and seed take from one donor; else each cluster takes from any.
     """
 
     def __init__(
-        self,
-        keys: Sequence[tuple[str, float, int]],
-        present: Sequence[frozenset[str]],
-        resamples: int,
-        rng: np.random.Generator,
-        whole_seeds: bool = False,
+        self, clusters: Clusters, resamples: int, rng: np.random.Generator, *, whole_seeds: bool = False
     ) -> None:
-        shape = (resamples, len(keys))
+        shape = (resamples, len(clusters.seed))
         self.donor, self.sign = np.empty(shape, np.int64), np.empty(shape)
-        blocks: dict[tuple[str, float, int], dict[float, int]] = {}
-        for i, (rung, budget, seed) in enumerate(keys):
-            if whole_seeds:
-                blocks.setdefault((rung, 0, seed), {})[budget] = i
-            else:
-                blocks[rung, budget, seed] = {0: i}
+        present = [frozenset(m for m, of in clusters.losses.items() if np.isfinite(of[i])) for i in range(shape[1])]
+        blocks: dict[tuple[Any, ...], dict[float, int]] = {}
+        for i, (rung, budget, seed) in enumerate(zip(clusters.rung, clusters.budget, clusters.seed, strict=True)):
+            key, member = ((rung, seed), budget) if whole_seeds else ((rung, budget, seed), 0.0)
+            blocks.setdefault(key, {})[member] = i
         for block in blocks.values():
             donors = [
                 other
@@ -64,18 +58,16 @@ class Noise:
         return residuals[self.donor] * self.sign * self.scale(dof)[:, None]
 
 
-def interval(samples: Floats, confidence: float) -> tuple[float | None, float | None]:
-    """Percentile interval of samples [resamples]; an end that is not finite is None: open.
+def estimate(value: float, samples: Floats | None, confidence: float) -> dict[str, float | None]:
+    """The value with the percentile interval of samples [resamples]; an end that is not finite is None: open.
 
-    Whole ranks at (resamples + 1) p, rounded outwards: never narrower than stated, and no infinities averaged.
+    Whole ranks at (resamples + 1) p, rounded outwards: never narrower than stated, and no infinities averaged. Both
+    ends are None without samples.
     """
+    if samples is None:
+        return {"value": value, "low": None, "high": None}
     ordered = np.sort(samples)
     rank = int((len(ordered) + 1) * (1 - confidence) / 2 + 1e-9)
     assert rank > 0, f"{len(ordered)} resamples for an interval of {confidence}"
-    low, high = float(ordered[rank - 1]), float(ordered[-rank])
-    return (low if np.isfinite(low) else None), (high if np.isfinite(high) else None)
-
-
-def estimate(value: float, samples: Floats, confidence: float) -> dict[str, Any]:
-    low, high = interval(samples, confidence)
+    low, high = (float(end) if np.isfinite(end) else None for end in (ordered[rank - 1], ordered[-rank]))
     return {"value": float(value), "low": low, "high": high}

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from typing import Any
 from megatron_depthattn.config import RunConfig, save_config, validate
 from megatron_depthattn.config.load import Layer, build, read_yaml
 from megatron_depthattn.estimate.counts import decoder_shape, forward_flops
-from megatron_depthattn.study.study import Arm, Rung, Study, arm_settings
+from megatron_depthattn.model.flops import DecoderShape
+from megatron_depthattn.study.study import METHODS, Study
 from megatron_depthattn.train.build import transformer_config
 
 PLAN = "plan.json"
@@ -46,14 +46,20 @@ class Point:
     steps: int
     flops: float
     """Of the whole training, forward and backward."""
-    config: str
-    """File of the run's config, relative to the output folder."""
-    run_dir: str
-    """Relative to the output folder."""
     world: int
     layout: dict[str, Any]
     """Keys that were chosen for the devices, not by the study."""
     predicted_step_seconds: float | None
+
+    @property
+    def config(self) -> str:
+        """File of the run's config, relative to the output folder."""
+        return f"configs/{self.id}.yaml"
+
+    @property
+    def run_dir(self) -> str:
+        """Relative to the output folder."""
+        return f"runs/{self.id}"
 
 
 def make_plan(study: Study, folder: Path, output: Path) -> dict[str, Any]:
@@ -68,155 +74,115 @@ def make_plan(study: Study, folder: Path, output: Path) -> dict[str, Any]:
     """
     rungs, points = [], []
     for name in study.rung_names:
-        rung = _rung(study, folder, name)
-        rungs.append(rung.description())
-        arms = {method: arm for method, arm in study.methods.items() if arm.rungs is None or name in arm.rungs}
-        of_rung = [point for method, arm in arms.items() for point in rung.points(method, arm, output)]
+        layers = _rung_layers(study, folder, name)
+        config, shape = build(RunConfig, layers), _vanilla_shape(layers)
+        rungs.append(
+            {
+                "rung": name,
+                "num_layers": config.model.num_layers,
+                "hidden_size": config.model.hidden_size,
+                "size": _size(shape),
+                "parameters": shape.parameters,
+                "learning_rate": config.optimizer.lr,
+                "global_batch_size": config.train.global_batch_size,
+                "sequence_length": config.data.sequence_length,
+            }
+        )
+        arms = [method for method, arm in study.methods.items() if arm.rungs is None or name in arm.rungs]
+        of_rung = [point for method in arms for point in _points(study, name, _size(shape), layers, method, output)]
         # Pairs one after the other: a study that is cut has whole ones.
         points += sorted(of_rung, key=lambda point: (point.tokens_per_parameter, study.seeds.index(point.seed)))
     for identity, count in Counter(point.id for point in points).items():
         if count > 1:
             raise ValueError(f"{count} runs of the study are {identity}: take token budgets that differ by more")
-    plan = {
-        "study": output.name,
-        "title": study.title,
-        "question": study.question,
-        "baseline": study.baseline,
-        "confidence": study.confidence,
-        "devices": dataclasses.asdict(study.world),
-        "rungs": rungs,
-        "points": [dataclasses.asdict(point) for point in points],
-    }
+    plan = {key: getattr(study, key) for key in ("title", "question", "baseline", "confidence")}
+    plan |= {"study": output.name, "rungs": rungs, "points": [dataclasses.asdict(point) for point in points]}
     output.mkdir(parents=True, exist_ok=True)
     (output / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return plan
 
 
 def read_points(output: Path) -> list[Point]:
-    """The points of the plan below ``output``.
-
-    Raises:
-        ValueError: there is no plan.
-    """
+    """The points of the plan below ``output``; ValueError where there is no plan."""
     if not (output / PLAN).is_file():
-        raise ValueError(f"{output} holds no plan.json; write it first: tools/scale_study.py plan STUDY.yaml")
-    plan = json.loads((output / PLAN).read_text(encoding="utf-8"))
-    return [Point(**point) for point in plan["points"]]
+        raise ValueError(f"{output} holds no plan.json; write it first: depthattn study plan STUDY")
+    return [Point(**point) for point in json.loads((output / PLAN).read_text(encoding="utf-8"))["points"]]
 
 
-def _rung(study: Study, folder: Path, name: str) -> _RungPlan:
-    """The rung's settings, completed by the ladder's rules where it stands on a ladder."""
-    corpus_free = [Layer("settings of the study", study.settings)]
+def _rung_layers(study: Study, folder: Path, name: str) -> list[Layer]:
+    """Settings of the run's config that all points of the rung share, by the ladder's rules where it stands on one."""
+
+    def read(file: str | None) -> list[Layer]:
+        return read_yaml(folder / os.path.expanduser(file)) if file else []
+
+    shared = Layer("settings of the study", study.settings)
     if study.ladder is None:
-        (given,) = (rung for rung in study.rungs or [] if rung.name == name)
-        return _RungPlan(study, name, [*_files(folder, study.config), *_own(folder, given), *corpus_free])
-    layers = study.ladder.layers[study.rung_names.index(name)]
-    base = [*_files(folder, study.config), Layer(f"the ladder at {name}", study.ladder.shape(layers)), *corpus_free]
-    size = _size(build(RunConfig, base))
-    return _RungPlan(study, name, [*base, Layer(f"the ladder at {name}", study.ladder.recipe(size))])
+        (rung,) = (rung for rung in study.rungs or [] if rung.name == name)
+        own = Layer(f"rung {name} of the study", rung.settings)
+        return [*read(study.config), *read(rung.config), own, shared]
+    shape = study.ladder.shape(study.ladder.layers[study.rung_names.index(name)])
+    layers = [*read(study.config), Layer(f"the ladder at {name}", shape), shared]
+    return [*layers, Layer(f"the ladder at {name}", study.ladder.recipe(_size(_vanilla_shape(layers))))]
 
 
-@dataclass(frozen=True)
-class _RungPlan:
-    """One size of a study.
+def _vanilla_shape(layers: list[Layer]) -> DecoderShape:
+    return decoder_shape(build(RunConfig, [*layers, Layer("a rung's size", {"model.method": "vanilla"})]))
 
-    Attributes:
-        layers: settings of the run's config that all points of the rung share.
-    """
 
-    study: Study
-    name: str
-    layers: list[Layer]
+def _size(shape: DecoderShape) -> int:
+    return shape.parameters - shape.vocab_size * shape.hidden_size
 
-    @property
-    def vanilla(self) -> RunConfig:
-        return build(RunConfig, self.layers)
 
-    def description(self) -> dict[str, Any]:
-        config = self.vanilla
-        return {
-            "rung": self.name,
-            "num_layers": config.model.num_layers,
-            "hidden_size": config.model.hidden_size,
-            "size": _size(config),
-            "parameters": decoder_shape(_as_vanilla(config)).parameters,
-            "learning_rate": config.optimizer.lr,
-            "global_batch_size": config.train.global_batch_size,
-            "sequence_length": config.data.sequence_length,
-        }
-
-    def points(self, method: str, arm: Arm, output: Path) -> list[Point]:
-        """Every budget and seed of an arm, their configs written."""
-        own = Layer(f"methods.{method} of the study", arm_settings(method, arm))
-        config = build(RunConfig, [*self.layers, own])
-        layout, seconds = _layout(self.study, config, f"{self.name}, {method}")
-        sequences = config.train.global_batch_size * config.data.sequence_length
-        size = _size(self.vanilla)
-        found = []
-        shared = self.study.tokens_per_parameter_at.get(self.name) or self.study.tokens_per_parameter
-        budgets: Sequence[float | None] = arm.tokens_per_parameter or shared or [None]
-        for budget in budgets:
-            steps = config.train.steps if budget is None else math.ceil(budget * size / sequences)
-            for seed in self.study.seeds:
-                multiple = budget if budget is not None else steps * sequences / size
-                identity = f"{self.name}/{method}/x{multiple:.3g}/seed{seed}"
-                keys = {"run.dir": str(output / "runs" / identity), "run.seed": seed, "train.steps": steps}
-                if config.checkpoint.dir:
-                    keys["checkpoint.dir"] = str(Path(config.checkpoint.dir) / identity)
-                keys |= self._course(config, steps) | layout
-                run = build(RunConfig, [*self.layers, own, Layer(f"the study at {identity}", keys)])
-                found.append(self._point(identity, run, method, multiple, layout, seconds, output))
-        return found
-
-    def _course(self, config: RunConfig, steps: int) -> dict[str, Any]:
-        """Evaluations on the same sequences at every size, one checkpoint to go on from, and the way to go on."""
-        batch = config.train.global_batch_size
-        if self.study.eval_sequences % batch:
-            raise ValueError(
-                f"{self.name}: eval_sequences is {self.study.eval_sequences} and the global batch {batch}: every size "
-                f"has to be evaluated on the same sequences; set eval_sequences to a multiple of {batch}"
-            )
-        return {
-            "train.eval_interval": math.ceil(steps / self.study.evaluations),
-            "train.eval_batches": self.study.eval_sequences // batch,
-            "checkpoint.load": "latest",
-        }
-
-    def _point(
-        self,
-        identity: str,
-        config: RunConfig,
-        method: str,
-        multiple: float,
-        layout: dict[str, Any],
-        seconds: float | None,
-        output: Path,
-    ) -> Point:
-        try:
-            validate(config, self.study.world.devices)
-            transformer_config(config, only_counted=True)  # which checks what Megatron does not support
-        except ValueError as error:
-            raise ValueError(f"{identity}: {error}") from error
-        file = Path("configs") / f"{identity}.yaml"
-        save_config(config, output / file)
-        tokens = config.train.steps * config.train.global_batch_size * config.data.sequence_length
-        return Point(
-            id=identity,
-            rung=self.name,
-            method=method,
-            tokens_per_parameter=multiple,
-            seed=config.run.seed,
-            size=_size(self.vanilla),
-            parameters=decoder_shape(config).parameters,
-            tokens=tokens,
-            steps=config.train.steps,
-            flops=3.0 * forward_flops(config).total * tokens,
-            config=str(file),
-            run_dir=str(Path("runs") / identity),
-            world=self.study.world.devices,
-            layout=layout,
-            predicted_step_seconds=seconds,
+def _points(study: Study, rung: str, size: int, layers: list[Layer], method: str, output: Path) -> list[Point]:
+    """Every budget and seed of a method at a rung, their configs written."""
+    arm, devices = study.methods[method], study.world.devices
+    settings = ({"model.method": method} if method in METHODS else {}) | arm.settings
+    layers = [*layers, Layer(f"methods.{method} of the study", settings)]
+    layout, seconds = _layout(study, build(RunConfig, layers), f"{rung}, {method}")
+    config = build(RunConfig, [*layers, Layer("the layout", layout | {"checkpoint.load": "latest"})])
+    batch = config.train.global_batch_size
+    if study.eval_sequences % batch:
+        raise ValueError(
+            f"{rung}: eval_sequences is {study.eval_sequences} and the global batch {batch}: every size has to be "
+            f"evaluated on the same sequences; set eval_sequences to a multiple of {batch}"
         )
+    per_step = batch * config.data.sequence_length
+    budgets = arm.tokens_per_parameter or study.tokens_per_parameter_at.get(rung) or study.tokens_per_parameter
+    courses = [(budget, math.ceil(budget * size / per_step)) for budget in budgets or []]
+    points = []
+    for multiple, steps in courses or [(config.train.steps * per_step / size, config.train.steps)]:
+        interval, batches = math.ceil(steps / study.evaluations), study.eval_sequences // batch
+        train = dataclasses.replace(config.train, steps=steps, eval_interval=interval, eval_batches=batches)
+        for seed in study.seeds:
+            point = f"{rung}/{method}/x{multiple:.3g}/seed{seed}"
+            saved = config.checkpoint.dir and str(Path(config.checkpoint.dir) / point)
+            checkpoint = dataclasses.replace(config.checkpoint, dir=saved)
+            where = dataclasses.replace(config.run, dir=str(output / "runs" / point), seed=seed)
+            run = dataclasses.replace(config, run=where, train=train, checkpoint=checkpoint)
+            try:
+                validate(run, devices)
+                transformer_config(run, only_counted=True)
+            except ValueError as error:
+                raise ValueError(f"{point}: {error}") from error
+            points.append(
+                Point(
+                    id=point,
+                    rung=rung,
+                    method=method,
+                    tokens_per_parameter=multiple,
+                    seed=seed,
+                    size=size,
+                    parameters=decoder_shape(run).parameters,
+                    tokens=steps * per_step,
+                    steps=steps,
+                    flops=3.0 * forward_flops(run).total * steps * per_step,
+                    world=devices,
+                    layout=layout,
+                    predicted_step_seconds=seconds,
+                )
+            )
+            save_config(run, output / points[-1].config)
+    return points
 
 
 def _layout(study: Study, config: RunConfig, name: str) -> tuple[dict[str, Any], float | None]:
@@ -232,20 +198,3 @@ def _layout(study: Study, config: RunConfig, name: str) -> tuple[dict[str, Any],
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return dict(best.overrides), best.step_seconds
-
-
-def _size(config: RunConfig) -> int:
-    shape = decoder_shape(_as_vanilla(config))
-    return shape.parameters - shape.vocab_size * shape.hidden_size
-
-
-def _as_vanilla(config: RunConfig) -> RunConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, method="vanilla"))
-
-
-def _files(folder: Path, file: str | None) -> list[Layer]:
-    return read_yaml(folder / os.path.expanduser(file)) if file else []
-
-
-def _own(folder: Path, rung: Rung) -> list[Layer]:
-    return [*_files(folder, rung.config), Layer(f"rung {rung.name} of the study", rung.settings)]

@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from megatron_depthattn.study.conclusion import bounds
 from megatron_depthattn.study.report_data import ReportData, quantity, read_report_data
-from megatron_depthattn.study.verdict import bounds
 
 
 def write_report(output: Path, figures_dir: Path | None = None) -> tuple[Path, Path]:
@@ -44,26 +44,28 @@ def write_report(output: Path, figures_dir: Path | None = None) -> tuple[Path, P
         "depth": plots.depth_plots(study),
     }
     shown = []
-    for plot in [plot for group in figures.values() for plot in group] if figures_dir else []:
-        assert figures_dir is not None
+    if figures_dir:
         figures_dir.mkdir(parents=True, exist_ok=True)
-        (figures_dir / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-        if figures_dir.resolve().is_relative_to(output.resolve()):
-            shown.append(f"![{plot.alt}]({Path(os.path.relpath(figures_dir, output), plot.name).as_posix()}.svg)")
+        for plot in (plot for group in figures.values() for plot in group):
+            (figures_dir / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+            if figures_dir.resolve().is_relative_to(output.resolve()):
+                shown.append(f"![{plot.alt}]({Path(os.path.relpath(figures_dir, output), plot.name).as_posix()}.svg)")
+    machines = Counter("; ".join(filter(None, map(run.get, ("machine", "date")))) for run in study.runs)
     values = {
-        "title": study.plan.get("title") or study.plan["study"],
-        "question": study.plan.get("question") or _question(study),
+        "title": study.plan["title"],
+        "question": study.plan["question"],
         "answers": [(method, *_answer(study.fit["multipliers"].get(method))) for method in study.methods[1:]],
-        "finished": sum(run.measured for run in study.runs),
+        "progress": f"{_finished(study.runs)} planned runs are finished.",
         "study": study,
         "figures": figures,
         "differences": _differences(study),
-        "machines": _machines(study),
+        "costs": _costs(study),
+        "machines": [f"{count} run{'s' if count > 1 else ''}: {line}" for line, count in machines.items() if line],
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"quantity": quantity, "interval": _interval, "bounds": bounds}
+    environment.filters |= {"quantity": quantity, "interval": _interval}
     page, markdown = output / "report.html", output / "report.md"
     page.write_text(environment.get_template("report.html.j2").render(values), encoding="utf-8")
     markdown.write_text(_markdown(values, shown), encoding="utf-8")
@@ -75,36 +77,30 @@ def _markdown(values: dict[str, Any], shown: list[str]) -> str:
     title, question = (
         re.sub(r"[<>\[\]`\\]", r"\\\g<0>", " ".join(values[key].split())) for key in ("title", "question")
     )
-    study = values["study"]
-    columns = ["rung", "method", "tokens (per weight)", "difference", f"seed: {study.baseline} to method"]
+    baseline = values["study"].baseline
+    columns = ["rung", "method", "tokens (per weight)", "difference", f"seed: {baseline} to method"]
     table = "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * 5, *values["differences"]))
-    answers = "\n".join(f"- **{method}: {verdict}.** {said}" for method, verdict, said in values["answers"])
-    progress = f"{values['finished']} of {len(study.runs)} planned runs are finished."
-    caption = f"Held-out loss less that of {study.baseline} with the same seed and tokens, nats:"
+    answers = "\n".join(f"- **{method}: {conclusion}.** {rest}" for method, conclusion, rest in values["answers"])
+    caption = f"Held-out loss less that of {baseline} with the same seed and tokens, nats:"
     rest = "The page beside this file, `report.html`, holds the rest: open it in a browser."
-    return "\n\n".join([f"# {title}", question, answers, progress, caption, table, *shown, rest]) + "\n"
+    return "\n\n".join([f"# {title}", question, answers, values["progress"], caption, table, *shown, rest]) + "\n"
 
 
 def _answer(found: dict[str, Any] | None) -> tuple[str, str]:
-    """The verdict, and the rest of its sentence."""
+    """The conclusion, and the rest of its sentence."""
     if found is None:
         return "no finished run", ""
-    return found["verdict"], found["sentence"].removeprefix(f"{found['verdict']}. ")
+    return found["conclusion"], found["sentence"].removeprefix(f"{found['conclusion']}. ")
 
 
-def _question(study: ReportData) -> str:
-    sizes = ", ".join(quantity(rung["size"]) for rung in study.plan["rungs"])
-    return (
-        f"With the same data, tokens and seeds, does {', '.join(study.methods[1:])} reach a lower held-out loss than "
-        f"{study.baseline}, what is that worth in compute, and does it last over sizes ({sizes} parameters)?"
-    )
+def _finished(runs: list[dict[str, Any]]) -> str:
+    """'2 of 3': how many of these runs have a loss."""
+    return f"{sum(run['loss'] is not None for run in runs)} of {len(runs)}"
 
 
-def _interval(entry: dict[str, Any] | None, form: str = ".3g") -> str:
+def _interval(entry: dict[str, Any], form: str = ".3g") -> str:
     """'1.06 [1.01, 1.12]' with what is known of it, or the reason why nothing is."""
-    if not entry or entry.get("value") is None:
-        return f"none: {entry['refused']}" if entry and entry.get("refused") else "none"
-    return f"{format(entry['value'], form)}{bounds(entry, form)}"
+    return f"none: {entry['reason']}" if "reason" in entry else f"{format(entry['value'], form)}{bounds(entry, form)}"
 
 
 def _differences(study: ReportData) -> list[list[str]]:
@@ -123,12 +119,13 @@ def _differences(study: ReportData) -> list[list[str]]:
     return rows
 
 
-def _machines(study: ReportData) -> list[str]:
-    """One line for each different machine, set of versions and date that the results were made with."""
-    lines: Counter[str] = Counter()
-    for run in study.runs:
-        versions = ", ".join(
-            f"{name} {version}" for name, version in sorted((run.result.get("versions") or {}).items())
-        )
-        lines["; ".join(part for part in (run.result.get("machine"), versions, run.result.get("date")) if part)] += 1
-    return [f"{count} run{'s' if count > 1 else ''}: {line}" for line, count in lines.items() if line]
+def _costs(study: ReportData) -> list[list[str]]:
+    """A row of text for each rung and method: finished runs, device-hours of all its runs, time of a step."""
+    rows = []
+    for rung, method in ((rung, method) for rung in study.rungs for method in study.methods):
+        if runs := study.of(rung=rung, method=method):
+            hours = sum(run["seconds"] * run["world"] for run in runs) / 3600
+            step = study.results["timing"].get(rung, {}).get(method)
+            timed = [f"{step['seconds_per_step']:.4g}", f"{step['ratio']:.3f}{bounds(step, '.3f')}"] if step else []
+            rows.append([rung, method, _finished(runs), f"{hours:.3g}", *(timed or ["not timed", ""])])
+    return rows

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megatron_depthattn.study.plan import Point
@@ -20,73 +20,63 @@ RESULTS, TIMING = "results.json", "timing.json"
 
 
 def collect_results(points: Sequence[Point], output: Path, *, baseline: str, own_steps: bool = False) -> dict[str, Any]:
-    """Write ``results.json`` below ``output`` and return what it holds: every point, finished or not, and timing."""
-    timing, source = _timing(points, output, baseline, own_steps=own_steps)
-    results = {
-        "results": [_result(point, output) for point in points],
-        "timing": timing,
-        "timing_source": source,
-    }
+    """Write ``results.json`` below ``output`` and return what it holds: every point, finished or not, and timing.
+
+    Args:
+        own_steps: without a ``timing.json`` the runs' own steps count; runs that may have shared their machine do not
+            show how long a step takes.
+    """
+    timing = read_timing(output)
+    if own_steps and not timing["timing"]:
+        source = "the runs' own steps (median of each run; from the fastest to the slowest run)"
+        timing = {"timing": _own_steps(points, output, baseline), "timing_source": source}
+    results = {"results": [_result(point, output) for point in points]} | timing
     (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
+def read_timing(output: Path) -> dict[str, Any]:
+    """``timing.json`` below ``output``: seconds of a step of every method at every rung, and where they are from."""
+    file = output / TIMING
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found or {"timing": {}, "timing_source": "not timed yet"}
+
+
 def _result(point: Point, output: Path) -> dict[str, Any]:
-    run_dir = output / point.run_dir
     progress = progress_of(point, output)
-    records = list(read_records(run_dir / METRICS, step=int))
-    history = list(read_records(run_dir / HISTORY, event=str))
+    records = list(read_records(output / point.run_dir / METRICS, step=int))
+    history = list(read_records(output / point.run_dir / HISTORY, event=str))
     starts = [record for record in history if record["event"] == "start"]
     losses = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     is_finished = progress.state == "finished"
-    return {
-        "id": point.id,
-        "finished": is_finished,
-        "reason": None if is_finished else _reason_unfinished(history),
-        "step": progress.step,
-        "loss": losses[-1] if is_finished and losses and math.isfinite(losses[-1]) else None,
-        "seconds": sum(record["step_seconds"] for record in records),
-        "starts": len(starts),
-        "commit": starts[-1].get("commit") if starts else None,
-        "code": starts[-1]["version"].rpartition("-")[2] if starts else None,
-        "machine": starts[-1].get("machine") if starts else None,
-        "date": time.strftime("%Y-%m-%d", time.gmtime(starts[-1]["time"])) if starts else None,
-    }
+    loss = losses[-1] if is_finished and losses and math.isfinite(losses[-1]) else None
+    reason = "finished without a finite held-out loss" if loss is None else None
+    if not is_finished:
+        reason = f"step {progress.step} of {point.steps}, {_last_event(history[-1])}" if history else "not started"
+    found = {"id": point.id, "finished": is_finished, "reason": reason, "step": progress.step, "loss": loss}
+    found |= {"seconds": sum(record["step_seconds"] for record in records), "starts": len(starts)}
+    if starts:
+        last = starts[-1]
+        found |= {"commit": last.get("commit"), "code": last["version"].rpartition("-")[2]}
+        found |= {"machine": last.get("machine"), "date": time.strftime("%Y-%m-%d", time.gmtime(last["time"]))}
+    return found
 
 
-def _reason_unfinished(history: Sequence[dict[str, Any]]) -> str:
-    if not history:
-        return "not started"
-    last = history[-1]
-    if last["event"] == "start":
+def _last_event(record: dict[str, Any]) -> str:
+    if record["event"] == "start":
         return "running, or killed"
-    return f"stopped by {last['signal']}" if "signal" in last else f"ended: {last['outcome']}"
+    return f"stopped by {record['signal']}" if "signal" in record else f"ended: {record['outcome']}"
 
 
-def _timing(points: Sequence[Point], output: Path, baseline: str, *, own_steps: bool) -> tuple[dict[str, Any], str]:
-    """Seconds of a step of every method at every rung, and where they are from."""
-    file = output / TIMING
-    if file.is_file():
-        measured = json.loads(file.read_text(encoding="utf-8"))
-        return measured["timing"], measured["timing_source"]
-    if not own_steps:  # runs that may have shared their machine do not show how long a step takes
-        return {}, "not timed yet"
-    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+def _own_steps(points: Sequence[Point], output: Path, baseline: str) -> dict[str, Any]:
+    medians: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
-        steps = [
-            record["step_seconds"] for record in read_records(output / point.run_dir / METRICS, step_seconds=float)
-        ]
+        steps = [of["step_seconds"] for of in read_records(output / point.run_dir / METRICS, step_seconds=float)]
         if steps:
-            seconds[point.rung, point.method].append(statistics.median(steps))
+            medians[point.rung][point.method].append(median(steps))
     timing: dict[str, Any] = defaultdict(dict)
-    for (rung, method), medians in seconds.items():
-        if (rung, baseline) in seconds:
-            own, other = statistics.median(medians), statistics.median(seconds[rung, baseline])
-            ratios = sorted(median / other for median in medians)
-            timing[rung][method] = {
-                "seconds_per_step": own,
-                "ratio": own / other,
-                "low": ratios[0],
-                "high": ratios[-1],
-            }
-    return timing, "the runs' own steps (median of each run; from the fastest to the slowest run)"
+    for rung, methods in medians.items():
+        for method, seconds in methods.items() if baseline in methods else ():
+            low, middle, high = (of(seconds) / median(methods[baseline]) for of in (min, median, max))
+            timing[rung][method] = {"seconds_per_step": median(seconds), "ratio": middle, "low": low, "high": high}
+    return timing

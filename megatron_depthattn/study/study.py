@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,9 @@ class Study:
     @property
     def rung_names(self) -> list[str]:
         """From the smallest to the largest."""
-        if self.rungs:
-            return [rung.name for rung in self.rungs]
-        assert self.ladder is not None
-        return [f"d{layers}" for layers in self.ladder.layers]
+        return [rung.name for rung in self.rungs or []] or [
+            f"d{n}" for n in (self.ladder.layers if self.ladder else [])
+        ]
 
 
 def load_study(path: Path) -> Study:
@@ -122,52 +121,42 @@ def load_study(path: Path) -> Study:
         ValueError: the file is missing or no YAML, a key is unknown, a value has the wrong type or makes no sense.
     """
     study = build(Study, read_yaml(path))
-    _check(study, path)
+    for is_wrong, text in _checks(study):
+        if is_wrong:
+            raise ValueError(f"{path}: {text}")
     return study
 
 
-def arm_settings(name: str, arm: Arm) -> Mapping[str, Any]:
-    """The arm's keys, with the method that its name stands for."""
-    return ({"model.method": name} if name in METHODS else {}) | arm.settings
-
-
-def _check(study: Study, path: Path) -> None:
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ValueError(f"{path}: {message}")
-
-    require((study.ladder is None) != (study.rungs is None), "give the sizes either as a ladder or as rungs")
-    require(study.ladder is None or study.config is not None, "a ladder needs 'config', the run config to start from")
-    require(
-        study.ladder is None or study.tokens_per_parameter is not None,
-        "a ladder needs tokens_per_parameter, a list of token budgets such as [10, 20]",
+def _checks(study: Study) -> Iterator[tuple[bool, str]]:
+    """(Whether it is wrong, what is and what to set)."""
+    names, seeds, arms = study.rung_names, study.seeds, study.methods
+    yield (study.ladder is None) == (study.rungs is None), "give the sizes either as a ladder or as rungs"
+    yield (
+        study.ladder is not None and None in (study.config, study.tokens_per_parameter),
+        "a ladder needs 'config', the run config to start from, and tokens_per_parameter, such as [10, 20]",
     )
-    require(
-        study.baseline in study.methods,
-        f"the baseline '{study.baseline}' is none of the methods {list(study.methods)}: add it, or set 'baseline'",
+    yield (
+        study.baseline not in arms,
+        f"the baseline '{study.baseline}' is none of the methods {list(arms)}: add it, or set 'baseline'",
     )
-    require(bool(study.seeds) and len(set(study.seeds)) == len(study.seeds), "seeds must be different, one at least")
-    names = study.rung_names
-    for name in (*names, *study.methods):
-        require(
-            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) is not None,
+    yield not seeds or len({*seeds}) < len(seeds), f"seeds is {seeds}; they must be different, one at least"
+    for name in (*names, *arms):
+        yield (
+            not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name),
             f"a rung or method is named {name!r}, and its runs' folders after it: take letters, digits and _ . + -",
         )
-    require(len(set(names)) == len(names), f"the rungs {names} are not all different")
-    require(0 < study.confidence < 1, f"confidence is {study.confidence}; set it between 0 and 1, such as 0.9")
-    require(study.evaluations >= 1 and study.eval_sequences >= 1, "set evaluations and eval_sequences to 1 or more")
-    other = [rung for rung in study.tokens_per_parameter_at if rung not in names]
-    require(not other, f"tokens_per_parameter_at names {other}; the rungs are {names}")
-    budgets = [study.tokens_per_parameter or [], *study.tokens_per_parameter_at.values()]
-    budgets += [arm.tokens_per_parameter or [] for arm in study.methods.values()]
-    require(
-        all(0 < budget < math.inf for each in budgets for budget in each),
-        "tokens_per_parameter must be numbers above 0",
-    )
-    for name, arm in study.methods.items():
-        unknown = [rung for rung in arm.rungs or [] if rung not in names]
-        require(not unknown, f"methods.{name}.rungs names {unknown}; the rungs are {names}")
-        require(
-            name in METHODS or bool(arm.settings),
+    yield len({*names}) < len(names), f"the rungs {names} are not all different"
+    yield not 0 < study.confidence < 1, f"confidence is {study.confidence}; set it between 0 and 1, such as 0.9"
+    yield min(study.evaluations, study.eval_sequences) < 1, "set evaluations and eval_sequences to 1 or more"
+    budgets = [study.tokens_per_parameter, *study.tokens_per_parameter_at.values()]
+    budgets += [arm.tokens_per_parameter for arm in arms.values()]
+    yield not all(0 < of < math.inf for each in budgets for of in each or []), "tokens_per_parameter must be above 0"
+    named = {"tokens_per_parameter_at": [*study.tokens_per_parameter_at]}
+    named |= {f"methods.{name}.rungs": arm.rungs or [] for name, arm in arms.items()}
+    for key, rungs in named.items():
+        yield not {*rungs} <= {*names}, f"{key} names {rungs}; the rungs are {names}"
+    for name, arm in arms.items():
+        yield (
+            name not in METHODS and not arm.settings,
             f"methods.{name} is no method ({', '.join(METHODS)}): give it settings, such as {{model.num_loops: 2}}",
         )

@@ -54,11 +54,11 @@ PURE = {
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
     "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "switches")},
     "data/order.py": {"numpy"},
-    "study/report_data.py": {f"{PACKAGE}.train.line_files", f"{PACKAGE}.study.verdict"},
+    "study/report_data.py": {f"{PACKAGE}.train.line_files", f"{PACKAGE}.study.conclusion"},
     "study/plots.py": {"numpy", "matplotlib", f"{PACKAGE}.study.report_data"},
     "study/report.py": {"jinja2", f"{PACKAGE}.study"},
 }
-STATISTICS = ("law", "bootstrap", "differences", "multiplier", "verdict", "fit")
+STATISTICS = ("law", "bootstrap", "differences", "multiplier", "conclusion", "fit")
 PURE |= {
     f"study/{name}.py": {"numpy", "scipy", *(f"{PACKAGE}.study.{other}" for other in STATISTICS)} for name in STATISTICS
 }

@@ -1,6 +1,7 @@
-"""Studies: the ladder's rules, what a plan holds, what is refused; nothing is trained."""
+"""Studies: the ladder's rules, what a plan holds, what cannot be planned; nothing is trained."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,17 @@ from megatron_depthattn.config import load_config, to_dict, validate
 from megatron_depthattn.launch.submit import sweep
 from megatron_depthattn.study.ladder import Ladder
 from megatron_depthattn.study.plan import make_plan, read_points
-from megatron_depthattn.study.run import progress_of, training_command
-from megatron_depthattn.study.slurm import write_array
-from megatron_depthattn.study.study import load_study
+from megatron_depthattn.study.run import progress_of, training_command, write_array
+from megatron_depthattn.study.study import Study, load_study
 
 STUDIES = Path(__file__).parents[2] / "configs/studies"
 SMALL = {
     "title": "small",
     "config": str(STUDIES.parent / "quickstart.yaml"),
-    "settings": {"parallel.pipeline": 1, "data.path": "data/none", "model.depth_attention.stride": None},
+    "settings": {
+        **{"parallel.pipeline": 1, "data.path": "data/none"},
+        **{"model.depth_attention.stride": None, "checkpoint.dir": "saved"},
+    },
     "ladder": {"layers": [2, 4], "hidden_per_layer": 16, "head_size": 16, "ffn_multiple": 16, "reference_size": 1e5},
     "methods": {"vanilla": {}, "depth_attention": {}, "looped": {"settings": {"model.num_loops": 2}, "rungs": ["d2"]}},
     "seeds": [1, 2],
@@ -29,11 +32,22 @@ SMALL = {
 }
 
 
-def planned(folder: Path, **changes) -> tuple[Path, dict]:
-    """A study's output folder and plan."""
+SHORT = {"ladder": SMALL["ladder"] | {"layers": [2]}, "seeds": [1], "tokens_per_parameter": [2]}
+
+
+def study_of(folder: Path, **changes) -> Study:
+    """The small study with changes."""
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump(SMALL | changes, sort_keys=False))
-    return folder / "out", make_plan(load_study(file), folder, folder / "out")
+    return load_study(file)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, dict]:
+    """The small study's output folder and plan."""
+    folder = tmp_path_factory.mktemp("plan") / "of $(touch obeyed) 'mine' #1"
+    folder.mkdir()
+    return folder / "out", make_plan(study_of(folder), folder, folder / "out")
 
 
 def test_the_ladder_turns_width_with_depth():
@@ -61,8 +75,8 @@ def test_batch_and_rate_follow_their_powers():
     assert larger["train.micro_batch_size"] == 16
 
 
-def test_a_plan_has_every_point_once_with_its_whole_config(tmp_path):
-    output, plan = planned(tmp_path)
+def test_a_plan_has_every_point_once_with_its_whole_config(small):
+    output, plan = small
     ids = [point["id"] for point in plan["points"]]
     wanted = [
         f"{rung}/{method}/x{budget}/seed{seed}"
@@ -81,8 +95,8 @@ def test_a_plan_has_every_point_once_with_its_whole_config(tmp_path):
         assert config.checkpoint.load == "latest" and config.run.seed == point.seed
 
 
-def test_methods_of_a_pair_differ_in_the_method_and_their_folders_alone(tmp_path):
-    output, _ = planned(tmp_path, settings=SMALL["settings"] | {"checkpoint.dir": "saved"})
+def test_methods_of_a_pair_differ_in_the_method_and_their_folders_alone(small):
+    output, _ = small
     one, other = (
         to_dict(load_config(output / f"configs/d4/{method}/x2/seed1.yaml")) for method in ("vanilla", "depth_attention")
     )
@@ -93,8 +107,8 @@ def test_methods_of_a_pair_differ_in_the_method_and_their_folders_alone(tmp_path
 
 
 def test_size_leaves_the_embedding_out_and_is_the_rungs_not_the_methods(tmp_path):
-    _, plan = planned(tmp_path, methods={"vanilla": {}, "mhc": {}})
-    vanilla, mhc = (next(p for p in plan["points"] if p["method"] == method) for method in ("vanilla", "mhc"))
+    study = study_of(tmp_path, methods={"vanilla": {}, "mhc": {}}, **SHORT)
+    vanilla, mhc = make_plan(study, tmp_path, tmp_path)["points"]
     embedding = 2048 * 32  # vocabulary x hidden of d2
     assert vanilla["size"] == mhc["size"] == vanilla["parameters"] - embedding
     assert mhc["parameters"] > vanilla["parameters"]
@@ -108,18 +122,19 @@ def test_shipped_studies_can_be_planned(name, tmp_path):
 
 
 def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
-    """One rung and two methods of it; the whole takes a minute."""
+    """One rung and two methods of it."""
     study = load_study(STUDIES / "paper.yaml")
     assert study.rung_names == ["360m", "1.5b", "3b"] and len(study.methods) == 5
     study.rungs = (study.rungs or [])[:1]
     study.methods = {name: study.methods[name] for name in ("vanilla", "mhc")}
     plan = make_plan(study, STUDIES, tmp_path)
-    vanilla, mhc = plan["points"]
-    assert vanilla["steps"] == 50000 and vanilla["world"] == 32
-    assert 0 < vanilla["predicted_step_seconds"] < mhc["predicted_step_seconds"]
+    vanilla, mhc = read_points(tmp_path)
+    assert plan["points"] == [asdict(vanilla), asdict(mhc)]
+    assert vanilla.steps == 50000 and vanilla.world == 32
+    assert 0 < (vanilla.predicted_step_seconds or 0) < (mhc.predicted_step_seconds or 0)
     for point in (vanilla, mhc):
-        config = load_config(tmp_path / point["config"])
-        assert config.parallel.tensor == point["layout"]["parallel.tensor"]
+        config = load_config(tmp_path / point.config)
+        assert config.parallel.tensor == point.layout["parallel.tensor"]
         assert validate(config, 32).num_microbatches >= 1
 
 
@@ -139,10 +154,10 @@ def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
         ),
         ({"methods": SMALL["methods"] | {"-x\n": {"settings": {"model.num_loops": 2}}}}, r"is named '-x\\n'"),
         ({"ladder": None, "rungs": [{"name": "/etc/x", "config": SMALL["config"]}]}, "is named '/etc/x'"),
-        ({"tokens_per_parameter": [2, 2.0001]}, "2 runs of the study are d2/vanilla/x2/seed1"),
-        ({"seeds": [1, 1]}, "seeds must be different"),
-        ({"tokens_per_parameter": [0]}, "must be numbers above 0"),
-        ({"tokens_per_parameter": [float("inf")]}, "must be numbers above 0"),
+        (SHORT | {"tokens_per_parameter": [2, 2.0001]}, "2 runs of the study are d2/vanilla/x2/seed1"),
+        ({"seeds": [1, 1]}, "must be different, one at least"),
+        ({"tokens_per_parameter": [0]}, "must be above 0"),
+        ({"tokens_per_parameter": [float("inf")]}, "must be above 0"),
         ({"tokens_per_parameter_at": {"d9": [1]}}, "the rungs are"),
         ({"confidence": 90}, "between 0 and 1"),
         ({"ladder": SMALL["ladder"] | {"layers": [4, 2]}}, "ascending"),
@@ -152,15 +167,13 @@ def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
     ],
 )
 def test_what_cannot_be_planned_is_an_error_of_one_line(changes, complaint, tmp_path):
-    with pytest.raises(ValueError, match=complaint) as told:
-        planned(tmp_path, **changes)
-    assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match=complaint) as raised:
+        make_plan(study_of(tmp_path, **changes), tmp_path, tmp_path / "out")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_study_reads_no_environment(tmp_path):
-    file = tmp_path / "small.yaml"
-    file.write_text(yaml.safe_dump(SMALL | {"title": "${oc.env:HOME}", "settings": {"run.dir": "${oc.env:HOME}"}}))
-    study = load_study(file)
+    study = study_of(tmp_path, title="${oc.env:HOME}", settings={"run.dir": "${oc.env:HOME}"})
     assert (study.title, study.settings) == ("${oc.env:HOME}", {"run.dir": "${oc.env:HOME}"})
 
 
@@ -178,10 +191,8 @@ def write_run(output: Path, point, *, steps: int, outcome: str | None, **changes
     (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
 
 
-def test_a_point_is_finished_when_its_run_says_so(tmp_path):
-    folder = tmp_path / "of $(touch obeyed) 'mine' #1"
-    folder.mkdir()
-    output, _ = planned(folder)
+def test_a_point_is_finished_when_its_run_says_so(small):
+    output, _ = small
     done, cut, killed, new, *_ = read_points(output)
     resolved = {"spec: auto": "spec: te", "op: auto": "op: triton"}  # on a machine that has them
     write_run(output, done, steps=done.steps, outcome="finished", **resolved)
@@ -198,11 +209,11 @@ def test_a_point_is_finished_when_its_run_says_so(tmp_path):
     assert write_array([done], output)[0] is None
 
 
-def test_a_run_of_another_config_is_not_taken_for_the_points(tmp_path):
-    output, _ = planned(tmp_path)
-    point = read_points(output)[0]
-    write_run(output, point, steps=point.steps, outcome="finished", **{"num_layers: 2": "num_layers: 3"})
-    with pytest.raises(ValueError, match=r"another config .*model\.num_layers is 3, not 2"):
+def test_a_run_of_another_config_is_not_taken_for_the_points(small):
+    output, _ = small
+    point = read_points(output)[-1]
+    write_run(output, point, steps=point.steps, outcome="finished", **{"num_layers: 4": "num_layers: 3"})
+    with pytest.raises(ValueError, match=r"another config .*model\.num_layers is 3, not 4"):
         progress_of(point, output)
 
 
@@ -223,10 +234,9 @@ def test_a_study_of_several_nodes_is_not_started_here(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_held_out_text_that_is_too_short_is_refused(tmp_path):
+def test_a_held_out_text_that_is_too_short_is_an_error(tmp_path):
     """As many sequences as are asked for are enough, one less is not."""
-    planned(tmp_path)
-    study = load_study(tmp_path / "small.yaml")
+    study = study_of(tmp_path)
     for count in (study.eval_sequences, study.eval_sequences - 1):
         index = tmp_path / str(count) / "index.json"
         with MDSWriter(columns={"tokens": "ndarray:uint16:3"}, out=str(index.parent), size_limit=500) as writer:

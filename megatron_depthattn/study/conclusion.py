@@ -1,8 +1,8 @@
-"""What a study says of a method: a verdict from its paired differences alone, and a sentence that leads with it.
+"""What a study says of a method: a conclusion from its paired differences alone, and a sentence that leads with it.
 
 The differences of a token budget are averaged over its rungs; the noise is that of seeds within rungs. Where rungs were
 trained on several budgets, the smallest says whether a method learns faster at first and the largest whether it is
-better at the end: the two verdicts of all methods hold together at the study's confidence (Bonferroni). The law of the
+better at the end: both conclusions of all methods hold together at the study's confidence (Bonferroni). The law of the
 baseline, and with it the multiplier, decides nothing here.
 """
 
@@ -11,26 +11,22 @@ from typing import Any
 
 from megatron_depthattn.study.differences import Clusters, mean_difference
 
-NONE = "no difference shown"
-
 
 def budget_differences(clusters: Clusters, baseline: str, method: str, confidence: float) -> list[dict[str, Any]]:
     """Mean paired difference over rungs, by token budget; of all pairs at once where no rung has two budgets."""
     ran, difference = clusters.ran(baseline, method), clusters.losses[method] - clusters.losses[baseline]
-    cells = {(rung, budget) for (rung, budget, _), here in zip(clusters.keys, ran, strict=True) if here}
-    groups: list[tuple[float | None, Any]] = [(None, ran)]
-    if len(cells) > len({rung for rung, _ in cells}):
-        groups = [(budget, ran & clusters.of_budget(budget)) for budget in clusters.budgets]
+    groups: dict[Any, Any] = {None: ran} if ran.any() else {}
+    if any(len(clusters.by_budget(of)) > 1 for of in clusters.by_rung(ran).values()):
+        groups = clusters.by_budget(ran)
     found = []
-    for budget, here in ((budget, here) for budget, here in groups if here.any()):
-        parts = {rung: difference[here & clusters.of_rung(rung)] for rung in clusters.rungs}
-        parts = {rung: part for rung, part in parts.items() if len(part)}
-        entry: dict[str, Any] = {"tokens_per_parameter": budget, "rungs": list(parts), "pairs": int(here.sum())}
-        found.append(entry | mean_difference(list(parts.values()), confidence))
+    for budget, here in groups.items():
+        parts = {rung: difference[of] for rung, of in clusters.by_rung(here).items()}
+        entry = {"tokens_per_parameter": budget, "rungs": [*parts], "pairs": int(here.sum())}
+        found.append(entry | mean_difference([*parts.values()], confidence))
     return found
 
 
-def verdict(clusters: Clusters, baseline: str, method: str, confidence: float, num_methods: int) -> str:
+def conclusion(clusters: Clusters, baseline: str, method: str, confidence: float, num_methods: int) -> str:
     """In words, from the differences at the smallest and at the largest budget."""
     looks = 2 if len(budget_differences(clusters, baseline, method, confidence)) > 1 else 1
     corrected = 1 - (1 - confidence) / (looks * num_methods)
@@ -41,13 +37,10 @@ def verdict(clusters: Clusters, baseline: str, method: str, confidence: float, n
     if late:
         end, other = ("better", "slower") if late < 0 else ("worse", "faster")
         return end if early in (0, late) else f"{other} early learning, but {end} at the end"
-    if early:
-        return (
-            "faster early learning, not shown to be a better model at the end"
-            if early < 0
-            else "slower early learning, not shown to be a worse model at the end"
-        )
-    return NONE
+    if not early:
+        return "no difference shown"
+    pace, end = ("faster", "better") if early < 0 else ("slower", "worse")
+    return f"{pace} early learning, not shown to be a {end} model at the end"
 
 
 def _sign(difference: Mapping[str, Any]) -> int:
@@ -56,37 +49,32 @@ def _sign(difference: Mapping[str, Any]) -> int:
     return 0 if low is None else -1 if high < 0 else 1 if low > 0 else 0
 
 
-def sentence(
-    found: Mapping[str, Any], baseline: str, confidence: float, time_ratio: float | str, law_misses: bool
-) -> str:
-    """The verdict, the differences, what they are worth in tokens and in time, for a reader who sees nothing else.
+def sentence(found: Mapping[str, Any], baseline: str, confidence: float, law_misses: bool) -> str:
+    """The conclusion, the differences, what they are worth in tokens and in time, for who sees nothing else.
 
     Args:
-        found: of the method in fit.json: verdict, budget_differences, and equal_tokens, equal_time or refused.
-        time_ratio: seconds per token over the baseline's; or why it is not known.
+        found: of the method in fit.json: conclusion, budget_differences, and equal_tokens, equal_time or reason.
         law_misses: the baseline's law misses its own points, so nothing is decided by it.
     """
-    parts = [f"{found['verdict']}."]
+    parts = [f"{found['conclusion']}."]
     if differences := found["budget_differences"]:
         each = ", ".join(_difference(entry) for entry in differences)
         parts.append(f"Held-out loss less {baseline}'s, nats [{100 * confidence:g} % interval]: {each}.")
         if all(entry["low"] is None for entry in differences):
             parts.append("One seed does not show its noise: add seeds.")
-    if "refused" in found:
-        return " ".join([*parts, f"Its worth in tokens is not known: {found['refused']}."])
-    rough = " (rough: its law misses its own points)" if law_misses else ""
+    if "reason" in found:
+        return " ".join([*parts, f"Its worth in tokens is not known: {found['reason']}."])
+    rough, timed = " (rough: its law misses its own points)" if law_misses else "", found["equal_time"]
     parts.append(f"{baseline} needs {_times(found['equal_tokens'])} the tokens for the same loss{rough}.")
-    if isinstance(time_ratio, str):
-        return " ".join([*parts, f"Equal wall time: {time_ratio}."])
-    timed, worth = found["equal_time"], ""
-    if not law_misses:
-        low, high = (timed[end] for end in ("low", "high"))
-        worth = ": not shown to be worth its time"
-        if low is not None and low > 1:
-            worth = ": worth its time"
-        elif high is not None and high < 1:
-            worth = ": less than its time costs"
-    parts.append(f"A token takes {time_ratio:.2f} × as long; at equal wall time {_times(timed)} is left{worth}.")
+    if "reason" in timed:
+        return " ".join([*parts, f"Equal wall time: {timed['reason']}."])
+    worth = "" if law_misses else ": not shown to be worth its time"
+    if not law_misses and timed["low"] is not None and timed["low"] > 1:
+        worth = ": worth its time"
+    elif not law_misses and timed["high"] is not None and timed["high"] < 1:
+        worth = ": less than its time costs"
+    ratio = found["equal_tokens"]["value"] / timed["value"]
+    parts.append(f"A token takes {ratio:.2f} × as long; at equal wall time {_times(timed)} is left{worth}.")
     return " ".join(parts)
 
 
