@@ -64,7 +64,7 @@ def _from_hf(given: argparse.Namespace) -> None:
 
 
 def _repackage(given: argparse.Namespace) -> None:
-    from megatron_depthattn.convert.repackage import repackage
+    from megatron_depthattn.convert.from_hf import repackage
     from megatron_depthattn.hf.weights_folder import HFFolder
 
     _wrote(given.output, repackage(HFFolder(given.model), given.output, overwrite=given.overwrite))

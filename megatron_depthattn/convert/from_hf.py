@@ -1,27 +1,42 @@
 """Import: a Hugging Face folder to a Megatron step folder that a run can start from, under any layout."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import PreTrainedTokenizerFast
 
 from megatron_depthattn.config import RunConfig, to_dict
 from megatron_depthattn.convert.complete_folder import complete_folder
-from megatron_depthattn.convert.hf_writer import GENERATION_CONFIG, tokenizer_files, write_tokenizer
-from megatron_depthattn.convert.megatron_writer import write_megatron_checkpoint
+from megatron_depthattn.convert.hf_writer import (
+    GENERATION_CONFIG,
+    copy_files,
+    tokenizer_files,
+    write_model,
+    write_tokenizer,
+)
 from megatron_depthattn.convert.to_hf import TOKENIZER
-from megatron_depthattn.hf.model_config import UNUSED_IN_RELEASED, normalises_keys_after_rope, to_model_section
+from megatron_depthattn.hf.model_config import (
+    UNUSED_IN_RELEASED,
+    normalises_keys_after_rope,
+    to_hf_config,
+    to_model_section,
+)
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
-from megatron_depthattn.hf.weights_folder import HFFolder, read_json, some_names
+from megatron_depthattn.hf.weights_folder import CONFIG, HFFolder, read_json, some_names
 from megatron_depthattn.train.step_folders import (
+    COMMON,
     GENERATION,
     MANIFEST,
+    SAVED_METADATA,
     Progress,
     digest_files,
     is_run_checkpoint,
@@ -31,7 +46,6 @@ from megatron_depthattn.vocabulary import padded_vocab_size
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MODEL_YAML = "model.yaml"
-NO_TOKENIZER = "{} has no tokenizer: data for this model needs one"
 RECOMPUTED = ("rotary_emb.inv_freq",)  # old checkpoints carry what the model computes itself
 
 
@@ -92,7 +106,7 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
 def tokenizer_of(source: HFFolder) -> tuple[PreTrainedTokenizerFast | None, list[str]]:
     """The folder's tokenizer, or None and a line that says why: weights are worth having without one."""
     if not tokenizer_files(source.folder):
-        return None, [NO_TOKENIZER.format(source.folder)]
+        return None, [f"{source.folder} has no tokenizer: data for this model needs one"]
     try:
         return load_fast_tokenizer(source.folder), []
     except ValueError as error:
@@ -161,3 +175,67 @@ def _differences(source: HFFolder, model: Mapping[str, Any]) -> list[str]:
         "where k_norm's weights are equal within each rotated pair; here they differ by up to "
         f"{100 * largest:.2g} %",
     ]
+
+
+def repackage(source: HFFolder, output: Path, *, overwrite: bool = False) -> list[str]:
+    """Write ``output`` from a checkpoint in the released layout.
+
+    Unlike an import, this keeps the order in which the released code normalises keys, and so the exact function.
+
+    Returns:
+        What the user should know: lines about what was left out.
+
+    Raises:
+        ValueError: the checkpoint is no released one, or does not hold the model that it describes; the output exists
+            or cannot be written.
+    """
+    kind = source.config.get("model_type")
+    if kind != "llama":
+        raise ValueError(
+            f"{source.folder} has model_type={kind!r}, not the released layout: transformers loads it as it is"
+        )
+    model = to_model_section(source.config)
+    if not model["depth_attention"]["enabled"]:
+        raise ValueError(f"{source.folder} has use_depth_attention=false: there is nothing to repackage")
+    names = [name for group in hf_groups(source, model) for name in group.hf]
+    special_tokens = {f"{part}_token_id": source.config.get(f"{part}_token_id") for part in ("bos", "eos", "pad")}
+    dtype = str(source.dtypes[names[0]]).removeprefix("torch.")
+    config = to_hf_config(model, dtype=dtype, special_tokens=special_tokens)
+    config["depth_attention_k_norm_after_rope"] = True
+    sizes = {name: source.num_bytes(name) for name in names}
+    tokenizer, notes = tokenizer_of(source)
+    with complete_folder(
+        output, marker=CONFIG, source=source.folder, num_bytes=sum(sizes.values()), overwrite=overwrite
+    ) as folder:
+        found = (source.folder, tokenizer) if tokenizer else None
+        write_model(folder, config, sizes, lambda name: [(name, read_finite(source, name))], found)
+        copy_files([source.folder / GENERATION_CONFIG], folder)
+    return notes
+
+
+class _LazyPlanner(dcp.DefaultSavePlanner):
+    """torch's planner, asking for a tensor when it is written and not before."""
+
+    def __init__(self, produce: Callable[[str], Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._produce = produce
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._produce(index.fqn)
+
+
+def write_megatron_checkpoint(
+    folder: Path, weights: Mapping[str, Tensor], produce: Callable[[str], Tensor], common: Mapping[str, Any]
+) -> None:
+    """Write weights as Megatron would, into an existing empty folder.
+
+    Args:
+        weights: name to a tensor on the meta device: shape and dtype.
+        produce: makes the tensor of a name; called once for each, just before it is written.
+        common: what else the checkpoint holds.
+    """
+    # torch's writer holds all tensors of a file until the file is complete: a file each
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
+    dcp.save(dict(weights), storage_writer=writer, planner=_LazyPlanner(produce), no_dist=True)
+    torch.save({**common, "content_metadata": dict(SAVED_METADATA)}, folder / COMMON)
+    save_config(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))

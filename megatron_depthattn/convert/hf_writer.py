@@ -33,23 +33,20 @@ def write_model(
     produce: Callable[[str], Iterable[tuple[str, Tensor]]],
     tokenizer: tuple[Path, PreTrainedTokenizerFast] | None,
 ) -> None:
-    """Write config, weights (see `write_weights`), the model's code, and the tokenizer of a folder."""
-    write_json(folder / CONFIG, config)
-    write_weights(folder, sizes, produce)
-    copy_files(model_files(config["model_type"]), folder)
-    if tokenizer:
-        write_tokenizer(*tokenizer, folder)
+    """Write config, weights, the model's code, and the tokenizer of a folder.
 
-
-def write_weights(
-    folder: Path, sizes: Mapping[str, int], produce: Callable[[str], Iterable[tuple[str, Tensor]]]
-) -> None:
-    """Write safetensors files of at most ``MAX_SHARD_BYTES`` (a larger tensor has its own) and, for several, an index.
+    Weights go to safetensors files of at most ``MAX_SHARD_BYTES`` (a larger tensor has its own) and, for several, an
+    index.
 
     Args:
         sizes: bytes of each unit: tensors that are made together and stay in one file.
         produce: names and tensors of a unit; called once for each, in order.
+        tokenizer: where it was loaded from, and it.
     """
+    write_json(folder / CONFIG, config)
+    copy_files(model_files(config["model_type"]), folder)
+    if tokenizer:
+        write_tokenizer(*tokenizer, folder)
     plan = split_state_dict_into_shards_factory(
         dict(sizes),  # type: ignore[arg-type] # sizes stand for the tensors
         get_storage_size=lambda num_bytes: num_bytes,

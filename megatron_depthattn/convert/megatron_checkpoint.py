@@ -25,17 +25,16 @@ from megatron_depthattn.train.step_reader import StepReader, read_common
 METADATA = "metadata.json"
 _VIA_HF = "export it to a Hugging Face folder with the program that made it, then use from-hf"
 _FOREIGN = f"a Megatron-Core checkpoint of another program, which does not say which model it holds; {_VIA_HF}"
+_OTHERS = f"of another program, such as Megatron-LM, DeepSpeed or torch's FSDP; {_VIA_HF}"
 _KINDS = {
     # by what lies in the folder
     "config.json": "a Hugging Face model folder: give it as --model, to from-hf or verify",
     "adapter_config.json": "a LoRA adapter: merge it into its model first",
-    "latest_checkpointed_iteration.txt": f"a folder of Megatron-LM's checkpoints; {_VIA_HF}",
-    "mp_rank_*": f"a legacy checkpoint of Megatron-LM or DeepSpeed; {_VIA_HF}",
-    "model_optim_rng.pt": f"one rank's part of a legacy checkpoint of Megatron-LM; {_VIA_HF}",
-    "global_step*": f"a folder of DeepSpeed's checkpoints; {_VIA_HF}",
-    "zero_to_fp32.py": f"a folder of DeepSpeed's checkpoints; {_VIA_HF}",
-    "*.distcp": f"a checkpoint of torch's (FSDP, torchtitan), or an incomplete one of Megatron-Core; {_VIA_HF}",
     "checkpoints/step_*": "a run folder: give its folder checkpoints",
+    **dict.fromkeys(("latest_checkpointed_iteration.txt", "global_step*"), f"a folder of checkpoints {_OTHERS}"),
+    **dict.fromkeys(
+        ("mp_rank_*", "model_optim_rng.pt", "zero_to_fp32.py", "*.distcp"), f"a checkpoint, or a part of one, {_OTHERS}"
+    ),
 }
 
 
@@ -57,8 +56,8 @@ class MegatronCheckpoint:
             folder = folder / name
         if not (folder / METADATA).is_file():
             raise ValueError(f"{folder} is {_kind(folder)}")
-        if (folder / MANIFEST).is_file():
-            _check_files(folder)
+        if (folder / MANIFEST).is_file() and (damage := find_damage(folder)):
+            raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")
         self.folder = folder
         self._reader = StepReader(folder)
         try:
@@ -107,12 +106,3 @@ def _kind(folder: Path) -> str:
         if any(folder.glob(pattern)):
             return kind
     return "no complete checkpoint: give a step folder, such as checkpoints/step_00000100"
-
-
-def _check_files(folder: Path) -> None:
-    try:
-        damage = find_damage(folder)
-    except OSError as error:
-        damage = [str(error)]
-    if damage:
-        raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")

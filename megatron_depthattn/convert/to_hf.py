@@ -52,7 +52,8 @@ def export(
 
     generation = _imported_generation(checkpoint, special_tokens.get("eos_token_id"))
     by_name = {group.megatron: group for group in groups}
-    sizes = {name: _num_bytes(checkpoint, group) for name, group in by_name.items()}
+    itemsizes = {name: entry.properties.dtype.itemsize for name, entry in checkpoint.weights.items()}
+    sizes = {name: math.prod(group.megatron_shape) * itemsizes[name] for name, group in by_name.items()}
     num_bytes = sum(sizes.values())
     card = model_card(checkpoint, config, num_bytes)
     with complete_folder(
@@ -145,15 +146,8 @@ def _load_fitting(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 def _imported_generation(checkpoint: MegatronCheckpoint, end: int | None) -> Mapping[str, Any] | None:
     """The generation config of the imported model that the run started from; it also stops at ``end``, as trained."""
     generation: dict[str, Any] | None = checkpoint.common.get(GENERATION)
-    if generation is None:
-        file = checkpoint.folder / GENERATION_CONFIG  # imports of earlier versions
-        return read_json(file) if file.is_file() else None
-    known = generation.get("eos_token_id")
+    known = (generation or {}).get("eos_token_id")
     ends = known if isinstance(known, list) else [known] if known is not None else []
-    if end is None or end in ends:
+    if generation is None or end is None or end in ends:
         return generation
     return generation | {"eos_token_id": [*ends, end] if ends else end}
-
-
-def _num_bytes(checkpoint: MegatronCheckpoint, group: WeightGroup) -> int:
-    return math.prod(group.megatron_shape) * checkpoint.weights[group.megatron].properties.dtype.itemsize

@@ -1,18 +1,17 @@
 """Does a Hugging Face folder hold the model of a step folder? Weights, config, code, logits, decoding with a cache."""
 
-import dataclasses
 import filecmp
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_depthattn.config import ParallelConfig, PrecisionConfig, RecomputeConfig, from_dict
+from megatron_depthattn.config.load import Layer, build
+from megatron_depthattn.config.schema import RunConfig
 from megatron_depthattn.convert.hf_writer import model_files
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import hf_tensors, megatron_groups
@@ -30,8 +29,7 @@ LOGITS_BOUND, CACHE_BOUND = 1e-4, 1e-5
 BATCH, POSITIONS, CHUNK = 2, 64, 5
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line of the table."""
 
     name: str
@@ -123,20 +121,11 @@ def _difference(name: str, actual: Tensor, expected: Tensor, bound: float) -> Ch
 
 def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor) -> Tensor:
     """Logits [b, t, vocabulary] in fp32 of Megatron's model in this process alone, whatever layout trained it."""
-    saved = from_dict(checkpoint.common["config"], str(checkpoint.folder))
-    plain: dict[str, Any] = dict.fromkeys(MODEL_SWITCHES, False)
-    config = dataclasses.replace(
-        saved,
-        model=dataclasses.replace(
-            saved.model,
-            spec="local",
-            depth_attention=dataclasses.replace(saved.model.depth_attention, op="lean"),
-            **plain,
-        ),
-        parallel=ParallelConfig(),
-        precision=PrecisionConfig(dtype="fp32"),
-        recompute=RecomputeConfig(),
-    )
+    saved = {key: value for key, value in checkpoint.common["config"].items() if key not in ("parallel", "recompute")}
+    switches = dict.fromkeys(MODEL_SWITCHES, False)
+    plain = {"model": {"spec": "local", "depth_attention": {"op": "lean"}, **switches}}
+    saved["precision"] = {"dtype": "fp32"}
+    config = build(RunConfig, [Layer(str(checkpoint.folder), saved), Layer("verify", plain)])
     with _world_of_one(), torch.no_grad():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Megatron's groups are
         model = build_chunk(config, transformer_config(config)).to(device)

@@ -14,6 +14,7 @@ class CrossLayerConfig(Qwen3Config):
     # Layers read earlier ones: a pipeline that hands on hidden states alone would lose them.
     base_model_pp_plan = None
     method_keys = tuple[str, ...]()
+    num_loops = 1
 
     def __init__(self, **kwargs: Any) -> None:
         # transformers 5 writes rope_parameters alone, transformers 4 reads rope_theta alone.
@@ -26,9 +27,9 @@ class CrossLayerConfig(Qwen3Config):
         if any(kind != "full_attention" for kind in self.layer_types):
             raise ValueError("sliding-window layers are not supported: set use_sliding_window=false")
 
-    def check_at_least(self, least: int, reason: str) -> None:
-        """Raise ValueError for a method's setting below ``least``."""
-        for key in self.method_keys:
+    def check_at_least(self, least: int, reason: str, keys: tuple[str, ...] = ()) -> None:
+        """Raise ValueError for a method's setting below ``least``, of ``keys`` or all."""
+        for key in keys or self.method_keys:
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}: {reason}")
 
@@ -75,16 +76,18 @@ class DepthAttnConfig(CrossLayerConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.use_depth_attention = True if use_depth_attention is None else use_depth_attention
         self.num_loops = 1 if num_loops is None else num_loops
-        if self.num_loops < 1:
-            raise ValueError(f"num_loops={num_loops} must be at least 1")
-        self.depth_attention_stride = (
-            depth_attention_stride if depth_attention_stride is not None else max(1, self.num_effective_layers // 2)
-        )
-        self.depth_attention_recent_window = depth_attention_recent_window or 0
+        stride = max(1, self.num_effective_layers // 2) if depth_attention_stride is None else depth_attention_stride
+        self.use_depth_attention = True if use_depth_attention is None else use_depth_attention
+        self.depth_attention_stride, self.depth_attention_recent_window = stride, depth_attention_recent_window or 0
         self.depth_attention_k_norm_after_rope = bool(depth_attention_k_norm_after_rope)
-        self._check_depth_attention()
+        self.check_at_least(1, "null is the default", ("num_loops", "depth_attention_stride"))
+        self.check_at_least(0, "it counts layers", ("depth_attention_recent_window",))
+        if self.depth_attention_k_norm_after_rope and not self.use_depth_attention:
+            raise ValueError("depth_attention_k_norm_after_rope=true needs use_depth_attention=true")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
 
     @property
     def num_effective_layers(self) -> int:
@@ -97,19 +100,6 @@ class DepthAttnConfig(CrossLayerConfig):
             return []
         stride, window = self.depth_attention_stride, self.depth_attention_recent_window
         return [i for i in range(layer) if i % stride == 0 or i >= layer - window]
-
-    def _check_depth_attention(self) -> None:
-        if self.depth_attention_stride < 1:
-            raise ValueError(f"depth_attention_stride={self.depth_attention_stride} must be at least 1, or null")
-        if self.depth_attention_recent_window < 0:
-            raise ValueError(f"depth_attention_recent_window={self.depth_attention_recent_window} must be at least 0")
-        if self.depth_attention_k_norm_after_rope and not self.use_depth_attention:
-            raise ValueError("depth_attention_k_norm_after_rope=true needs use_depth_attention=true")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}: a group of query heads shares one depth mix"
-            )
 
 
 __all__ = ["CrossLayerConfig", "DepthAttnConfig"]

@@ -5,10 +5,9 @@ a perplexity that looks like a bad model's. Here such a folder is refused, by th
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -82,16 +81,20 @@ def load_causal_lm(
                 empty = model_class(config)
     except Exception as error:  # the configs and models raise nearly everything
         raise ValueError(f"{folder} does not load: {one_line(error)}") from error
-    if not source.config.get("quantization_config"):  # else they are packed
-        _refuse_other_shapes(source, {name: tensor.shape for name, tensor in empty.state_dict().items()})
-    _refuse_more_than_held(source, empty)
+    _check_held(source, empty)
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         with quiet():
             model, info = model_class.from_pretrained(folder, config=config, dtype=dtype or "auto", **options)
     except Exception as error:
         raise ValueError(f"{folder} does not load: {one_line(error)}") from error
-    _refuse_partly_loaded(source, info)
+    complaints = {
+        f"lacks {some_names(info['missing_keys'])}": info["missing_keys"],
+        f"holds {some_names(info['unexpected_keys'])}, which the config has no place for": info["unexpected_keys"],
+        f"does not load: {one_line(next(iter(info.get('error_msgs') or ()), ''))}": info.get("error_msgs"),
+    }
+    if any(complaints.values()):
+        _raise_fault(source, " and ".join(text for text, keys in complaints.items() if keys))
     return model.eval()
 
 
@@ -110,24 +113,28 @@ def _model_class(source: HFFolder) -> type[PreTrainedModel]:
     return found
 
 
-def _refuse_other_shapes(source: HFFolder, wanted: Mapping[str, Sequence[int]]) -> None:
-    """Before memory is taken for what the config asks for, which may be far more than the folder holds."""
-    others = [name for name, shape in wanted.items() if source.shapes.get(name, tuple(shape)) != tuple(shape)]
+def _check_held(source: HFFolder, model: nn.Module) -> None:
+    """Raise before memory is taken for what the config asks for, which may be far more than the folder holds.
+
+    That is tensors of other shapes, or more numbers, under whatever names; tied ones count once.
+    """
+    shapes, total = source.shapes, sum(math.prod(parameter.shape) for parameter in model.parameters())
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = sum(map(math.prod, shapes.values()))
+    if source.config.get("quantization_config"):  # they are packed: a weight takes a bit at least
+        wanted, held = {}, 8 * source.file_bytes()
+    others = [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]
     if others:
-        held = (f"{name} of shape {list(source.shapes[name])}, not {list(wanted[name])}" for name in others)
-        raise ValueError(f"{source.folder} holds {some_names(held)}: its weights are not those of its {CONFIG}")
+        listed = some_names(f"{name} of shape {list(shapes[name])}, not {list(wanted[name])}" for name in others)
+        _raise_fault(source, f"holds {listed}")
+    if total > held:
+        lacking = dict(model.named_parameters()).keys() - shapes.keys()
+        few = f"has {source.file_bytes()} bytes for {total} numbers"
+        _raise_fault(source, f"lacks {some_names(lacking)}" if lacking else few)
 
 
-def _refuse_more_than_held(source: HFFolder, model: nn.Module) -> None:
-    """The same for tensors that the folder lacks, under whatever names it holds others; tied ones count once."""
-    wanted = {name: math.prod(parameter.shape) for name, parameter in model.named_parameters()}
-    # A packed weight takes a bit at least.
-    quantized = source.config.get("quantization_config")
-    held = 8 * source.file_bytes() if quantized else sum(map(math.prod, source.shapes.values()))
-    if (total := sum(wanted.values())) > held:
-        lacking = wanted.keys() - source.shapes.keys()
-        fault = f"lacks {some_names(lacking)}" if lacking else f"has {source.file_bytes()} bytes for {total} numbers"
-        raise ValueError(f"{source.folder} {fault}: its weights are not those of its {CONFIG}")
+def _raise_fault(source: HFFolder, fault: str) -> None:
+    raise ValueError(f"{source.folder} {fault}: its weights are not those of its {CONFIG}")
 
 
 @contextmanager
@@ -146,16 +153,3 @@ def _at_most_parameters(limit: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _refuse_partly_loaded(source: HFFolder, info: Any) -> None:
-    """Refuse a model that has tensors of which the folder holds nothing, or holds what it has no place for."""
-    complaints = []
-    if missing := info["missing_keys"]:
-        complaints.append(f"lacks {some_names(missing)}")
-    if unexpected := info["unexpected_keys"]:
-        complaints.append(f"holds {some_names(unexpected)}, which the config has no place for")
-    if info.get("error_msgs"):
-        complaints.append(f"does not load: {one_line(info['error_msgs'][0])}")
-    if complaints:
-        raise ValueError(f"{source.folder} {' and '.join(complaints)}: its weights are not those of its {CONFIG}")

@@ -31,8 +31,10 @@ AUTO_MAP = {
     kind: {
         "AutoConfig": f"configuration_{CODE[kind]}.{name}Config",
         "AutoModel": f"modeling_{CODE[kind]}.{name}Model",
-        "AutoModelForCausalLM": f"modeling_{CODE[kind]}.{name}ForCausalLM",
-        "AutoModelForSequenceClassification": f"modeling_{CODE[kind]}.{name}ForSequenceClassification",
+        **{
+            f"AutoModel{use}": f"modeling_{CODE[kind]}.{name}{use}"
+            for use in ("ForCausalLM", "ForSequenceClassification")
+        },
     }
     for kind, name in CLASSES.items()
 }
@@ -127,11 +129,9 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
         "rope_theta": rope.get("rope_theta", 10000.0),
     } | config
     section: Section = {ours: filled[theirs] for ours, theirs in SAME_MEANING.items()}
-    if section["num_attention_heads"] % section["num_query_groups"]:
-        raise ValueError(
-            f"num_attention_heads={section['num_attention_heads']} must be a multiple of "
-            f"num_key_value_heads={section['num_query_groups']}"
-        )
+    heads, groups = section["num_attention_heads"], section["num_query_groups"]
+    if heads % groups:
+        raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
     section["rotary_base"] = float(section["rotary_base"])
     section["num_loops"] = config["num_loops"]
     if (kind := config["model_type"]) in METHOD_SETTINGS:
@@ -167,8 +167,7 @@ def check_settings(config: Mapping[str, Any], num_tensors: int | None = None) ->
             if config[key] is not None and not is_right(config[key]):
                 raise ValueError(f"{key}={config[key]!r} must be {wanted}")
     for key, limit in MAX_COUNTS.items():
-        count = config.get(key)
-        if isinstance(count, int) and count > limit:
+        if isinstance(count := config.get(key), int) and count > limit:
             raise ValueError(f"{key}={count} is more than {limit}")
     if "configuration_files" in config:
         raise ValueError("configuration_files names other files to read in place of config.json: remove it")
@@ -227,9 +226,7 @@ def _check_is_trainable(config: Mapping[str, Any]) -> None:
     refused = [text for text, applies in refusals.items() if applies]
     if refused:
         raise ValueError(f"config.json asks for what this stack cannot train: {'; '.join(refused)}")
-    needed = ["max_position_embeddings", "rms_norm_eps", "vocab_size", "intermediate_size"]
-    needed += ["hidden_size", "num_hidden_layers", "num_attention_heads"]
-    needed += METHOD_SETTINGS.get(kind, {}).values()
-    missing = [key for key in needed if key not in config]
-    if missing:
+    filled = {"num_key_value_heads", "head_dim", "rope_theta", "initializer_range", "tie_word_embeddings"}
+    needed = {*SAME_MEANING.values(), *METHOD_SETTINGS.get(kind, {}).values()} - filled
+    if missing := sorted(needed - config.keys()):
         raise ValueError(f"config.json does not say {', '.join(missing)}")

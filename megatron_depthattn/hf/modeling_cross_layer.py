@@ -14,159 +14,30 @@ Shapes: b batch, t new tokens, n streams. What a layer reads of earlier ones are
 gradients flow through them under both kinds of gradient checkpointing.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
-    Qwen3ForCausalLM,
-    Qwen3PreTrainedModel,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-)
-from transformers.utils import can_return_tuple
 
 from .configuration_cross_layer import AttnResConfig, DenseFormerConfig, MHCConfig
-from .modeling_depthattn import CACHE, CrossLayerForSequenceClassification, DecoderLayer, placement
+from .modeling_depthattn import (
+    CrossLayerForCausalLM,
+    CrossLayerForSequenceClassification,
+    CrossLayerModel,
+    CrossLayerPreTrainedModel,
+    DecoderLayer,
+    weighted_sum,
+)
 
-_TAKES_CACHE_POSITION = "cache_position" in inspect.signature(Qwen3Attention.forward).parameters  # transformers 4
 SINKHORN_ITERATIONS = 20
 CLAMP = 1e-12
-
-
-class MethodWeights(nn.Module):
-    """Weights that a method adds."""
-
-    def initial(self) -> dict[str, Tensor | float]:
-        """The value that each parameter starts from."""
-        raise NotImplementedError
-
-
-class CrossLayerDecoderLayer(DecoderLayer):
-    """Qwen3's two sublayers; ``forward`` is the method's."""
-
-    def attend(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """What attention adds to the residual stream, having read ``hidden_states`` [b, t, hidden]."""
-        attended: Tensor = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return attended
-
-    def feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """What SwiGLU adds to it."""
-        output: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return output
-
-
-class CrossLayerPreTrainedModel(Qwen3PreTrainedModel):
-    """Loading, initialisation and the features that transformers may use."""
-
-    _can_record_outputs = None  # these models collect their outputs themselves
-    _pp_plan = None  # see CrossLayerConfig.base_model_pp_plan
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MethodWeights):
-            for name, value in module.initial().items():
-                parameter = getattr(module, name)
-                if not getattr(parameter, "_is_hf_initialized", False):  # loaded, as transformers 5 marks it
-                    parameter.copy_(torch.as_tensor(value))
-
-
-class CrossLayerModel(CrossLayerPreTrainedModel):
-    """The decoder without its output layer."""
-
-    layer_class: type[CrossLayerDecoderLayer]
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
-        self.add_final(config)
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def add_final(self, config: Any) -> None:
-        """Make the method's module behind the last layer."""
-        raise NotImplementedError
-
-    def run_layers(self, hidden_states: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
-        """What flowed into each layer, and what the final norm reads, from the embedding [b, t, hidden]."""
-        raise NotImplementedError
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Run all layers over ``input_ids`` [b, t] or ``inputs_embeds`` [b, t, hidden].
-
-        Args:
-            output_hidden_states: also return what flowed into each layer (mHC: the streams [b, t, n, hidden]), and
-                last the normed output [b, t, hidden].
-            kwargs: handed to every layer's attention function.
-
-        Raises:
-            ValueError: not exactly one of both inputs; attention weights are asked for, which are not collected.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        config = self.config
-        if config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions=True: this model returns no attention weights; set it to False")
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        use_cache = config.use_cache if use_cache is None else use_cache
-
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_key_values = kwargs.pop(CACHE, past_key_values)
-        past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
-        kwargs |= placement(self, hidden_states, attention_mask, position_ids, cache_position, past_key_values)
-        if not _TAKES_CACHE_POSITION:
-            del kwargs["cache_position"]
-        kwargs |= {CACHE: past_key_values, "use_cache": use_cache}
-
-        inputs, hidden_states = self.run_layers(hidden_states, **kwargs)
-        hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            **{CACHE: past_key_values if use_cache else None},
-            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
-        )
-
-
-class CrossLayerForCausalLM(CrossLayerPreTrainedModel, Qwen3ForCausalLM):
-    """The decoder with its output layer, called as transformers' Qwen3."""
-
-    decoder_class: type[CrossLayerModel]
-
-    def __init__(self, config: Any) -> None:
-        super(Qwen3ForCausalLM, self).__init__(config)  # not Qwen3ForCausalLM's own, which builds a vanilla decoder
-        self.model = self.decoder_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
 
 # ------------------------------------------------------------------------------------------------ DenseFormer
 
 
-class DepthAverage(MethodWeights):
+class DepthAverage(nn.Module):
     """A weighted sum of hidden states; the weights are free and start as zeros with a final one."""
 
     def __init__(self, num_states: int) -> None:
@@ -180,14 +51,10 @@ class DepthAverage(MethodWeights):
     def forward(self, *states: Tensor) -> Tensor:
         """The sum, in fp32, of ``states`` [b, t, hidden] each; in the type of the last."""
         precise = torch.promote_types(states[-1].dtype, torch.float32)
-        weight = self.weight.to(precise)
-        average = weight[0] * states[0].to(precise)
-        for i, state in enumerate(states[1:], start=1):
-            average = average + weight[i] * state.to(precise)
-        return average.to(states[-1].dtype)
+        return weighted_sum(self.weight.to(precise).unbind(), states)
 
 
-class DenseFormerDecoderLayer(CrossLayerDecoderLayer):
+class DenseFormerDecoderLayer(DecoderLayer):
     """Qwen3's block, reading an average over depth first where one stands before it."""
 
     def __init__(self, config: DenseFormerConfig, layer_idx: int) -> None:
@@ -205,8 +72,6 @@ class DenseFormerDecoderLayer(CrossLayerDecoderLayer):
 
 class DenseFormerPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = DenseFormerConfig
-    config: DenseFormerConfig
-    _no_split_modules = ["DenseFormerDecoderLayer"]  # noqa: RUF012
 
 
 class DenseFormerModel(DenseFormerPreTrainedModel, CrossLayerModel):
@@ -216,14 +81,15 @@ class DenseFormerModel(DenseFormerPreTrainedModel, CrossLayerModel):
         num_states = len(config.averaged(config.num_hidden_layers))
         self.final_depth_average = DepthAverage(num_states) if num_states else None
 
-    def run_layers(self, hidden_states: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
+    def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
         states, averaged = [hidden_states], self.config.averaged  # the embedding, and the output of every block
         for index, layer in enumerate(self.layers):
+            kept.get("hidden_states", []).append(states[index])
             states.append(layer(states[index], *(states[i] for i in averaged(index)[:-1]), **kwargs))
-        last = states.pop()
-        if self.final_depth_average is not None:
-            last = self.final_depth_average(*(states[i] for i in averaged(len(self.layers))[:-1]), last)
-        return states, last
+        if self.final_depth_average is None:
+            return states[-1]
+        average: Tensor = self.final_depth_average(*(states[i] for i in averaged(len(self.layers))))
+        return average
 
 
 class DenseFormerForCausalLM(DenseFormerPreTrainedModel, CrossLayerForCausalLM):
@@ -237,7 +103,7 @@ class DenseFormerForSequenceClassification(CrossLayerForSequenceClassification, 
 # ------------------------------------------------------------------------------------------------ Attention Residuals
 
 
-class ResidualAggregator(MethodWeights):
+class ResidualAggregator(nn.Module):
     """Attention of one learned query over snapshots and residual stream, token by token."""
 
     def __init__(self, config: AttnResConfig) -> None:
@@ -264,13 +130,10 @@ class ResidualAggregator(MethodWeights):
             scores.append((x * direction).sum(dim=-1) * torch.rsqrt(x.square().mean(dim=-1) + self.eps))
         scores[-1] = scores[-1] + self.recency_bias.to(precise)
         weights = torch.stack(scores, dim=-1).softmax(dim=-1)
-        mixed = weights[..., 0, None] * candidates[0].to(precise)
-        for i, candidate in enumerate(candidates[1:], start=1):
-            mixed = mixed + weights[..., i, None] * candidate.to(precise)
-        return mixed.to(candidates[-1].dtype)
+        return weighted_sum(weights.unsqueeze(-1).unbind(-2), candidates)
 
 
-class AttnResDecoderLayer(CrossLayerDecoderLayer):
+class AttnResDecoderLayer(DecoderLayer):
     """Qwen3's block, whose sublayers write to the residual stream and read it with its snapshots."""
 
     def __init__(self, config: AttnResConfig, layer_idx: int) -> None:
@@ -286,8 +149,6 @@ class AttnResDecoderLayer(CrossLayerDecoderLayer):
 
 class AttnResPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = AttnResConfig
-    config: AttnResConfig
-    _no_split_modules = ["AttnResDecoderLayer"]  # noqa: RUF012
 
 
 class AttnResModel(AttnResPreTrainedModel, CrossLayerModel):
@@ -296,16 +157,17 @@ class AttnResModel(AttnResPreTrainedModel, CrossLayerModel):
     def add_final(self, config: AttnResConfig) -> None:
         self.final_aggregator = ResidualAggregator(config)
 
-    def run_layers(self, hidden_states: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
-        snapshots, streams = [], []
+    def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
+        snapshots = []
         for index, layer in enumerate(self.layers):
-            streams.append(hidden_states)
+            kept.get("hidden_states", []).append(hidden_states)
             if self.config.is_snapshot(index):
                 snapshots.append(hidden_states)
             hidden_states = layer(hidden_states, *snapshots, **kwargs)
         if self.config.is_snapshot(len(self.layers)):
             snapshots.append(hidden_states)
-        return streams, self.final_aggregator(*snapshots, hidden_states)
+        mixed: Tensor = self.final_aggregator(*snapshots, hidden_states)
+        return mixed
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, CrossLayerForCausalLM):
@@ -328,7 +190,7 @@ def sinkhorn(logits: Tensor) -> Tensor:
     return matrix
 
 
-class StreamConnector(MethodWeights):
+class StreamConnector(nn.Module):
     """How one sublayer reads the streams, how they are mixed, and how its output is written to them."""
 
     def __init__(self, config: MHCConfig) -> None:
@@ -389,7 +251,7 @@ class StreamConnector(MethodWeights):
         return pre.sigmoid(), 2 * post.sigmoid(), sinkhorn(residual.unflatten(-1, (n, n)))
 
 
-class StreamReadout(MethodWeights):
+class StreamReadout(nn.Module):
     """A weighted mean of the streams behind the last layer."""
 
     def __init__(self, config: MHCConfig) -> None:
@@ -407,7 +269,7 @@ class StreamReadout(MethodWeights):
         return (shares.unsqueeze(-1) * streams.to(precise)).sum(dim=-2).to(streams.dtype)
 
 
-class MHCDecoderLayer(CrossLayerDecoderLayer):
+class MHCDecoderLayer(DecoderLayer):
     """Qwen3's two sublayers, each connected to all streams."""
 
     def __init__(self, config: MHCConfig, layer_idx: int) -> None:
@@ -423,8 +285,6 @@ class MHCDecoderLayer(CrossLayerDecoderLayer):
 
 class MHCPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = MHCConfig
-    config: MHCConfig
-    _no_split_modules = ["MHCDecoderLayer"]  # noqa: RUF012
 
 
 class MHCModel(MHCPreTrainedModel, CrossLayerModel):
@@ -433,13 +293,13 @@ class MHCModel(MHCPreTrainedModel, CrossLayerModel):
     def add_final(self, config: MHCConfig) -> None:
         self.stream_readout = StreamReadout(config)
 
-    def run_layers(self, hidden_states: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
-        all_streams = []
+    def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
         streams = hidden_states.unsqueeze(-2).expand(-1, -1, self.config.mhc_num_streams, -1)
         for layer in self.layers:
-            all_streams.append(streams)
+            kept.get("hidden_states", []).append(streams)
             streams = layer(streams, **kwargs)
-        return all_streams, self.stream_readout(streams)
+        read: Tensor = self.stream_readout(streams)
+        return read
 
 
 class MHCForCausalLM(MHCPreTrainedModel, CrossLayerForCausalLM):

@@ -39,10 +39,11 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 from transformers.utils import can_return_tuple
 
-from .configuration_depthattn import DepthAttnConfig
+from .configuration_depthattn import CrossLayerConfig, DepthAttnConfig
 
 # transformers renamed and dropped arguments of this function between 4.57 and 5, and `past_key_values` in 5.24.
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+_TAKES_CACHE_POSITION = "cache_position" in inspect.signature(Qwen3Attention.forward).parameters  # transformers 4
 CACHE = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
 
 
@@ -58,6 +59,240 @@ class DepthAttnCausalLMOutput(CausalLMOutputWithPast):
     """Adds ``depth_weights``, as in ``DepthAttnModelOutput``."""
 
     depth_weights: tuple[Tensor, ...] | None = None
+
+
+def weighted_sum(weights: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
+    """The sum in the type of the weights, returned in that of the last of ``states``."""
+    total = weights[0] * states[0].to(weights[0].dtype)
+    for weight, state in zip(weights[1:], states[1:], strict=True):
+        total = total + weight * state.to(weight.dtype)
+    return total.to(states[-1].dtype)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Qwen3's two sublayers; ``forward`` is the method's."""
+
+    attention_class: type[nn.Module] = Qwen3Attention
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = self.attention_class(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def attend(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """What attention adds to the residual stream, having read ``hidden_states`` [b, t, hidden]."""
+        attended: Tensor = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return attended
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """What SwiGLU adds to it."""
+        output: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return output
+
+
+class CrossLayerPreTrainedModel(Qwen3PreTrainedModel):
+    """Loading, initialisation and the features that transformers may use."""
+
+    config_class = CrossLayerConfig
+    config: Any
+    _no_split_modules = [f"{method}DecoderLayer" for method in ("DepthAttn", "DenseFormer", "AttnRes", "MHC")]  # noqa: RUF012
+    _can_record_outputs = None  # these models collect their outputs themselves
+    _pp_plan = None  # see CrossLayerConfig.base_model_pp_plan
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As transformers', and a method's own parameters as its modules' ``initial`` says."""
+        super()._init_weights(module)
+        for name, value in getattr(module, "initial", dict)().items():
+            parameter = getattr(module, name)
+            if not getattr(parameter, "_is_hf_initialized", False):  # loaded, as transformers 5 marks it
+                parameter.copy_(torch.as_tensor(value))
+
+
+class CrossLayerModel(CrossLayerPreTrainedModel):
+    """A decoder without its output layer."""
+
+    layer_class: type[DecoderLayer]
+    gives_attentions = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+        self.add_final(config)
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def add_final(self, config: Any) -> None:
+        """Make the method's module behind the last layer, if it has one."""
+
+    def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
+        """What the final norm reads, from the embedding [b, t, hidden].
+
+        Args:
+            kept: receives, under the names that it holds, the outputs of every layer.
+            kwargs: handed to every layer.
+        """
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_depth_weights: bool = False,
+        **kwargs: Any,
+    ) -> DepthAttnModelOutput:
+        """Run all layers over ``input_ids`` [b, t] or ``inputs_embeds`` [b, t, hidden].
+
+        Args:
+            output_hidden_states: also return what flowed into each layer (mHC: the streams [b, t, n, hidden]), and
+                last the normed output [b, t, hidden].
+            output_depth_weights: also return each effective layer's weights over its sources and itself
+                (Depth-Attention).
+            kwargs: handed to every layer's attention function.
+
+        Raises:
+            ValueError: not exactly one of both inputs; attention weights are asked for where there are none; a paged
+                cache for a looped model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        wanted = {
+            "attentions": config.output_attentions if output_attentions is None else output_attentions,
+            "hidden_states": config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            "depth_weights": output_depth_weights,
+        }
+        kept: dict[str, list[Tensor]] = {name: [] for name, is_wanted in wanted.items() if is_wanted}
+        if "attentions" in kept and not (self.gives_attentions and config._attn_implementation == "eager"):
+            raise ValueError(
+                f"output_attentions=True: a {config.model_type} model with {config._attn_implementation!r} attention "
+                "gives no weights; only depthattn does, with attn_implementation='eager'"
+            )
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = kwargs.pop(CACHE, past_key_values)
+        if "cache" in kwargs or not isinstance(past_key_values, Cache | None):
+            _check_paged(config)
+        past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
+        if past_key_values is not None and config.num_loops > 1:
+            _add_cache_slots(past_key_values, config.num_effective_layers)
+        if cache_position is None:
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
+            cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+        position_ids = cache_position.unsqueeze(0) if position_ids is None else position_ids
+        if isinstance(attention_mask, dict):
+            mask = attention_mask["full_attention"]  # `generate` has made it already
+        else:
+            arguments = {"config": config, "attention_mask": attention_mask, CACHE: past_key_values}
+            arguments |= {"position_ids": position_ids, "cache_position": cache_position}
+            arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
+            mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
+        kwargs |= {CACHE: past_key_values, "use_cache": use_cache, "attention_mask": mask, "position_ids": position_ids}
+        kwargs |= {"cache_position": cache_position} if _TAKES_CACHE_POSITION else {}
+        kwargs["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
+
+        hidden_states = self.norm(self.run_layers(hidden_states, kept, **kwargs))
+        kept.get("hidden_states", []).append(hidden_states)
+        outputs: dict[str, Any] = {name: tuple(values) for name, values in kept.items()}
+        outputs[CACHE] = past_key_values if use_cache else None
+        return DepthAttnModelOutput(last_hidden_state=hidden_states, **outputs)
+
+
+def _check_paged(config: CrossLayerConfig) -> None:
+    """Continuous batching keeps a paged cache for each layer that holds weights, which passes would share."""
+    if config.num_loops > 1:
+        raise ValueError(
+            f"num_loops={config.num_loops}: continuous batching (paged attention) has one cache for all passes of a "
+            "layer, which would give wrong tokens; use generate"
+        )
+
+
+def _add_cache_slots(cache: Cache, num_slots: int) -> None:
+    """Give ``cache`` a slot for each effective layer: transformers makes one for each layer that holds weights."""
+    if cache.layer_class_to_replicate is not None:
+        return  # it grows by itself
+    while len(cache.layers) < num_slots:
+        cache.layers.append(copy.deepcopy(cache.layers[0]))  # empty as yet; with its size, or how it quantizes
+
+
+class CrossLayerForSequenceClassification(GenericForSequenceClassification):
+    """A decoder of ``decoder_class`` with a linear head ``score`` on the last token that is not padding."""
+
+    decoder_class: type[nn.Module]
+
+    def __init__(self, config: Any) -> None:
+        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.decoder_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
+    """The decoder with its output layer."""
+
+    decoder_class: type[CrossLayerModel]
+    _tied_weights_keys = Qwen3ForCausalLM._tied_weights_keys
+    _tp_plan = Qwen3ForCausalLM._tp_plan
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = self.decoder_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which runs the model in a thread and only logs what is raised there."""
+        _check_paged(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> DepthAttnCausalLMOutput:
+        """As ``CrossLayerModel.forward``, with logits and, given ``labels`` [b, t] (-100: ignored), the loss in nats.
+
+        ``logits_to_keep``: compute the logits of the last so many positions (0: of all), or of these positions.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache_position, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        shared = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions", "depth_weights")}
+        return DepthAttnCausalLMOutput(loss=loss, logits=logits, **shared)
+
+
+# ------------------------------------------------------------------------------------------------ Depth-Attention
 
 
 def depth_mix(
@@ -81,10 +316,8 @@ def depth_mix(
     mean_query = query.unflatten(1, (key.shape[1], -1)).to(precise).mean(dim=2)
     scores = [(mean_query * k.to(precise)).sum(dim=-1) for k in (*sources[0::2], key)]
     weights = (torch.stack(scores, dim=-1) * scale).softmax(dim=-1)
-    mixed = weights[..., -1, None] * value.to(precise)
-    for i, source_value in enumerate(sources[1::2]):
-        mixed = mixed + weights[..., i, None] * source_value.to(precise)
-    return mixed.to(value.dtype), weights
+    *source_weights, own_weight = weights.unsqueeze(-1).unbind(-2)
+    return weighted_sum([own_weight, *source_weights], [value, *sources[1::2]]), weights
 
 
 class DepthAttnAttention(Qwen3Attention):
@@ -146,19 +379,6 @@ class DepthAttnAttention(Qwen3Attention):
         return output, key, value, attention_weights, depth_weights
 
 
-class DecoderLayer(GradientCheckpointingLayer):
-    """The parts of Qwen3's block; ``forward`` is a method's."""
-
-    attention_class = Qwen3Attention
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = self.attention_class(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
 class DepthAttnDecoderLayer(DecoderLayer):
     """Pre-norm block of attention and SwiGLU; ``forward`` takes the sources it reads and returns its own."""
 
@@ -170,118 +390,30 @@ class DepthAttnDecoderLayer(DecoderLayer):
         """As ``DepthAttnAttention.forward``, with the block's output [b, t, hidden] first."""
         attended, *rest = self.self_attn(self.input_layernorm(hidden_states), *sources, **kwargs)
         hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, *rest
+        return hidden_states + self.feed_forward(hidden_states), *rest
 
 
-class DepthAttnPreTrainedModel(Qwen3PreTrainedModel):
-    """Loading, initialisation and the features that transformers may use."""
-
+class DepthAttnPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = DepthAttnConfig
-    config: DepthAttnConfig
-    _no_split_modules = ["DepthAttnDecoderLayer"]  # noqa: RUF012
-    _can_record_outputs = None  # this model collects its outputs itself
-    _pp_plan = None  # see CrossLayerConfig.base_model_pp_plan
 
 
-def placement(
-    model: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | dict[str, Tensor] | None,
-    position_ids: Tensor | None,
-    cache_position: Tensor | None,
-    past_key_values: Cache | None,
-) -> dict[str, Any]:
-    """Where the tokens stand and what they may read, as every layer of ``model`` takes it."""
-    if cache_position is None:
-        past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
-        cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-    if position_ids is None:
-        position_ids = cache_position.unsqueeze(0)
-    if isinstance(attention_mask, dict):
-        mask = attention_mask["full_attention"]  # `generate` has made it already
-    else:
-        arguments = {"config": model.config, "attention_mask": attention_mask, CACHE: past_key_values}
-        arguments |= {"position_ids": position_ids, "cache_position": cache_position}
-        arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
-        mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
-    return {
-        "attention_mask": mask,
-        "position_ids": position_ids,
-        "position_embeddings": model.rotary_emb(hidden_states, position_ids),
-        "cache_position": cache_position,
-    }
-
-
-class DepthAttnModel(DepthAttnPreTrainedModel):
-    """The decoder without its output layer."""
+class DepthAttnModel(DepthAttnPreTrainedModel, CrossLayerModel):
+    layer_class = DepthAttnDecoderLayer
+    gives_attentions = True
 
     def __init__(self, config: DepthAttnConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DepthAttnDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         if self.rotary_emb.attention_scaling != 1.0 and config.use_depth_attention:
             raise ValueError(
                 f"rope type {self.rotary_emb.rope_type!r} scales queries and keys, which would change the weights over "
                 "depth: take one without attention scaling"
             )
-        self.gradient_checkpointing = False
-        self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_depth_weights: bool = False,
-        **kwargs: Any,
-    ) -> DepthAttnModelOutput:
-        """Run all effective layers over ``input_ids`` [b, t] or ``inputs_embeds`` [b, t, hidden].
-
-        Args:
-            output_depth_weights: also return each effective layer's weights over its sources and itself.
-            kwargs: handed to every layer's attention function.
-
-        Raises:
-            ValueError: not exactly one of both inputs; attention weights asked of a function that does not give them;
-                a paged cache for a looped model.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+    def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
         config = self.config
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if output_attentions and config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True: {config._attn_implementation!r} attention gives no weights; load the model "
-                "with attn_implementation='eager'"
-            )
-
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_key_values = kwargs.pop(CACHE, past_key_values)
-        if "cache" in kwargs or not isinstance(past_key_values, Cache | None):
-            _check_paged(config)
-        past_key_values = DynamicCache(config=config) if use_cache and past_key_values is None else past_key_values
-        if past_key_values is not None and config.num_loops > 1:
-            _add_cache_slots(past_key_values, config.num_effective_layers)
-        kwargs |= placement(self, hidden_states, attention_mask, position_ids, cache_position, past_key_values)
-        kwargs |= {CACHE: past_key_values, "use_cache": use_cache}
-
-        all_hidden_states, attentions, depth_weights = [], [], []
         live: dict[int, tuple[Tensor, Tensor]] = {}  # the sources that a later layer still reads, by effective layer
         for index in range(config.num_effective_layers):
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+            kept.get("hidden_states", []).append(hidden_states)
             hidden_states, key, mixed_value, attention_weights, weights = self.layers[index % len(self.layers)](
                 hidden_states,
                 *(tensor for source in config.depth_sources(index) for tensor in live[source]),
@@ -290,101 +422,16 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             )
             live[index] = key, mixed_value
             live = {i: live[i] for i in config.depth_sources(index + 1)}
-            attentions.append(attention_weights)
-            depth_weights.append(weights)
-
-        hidden_states = self.norm(hidden_states)
-        return DepthAttnModelOutput(
-            last_hidden_state=hidden_states,
-            **{CACHE: past_key_values if use_cache else None},
-            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            depth_weights=tuple(depth_weights) if output_depth_weights else None,
-        )
+            kept.get("attentions", []).append(attention_weights)
+            kept.get("depth_weights", []).append(weights)
+        return hidden_states
 
 
-def _check_paged(config: DepthAttnConfig) -> None:
-    """Continuous batching keeps a paged cache for each layer that holds weights, which passes would share."""
-    if config.num_loops > 1:
-        raise ValueError(
-            f"num_loops={config.num_loops}: continuous batching (paged attention) has one cache for all passes of a "
-            "layer, which would give wrong tokens; use generate"
-        )
-
-
-def _add_cache_slots(cache: Cache, num_slots: int) -> None:
-    """Give ``cache`` a slot for each effective layer: transformers makes one for each layer that holds weights."""
-    if cache.layer_class_to_replicate is not None:
-        return  # it grows by itself
-    while len(cache.layers) < num_slots:
-        cache.layers.append(copy.deepcopy(cache.layers[0]))  # empty as yet; with its size, or how it quantizes
-
-
-class CrossLayerForSequenceClassification(GenericForSequenceClassification):
-    """A decoder of ``decoder_class`` with a linear head ``score`` on the last token that is not padding."""
-
-    decoder_class: type[nn.Module]
-
-    def __init__(self, config: Any) -> None:
-        # not GenericForSequenceClassification's own, which asks AutoModel for the decoder
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.decoder_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-
-class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
-    """The decoder with its output layer."""
-
-    _tied_weights_keys = Qwen3ForCausalLM._tied_weights_keys
-    _tp_plan = Qwen3ForCausalLM._tp_plan
-
-    def __init__(self, config: DepthAttnConfig) -> None:
-        super().__init__(config)
-        self.model = DepthAttnModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which runs the model in a thread and only logs what is raised there."""
-        _check_paged(self.config)
-        return super().init_continuous_batching(*args, **kwargs)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> DepthAttnCausalLMOutput:
-        """As ``DepthAttnModel.forward``, with logits and, given ``labels`` [b, t] (-100: ignored), the loss in nats.
-
-        ``logits_to_keep``: compute the logits of the last so many positions (0: of all), or of these positions.
-        """
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache_position, **kwargs
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        shared = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions", "depth_weights")}
-        return DepthAttnCausalLMOutput(loss=loss, logits=logits, **shared)
+class DepthAttnForCausalLM(DepthAttnPreTrainedModel, CrossLayerForCausalLM):
+    decoder_class = DepthAttnModel
 
 
 class DepthAttnForSequenceClassification(CrossLayerForSequenceClassification, DepthAttnPreTrainedModel):
-    """The decoder with a linear head ``score`` on the last token that is not padding, as for reward models."""
-
     decoder_class = DepthAttnModel
 
 

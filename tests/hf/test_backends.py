@@ -62,9 +62,7 @@ def test_attention_weights_of_the_vanilla_decoder_are_qwen3s():
 
 
 def test_attention_weights_are_refused_where_there_are_none():
-    message = (
-        "output_attentions=True: 'sdpa' attention gives no weights; load the model with attn_implementation='eager'"
-    )
+    message = "'sdpa' attention gives no weights; only depthattn does, with attn_implementation='eager'"
     with pytest.raises(ValueError, match=message):
         make_model()(make_tokens(), output_attentions=True)
 

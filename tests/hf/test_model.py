@@ -187,7 +187,7 @@ def test_depth_weights(num_loops, num_kv_heads):
     ("settings", "message"),
     [
         ({"num_loops": 0}, "num_loops=0 must be at least 1"),
-        ({"depth_attention_stride": 0}, "depth_attention_stride=0 must be at least 1, or null"),
+        ({"depth_attention_stride": 0}, "depth_attention_stride=0 must be at least 1: null"),
         ({"depth_attention_recent_window": -1}, "depth_attention_recent_window=-1 must be at least 0"),
         (
             {"use_depth_attention": False, "depth_attention_k_norm_after_rope": True},

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_depthattn.config import load_config, to_dict
+from megatron_depthattn.convert.from_hf import write_megatron_checkpoint
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_depthattn.convert.megatron_writer import write_megatron_checkpoint
 from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_depthattn.convert import hf_writer
-from megatron_depthattn.convert.from_hf import import_checkpoint
+from megatron_depthattn.convert.from_hf import import_checkpoint, repackage
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_depthattn.convert.repackage import repackage
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm

@@ -119,7 +119,7 @@ def test_the_folder_comes_with_its_own_code(tmp_path: Path, method: str):
     assert {file.name for file in made.output.glob("*.py")} == names
     card = (made.output / "README.md").read_text()
     for key in METHOD_SETTINGS[method].values():
-        assert f"| {key} |" in card
+        assert f"\n{key}: " in card
     assert "trust_remote_code=True" in card and "Depth-Attention" not in card
 
 
