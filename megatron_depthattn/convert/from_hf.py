@@ -64,9 +64,7 @@ def import_checkpoint(source: HFFolder, output: Path, *, overwrite: bool = False
             the wrong shape; the output exists or cannot be written.
     """
     if is_run_checkpoint(output.resolve()):
-        raise ValueError(
-            f"{output} would be a checkpoint of the run that saves in {output.parent}: give another output"
-        )
+        raise ValueError(f"{output} would be a checkpoint of the run that saves in {output.parent}: give another")
     model = to_model_section(source.config)
     groups = hf_groups(source, model)
     meta = {group.megatron: _meta(source, group) for group in groups}
@@ -191,9 +189,7 @@ def repackage(source: HFFolder, output: Path, *, overwrite: bool = False) -> lis
     """
     kind = source.config.get("model_type")
     if kind != "llama":
-        raise ValueError(
-            f"{source.folder} has model_type={kind!r}, not the released layout: transformers loads it as it is"
-        )
+        raise ValueError(f"{source.folder} has model_type={kind!r}, not the released layout: transformers loads it")
     model = to_model_section(source.config)
     if not model["depth_attention"]["enabled"]:
         raise ValueError(f"{source.folder} has use_depth_attention=false: there is nothing to repackage")

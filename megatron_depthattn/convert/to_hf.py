@@ -128,9 +128,7 @@ def _tokenizer_digest(corpus: Path) -> str:
     manifest = corpus / "manifest.json"
     made_by = read_json(manifest).get("tokenizer_sha256", digest) if manifest.is_file() else digest
     if digest != made_by:
-        raise ValueError(
-            f"{file} is not the one that made the data (tokenizer_sha256 in {manifest}): give --tokenizer DIR"
-        )
+        raise ValueError(f"{file} did not make the data (tokenizer_sha256 in {manifest}): give --tokenizer DIR")
     return digest
 
 

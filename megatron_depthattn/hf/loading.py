@@ -1,7 +1,7 @@
 """Load an exported folder, or any other Hugging Face model folder, whole or not at all. For transformers 4.57 and 5.
 
 transformers fills tensors that it cannot find with fresh random numbers and says so in a log line, which would give
-a perplexity that looks like a bad model's. Here such a folder is refused, by the name of the file or tensor at fault.
+a perplexity that looks like a bad model's. Here such a folder is an error that names the file or tensor at fault.
 """
 
 import math
@@ -67,9 +67,7 @@ def load_causal_lm(
     folder = Path(folder)
     source = HFFolder(folder)
     if (folder / _ADAPTER).exists():
-        raise ValueError(
-            f"{folder} has {_ADAPTER}, which names another model to load: merge the adapter into its model"
-        )
+        raise ValueError(f"{folder} has {_ADAPTER}, which names another model to load: merge it into that model")
     model_class = _model_class(source)
     attention = attn_implementation or ("sdpa" if model_class._supports_sdpa else "eager")
     options = {"attn_implementation": attention, "local_files_only": True}

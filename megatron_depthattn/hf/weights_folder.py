@@ -16,6 +16,7 @@ from megatron_depthattn.paths import leads_out, link_root
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES_SHOWN = 3
+AGAIN = "copy or export the model again"
 
 
 class HFFolder:
@@ -55,18 +56,16 @@ class HFFolder:
     def _add_indexed_files(self) -> None:
         weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{self.folder / INDEX} has no weight_map: copy or export the model again")
+            raise ValueError(f"{self.folder / INDEX} has no weight_map: {AGAIN}")
         for file in sorted({str(file) for file in weight_map.values()}):
             path = self.folder / plain_name(file, self.folder / INDEX)
             if not path.is_file():
-                raise ValueError(f"{path} is missing ({INDEX} names it): copy or export the model again")
+                raise ValueError(f"{path} is missing ({INDEX} names it): {AGAIN}")
             held = self._add_file(path)
             placed = {name for name, its_file in weight_map.items() if its_file == file}
             for verb, names in (("lacks", placed - held), ("has", held - placed)):
                 if names:
-                    raise ValueError(
-                        f"{path} {verb} {some_names(names)}, but {INDEX} says otherwise: copy or export the model again"
-                    )
+                    raise ValueError(f"{path} {verb} {some_names(names)}, but {INDEX} says otherwise: {AGAIN}")
 
     def _add_file(self, path: Path) -> set[str]:
         """The names of its tensors. Reads no data, but safetensors compares the header with the file's length."""
@@ -80,9 +79,7 @@ class HFFolder:
                         self.dtypes[name] = _DTYPES[part.get_dtype()]
                     self._files[name] = path
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} does not load ({error}): it is cut short or damaged; copy or export the model again"
-            ) from error
+            raise ValueError(f"{path} does not load ({error}): it is cut short or damaged; {AGAIN}") from error
         return names
 
     def read(self, name: str) -> Tensor:
@@ -95,9 +92,7 @@ class HFFolder:
             with safe_open(self._files[name], framework="pt") as file:
                 return file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self._files[name]}: cannot read {name} ({error}); copy or export the model again"
-            ) from error
+            raise ValueError(f"{self._files[name]}: cannot read {name} ({error}); {AGAIN}") from error
 
     def file_bytes(self) -> int:
         """Size of all its weight files."""
@@ -137,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
-        raise ValueError(f"{path} cannot be read ({error}): copy or export the model again") from error
+        raise ValueError(f"{path} cannot be read ({error}): {AGAIN}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: copy or export the model again")
+        raise ValueError(f"{path} holds no JSON object: {AGAIN}")
     return content

@@ -343,7 +343,7 @@ def test_a_run_on_several_streams_exports_their_tokenizer(tmp_path: Path):
     with pytest.raises(ValueError, match="hold different tokenizers: give --tokenizer DIR"):
         export(run_on(first, other), tmp_path / "second")
     edit_json(first / "manifest.json", tokenizer_sha256="0" * 64)
-    with pytest.raises(ValueError, match=r"is not the one that made the data \(tokenizer_sha256"):
+    with pytest.raises(ValueError, match=r"did not make the data \(tokenizer_sha256"):
         export(run_on(first, same), tmp_path / "second")
 
 
