@@ -280,7 +280,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def _accepted(option: Any) -> tuple[type, ...]:
     """The types of YAML that an option takes."""
     kind = typing.get_origin(option) or option
-    return {Literal: (str,), float: (int, float)}.get(kind, (kind,))
+    return (dict,) if dataclasses.is_dataclass(kind) else {Literal: (str,), float: (int, float)}.get(kind, (kind,))
 
 
 def type_name(annotation: Any) -> str:
