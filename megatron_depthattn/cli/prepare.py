@@ -62,9 +62,7 @@ def summary(output: Path, prepared: Prepared) -> str:
     formats = manifest["sources"]["formats"].items()
     read = ", ".join(f"{of['files']:,} {name} ({of['bytes'] / 1e6:.1f} MB)" for name, of in formats)
     counts = {name.removesuffix("_skipped").replace("_", " "): n for name, n in manifest["skipped"].items()}
-    skipped = ", ".join(
-        f"{n:,} {name}" for name, n in counts.items() if n or name in ("binary files", "empty documents")
-    )
+    skipped = ", ".join(f"{n:,} {name}" for name, n in counts.items() if n or name.startswith(("binary", "empty")))
     lines += [f"  files      {read}", f"  skipped    {skipped}"]
     if not prepared.already_prepared:
         lines.append(f"  took       {prepared.seconds:.1f} s, {prepared.new_tokens / prepared.seconds:,.0f} tokens/s")
