@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from megatron_depthattn.data.documents import CorpusFile, Format
+from megatron_depthattn.data.documents import CorpusFile
 from megatron_depthattn.data.file_bytes import DamagedFileError
 
 BATCH_BYTES = 2 << 20  # of rows decoded at a time, about
@@ -26,7 +26,7 @@ def column_rows(file: CorpusFile, name: str, start: int) -> Iterator[tuple[list[
     Raises:
         DamagedFileError: the file is damaged, or has no such column of strings.
     """
-    batches = _parquet_batches if file.format is Format.PARQUET else _arrow_batches
+    batches = _parquet_batches if file.format == "parquet" else _arrow_batches
     try:
         for column, consumed in batches(file, name, start):
             for rows in _rows(column):
@@ -34,7 +34,7 @@ def column_rows(file: CorpusFile, name: str, start: int) -> Iterator[tuple[list[
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the machine's error, not the file's
             raise
-        raise DamagedFileError(f"the {file.format.value} data is damaged ({' '.join(str(error).split())})") from error
+        raise DamagedFileError(f"the {file.format} data is damaged ({' '.join(str(error).split())})") from error
 
 
 def _rows(column: Any) -> Iterator[list[bytes | None]]:
@@ -98,7 +98,7 @@ def _check_single(file: CorpusFile, magic: bytes) -> None:
         at = data.find(magic * 2)
         while at >= 0:
             if 0 < int.from_bytes(data[at - 4 : at], "little") < at:  # else it is text
-                raise DamagedFileError(f"it is several {file.format.value} files joined: take them apart")
+                raise DamagedFileError(f"it is several {file.format} files joined: take them apart")
             at = data.find(magic * 2, at + 1)
 
 
@@ -127,8 +127,8 @@ def _streams(source: Any) -> Iterator[tuple[Any, int]]:
 
 def _check_column(schema: Any, name: str) -> None:
     if schema.names.count(name) != 1:
-        there = f'are {schema.names.count(name)} columns "{name}"' if name in schema.names else f'is no column "{name}"'
-        raise DamagedFileError(f"there {there} (but {', '.join(schema.names)}): set --text-field")
+        found = f'{schema.names.count(name)} columns "{name}" among {", ".join(schema.names)}'
+        raise DamagedFileError(f"there are {found}: set --text-field")
     kind = schema.field(name).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if kind not in _BYTES:

@@ -42,18 +42,14 @@ class Corpus(Dataset[torch.Tensor]):
             self.streams.append(TokenDataset(path, split, sequence_length=sequence_length, cache=cache))
             sequence_length = self.streams[0].sequence_length
         self.sequence_length = self.streams[0].sequence_length
-        if len(self.streams) > 1:
-            self._check_tokenizers()
-        self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
-
-    def _check_tokenizers(self) -> None:
         hashes = [(stream.manifest or {}).get("tokenizer_sha256") for stream in self.streams]
         for stream, digest in zip(self.streams, hashes, strict=True):
-            if digest is None or digest != hashes[0]:
+            if len(hashes) > 1 and (digest is None or digest != hashes[0]):
                 raise ValueError(
                     f"{stream.path} was tokenised with another tokenizer than {self.streams[0].path}, or an unknown "
                     f"one ({digest} and {hashes[0]} in {MANIFEST_NAME}): prepare all streams with one --tokenizer"
                 )
+        self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
 
     @property
     def digest(self) -> str:

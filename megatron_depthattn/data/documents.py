@@ -11,9 +11,8 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_depthattn.paths import leads_out, link_root
 
@@ -27,32 +26,15 @@ ARCHIVES = frozenset(
 )
 
 
-class Format(StrEnum):
-    """How a file is read; the last four are not, and are counted."""
-
-    TEXT = "text"
-    JSON_LINES = "json lines"
-    JSON = "json"
-    """A .json file: records, one a line or in an array, or a text. Known once it is opened."""
-    PARQUET = "parquet"
-    ARROW = "arrow"
-    ARCHIVE = "archive"
-    DATASET_METADATA = "dataset metadata"
-    """What `datasets.save_to_disk` and its cache put beside the Arrow files."""
-    SPECIAL = "special"
-    """A link to a folder, a broken link, a socket, a pipe."""
-    LINK = "link out of the folder"
-    """Below a folder given as input, which may come from anywhere: its links are no way to other files."""
-
-
-ENDINGS = {
-    ".jsonl": Format.JSON_LINES,
-    ".ndjson": Format.JSON_LINES,
-    ".json": Format.JSON,
-    ".parquet": Format.PARQUET,
-    ".arrow": Format.ARROW,
-    ".feather": Format.ARROW,
-}
+# How a file is read; "json" holds records, one a line or in an array, or a text, which is known once it is opened.
+# The last four are not read, and are counted: metadata are what `datasets.save_to_disk` and its cache put beside the
+# Arrow files; special is a link to a folder, a broken link, a socket, a pipe; links out of a folder given as input,
+# which may come from anywhere, are no way to other files.
+Format = Literal[
+    "text", "json lines", "json", "parquet", "arrow", "archive", "dataset metadata", "special", "link out of the folder"
+]
+ENDINGS: dict[str, Format] = {".json": "json", ".jsonl": "json lines", ".ndjson": "json lines"}
+ENDINGS |= {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 
 
 class CorpusFile(NamedTuple):
@@ -82,19 +64,15 @@ def corpus_files(inputs: Sequence[str]) -> list[CorpusFile]:
         if given == BUILTIN_STDLIB:
             skip = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
             found = _walk(Path(sysconfig.get_paths()["stdlib"]), skip)
-            files += [f for f in found if f.path.suffix == ".py" and f.format is Format.TEXT]
-        elif given.startswith("builtin:"):
-            raise ValueError(f"--input {given} is not known: the builtin corpus is {BUILTIN_STDLIB}")
+            files += [f for f in found if f.path.suffix == ".py" and f.format == "text"]
         elif path.is_dir():
             files += _walk(path, set())
         elif not path.is_file():
             raise ValueError(f"--input {given} does not exist: give files, folders, or {BUILTIN_STDLIB}")
         else:
             file = _corpus_file(path, path.name)
-            if file.format is Format.ARCHIVE:
-                raise ValueError(
-                    f"--input {given} is an archive, or not compressed as .gz or .zst: it is not read, unpack it"
-                )
+            if file.format == "archive":
+                raise ValueError(f"--input {given} is an archive, or not compressed as .gz or .zst: unpack it")
             files.append(file)
     return files
 
@@ -108,10 +86,10 @@ def _walk(root: Path, skip_folders: set[str]) -> Iterator[CorpusFile]:
         for name in sorted(names + links) if data_files is None else [*data_files, *sorted(set(names) - {*data_files})]:
             path = Path(folder, name)
             file = _corpus_file(path, path.relative_to(root).as_posix())
-            if file.format is not Format.SPECIAL and leads_out(path, stays_in):
-                file = file._replace(format=Format.LINK, size=0, modified_ns=0)
+            if file.format != "special" and leads_out(path, stays_in):
+                file = file._replace(format="link out of the folder", size=0, modified_ns=0)
             elif name == "dataset_dict.json" or (data_files is not None and name not in data_files):
-                file = file._replace(format=Format.DATASET_METADATA)
+                file = file._replace(format="dataset metadata")
             yield file
 
 
@@ -139,17 +117,17 @@ def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None
 
 def _corpus_file(path: Path, name: str) -> CorpusFile:
     if not path.is_file():
-        return CorpusFile(path, name, 0, 0, Format.SPECIAL)
+        return CorpusFile(path, name, 0, 0, "special")
     status = path.stat()
     ending, compression = path.suffix.lower(), ""
     if ending in COMPRESSIONS:
         compression = COMPRESSIONS[ending]
         ending = Path(path.stem).suffix.lower()
-    format = Format.ARCHIVE if ending in ARCHIVES else ENDINGS.get(ending, Format.TEXT)
-    if compression and format is Format.JSON:
-        format = Format.JSON_LINES  # .json.gz and .json.zst are only in use for data sets, which are lines
-    elif compression and format in (Format.PARQUET, Format.ARROW):
-        format = Format.ARCHIVE  # they are read from their end, or in place
+    format: Format = "archive" if ending in ARCHIVES else ENDINGS.get(ending, "text")
+    if compression and format == "json":
+        format = "json lines"  # .json.gz and .json.zst are only in use for data sets, which are lines
+    elif compression and format in ("parquet", "arrow"):
+        format = "archive"  # they are read from their end, or in place
     return CorpusFile(path, name, status.st_size, status.st_mtime_ns, format, compression)
 
 

@@ -71,25 +71,31 @@ class Recipe(NamedTuple):
 
 
 @dataclass
-class Encoded:
-    """What became of a `Content`."""
+class Counts:
+    """What is counted of documents."""
 
-    tokens: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    """Per split: the tokens of its documents, each followed by EOS, [number of tokens]."""
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
     """Per split: documents, documents_with_replaced_utf8, bytes, tokens."""
-    empty_documents: int = 0
-    left_out: list[tuple[int, str]] = field(default_factory=list)
-    """(index in the corpus, binary or undecodable) of the files that are no text."""
-    damaged_records: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """By the manifest's names."""
     first_damage: str = ""
 
     @property
     def bytes(self) -> int:
         return sum(counts["bytes"] for counts in self.counts.values())
 
+
+@dataclass
+class Encoded(Counts):
+    """What became of a `Content`."""
+
+    tokens: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Per split: the tokens of its documents, each followed by EOS, [number of tokens]."""
+    left_out: list[tuple[Any, ...]] = field(default_factory=list)
+    """(index in the corpus, binary or undecodable, perhaps a message) of the files that are no text."""
+
     def damage(self, message: str) -> None:
-        self.damaged_records += 1
+        self.skipped["damaged_records"] += 1
         self.first_damage = self.first_damage or message
 
 
@@ -103,7 +109,7 @@ def parts(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[Piece]
         return
     for data, is_repaired in _documents(content, recipe, encoded):
         if not data.strip():
-            encoded.empty_documents += 1
+            encoded.skipped["empty_documents"] += 1
             continue
         split = "val" if is_validation(data, recipe.validation_fraction) else "train"
         yield Piece(data, split, is_first=True, is_last=True, is_repaired=is_repaired or not _is_utf8(data))
@@ -120,7 +126,7 @@ def _documents(content: Content, recipe: Recipe, encoded: Encoded) -> Iterator[t
             try:
                 yield b"".join(text_blocks(file)), False
             except NoTextError as error:
-                encoded.left_out.append((index, error.kind))
+                encoded.left_out.append((index, *error.args))
 
 
 def _row_documents(content: Rows, encoded: Encoded) -> Iterator[tuple[bytes, bool]]:

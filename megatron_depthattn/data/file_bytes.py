@@ -36,11 +36,7 @@ class UndecodableError(DamagedFileError):
 
 
 class NoTextError(Exception):
-    """The file holds a NUL byte ("binary"), or other things that are no text ("undecodable")."""
-
-    def __init__(self, kind: str, message: str = "") -> None:
-        super().__init__(message)
-        self.kind = kind
+    """The file holds a NUL byte ("binary"), or is no text ("undecodable"): its `args`, perhaps with a message."""
 
 
 def file_blocks(file: CorpusFile, start: int = 0) -> Iterator[tuple[bytes, int]]:

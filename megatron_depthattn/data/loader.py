@@ -53,7 +53,7 @@ class _Steps(Dataset[str | None]):
         try:
             for row, sample in zip(self.slots[slot].flatten(0, 1), ids.ravel().tolist(), strict=True):
                 row.copy_(self.samples[sample])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return str(error)  # raised in a worker, it would come out as pages of traceback
         low, high = (int(token) for token in self.slots[slot].aminmax())
         if self.vocab_size is not None and not 0 <= low <= high < self.vocab_size:
@@ -102,6 +102,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
         vocab_size: what a token must be below; None: not checked.
         pin_memory: into page-locked memory, from which a copy to a GPU need not be waited for.
+        layout: the keyword arguments of `batch_positions`.
 
     Yields:
         Lists of micro-batches {"tokens": int64 [mbs, N], "labels": int64 [mbs, N], "sample_ids": int64 [mbs]}, where
@@ -117,24 +118,17 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         sequence: SampleIds,
         *,
         consumed_samples: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
         num_workers: int = 0,
         vocab_size: int | None = None,
         pin_memory: bool = False,
+        **layout: int,
     ) -> None:
-        layout = {
-            "global_batch_size": global_batch_size,
-            "micro_batch_size": micro_batch_size,
-            "data_parallel_size": data_parallel_size,
-        }
-        shape = num_micro_batches(**layout), micro_batch_size, samples.sequence_length + 1
-        ids = steps(sequence, consumed_samples, data_parallel_rank=data_parallel_rank, **layout)
+        sizes = {name: size for name, size in layout.items() if name != "data_parallel_rank"}
+        step = num_micro_batches(**sizes), layout["micro_batch_size"], samples.sequence_length + 1
+        ids = steps(sequence, consumed_samples, **layout)
         # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
         # copied from its slot a moment later. Hence one slot more.
-        shape = num_workers * STEPS_AHEAD + 1, *shape
+        shape = num_workers * STEPS_AHEAD + 1, *step
         # Shared: forked processes write to it as well.
         self._slots = torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.int32).view(shape)
         self._asked: deque[tuple[int, Ids]] = deque()

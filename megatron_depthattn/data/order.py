@@ -255,12 +255,7 @@ def batch_positions(
     Returns:
         int64 [num_micro_batches, micro_batch_size].
     """
-    count = num_micro_batches(
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        data_parallel_size=data_parallel_size,
-    )
-    grid = np.arange(global_batch_size, dtype=np.int64).reshape(count, data_parallel_size, micro_batch_size)
+    grid = np.arange(global_batch_size, dtype=np.int64).reshape(-1, data_parallel_size, micro_batch_size)
     return consumed_samples + grid[:, data_parallel_rank]
 
 

@@ -43,15 +43,12 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3
 SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can cost
+RECORDED = ("sequence_length", "validation_fraction", "text_field", "max_bytes")
 SOURCES_NAME = "sources.jsonl"
 SPLIT_COUNTS = ("documents", "documents_with_replaced_utf8", "bytes", "tokens", "samples", "dropped_tail_tokens")
 """In the manifest, of each split. Dropped tokens follow the last whole sample, and are part of `tokens`."""
-SKIPPED = {
-    "binary": "binary_files_skipped",
-    "archive": "archive_files_skipped",
+SKIPPED = {kind: f"{kind}_files_skipped" for kind in ("binary", "archive", "undecodable", "special")} | {
     "dataset metadata": "dataset_metadata_files_skipped",
-    "undecodable": "undecodable_files_skipped",
-    "special": "special_files_skipped",
     "link out of the folder": "links_out_of_the_folder_skipped",
     "damaged": "damaged_files",
     "json as text": "json_files_read_as_text",
@@ -134,7 +131,11 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
     if manifest is not None:
         check_skipped_damage(settings, manifest["skipped"], str(output))
         return Prepared(manifest=manifest, already_prepared=True)
-    _check_streaming()
+    try:
+        import streaming  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # the latter: its torchvision beside another build of torch
+        wanted = "install it, with the torchvision that belongs to this torch"
+        raise ValueError(f"mosaicml-streaming, which writes the shards, does not import ({error}): {wanted}") from error
     with open_unfinished(output) as unfinished:
         preparation = _Preparation(settings, files, record, unfinished, on_progress)
         manifest = preparation.run(given)
@@ -142,17 +143,6 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
         unfinished.clear()
     seconds = time.perf_counter() - start
     return Prepared(manifest=manifest, already_prepared=False, seconds=seconds, new_tokens=preparation.new_tokens)
-
-
-def _check_streaming() -> None:
-    """Import what writes the shards, before anything is tokenised."""
-    try:
-        import streaming  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # the latter: its torchvision beside another build of torch
-        raise ValueError(
-            f"mosaicml-streaming, which writes the shards, cannot be imported here ({error}): install it, with the "
-            "torchvision that belongs to this torch"
-        ) from error
 
 
 def available_cores() -> int:
@@ -197,9 +187,7 @@ def settings_record(settings: PrepareSettings, files: Sequence[CorpusFile], toke
         "input": list(settings.inputs),
         "corpus_files_sha256": hashlib.sha256(names_and_sizes.encode()).hexdigest(),
         "tokenizer": tokenizer,
-        **{
-            key: getattr(settings, key) for key in ("sequence_length", "validation_fraction", "text_field", "max_bytes")
-        },
+        **{key: getattr(settings, key) for key in RECORDED},
     }
 
 
@@ -218,7 +206,7 @@ def existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict
     changed = changed_settings(manifest.get("settings", {}), record)
     if changed:
         raise ValueError(
-            f"--output {output} was prepared with {changed}: use it as it is, choose another folder or pass --overwrite"
+            f"--output {output} was prepared with {changed}: use it, choose another folder or pass --overwrite"
         )
     return manifest
 
@@ -351,8 +339,7 @@ class _Preparation:
         for outcome in [*(Outcome(*entry) for entry in encoded.left_out), *([unit.outcome] if unit.outcome else [])]:
             merged.outcomes.append(outcome)
             merged.skipped[SKIPPED[outcome.kind]] += 1
-        merged.skipped["damaged_records"] += encoded.damaged_records
-        merged.skipped["empty_documents"] += encoded.empty_documents
+        merged.skipped.update(encoded.skipped)
         merged.first_damage = merged.first_damage or encoded.first_damage
         merged.position, merged.consumed_bytes = unit.end, unit.consumed_bytes
 
@@ -390,9 +377,7 @@ class _Preparation:
             "eos_token_id": int(encoder.end[0]),
             "token_dtype": encoder.dtype,
             "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
-            "skipped": {
-                name: merged.skipped[name] for name in (*SKIPPED.values(), "damaged_records", "empty_documents")
-            },
+            "skipped": {key: merged.skipped[key] for key in (*SKIPPED.values(), "damaged_records", "empty_documents")},
             "first_damaged_record": merged.first_damage or None,
             "splits": {split: {name: merged.counts[split][name] for name in SPLIT_COUNTS} for split in self.writers},
             "sources": self._write_sources(folder / SOURCES_NAME),
@@ -429,10 +414,9 @@ class _Preparation:
             for index, file in enumerate(self.files):
                 reached = Outcome(index, "read" if Position(index) < self.merged.position else "not reached")
                 outcome = outcomes.get(index, reached)
-                entry = {"name": file.name, "bytes": file.size, "format": file.format, "outcome": outcome.kind}
-                entry |= {"message": outcome.message} if outcome.message else {}
-                stream.write(json.dumps(entry) + "\n")
-                totals.setdefault(file.format.value, Counter()).update(files=1, bytes=file.size)
+                entry = {"name": file.name, "bytes": file.size, "format": file.format}
+                stream.write(json.dumps(entry | {"outcome": outcome.kind, "message": outcome.message}) + "\n")
+                totals.setdefault(file.format, Counter()).update(files=1, bytes=file.size)
         return {
             "files": len(self.files),
             "bytes": sum(file.size for file in self.files),

@@ -12,13 +12,13 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from megatron_depthattn.data.columns import column_rows
-from megatron_depthattn.data.documents import CorpusFile, Format, digest_is_validation, pieces
+from megatron_depthattn.data.documents import CorpusFile, digest_is_validation, pieces
 from megatron_depthattn.data.encode import JSON, Content, JsonLines, Piece, Recipe, Rows, TextFiles
 from megatron_depthattn.data.file_bytes import DamagedFileError, NoTextError, TextCheck, file_blocks, text_blocks
 
 UNIT_BYTES = 2 << 20  # about: a unit ends with the document that passes it
 UNIT_FILES = 4096
-NOT_READ = (Format.ARCHIVE, Format.DATASET_METADATA, Format.SPECIAL, Format.LINK)
+NOT_READ = ("archive", "dataset metadata", "special", "link out of the folder")
 # Of a JSON line, or a .json file that is one value: they are held in memory, several times over.
 MAX_RECORD_BYTES = 256 << 20
 _SPACE = b" \t\r\n"  # JSON has no other
@@ -70,7 +70,7 @@ def read_units(files: Sequence[CorpusFile], recipe: Recipe, start: Position = ST
     small: list[tuple[int, CorpusFile]] = []
     small_bytes = 0
     for index, file in enumerate(files[start.file :], start=start.file):
-        is_small = file.format is Format.TEXT and not file.compression and file.size <= UNIT_BYTES
+        is_small = file.format == "text" and not file.compression and file.size <= UNIT_BYTES
         if small and (not is_small or small_bytes >= UNIT_BYTES or len(small) >= UNIT_FILES):
             yield Unit(TextFiles(small), Position(index), before)
             small, small_bytes = [], 0
@@ -87,14 +87,14 @@ def read_units(files: Sequence[CorpusFile], recipe: Recipe, start: Position = ST
 def _units_of_file(index: int, file: CorpusFile, before: int, recipe: Recipe, start: Position) -> Iterator[Unit]:
     outcome: Outcome | None = None
     if file.format in NOT_READ:
-        outcome = Outcome(index, file.format.value)
+        outcome = Outcome(index, file.format)
     else:
         try:
-            if file.format in (Format.PARQUET, Format.ARROW):
+            if file.format in ("parquet", "arrow"):
                 read = _column(file, recipe.text_field, start.offset)
-            elif file.format is Format.JSON_LINES:
+            elif file.format == "json lines":
                 read = _lines(file, start.offset, start.lines)
-            elif file.format is Format.JSON:
+            elif file.format == "json":
                 read, reason = _json(file, recipe, start)
                 outcome = Outcome(index, "json as text", reason) if reason else None
             else:
@@ -102,7 +102,7 @@ def _units_of_file(index: int, file: CorpusFile, before: int, recipe: Recipe, st
             for content, offset, lines, consumed in read:
                 yield Unit(content, Position(index, offset, lines), before + consumed)
         except NoTextError as error:
-            outcome = Outcome(index, error.kind, str(error))
+            outcome = Outcome(index, *error.args)
         except DamagedFileError as error:
             outcome = Outcome(index, "damaged", str(error))
     yield Unit(TextFiles([]), Position(index + 1), before + file.size, outcome)
@@ -154,9 +154,8 @@ def _json(file: CorpusFile, recipe: Recipe, start: Position) -> tuple[_Reads, st
     is_damaged_record = not first.startswith(b"[") and isinstance(_decode(second), dict)
     if not first or is_record or is_damaged_record:
         return _lines(file, start.offset, start.lines), ""
-    records, why_text = [], "it is no JSON object or array"
-    if first.startswith((b"{", b"[")):
-        records, why_text = _json_value(file, field)
+    is_json = first.startswith((b"{", b"["))
+    records, why_text = _json_value(file, field) if is_json else ([], "it is no JSON object or array")
     return (_text(file, recipe, start.offset) if why_text else _records(records, file, field, start.offset)), why_text
 
 

@@ -64,9 +64,7 @@ def read_small_file(place: str) -> bytes:
             download(place, file)
         with open_plain(file, place) as stream:
             if os.fstat(stream.fileno()).st_size > MAX_INDEX_BYTES:
-                raise ValueError(
-                    f"{place} has more than {MAX_INDEX_BYTES:,} bytes: prepare the corpus with larger shards"
-                )
+                raise ValueError(f"{place} has more than {MAX_INDEX_BYTES:,} bytes: prepare it with larger shards")
             return stream.read()
 
 
@@ -119,11 +117,11 @@ def copy(source: Source, expected: StoredFile, target: IO[bytes] | None = None) 
     return None
 
 
-def damage(file: Path, expected: StoredFile) -> str | None:
-    """What is wrong with a file, or None."""
+def damage(file: Path, expected: StoredFile, target: IO[bytes] | None = None, name: object = None) -> str | None:
+    """What is wrong with a file, or None; see `open_plain` and `copy`."""
     try:
-        with open_plain(file) as stream:
-            return copy(stream, expected)
+        with open_plain(file, name) as stream:
+            return copy(stream, expected, target)
     except FileNotFoundError:
         return MISSING
 

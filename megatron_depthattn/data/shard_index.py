@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 1 << 16
 """Of a shard: its columns and settings as JSON."""
 MAX_SHARD_BYTES = (1 << 32) - 1
 """Offsets in a shard have 32 bits."""
-EXPANDABLE = ("zstd", "gz", "bz2")
+EXPANDABLE = (".mds.zstd", ".mds.gz", ".mds.bz2")
 HASHES = {*xxhash.algorithms_available, *hashlib.algorithms_guaranteed} - {"shake_128", "shake_256"}
 """Those of a fixed length."""
 
@@ -140,10 +140,10 @@ def _shard(entry: Mapping[str, Any], sample_bytes: int) -> ShardEntry:
         name = f"{raw.name}.{str(given).partition(':')[0]}"
         checks += [
             (
-                name.removeprefix(f"{raw.name}.") in EXPANDABLE,
-                f"{raw.name} is compressed with {reprlib.repr(given)}: only {', '.join(EXPANDABLE)} can be read",
+                packed.name == name and name.endswith(EXPANDABLE),
+                f"{raw.name} is compressed with {reprlib.repr(given)} and named {reprlib.repr(packed.name)}, not "
+                f"{raw.name} with the ending of its compression, {', '.join(EXPANDABLE)}",
             ),
-            (packed.name == name, f"the compressed {raw.name} is named {reprlib.repr(packed.name)}, not {name}"),
             (packed.bytes <= MAX_SHARD_BYTES, f"{packed.name} has {packed.bytes} bytes, more than {MAX_SHARD_BYTES}"),
         ]
     for is_right, fault in checks:

@@ -39,8 +39,7 @@ from megatron_depthattn.data.shard_files import (
     read_small_file,
 )
 from megatron_depthattn.data.shard_index import INDEX_NAME, ShardEntry, StoredFile, count, parse_index
-from megatron_depthattn.durable import remove
-from megatron_depthattn.parallel.patience import announced
+from megatron_depthattn.durable import naming, remove
 
 MANIFEST_NAME = "manifest.json"
 LOCK_TIMEOUT_SECONDS = 900.0
@@ -111,16 +110,12 @@ class TokenDataset(Dataset[torch.Tensor]):
     ) -> None:
         self.path = str(path)
         if is_remote(self.path) and cache is None:
-            raise ValueError(
-                f"data.path {self.path} is remote and data.cache is not set: set data.cache to a local folder"
-            )
+            raise ValueError(f"data.path {self.path} is remote and data.cache is not set: set it to a local folder")
         self._origin = f"{self.path.rstrip('/')}/{split}"
         try:
             content = read_small_file(f"{self._origin}/{INDEX_NAME}")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(
-                f"{self._origin} has no {INDEX_NAME}: give a folder written by depthattn prepare"
-            ) from error
+            raise ValueError(f"{self._origin} has no {INDEX_NAME}: give a folder of depthattn prepare") from error
         self._index = parse_index(content, f"{self._origin}/{INDEX_NAME}")
         self.digest = self._index.digest
         """SHA-256 of the split's index, which holds the hash of every shard."""
@@ -174,13 +169,10 @@ class TokenDataset(Dataset[torch.Tensor]):
     def _read(self, file: Path, sample: int) -> npt.NDArray[Any]:
         """The `sample`-th sample of a shard: a count, the offsets of all samples and of the end, a header, samples."""
         size = self._index.dtype.itemsize * self._index.tokens_per_sample
-        with open_plain(file) as stream:
-            try:
-                offsets = os.pread(stream.fileno(), 8, 4 * (1 + sample))
-                begin, end = np.frombuffer(offsets, "<u4").tolist() if len(offsets) == 8 else (0, 0)
-                data = os.pread(stream.fileno(), size, begin)
-            except OSError as error:  # such as a file that a server has replaced
-                raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+        with open_plain(file) as stream, naming(file):
+            offsets = os.pread(stream.fileno(), 8, 4 * (1 + sample))
+            begin, end = np.frombuffer(offsets, "<u4").tolist() if len(offsets) == 8 else (0, 0)
+            data = os.pread(stream.fileno(), size, begin)
         if end - begin != size or len(data) != size:  # no hash in the index, or it changed since it was checked
             raise ValueError(f"{file} cannot be read: its sample {sample} is not {size} bytes inside the file")
         return np.frombuffer(data, self._index.dtype)
@@ -197,10 +189,7 @@ class TokenDataset(Dataset[torch.Tensor]):
             raise ValueError(f"{file} {reason}: {AGAIN}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS)
-            with announced(str(file), lambda: f"the process that holds {lock.lock_file}", LOCK_TIMEOUT_SECONDS):
-                held = lock.acquire()
-            with held:
+            with FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS):
                 reason = damage(file, shard.raw)
                 if reason is not None:  # no other process has made it meanwhile
                     self._make(file, shard, reason)
@@ -249,11 +238,6 @@ class TokenDataset(Dataset[torch.Tensor]):
             fetched.mkdir(mode=0o700)
             file = fetched / stored.name
             download(place, file)
-        try:
-            with open_plain(file, place) as stream:
-                wrong = copy(stream, stored, target)
-        except FileNotFoundError as error:
-            raise ValueError(f"{place} cannot be read: {error.strerror}") from error
-        if wrong:
+        if wrong := damage(file, stored, target, place):
             raise ValueError(f"{place} {wrong}: {AGAIN}")
         return file

@@ -81,14 +81,9 @@ def load_tokenizer(given: str) -> PreTrainedTokenizerFast:
     """
     from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 
-    try:
-        tokenizer = load_fast_tokenizer(given)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from error  # it begins with "tokenizer", and its place
+    tokenizer = load_fast_tokenizer(given)
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"--tokenizer {given} has no end-of-sequence token: set eos_token in its tokenizer_config.json"
-        )
+        raise ValueError(f"--tokenizer {given} has no end-of-sequence token: set eos_token in tokenizer_config.json")
     return tokenizer
 
 

@@ -21,28 +21,20 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from megatron_depthattn.data.encode import SPLITS
+from megatron_depthattn.data.encode import Counts
 from megatron_depthattn.data.readers import START, Outcome, Position
 from megatron_depthattn.data.shard_writer import Tokens
 from megatron_depthattn.durable import fsync_path
 
 
 @dataclass
-class Merged:
+class Merged(Counts):
     """What has been merged so far: everything before `position`."""
 
     position: Position = START
     consumed_bytes: int = 0
-    counts: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
-    skipped: Counter[str] = field(default_factory=Counter)
     outcomes: list[Outcome] = field(default_factory=list)
     """Of the files that were not simply read."""
-    first_damage: str = ""
-
-    @property
-    def bytes(self) -> int:
-        """Of documents."""
-        return sum(counts["bytes"] for counts in self.counts.values())
 
     @property
     def tokens(self) -> int:
@@ -126,15 +118,13 @@ def open_unfinished(output: Path) -> Iterator[Unfinished]:
     """
     folder = unfinished_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"--output {output} is being prepared by another process: wait for it, or end it") from error
     unfinished = Unfinished(folder)
     try:
-        yield unfinished
-    finally:
-        if not unfinished.can_continue:
-            shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
+        with FileLock(folder / "lock", timeout=0):
+            try:
+                yield unfinished
+            finally:
+                if not unfinished.can_continue:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except Timeout as error:
+        raise ValueError(f"--output {output} is being prepared by another process: wait for it, or end it") from error

@@ -171,7 +171,7 @@ def test_repeat_is_a_no_op_and_other_settings_are_an_error(corpus: tuple[Path, P
     assert prepare_corpus(settings(source, output)).already_prepared
     assert shard.stat().st_mtime_ns == stamp
     with pytest.raises(
-        ValueError, match="sequence_length 16, not 32: use it as it is, choose another folder or pass --overwrite"
+        ValueError, match="sequence_length 16, not 32: use it, choose another folder or pass --overwrite"
     ):
         prepare_corpus(settings(source, output, sequence_length=32))
     replaced = prepare_corpus(settings(source, output, sequence_length=32, overwrite=True))
@@ -290,7 +290,7 @@ def test_a_corpus_of_an_earlier_version_is_neither_taken_nor_replaced(
     manifest = json.loads((corpus[1] / "manifest.json").read_text())
     manifest["settings"]["format_version"] = 2
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"was prepared with format_version 2, not 3.*use it as it is"):
+    with pytest.raises(ValueError, match=r"was prepared with format_version 2, not 3.*use it, choose"):
         prepare_corpus(settings(corpus[0], tmp_path))
 
 
@@ -302,11 +302,14 @@ def test_the_builtin_corpus_is_the_standard_library() -> None:
 
 INVALID = {
     "missing input": ({"inputs": ("/no/such/file",)}, "--input /no/such/file does not exist"),
-    "unknown builtin": ({"inputs": ("builtin:web",)}, "the builtin corpus is builtin:python-stdlib"),
+    "unknown builtin": (
+        {"inputs": ("builtin:web",)},
+        "--input builtin:web does not exist: give files, folders, or builtin:python-stdlib",
+    ),
     "no input": ({"inputs": ()}, "--input is missing: name files"),
     "small vocabulary": ({"tokenizer": "train-bpe:100"}, "integer of at least 258"),
     "vocabulary in words": ({"tokenizer": "train-bpe:8k"}, "integer of at least 258"),
-    "missing tokenizer": ({"tokenizer": "/no/tok"}, "--tokenizer /no/tok does not exist"),
+    "missing tokenizer": ({"tokenizer": "/no/tok"}, "tokenizer /no/tok does not exist"),
     "sequence length": ({"sequence_length": 0}, "--sequence-length 0: set at least 1"),
     "fraction": ({"validation_fraction": 1.5}, r"set a number in \[0, 1\)"),
     "workers": ({"workers": 0}, "--workers 0: set at least 1"),

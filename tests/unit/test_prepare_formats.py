@@ -243,7 +243,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], bytes], str, str]] = {
     "no such column": (
         "a.feather",
         lambda f: (pyarrow.feather.write_feather(table(TEXTS).select(["id"]), f / "t"), (f / "t").read_bytes())[1],
-        r'a\.feather: after row 0, there is no column "text" \(but id\): set --text-field',
+        r'a\.feather: after row 0, there are 0 columns "text" among id: set --text-field',
         "files",
     ),
     "not JSON": (
@@ -351,7 +351,7 @@ def read(folder: Path, recipe: Recipe = RECIPE) -> tuple[list[str], list[str], s
         for part in parts(unit.content, recipe, encoded):
             documents += [part.data.decode(errors="replace")] if part.is_first else []
             counted += ["repaired"] * (part.is_repaired and part.is_first)
-        counted += [kind for _, kind in encoded.left_out] + ["record"] * encoded.damaged_records
+        counted += [kind for _, kind, *_ in encoded.left_out] + ["record"] * encoded.skipped["damaged_records"]
         messages += [encoded.first_damage] if encoded.first_damage else []
         if unit.outcome:
             counted.append(unit.outcome.kind)
@@ -449,7 +449,7 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], bytes], list[str], list[str
         lambda f: (pyarrow.parquet.write_table(table(TEXTS).select(["id"]), f / "t"), (f / "t").read_bytes())[1],
         [],
         ["damaged"],
-        'there is no column "text" (but id): set --text-field',
+        'there are 0 columns "text" among id: set --text-field',
     ),
 }
 
@@ -503,7 +503,7 @@ def test_links_may_not_lead_out_of_a_folder(tmp_path: Path) -> None:
         link.symlink_to(end)
     (source / "sub" / "b.txt").write_text("b")
     named = [source / "a.txt", source, cache]  # what the user names is read
-    found = {(file.path.name, file.format.value) for file in corpus_files([str(path) for path in named])}
+    found = {(file.path.name, file.format) for file in corpus_files([str(path) for path in named])}
     assert found == {
         ("a.txt", "text"),
         ("a.txt", "link out of the folder"),

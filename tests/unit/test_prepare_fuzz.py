@@ -189,7 +189,7 @@ def read(folder: Path, start: Position) -> tuple[bytes, list[str], list[Position
     for unit in read_units(corpus_files([str(folder)]), RECIPE, start):
         encoded = Encoded()
         found += parts(unit.content, RECIPE, encoded)
-        counted += [kind for _, kind in encoded.left_out] + ["record"] * encoded.damaged_records
+        counted += [kind for _, kind, *_ in encoded.left_out] + ["record"] * encoded.skipped["damaged_records"]
         counted += [unit.outcome.kind] if unit.outcome else []
         ends.append(unit.end)
     counted += ["repaired" for piece in found if piece.is_repaired]
