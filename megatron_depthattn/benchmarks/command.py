@@ -3,7 +3,7 @@
 benchmark op          the depth mix alone, as multiples of the time in which its bytes could be copied
 benchmark step        a training step with Depth-Attention over one without, or both over transformers' Qwen3
 benchmark memory      what is kept for backward above vanilla, beside what the source plan predicts
-benchmark hop         inter-stage transfers of a pipeline, against the least possible, and what they cost a step
+benchmark hop         what a pipeline sends in a step, against the least possible
 benchmark layouts     the planner's best layouts of a config, each run for a few steps
 benchmark precision   training in bf16 and every FP8 recipe against the same weights and batches in a base
 benchmark checkpoint  what saving costs in time and host memory, against Megatron's gather on one rank
@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 
 from megatron_depthattn.benchmarks.result import Result, machine_facts, machine_line, markdown, table
+from megatron_depthattn.cli.common import new_parser, run
 from megatron_depthattn.paths import user_path
 
 VERBS = ("op", "step", "memory", "hop", "layouts", "precision", "checkpoint")
@@ -27,39 +27,34 @@ VERBS = ("op", "step", "memory", "hop", "layouts", "precision", "checkpoint")
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     """The command line with the options of the verb ``wanted``, or of all; what is parsed has ``measure``."""
-    parser = argparse.ArgumentParser(
-        prog="depthattn benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("benchmark", __doc__)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--markdown", type=user_path, metavar="FILE", help="also write the table to FILE")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for verb in VERBS:
+        one = verbs.add_parser(verb)
         if wanted in (None, verb):
-            getattr(import_module(f"megatron_depthattn.benchmarks.{verb}"), f"add_{verb}")(verbs)
-        else:
-            verbs.add_parser(verb)
+            module = import_module(f"megatron_depthattn.benchmarks.{verb}")
+            module.add_arguments(one)
+            one.set_defaults(measure=module.measure)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on stderr: nothing was measured, or what was is over its bounds."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    verb = next((argument for argument in arguments if argument in VERBS), "")
-    given = build_parser(verb).parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of libraries, repeated on every step
-            result: Result = given.measure(given)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    machine = result.machine or machine_facts()
-    notes = "".join(f"{note}\n" for note in result.notes)
-    print(f"{result.title}\n\n{table(result.columns, result.rows)}\n{notes}{machine_line(machine)}")
-    if given.json:
-        given.json.write_text(json.dumps(asdict(result) | {"machine": machine}, indent=2) + "\n")
-    if given.markdown:
-        given.markdown.write_text(markdown(result, machine, ["tools/benchmark.py", *arguments]))
-    if result.is_over:
-        print("error: over its bounds, see the verdicts in the table", file=sys.stderr)
-    return int(result.is_over)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = build_parser(next((word for word in words if word in VERBS), "")).parse_args(words)
+
+    def measure(_: argparse.Namespace) -> int:
+        result: Result = given.measure(given)
+        facts, notes = machine_facts(), "".join(f"{note}\n" for note in result.notes)
+        print(f"{result.title}\n\n{table(result.columns, result.rows)}\n{notes}{machine_line(facts)}")
+        if given.json:
+            given.json.write_text(json.dumps(asdict(result) | {"machine": facts}, indent=2) + "\n")
+        if given.markdown:
+            given.markdown.write_text(markdown(result, facts, ["depthattn", "benchmark", *words]))
+        if result.is_over:
+            print("error: over its bounds, see the last column of the table", file=sys.stderr)
+        return int(result.is_over)
+
+    return run(measure, given, ModuleNotFoundError)

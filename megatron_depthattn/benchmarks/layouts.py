@@ -12,13 +12,15 @@ from pathlib import Path
 from megatron_depthattn.benchmarks.result import Result
 from megatron_depthattn.benchmarks.timing import spread, taking_turns
 from megatron_depthattn.benchmarks.world import run_torchrun
+from megatron_depthattn.config import load_config
+from megatron_depthattn.estimate.hardware import find_gpu
+from megatron_depthattn.estimate.layouts import best_layouts
 from megatron_depthattn.paths import user_path
 
 CONFIG = Path(__file__).parent / "layouts.yaml"
 
 
-def add_layouts(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = verbs.add_parser("layouts", help="the planner's best layouts of a config, run for a few steps each")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="?", type=user_path, default=CONFIG, metavar="YAML", help="default: a small one for CPUs"
     )
@@ -28,19 +30,14 @@ def add_layouts(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--limit", type=int, default=5, metavar="N", help="layouts (default 5)")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="runs of every layout (default 2)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="of a run, the first not counted")
-    parser.set_defaults(measure=measure_layouts)
 
 
-def measure_layouts(given: argparse.Namespace) -> Result:
+def measure(given: argparse.Namespace) -> Result:
     """Runs of the training loop in turns, beside the planner's prediction for ``--gpu``.
 
     Raises:
         ValueError: no layout fits, or the training processes failed.
     """
-    from megatron_depthattn.config import load_config
-    from megatron_depthattn.estimate.hardware import find_gpu
-    from megatron_depthattn.estimate.layouts import best_layouts
-
     config = load_config(given.config, given.set)
     best = {each.name: each for each in best_layouts(config, given.world, find_gpu(given.gpu), limit=given.limit)}
     seconds: dict[str, list[float]] = {name: [] for name in best}

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from megatron_depthattn.benchmarks.models import SHAPES, implementations_on
 from megatron_depthattn.benchmarks.result import Result
-from megatron_depthattn.benchmarks.shapes import SHAPES, implementations_on
-from megatron_depthattn.benchmarks.timing import Clock, last_level_cache_bytes, spread, taking_turns
+from megatron_depthattn.benchmarks.timing import spread, taking_turns
+from megatron_depthattn.config import load_config
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS, depth_mix_reference
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILED = "torch.compile"
 COPY = "copy"
 LABELS = {"reference": "reference (authors' formulation, eager torch)", COMPILED: "torch.compile of the reference"}
 MOST_ROTATED_BYTES = 512 << 20
+FLUSH_BYTES = 512 << 20
+"""Written before every timed call on a GPU: over ten times the L2 of an H100."""
 Mix = Callable[..., Tensor]
 
 
@@ -54,26 +57,22 @@ class MixShape:
         return [tensor.requires_grad_() for tensor in tensors[:-1]] + tensors[-1:]
 
 
-def add_op(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = verbs.add_parser("op", help="the depth mix: forward and backward as multiples of a copy's time")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: 360m and 3b on a GPU, else cpu")
     parser.add_argument("--sources", nargs="+", type=int, metavar="N", help="default: 1, 2 and all layers but one")
-    for size in ("tokens", "heads", "kv-heads", "head-size"):
-        parser.add_argument(f"--{size}", type=int, metavar="N", help="instead of the shape's")
+    parser.add_argument("--tokens", type=int, metavar="N", help="instead of the shape's")
     names = [*DEPTH_MIX_IMPLEMENTATIONS, COMPILED]
     parser.add_argument("--implementations", nargs="+", choices=names, help="default: all that run on the device")
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="of each, taking turns (default 30)")
-    parser.set_defaults(measure=measure_op)
 
 
-def measure_op(given: argparse.Namespace) -> Result:
+def measure(given: argparse.Namespace) -> Result:
     """Medians and quartiles; the multiple is that of the median over the copy's median in the same run."""
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[given.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    on_gpu = device.type == "cuda"
     result = Result(
-        title=f"Depth mix on {device.type}, {str(dtype).removeprefix('torch.')}, {given.runs} runs, median (quartiles)",
+        title=f"Depth mix on {device.type}, {'bf16' if on_gpu else 'fp32'}, {given.runs} runs, median (quartiles)",
         columns=["implementation", "sources", "forward, ms", "x copy", "backward, ms", "x copy", "both, x copy"],
         notes=[
             "the copy: `copy_` of a tensor that reads and writes as many bytes as the mix must at least move (forward: "
@@ -83,119 +82,105 @@ def measure_op(given: argparse.Namespace) -> Result:
             f"large as the last-level cache, at most {MOST_ROTATED_BYTES >> 20} MiB, so they are not cache-hot",
         ],
     )
-    for name in given.shape or (("360m", "3b") if device.type == "cuda" else ("cpu",)):
-        for shape in _shapes(name, given):
-            _measure_shape(name, shape, given, dtype, device, result)
+    for name in given.shape or (("360m", "3b") if on_gpu else ("cpu",)):
+        config = load_config(SHAPES[name])
+        model, tokens = config.model, given.tokens or config.train.micro_batch_size * config.data.sequence_length
+        heads = model.num_attention_heads, model.num_query_groups, model.kv_channels
+        for sources in given.sources or (1, 2, model.num_layers - 1):
+            _measure_shape(f"{name}, {tokens} tokens", MixShape(tokens, *heads, sources), given, device, result)
     return result
 
 
-def _shapes(name: str, given: argparse.Namespace) -> Iterator[MixShape]:
-    config = yaml.safe_load(SHAPES[name].read_text())
-    model = config["model"]
-    tokens = given.tokens or config["train"]["micro_batch_size"] * config["data"]["sequence_length"]
-    for sources in given.sources or (1, 2, model["num_layers"] - 1):
-        yield MixShape(
-            tokens=tokens,
-            heads=given.heads or model["num_attention_heads"],
-            kv_heads=given.kv_heads or model["num_query_groups"],
-            head_size=given.head_size or model["kv_channels"],
-            sources=sources,
-        )
+def last_level_cache_bytes() -> int:
+    """Bytes of the largest cache of the first core; 0 where Linux does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]] for text in sizes), default=0)
 
 
-class _Calls:
-    """Forward, backward and copy on sets of tensors that take turns."""
+class Calls:
+    """Forward, backward and copy on sets of tensors that take turns; each returns seconds of forward and backward."""
 
-    def __init__(self, shape: MixShape, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape, self._scale = shape, shape.head_size**-0.5
+    def __init__(self, shape: MixShape, device: torch.device) -> None:
+        self._shape, self._is_cuda = shape, device.type == "cuda"
+        dtype = torch.bfloat16 if self._is_cuda else torch.float32
         self.num_bytes = shape.bytes_moved(dtype.itemsize)
-        num_sets = 1
-        if device.type == "cpu":
-            rotated = min(last_level_cache_bytes(), MOST_ROTATED_BYTES)
-            num_sets = max(2, -(-rotated // self.num_bytes[0]))
-        self._sets = [shape.inputs(dtype, device) for _ in range(num_sets)]
-        sizes = [num_bytes // 2 for num_bytes in self.num_bytes]  # a copy of n bytes moves 2 n
-        self._sources = torch.ones(num_sets, max(sizes), dtype=torch.uint8, device=device)
+        rotated = min(last_level_cache_bytes(), MOST_ROTATED_BYTES)
+        num_sets = 1 if self._is_cuda else max(2, -(-rotated // self.num_bytes[0]))
+        self.sets = [shape.inputs(dtype, device) for _ in range(num_sets)]
+        self._sizes = [num_bytes // 2 for num_bytes in self.num_bytes]  # a copy of n bytes moves 2 n
+        self._sources = torch.ones(num_sets, max(self._sizes), dtype=torch.uint8, device=device)
         self._targets = torch.zeros_like(self._sources)
-        self._sizes, self._turn = sizes, count()
+        self._flush = torch.empty(FLUSH_BYTES if self._is_cuda else 0, dtype=torch.int8, device=device)
+        self._turn = count()
 
-    def forward_and_backward(self, clock: Clock, mix: Mix) -> tuple[float, float]:
-        """Seconds of each; the gradients are those of all inputs."""
-        q, *others, grad = self._sets[next(self._turn) % len(self._sets)]
+    def mix(self, mix: Mix) -> tuple[float, float]:
+        """The gradients are those of all inputs."""
+        q, *others, grad = self.sets[next(self._turn) % len(self.sets)]
         n = self._shape.sources
         keys, values, k, v = others[:n], others[n : 2 * n], others[2 * n], others[2 * n + 1]
-        forward, mixed = clock.time(lambda: mix(q, keys, values, k, v, self._scale))
-        backward, _ = clock.time(lambda: torch.autograd.grad(mixed, [q, *others], grad))
+        forward, mixed = self._time(lambda: mix(q, keys, values, k, v, self._shape.head_size**-0.5))
+        backward, _ = self._time(lambda: torch.autograd.grad(mixed, [q, *others], grad))
         return forward, backward
 
-    def copy(self, clock: Clock, _: object) -> tuple[float, float]:
-        """Seconds in which forward's and backward's bytes are copied."""
-        i = next(self._turn) % len(self._sets)
+    def copy(self) -> tuple[float, float]:
+        """Copies forward's bytes, and backward's."""
+        i = next(self._turn) % len(self.sets)
         forward, backward = (
-            clock.time(partial(self._targets[i, :size].copy_, self._sources[i, :size]))[0] for size in self._sizes
+            self._time(partial(self._targets[i, :size].copy_, self._sources[i, :size]))[0] for size in self._sizes
         )
         return forward, backward
+
+    def _time(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds and result. On a GPU the flush is still running when the call is made: launches hide behind it."""
+        if not self._is_cuda:
+            started = time.perf_counter()
+            result = function()
+            return time.perf_counter() - started, result
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3, result
 
 
 def _measure_shape(
-    name: str,
-    shape: MixShape,
-    given: argparse.Namespace,
-    dtype: torch.dtype,
-    device: torch.device,
-    result: Result,
+    title: str, shape: MixShape, given: argparse.Namespace, device: torch.device, result: Result
 ) -> None:
     """Add the rows of one shape."""
     torch.compiler.reset()
-    calls, clock = _Calls(shape, dtype, device), Clock(device)
-    names = given.implementations or [*implementations_on(device.type), COMPILED]
-    mixes: dict[str, Mix] = {name: DEPTH_MIX_IMPLEMENTATIONS[name] for name in names if name != COMPILED}
-    if COMPILED in names:
-        mixes[COMPILED] = torch.compile(depth_mix_reference, dynamic=False)
+    calls = Calls(shape, device)
+    compiled = torch.compile(depth_mix_reference, dynamic=False)
+    mixes: dict[str, Mix] = {COMPILED: compiled, **DEPTH_MIX_IMPLEMENTATIONS}
+    timed: dict[str, Callable[[], tuple[float, float]]] = {COPY: calls.copy}
     failures: dict[str, str] = {}
-    for label, mix in [*mixes.items()]:
+    for label in given.implementations or [*implementations_on(device.type), COMPILED]:
         try:
             for _ in range(3):  # the first calls compile and allocate
-                calls.forward_and_backward(clock, mix)
+                calls.mix(mixes[label])
+            timed[label] = partial(calls.mix, mixes[label])
         except Exception as error:  # whatever a compiler or a kernel says on this machine: the row says so
             failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            del mixes[label]
-    seconds: dict[str, list[tuple[float, float]]] = {COPY: [], **{label: [] for label in mixes}}
-    calls.copy(clock, None)
+    seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in timed}
+    calls.copy()
     for turn in range(given.runs):
-        for label in taking_turns([*seconds], turn):
-            one = calls.copy(clock, None) if label == COPY else calls.forward_and_backward(clock, mixes[label])
-            seconds[label].append(one)
-    _add_rows(f"{name}, {shape.tokens} tokens", shape, calls.num_bytes, seconds, failures, result)
-    print(f"{name}: {shape.sources} sources done", file=sys.stderr, flush=True)
+        for label in taking_turns([*timed], turn):
+            seconds[label].append(timed[label]())
 
-
-def _add_rows(
-    title: str,
-    shape: MixShape,
-    num_bytes: tuple[int, int],
-    seconds: dict[str, list[tuple[float, float]]],
-    failures: dict[str, str],
-    result: Result,
-) -> None:
-    figures: dict[str, Any] = {"bytes": num_bytes, "failures": failures, "seconds": seconds}
-    copies = [spread(of) for of in zip(*seconds[COPY], strict=True)]
-    speed = num_bytes[1] / copies[1].median
-    result.rows.append([f"**{title}**: copy at {speed / 1e9:.0f} GB/s", str(shape.sources), *_cells(copies), ""])
-    for label, of in seconds.items():
+    spreads = {label: [spread(of) for of in zip(*times, strict=True)] for label, times in seconds.items()}
+    copies, sources = spreads[COPY], str(shape.sources)
+    figures: dict[str, Any] = {"bytes": calls.num_bytes, "failures": failures, "seconds": seconds}
+    for label, own in spreads.items():
+        ratios = [one.median / copy.median for one, copy in zip(own, copies, strict=True)]
+        cells = [cell for one, ratio in zip(own, ratios, strict=True) for cell in (one.text(1e-3, 3), f"{ratio:.2f}")]
+        both = sum(one.median for one in own) / sum(copy.median for copy in copies)
         if label == COPY:
-            continue
-        spreads = [spread(times) for times in zip(*of, strict=True)]
-        ratios = [one.median / copy.median for one, copy in zip(spreads, copies, strict=True)]
-        both = sum(one.median for one in spreads) / sum(copy.median for copy in copies)
-        cells = _cells(spreads, *ratios)
-        result.rows.append([LABELS.get(label, label), str(shape.sources), *cells, f"{both:.2f}"])
-        figures[label] = {"forward_ratio": ratios[0], "backward_ratio": ratios[1], "ratio": both}
-    for label, why in failures.items():
-        result.rows.append([f"{LABELS.get(label, label)}: {why}", str(shape.sources), "", "", "", "", ""])
-    result.figures[f"{title}, {shape.sources} sources"] = figures
-
-
-def _cells(spreads: list[Any], *ratios: float) -> list[str]:
-    texts = [f"{ratio:.2f}" for ratio in ratios] or ["1", "1"]
-    return [cell for one, text in zip(spreads, texts, strict=True) for cell in (one.text(1e-3, 3), text)]
+            name = f"**{title}**: copy at {calls.num_bytes[1] / copies[1].median / 1e9:.0f} GB/s"
+        else:
+            name = LABELS.get(label, label)
+            figures[label] = {"forward_ratio": ratios[0], "backward_ratio": ratios[1], "ratio": both}
+        result.rows.append([name, sources, *cells, f"{both:.2f}"])
+    result.rows += [[f"{LABELS.get(label, label)}: {why}", sources, *[""] * 5] for label, why in failures.items()]
+    result.figures[f"{title}, {sources} sources"] = figures
+    print(f"{title}: {sources} sources done", file=sys.stderr, flush=True)

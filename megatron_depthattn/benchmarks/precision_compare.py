@@ -1,4 +1,4 @@
-"""Runs with the same weights and the same batches in two precisions, compared: paired gaps, cosines, the verdict."""
+"""Runs with the same weights and the same batches in two precisions, compared: paired gaps, cosines, what is over."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ TAIL = 0.2
 class Gap(NamedTuple):
     """Relative gaps of the loss to the base's, over windows of steps and over seeds."""
 
-    steps: list[int]
-    """The last step of each window."""
-    by_seed: list[list[float]]
-    """``[seeds, windows]``."""
     mean: float
     """Over the tail's windows and all seeds."""
     low: float
@@ -50,44 +46,28 @@ class Cosine(NamedTuple):
 
 
 def window_size(steps: int) -> int:
-    """Steps of one window."""
+    """Steps of one window; windows end with the last step, and steps before the first whole one are left out."""
     return max(1, steps // WINDOWS)
-
-
-def window_means(losses: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Mean loss of each window; windows end with the last step, and steps before the first whole one are left out."""
-    size = window_size(len(losses))
-    return np.asarray(losses, np.float64)[len(losses) % size :].reshape(-1, size).mean(axis=1)
-
-
-def window_ends(steps: int) -> list[int]:
-    """The last step of each window, counted from 1."""
-    size = window_size(steps)
-    return [*range(steps % size + size, steps + 1, size)]
 
 
 def num_tail_windows(steps: int) -> int:
     """Windows that are judged."""
-    return max(1, round(TAIL * len(window_ends(steps))))
+    return max(1, round(TAIL * (steps // window_size(steps))))
 
 
 def paired_gap(own: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Gap:
     """Gaps of losses ``[seeds, steps]``; the runs of one place have the same seed."""
-    means, base_means = (np.stack([window_means(losses) for losses in runs]) for runs in (own, base))
-    gaps = (means - base_means) / base_means
     steps = len(own[0])
+    size = window_size(steps)
+
+    def means(runs: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
+        return np.asarray(runs, np.float64)[:, steps % size :].reshape(len(runs), -1, size).mean(axis=2)
+
+    gaps = means(own) / means(base) - 1
     tail = gaps[:, -num_tail_windows(steps) :]
     seed, window = np.unravel_index(np.abs(gaps).argmax(), gaps.shape)
-    ends = window_ends(steps)
-    return Gap(
-        steps=ends,
-        by_seed=gaps.tolist(),
-        mean=float(tail.mean()),
-        low=float(tail.min()),
-        high=float(tail.max()),
-        largest=float(gaps[seed, window]),
-        largest_step=ends[window],
-    )
+    ends = steps % size + size * (int(window) + 1)
+    return Gap(float(tail.mean()), float(tail.min()), float(tail.max()), float(gaps[seed, window]), ends)
 
 
 def gradient_cosine(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Cosine:

@@ -1,30 +1,25 @@
-"""A training step with Depth-Attention over one without: the models stand side by side and take turns."""
+"""A training step with Depth-Attention over one without, or of all over their exports in transformers, in turns."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import Any
 
 import torch
 
-from megatron_depthattn.benchmarks.model import Model
-from megatron_depthattn.benchmarks.peers import add_peers_arguments, measure_peers
+from megatron_depthattn.benchmarks import models
+from megatron_depthattn.benchmarks.models import Model, mixing_configs, shape_text
+from megatron_depthattn.benchmarks.peers import IN_TRANSFORMERS, Peer, require_agreement
 from megatron_depthattn.benchmarks.result import Result
-from megatron_depthattn.benchmarks.shapes import add_model_arguments, implementations_on, run_config, shape_text
 from megatron_depthattn.benchmarks.timing import bootstrap_interval, spread, taking_turns
-
-if TYPE_CHECKING:
-    from megatron_depthattn.config import RunConfig
-
-VANILLA = "vanilla"
-AUTHORS = {"reference": " (authors' formulation, eager torch)"}
+from megatron_depthattn.benchmarks.world import joined_world
+from megatron_depthattn.config import RunConfig, load_config, validate
 
 
-def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = verbs.add_parser("step", help="a training step with Depth-Attention over one without, interleaved")
-    add_model_arguments(parser)
-    parser.add_argument("--strides", nargs="*", type=int, metavar="N", help="default: half the layers, and 1")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_model_arguments(parser)
     parser.add_argument("--ops", nargs="+", metavar="OP", help="implementations of the mix; default: all that run here")
     parser.add_argument(
         "--models", nargs="+", metavar="NAME=CONFIG.yaml", help="these run configs instead, the first is compared with"
@@ -32,56 +27,40 @@ def add_step(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="steps of each model (default 20)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
-    add_peers_arguments(parser)
-    parser.set_defaults(measure=measure_step)
+    parser.add_argument("--peers", action="store_true", help="over transformers' Qwen3, with our exported models")
 
 
-def measure_step(given: argparse.Namespace) -> Result:
-    """Ratios are those of a step to vanilla's of the same round; median, quartiles, and an interval of the median."""
-    if given.peers:
-        return measure_peers(given)
-    from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
-    from megatron_depthattn.parallel.launch_env import launch_environment
+def measure(given: argparse.Namespace) -> Result:
+    """Ratios are those of a step to the first model's of the same round: median, quartiles, interval of the median.
 
+    Raises:
+        ValueError: the first model does not run; with ``--peers`` also: two models of the same weights do not have the
+            same loss and gradient.
+    """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    configs = _configs(given, kind)
-    device = initialize_distributed(launch_environment())
-    try:
-        initialize_model_parallel()
-        models, failures = _build(configs, device, given)
+    ops = given.ops or (["auto"] if given.peers else models.implementations_on(kind))
+    configs = dict(map(_named_config, given.models)) if given.models else mixing_configs(given, kind, ops)
+    with joined_world() as device:
+        ours, failures = _build(configs, device, given)
         base = next(iter(configs))
         if base in failures:
             raise ValueError(f"{base} did not run, so there is nothing to compare with: {failures[base]}")
-        seconds = _run(models, given.rounds)
-    finally:
-        shut_down()
-    return _result(configs, models, seconds, failures, given)
-
-
-def _configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
-    """Every model by its name; the first one is what the others are compared with."""
-    if given.models:
-        return dict(_named_config(text) for text in given.models)
-    vanilla = run_config(given, kind, model__depth_attention__enabled=False)
-    layers = vanilla.model.num_layers * vanilla.model.num_loops
-    configs = {VANILLA: vanilla}
-    for stride in given.strides or dict.fromkeys((max(1, layers // 2), 1)):
-        for op in given.ops or implementations_on(kind):
-            keys = {"model__depth_attention__stride": stride, "model__depth_attention__op": op}
-            configs[f"stride {stride}, {op}{AUTHORS.get(op, '')}"] = run_config(given, kind, **keys)
-    return configs
+        pairs = {name: (model, Peer(model)) for name, model in ours.items()} if given.peers else {}
+        agreement = require_agreement(pairs)
+        peers = {f"{name}{IN_TRANSFORMERS}": peer for name, (_, peer) in pairs.items()}
+        seconds = _time({**peers, **ours}, given, device)
+    return _result(configs, seconds, failures, agreement, given)
 
 
 def _named_config(text: str) -> tuple[str, RunConfig]:
     """The config behind NAME=CONFIG.yaml, with one micro-batch a step on one device."""
-    from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.train.hardware import for_this_machine
 
     name, equals, path = text.partition("=")
     if not equals:
         raise ValueError(f"--models {text}: write NAME=CONFIG.yaml")
     batch = load_config(path).train.micro_batch_size
-    alone = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.context=1"]
+    alone = [f"parallel.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "context")]
     config = load_config(path, [*alone, "parallel.sequence=false", f"train.global_batch_size={batch}"])
     return name, for_this_machine(config, validate(config, 1, needs_data=False)).config
 
@@ -89,75 +68,84 @@ def _named_config(text: str) -> tuple[str, RunConfig]:
 def _build(
     configs: dict[str, RunConfig], device: torch.device, given: argparse.Namespace
 ) -> tuple[dict[str, Model], dict[str, str]]:
-    """The models that fit and run here, warmed up, with the same initial weights; and why the others do not."""
-    models: dict[str, Model] = {}
+    """The models that fit and run here, with the same initial weights; and why the others do not."""
+    built: dict[str, Model] = {}
     failures: dict[str, str] = {}
     for name, config in configs.items():
         try:
-            models[name] = Model(config, device, has_optimizer=not given.no_optimizer)
-            for _ in range(given.warm_up):
-                models[name].step()
+            model = Model(config, device, has_optimizer=not given.no_optimizer)
+            model.gradients() if given.no_optimizer else model.update()
+            built[name] = model
         except (RuntimeError, ValueError, ImportError) as error:  # out of memory, or an op that does not run here
             failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-            models.pop(name, None)
             torch.cuda.empty_cache()
         print(f"{name}: {failures.get(name, 'ready')}", file=sys.stderr, flush=True)
-    return models, failures
+    return built, failures
 
 
-def _run(models: dict[str, Model], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds):
-        for name in taking_turns([*models], turn):
-            seconds[name].append(models[name].step())
-        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+def _time(timed: dict[str, Any], given: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every model's steps: CPU time with one thread on a CPU, else on the wall until the device is done."""
+    is_alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if is_alone else time.perf_counter
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for turn in range(-given.warm_up, given.rounds):
+        for name in taking_turns([*timed], turn):
+            wait()
+            started = clock()
+            timed[name].gradients() if given.no_optimizer else timed[name].update()
+            wait()
+            if turn >= 0:
+                seconds[name].append(clock() - started)
+        print(f"round {turn + 1} of {given.rounds}", file=sys.stderr, flush=True)
     return seconds
 
 
 def _result(
     configs: dict[str, RunConfig],
-    models: dict[str, Model],
     seconds: dict[str, list[float]],
     failures: dict[str, str],
+    agreement: dict[str, dict[str, float]],
     given: argparse.Namespace,
 ) -> Result:
-    what = "forward and backward" if given.no_optimizer else "training step"
-    base = next(iter(configs))
+    from megatron_depthattn.estimate.counts import forward_flops
+    from megatron_depthattn.train.metrics import peak_tflops
+
+    first, base = next(iter(configs.values())), next(iter(seconds))
     result = Result(
-        title=f"A {what}: {shape_text(configs[base], given)}, {given.rounds} rounds",
+        title=f"A {'forward and backward pass' if given.no_optimizer else 'training step'}: "
+        f"{shape_text(first, given)}, {given.rounds} rounds",
         columns=[
-            *("model", "step, ms: median (quartiles)", f"over {base}: median (quartiles)", "95 % of the median"),
+            *("model", "ms: median (quartiles)", f"over {base}: median (quartiles)", "95 % of the median"),
             *("tokens/s", "MFU"),
         ],
         notes=[
-            f"recompute: {configs[base].recompute.granularity or 'none'}, layers: {configs[base].model.spec}; "
-            "the models are built side by side with the same weights and take turns step by step; a ratio is that of "
-            "two steps of the same round; interval: percentile bootstrap",
-            *(["MFU: of the device's dense bf16 peak, FP8 or not"] if models[base].peak_tflops else []),
+            f"recompute: {first.recompute.granularity or 'none'}, layers: {first.model.spec}; the models stand side by "
+            "side with the same weights and take turns step by step; a ratio is that of two steps of the same round; "
+            "interval: percentile bootstrap; seconds: CPU time of the process with one thread on a CPU, else the wall's"
         ],
     )
-    for name in configs:
-        if name in failures:
-            result.rows.append([name, failures[name], "", "", "", ""])
-            result.figures[name] = {"failure": failures[name]}
-            continue
-        model, times = models[name], seconds[name]
+    if given.peers:
+        result.notes.append(
+            "in transformers: the exported model (vanilla's is Qwen3) in fp32 with sdpa, is_causal, no cache, torch's "
+            "AdamW(fused=True), the same clipping and schedule; before anything is timed, loss and gradient norm of "
+            "each pair agree"
+        )
+    if peak_tflops(first):
+        result.notes.append("MFU: of the device's dense bf16 peak, FP8 or not")
+    for name, times in seconds.items():
+        config = configs[name.removesuffix(IN_TRANSFORMERS)]
         ratios = [own / other for own, other in zip(times, seconds[base], strict=True)]
         low, high = bootstrap_interval(ratios)
-        speed = model.tokens / spread(times).median
-        mfu = model.flops_per_token * speed / 1e12 / model.peak_tflops if model.peak_tflops else None
-        is_base = name == base
-        result.rows.append(
-            [
-                *(name, spread(times).text(1e-3, 1), "1" if is_base else spread(ratios).text(1, 3)),
-                *("" if is_base else f"{low:.3f} to {high:.3f}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""),
-            ]
-        )
-        result.figures[name] = {
-            "seconds": times,
-            "ratio": spread(ratios).median,
-            "interval": [low, high],
-            "tokens_per_second": speed,
-            "mfu": mfu,
-        }
+        speed = config.train.micro_batch_size * config.data.sequence_length / spread(times).median
+        peak = peak_tflops(config)
+        mfu = 3 * forward_flops(config).total * speed / 1e12 / peak if peak else None
+        over = ["1", ""] if name == base else [spread(ratios).text(1, 3), f"{low:.3f} to {high:.3f}"]
+        cells = [spread(times).text(1e-3, 1), *over, f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""]
+        result.rows.append([name, *cells])
+        found = {"seconds": times, "ratio": spread(ratios).median, "interval": [low, high], "mfu": mfu}
+        result.figures[name] = found | {"tokens_per_second": speed} | agreement.get(name, {})
+    for name, why in failures.items():
+        result.rows.append([name, why, "", "", "", ""])
+        result.figures[name] = {"failure": why}
     return result

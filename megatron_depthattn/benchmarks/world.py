@@ -1,4 +1,7 @@
-"""Worlds of several processes on this machine, started by torchrun."""
+"""Worlds that are measured: this process alone, or several on this machine, started by torchrun.
+
+`python -m megatron_depthattn.benchmarks.world VERB PARALLEL WORK FILE` is one of those: it calls the verb's ``work``.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,32 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def joined_world(**parallel: Any) -> Iterator[torch.device]:
+    """Join the world that was launched, or one of this process alone, with Megatron's groups; our device."""
+    from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, shut_down
+    from megatron_depthattn.parallel.launch_env import launch_environment
+
+    device = initialize_distributed(launch_environment())
+    try:
+        initialize_model_parallel(**parallel)
+        yield device
+    finally:
+        shut_down()
 
 
 def run_torchrun(module: str, arguments: Sequence[str], processes: int) -> None:
-    """``python -m module`` in so many processes, with library warnings silenced.
+    """Run ``python -m module`` in so many processes, with library warnings silenced.
 
     Raises:
         ValueError: the processes failed.
@@ -24,10 +46,20 @@ def run_torchrun(module: str, arguments: Sequence[str], processes: int) -> None:
         raise ValueError(f"{processes} processes of {module} {' '.join(arguments)} failed: {done.stderr[-2000:]}")
 
 
-def run_world(module: str, work: Any, processes: int) -> Any:
-    """What ``python -m module WORK.json FOUND.json`` makes of ``work``; raises as `run_torchrun`."""
+def run_world(verb: str, processes: int, parallel: dict[str, int], work: dict[str, Any]) -> Any:
+    """What ``work(device, **work)`` of the verb's module returns on rank 0; raises as `run_torchrun`."""
     with tempfile.TemporaryDirectory() as folder:
-        given, output = Path(folder) / "work.json", Path(folder) / "found.json"
-        given.write_text(json.dumps(work))
-        run_torchrun(module, [str(given), str(output)], processes)
-        return json.loads(output.read_text())
+        found = Path(folder, "found.json")
+        arguments = [verb, json.dumps(parallel), json.dumps(work), str(found)]
+        run_torchrun("megatron_depthattn.benchmarks.world", arguments, processes)
+        return json.loads(found.read_text())
+
+
+if __name__ == "__main__":
+    import torch.distributed as dist
+
+    verb, parallel, work, file = sys.argv[1:]
+    with joined_world(**json.loads(parallel)) as device:
+        found = import_module(f"megatron_depthattn.benchmarks.{verb}").work(device, **json.loads(work))
+        if dist.get_rank() == 0:
+            Path(file).write_text(json.dumps(found))

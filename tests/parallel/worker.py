@@ -29,8 +29,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from megatron_depthattn.benchmarks.checkpoint_worker import gathered_state
-from megatron_depthattn.benchmarks.sent import recorded_sends, sent_between_stages
+from megatron_depthattn.benchmarks.checkpoint import gathered_state
+from megatron_depthattn.benchmarks.hop import recorded_sends, sent_between_stages
 from megatron_depthattn.config import validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.methods.parameters import method_parameters

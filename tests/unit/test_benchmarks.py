@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from megatron_depthattn.benchmarks import command as benchmark
-from megatron_depthattn.benchmarks.model import Model
-from megatron_depthattn.benchmarks.op import MixShape, _Calls
-from megatron_depthattn.benchmarks.peers import BOUNDS, QWEN3, Entry, Peer, require_agreement
+from megatron_depthattn.benchmarks.memory import saved_tensors
+from megatron_depthattn.benchmarks.models import Model, run_config
+from megatron_depthattn.benchmarks.op import Calls, MixShape
+from megatron_depthattn.benchmarks.peers import BOUNDS, Peer, require_agreement
 from megatron_depthattn.benchmarks.result import Result, machine_facts, markdown, table
-from megatron_depthattn.benchmarks.saved import saved_tensors
-from megatron_depthattn.benchmarks.shapes import config_of_length
-from megatron_depthattn.benchmarks.timing import Clock, bootstrap_interval, spread, taking_turns
+from megatron_depthattn.benchmarks.timing import bootstrap_interval, spread, taking_turns
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 
@@ -34,8 +33,8 @@ def test_bytes_of_a_mix_are_those_of_its_tensors():
 def test_calls_go_round_sets_that_no_cache_holds(monkeypatch):
     shape = MixShape(tokens=4, heads=2, kv_heads=1, head_size=4, sources=1)
     monkeypatch.setattr("megatron_depthattn.benchmarks.op.last_level_cache_bytes", lambda: 7 * shape.bytes_moved(4)[0])
-    calls = _Calls(shape, torch.float32, CPU)
-    assert len(calls._sets) == 7
+    calls = Calls(shape, CPU)
+    assert len(calls.sets) == 7
     seen = []
 
     def mix(q, keys, values, k, v, scale):
@@ -45,7 +44,7 @@ def test_calls_go_round_sets_that_no_cache_holds(monkeypatch):
         return DEPTH_MIX_IMPLEMENTATIONS["lean"](q, keys, values, k, v, scale)
 
     for _ in range(14):
-        assert min(calls.forward_and_backward(Clock(CPU), mix)) > 0
+        assert min(calls.mix(mix)) > 0
     assert len(set(seen[:7])) == 7
     assert seen[:7] == seen[7:]
 
@@ -93,10 +92,10 @@ def test_a_table_is_markdown():
 def test_a_page_says_how_where_and_when():
     facts = machine_facts()
     result = Result("Title", ["a"], [["1"]], notes=["a note"])
-    text = markdown(result, facts, ["tools/benchmark.py", "op", "--runs", "3"])
+    text = markdown(result, facts, ["depthattn", "benchmark", "op", "--runs", "3"])
     assert "### Title" in text
     assert "- a note" in text
-    assert "`python tools/benchmark.py op --runs 3`" in text
+    assert "`depthattn benchmark op --runs 3`" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
     assert facts["date"] in text
     assert f"{facts['cores']} cores" in text
@@ -161,62 +160,48 @@ def test_step(tmp_path, world, more):
     assert "cut in depth" in page
 
 
-PEERS = (*TINY[:-1], "model.vocab_size=128", "model.init_std=0.3")
+PEERS = ("--sequence-length", "16", *TINY[:-1], "model.vocab_size=128", "model.init_std=0.3")
 
 
 def test_peers(tmp_path, world):
     """Ours beside transformers, the independent side; the mix must show, or agreement would prove little."""
-    sizes = ("--sequence-length", "8", "16", "--threads", "1", "--rounds", "3", "--warm-up", "0")
-    files = tmp_path / "figures.json", tmp_path / "page.md"
-    given = ["--json", str(files[0]), "--markdown", str(files[1]), "step", "--peers", *PEERS, *sizes]
-    is_over = benchmark.main(given)  # at this size Python is all that is timed
-    figures = json.loads(files[0].read_text())["figures"]
-    rows = {f"{length} tokens, 1 thread, {name}" for length in (8, 16) for name in figures["8 tokens"]}
-    assert figures.keys() == rows | {"8 tokens", "16 tokens"}
-    assert len(figures["8 tokens"]) == 4
-    for length in (8, 16):
-        of = figures[f"{length} tokens"]
-        for what, bound in BOUNDS.items():
-            peer, ours, depth, exported = (
-                of[name][what] for name in (QWEN3, "vanilla", "stride 1", "stride 1, exported, in transformers")
-            )
-            assert ours == pytest.approx(peer, rel=bound) and depth == pytest.approx(exported, rel=bound)
-            assert abs(depth / ours - 1) > 100 * bound
-        base = figures[f"{length} tokens, 1 thread, {QWEN3}"]
-        own = figures[f"{length} tokens, 1 thread, vanilla"]
-        assert own["goal"] == 0.95 and len(own["verdicts"]) == 2
-        for work in ("forward + backward", "step with AdamW"):
-            times = own[work]["seconds"], base[work]["seconds"]
-            assert own[work]["ratio"] == pytest.approx(sorted(a / b for a, b in zip(*times, strict=True))[1])
-    assert is_over == any("missed" in of.get("verdicts", ()) for of in figures.values())
-    assert "**16 tokens, 1 thread**" in files[1].read_text()
+    figures, page = run(tmp_path, "step", "--peers", *PEERS, "--rounds", "3", "--warm-up", "0", "--strides", "1")
+    assert list(figures) == [
+        *("vanilla, in transformers", "stride 1, lean, in transformers", "vanilla", "stride 1, lean"),
+    ]
+    for what, bound in BOUNDS.items():
+        peer, exported, ours, depth = (of[what] for of in figures.values())
+        assert ours == pytest.approx(peer, rel=bound) and depth == pytest.approx(exported, rel=bound)
+        assert abs(depth / ours - 1) > 100 * bound
+    own, base = figures["vanilla"], figures["vanilla, in transformers"]
+    times = zip(own["seconds"], base["seconds"], strict=True)
+    assert own["ratio"] == pytest.approx(sorted(a / b for a, b in times)[1])
+    assert "over vanilla, in transformers" in page
 
 
 def test_peers_of_other_weights_are_not_timed(world):
-    given = benchmark.build_parser().parse_args(["step", "--peers", *PEERS, "--strides", "1"])
-    config = config_of_length(given, "cpu", 16)
-    ours = Model(config, CPU, has_optimizer=True)
-    peer = Peer(config, ours.weights(), CPU, has_optimizer=True)
-    entries = [Entry("ours", ours, "theirs"), Entry("theirs", peer, "ours")]
+    given = benchmark.build_parser("step").parse_args(["step", *PEERS])
+    ours = Model(run_config(given, "cpu", {"model.depth_attention.stride": 1}), CPU)
+    peer = Peer(ours)
     for _ in range(2):  # the same after a step, too: the clipped gradient, AdamW and its schedule are the same
-        found = require_agreement(entries)
-        assert ours.update() == pytest.approx(peer.update(), rel=BOUNDS["loss"])
+        found = require_agreement({"ours": (ours, peer)})
+        assert ours.update().loss == pytest.approx(peer.update(), rel=BOUNDS["loss"])
         assert ours.gradients() != pytest.approx(found["ours"]["loss"], rel=1e-4)
-    ours.weights()["decoder.layers.1.self_attention.k_layernorm.weight"] *= 1.01
-    with pytest.raises(ValueError, match=r"of ours is .*, of theirs with the same weights .* so nothing is measured"):
-        require_agreement(entries)
+    with torch.no_grad():
+        dict(ours.chunks[0].named_parameters())["module.decoder.layers.1.self_attention.k_layernorm.weight"] *= 1.01
+    with pytest.raises(ValueError, match=r"of ours is .* in transformers with the same .* nothing is measured"):
+        require_agreement({"ours": (ours, peer)})
 
 
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
         ("precision.dtype=bf16", "losses are compared, set precision.dtype=fp32"),
-        ("model.num_loops=2", "Qwen3 has no loops, set model.num_loops=1"),
         ("model.vocab_size=100", "set a multiple of 128"),
-        ("data.sequence_length=9", "give the latter alone"),
+        ("model.num_layers=9", "--set model.num_layers: the benchmark sets it by other options"),
     ],
 )
-def test_peers_need_a_counterpart(setting, reason, capsys):
+def test_peers_need_a_counterpart(setting, reason, world, capsys):
     assert benchmark.main(["step", "--peers", *PEERS, setting]) == 1
     assert reason in capsys.readouterr().err
 
@@ -262,12 +247,12 @@ def test_precision(tmp_path, world):
     assert "gradient cosine" in " ".join(found["fp32:run.seed=7"])
     assert found["fp32:optimizer.lr=0"][0].startswith("loss gap")
     assert "not finite" in found["fp32:model.init_std=1e38"][0]
-    assert "TransformerEngine" in figures["refused"]["tensorwise"]
+    assert "TransformerEngine" in figures["unsupported"]["tensorwise"]
 
 
 def test_hop_of_methods(tmp_path):
     """Four layers in four chunks on two ranks, or in two: DenseFormer then sends three hidden states, mHC four."""
-    sizes = ("--layers", "4", "--hidden", "64", "--sequence-length", "16", "--microbatches", "2", "--runs", "1")
+    sizes = ("--layers", "4", "--hidden", "64", "--sequence-length", "16", "--microbatches", "2")
     methods = ("vanilla", "depth_attention", "denseformer", "mhc")
     figures, page = run(tmp_path, "hop", "--layouts", "pp2", "--methods", *methods, *sizes)
     assert all(of["sent"] == of["bound"] > 0 and of["messages"] == of["least_messages"] for of in figures.values())

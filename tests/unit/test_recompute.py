@@ -3,6 +3,7 @@
 Shapes: s positions, b batch, H query heads, G key/value heads, d head size.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_depthattn.benchmarks.saved import SavedTensors, saved_tensors
+from megatron_depthattn.benchmarks.memory import SavedTensors, saved_tensors
 from megatron_depthattn.model.activation_memory import DepthActivations, depth_activations, source_numbers
 from megatron_depthattn.model.attention import Source
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
@@ -111,6 +112,10 @@ def saved_by(model: GPTModel | None = None, **overrides: Any) -> SavedTensors:
     return saved
 
 
+def kinds(saved: SavedTensors) -> Counter[tuple[torch.dtype, tuple[int, ...]]]:
+    return Counter((tensor.dtype, tuple(tensor.shape)) for tensor in saved.tensors)
+
+
 BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
 PLANS = [(1, 0), (2, 1), (3, 0)]
 NUMBER_BYTES = SEQUENCE * BATCH * 4
@@ -121,7 +126,7 @@ NUMBER_BYTES = SEQUENCE * BATCH * 4
 def test_the_mix_keeps_its_bf16_inputs_and_nothing_in_fp32(stride, window, record_property):
     vanilla = saved_by(depth_attention=False, **BF16)
     lean = saved_by(depth_attention_stride=stride, depth_attention_recent_window=window, **BF16)
-    more = lean.kinds - vanilla.kinds
+    more = kinds(lean) - kinds(vanilla)
     assert {kind for kind in more if kind[0] is not torch.bfloat16} == set(), more
     # The q that core attention keeps in another shape; k and v; of a layer that is read, the mixed value. Of vanilla's
     # layers the value is a view that keeps the whole projection.
@@ -135,7 +140,7 @@ def test_the_mix_keeps_its_bf16_inputs_and_nothing_in_fp32(stride, window, recor
     reference = saved_by(
         depth_attention_stride=stride, depth_attention_recent_window=window, depth_attention_op="reference", **BF16
     )
-    in_fp32 = [kind for kind in (reference.kinds - vanilla.kinds) if kind[0] is torch.float32]
+    in_fp32 = [kind for kind in (kinds(reference) - kinds(vanilla)) if kind[0] is torch.float32]
     record_property("reference_storage_bytes", reference.num_bytes - vanilla.num_bytes)
     assert in_fp32, "the control: plain autograd keeps fp32 intermediates"
     assert reference.num_bytes > lean.num_bytes

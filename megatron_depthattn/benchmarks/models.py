@@ -1,0 +1,151 @@
+"""The models that are measured: the released shapes and one that a CPU trains in seconds, and steps of one of them."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_depthattn.cli.common import check, shipped_folder
+from megatron_depthattn.config import RunConfig, load_config, to_dict, validate
+
+if TYPE_CHECKING:
+    from megatron_depthattn.train.step import Microbatch, StepResult
+
+SHAPES = {
+    "cpu": Path(__file__).parent / "cpu.yaml",
+    **{name: shipped_folder("configs") / f"{name}.yaml" for name in ("360m", "1.5b", "3b")},
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `run_config` reads, and the strides."""
+    parser.add_argument("--shape", choices=SHAPES, help="default: 360m on a GPU, else cpu (24 layers, hidden 384)")
+    parser.add_argument("--layers", type=int, metavar="N", help="cut the depth to N layers; the title says so")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a step; default: the shape's")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the shape's")
+    parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config")
+
+
+def run_config(given: argparse.Namespace, kind: str, keys: Mapping[str, Any] | None = None) -> RunConfig:
+    """The config of one training process with one micro-batch a step on a device of this kind, with these keys.
+
+    Raises:
+        ValueError: an unknown key, one that is set twice, a value of the wrong type, or what this machine cannot run.
+    """
+    from megatron_depthattn.train.hardware import for_this_machine
+
+    path = SHAPES[given.shape or ("360m" if kind == "cuda" else "cpu")]
+    batch = given.micro_batch or load_config(path).train.micro_batch_size
+    values = {"train.micro_batch_size": batch, "train.global_batch_size": batch, **(keys or {})}
+    values |= {"model.num_layers": given.layers} if given.layers else {}
+    if length := given.sequence_length:
+        values |= {"data.sequence_length": length, "model.max_position_embeddings": length}
+    twice = values.keys() & {text.partition("=")[0] for text in given.set}
+    check((bool(twice), f"--set {' '.join(sorted(twice))}: the benchmark sets it by other options, leave it out"))
+    settings = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+    config = load_config(path, [*settings, *given.set])
+    return for_this_machine(config, validate(config, 1, needs_data=False)).config
+
+
+def mixing_configs(
+    given: argparse.Namespace, kind: str, ops: list[str], keys: Mapping[str, Any] | None = None
+) -> dict[str, RunConfig]:
+    """By name: vanilla, then every stride with every implementation of the mix."""
+    keys = keys or {}
+    configs = {"vanilla": run_config(given, kind, {**keys, "model.depth_attention.enabled": False})}
+    layers = configs["vanilla"].model.num_layers * configs["vanilla"].model.num_loops
+    for stride in given.strides or dict.fromkeys((max(1, layers // 2), 1)):
+        for op in ops:
+            mix = {"model.depth_attention.stride": stride, "model.depth_attention.op": op}
+            config = run_config(given, kind, {**keys, **mix})
+            configs[f"stride {stride}, {config.model.depth_attention.op}"] = config
+    return configs
+
+
+def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
+    """The model in a few words."""
+    model, precision = config.model, config.precision
+    cut = " (cut in depth)" if given.layers else ""
+    cut += f" run {model.num_loops} times" if model.num_loops > 1 else ""
+    weights = ", weights in FP8" if precision.fp8_params else ""
+    return (
+        f"{model.num_layers} layers{cut}, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"{model.num_query_groups} KV heads of {model.kv_channels}, {config.train.micro_batch_size} x "
+        f"{config.data.sequence_length} tokens, {f'FP8 {precision.fp8}{weights}' if precision.fp8 else precision.dtype}"
+    )
+
+
+def implementations_on(kind: str) -> list[str]:
+    """Names of the implementations of the mix that run on this kind of device, ``cpu`` or ``cuda``."""
+    from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
+    from megatron_depthattn.ops.triton_mix import triton_refusal
+
+    unsupported = {"triton"} if triton_refusal(torch.device(kind)) else set()
+    return [name for name in DEPTH_MIX_IMPLEMENTATIONS if name not in unsupported]
+
+
+class Model:
+    """A model initialised as a run initialises it, with its optimizer; a step is on random tokens if none are given."""
+
+    def __init__(self, config: RunConfig, device: torch.device, *, has_optimizer: bool = True) -> None:
+        from megatron_depthattn.train.build import build_model, build_optimizer
+
+        self.config, self.device = config, device
+        self.chunks = build_model(config, device)
+        built: tuple[Any, Any] = build_optimizer(config, self.chunks) if has_optimizer else (None, None)
+        self.optimizer, self._schedule = built
+        self.shape = (config.train.micro_batch_size, config.data.sequence_length)
+        self._batches = [random_microbatch(config, device)]
+
+    def update(self, batches: list[Microbatch] | None = None) -> StepResult:
+        """A whole training step."""
+        from megatron_depthattn.train.step import train_step
+
+        self._schedule.step(increment=1)
+        return train_step(self.chunks, self.optimizer, batches or self._batches, self.shape)
+
+    def gradients(self) -> float:
+        """Forward and backward from zeroed gradients; the mean loss."""
+        from megatron_depthattn.train.step import run_microbatches
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        return run_microbatches(self.chunks, self._batches, self.shape, forward_only=False)
+
+    def gradient(self) -> dict[str, Tensor]:
+        """What was left in the gradient buffers, by parameter: fp32."""
+        from megatron.core.utils import unwrap_model
+
+        (model,) = unwrap_model(self.chunks)
+        return {name: parameter.main_grad.detach().clone() for name, parameter in model.named_parameters()}
+
+    def exported(self, dtype: torch.dtype) -> torch.nn.Module:
+        """Its export as transformers load it."""
+        from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+        from megatron_depthattn.convert.to_hf import export
+        from megatron_depthattn.hf.loading import load_causal_lm
+        from megatron_depthattn.train.checkpoint import checkpoint_state
+        from megatron_depthattn.train.megatron_state import MegatronState
+        from megatron_depthattn.train.save import CheckpointSaver
+        from megatron_depthattn.train.step_folders import Progress
+
+        with tempfile.TemporaryDirectory() as work:
+            state = checkpoint_state(MegatronState(self.chunks, None), None, config=to_dict(self.config))
+            CheckpointSaver(Path(work, "checkpoints")).save(Progress(), state)
+            export(MegatronCheckpoint(Path(work, "checkpoints")), Path(work, "exported"))
+            return load_causal_lm(Path(work, "exported"), dtype=dtype).to(self.device)
+
+
+def random_microbatch(config: RunConfig, device: torch.device) -> Microbatch:
+    """``tokens`` and ``labels`` of one micro-batch, the same for every model of one vocabulary."""
+    size, length = config.train.micro_batch_size, config.data.sequence_length
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.model.vocab_size, (size, length + 1), generator=generator).to(device)
+    return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
