@@ -34,9 +34,8 @@ def _estimate(given: argparse.Namespace) -> None:
     from megatron_depthattn.config import load_config
     from megatron_depthattn.estimate.hardware import find_gpu, resolve_for
     from megatron_depthattn.estimate.layouts import best_layouts
-    from megatron_depthattn.estimate.report import estimate_config
+    from megatron_depthattn.estimate.report import estimate_config, show, show_assumptions, show_layouts
     from megatron_depthattn.estimate.step_time import MODEL
-    from megatron_depthattn.estimate.tables import show, show_assumptions, show_layouts
 
     path, *overrides = map(find_config, (given.config, *given.overrides))
     hardware = find_gpu(given.gpu)

@@ -167,22 +167,17 @@ def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> Chunk
     elif recompute.granularity == "selective" and not sizes.is_te:
         working += sizes.core_attention - 2 * sizes.query - sizes.key
     if method:
-        working += sizes.rows * 4 * config.model.hidden_size * 2 * (streams + max(map(len, _read(plan, layers))))
+        read = max(len(plan.sources(layer)) for layer in layers) if plan else 0
+        working += sizes.rows * 4 * config.model.hidden_size * 2 * (streams + read)
     if layers.stop == num_layers:
         working = max(working, sizes.end_working())
 
     def message(into: int) -> int:
-        if not plan:
-            return sizes.hidden if 0 < into * len(layers) < num_layers else 0
         if not 0 < into * len(layers) < num_layers:
             return 0
-        return sizes.hidden * streams + len(plan.entering(into)) * source
+        return sizes.hidden * streams + (len(plan.entering(into)) * source if plan else 0)
 
     return ChunkMemory(activations, sources, message(chunk), message(chunk + 1), working)
-
-
-def _read(plan: CrossLayerPlan | None, layers: range) -> list[tuple[int, ...]]:
-    return [plan.sources(layer) if plan else () for layer in layers]
 
 
 def _layer_sources(sizes: _Layers, plan: CrossLayerPlan | None, method: CrossLayerMethod | None, layer: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_depthattn.config import RunConfig, Sizes, validate
 from megatron_depthattn.estimate.counts import forward_flops
@@ -116,14 +116,12 @@ def best_layouts(
     hardware: Hardware,
     *,
     limit: int = 10,
-    reserve: float = MEMORY_RESERVE,
     accept: Callable[[RunConfig], bool] = lambda config: True,
 ) -> list[LayoutEstimate]:
     """The layouts that fit, fastest first.
 
     Args:
         limit: at most so many.
-        reserve: share of the device's memory that must stay free.
         accept: narrows the candidates, such as to the recompute mode that a study fixes.
 
     Raises:
@@ -132,10 +130,14 @@ def best_layouts(
     config = resolve_for(hardware, config).config
     candidates = [each for each in candidate_layouts(config, world_size, hardware) if accept(each.config)]
     if not candidates:
-        _raise_no_layout(config, world_size)
+        try:
+            validate(config, world_size, needs_data=False)
+        except ValueError as error:
+            raise ValueError(f"no layout of this config runs on {world_size} ranks; as it stands: {error}") from error
+        raise ValueError(f"no candidate was accepted on {world_size} ranks; widen what is accepted")
     timed = [(step_time(each.config, each.shared, each.sizes, hardware), each) for each in candidates]
     timed.sort(key=lambda pair: pair[0].total)
-    room = hardware.memory_gb * 1e9 * (1 - reserve)
+    room = hardware.memory_gb * 1e9 * (1 - MEMORY_RESERVE)
     found: dict[str, LayoutEstimate] = {}
     smallest: tuple[float, str] = (float("inf"), "")
     too_large: dict[str, int] = {}  # a layout that did not fit does not fit with larger micro-batches
@@ -155,12 +157,12 @@ def best_layouts(
         elif line in found:  # differs in its chunks alone
             also = (*found[line].other_chunks, parallel.virtual_pipeline)
             found[line] = dataclasses.replace(found[line], other_chunks=also)
-        elif _accepted(layout.config, world_size) and _starts(layout.config):
+        elif _accepted(layout.config, world_size, starts=True):
             found[line] = estimate(layout, time, memory, world_size, hardware)
     if not found:
         raise ValueError(
             f"none of {len(timed)} layouts on {world_size} x {hardware.name} fits {room / 1e9:.1f} GB "
-            f"({hardware.memory_gb:.0f} GB less {reserve:.0%}): the smallest, {smallest[1]}, needs "
+            f"({hardware.memory_gb:.0f} GB less {MEMORY_RESERVE:.0%}): the smallest, {smallest[1]}, needs "
             f"{smallest[0] / 1e9:.1f} GB. Set a larger --world, a shorter data.sequence_length, or a smaller model"
         )
     return [*found.values()]
@@ -220,26 +222,14 @@ def _parallel_settings(config: RunConfig, world_size: int, hardware: Hardware) -
                         )
 
 
-def _accepted(config: RunConfig, world_size: int) -> Sizes | None:
+def _accepted(config: RunConfig, world_size: int, *, starts: bool = False) -> Sizes | None:
+    """What `validate` returns, None if it or (``starts``) Megatron's config does not take this one."""
     try:
-        return validate(config, world_size, needs_data=False)
+        sizes = validate(config, world_size, needs_data=False)
+        if starts:
+            from megatron_depthattn.train.build import transformer_config
+
+            transformer_config(config, only_counted=True)
     except ValueError:
         return None
-
-
-def _starts(config: RunConfig) -> bool:
-    from megatron_depthattn.train.build import transformer_config
-
-    try:
-        transformer_config(config, only_counted=True)
-    except ValueError:
-        return False
-    return True
-
-
-def _raise_no_layout(config: RunConfig, world_size: int) -> NoReturn:
-    try:
-        validate(config, world_size, needs_data=False)
-    except ValueError as error:
-        raise ValueError(f"no layout of this config runs on {world_size} ranks; as it stands: {error}") from error
-    raise ValueError(f"no candidate was accepted on {world_size} ranks; widen what is accepted")
+    return sizes

@@ -80,20 +80,16 @@ def step_time(config: RunConfig, shared: CrossLayer, sizes: Sizes, hardware: Har
     Args:
         shared: what its layers share.
         sizes: what `validate` returned for it.
-
-    Raises:
     """
-    stages, m = range(config.parallel.pipeline), sizes.num_microbatches
+    stages, m = config.parallel.pipeline, sizes.num_microbatches
     done: dict[tuple[Any, ...], tuple[StageTime, tuple[float, float]]] = {}
     found = []
-    for stage in stages:  # most stages of a deep pipeline are alike
-        key = _kind_of_stage(config, shared, stage)
+    for stage in range(stages):
+        reads = tuple(shared.num_sources[layer] for layer in stage_layers(config, stage))
+        widths = shared.message_widths[(stage - 1) % stages :: stages], shared.message_widths[stage::stages]
+        key = (stage == 0, stage == stages - 1, reads, *widths)  # most stages of a deep pipeline are alike
         if key not in done:
-            transfers = traffic(config, shared, sizes, stage)
-            done[key] = (
-                _stage_time(config, shared, sizes, hardware, stage, transfers),
-                _end_of_step(config, shared, sizes, hardware, stage, transfers),
-            )
+            done[key] = _stage_time(config, shared, sizes, hardware, stage)
         found.append(done[key])
     times, ends = zip(*found, strict=True)
     slowest = max(times, key=lambda time: time.total)
@@ -104,66 +100,49 @@ def step_time(config: RunConfig, shared: CrossLayer, sizes: Sizes, hardware: Har
     return StepTime(**parts, bubble=others / config.parallel.virtual_pipeline, optimizer=optimizer)
 
 
-def _kind_of_stage(config: RunConfig, shared: CrossLayer, stage: int) -> tuple[Any, ...]:
-    """Stages of which this is equal have the same work and messages."""
-    stages = config.parallel.pipeline
-    reads = tuple(shared.num_sources[layer] for layer in stage_layers(config, stage))
-    before, after = (stage - 1) % stages, stage % stages
-    return (
-        stage == 0,
-        stage == stages - 1,
-        reads,
-        shared.message_widths[before::stages],
-        shared.message_widths[after::stages],
-    )
-
-
 def _stage_time(
-    config: RunConfig,
-    shared: CrossLayer,
-    sizes: Sizes,
-    hardware: Hardware,
-    stage: int,
-    transfers: list[Transfer],
-) -> StageTime:
+    config: RunConfig, shared: CrossLayer, sizes: Sizes, hardware: Hardware, stage: int
+) -> tuple[StageTime, tuple[float, float]]:
+    """Of a micro-batch; and at the end of a step: reduction of gradients with gathering of weights, the optimizer."""
+    transfers = traffic(config, shared, sizes, stage)
+    world = sizes.data_parallel_size * config.parallel.tensor * config.parallel.context * config.parallel.pipeline
+
+    def sending(axis: str, *, at_end: bool = False) -> float:
+        chosen = [each for each in transfers if each.axis == axis and (each.phase == "step") == at_end]
+        total = sum(each.count * transfer_seconds(config, hardware, each, world) for each in chosen)
+        return total if at_end else total / sizes.num_microbatches
+
     layers = stage_layers(config, stage)
     count, again = len(layers), recomputed_layers(config, len(layers))
-    messages = {
-        "tensor": _seconds(config, hardware, sizes, transfers, "tensor"),
-        "context": _seconds(config, hardware, sizes, transfers, "context"),
-        "data": _seconds(config, hardware, sizes, transfers, "data"),
-        "hops": _hop_seconds(config, hardware, sizes, transfers),
-    }
-    products, attention = layer_products(config, hardware), attention_seconds(config, hardware)
+    products, attention, attention_passes = _layer_products(config, hardware)
     passes = sum(hardware.elementwise.seconds(moved) for moved in _layer_passes(config))
     mix_forward, mix_backward = _mix_seconds(config, shared, hardware, layers)
-    device = products + attention.products + passes + attention.passes
+    device = products + attention + passes + attention_passes
     forward = max(0.0, hardware.host_seconds[0] - device)  # what the device waits for its host
     backward = max(0.0, hardware.host_seconds[1] - 2 * device)
     recompute = again * (device + forward) + mix_forward * again / count
     if config.recompute.granularity == "selective":
-        recompute = count * (attention.products + attention.passes)
-    ends = _ends(config, hardware, stage)
-    weights = rank_weights(config, stage)
-    accumulate = hardware.elementwise.seconds(weights.total * (2 * FP32 + element_bytes(config)))
-    return StageTime(
-        products=3 * count * (products + attention.products) + ends.products,
-        elementwise=3 * count * (passes + attention.passes) + ends.passes + accumulate,
+        recompute = count * (attention + attention_passes)
+    end_products, end_passes = _ends(config, hardware, stage)
+    weights = rank_weights(config, stage).total
+    accumulate = hardware.elementwise.seconds(weights * (2 * FP32 + element_bytes(config)))
+    time = StageTime(
+        products=3 * count * (products + attention) + end_products,
+        elementwise=3 * count * (passes + attention_passes) + end_passes + accumulate,
         mix=mix_forward + mix_backward,
         recompute=recompute,
         host=count * (forward + backward),
-        **messages,
+        tensor=sending("tensor"),
+        context=sending("context"),
+        data=sending("data"),
+        hops=sending("pipeline") if config.parallel.virtual_pipeline == 1 else 0.0,
     )
-
-
-@dataclass(frozen=True)
-class _Part:
-    products: float
-    passes: float
-
-
-def _type(config: RunConfig) -> str:
-    return "fp8" if config.precision.fp8 else config.precision.dtype
+    sharded = config.engine.name == "megatron" or config.engine.zero_stage > 0
+    own = weights / (sizes.data_parallel_size * config.parallel.context) if sharded else weights
+    whole = weights * FP32 * 3  # zeroed, scaled by the number of tokens
+    shard = own * (ADAMW_BYTES[config.model.spec] + 3 * FP32 + FP32 + element_bytes(config))  # norm, clip, copy
+    optimizer = hardware.elementwise.seconds(whole) + hardware.elementwise.seconds(shard)
+    return time, (sum(sending(axis, at_end=True) for axis in ("data", "tensor", "pipeline")), optimizer)
 
 
 def _sizes(config: RunConfig) -> tuple[int, int]:
@@ -172,21 +151,21 @@ def _sizes(config: RunConfig) -> tuple[int, int]:
     return model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
 
 
-def layer_products(config: RunConfig, hardware: Hardware) -> float:
-    """Seconds of one layer's four matrix products in forward."""
-    model, tensor = config.model, config.parallel.tensor
+def _layer_products(config: RunConfig, hardware: Hardware) -> tuple[float, float, float]:
+    """Seconds of one layer's four matrix products in forward, and of its core attention's products and passes.
+
+    Core attention is one causal kernel, which writes nothing but its output.
+    """
+    model, precision, tensor = config.model, config.precision, config.parallel.tensor
     query, key = _sizes(config)
     widths = (query + 2 * key, query, 2 * model.ffn_hidden_size, model.ffn_hidden_size)
-    cost = hardware.products[_type(config)]
-    return sum(cost.seconds(2 * rows(config) * model.hidden_size * width / tensor) for width in widths)
-
-
-def attention_seconds(config: RunConfig, hardware: Hardware) -> _Part:
-    """Of one layer's core attention in forward: one causal kernel, which writes nothing but its output."""
-    query, _ = _sizes(config)
-    operations = 2 * rows(config) * config.data.sequence_length * query / config.parallel.tensor
-    moved = 4 * rows(config) * query / config.parallel.tensor * element_bytes(config)
-    return _Part(hardware.attention[config.precision.dtype].seconds(operations), hardware.elementwise.seconds(moved))
+    cost = hardware.products["fp8" if precision.fp8 else precision.dtype]
+    products = sum(cost.seconds(2 * rows(config) * model.hidden_size * width / tensor) for width in widths)
+    attention = hardware.attention[precision.dtype].seconds(
+        2 * rows(config) * config.data.sequence_length * query / tensor
+    )
+    moved = 4 * rows(config) * query / tensor * element_bytes(config)
+    return products, attention, hardware.elementwise.seconds(moved)
 
 
 def _layer_passes(config: RunConfig) -> Iterator[float]:
@@ -203,7 +182,7 @@ def _layer_passes(config: RunConfig) -> Iterator[float]:
     yield from (2 * inner, 3 * inner)  # SwiGLU
 
 
-def _ends(config: RunConfig, hardware: Hardware, stage: int) -> _Part:
+def _ends(config: RunConfig, hardware: Hardware, stage: int) -> tuple[float, float]:
     """Embedding, output layer and cross entropy of a micro-batch, both ways, on the stages that hold them."""
     model, tensor = config.model, config.parallel.tensor
     vocab = padded_vocab_size(model.vocab_size) / tensor
@@ -219,7 +198,7 @@ def _ends(config: RunConfig, hardware: Hardware, stage: int) -> _Part:
         times = 10 if config.precision.dtype == "fp32" else 18
         chunk = min(logits, LOSS_CHUNK["cuda"])
         passes += times * logits / chunk * hardware.elementwise.seconds(FP32 * chunk)
-    return _Part(products, passes)
+    return products, passes
 
 
 def _mix_seconds(config: RunConfig, shared: CrossLayer, hardware: Hardware, layers: list[int]) -> tuple[float, float]:
@@ -239,17 +218,6 @@ def _mix_seconds(config: RunConfig, shared: CrossLayer, hardware: Hardware, laye
     return forward, sum(hardware.elementwise.seconds(factor * (2 * read + key)) for read in reads)
 
 
-def _seconds(
-    config: RunConfig, hardware: Hardware, sizes: Sizes, transfers: list[Transfer], axis: str, *, at_end: bool = False
-) -> float:
-    """Of one axis: a micro-batch's share, or what comes once a step."""
-    parallel = config.parallel
-    world = sizes.data_parallel_size * parallel.tensor * parallel.context * parallel.pipeline
-    chosen = [each for each in transfers if each.axis == axis and (each.phase == "step") == at_end]
-    total = sum(each.count * transfer_seconds(config, hardware, each, world) for each in chosen)
-    return total if at_end else total / sizes.num_microbatches
-
-
 def transfer_seconds(config: RunConfig, hardware: Hardware, transfer: Transfer, world_size: int) -> float:
     """Of one collective. Where its group spans nodes, the ranks of a node share their adapters, as NCCL's rings do.
 
@@ -265,28 +233,3 @@ def transfer_seconds(config: RunConfig, hardware: Hardware, transfer: Transfer, 
         return inside
     share = max(1, node // apart)
     return max(inside, hardware.inter_node.seconds(transfer.sent / share))
-
-
-def _hop_seconds(config: RunConfig, hardware: Hardware, sizes: Sizes, transfers: list[Transfer]) -> float:
-    if config.parallel.virtual_pipeline > 1:
-        return 0.0
-    return _seconds(config, hardware, sizes, transfers, "pipeline")
-
-
-def _end_of_step(
-    config: RunConfig,
-    shared: CrossLayer,
-    sizes: Sizes,
-    hardware: Hardware,
-    stage: int,
-    transfers: list[Transfer],
-) -> tuple[float, float]:
-    """Reduction of gradients with gathering of weights, and the optimizer with what it does to whole gradients."""
-    weights = rank_weights(config, stage).total
-    sharded = config.engine.name == "megatron" or config.engine.zero_stage > 0
-    own = weights / (sizes.data_parallel_size * config.parallel.context) if sharded else weights
-    axes = ("data", "tensor", "pipeline")
-    data = sum(_seconds(config, hardware, sizes, transfers, axis, at_end=True) for axis in axes)
-    whole = weights * FP32 * 3  # zeroed, scaled by the number of tokens
-    shard = own * (ADAMW_BYTES[config.model.spec] + 3 * FP32 + FP32 + element_bytes(config))  # norm, clip, copy
-    return data, hardware.elementwise.seconds(whole) + hardware.elementwise.seconds(shard)

@@ -8,8 +8,7 @@ import torch
 from megatron_depthattn.benchmarks.memory import kept
 from megatron_depthattn.config import load_config
 from megatron_depthattn.estimate.activations import chunk_memory
-from megatron_depthattn.estimate.in_flight import in_flight
-from megatron_depthattn.estimate.memory import rank_memory
+from megatron_depthattn.estimate.memory import in_flight, rank_memory
 from megatron_depthattn.model.activation_memory import depth_activations
 from megatron_depthattn.model.source_plan import SourcePlan
 from megatron_depthattn.train.build import build_model, build_optimizer

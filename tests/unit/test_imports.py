@@ -45,7 +45,7 @@ PURE = {
                 *("model.activation_memory", "model.flops", "model.source_plan"),
             )
         }
-        for name in (*("activations", "counts", "hardware", "in_flight", "memory", "step_time", "traffic"),)
+        for name in (*("activations", "counts", "hardware", "memory", "step_time", "traffic"),)
     },
     "parallel/rank_spans.py": set(),
     "terminal.py": set(),
