@@ -48,7 +48,7 @@ def _estimate(given: argparse.Namespace) -> None:
     try:
         as_it_stands = estimate_config(config, world, hardware)
         show(config, as_it_stands, hardware)
-        values = as_it_stands.as_dict()
+        values = asdict(as_it_stands)
     except ValueError as error:
         if not given.layouts:
             raise
