@@ -13,13 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_depthattn.train.step_folders import (
-    COMMON,
-    LATEST,
-    MANIFEST,
-    find_damage,
-    read_latest,
-)
+from megatron_depthattn.train.step_folders import COMMON, LATEST, MANIFEST, find_damage, read_latest
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
 METADATA = "metadata.json"
