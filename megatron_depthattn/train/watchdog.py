@@ -37,6 +37,8 @@ from megatron_depthattn.parallel.rank_spans import rank_spans
 EXIT_HANG = 70
 """Exit code of a process that the watchdog ended: EX_SOFTWARE, which neither Python nor a signal produces."""
 _ALARM, _ANSWERS = "alarm", "answers"
+_MAX_RANKS = 16
+"""Silent ranks that are described one by one; more are counted."""
 _STATES = {
     psutil.STATUS_STOPPED: "stopped (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "stopped by a debugger",
@@ -200,12 +202,15 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def _silent_ranks(self, answers: dict[int, dict[str, Any]]) -> Iterator[str]:
         """A line for each rank that did not answer, from the one rank that can say most: the first on its host."""
-        for rank in sorted({*range(self.world_size)} - answers.keys()):
+        silent = sorted({*range(self.world_size)} - answers.keys())
+        for rank in silent[:_MAX_RANKS]:
             key = f"state/{rank}"
             state = json.loads(self._store.get(key)) if self._store.check([key]) else {}
             neighbours = [other for other, answer in answers.items() if answer["host"] == state.get("host")]
             if self.rank == min(neighbours or answers):
                 yield f"rank {rank} is unresponsive: {_describe(state, self._host)}"
+        if len(silent) > _MAX_RANKS and self.rank == min(answers):
+            yield f"and {len(silent) - _MAX_RANKS} more ranks are unresponsive"
 
     def _state(self) -> dict[str, Any]:
         beat = self._last or Heartbeat(time.monotonic(), None, "start")
