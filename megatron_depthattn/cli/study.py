@@ -126,14 +126,14 @@ def fit(given: argparse.Namespace, study: Study, output: Path) -> None:
     points = read_points(output)
     results = collect_results(points, output, baseline=study.baseline, own_steps=not study.timing_rounds)
     observations = [
-        Observation(*(getattr(point, key) for key in Observation._fields[:-1]), loss=result["loss"])
+        Observation(*(getattr(point, key) for key in Observation._fields[:-1]), result["loss"])
         for point, result in zip(points, results["results"], strict=True)
         if result["loss"] is not None
     ]
     if not observations:
         raise ValueError(f"no point below {output} is finished; train first: depthattn study run {given.study}")
     ratios = {(rung, method): of["ratio"] for rung, each in results["timing"].items() for method, of in each.items()}
-    options = {"baseline": study.baseline, "confidence": study.confidence, "resamples": study.resamples}
+    options: dict[str, Any] = {key: getattr(study, key) for key in ("baseline", "confidence", "resamples")}
     fitted = fit_study(observations, time_ratios=ratios, **options)
     (output / "fit.json").write_text(json.dumps(fitted, indent=1) + "\n", encoding="utf-8")
     for method, figures in fitted["multipliers"].items():

@@ -11,8 +11,6 @@ from scipy.stats import t as student
 
 from megatron_depthattn.study.law import Floats
 
-FALL_LEVEL = 0.05
-
 
 class Observation(NamedTuple):
     """One finished run. size: N, weights of the rung without the embedding table, the same for all its methods;
@@ -124,7 +122,7 @@ def reason_no_fall(clusters: Clusters, baseline: str) -> str | None:
     line = linregress(log_tokens, losses)
     # linregress counts one mean taken out where each rung had its own
     error = line.stderr * math.sqrt(max(len(losses) - 2, 1) / dof)
-    if line.slope + student.ppf(1 - FALL_LEVEL, dof) * error < 0:
+    if line.slope + student.ppf(0.95, dof) * error < 0:
         return None
     return (
         f"the loss of {baseline} does not fall with tokens beyond its noise ({line.slope:+.4f} nats for e times the "

@@ -72,12 +72,10 @@ def reason_not_fitted(sizes: Floats, tokens: Floats) -> str | None:
     """Why these runs cannot distinguish the five parameters, and what to add; None if they can."""
     cells = set(zip(sizes.tolist(), tokens.tolist(), strict=True))
     budgets = [sum(n == size for n, _ in cells) for size in {n for n, _ in cells}]
+    repeated = sum(count > 1 for count in budgets)
     needs = (
         (len(budgets), 3, "sizes where A/N^alpha beside E needs 3: add rungs"),
-        (
-            sum(count > 1 for count in budgets),
-            *(2, "sizes with two token budgets or more where B/D^beta needs 2: add tokens_per_parameter"),
-        ),
+        (repeated, 2, "sizes with two token budgets or more where B/D^beta needs 2: add tokens_per_parameter"),
         (len({d for _, d in cells}), 3, "token counts where B/D^beta beside E needs 3: add tokens_per_parameter"),
         (len(cells), 6, "points of (size, tokens) where five parameters need 6: add rungs or budgets"),
         (len(sizes), 7, "runs where five parameters and their noise need 7: add seeds or budgets"),

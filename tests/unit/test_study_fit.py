@@ -190,7 +190,7 @@ def test_intervals_cover_the_truth_at_their_rate(many, name):
     figures = many[0][name]
     assert len(figures) >= STUDIES
     assert 0.83 <= coverage(figures) <= 0.97, coverage(figures)
-    # Control: intervals of half the width are told from honest ones.
+    # Control: intervals of half the width are too narrow.
     assert coverage(figures, scale=0.5) < 0.8
 
 
