@@ -126,7 +126,7 @@ def fit(given: argparse.Namespace, study: Study, output: Path) -> None:
     points = read_points(output)
     results = collect_results(points, output, baseline=study.baseline, own_steps=not study.timing_rounds)
     observations = [
-        Observation(*(getattr(point, key) for key in Observation._fields[:-1]), result["loss"])
+        Observation._make([*(getattr(point, key) for key in Observation._fields[:-1]), result["loss"]])
         for point, result in zip(points, results["results"], strict=True)
         if result["loss"] is not None
     ]
