@@ -52,7 +52,9 @@ def _result(point: Point, output: Path) -> dict[str, Any]:
     loss = losses[-1] if is_finished and losses and math.isfinite(losses[-1]) else None
     reason = "finished without a finite held-out loss" if loss is None else None
     if not is_finished:
-        reason = f"step {progress.step} of {point.steps}, {_last_event(history[-1])}" if history else "not started"
+        end = history[-1] if history else {}
+        how = f"stopped by {end['signal']}" if "signal" in end else end.get("outcome", "running, or killed")
+        reason = f"step {progress.step} of {point.steps}, {how}" if history else "not started"
     found = {"id": point.id, "finished": is_finished, "reason": reason, "step": progress.step, "loss": loss}
     found |= {"seconds": sum(record["step_seconds"] for record in records), "starts": len(starts)}
     if starts:
@@ -60,12 +62,6 @@ def _result(point: Point, output: Path) -> dict[str, Any]:
         found |= {"commit": last.get("commit"), "code": last["version"].rpartition("-")[2]}
         found |= {"machine": last.get("machine"), "date": time.strftime("%Y-%m-%d", time.gmtime(last["time"]))}
     return found
-
-
-def _last_event(record: dict[str, Any]) -> str:
-    if record["event"] == "start":
-        return "running, or killed"
-    return f"stopped by {record['signal']}" if "signal" in record else f"ended: {record['outcome']}"
 
 
 def _own_steps(points: Sequence[Point], output: Path, baseline: str) -> dict[str, Any]:

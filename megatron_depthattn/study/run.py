@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from megatron_depthattn.config import RunConfig, load_config, to_dict
+from megatron_depthattn.config import load_config, to_dict
 from megatron_depthattn.config.load import flatten
 from megatron_depthattn.config.resolve import AUTO
 from megatron_depthattn.study.plan import Point
@@ -48,9 +48,11 @@ def progress_of(point: Point, output: Path) -> Progress:
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         return Progress("new", 0)
-    wanted, found = (_deciding(load_config(path)) for path in (output / point.config, saved))
+    wanted, found = (flatten(to_dict(load_config(path))) for path in (output / point.config, saved))
+    deciding = [key for key in wanted if key.partition(".")[0] in _DECIDES and key not in _IGNORED]
     # What `auto` became on the machine of the run decides how it computes, not what.
-    differing = [f"{key} is {found[key]}, not {wanted[key]}" for key in wanted if wanted[key] not in (found[key], AUTO)]
+    keys = [key for key in (*deciding, *_DECIDES_ELSEWHERE) if wanted[key] not in (found[key], AUTO)]
+    differing = [f"{key} is {found[key]}, not {wanted[key]}" for key in keys]
     if differing:
         raise ValueError(
             f"{run_dir} was trained with another config ({'; '.join(differing[:3])}): the study has changed since. "
@@ -60,15 +62,6 @@ def progress_of(point: Point, output: Path) -> Progress:
     ends = [record for record in read_records(run_dir / HISTORY, event=str) if record["event"] == "end"]
     is_finished = step >= point.steps and bool(ends) and ends[-1].get("outcome") == "finished"
     return Progress("finished" if is_finished else "cut", step)
-
-
-def _deciding(config: RunConfig) -> dict[str, Any]:
-    keys = flatten(to_dict(config)).items()
-    return {
-        key: value
-        for key, value in keys
-        if (key.partition(".")[0] in _DECIDES or key in _DECIDES_ELSEWHERE) and key not in _IGNORED
-    }
 
 
 def _log(line: str) -> None:
