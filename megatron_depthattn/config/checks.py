@@ -38,8 +38,9 @@ def validate(config: RunConfig, world_size: int, *, needs_data: bool = True) -> 
     for check in CHECKS:
         if (needs_data or check.section != "data") and (message := check.message(config, world_size)):
             raise ValueError(message)
+    model = asdict(config.model)
     for method in DEFINITIONS:
-        method_of(asdict(config.model) | {"method": method})  # raises where a setting of it is out of range
+        method_of(model | {"method": method})  # raises where a setting of it is out of range
     return Sizes(
         data_parallel_size=world_size // _model_ranks(config),
         num_microbatches=config.train.global_batch_size // _samples_at_once(config, world_size),

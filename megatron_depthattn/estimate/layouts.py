@@ -7,6 +7,7 @@ accepts, with tensor-parallel ranks in one node; what is shown is accepted by Me
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -135,13 +136,11 @@ def best_layouts(
         except ValueError as error:
             raise ValueError(f"no layout of this config runs on {world_size} ranks; as it stands: {error}") from error
         raise ValueError(f"no candidate was accepted on {world_size} ranks; widen what is accepted")
-    timed = [(step_time(each.config, each.shared, each.sizes, hardware), each) for each in candidates]
-    timed.sort(key=lambda pair: pair[0].total)
     room = hardware.memory_gb * 1e9 * (1 - MEMORY_RESERVE)
     found: dict[str, LayoutEstimate] = {}
     smallest: tuple[float, str] = (float("inf"), "")
     too_large: dict[str, int] = {}  # a layout that did not fit does not fit with larger micro-batches
-    for time, layout in timed:
+    for time, layout in _by_time(candidates, hardware):
         parallel, micro = layout.config.parallel, layout.config.train.micro_batch_size
         family = layout_name(dataclasses.replace(layout.config, train=config.train), layout.sizes)
         if micro >= too_large.get(family, micro + 1):
@@ -161,11 +160,33 @@ def best_layouts(
             found[line] = estimate(layout, time, memory, world_size, hardware)
     if not found:
         raise ValueError(
-            f"none of {len(timed)} layouts on {world_size} x {hardware.name} fits {room / 1e9:.1f} GB "
+            f"none of {len(candidates)} layouts on {world_size} x {hardware.name} fits {room / 1e9:.1f} GB "
             f"({hardware.memory_gb:.0f} GB less {MEMORY_RESERVE:.0%}): the smallest, {smallest[1]}, needs "
             f"{smallest[0] / 1e9:.1f} GB. Set a larger --world, a shorter data.sequence_length, or a smaller model"
         )
     return [*found.values()]
+
+
+def _by_time(candidates: list[Layout], hardware: Hardware) -> Iterator[tuple[StepTime, Layout]]:
+    """The layouts, fastest first; with recompute none is faster than without, so few of those are timed."""
+    times: dict[tuple[Any, int], float] = {}
+    waiting: list[tuple[float, int, StepTime | None]] = []  # seconds, at least, of which candidate; its time
+    for number, layout in enumerate(candidates):
+        config = layout.config
+        family, time = (config.parallel, config.train.micro_batch_size), None
+        if config.recompute.granularity is None:
+            time = step_time(config, layout.shared, layout.sizes, hardware)
+            times[family] = time.total
+        waiting.append((times.get(family, 0.0), number, time))
+    heapq.heapify(waiting)
+    while waiting:
+        _, number, time = heapq.heappop(waiting)
+        layout = candidates[number]
+        if time is not None:
+            yield time, layout
+        else:
+            time = step_time(layout.config, layout.shared, layout.sizes, hardware)
+            heapq.heappush(waiting, (time.total, number, time))
 
 
 def fullest_rank(layout: Layout, world_size: int, room: float = float("inf")) -> RankMemory:
