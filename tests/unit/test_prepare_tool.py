@@ -73,7 +73,7 @@ def test_names_and_code_from_elsewhere_end_in_one_line(
     (tmp_path / "tok" / "mine.py").write_text("raise SystemExit")
     assert tool.main([*command(source, tmp_path / "out"), "--tokenizer", str(tmp_path / "tok")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: --tokenizer {tmp_path / 'tok'} does not load: tokenizer_config.json names code of")
+    assert error.startswith(f"error: tokenizer {tmp_path / 'tok'} does not load: tokenizer_config.json names code of")
 
 
 def test_damage_late_in_the_corpus_says_that_the_work_is_kept(
