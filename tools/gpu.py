@@ -76,7 +76,7 @@ _TE_MODES = ("--recompute", "none", "full", "--strides", "16", "1")
 PARTS = (
     Part("tests", ("torch", "pytest"), ("tests/unit/test_ops.py", "tests/gpu/test_triton_mix.py"), 120, is_tests=True),
     Part("tests-te", (*TE, "pytest"), ("tests/gpu/test_te.py",), 150, is_tests=True),
-    Part("precision", (*TE, "transformers"), ("precision", "--steps", "300", "--seeds", "1", "--device", "cuda"), 120),
+    Part("precision", (*TE, "transformers"), ("precision", "--steps", "300", "--seeds", "1"), 120),
     Part("step-360m-te", TE, (*_360M, *_te(_PLAIN)), 60),
     Part("step-360m-fp8", TE, (*_360M, *_te(_PLAIN, "precision.fp8=tensorwise")), 60),
     Part("step-3b-tensorwise", TE, (*_3B, *_te(_PLAIN, "precision.fp8=tensorwise")), 60),

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
     from megatron_depthattn.train.build import Chunks
-    from megatron_depthattn.train.save import CheckpointSaver
 
 LAYOUTS = {"single": (1, 1), "dp2": (2, 1), "dp4": (4, 1), "tp2xdp2": (4, 2)}
 """Processes and tensor ranks."""
@@ -83,6 +82,7 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
     """Seconds and bytes of both ways, on one rank of the world; the times are the slowest rank's."""
     from megatron_depthattn.train.megatron_state import MegatronState
     from megatron_depthattn.train.save import CheckpointSaver
+    from megatron_depthattn.train.step_folders import Progress
 
     config = from_dict(settings, "the benchmark")
     validate(config, dist.get_world_size(), needs_data=False)
@@ -100,9 +100,16 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
             ctypes.CDLL(None).malloc_trim(0)  # what is freed is given back
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most that is held, is counted from here
             before = _memory("VmRSS")
-            waited, durable, num_bytes = _save(savers[way], ways[way])
+            dist.barrier()
+            begun = time.perf_counter()
+            savers[way].save(Progress(step=1), ways[way]() | {"config": {}})
+            waited = time.perf_counter() - begun
+            savers[way].wait()
+            durable = time.perf_counter() - begun
+            outcome = savers[way].take_outcome()
+            assert outcome is not None and outcome.error is None, outcome
             if run == 0:  # it also allocates the buffers that are kept
-                found[way] |= {"memory": _all(_memory("VmHWM") - before), "bytes": num_bytes}
+                found[way] |= {"memory": _all(_memory("VmHWM") - before), "bytes": outcome.num_bytes}
             else:
                 found[way]["waits"].append(max(_all(waited)))
                 found[way]["durable"].append(max(_all(durable)))
@@ -123,21 +130,6 @@ def gathered_state(chunks: Chunks, optimizer: MegatronOptimizer) -> dict[str, An
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     return state | {"optimizer": optimizer.sharded_state_dict(dict(state), metadata=metadata)}
-
-
-def _save(saver: CheckpointSaver, state: Callable[[], dict[str, Any]]) -> tuple[float, float, int]:
-    """Seconds that the loop waited, seconds until the checkpoint was published, and its size."""
-    from megatron_depthattn.train.step_folders import Progress
-
-    dist.barrier()
-    begun = time.perf_counter()
-    saver.save(Progress(step=1), state() | {"config": {}})
-    waited = time.perf_counter() - begun
-    saver.wait()
-    durable = time.perf_counter() - begun
-    outcome = saver.take_outcome()
-    assert outcome is not None and outcome.error is None, outcome
-    return waited, durable, outcome.num_bytes
 
 
 def _memory(key: str) -> int:

@@ -18,14 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_depthattn.benchmarks import precision_compare as pairs
 from megatron_depthattn.benchmarks.models import Model
-from megatron_depthattn.benchmarks.precision_compare import (
-    gradient_cosine,
-    num_tail_windows,
-    over,
-    paired_gap,
-    window_size,
-)
 from megatron_depthattn.benchmarks.result import Result
 from megatron_depthattn.benchmarks.world import joined_world
 from megatron_depthattn.cli.common import check
@@ -63,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precisions", nargs="+", metavar="NAME", help=SETTINGS_HELP)
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="steps of a run (default 300)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each setting (default 3)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument(
         "--config", type=user_path, metavar="YAML", help="default: precision-{cuda,cpu}.yaml beside the code"
     )
@@ -80,9 +73,6 @@ def measure(given: argparse.Namespace) -> Result:
             compare with it.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    advice = "set CUDA_VISIBLE_DEVICES= to hide the GPU" if kind == "cuda" else "torch sees no GPU: set --device cpu"
-    wrong = f"--device {given.device}, but this process would run on {kind}: {advice}"
-    check((given.device not in (None, kind), wrong))
     configs, unsupported = choose(given, kind)
     base, stream = next(iter(configs)), ByteStream()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
@@ -224,7 +214,7 @@ def _run(
             if step == 0:
                 gradient = model.gradient()
                 base_gradient |= {} if base_gradient else gradient
-                found["cosine"] = gradient_cosine(gradient, base_gradient)._asdict()
+                found["cosine"] = pairs.gradient_cosine(gradient, base_gradient)._asdict()
         found |= _held_out(model, stream.held_out(config, device))
     except (RuntimeError, ValueError, ImportError, AssertionError, ArithmeticError) as error:  # such as out of memory
         found["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -255,6 +245,7 @@ def _held_out(model: Model, batches: list[Microbatch]) -> dict[str, float | None
 def judged(given: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], unsupported: dict[str, str]) -> Result:
     """The table of all runs, the first setting being the base, with what is over its bound."""
     base, bounds = next(iter(runs)), {"tolerance": given.tolerance, "least_cosine": given.least_cosine}
+    size, tail = pairs.window_size(given.steps), pairs.num_tail_windows(given.steps)
     result = Result(
         title="",
         columns=[
@@ -264,8 +255,8 @@ def judged(given: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], uns
         ],
         figures={"runs": runs, "unsupported": unsupported, "over": {}, **bounds},
         notes=[
-            f"gap: relative, of the mean loss in a window of {window_size(given.steps)} steps to {base}'s of the same "
-            f"window and seed; mean and range over the last {num_tail_windows(given.steps)} windows of all seeds",
+            f"gap: relative, of the mean loss in a window of {size} steps to {base}'s of the "
+            f"same window and seed; mean and range over the last {tail} windows of all seeds",
             "first gradient: of the same weights and batch, before any update; least over the seeds",
             "exported: held-out loss of the Hugging Face model in bf16, relative to the one in training precision, "
             "both after the last step; the seed with the largest difference",
@@ -295,9 +286,9 @@ def _row(
     """The cells between the name and the last one, and what is over its bound."""
     if failures := [f"seed {one['seed']}: {one['failure']}" for one in own if one["failure"]]:
         return [""] * 8, failures
-    gap = paired_gap([one["losses"] for one in own], [one["losses"] for one in base])
+    gap = pairs.paired_gap([one["losses"] for one in own], [one["losses"] for one in base])
     steps = len(own[0]["losses"])
-    tail = num_tail_windows(steps) * window_size(steps)
+    tail = pairs.num_tail_windows(steps) * pairs.window_size(steps)
     worst = min((one["cosine"] for one in own), key=lambda cosine: cosine["worst"])
     exported = [one["exported"] / one["held_out"] - 1 for one in own if one["exported"] is not None]
     cosines = [one["cosine"]["model"] for one in own]
@@ -315,7 +306,7 @@ def _row(
         f"{statistics.fmean(one['held_out'] for one in own):.4f}",
         f"{max(exported, key=abs):+.3%}" if exported else "",
     ]
-    return cells, over(gap, cosines, exported, **bounds)
+    return cells, pairs.over(gap, cosines, exported, **bounds)
 
 
 def _percent(gap: float) -> str:

@@ -144,12 +144,6 @@ def test_what_runs_on_a_gpu_and_what_is_told(monkeypatch):
         choose("--precisions", "bf16", "mxfp8+params")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_device_that_is_not_there_is_refused(capsys):
-    assert benchmark.main(["precision", "--device", "cuda"]) == 1
-    assert "set --device cpu" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_shape_for_gpus_suits_every_recipe(name):
     path = precision.Path(precision.__file__).parent / "precision-cuda.yaml"
