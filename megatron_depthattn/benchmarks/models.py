@@ -85,9 +85,9 @@ def shape_text(config: RunConfig, given: argparse.Namespace) -> str:
 def implementations_on(kind: str) -> list[str]:
     """Names of the implementations of the mix that run on this kind of device, ``cpu`` or ``cuda``."""
     from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
-    from megatron_depthattn.ops.triton_mix import triton_refusal
+    from megatron_depthattn.ops.triton_mix import triton_unsupported
 
-    unsupported = {"triton"} if triton_refusal(torch.device(kind)) else set()
+    unsupported = {"triton"} if triton_unsupported(torch.device(kind)) else set()
     return [name for name in DEPTH_MIX_IMPLEMENTATIONS if name not in unsupported]
 
 

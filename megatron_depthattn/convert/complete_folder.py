@@ -21,7 +21,7 @@ def complete_folder(
         output: the folder to make; a link is followed.
         marker: the file by which an existing ``output`` shows that it is of the kind that is written here.
         source: what is read: never overwritten, and nothing above it.
-        num_bytes: about what will be written; refused before anything is, if the disk has less.
+        num_bytes: about what will be written; an error before anything is, if the disk has less.
         overwrite: replace an existing folder, after the new one is complete.
 
     Raises:

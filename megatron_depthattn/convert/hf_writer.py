@@ -55,7 +55,7 @@ def write_model(
     )
     weight_map: dict[str, str] = {}
     for filename, units in plan.filename_to_tensors.items():
-        # copies: safetensors refuses tensors that share memory, such as the parts of one Megatron tensor
+        # copies: safetensors rejects tensors that share memory, such as the parts of one Megatron tensor
         tensors = {name: tensor.clone() for unit in units for name, tensor in produce(unit)}
         save_file(tensors, folder / filename, metadata={"format": "pt"})
         shutil.copymode(folder / CONFIG, folder / filename)  # safetensors makes files that only their owner reads

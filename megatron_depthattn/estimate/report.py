@@ -101,7 +101,7 @@ def _by_recompute(layout: Layout, world_size: int) -> dict[str, RankMemory]:
         config = dataclasses.replace(layout.config, recompute=dataclasses.replace(layout.config.recompute, **mode))
         try:
             validate(config, world_size, needs_data=False)
-        except ValueError:  # a mode that this config refuses, such as selective with precision.fp8_attention
+        except ValueError:  # a mode that this config does not support, such as selective with precision.fp8_attention
             continue
         found[name] = fullest_rank(dataclasses.replace(layout, config=config), world_size)
     return found

@@ -148,7 +148,7 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
 
 
 def check_settings(config: Mapping[str, Any], num_tensors: int | None = None) -> None:
-    """Refuse settings that are of another type than they should be, or would build more than the weights fill.
+    """Raise for settings that are of another type than they should be, or would build more than the weights fill.
 
     Args:
         num_tensors: that the folder holds; every layer has one at least.
@@ -213,7 +213,7 @@ def _check_is_trainable(config: Mapping[str, Any]) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not _is_number(theta := rope.get("rope_theta", 1.0)):
         raise ValueError(f"rope_theta={theta!r} must be a number")
-    refusals = {
+    unsupported = {
         "use_qk_norm: Llama models without q and k norms": kind == "llama" and not config.get("use_qk_norm"),
         "attention_bias=true": bool(config.get("attention_bias")),
         "mlp_bias=true": bool(config.get("mlp_bias")),
@@ -223,9 +223,9 @@ def _check_is_trainable(config: Mapping[str, Any]) -> None:
         f"rope type {rope_type!r} (only default)": rope_type != "default",
         "scale_embeds=true": bool(config.get("scale_embeds")),
     }
-    refused = [text for text, applies in refusals.items() if applies]
-    if refused:
-        raise ValueError(f"config.json asks for what this stack cannot train: {'; '.join(refused)}")
+    found = [text for text, applies in unsupported.items() if applies]
+    if found:
+        raise ValueError(f"config.json asks for what this stack cannot train: {'; '.join(found)}")
     filled = {"num_key_value_heads", "head_dim", "rope_theta", "initializer_range", "tie_word_embeddings"}
     needed = {*SAME_MEANING.values(), *METHOD_SETTINGS.get(kind, {}).values()} - filled
     if missing := sorted(needed - config.keys()):

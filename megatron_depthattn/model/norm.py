@@ -1,6 +1,6 @@
 """RMSNorm for the local backend: torch's, marked for Megatron's gradient reduction.
 
-Megatron's wrapper of the same torch module refuses sequence parallel because nobody marks the weight. Under
+Megatron's wrapper of the same torch module rejects sequence parallel because nobody marks the weight. Under
 sequence parallel every tensor rank norms another part of the sequence, so the weight's gradient must be summed over
 them.
 """

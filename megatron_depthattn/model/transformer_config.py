@@ -161,7 +161,7 @@ class DepthAttentionConfig(TransformerConfig):
             )
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming what was given, why the method refuses it and what to set."""
+        """Raise ``ValueError`` naming what was given, why the method does not support it and what to set."""
         if self.depth_attention_op not in DEPTH_MIX_IMPLEMENTATIONS:
             raise ValueError(
                 f"depth_attention_op is {self.depth_attention_op!r}; the implementations are "

@@ -51,7 +51,7 @@ def depth_mix(
         The mixed values [..., G, d] in v's dtype; without a source, `v` itself.
 
     Raises:
-        ValueError: for an unknown implementation, shapes that do not fit together, or what the implementation refuses.
+        ValueError: an unknown implementation, shapes that do not fit together, or what the implementation does not take.
     """
     if implementation not in DEPTH_MIX_IMPLEMENTATIONS:
         raise ValueError(
@@ -62,7 +62,7 @@ def depth_mix(
 
 
 def _check_shapes(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], k: Tensor, v: Tensor) -> None:
-    """Refuse what broadcasting would otherwise turn into a wrong result without a word."""
+    """Raise for what broadcasting would silently turn into a wrong result."""
     if len(keys) != len(values):
         raise ValueError(f"got {len(keys)} source keys but {len(values)} source values; pass one of each per source")
     for i, tensor in enumerate((v, *keys, *values)):

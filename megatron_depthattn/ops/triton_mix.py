@@ -19,7 +19,7 @@ page-locked memory on the same stream: one kernel for all numbers, and a launch 
 candidate. The copy does not wait, and needs no care afterwards: torch's allocators hand neither block of memory out
 again before the stream is past it.
 
-Precision is that of reference.py for bf16, fp16 and fp32; fp64 is refused. Numbers are added in another order.
+Precision is that of reference.py for bf16, fp16 and fp32; fp64 is unsupported. Numbers are added in another order.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ def depth_mix_triton(
         RuntimeError: from autograd, when a second derivative is asked for, or when an input was changed in
             place between forward and backward.
     """
-    refusal = triton_refusal(v.device)
-    if refusal is not None:
-        raise ValueError(f"the mix with op 'triton' {refusal}")
+    if reason := triton_unsupported(v.device):
+        raise ValueError(f"the mix with op 'triton' {reason}")
     _check(q, keys, values, k, v)
     if not keys:
         return v
@@ -82,7 +81,7 @@ def depth_mix_triton(
 
 
 @cache
-def triton_refusal(device: torch.device) -> str | None:
+def triton_unsupported(device: torch.device) -> str | None:
     """What keeps the kernels from running on tensors of this device, and what to set; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install triton, or set the op to 'lean'"
@@ -250,7 +249,7 @@ def _kernels() -> ModuleType:
 
 
 def _check(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], k: Tensor, v: Tensor) -> None:
-    """Refuse what the kernels would read wrongly: they are told one dtype for the keys and one for the values."""
+    """Raise for what the kernels would read wrongly: they take one dtype for the keys and one for the values."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
             raise ValueError(

@@ -11,7 +11,7 @@ from megatron_depthattn.config.check import first_unsupported
 from megatron_depthattn.config.checks import SWITCHES
 from megatron_depthattn.config.hardware_checks import INSTALL, Accelerator, unsupported_kernels, unsupported_on
 from megatron_depthattn.config.resolve import AUTO, CPU, Available, Resolved, resolve
-from megatron_depthattn.ops.triton_mix import triton_refusal
+from megatron_depthattn.ops.triton_mix import triton_unsupported
 from megatron_depthattn.parallel.launch_env import finds_compiler
 from megatron_depthattn.switches import Kernels, resolved_switches
 
@@ -31,7 +31,7 @@ def resolve_here(config: RunConfig) -> Resolved:
     if not torch.cuda.is_available():
         return resolve(config, CPU)
     no_te = f"{error} ({INSTALL})" if model.spec == AUTO and (error := this_machine().import_error) else ""
-    no_triton = triton_refusal(torch.device("cuda")) or ("" if _has_c_compiler() else f"needs {C_COMPILER}")
+    no_triton = triton_unsupported(torch.device("cuda")) or ("" if _has_c_compiler() else f"needs {C_COMPILER}")
     return resolve(config, Available(True, no_te, no_triton))
 
 

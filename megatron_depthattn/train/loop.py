@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig, config_digest, save_config, validate
-from megatron_depthattn.ops.triton_mix import triton_refusal
+from megatron_depthattn.ops.triton_mix import triton_unsupported
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, check_same_on_all_ranks, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.preflight.run import enter_world
@@ -313,7 +313,7 @@ def build_engine(config: RunConfig, device: torch.device, environment: LaunchEnv
             device.
     """
     mixes = config.model.effective_method == "depth_attention"
-    if mixes and config.model.depth_attention.op == "triton" and (reason := triton_refusal(device)):
+    if mixes and config.model.depth_attention.op == "triton" and (reason := triton_unsupported(device)):
         raise ValueError(f"model.depth_attention.op=triton {reason}")
     if config.engine.name == "megatron":
         return MegatronEngine(config, device)

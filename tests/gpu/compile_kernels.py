@@ -64,7 +64,7 @@ def main() -> None:
     driver.set_active(NO_GPU)
     kernels = triton_mix._kernels()
     found = {}
-    triton_mix.triton_refusal = lambda device: None  # tensors of the CPU describe those of a GPU well enough
+    triton_mix.triton_unsupported = lambda device: None  # tensors of the CPU describe those of a GPU well enough
     for name, case in CASES.items():
         notes = found[name] = {}
         both = {each: Compiled(getattr(kernels, each), notes) for each in ("forward_kernel", "backward_kernel")}

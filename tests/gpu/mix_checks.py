@@ -201,7 +201,7 @@ def check_refusals(device: str) -> None:
         with pytest.raises(ValueError, match=message):
             inputs.mix()
 
-    assert own.triton_refusal(torch.device("cuda" if device == "cpu" else "cpu")) is not None
+    assert own.triton_unsupported(torch.device("cuda" if device == "cpu" else "cpu")) is not None
     good = make_inputs(Case(1), device)
     refused(r"q is torch.float64: .* or set the op to 'lean', which computes fp64", good.map(Tensor.double))
     refused("at most 256 numbers, but got heads of 257", make_inputs(Case(1, head_dim=257), device))

@@ -17,7 +17,7 @@ import torch
 from megatron_depthattn.config import load_config, to_dict
 from megatron_depthattn.convert import verify
 from megatron_depthattn.ops import depth_mix
-from megatron_depthattn.ops.triton_mix import triton_refusal
+from megatron_depthattn.ops.triton_mix import triton_unsupported
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.train import loop as engines
 from tests.gpu.compile_kernels import CASES as COMPILED
@@ -133,17 +133,17 @@ class Nothing:
 
 def test_without_triton_or_with_an_old_one_it_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    triton_refusal.cache_clear()
+    triton_unsupported.cache_clear()
     try:
         with pytest.raises(ValueError, match="needs Triton, which is not installed: pip install triton, or set the op"):
             make_inputs(Case(1), "cpu").mix()
         monkeypatch.undo()
         monkeypatch.setattr("triton.__version__", "3.2.0")
-        triton_refusal.cache_clear()
+        triton_unsupported.cache_clear()
         with pytest.raises(ValueError, match=r"Triton 3\.2\.0 does not take: install Triton 3\.3 or later .* 'lean'"):
             make_inputs(Case(1), "cpu").mix()
     finally:
-        triton_refusal.cache_clear()
+        triton_unsupported.cache_clear()
 
 
 def test_the_package_does_not_need_triton():
