@@ -32,6 +32,8 @@ from megatron_depthattn.durable import write_durably
 T = TypeVar("T")
 
 COMMAND_LINE = "the command line"
+RENAMED = {"train.max_fruitless_starts": "train.max_restarts_without_progress"}
+"""Keys of configs that were saved by earlier versions; on the command line they are unknown."""
 LONGEST_TEXT = 4096
 """Characters of a string; Linux takes no longer path."""
 _TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
@@ -190,7 +192,8 @@ def build(cls: type[T], layers: Sequence[Layer]) -> T:
     try:
         for source, values in layers:
             for key, value in flatten(values, leaves).items():
-                _set(config, key, value, leaves, source)
+                known = key if source == COMMAND_LINE else RENAMED.get(key, key)
+                _set(config, known, value, leaves, source)
         return typing.cast(T, _mapped(OmegaConf.to_object(config), lambda text: text.replace("\0", "")))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing (in {source}); set it") from error

@@ -51,7 +51,7 @@ def depth_mix(
         The mixed values [..., G, d] in v's dtype; without a source, `v` itself.
 
     Raises:
-        ValueError: an unknown implementation, shapes that do not fit together, or what the implementation does not take.
+        ValueError: an unknown implementation, shapes that do not fit together, or what it does not support.
     """
     if implementation not in DEPTH_MIX_IMPLEMENTATIONS:
         raise ValueError(

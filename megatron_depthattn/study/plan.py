@@ -106,7 +106,8 @@ def read_points(output: Path) -> list[Point]:
     """The points of the plan below ``output``; ValueError where there is no plan."""
     if not (output / PLAN).is_file():
         raise ValueError(f"{output} holds no plan.json; write it first: depthattn study plan STUDY")
-    return [Point(**point) for point in json.loads((output / PLAN).read_text(encoding="utf-8"))["points"]]
+    fields, plan = Point.__dataclass_fields__, json.loads((output / PLAN).read_text(encoding="utf-8"))
+    return [Point(**{key: value for key, value in point.items() if key in fields}) for point in plan["points"]]
 
 
 def _rung_layers(study: Study, folder: Path, name: str) -> list[Layer]:

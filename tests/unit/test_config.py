@@ -211,6 +211,10 @@ def test_text_with_a_dollar_is_literal(tmp_path, base, monkeypatch, text):
         assert load_config(tmp_path / "saved.yaml") == config
 
 
+def test_a_saved_config_of_an_earlier_version_has_its_keys():
+    assert from_dict({"train": {"max_fruitless_starts": 7}}, "a checkpoint").train.max_restarts_without_progress == 7
+
+
 def test_a_reference_to_a_key_is_an_error(base):
     """As text it would be one folder for all seeds."""
     with pytest.raises(ValueError, match=r"run\.dir is 'runs/\$\{run\.seed\}' .*write what it stands for"):
