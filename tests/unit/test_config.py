@@ -11,6 +11,7 @@ from megatron_depthattn.config import (
     StreamConfig,
     config_keys,
     config_reference,
+    from_dict,
     load_config,
     save_config,
     to_dict,
