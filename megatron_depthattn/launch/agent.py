@@ -56,7 +56,7 @@ class Agent(LocalElasticAgent):
     started = 0.0
     """When the ranks were started the last time, in seconds since 1970."""
     _names: Sequence[str] = ()
-    """The nodes that have joined the last rendezvous."""
+    """The nodes that had joined the last rendezvous when most of them were there."""
     _closed_at = 0.0
     """When another node was first seen to have given up while ranks ran, by the monotonic clock; 0: none has."""
 
@@ -137,7 +137,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _rendezvous(self, worker_group: Any) -> None:
-        self._pcontext = None  # of an earlier attempt, whose exit codes say nothing about this one
+        self._pcontext, self._names = None, ()  # of an earlier attempt, whose exit codes say nothing about this one
         done = threading.Event()
 
         def watch() -> None:
@@ -157,8 +157,10 @@ class Agent(LocalElasticAgent):
             self._note_nodes()
 
     def _note_nodes(self) -> None:
-        """Note who has joined; once a node has given up, torchrun knows no more."""
-        self._names = sorted(node.addr for node in getattr(self._state, "participants", ())) or self._names
+        """Note who has joined: torchrun forgets nodes once they have given up, this one first."""
+        nodes = getattr(self._state, "participants", ())
+        if getattr(self._rdzv_handler, "_this_node", None) in nodes:
+            self._names = max(sorted(node.addr for node in nodes), self._names, key=len)
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         """Name the folders of the ranks' logs by rank; torchrun's own names have the number on this node only."""

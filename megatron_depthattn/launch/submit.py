@@ -100,7 +100,8 @@ def submit(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace, settings: Sequence[str] = ()) -> RunConfig:
     """The config that was asked for, by file or by the name of a shipped one."""
-    return load_config(find_config(options.config), [*map(find_config, options.overrides), *settings])
+    resumed = ["checkpoint.load=latest"] if options.chain > 1 else []  # also after a job that ended by itself
+    return load_config(find_config(options.config), [*resumed, *map(find_config, options.overrides), *settings])
 
 
 def render(template: str, options: argparse.Namespace, run_dir: Path, num_configs: int, processes: int) -> str:

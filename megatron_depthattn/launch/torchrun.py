@@ -176,10 +176,9 @@ def _join_failure(error: Exception, config: Any, agent: Any) -> str:
     endpoint, within = config.rdzv_endpoint, f"within {config.rdzv_configs['join_timeout']} s (JOIN_TIMEOUT)"
     if agent and isinstance(error, RendezvousTimeoutError):
         return f"not all nodes came {within}: {agent.joined()}"
-    if agent and not isinstance(error, RendezvousConnectionError):
-        return f"another node has ended the run; {agent.joined()}"
-    if agent and agent.started:
-        return f"the head at {endpoint} has ended or is lost"
+    if agent:
+        lost = f"the head at {endpoint}" if isinstance(error, RendezvousConnectionError) else "another node"
+        return f"{lost} has ended the run, or is lost; {agent.joined()}"
     reason = "whose name cannot be resolved here"
     with contextlib.suppress(OSError):
         reason = f"which is {socket.gethostbyname(endpoint.rpartition(':')[0])} here"

@@ -53,29 +53,15 @@ def environment(**variables: str) -> dict[str, str]:
 
 def start(*command: str | Path, output: Path, **variables: str) -> subprocess.Popen[bytes]:
     """A process from the repository's root; stdout and stderr go to ``output``."""
+    words, given = [str(word) for word in command], environment(**variables)
     with output.open("ab") as file:
-        return subprocess.Popen(
-            [str(word) for word in command],
-            cwd=REPOSITORY,
-            env=environment(**variables),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-        )
+        return subprocess.Popen(words, cwd=REPOSITORY, env=given, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 
 def run(*command: str | Path, seconds: float, **variables: str) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself."""
-    words = [str(word) for word in command]
-    return subprocess.run(
-        words,
-        cwd=REPOSITORY,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
+    where = {"cwd": REPOSITORY, "env": environment(**variables), "timeout": seconds}
+    return subprocess.run([str(word) for word in command], **where, capture_output=True, text=True, check=False)
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ import yaml
 from tests.e2e.commands import wait_until
 from tests.launch.jobs import FULL, environment, history, hostile_run_dir, must_reach, records, run, trajectory
 
-pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(2400)]
 TWO_NODES = ("--nodes", "2", "--processes-per-node", "1")
 
 
@@ -37,7 +37,7 @@ def states(job: str) -> list[str]:
     return re.findall(r"JobState=(\w+)", slurm_says("scontrol", "show", "job", job))
 
 
-def must_end(job: str, log: Path, *, seconds: float = 240) -> list[str]:
+def must_end(job: str, log: Path, *, seconds: float = 400) -> list[str]:
     """Wait until no task of the job waits or runs; returns the states."""
     live = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"}
     assert wait_until(lambda: not live & set(states(job)), seconds, poll=0.5), [*states(job), log.read_text()[-3000:]]
@@ -77,11 +77,11 @@ def test_a_job_at_its_real_time_limit(config: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
     job = submit(config, f"run.dir={run_dir}", *more, *TWO_NODES, "--time", "1", "--signal-lead", "5")
     log = run_dir / f"job/slurm-{job}.out"
-    assert must_end(job, log, seconds=500) == ["COMPLETED"], log.read_text()[-3000:]
+    assert must_end(job, log, seconds=1500) == ["COMPLETED"], log.read_text()[-3000:]
     ends = [record["outcome"] for record in history(run_dir) if record["event"] == "end"]
     assert ends[-1] == "finished" and ends[:-1] == ["signal"] * (len(ends) - 1) and len(ends) > 1, ends
     print(log.read_text())
-    whole = run("launch/local.sh", config, f"run.dir={tmp_path}/whole", *more, seconds=400, NPROC_PER_NODE="2")
+    whole = run("launch/local.sh", config, f"run.dir={tmp_path}/whole", *more, seconds=800, NPROC_PER_NODE="2")
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert trajectory(run_dir) == trajectory(tmp_path / "whole")
 
@@ -128,7 +128,7 @@ def test_an_absent_node_is_named_by_all_that_wait(config: Path, tmp_path: Path):
     text = log.read_text()
     joined = r"2 of 3 nodes joined at node1:\d+ \(node1, node2\); not: node3\n"
     assert len(re.findall(f"waiting for nodes: {joined}", text)) >= 2, text
-    ends = r"error: (not all nodes came within 25 s \(JOIN_TIMEOUT\): |another node has ended the run; )"
+    ends = r"error: (not all nodes came within 25 s \(JOIN_TIMEOUT\): |(the head|another node).* or is lost; )"
     assert len(re.findall(ends + joined, text)) == 2 and "not all nodes came" in text, text
 
 

@@ -9,7 +9,7 @@ import yaml
 from tests.launch.jobs import FULL, run
 from tests.launch.test_slurm import must_end
 
-pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(1200)]
 
 
 def study_of(config: Path, folder: Path) -> Path:

@@ -232,6 +232,9 @@ def test_tasks_that_share_a_folder_of_checkpoints_get_their_own_in_it(tmp_path: 
     assert folders("--array", "checkpoint.dir=a,b") == ["a", "b"]
     assert folders("--array", "run.seed=1,2") == [None, None]
     assert folders("checkpoint.dir=X") == ["X"]
+    chain = [str(tmp_path / "config.yaml"), "run.dir=runs/chain", *SUBMIT[1:], "--chain", "2"]
+    (config,) = _configs(_parser().parse_intermixed_args(chain)).values()
+    assert config.checkpoint.load == "latest", "each job of a chain continues the one before it"
 
 
 def test_the_jobs_of_a_chain_need_not_be_requeued():
