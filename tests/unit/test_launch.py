@@ -95,10 +95,8 @@ def test_scripts_inside_a_package_find_it(tmp_path: Path):
     inside = tmp_path / "site/megatron_depthattn/launch/scripts"
     shutil.copytree(REPOSITORY / "launch", inside)
     show = f"here={inside}; . {inside}/interpreter.sh; echo $PYTHONPATH"
-    said = subprocess.run(
-        ["bash", "-euc", show], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=30
-    )
-    assert said.stdout.strip() == str(tmp_path / "site"), said.stderr
+    said = subprocess.check_output(["bash", "-euc", show], env={"PATH": "/usr/bin:/bin"}, text=True)
+    assert said.strip() == str(tmp_path / "site")
 
 
 @pytest.mark.parametrize(
@@ -150,9 +148,7 @@ def settings(text: str, *names: str) -> list[str]:
     shown = "; ".join(f'printf "%s\\n" "${{{name}[@]}}"' for name in names)
     begin = text.index("# ---- settings")
     part = text[text.index("CODE=") : text.index("\nset -uo", begin)]
-    return subprocess.run(
-        ["bash", "-c", f"{part}\n{shown}"], capture_output=True, text=True, check=True, timeout=30
-    ).stdout.splitlines()
+    return subprocess.check_output(["bash", "-c", f"{part}\n{shown}"], text=True).splitlines()
 
 
 def test_a_job_script_says_what_was_asked_for():
@@ -161,25 +157,13 @@ def test_a_job_script_says_what_was_asked_for():
     assert wanted | {"--exclusive", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(flags(text))
     assert [flag for flag in flags(text) if flag.startswith("--job-name")][-1] == "--job-name=my run", "the last wins"
     assert "--output=/runs/my run/job/slurm-%j.out" in flags(text)
-    assert settings(text, "CODE", "ARGUMENTS", "NPROC_PER_NODE") == [
-        "/runs/my run/job/code",
-        "/runs/my run/job/config.yaml",
-        "8",
-    ]
+    job = "/runs/my run/job"
+    assert settings(text, "CODE", "ARGUMENTS", "NPROC_PER_NODE") == [f"{job}/code", f"{job}/config.yaml", "8"]
 
 
 @pytest.mark.parametrize("array", [(), ("--array", "run.seed=1,2")])
 @pytest.mark.parametrize(
-    "text",
-    [
-        "$(touch {})",
-        "`touch {}`",
-        '"; touch {}; "',
-        "'; touch {}; '",
-        "$(touch {})'\"`touch {}`",
-        "a #b",
-        "-x %j $HOME",
-    ],
+    "text", ["$(touch {})", '"; touch {}; "', "'; touch {}; '", "$(touch {})'\"`touch {}`", "a #b", "-x %j $HOME"]
 )
 def test_values_reach_the_job_as_they_are(text: str, array: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     sentinel = tmp_path / "obeyed"
@@ -260,9 +244,8 @@ def test_containers():
     """Flags only: neither pyxis nor apptainer runs here."""
     pyxis = script("--container", "image.sqsh", "--container-mounts", "/data,/a:/b")
     image, mounts, workdir, home = settings(pyxis, "SRUN")
-    assert (image, workdir, home) == (
-        "--container-image=image.sqsh", f"--container-workdir={Path.cwd()}", "--no-container-mount-home",
-    )  # fmt: skip
+    assert (image, workdir) == ("--container-image=image.sqsh", f"--container-workdir={Path.cwd()}")
+    assert home == "--no-container-mount-home"
     assert mounts == f"--container-mounts=/runs/my run:/runs/my run,{Path.cwd()}:{Path.cwd()},/data:/data,/a:/b"
     apptainer = script("--container", "image.sif", "--container-runtime", "apptainer", "--container-mounts", "/data")
     assert settings(apptainer, "WRAP") == [
@@ -339,20 +322,16 @@ def test_what_is_frozen_is_code_and_closed_to_others(tmp_path: Path):
     diff = frozen["uncommitted.diff"].read_text()
     assert "+password of launch/a.py" in diff and diff.count("password") == 1
     assert diff.count("deleted file") == 2 and "\n-#!/bin/sh\n" in diff and "\n-old = 1\n" in diff
-    assert said.endswith(
-        "left out, as no code: megatron_depthattn/key.pem, launch/.env, launch/.netrc.py, launch/credentials"
-    )
+    left_out = "megatron_depthattn/key.pem, launch/.env, launch/.netrc.py, launch/credentials"
+    assert said.endswith(f"left out, as no code: {left_out}")
     assert "holds this config and code already" in freeze(job, {"config.yaml": RunConfig()}, checkout, replace=False)
 
 
 def test_all_code_of_this_repository_is_frozen(tmp_path: Path):
-    tracked = subprocess.run(
-        ["git", "-C", REPOSITORY, "ls-files", *CODE_FOLDERS], capture_output=True, text=True, check=True, timeout=30
-    ).stdout.split()
+    tracked = subprocess.check_output(["git", "-C", REPOSITORY, "ls-files", *CODE_FOLDERS], text=True).split()
     freeze(tmp_path / "job", {"config.yaml": RunConfig()}, REPOSITORY, replace=False)
-    assert [
-        name for name in tracked if (REPOSITORY / name).exists() and not (tmp_path / "job/code" / name).exists()
-    ] == []
+    frozen = tmp_path / "job/code"
+    assert [name for name in tracked if (REPOSITORY / name).exists() and not (frozen / name).exists()] == []
     assert os.access(tmp_path / "job/code/launch/node.sh", os.X_OK)
 
 
@@ -412,5 +391,5 @@ def test_the_environment_of_the_ranks(given: dict, expected: dict, tmp_path: Pat
     show = "import json, os; from megatron_depthattn.launch.torchrun import set_environment as set; set()"
     command = [sys.executable, "-c", f"{show}; print(json.dumps(dict(os.environ)))"]
     variables = given | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    shown = subprocess.run(command, cwd=REPOSITORY, env=variables, stdout=subprocess.PIPE, check=True, timeout=60)
-    assert {name: json.loads(shown.stdout).get(name) for name in expected} == expected
+    shown = json.loads(subprocess.check_output(command, cwd=REPOSITORY, env=variables))
+    assert {name: shown.get(name) for name in expected} == expected
