@@ -49,8 +49,8 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def refusal(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """What a tool's `main` says when it refuses: one line on stderr, nothing on stdout."""
+def error_of(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """What a tool's `main` says when it rejects: one line on stderr, nothing on stdout."""
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 1
     out, err = capsys.readouterr()

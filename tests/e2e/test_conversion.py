@@ -177,7 +177,7 @@ def test_an_import_trains_under_another_layout_from_the_same_bits(exported, conf
     assert json.loads((tmp_path / "back/generation_config.json").read_text()) == generation
 
 
-def test_an_import_of_another_shape_is_refused(exported, config_file: Path, tmp_path: Path):
+def test_an_import_of_another_shape_is_rejected(exported, config_file: Path, tmp_path: Path):
     made = exported("pp2-tied-looped")
     imported = tmp_path / "imported"
     assert convert("from-hf", "--model", made.hf, "--output", imported) == 0

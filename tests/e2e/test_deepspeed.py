@@ -63,7 +63,7 @@ def mixed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @FULL
-def test_a_run_goes_on_under_the_other_engine(mixed, undisturbed):
+def test_a_run_continues_under_the_other_engine(mixed, undisturbed):
     assert_same_run(mixed, undisturbed)
     log = (mixed / "log.txt").read_text()
     assert "ZeRO stage 3" in log and "ZeRO stage 2" in log
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_deepspeed_exports_to_hugging_face(mixed, tmp_path):
     must_succeed(python(*tool, "verify", "--checkpoint", step, "--model", tmp_path / "hf"))
 
 
-def test_a_world_without_a_launcher_is_refused(config_file, tmp_path):
+def test_a_world_without_a_launcher_is_rejected(config_file, tmp_path):
     result = forked(0, "megatron_depthattn.train", config_file, f"run.dir={tmp_path / 'run'}", DEEPSPEED)
     assert result.returncode == 1
     assert "error (rank 0): engine.name=deepspeed in a process that no launcher started" in result.stderr
@@ -105,7 +105,7 @@ def python_at(path: Path) -> Path:
     return path
 
 
-REFUSALS = [
+UNSUPPORTED = [
     ({}, "error: HOSTFILE, MASTER_ADDR, MASTER_PORT not set, and a launcher must not guess."),
     ({"MASTER_ADDR": "a", "MASTER_PORT": "1", "HOSTFILE": "/no/hosts"}, "error: HOSTFILE=/no/hosts: no such file"),
     ({"lines": ("node0",)}, "hosts, line 1: 'node0' is not `host slots=N`"),
@@ -126,8 +126,8 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "told"), REFUSALS)
-def test_a_bad_hostfile_launch_is_refused_in_one_line(config_file, tmp_path, given, told):
+@pytest.mark.parametrize(("given", "reported"), UNSUPPORTED)
+def test_a_bad_hostfile_launch_is_rejected_in_one_line(config_file, tmp_path, given, reported):
     variables = dict(given)
     if "lines" in variables:
         file = hostfile(tmp_path, *variables.pop("lines"))
@@ -136,7 +136,7 @@ def test_a_bad_hostfile_launch_is_refused_in_one_line(config_file, tmp_path, giv
         variables["PYTHON"] = python_at(tmp_path / variables["PYTHON"])
     result = launch(config_file, f"run.dir={tmp_path / 'run'}", **variables)
     assert result.returncode == 1
-    assert told in result.stderr and len(result.stderr.splitlines()) == 1
+    assert reported in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

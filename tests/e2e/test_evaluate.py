@@ -22,7 +22,7 @@ from megatron_depthattn.data.documents import is_validation
 from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.e2e.commands import REPOSITORY, must_succeed, python
-from tests.e2e.exported import edit_json, export, refusal
+from tests.e2e.exported import edit_json, error_of, export
 
 LENGTH = 32
 WORDS = ["alpha", "épsilon", "火山", "👩🏽‍🚀", "naïve", "x = 1", "\n", "<|endoftext|>", "  return"]
@@ -220,12 +220,12 @@ def test_a_read_only_corpus_and_no_shared_memory_left(folder, own_data, data, tm
     ],
 )
 def test_evaluate_refuses(options, complaint, folder, data, capsys):
-    assert complaint in refusal(main, capsys, "--model", folder, "--data", data, *options)
+    assert complaint in error_of(main, capsys, "--model", folder, "--data", data, *options)
 
 
-def test_evaluate_refuses_paths_that_are_neither(folder, data, tmp_path, capsys):
+def test_evaluate_rejects_paths_that_are_neither(folder, data, tmp_path, capsys):
     def said(model: Path, corpus: Path, *options: str) -> str:
-        return refusal(main, capsys, "--model", model, "--data", corpus, *options)
+        return error_of(main, capsys, "--model", model, "--data", corpus, *options)
 
     assert "does not exist" in said(folder, tmp_path / "nowhere")
     assert "has no split 'val': it is no corpus of depthattn prepare" in said(folder, tmp_path)
@@ -234,9 +234,9 @@ def test_evaluate_refuses_paths_that_are_neither(folder, data, tmp_path, capsys)
     assert "has no config.json" in said(tmp_path, data)
 
 
-def test_evaluate_refuses_models_that_do_not_fit_the_data(data, folder, tokenizer, tmp_path, capsys):
+def test_evaluate_rejects_models_that_do_not_fit_the_data(data, folder, tokenizer, tmp_path, capsys):
     def said(model: Path, corpus: Path = data) -> str:
-        return refusal(main, capsys, "--model", model, "--data", corpus)
+        return error_of(main, capsys, "--model", model, "--data", corpus)
 
     export(tmp_path / "small", tokenizer, vocab_size=300)
     assert "the data has a vocabulary of 320 and the model one of 300" in said(tmp_path / "small")
@@ -250,23 +250,23 @@ def test_evaluate_refuses_models_that_do_not_fit_the_data(data, folder, tokenize
     assert main(["--model", str(folder), "--data", str(shards)]) == 0
 
 
-def test_evaluate_refuses_another_tokenizer(own_folder, data, tmp_path, capsys):
+def test_evaluate_rejects_another_tokenizer(own_folder, data, tmp_path, capsys):
     other = prepare(tmp_path / "other", "train-bpe:300")
     shutil.copy(other / "tokenizer" / "tokenizer.json", own_folder)
-    assert f"the data was prepared with another tokenizer than {own_folder / 'tokenizer.json'} (its sha256" in refusal(
+    assert f"the data was prepared with another tokenizer than {own_folder / 'tokenizer.json'} (its sha256" in error_of(
         main, capsys, "--model", own_folder, "--data", data
     )
 
 
-def test_evaluate_refuses_weights_that_are_not_numbers(own_folder, data, capsys):
+def test_evaluate_rejects_weights_that_are_not_numbers(own_folder, data, capsys):
     tensors = load_file(own_folder / "model.safetensors")
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, own_folder / "model.safetensors", metadata={"format": "pt"})
-    assert "the loss is nan within samples 0 to 7" in refusal(main, capsys, "--model", own_folder, "--data", data)
+    assert "the loss is nan within samples 0 to 7" in error_of(main, capsys, "--model", own_folder, "--data", data)
 
 
 @pytest.mark.parametrize("changes", [{"eos_token_id": 10**9}, {"eos_token_id": None}, {"vocab_size": "320"}], ids=str)
-def test_evaluate_refuses_a_manifest_that_cannot_be(folder, own_data, capsys, changes):
+def test_evaluate_rejects_a_manifest_that_cannot_be(folder, own_data, capsys, changes):
     edit_json(own_data / "manifest.json", **changes)
-    complaint = refusal(main, capsys, "--model", folder, "--data", own_data)
+    complaint = error_of(main, capsys, "--model", folder, "--data", own_data)
     assert f"{own_data / 'manifest.json'} is no manifest of a corpus: " in complaint

@@ -15,7 +15,7 @@ from megatron_depthattn.cli.generate import main
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.e2e.commands import must_succeed, python
-from tests.e2e.exported import edit_json, export, refusal
+from tests.e2e.exported import edit_json, error_of, export
 
 PROMPT = "def épsilon(x):\n    return "
 
@@ -82,7 +82,7 @@ def test_the_prompt_can_come_from_standard_input(folder, capsys, monkeypatch):
 def test_a_prompt_that_is_not_utf_8(folder, capsys, monkeypatch, place):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     given = "-" if place == "standard input" else os.fsdecode(b"caf\xe9")
-    complaint = refusal(main, capsys, "--model", folder, "--prompt", given)
+    complaint = error_of(main, capsys, "--model", folder, "--prompt", given)
     assert complaint.startswith(f"error: {place}") and "is not UTF-8 (" in complaint
 
 
@@ -141,9 +141,9 @@ def test_show_depth_is_the_recursion_done_by_hand(folder, model, tokenizer, caps
     with torch.no_grad():
         _, one, two, three = model(torch.tensor([ids]), output_depth_weights=True).depth_weights
     plain = generated(capsys, folder, "--prompt", PROMPT, "--max-new-tokens", 5)
-    told = generated(capsys, folder, "--prompt", PROMPT, "--max-new-tokens", 5, "--show-depth", 3)
-    assert told.startswith(plain)
-    rows = [line.split("│")[1:-1] for line in told.removeprefix(plain).splitlines() if line.startswith("│")]
+    reported = generated(capsys, folder, "--prompt", PROMPT, "--max-new-tokens", 5, "--show-depth", 3)
+    assert reported.startswith(plain)
+    rows = [line.split("│")[1:-1] for line in reported.removeprefix(plain).splitlines() if line.startswith("│")]
     assert [row[1].strip() for row in rows] == ["1", "2", "3"] * 3
     assert [repr(tokenizer.decode(i)) in row[0] for i, row in zip(ids[-3:], rows[::3], strict=True)] == [True] * 3
     for number, row in enumerate(rows):
@@ -174,7 +174,7 @@ def test_show_depth_shows_tokens_as_they_are(tmp_path, capsys):
 
 def test_show_depth_wants_a_model_with_depth_attention(tokenizer, tmp_path, capsys):
     export(tmp_path, tokenizer, use_depth_attention=False)
-    complaint = refusal(main, capsys, "--model", tmp_path, "--prompt", "a", "--max-new-tokens", 1, "--show-depth")
+    complaint = error_of(main, capsys, "--model", tmp_path, "--prompt", "a", "--max-new-tokens", 1, "--show-depth")
     assert "--show-depth: no layer of this model (model_type 'depthattn') attends over depth" in complaint
 
 
@@ -201,26 +201,26 @@ def test_bf16(folder, capsys):
     ],
 )
 def test_generate_refuses(options, complaint, folder, capsys):
-    assert complaint in refusal(main, capsys, "--model", folder, *options)
+    assert complaint in error_of(main, capsys, "--model", folder, *options)
 
 
 def test_a_full_context_is_no_refusal(folder, capsys):
     assert generated(capsys, folder, "--prompt", "a", "--max-new-tokens", 63).startswith("a")
 
 
-def test_generate_refuses_folders_that_are_no_model(own_folder, tmp_path, capsys):
+def test_generate_rejects_folders_that_are_no_model(own_folder, tmp_path, capsys):
     options = ("--prompt", "a", "--max-new-tokens", 2)
-    assert "does not exist" in refusal(main, capsys, "--model", tmp_path / "nowhere", *options)
-    assert "has no config.json" in refusal(main, capsys, "--model", tmp_path, *options)
+    assert "does not exist" in error_of(main, capsys, "--model", tmp_path / "nowhere", *options)
+    assert "has no config.json" in error_of(main, capsys, "--model", tmp_path, *options)
     for file in own_folder.glob("tokenizer*"):
         file.unlink()
     (own_folder / "special_tokens_map.json").unlink(missing_ok=True)
-    complaint = refusal(main, capsys, "--model", own_folder, *options)
+    complaint = error_of(main, capsys, "--model", own_folder, *options)
     assert f"tokenizer {own_folder} does not load: there is no tokenizer.json" in complaint
 
 
-def test_generate_refuses_another_models_tokenizer(tokenizer, tmp_path, capsys):
+def test_generate_rejects_another_models_tokenizer(tokenizer, tmp_path, capsys):
     export(tmp_path, tokenizer, vocab_size=100)
-    complaint = refusal(main, capsys, "--model", tmp_path, "--prompt", PROMPT, "--max-new-tokens", 2)
+    complaint = error_of(main, capsys, "--model", tmp_path, "--prompt", PROMPT, "--max-new-tokens", 2)
     largest = max(tokenizer.encode(PROMPT, add_special_tokens=False))
     assert f"the prompt has token {largest} and the model's vocab_size is 100: the tokenizer in the folder" in complaint

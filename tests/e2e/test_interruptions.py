@@ -1,4 +1,4 @@
-"""What interrupts a run, and how it goes on; one process, so that exit codes are the program's own.
+"""What interrupts a run, and how it continues; one process, so that exit codes are the program's own.
 
 `tests/faults` does the same to four processes under torchrun, at random moments.
 """
@@ -16,10 +16,10 @@ SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
 
 
 def read_lines(file: Path) -> list[dict]:
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+    return [json.loads(line, parse_constant=reject) for line in file.read_text().splitlines()]
 
 
 def records(run_dir: Path) -> list[dict]:
@@ -90,7 +90,7 @@ def test_a_stop_is_obeyed_where_the_run_is(stopped: Path, name: str, signal: str
 
 
 @pytest.mark.parametrize("name", ["step", "evaluation", "last evaluation"])
-def test_the_same_command_goes_on_as_if_nothing_had_happened(stopped: Path, name: str):
+def test_the_same_command_continues_as_if_nothing_had_happened(stopped: Path, name: str):
     """Nothing that was read ahead is missing, no held-out loss that a stop has cut off."""
     _, again = starts(stopped / name)
     assert again["codes"] == [0]
@@ -125,9 +125,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(undisturbed: Path,
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_00000036", "step_00000040"]
     flip_a_bit(checkpoints / "step_00000040")
     command = (config_file, f"run.dir={run_dir}", "train.steps=40")
-    refused = train(*command, "checkpoint.load=step_00000040")
-    assert refused.returncode == 1
-    assert "checkpoint.load=step_00000040 is damaged" in refused.stderr
+    rejected = train(*command, "checkpoint.load=step_00000040")
+    assert rejected.returncode == 1
+    assert "checkpoint.load=step_00000040 is damaged" in rejected.stderr
     result = must_succeed(train(*command, "checkpoint.load=latest"))
     assert "DAMAGED CHECKPOINT" in result.stderr and "It is now step_00000040.damaged." in result.stderr
     assert "start: " + str(checkpoints / "step_00000036") in result.stdout
@@ -168,9 +168,9 @@ def test_non_finite_stops_before_the_optimizer_and_a_restart_loop_ends(config_fi
     assert history(tmp_path)[-1]["outcome"] == "not finite"
     again = train(*command)  # from the newest checkpoint now: a first start from there
     assert "not finite, so the optimizer was not stepped" in again.stderr
-    refused = train(*command)
-    assert refused.returncode == 1
-    assert f"the last 1 starts all began at step {len(steps)} and none reached another checkpoint" in refused.stderr
+    rejected = train(*command)
+    assert rejected.returncode == 1
+    assert f"the last 1 starts all began at step {len(steps)} and none reached another checkpoint" in rejected.stderr
 
 
 def test_skipped_steps_are_counted_and_have_an_end(config_file: Path, tmp_path: Path):

@@ -91,7 +91,7 @@ def other_code(folder: Path) -> Path:
 
 
 @FULL
-def test_two_versions_of_the_code_do_not_train_until_told_to(config_file: Path, tmp_path: Path):
+def test_two_versions_of_the_code_do_not_train_until_asked_to(config_file: Path, tmp_path: Path):
     run_dir, other = tmp_path / "run", other_code(tmp_path / "other")
     command = [ODD_RANK, "other code", other, TRAIN, config_file, f"run.dir={run_dir}", "train.steps=2"]
     result = torchrun(2, *command)
@@ -101,8 +101,8 @@ def test_two_versions_of_the_code_do_not_train_until_told_to(config_file: Path, 
     assert f"({other / 'megatron_depthattn'}); rank 0 (" in result.stderr
     assert not (run_dir / "metrics.jsonl").exists() and not (run_dir / "config.yaml").exists()
 
-    told_to = must_succeed(torchrun(2, *command, "preflight.on_problem=warn"))
-    assert "preflight: WARNING: different versions of this package's code: rank 1 (" in told_to.stderr
+    asked_to = must_succeed(torchrun(2, *command, "preflight.on_problem=warn"))
+    assert "preflight: WARNING: different versions of this package's code: rank 1 (" in asked_to.stderr
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
     assert "WARNING: different versions" in (run_dir / "log.txt").read_text()
     record = json.loads((run_dir / "preflight.json").read_text())

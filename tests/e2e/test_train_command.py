@@ -1,4 +1,4 @@
-"""``python -m megatron_depthattn.train`` as a user runs it: record, resume, other layouts, refusals."""
+"""``python -m megatron_depthattn.train`` as a user runs it: record, resume, other layouts, errors."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_run_directory(undisturbed: Path):
     assert [record["step"] for record in steps if record["depth"] is not None] == [1, 12]
     depth = steps[-1]["depth"]
     assert (depth["tokens"], [*depth["layers"]]) == (2 * 32, ["1", "2", "3"])
-    assert all(sum(told["weights"]) == pytest.approx(1, abs=1e-5) for told in depth["layers"].values())
+    assert all(sum(entry["weights"]) == pytest.approx(1, abs=1e-5) for entry in depth["layers"].values())
     events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
     curve = [(event.step, event.value) for event in events.Scalars("depth/layer_003/source_002")]

@@ -156,7 +156,7 @@ class Campaign:
         return Job([str(self.config), *settings], NUM_PROCESSES, output, earlier_starts=run.openings())
 
     def _after(self, kind: str, what: str, scene: Scene, *, asynchronous: bool) -> Job:
-        """Let the job go on or end, start it again if need be, and note how long it took to the next step."""
+        """Let the job continue or end, start it again if need be, and note how long it took to the next step."""
         run, job, restarts = scene.run, scene.job, 0
         step = run.last_step()
         saved = resumed = 0

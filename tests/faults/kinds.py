@@ -1,6 +1,6 @@
 """The faults of the campaign: each waits for its moment, strikes, and says what it did.
 
-A fault returns None when its moment did not come (the run ended first). Otherwise the job has been struck: it goes on
+A fault returns None when its moment did not come (the run ended first). Otherwise the job has been struck: it continues
 by itself, or it ends and has to be started again.
 """
 
@@ -37,7 +37,7 @@ class Scene:
         self.struck_at = 0.0
         """`time.monotonic` of the blow."""
         self.repair: Callable[[], None] | None = None
-        """Mends what the next start must fail for (a damaged shard)."""
+        """Repairs what the next start must fail for (a damaged shard)."""
 
     def in_steps(self) -> bool:
         """Wait for a random moment after this start's first step."""

@@ -74,7 +74,7 @@ CASES = {
 
 @dataclass
 class Inputs:
-    """The tensors of one mix, leaves that require a gradient unless told otherwise."""
+    """The tensors of one mix, leaves that require a gradient unless asked otherwise."""
 
     q: Tensor
     keys: list[Tensor]

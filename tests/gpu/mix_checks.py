@@ -75,7 +75,7 @@ def check_nothing_is_copied(device: str) -> None:
 
 @contextmanager
 def launches() -> Iterator[list[tuple[list[Tensor], list[Tensor], bool]]]:
-    """Tensors that the kernels are told of, (strided, candidates, are their rows aligned) for each launch."""
+    """Tensors that the kernels are given, (strided, candidates, are their rows aligned) for each launch."""
     seen: list[tuple[list[Tensor], list[Tensor], bool]] = []
     four_dimensional, describe = own._four_dimensional, own._describe
     made: list[Tensor] = []
@@ -197,17 +197,17 @@ def check_offsets_beyond_two_to_the_31_elements(device: str) -> None:
 
 
 def check_refusals(device: str) -> None:
-    def refused(message: str, inputs: Inputs) -> None:
+    def rejected(message: str, inputs: Inputs) -> None:
         with pytest.raises(ValueError, match=message):
             inputs.mix()
 
     assert own.triton_unsupported(torch.device("cuda" if device == "cpu" else "cpu")) is not None
     good = make_inputs(Case(1), device)
-    refused(r"q is torch.float64: .* or set the op to 'lean', which computes fp64", good.map(Tensor.double))
-    refused("at most 256 numbers, but got heads of 257", make_inputs(Case(1, head_dim=257), device))
+    rejected(r"q is torch.float64: .* or set the op to 'lean', which computes fp64", good.map(Tensor.double))
+    rejected("at most 256 numbers, but got heads of 257", make_inputs(Case(1, head_dim=257), device))
     other = make_inputs(Case(1, dtype=FP32), device)
     mixed_keys = Inputs(good.q, other.keys, good.values, good.k, good.v)
-    refused("keys are torch.float32 for a source and torch.bfloat16 for the layer; pass one dtype", mixed_keys)
+    rejected("keys are torch.float32 for a source and torch.bfloat16 for the layer; pass one dtype", mixed_keys)
     (grad,) = torch.autograd.grad(good.mix().square().sum(), good.q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

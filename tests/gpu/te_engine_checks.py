@@ -57,7 +57,7 @@ def scaling_state(engine: MegatronEngine) -> list[Tensor]:
 
 
 def check_resume(place: Place, folder: Path, recipe: str | None, bound: float, *more: str) -> dict[str, float]:
-    """A run that was saved and loaded goes on as one that was not; local layers in bf16 take the checkpoint, too.
+    """A run that was saved and loaded continues as one that was not; local layers in bf16 take the checkpoint, too.
 
     Args:
         bound: largest relative difference of a loss; 0 on CPU.

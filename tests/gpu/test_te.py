@@ -35,15 +35,15 @@ def deterministic_attention(monkeypatch):
 
 @pytest.fixture
 def recipe(request) -> str | None:
-    """A recipe that this machine has, else the test is skipped with the reason a run would be refused for."""
-    skip_where_refused(request.param)
+    """A recipe that this machine has, else the test is skipped with the reason a run would be rejected for."""
+    skip_where_unsupported(request.param)
     return request.param
 
 
-def skip_where_refused(recipe: str | None, *settings: str) -> None:
+def skip_where_unsupported(recipe: str | None, *settings: str) -> None:
     settings = (BF16, *([f"precision.fp8={recipe}"] if recipe else []), *settings)
-    if (refusal := unsupported_on(GPU.config(*settings), this_machine())) is not None:
-        pytest.skip(refusal)
+    if (error := unsupported_on(GPU.config(*settings), this_machine())) is not None:
+        pytest.skip(error)
 
 
 def each(*recipes: str | None):
@@ -91,7 +91,7 @@ def test_the_optimizers_weights_are_those_drawn(recipe, record_property):
 def test_fp8_attention(name, record_property):
     """With heads of 128: cuDNN's FP8 backward pass takes no others on compute capability 9.0."""
     settings = ("precision.fp8_attention=true", "model.kv_channels=128")
-    skip_where_refused(name, *settings)
+    skip_where_unsupported(name, *settings)
     record_property("found", te_checks.check_recipe(GPU, name, "stride 3", *settings))
     half = te_checks.settled(GPU.build(BF16, f"precision.fp8={name}", settings[1]), GPU)
     own = te_checks.settled(GPU.build(BF16, f"precision.fp8={name}", *settings), GPU)

@@ -61,7 +61,7 @@ def test_attention_weights_of_the_vanilla_decoder_are_qwen3s():
     assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_attention_weights_are_refused_where_there_are_none():
+def test_attention_weights_are_rejected_where_there_are_none():
     message = "'sdpa' attention gives no weights; only depthattn does, with attn_implementation='eager'"
     with pytest.raises(ValueError, match=message):
         make_model()(make_tokens(), output_attentions=True)

@@ -69,7 +69,7 @@ class UnmixedCache(DynamicCache):
 def test_control_a_cache_of_unmixed_values_fails(monkeypatch):
     model, tokens = make_model(**DENSE), make_tokens()
     full = model(tokens, use_cache=False).logits
-    assert largest(cached_logits(model, tokens, UnmixedCache([]), 5) - full) < TOLERANCE  # never told of unmixed ones
+    assert largest(cached_logits(model, tokens, UnmixedCache([]), 5) - full) < TOLERANCE  # never given unmixed ones
     unmixed, depth_mix = [], modeling_depthattn.depth_mix
 
     def remember_value(query, key, value, sources, scale):
@@ -201,7 +201,7 @@ def test_cache_has_the_size_of_qwen3s(make_cache, dtype):
 
 
 def test_compiled_decoding_equals_eager():
-    """`generate` with a static cache compiles the step of one token, on this machine when told to: one whole graph."""
+    """`generate` with a static cache compiles the step of one token, on this machine when asked to: one whole graph."""
     model = make_model(num_hidden_layers=2, num_loops=2, depth_attention_stride=1)
     options = {"cache_implementation": "static", "output_logits": True, "return_dict_in_generate": True}
     compiling = CompileConfig(fullgraph=True, mode="default")
@@ -226,7 +226,7 @@ def test_compiled_decoding_equals_eager():
     assert largest(logits[0] - logits[1]) < TOLERANCE
 
 
-def test_continuous_batching_of_a_looped_model_is_refused():
+def test_continuous_batching_of_a_looped_model_is_rejected():
     """A paged cache belongs to a layer that holds weights: every pass would read and write the same."""
     model, message = make_model(**DENSE, num_loops=2), "num_loops=2: continuous batching .* use generate"
     with pytest.raises(ValueError, match=message):

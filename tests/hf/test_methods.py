@@ -314,6 +314,6 @@ def test_hidden_states_and_inputs(method):
         ),
     ],
 )
-def test_config_refuses(method, settings, message):
+def test_config_errors(method, settings, message):
     with pytest.raises(ValueError, match=message):
         MODELS[method].config_class(**settings)

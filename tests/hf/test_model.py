@@ -204,13 +204,13 @@ def test_depth_weights(num_loops, num_kv_heads):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_config_refuses(settings, message):
+def test_config_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         make_config(**settings)
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_model_refuses_rope_that_scales_queries_and_keys(key):
+def test_model_rejects_rope_that_scales_queries_and_keys(key):
     """YaRN's factor would be a temperature of the depth weights that no score over positions has."""
     rope = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
     settings = {"rope_theta": 1000.0, key: rope}

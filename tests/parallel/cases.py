@@ -122,7 +122,7 @@ class Job:
     save: bool = False
     """Save weights, optimizer and schedule after SAVE_AFTER steps."""
     resume: str = ""
-    """Layout of the saving job to go on from, in place of the common weights."""
+    """Layout of the saving job to continue from, in place of the common weights."""
     overlap: bool = False
     """Run twice, without and with overlapped data-parallel communication, see overlap.py."""
     grad_clip: float = 0.0
@@ -150,7 +150,7 @@ class Job:
 
     @property
     def checkpoint(self) -> str:
-        """The folder of the checkpoint that this job saves or goes on from."""
+        """The folder of the checkpoint that this job saves or continues from."""
         return f"checkpoint-{self.resume or self.layout}-{self.method}-loops{self.loops}" + self.gathered * "-gathered"
 
     def config(self) -> RunConfig:
@@ -244,15 +244,15 @@ CONTROLS = [
     Job(layout="pp2", method="attnres", steps=1, sabotage="source_dropped"),
     Job(layout="pp2", method="mhc", steps=1, sabotage="stream_dropped"),
     Job(layout="pp2", method="attnres", steps=1, sabotage="payload_gradient_dropped"),
-    Job(layout="pp2xvpp2", method="denseformer", steps=1, recompute="uniform1", sabotage="lent_gradient_dropped"),
+    Job(layout="pp2xvpp2", method="denseformer", steps=1, recompute="uniform1", sabotage="shared_gradient_dropped"),
     Job(layout="tp2+sp", method="mhc", steps=1, sabotage="method_parameters_not_reduced"),
     Job(layout="pp2", steps=1, sabotage="payload_gradient_dropped"),
     Job(layout="pp4xvpp2", steps=1, sabotage="payload_gradient_dropped"),
-    Job(layout="pp2xvpp2", steps=1, sabotage="lent_gradient_dropped"),
+    Job(layout="pp2xvpp2", steps=1, sabotage="shared_gradient_dropped"),
     Job(layout="pp2", steps=1, sabotage="two_sources_swapped"),
     Job(layout="tp4+sp", steps=1, sabotage="mean_query_of_own_heads"),
     Job(layout="tp2+sp", steps=1, sabotage="norms_not_reduced"),
-    Job(layout="single", recompute="uniform1", steps=1, sabotage="lent_gradient_dropped"),
+    Job(layout="single", recompute="uniform1", steps=1, sabotage="shared_gradient_dropped"),
     Job(layout="pp2xvpp2", loops=2, steps=1, sabotage="later_loop_gradient_dropped"),
 ]
 

@@ -52,7 +52,7 @@ class Job:
     save: bool = False
     """Save after SAVE_AFTER steps."""
     resume: str = ""
-    """Name of the saving job to go on from."""
+    """Name of the saving job to continue from."""
 
     @property
     def name(self) -> str:
@@ -190,5 +190,5 @@ def needs(job: Job) -> list[Job]:
 
 
 def saver_of(job: Job) -> Job:
-    """The job that saved what a resuming one goes on from."""
+    """The job that saved what a resuming one continues from."""
     return next(save for save in SAVES if save.name == job.resume)

@@ -251,7 +251,7 @@ def run_case(
         "untouched": untouched,
         "first_step_changed_something": not same(initial, before),
         "hooks_left": hooks_left,
-        "goes_on_as_without": undisturbed[0] == [first, last] and same(undisturbed[1], state_of(chunks, optimizer)),
+        "continues_as_without": undisturbed[0] == [first, last] and same(undisturbed[1], state_of(chunks, optimizer)),
     }
 
 

@@ -43,7 +43,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
     wanted = [spec.params["job"] for spec in callspecs if isinstance(spec.params.get("job"), Job)]
     everything = list(dict.fromkeys(job for one in wanted for job in (*needs(one), one)))
-    # A world is started once, but for the single process: it writes the references, and goes on from all others.
+    # A world is started once, but for the single process: it writes the references, and continues from all others.
     for world_size, resuming in ((1, {False}), (4, {False, True}), (2, {False, True}), (1, {True})):
         jobs = [job for job in everything if LAYOUTS[job.layout].world_size == world_size]
         jobs = [job for job in jobs if bool(job.resume) in resuming]
@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_explained(results, job
 
 
 @by_name(RESUMES)
-def test_a_checkpoint_of_either_engine_goes_on_under_the_other(results, job):
+def test_a_checkpoint_of_either_engine_continues_under_the_other(results, job):
     saver = saver_of(job)
     resumed, saved = results(job), results(saver)
     assert len(resumed["losses"]) == STEPS - SAVE_AFTER

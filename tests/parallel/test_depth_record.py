@@ -35,8 +35,8 @@ def test_the_record_is_that_of_one_process(campaign, job):
     assert [*ours["layers"]] == [str(layer) for layer in range(1, 8)]
     assert worst_depth_difference(ours, theirs) < DEPTH_BOUND
     shifted = copy.deepcopy(ours)  # control: weights in another order
-    for told in shifted["layers"].values():
-        told["weights"].reverse()
+    for entry in shifted["layers"].values():
+        entry["weights"].reverse()
     assert worst_depth_difference(shifted, theirs) > 1e-2
 
 
@@ -46,10 +46,10 @@ def test_replicas_are_averaged(campaign, job):
     first, second = reference["depth"], reference["depth_of_second"]
     assert ours["tokens"] == 2 * first["tokens"]
     mean = copy.deepcopy(first)
-    for layer, told in mean["layers"].items():
+    for layer, entry in mean["layers"].items():
         other = second["layers"][layer]
-        told["weights"] = [(a + b) / 2 for a, b in zip(told["weights"], other["weights"], strict=True)]
-        told["entropy"] = (told["entropy"] + other["entropy"]) / 2
+        entry["weights"] = [(a + b) / 2 for a, b in zip(entry["weights"], other["weights"], strict=True)]
+        entry["entropy"] = (entry["entropy"] + other["entropy"]) / 2
     assert worst_depth_difference(ours, mean) < DEPTH_BOUND
     assert worst_depth_difference(ours, first) > 1e-4  # control: one replica's alone
 

@@ -33,7 +33,7 @@ def test_a_skipped_step_leaves_no_trace(worlds, name):
         assert seen["skipped"]
         assert seen["untouched"]
         assert seen["first_step_changed_something"]
-        assert seen["goes_on_as_without"], "the next step differs from that of a run without the poisoned one"
+        assert seen["continues_as_without"], "the next step differs from that of a run without the poisoned one"
         assert seen["hooks_left"] == 0
         assert seen["diagnosis"] == worlds[name][0]["diagnosis"], "ranks differ in what they say"
 
@@ -81,7 +81,7 @@ def test_control_a_clean_step_is_not_skipped(worlds):
         assert not seen["skipped"]
         assert not seen["diagnosis"]
         assert not seen["untouched"]
-        assert not seen["goes_on_as_without"]
+        assert not seen["continues_as_without"]
 
 
 @pytest.mark.parametrize("recompute", [RecomputeConfig(), RecomputeConfig(granularity="selective")], ids=str)
@@ -89,7 +89,7 @@ def test_control_a_clean_step_is_not_skipped(worlds):
 def test_one_process(recompute):
     config, device = config_of(ParallelConfig(), recompute), torch.device("cpu")
     seen = run_case(config, CASES["backward_nan"], device, undisturbed_run(config, device))
-    assert seen["untouched"] and seen["goes_on_as_without"] and seen["hooks_left"] == 0
+    assert seen["untouched"] and seen["continues_as_without"] and seen["hooks_left"] == 0
     (line,) = seen["diagnosis"][1:]
     assert line.startswith(f"rank 0 (data-parallel rank 0, pipeline stage 0): gradient of layer {LAYER} mlp.linear_fc2")
     assert "microbatch 1 of 4 (from 0), sample ids 1010, 1011" in line

@@ -1,4 +1,4 @@
-"""Packed documents under two pipeline stages: as under one, if every microbatch has as many tokens; else refused."""
+"""Packed documents under two pipeline stages: as under one, if every microbatch has as many tokens; else rejected."""
 
 import json
 
@@ -28,9 +28,9 @@ def test_two_stages_are_one(tmp_path, record_property):
 
 
 @pytest.mark.skipif(
-    not FULL, reason="the refusal itself is in tests/unit/test_schedule.py; in two processes: make parity-full"
+    not FULL, reason="the error itself is in tests/unit/test_schedule.py; in two processes: make parity-full"
 )
-def test_microbatches_of_unequal_lengths_are_refused(tmp_path):
+def test_microbatches_of_unequal_lengths_are_rejected(tmp_path):
     done = forked(2, WORKER, tmp_path, "[[5, 11], [7, 3]]")
     assert done.returncode != 0
     assert "a message of 10 rows and micro-batch 1 is to be sent, but the schedule was given 16 rows" in done.stderr

@@ -100,7 +100,7 @@ def test_a_checkpoint_holds_what_megatron_would_gather(campaign, job):
 
 
 @by_name(RESUMES)
-def test_a_resumed_run_goes_on_like_the_undisturbed_one(campaign, job):
+def test_a_resumed_run_continues_like_the_undisturbed_one(campaign, job):
     saved = next(save for save in needs(job) if save.save and save.layout == job.resume)
     resumed, undisturbed = campaign.result(job), campaign.result(saved)
     following = {key: undisturbed[key][SAVE_AFTER:] for key in ("losses", "grad_norms")}

@@ -345,7 +345,7 @@ def _method_parameters_not_reduced() -> Any:
     return mock.patch("megatron_depthattn.methods.mhc.layer.method_parameters", wrong)
 
 
-def _lent_gradient_dropped() -> Any:
+def _shared_gradient_dropped() -> Any:
     """What a later chunk, or a recomputed layer, found out about a source it shares is thrown away."""
     collect = MicrobatchState.collect
     return mock.patch.object(MicrobatchState, "collect", lambda self, name: torch.zeros_like(collect(self, name)))
@@ -385,7 +385,7 @@ def _later_loop_gradient_dropped() -> Any:
 SABOTAGES = {
     "later_loop_gradient_dropped": _later_loop_gradient_dropped,
     "payload_gradient_dropped": _payload_gradient_dropped,
-    "lent_gradient_dropped": _lent_gradient_dropped,
+    "shared_gradient_dropped": _shared_gradient_dropped,
     "shapes_exchanged": _shapes_exchanged,
     "source_dropped": _source_dropped,
     "stream_dropped": _stream_dropped,

@@ -47,11 +47,11 @@ def results(folder: Path) -> dict[str, Any]:
     bf16 = start_te()
     bf16.load(Path(found[FP8]["folder"]))
     found[FP8]["loaded without FP8"] = _scales(bf16)
-    found["missing weight"] = _refusal_of_a_missing_layer(folder / LOCAL)
+    found["missing weight"] = _error_of_a_missing_layer(folder / LOCAL)
     return found
 
 
-def _refusal_of_a_missing_layer(folder: Path) -> str:
+def _error_of_a_missing_layer(folder: Path) -> str:
     """The error of a model with one layer more than the checkpoint has."""
     with patch("torch.cuda.is_available", lambda: True):
         config = small_config("te", num_layers=MODEL["num_layers"] + 1)

@@ -171,7 +171,7 @@ def _rmsnorm(x: Tensor, weight: Tensor, eps: float, *_: Any) -> tuple[Tensor, No
     return x * scale[:, None] * weight, None, scale
 
 
-def refusal(layout: Layout, spec: str) -> str:
+def error_of(layout: Layout, spec: str) -> str:
     """Why the layout cannot be built."""
     try:
         describe(layout, spec)

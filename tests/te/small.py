@@ -93,7 +93,7 @@ def start(spec: str, **options: Any) -> Run:
 
 
 def restarted(folder: Path, **options: Any) -> Run:
-    """A run of the local spec that goes on from ``folder``."""
+    """A run of the local spec that continues from ``folder``."""
     run = start("local", **options)
     run.load(folder)
     return run

@@ -10,7 +10,7 @@ from transformer_engine.pytorch import quantization
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
 CUDAS = ("12.1", "12.8", "12.9", "13.0")
-VERDICTS = {
+EXPECTED = {
     "delayed": quantization._compute_fp8_support,
     "tensorwise": quantization._compute_fp8_support,
     "blockwise": quantization._compute_fp8_block_scaling_support,
@@ -22,11 +22,11 @@ def results() -> dict[tuple[str, tuple[int, int], str], bool]:
     """By recipe, compute capability and CUDA."""
     library = SimpleNamespace(get_cublasLt_version=lambda: 130000)
     found = {}
-    for recipe, capability, cuda in itertools.product(VERDICTS, CAPABILITIES, CUDAS):
+    for recipe, capability, cuda in itertools.product(EXPECTED, CAPABILITIES, CUDAS):
         with (
             patch.object(quantization, "get_device_compute_capability", lambda own=capability: own),
             patch.object(quantization, "tex", library),
             patch("torch.version.cuda", cuda),
         ):
-            found[recipe, capability, cuda] = VERDICTS[recipe]()[0]
+            found[recipe, capability, cuda] = EXPECTED[recipe]()[0]
     return found

@@ -65,9 +65,9 @@ def test_control_the_specs_name_and_store_things_differently(te):
     assert set(te.te[name]["objects"]) > set(te.local[name]["objects"])
 
 
-def test_key_value_heads_that_cannot_be_split_are_refused_by_both_specs(te):
+def test_key_value_heads_that_cannot_be_split_are_rejected_by_both_specs(te):
     for spec in (te.local, te.te):
-        assert "num_query_groups" in spec["refusal"]
+        assert "num_query_groups" in spec["error"]
 
 
 # ---- modules
@@ -292,17 +292,17 @@ def test_control_plain_sources_lose_their_gradients(te, plan):
 STRICTER_HERE = {
     # Where TransformerEngine does not ask: no CUDA before 12.8 knows these GPUs.
     *(("mxfp8", capability, "12.1") for capability in ((10, 0), (10, 3))),
-    # Where it emulates blocks by mxfp8, which it refuses on this GPU.
+    # Where it emulates blocks by mxfp8, which it rejects on this GPU.
     *(("blockwise", (12, 0), cuda) for cuda in ("12.9", "13.0")),
 }
 
 
-def test_a_recipe_is_refused_where_transformer_engine_refuses_it(te):
-    refused = {
+def test_a_recipe_is_rejected_where_transformer_engine_rejects_it(te):
+    rejected = {
         key for key in te.support if recipe_unsupported_on(key[0], Accelerator("a GPU", key[1], key[2], "2.20.2"))
     }
-    assert refused - STRICTER_HERE == {key for key, runs in te.support.items() if not runs}
-    assert {key[0] for key in te.support.keys() - refused} == {"delayed", "tensorwise", "blockwise", "mxfp8"}
+    assert rejected - STRICTER_HERE == {key for key, runs in te.support.items() if not runs}
+    assert {key[0] for key in te.support.keys() - rejected} == {"delayed", "tensorwise", "blockwise", "mxfp8"}
 
 
 # ---- delayed FP8 scaling

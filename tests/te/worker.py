@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     for spec in layouts.SPECS:
         results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}
         results[spec]["shares"] = [layouts.share(spec, rank=rank) for rank in layouts.SMALL_RANKS]
-        results[spec]["refusal"] = layouts.refusal(layouts.INDIVISIBLE, spec)
+        results[spec]["error"] = layouts.error_of(layouts.INDIVISIBLE, spec)
     results |= {"loops": layouts.loops(), "method_shares": methods.shares(), "userbuffers": switches.userbuffers()}
     torch.save(results, folder / RESULTS)
 

@@ -63,11 +63,11 @@ def test_what_is_named_is_never_replaced():
 
 
 @pytest.mark.parametrize(("machine", "reason"), [(CPU, "no GPU"), (BARE_GPU, "ImportError: no transformer_engine")])
-def test_fp8_is_refused_where_auto_would_be_local(machine, reason):
-    with pytest.raises(ValueError) as refused:
+def test_fp8_is_rejected_where_auto_would_be_local(machine, reason):
+    with pytest.raises(ValueError) as rejected:
         resolve(config_of(FP8), machine)
-    assert str(refused.value).startswith("precision.fp8=delayed with model.spec=auto: only TransformerEngine's layers")
-    assert reason in str(refused.value) and str(refused.value).endswith("or set precision.fp8=null")
+    assert str(rejected.value).startswith("precision.fp8=delayed with model.spec=auto: only TransformerEngine's layers")
+    assert reason in str(rejected.value) and str(rejected.value).endswith("or set precision.fp8=null")
 
 
 def test_the_kernels_take_heads_of_that_size():

@@ -242,7 +242,7 @@ def test_a_device_is_no_file_of_a_checkpoint(tmp_path):
     assert find_damage(folder) == [f"{folder / 'c.distcp'} is no plain file"]
 
 
-def test_what_goes_wrong_after_publication_is_told_and_the_checkpoint_stays(tmp_path):
+def test_what_goes_wrong_after_publication_is_reported_and_the_checkpoint_stays(tmp_path):
     (tmp_path / "latest").mkdir()  # in the way of the pointer
     publish_folder(fill(staging_folder(tmp_path, 100)), step_folder(tmp_path, 100))
     assert "is complete, but" in update_latest_and_rotate(step_folder(tmp_path, 100), 2)

@@ -1,4 +1,4 @@
-"""The config's surface, its layering, its refusals, and every YAML that ships."""
+"""The config's surface, its layering, its errors, and every YAML that ships."""
 
 import dataclasses
 import re
@@ -170,14 +170,14 @@ def test_a_single_base_is_a_plain_path(tmp_path, base):
     assert load_config(child) == load_config(base)
 
 
-def test_base_cycle_is_refused(tmp_path):
+def test_base_cycle_is_rejected(tmp_path):
     write(tmp_path / "a.yaml", "base: b.yaml")
     write(tmp_path / "b.yaml", "base: a.yaml")
     with pytest.raises(ValueError, match=r"a\.yaml includes itself .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
         load_config(tmp_path / "a.yaml")
 
 
-def test_missing_files_are_refused(tmp_path):
+def test_missing_files_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
         load_config(tmp_path / "nowhere.yaml")
     child = write(tmp_path / "child.yaml", "base: gone.yaml")
@@ -186,7 +186,7 @@ def test_missing_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["train: {steps: 1", "train: {steps: 1}\ntrain: {steps: 2}", "- 1", "base: 3"])
-def test_malformed_files_are_refused(tmp_path, text):
+def test_malformed_files_are_rejected(tmp_path, text):
     with pytest.raises(ValueError, match=r"bad\.yaml"):
         load_config(write(tmp_path / "bad.yaml", text))
 
@@ -327,7 +327,7 @@ def test_a_section_takes_no_value(base):
 
 
 @pytest.mark.parametrize("argument", ["train.steps", "=3", "--steps", "data.streams={", "train.steps=[1,"])
-def test_malformed_arguments_are_refused(base, argument):
+def test_malformed_arguments_are_rejected(base, argument):
     with pytest.raises(ValueError, match=re.escape(f"argument '{argument}'")):
         load_config(base, [argument])
 
@@ -364,7 +364,7 @@ def test_malformed_arguments_are_refused(base, argument):
         ("data.path=" + "x" * 4097, "data.path (from the command line) has 4097 characters; set at most 4096"),
     ],
 )  # fmt: skip
-def test_wrong_types_are_refused(base, argument, message):
+def test_wrong_types_are_rejected(base, argument, message):
     with pytest.raises(ValueError) as raised:
         load_config(base, [argument])
     assert str(raised.value) == message
@@ -390,7 +390,7 @@ def test_sizes(base):
     assert (sizes.data_parallel_size, sizes.num_microbatches, sizes.layers_per_chunk) == (2, 4, 2)
 
 
-REFUSALS = [
+UNSUPPORTED = [
     (1, "model.num_layers=0", "model.num_layers is 0; set 1 to 65536"),
     (1, "train.stop_after=0", "train.stop_after is 0; set 1 to 2147483647"),
     (1, "optimizer.lr=-1", "optimizer.lr is -1.0; set a number of 0 or more"),
@@ -471,8 +471,8 @@ REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("world_size", "arguments", "message"), REFUSALS)
-def test_refusals_say_what_to_set(base, world_size, arguments, message):
+@pytest.mark.parametrize(("world_size", "arguments", "message"), UNSUPPORTED)
+def test_errors_say_what_to_set(base, world_size, arguments, message):
     config = load_config(base, arguments.split())
     with pytest.raises(ValueError) as raised:
         validate(config, world_size)

@@ -133,7 +133,7 @@ def test_released_layout_is_imported(tmp_path: Path):
 
 
 def test_released_layout_runs_in_transformers_as_it_was_trained(tmp_path: Path):
-    """Keys are normalised after the rotary embedding there: the exact function, not the one Megatron goes on with."""
+    """Keys are normalised after the rotary embedding there: the exact function, not the one Megatron continues with."""
     folder = released(tmp_path)
     (folder / "tokenizer.model").write_bytes(b"a sentencepiece model alone")
     (note,) = repackage(HFFolder(folder), tmp_path / "repackaged")
@@ -199,7 +199,7 @@ def test_common_state_of_megatron_0_19_is_read(tmp_path: Path):
     assert MegatronCheckpoint(later).common == common
 
 
-def test_another_mix_than_the_imported_one_is_told(tmp_path: Path):
+def test_another_mix_than_the_imported_one_is_reported(tmp_path: Path):
     made = make(tmp_path)
     export(MegatronCheckpoint(made.folder), made.output)
     import_checkpoint(HFFolder(made.output), tmp_path / "step")

@@ -101,7 +101,7 @@ def test_means_are_those_of_the_fp64_decoder(plan, overrides, record_property):
     assert error < TOLERANCE
 
 
-def test_control_other_weights_are_told_apart():
+def test_control_other_weights_are_distinguished():
     sums, expected = heard_of(build()), expected_weights()
     assert worst_difference(sums, [weights.flip(-1) for weights in expected]) > 1e-2  # itself first
     assert worst_difference(sums, [weights.flip(2) for weights in expected]) > 1e-2  # the other head
@@ -159,13 +159,17 @@ def test_a_record_is_in_the_documented_form():
     expected = expected_weights()
     assert json.loads(json.dumps(record)) == record
     assert (record.keys(), record["tokens"]) == ({"tokens", "layers"}, BATCH * SEQUENCE)
-    assert {layer: told["sources"] for layer, told in record["layers"].items()} == {"1": [0], "2": [0, 1], "3": [0, 2]}
-    for layer, told in record["layers"].items():
-        assert told.keys() == {"sources", "weights", "entropy", "collapsed"}
+    assert {layer: entry["sources"] for layer, entry in record["layers"].items()} == {
+        "1": [0],
+        "2": [0, 1],
+        "3": [0, 2],
+    }
+    for layer, entry in record["layers"].items():
+        assert entry.keys() == {"sources", "weights", "entropy", "collapsed"}
         weights = expected[int(layer)]
-        assert told["weights"] == pytest.approx(weights.mean(dim=(0, 1, 2)).tolist(), abs=TOLERANCE)
-        assert told["entropy"] == pytest.approx(float(-(weights * weights.log()).sum(-1).mean()), abs=TOLERANCE)
-        assert told["collapsed"] == 0.0
+        assert entry["weights"] == pytest.approx(weights.mean(dim=(0, 1, 2)).tolist(), abs=TOLERANCE)
+        assert entry["entropy"] == pytest.approx(float(-(weights * weights.log()).sum(-1).mean()), abs=TOLERANCE)
+        assert entry["collapsed"] == 0.0
     curves = depth_curves(record)
     assert len(curves) == 3 * 3 + 5
     assert curves["depth/layer_003/source_002"] == record["layers"]["3"]["weights"][1]
@@ -185,10 +189,10 @@ def test_a_head_that_puts_all_on_one_at_every_token_has_collapsed():
         for layer in (1, 2, 3):
             keys = [towards_source, *[torch.zeros_like(direction)] * (layer - 1)]
             recorder().record(layer, query, keys, -towards_source, 1.0)
-    told = record.collect()["layers"]["3"]
-    assert told["collapsed"] == 0.5
-    assert told["weights"] == pytest.approx([0.375, 0.125, 0.125, 0.375], abs=1e-6)
-    assert told["entropy"] == pytest.approx(math.log(4) / 2, abs=1e-6)
+    entry = record.collect()["layers"]["3"]
+    assert entry["collapsed"] == 0.5
+    assert entry["weights"] == pytest.approx([0.375, 0.125, 0.125, 0.375], abs=1e-6)
+    assert entry["entropy"] == pytest.approx(math.log(4) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ CPU = {"devices": (), "gpus_of_driver": (), "driver": "no nvidia-smi"}
 def test_doctor_and_estimate_say_what_the_start_would_say(setting, world, tmp_path, capsys):
     """Each runs the one check, for the world that will be started, before anything is queued."""
     config, given = ROOT / "configs/quickstart.yaml", ["parallel.pipeline=1", f"run.dir={tmp_path}/run", setting]
-    with pytest.raises(ValueError) as refused:  # the message is what the others are compared with
+    with pytest.raises(ValueError) as rejected:  # the message is what the others are compared with
         validate(load_config(config, given), world)
     _, problems, _ = check_config(str(config), given, world, HEALTHY, PACKAGES)
-    assert problems == [f"{config} on {world} ranks: {refused.value}"]
+    assert problems == [f"{config} on {world} ranks: {rejected.value}"]
     assert estimate([str(config), *given, "--world", str(world)]) == 1
-    assert capsys.readouterr().err == f"error: {refused.value}\n"
+    assert capsys.readouterr().err == f"error: {rejected.value}\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -262,11 +262,11 @@ def test_the_tool_prints_and_writes(tmp_path, capsys):
         (["--gpu", "A100", "model.spec=te", "precision.dtype=bf16", "precision.fp8=delayed"], "no figures for fp8"),
     ],
 )
-def test_the_tool_refuses_in_one_line(arguments, said, capsys):
+def test_the_tool_rejects_in_one_line(arguments, said, capsys):
     assert estimate_tool([str(ROOT / "configs/quickstart.yaml"), *arguments]) == 1
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
+    reported = capsys.readouterr().err
+    assert said in reported
+    assert reported.count("\n") == 1
 
 
 def test_the_tool_names_every_preset():
@@ -312,11 +312,14 @@ def test_the_tool_ranks_layouts_of_a_config_that_does_not_run_as_it_stands(capsy
     assert estimate_tool(arguments) == 1
     assert "not a multiple of" in capsys.readouterr().err
     assert estimate_tool([*arguments, "parallel.pipeline=4", "train.global_batch_size=513", "--layouts"]) == 0
-    told = capsys.readouterr().out
-    assert "as it stands it does not run on 24 ranks: train.global_batch_size" in told and "layouts that fit" in told
+    reported = capsys.readouterr().out
+    assert (
+        "as it stands it does not run on 24 ranks: train.global_batch_size" in reported
+        and "layouts that fit" in reported
+    )
 
 
-def test_a_mode_that_the_config_refuses_is_left_out(capsys):
+def test_a_mode_that_the_config_rejects_is_left_out(capsys):
     fp8 = ["model.spec=te", "precision.fp8_attention=true", "recompute.granularity=null"]
     arguments = [str(ROOT / "configs/3b.yaml"), str(ROOT / "configs/precision/fp8.yaml"), *fp8, "--world", "32"]
     assert estimate_tool(arguments) == 0, capsys.readouterr().err

@@ -245,7 +245,7 @@ def test_a_setting_of_another_type_is_named(key: str, value: object, wanted: str
         to_model_section(QWEN | {"num_key_value_heads": 2} | {key: value})
 
 
-def test_layers_of_another_attention_are_refused():
+def test_layers_of_another_attention_are_rejected():
     with pytest.raises(ValueError, match="layer_types other than full_attention"):
         to_model_section(QWEN | {"layer_types": ["full_attention", "sliding_attention"]})
 

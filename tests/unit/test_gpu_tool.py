@@ -1,4 +1,4 @@
-"""`make gpu` on a machine without a GPU: everything is skipped, for a reason that is told and counted."""
+"""`make gpu` on a machine without a GPU: everything is skipped, for a reason that is reported and counted."""
 
 import json
 import subprocess
@@ -49,12 +49,12 @@ def test_a_part_that_runs_fails_or_takes_too_long(tmp_path):
     sizes = ("--tokens", "8", "--sources", "1", "--runs", "1", "--implementations", "lean")
     op = gpu.run_part(gpu.Part("op", (), ("op", "--shape", "cpu", *sizes), 120), 120, tmp_path)
     assert (op.state, op.said) == ("ran", "see below")
-    refused = gpu.run_part(gpu.Part("layouts", (), ("layouts", "/no/such/file.yaml"), 120), 120, tmp_path)
-    assert refused.state == "failed"
-    assert refused.said.startswith("exit code 1: error: ")
+    rejected = gpu.run_part(gpu.Part("layouts", (), ("layouts", "/no/such/file.yaml"), 120), 120, tmp_path)
+    assert rejected.state == "failed"
+    assert rejected.said.startswith("exit code 1: error: ")
     late = gpu.run_part(gpu.Part("op", (), ("op",), 0.2), 0.2, tmp_path)
     assert (late.state, late.said) == ("failed", "not done after 0 s")
-    page = gpu.page([op, refused, late], machine_facts())
+    page = gpu.page([op, rejected, late], machine_facts())
     assert "1 ran, 2 failed, 0 skipped" in page
     assert "### Depth mix on" in page
 

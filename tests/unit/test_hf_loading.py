@@ -62,7 +62,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def refusal(folder: Path) -> str:
+def error_of(folder: Path) -> str:
     with pytest.raises(ValueError) as caught:
         load_causal_lm(folder)
     assert "\n" not in str(caught.value)
@@ -134,7 +134,7 @@ def test_code_in_the_folder_is_never_run(whole, model_type):
     (whole / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nraise SystemExit\n")
     edit_config(whole, model_type=model_type, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     if model_type == "unheard_of":
-        assert "has model_type 'unheard_of', which transformers" in refusal(whole)
+        assert "has model_type 'unheard_of', which transformers" in error_of(whole)
     elif model_type == "depthattn":
         assert type(load_causal_lm(whole)) is DepthAttnForCausalLM
     else:
@@ -146,7 +146,7 @@ def test_verbosity_is_put_back(whole):
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load_causal_lm(whole)
     edit_weights(whole, lambda tensors: tensors.pop("lm_head.weight"))
-    refusal(whole)
+    error_of(whole)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
@@ -154,8 +154,8 @@ def test_verbosity_is_put_back(whole):
 
 
 def test_no_folder_no_config(tmp_path):
-    assert refusal(tmp_path / "nowhere").startswith(f"model folder {tmp_path}/nowhere does not exist: give ")
-    assert refusal(tmp_path) == f"model folder {tmp_path} has no config.json: give a Hugging Face model folder"
+    assert error_of(tmp_path / "nowhere").startswith(f"model folder {tmp_path}/nowhere does not exist: give ")
+    assert error_of(tmp_path) == f"model folder {tmp_path} has no config.json: give a Hugging Face model folder"
 
 
 @pytest.mark.parametrize(
@@ -168,20 +168,20 @@ def test_no_folder_no_config(tmp_path):
 )
 def test_a_damaged_config(whole, content, complaint):
     (whole / "config.json").write_bytes(content)
-    said = refusal(whole)
+    said = error_of(whole)
     assert said.startswith(f"{whole / 'config.json'} {complaint}")
     assert said.endswith(": copy or export the model again")
 
 
-def test_a_config_that_the_model_refuses(whole):
+def test_a_config_that_the_model_rejects(whole):
     edit_config(whole, depth_attention_stride=0)
-    assert refusal(whole) == f"{whole}/config.json: depth_attention_stride=0 must be an integer of at least 1"
+    assert error_of(whole) == f"{whole}/config.json: depth_attention_stride=0 must be an integer of at least 1"
 
 
 def test_no_safetensors(whole):
     torch.save(load_file(whole / "model.safetensors"), whole / "pytorch_model.bin")
     (whole / "model.safetensors").unlink()
-    assert refusal(whole) == (
+    assert error_of(whole) == (
         f"{whole} has neither model.safetensors nor model.safetensors.index.json: save the model as safetensors"
     )
 
@@ -190,25 +190,25 @@ def test_no_safetensors(whole):
 def test_a_truncated_file_is_named(whole, keep):
     file = whole / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    assert refusal(whole).startswith(f"{file} does not load (")
+    assert error_of(whole).startswith(f"{file} does not load (")
 
 
 def test_a_truncated_shard_is_named(sharded):
     *_, last = sorted(sharded.glob("*.safetensors"))
     last.write_bytes(last.read_bytes()[:-4])
-    assert refusal(sharded).startswith(f"{last} does not load (")
+    assert error_of(sharded).startswith(f"{last} does not load (")
 
 
 def test_a_missing_shard_is_named(sharded):
     second = sorted(sharded.glob("*.safetensors"))[1]
     second.unlink()
-    assert refusal(sharded).startswith(f"{second} is missing (model.safetensors.index.json names it)")
+    assert error_of(sharded).startswith(f"{second} is missing (model.safetensors.index.json names it)")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
 def test_a_damaged_index_is_named(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
-    said = refusal(sharded)
+    said = error_of(sharded)
     assert said.startswith(str(sharded / "model.safetensors.index.json"))
     assert said.endswith(": copy or export the model again")
 
@@ -220,7 +220,7 @@ def test_an_index_that_names_what_is_not_there(sharded, named):
     index["weight_map"]["model.extra.weight"] = named
     file.write_text(json.dumps(index))
     missing = sharded / str(named)
-    assert refusal(sharded) == f"{missing} is missing ({file.name} names it): copy or export the model again"
+    assert error_of(sharded) == f"{missing} is missing ({file.name} names it): copy or export the model again"
 
 
 def test_a_shard_that_does_not_hold_what_the_index_says(sharded):
@@ -228,7 +228,7 @@ def test_a_shard_that_does_not_hold_what_the_index_says(sharded):
     files = sorted(sharded.glob("*.safetensors"))
     gone = sorted(load_file(files[1]))
     shutil.copy(files[0], files[1])
-    assert refusal(sharded).startswith(f"{files[1]} lacks {gone[0]}")
+    assert error_of(sharded).startswith(f"{files[1]} lacks {gone[0]}")
 
 
 def test_a_tensor_that_two_shards_hold(sharded):
@@ -236,7 +236,7 @@ def test_a_tensor_that_two_shards_hold(sharded):
     files = sorted(sharded.glob("*.safetensors"))
     twice = sorted(load_file(files[0]))[0]
     save_file(load_file(files[1]) | {twice: torch.ones(1)}, files[1], metadata={"format": "pt"})
-    assert refusal(sharded) == (
+    assert error_of(sharded) == (
         f"{files[1]} has {twice}, but model.safetensors.index.json says otherwise: copy or export the model again"
     )
 
@@ -256,18 +256,18 @@ LAYER = "model.layers.2.self_attn.q_norm.weight"
 )
 def test_tensors_that_do_not_fit_are_named(whole, change, complaint):
     edit_weights(whole, change)
-    assert re.search(complaint, refusal(whole))
+    assert re.search(complaint, error_of(whole))
 
 
 def test_many_tensors_are_counted(whole):
     edit_config(whole, num_hidden_layers=6, layer_types=None)
-    assert re.search(r"lacks model\.layers\.4\.\S+, \S+, \S+ and 19 more tensors: its weights", refusal(whole))
+    assert re.search(r"lacks model\.layers\.4\.\S+, \S+, \S+ and 19 more tensors: its weights", error_of(whole))
 
 
 @pytest.mark.parametrize(("change", "held"), [({"vocab_size": 301}, "[300, 32], not [301, 32]")])
-def test_another_size_is_refused(whole, change, held):
+def test_another_size_is_rejected(whole, change, held):
     edit_config(whole, **change)
-    assert f"lm_head.weight of shape {held}, model.embed_tokens.weight of shape {held}" in refusal(whole)
+    assert f"lm_head.weight of shape {held}, model.embed_tokens.weight of shape {held}" in error_of(whole)
 
 
 def test_devices():

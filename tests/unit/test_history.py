@@ -41,7 +41,7 @@ def starts(run_dir: Path, *records: tuple) -> RunHistory:
     return RunHistory(run_dir)
 
 
-def test_a_restart_loop_is_refused(tmp_path):
+def test_a_restart_loop_is_rejected(tmp_path):
     history = starts(tmp_path, *[START] * 3)
     with pytest.raises(ValueError, match=r"last 3 starts .* train.max_restarts_without_progress=6"):
         history.check_restart_loop(100, "v", 3)
@@ -79,13 +79,13 @@ def test_an_end_by_an_error_does_not_hide_a_loop(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("end", "goes_on"),
+    ("end", "continues"),
     [(None, True), ("signal", True), ("not finite", True), ("finished", False), ("stop_after", False)],
 )
-def test_an_interrupted_run_goes_on_by_the_same_command(tmp_path, end, goes_on):
+def test_an_interrupted_run_continues_by_the_same_command(tmp_path, end, continues):
     """Whatever checkpoint.load says: what a scheduler starts again must not go back to where the run once began."""
     history = starts(tmp_path, ("start", 0, "v", 1, "imported"), *([("end", 5, end)] if end else []))
-    assert history.has_started_from("imported") is goes_on
+    assert history.has_started_from("imported") is continues
     assert not history.has_started_from("step_00000100")
     assert not RunHistory(tmp_path / "new").has_started_from("imported")
 

@@ -154,7 +154,7 @@ def test_weights_alone_start_a_run_with_another_number_of_loops(tmp_path):
     ]
 
 
-def test_a_run_that_goes_on_keeps_its_number_of_loops(tmp_path):
+def test_a_run_that_continues_keeps_its_number_of_loops(tmp_path):
     once, twice = run_config(), run_config(num_loops=2)
     chunks = build_model(once, torch.device("cpu"))
     optimizer, scheduler = build_optimizer(once, chunks)
@@ -220,7 +220,7 @@ def test_the_opening_lines_tell_of_loops():
     ],
 )
 @pytest.mark.parametrize("depth_attention", [True, False])
-def test_refused_configs(fields, message, depth_attention):
+def test_rejected_configs(fields, message, depth_attention):
     given = {"num_layers": 8, "pipeline_dtype": torch.float32, "overlap_p2p_comm": True, "batch_p2p_comm": False}
     with pytest.raises(ValueError, match=message):
         qwen3_style_config(**SHAPE, **(given | fields), depth_attention=depth_attention)

@@ -151,7 +151,7 @@ def test_vanilla_by_name_is_the_vanilla_model(tmp_path: Path, num_loops: int):
         ("mhc", {"decoder.layers.0.mlp_connector.pre_scale": torch.full((1,), torch.nan)}, "not finite"),
     ],
 )
-def test_export_refuses_other_weights(tmp_path: Path, name: str, change: dict, message: str):
+def test_export_rejects_other_weights(tmp_path: Path, name: str, change: dict, message: str):
     made = make(tmp_path, **METHODS[name])
     weights = {key: weight for key, weight in (made.weights | change).items() if weight is not None}
     checkpoint = MegatronCheckpoint(write_checkpoint(tmp_path / "damaged", made.model, weights))
@@ -190,7 +190,7 @@ def test_a_folder_of_an_earlier_version_is_imported_and_loaded(tmp_path: Path, m
 
 
 @each_method
-def test_import_and_loading_refuse_a_folder_that_lacks_something(tmp_path: Path, method: str):
+def test_import_and_loading_reject_a_folder_that_lacks_something(tmp_path: Path, method: str):
     made = make(tmp_path, **METHODS[method])
     export(MegatronCheckpoint(made.folder), made.output)
     tensors, file = tensors_of(made.output), made.output / "config.json"

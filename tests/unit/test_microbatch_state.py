@@ -29,7 +29,7 @@ def reader(hidden: Tensor, state: MicrobatchState) -> Tensor:
 
 
 @pytest.mark.parametrize("readers", [1, 3])
-def test_lent_parts_have_the_gradient_of_one_graph(readers):
+def test_shared_parts_have_the_gradient_of_one_graph(readers):
     x = leaf(0)
     state = MicrobatchState()
     hidden = maker(x, state, detach=False)
@@ -71,7 +71,7 @@ def test_recomputed_pieces_detach_once():
     torch.testing.assert_close(x.grad, plain.grad, rtol=1e-14, atol=0)
 
 
-def test_a_lent_part_is_the_same_memory_and_cut_off():
+def test_a_shared_part_is_the_same_memory_and_cut_off():
     state, x = MicrobatchState(), leaf(2)
     part = x.sin()
     state.detach_for_reuse({"part": part}, x * 1)
@@ -103,7 +103,7 @@ def test_a_part_that_nobody_left_is_named():
         _ = state["value.3"]
 
 
-def test_dropped_parts_are_gone_and_lent_ones_stay_until_they_are_collected():
+def test_dropped_parts_are_gone_and_shared_ones_stay_until_they_are_collected():
     state = MicrobatchState()
     hidden = maker(leaf(7), state, detach=True)
     state.publish({"a": leaf(8), "b": leaf(9)})

@@ -123,7 +123,7 @@ def test_control_another_order_of_the_qkv_rows_fails(num_kv_heads, tokens):
 
 @torch.no_grad()
 def test_control_another_plan_fails(tokens):
-    """Neighbouring strides and windows are told apart: the grid above does not pass by accident."""
+    """Neighbouring strides and windows are distinguished: the grid above does not pass by accident."""
     weights = weights_of(2)
     plans = list(itertools.product((1, 2, 3), (0, 1, 2)))
     logits = [reference_logits(weights, tokens, 2, stride=stride, window=window) for stride, window in plans]

@@ -84,7 +84,7 @@ def test_padding_rows_are_cut():
         ({"a": (5, 2)}, r"a is \[5, 2\] and should be \[4, 2\]"),
     ],
 )
-def test_other_weights_are_refused(change: dict, message: str):
+def test_other_weights_are_rejected(change: dict, message: str):
     expected = {"a": (4, 2), "b": (3,), "padded": (3, 2)}
     found = {name: shape for name, shape in ({**expected, "padded": (8, 2)} | change).items() if shape}
     with pytest.raises(ValueError, match=message):
@@ -168,7 +168,7 @@ def test_released_3b_is_the_shipped_3b_config():
         ({"rms_norm_eps": None}, "does not say rms_norm_eps"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(change: dict, message: str):
+def test_what_cannot_be_trained_is_rejected(change: dict, message: str):
     config = {key: value for key, value in (RELEASED | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         to_model_section(config)

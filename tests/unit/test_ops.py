@@ -414,7 +414,7 @@ def test_gradients_only_for_inputs_that_require_them(wanted: str) -> None:
     assert_close(computed[wanted], expected, wanted)
 
 
-def test_lean_refuses_a_second_derivative() -> None:
+def test_lean_rejects_a_second_derivative() -> None:
     inputs = make_inputs(1)
     loss = inputs.mix("lean").square().sum()
     (grad,) = torch.autograd.grad(loss, inputs.q, create_graph=True)
@@ -486,10 +486,10 @@ def test_autocast_does_not_lower_the_precision(implementation: str) -> None:
         assert torch.equal(inputs.mix(implementation), expected)
 
 
-# --- Refusals ---
+# --- Errors ---
 
 
-def test_unknown_implementation_is_refused() -> None:
+def test_unknown_implementation_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"'fast' is unknown; set one of \['lean', 'reference', 'triton'\]"):
         make_inputs(1).mix("fast")
 
@@ -507,7 +507,7 @@ def test_unknown_implementation_is_refused() -> None:
         ({"values": [torch.zeros(5, 3, 3, 32)]}, r"values\[0\] has shape \[5, 3, 3, 32\]"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(changes: dict[str, Tensor | list[Tensor]], message: str) -> None:
+def test_shapes_that_do_not_fit_are_rejected(changes: dict[str, Tensor | list[Tensor]], message: str) -> None:
     inputs = make_inputs(1)
     given = {"q": inputs.q, "keys": inputs.keys, "values": inputs.values, "k": inputs.k, "v": inputs.v}
     with pytest.raises(ValueError, match=message):

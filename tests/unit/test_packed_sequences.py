@@ -103,7 +103,7 @@ def test_one_document_is_an_ordinary_sequence():
     [{}, {"depth_attention": False}, {"recompute_granularity": "selective"}, *METHODS.values()],
     ids=str,
 )
-def test_local_layers_refuse_packed_sequences(mixing):
+def test_local_layers_take_no_packed_sequences(mixing):
     model = build_gpt_model(config_of(**mixing), vocab_size=VOCAB, max_sequence_length=sum(LENGTHS))
     with pytest.raises(ValueError, match=r"packed_seq_params was given: .* would attend across them. .*backend='te'"):
         model(torch.cat(documents())[None], None, None, packed_seq_params=packed(LENGTHS))

@@ -87,7 +87,7 @@ def test_one_parts_gradient_leaves_the_others_alone():
     assert not parts[HIDDEN].grad.any() and not parts["key.0"].grad.any()
 
 
-def test_wrong_width_is_refused():
+def test_wrong_width_is_rejected():
     payload = Payload({HIDDEN: 4, "key.0": 2})
     with pytest.raises(ValueError, match=re.escape("a message of width 7 arrived")) as error:
         payload.unpack(torch.zeros(1, 1, 7))
@@ -96,7 +96,7 @@ def test_wrong_width_is_refused():
 
 
 @pytest.mark.parametrize("names", [[HIDDEN], [HIDDEN, "key.0", "key.1"], [HIDDEN, "key.1"]])
-def test_wrong_parts_are_refused(names):
+def test_wrong_parts_are_rejected(names):
     with pytest.raises(ValueError, match=re.escape("payload holds the parts ['hidden', 'key.0']")) as error:
         Payload({HIDDEN: 4, "key.0": 2}).pack({name: torch.zeros(1, 1, 4) for name in names})
     assert str(names) in str(error.value)

@@ -142,7 +142,7 @@ def test_what_a_machine_lacks_is_reported(keys, machine, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_this_machine_refuses_transformer_engines_layers():
+def test_this_machine_rejects_transformer_engines_layers():
     """tests/e2e/test_train_command.py does so with the whole command."""
     from megatron_depthattn.train.hardware import require_hardware
 
@@ -173,7 +173,7 @@ GOOD = [("delayed", H100), ("tensorwise", H100), ("blockwise", H100), ("mxfp8", 
 
 
 @pytest.mark.parametrize(("fp8", "machine"), GOOD)
-def test_what_is_refused_in_one_place_runs_in_another(fp8, machine):
+def test_what_is_rejected_in_one_place_runs_in_another(fp8, machine):
     """Control: each recipe with all that it can do passes every check."""
     keys = f"precision.fp8={fp8}"
     keys += " precision.bf16_first_layers=1 precision.bf16_last_layers=2" if fp8 != "delayed" else ""
@@ -201,7 +201,7 @@ def test_megatron_takes_the_fields(fp8):
         assert (megatron.fp8_amax_history_len, megatron.fp8_amax_compute_algo) == (1024, "max")
 
 
-def test_local_layers_refuse_fp8():
+def test_local_layers_have_no_fp8():
     """They would compute in bf16 and not say so."""
     from megatron_depthattn.model.gpt import qwen3_style_config
     from megatron_depthattn.model.layer_specs import depth_attention_layer_spec

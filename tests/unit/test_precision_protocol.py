@@ -1,4 +1,4 @@
-"""The precision protocol: gaps, cosines and verdicts against arithmetic of their own; settings; what is told."""
+"""The precision protocol: gaps, cosines and conclusions against arithmetic of their own; settings; what is reported."""
 
 import math
 import random
@@ -27,7 +27,7 @@ def test_gap_against_plain_loops(steps, size, judged):
     draw = random.Random(steps)
     base = [[3 + draw.random() for _ in range(steps)] for _ in range(2)]
     own = [[loss * (1 + 0.02 * (draw.random() - 0.5)) for loss in run] for run in base]
-    own[1][2] *= 1.5  # early: not judged, but told (of 65 steps the first is in no window)
+    own[1][2] *= 1.5  # early: not judged, but reported (of 65 steps the first is in no window)
 
     expected, ends = [], []
     for run, other in zip(own, base, strict=True):
@@ -81,7 +81,7 @@ def test_cosine_sees_what_is_lost():
     assert gradient_cosine({"a": tiny}, {"a": tiny}).model == pytest.approx(1)
 
 
-def test_verdicts():
+def test_conclusions():
     base = [[2.0] * 30] * 2
     near, far, early = ([[2.0] * 20 + [2.0 * (1 + more)] * 10] * 2 for more in (0.009, 0.011, 0))
     early[0] = [2.5] * 10 + [2.0] * 20
@@ -114,7 +114,7 @@ def test_a_name_is_keys(text, keys):
 
 
 @pytest.mark.parametrize(("text", "word"), [("fp8", "'fp8'"), ("bf16+ends", "'ends'"), ("bf16+param", "'param'")])
-def test_unknown_names_are_refused(text, word):
+def test_unknown_names_are_rejected(text, word):
     with pytest.raises(ValueError, match=word):
         parse_setting(text)
 
@@ -124,17 +124,17 @@ def choose(*arguments):
     return precision.choose(given, "cuda")
 
 
-def test_what_runs_on_a_gpu_and_what_is_told(monkeypatch):
+def test_what_runs_on_a_gpu_and_what_is_reported(monkeypatch):
     """Here an H100 under a CUDA that is too old for one recipe: the base has TransformerEngine's layers as well."""
     machine = Accelerator("NVIDIA H100", (9, 0), "12.8", "2.20.2")
     monkeypatch.setattr("megatron_depthattn.train.hardware.this_machine", lambda: machine)
-    configs, refused = choose()
+    configs, rejected = choose()
     assert list(configs) == ["bf16", "bf16+reference", "delayed", "tensorwise"]
     assert {config.model.spec for config in configs.values()} == {"te"}
     assert [config.precision.fp8 for config in configs.values()] == [None, None, "delayed", "tensorwise"]
-    assert sorted(refused) == ["blockwise", "mxfp8"]
-    assert "CUDA 12.9" in refused["blockwise"]
-    configs, refused = choose("--precisions", "fp32", "bf16")
+    assert sorted(rejected) == ["blockwise", "mxfp8"]
+    assert "CUDA 12.9" in rejected["blockwise"]
+    configs, rejected = choose("--precisions", "fp32", "bf16")
     assert {config.model.spec for config in configs.values()} == {"local"}
     with pytest.raises(ValueError, match=r"no two settings .*mxfp8: "):
         choose("--precisions", "bf16", "mxfp8")
@@ -164,7 +164,7 @@ def test_batches_follow_from_seed_and_step_alone():
     assert b"".join(bytes(row.tolist()) for row in torch.cat(held_out)).count(b"self") > 10
 
 
-# ---- what is told, from figures without a run
+# ---- what is reported, from figures without a run
 
 
 def judge(*options, **changes):
@@ -186,17 +186,17 @@ def test_within_and_what_did_not_run():
 
 
 @pytest.mark.parametrize(
-    ("changes", "verdict"),
+    ("changes", "conclusion"),
     [
         ({"losses": [3.0, 2.0, 1.02]}, "loss gap 2.00% over 1.00%"),
         ({"exported": 1.3}, "exported model +8.33%, over 1.00%"),
         ({"failure": "step 2: loss nan", "losses": [3.0]}, "seed 0: step 2: loss nan"),
     ],
 )
-def test_over_is_exit_code_1_with_the_table_all_the_same(changes, verdict):
+def test_over_is_exit_code_1_with_the_table_all_the_same(changes, conclusion):
     code, said = judge(**changes)
     assert code
-    assert f" {verdict} |" in said
+    assert f" {conclusion} |" in said
     assert "| bf16 " in said
 
 

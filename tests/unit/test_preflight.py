@@ -246,7 +246,7 @@ def test_a_probe_is_not_written_through_a_link(tmp_path):
     assert machine.sees_probe(tmp_path, 1, "token")
 
 
-def test_hosts_of_the_same_name_are_told_apart():
+def test_hosts_of_the_same_name_are_distinguished():
     reports = [dataclasses.replace(report, host="localhost") for report in world()]
     assert [len(group) for group in group_by_host(reports).values()] == [2, 2]
     assert list(group_by_host(reports)) == ["localhost", "localhost #2"]

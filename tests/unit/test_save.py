@@ -108,7 +108,7 @@ def equal(one: dict, other: dict) -> list[str]:
 
 
 def train_and_save(run: Run, directory: Path, steps: int) -> list[dict]:
-    """The weights after each step; each step is saved, and written while the next ones go on."""
+    """The weights after each step; each step is saved, and written while the next ones continue."""
     weights = []
     for _ in range(steps):
         run.step()
@@ -211,7 +211,7 @@ def test_a_loop_that_waits_beats_while_some_rank_writes_and_not_otherwise(megatr
 
 @pytest.fixture
 def no_room():
-    """The operating system refuses to let a file grow beyond 20 kB, as a full disk would."""
+    """The operating system rejects to let a file grow beyond 20 kB, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -299,7 +299,7 @@ def test_a_link_in_the_way_of_a_save_is_not_written_through(run, tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "checkpoints").rglob("*"))
 
 
-def test_a_folder_that_cannot_be_made_is_told(megatron_world_of_one, tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(megatron_world_of_one, tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     run = Run(tmp_path / "checkpoints", is_async=False)
     run.step()

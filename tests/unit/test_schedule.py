@@ -46,7 +46,7 @@ def test_by_hand():
     assert received_messages(order, 1, 2) == ([1, 1, 3, 3], [2, 2])
 
 
-def test_freed_messages_are_refused(megatron_world_of_one):
+def test_freed_messages_are_rejected(megatron_world_of_one):
     """Megatron's interleaved schedule frees a message while gloo may still be sending it."""
     small = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
     model = build_gpt_model(
@@ -56,7 +56,7 @@ def test_freed_messages_are_refused(megatron_world_of_one):
         run_schedule(None, [], [model, model], micro_batch_size=1, sequence_length=8, forward_only=False)
 
 
-def test_a_microbatch_of_another_length_is_refused_before_it_is_sent():
+def test_a_microbatch_of_another_length_is_rejected_before_it_is_sent():
     """As packed sequences of unequal lengths would be: the neighbour waits for a message of the planned shape."""
     communicator = PlannedCommunicator.__new__(PlannedCommunicator)
     communicator._leading, communicator._from_previous, communicator._from_next = (16, 1), iter([40]), iter([40, 40])

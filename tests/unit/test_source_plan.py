@@ -147,7 +147,7 @@ def test_default_stride_is_half_the_layers(num_layers, stride):
         ({"chunk_starts": (0, 1, 2), "num_ranks": 2}, "2 pipeline ranks cannot take turns at 3", "the same number"),
     ],
 )
-def test_impossible_plans_are_refused(fields, given, remedy):
+def test_impossible_plans_are_rejected(fields, given, remedy):
     with pytest.raises(ValueError, match=re.escape(given)) as error:
         SourcePlan(**({"num_layers": 4, "stride": 2} | fields))
     assert remedy in str(error.value)
@@ -243,7 +243,7 @@ def test_chunk_starts_of_an_explicit_layout(stages, virtual, layout, starts, meg
     assert config.source_plan.chunk_starts == starts
 
 
-def test_a_chunk_without_layers_is_refused():
+def test_a_chunk_without_layers_is_rejected():
     with pytest.raises(ValueError, match="every chunk must hold at least one layer") as error:
         qwen3_style_config(
             num_layers=2,

@@ -74,7 +74,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(run_dir, monkeypatch):
     assert start(run_dir).folder == run_dir / "checkpoints/step_00000200"
 
 
-def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(run_dir, tmp_path):
+def test_an_interrupted_run_continues_from_its_newest_checkpoint(run_dir, tmp_path):
     """Whatever checkpoint.load says: a scheduler that starts the command again must not send the run back."""
     imported = shutil.copytree(run_dir / "checkpoints/step_00000100", tmp_path / "imported")
     for load in (None, "step_00000100", str(imported)):
@@ -92,8 +92,8 @@ def test_errors_of_rank_0_reach_every_rank(megatron_world_of_one):
     from megatron_depthattn.train.start import broadcast_from_rank0
 
     assert broadcast_from_rank0(lambda: 3) == 3
-    with pytest.raises(ValueError, match="told"):
-        broadcast_from_rank0(lambda: (_ for _ in ()).throw(ValueError("told")))
+    with pytest.raises(ValueError, match="reported"):
+        broadcast_from_rank0(lambda: (_ for _ in ()).throw(ValueError("reported")))
 
 
 # ---- one run and one process per folder -----------------------------------------------------------------------------

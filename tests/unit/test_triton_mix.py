@@ -1,5 +1,5 @@
 """The Triton mix on a machine without a GPU: its numbers under Triton's interpreter, its machine code, and where it is
-refused. tests/gpu runs the same cases on a GPU."""
+rejected. tests/gpu runs the same cases on a GPU."""
 
 import dataclasses
 import importlib.util
@@ -92,7 +92,7 @@ def test_machine_code_reads_and_writes_everything_once(compiled, name):
 # --- Where it cannot run ---
 
 
-def test_on_cpu_it_is_refused():
+def test_on_cpu_it_is_rejected():
     inputs = make_inputs(Case(1), "cpu")
     message = "op 'triton' needs a GPU, and was given device 'cpu': set the op to 'lean'"
     with pytest.raises(ValueError, match=message):
@@ -102,7 +102,7 @@ def test_on_cpu_it_is_refused():
 
 
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
-def test_a_run_on_cpu_is_refused_before_a_model_is_built(engine, monkeypatch):
+def test_a_run_on_cpu_is_rejected_before_a_model_is_built(engine, monkeypatch):
     def config(*settings: str):
         overrides = [f"engine.name={engine}", "model.depth_attention.op=triton", *settings]
         return load_config(ROOT / "configs" / "quickstart.yaml", overrides)
@@ -131,7 +131,7 @@ class Nothing:
     """In place of a model that the test above does not need."""
 
 
-def test_without_triton_or_with_an_old_one_it_is_refused(monkeypatch):
+def test_without_triton_or_with_an_old_one_it_is_rejected(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     triton_unsupported.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""Everything that the model and its process groups refuse, and that each refusal says what, why and what to do.
+"""Everything that the model and its process groups reject, and that each error says what, why and what to do.
 
 Megatron's fields come and go between versions, and its own checks come first: what a constructor does with a
 field is pinned per field below, so that nothing passes unseen.
@@ -27,7 +27,7 @@ INTERLEAVED = PIPELINED | {
     "batch_p2p_comm": False,
 }
 REFUSED_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
-    # field: the value that is refused, and what else it takes for that
+    # field: the value that is rejected, and what else it takes for that
     "fused_single_qkv_rope": (True, {}),
     "multi_latent_attention": (True, {}),
     "mtp_num_layers": (1, {}),
@@ -151,7 +151,7 @@ def test_the_constructor_never_accepts_an_unsupported_field(field):
 
 
 def test_enclosing_conditions_are_needed():
-    """What is refused only in company is fine alone."""
+    """What is rejected only in company is fine alone."""
     config_of(fp32_residual_connection=True)
     config_of(overlap_p2p_comm=False, batch_p2p_comm=True)
     config_of(**PIPELINED, overlap_p2p_comm=False, batch_p2p_comm=True)
@@ -192,7 +192,7 @@ def test_control_supported_configs_validate(layout):
     ],
     ids=str,
 )
-def test_a_vanilla_config_is_refused_nothing(fields):
+def test_a_vanilla_config_is_rejected_nothing(fields):
     assert not config_of(depth_attention=False, **fields).variable_seq_lengths
     with pytest.raises(ValueError):
         config_of(depth_attention=True, **fields)

@@ -1,4 +1,4 @@
-"""What export and import refuse, in one clear line each, and that they leave nothing behind and destroy nothing."""
+"""What export and import reject, in one clear line each, and that they leave nothing behind and destroy nothing."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
         ({"output_layer.weight": torch.ones(300, HIDDEN)}, r"is \[300, 32\] and should be \[301, 32\]"),
     ],
 )
-def test_export_refuses_other_weights_and_leaves_nothing(tmp_path: Path, change: dict, message: str):
+def test_export_rejects_other_weights_and_leaves_nothing(tmp_path: Path, change: dict, message: str):
     made = make(tmp_path)
     checkpoint = damaged(made, change)
     before = set(tmp_path.iterdir())
@@ -55,7 +55,7 @@ def test_export_refuses_other_weights_and_leaves_nothing(tmp_path: Path, change:
     assert set(tmp_path.iterdir()) == before
 
 
-def test_export_refuses_a_damaged_file(tmp_path: Path):
+def test_export_rejects_a_damaged_file(tmp_path: Path):
     made = make(tmp_path)
     file = next(made.folder.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -67,7 +67,7 @@ def test_export_refuses_a_damaged_file(tmp_path: Path):
     assert not made.output.exists()
 
 
-def test_export_refuses_what_is_no_checkpoint(tmp_path: Path):
+def test_export_rejects_what_is_no_checkpoint(tmp_path: Path):
     with pytest.raises(ValueError, match="is no complete checkpoint"):
         MegatronCheckpoint(tmp_path)
     made = make(tmp_path)
@@ -81,7 +81,7 @@ def test_export_refuses_what_is_no_checkpoint(tmp_path: Path):
 
 @pytest.mark.parametrize("marker", ["owner.json", "latest"])
 def test_an_import_does_not_become_a_checkpoint_of_a_run(tmp_path: Path, marker: str):
-    """The run would go on from it, or remove it; --overwrite would replace what the run has saved."""
+    """The run would continue from it, or remove it; --overwrite would replace what the run has saved."""
     made = make(tmp_path)
     (tmp_path / marker).touch()
     export(MegatronCheckpoint(made.folder), made.output)
@@ -93,7 +93,7 @@ def test_an_import_does_not_become_a_checkpoint_of_a_run(tmp_path: Path, marker:
     import_checkpoint(HFFolder(made.output), tmp_path / "imported")
 
 
-def test_an_existing_output_is_kept_unless_told(tmp_path: Path):
+def test_an_existing_output_is_kept_unless_asked(tmp_path: Path):
     made = make(tmp_path)
     made.output.mkdir()
     (made.output / "notes.txt").write_text("mine")
@@ -130,13 +130,13 @@ def test_a_linked_output_is_written_where_it_points(tmp_path: Path):
     assert (tmp_path / "elsewhere" / "config.json").exists()
 
 
-def test_an_output_that_cannot_be_made_is_told(tmp_path: Path):
+def test_an_output_that_cannot_be_made_is_reported(tmp_path: Path):
     made = make(tmp_path)
     with pytest.raises(ValueError, match="could not be written"):
         export(MegatronCheckpoint(made.folder), made.folder / "common.pt" / "hf")
 
 
-def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path: Path):
+def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path: Path):
     with (
         pytest.raises(ValueError, match=r"GB free, 1000000000\.00 GB are needed"),
         complete_folder(tmp_path / "output", marker="x", source=Path("/nowhere"), num_bytes=10**18),
@@ -202,7 +202,7 @@ def change_tensors(**changes):
         ),
     ],
 )
-def test_import_refuses_damaged_folders_and_leaves_nothing(tmp_path: Path, damage, message: str):
+def test_import_rejects_damaged_folders_and_leaves_nothing(tmp_path: Path, damage, message: str):
     made = make(tmp_path)
     export(MegatronCheckpoint(made.folder), made.output)
     damage(made.output)
@@ -212,7 +212,7 @@ def test_import_refuses_damaged_folders_and_leaves_nothing(tmp_path: Path, damag
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path):
+def test_a_tokenizer_that_does_not_fit_is_rejected(tmp_path: Path):
     made = make(tmp_path)
     train_bpe(iter([b"a few words, and a few more words"]), 310).save_pretrained(tmp_path / "small")
     export(MegatronCheckpoint(made.folder), made.output, tokenizer=tmp_path / "small")
@@ -220,7 +220,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path):
     assert json.loads((made.output / "generation_config.json").read_text())["eos_token_id"] == 0
     text = " ".join(f"word{i}" for i in range(500)).encode()
     train_bpe(iter([text]), 320).save_pretrained(tmp_path / "large")
-    refused = {"large": "has ids up to 319, the model's vocabulary has 301", "gone": "gone does not exist"}
-    for folder, message in refused.items():
+    rejected = {"large": "has ids up to 319, the model's vocabulary has 301", "gone": "gone does not exist"}
+    for folder, message in rejected.items():
         with pytest.raises(ValueError, match=message):
             export(MegatronCheckpoint(made.folder), tmp_path / "second", tokenizer=tmp_path / folder)
