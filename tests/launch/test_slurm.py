@@ -184,8 +184,8 @@ def test_a_bad_config_fails_before_it_is_queued(config: Path, tmp_path: Path):
         assert len(done.stderr.splitlines()) == 1, "one line"
     assert not (tmp_path / "run").exists()
     assert slurm_says("scontrol", "show", "job", "-o") == before
-    refused = run("launch/submit", config, f"run.dir={tmp_path}/run", *TWO_NODES, "--partition", "none", seconds=60)
-    assert refused.returncode == 1 and "sbatch rejected it" in refused.stderr and "partition" in refused.stderr
+    rejected = run("launch/submit", config, f"run.dir={tmp_path}/run", *TWO_NODES, "--partition", "none", seconds=60)
+    assert rejected.returncode == 1 and "sbatch rejected it" in rejected.stderr and "partition" in rejected.stderr
 
 
 @FULL
@@ -214,30 +214,32 @@ def test_by_hand_with_frozen_code_left_out(config: Path, tmp_path: Path):
 
 def test_hosts_are_never_guessed():
     """Without a list of nodes, with one that scontrol reads otherwise, and outside of Slurm."""
-    refusals = {
+    bad_jobs = {
         "": "cannot name the hosts of SLURM_JOB_NODELIST=''",
         "node1": "scontrol names 1 hosts (node1), Slurm gave 2 nodes",
     }
-    for nodes, message in refusals.items():
+    for nodes, message in bad_jobs.items():
         job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": nodes, "SLURM_JOB_NUM_NODES": "2"}
-        refused = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30, **job)
-        assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+        rejected = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30, **job)
+        assert rejected.returncode == 1 and message in rejected.stderr, rejected.stderr
     for name, value in {"SLURM_JOB_ID": "a[$(touch obeyed)]", "MAX_REQUEUES": "many"}.items():
         job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"} | {name: value}
-        refused = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30, **job)
-        assert refused.returncode == 1 and f"{name}='{value}' is not a whole number" in refused.stderr, refused.stderr
+        rejected = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30, **job)
+        assert rejected.returncode == 1 and f"{name}='{value}' is not a whole number" in rejected.stderr, (
+            rejected.stderr
+        )
     outside = run("bash", "launch/slurm.sbatch", "config.yaml", seconds=30)
     assert outside.returncode == 1 and "submit it with sbatch" in outside.stderr
 
 
 def test_the_frozen_config_decides(config: Path, tmp_path: Path):
-    """The same again goes on; another config is refused, unless one insists; --dry-run queues nothing."""
+    """The same again continues; another config is rejected, unless one insists; --dry-run queues nothing."""
     command = ("launch/submit", config, f"run.dir={tmp_path}/run", *TWO_NODES, "--dry-run")
     assert "frozen in" in run(*command, seconds=60).stdout
     assert "holds this config and code already" in run(*command, seconds=60).stdout
-    refused = run(*command, "optimizer.lr=0.1", seconds=60)
-    assert refused.returncode == 1
-    assert "optimizer.lr (config.yaml: 0.005, now 0.1)" in refused.stderr and "--refreeze" in refused.stderr
+    rejected = run(*command, "optimizer.lr=0.1", seconds=60)
+    assert rejected.returncode == 1
+    assert "optimizer.lr (config.yaml: 0.005, now 0.1)" in rejected.stderr and "--refreeze" in rejected.stderr
     assert run(*command, "optimizer.lr=0.1", "--refreeze", seconds=60).returncode == 0
     frozen = yaml.safe_load((tmp_path / "run/job/config.yaml").read_text())
     assert frozen["optimizer"]["lr"] == 0.1 and len(list((tmp_path / "run").glob("job.*"))) == 1

@@ -189,16 +189,16 @@ def test_values_reach_the_job_as_they_are(text: str, array: tuple, monkeypatch: 
         *((option, "--x=a\ntouch obeyed") for option in ("--partition", "--sbatch", "--python")),
     ],
 )
-def test_control_characters_are_refused_before_anything_is_written(where: str, text: str, tmp_path: Path):
+def test_control_characters_are_rejected_before_anything_is_written(where: str, text: str, tmp_path: Path):
     config = tmp_path / "config.yaml"
     run_dir = str(tmp_path / (text if where == "run.dir" else "run"))
     settings = {"run": {"dir": run_dir}, "data": {"path": "corpus"}, "train": {"global_batch_size": 128}}
     config.write_text(yaml.safe_dump(settings))
     more = () if where == "run.dir" else (f"{where}={text}",)
     command = _parser().parse_intermixed_args([str(config), *SUBMIT[1:], "--dry-run", *more])
-    with pytest.raises(ValueError, match="control character") as refused:
+    with pytest.raises(ValueError, match="control character") as rejected:
         submit(command)
-    assert str(refused.value).isprintable()
+    assert str(rejected.value).isprintable()
     assert list(tmp_path.iterdir()) == [config]
 
 
