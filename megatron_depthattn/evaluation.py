@@ -149,7 +149,7 @@ def evaluate(
         num_bytes += int(byte_counts[rows[:, 1:]].sum()) if byte_counts is not None else 0
 
     tokens = samples * dataset.sequence_length
-    loss, counted, source = total / tokens, float(num_bytes), "exact: the bytes of each predicted token"
+    loss, counted, source = total / tokens, num_bytes, "exact: the bytes of each predicted token"
     if byte_counts is None and manifest is not None:
         average = manifest["splits"][split.name].get("bytes", 0) / manifest["splits"][split.name]["tokens"]
         counted = tokens * average

@@ -97,11 +97,15 @@ def check_config(
     no_te, no_triton = (doctor.install([name], packages) for name in ("transformer-engine", "triton"))
     try:
         validate(config, ranks)
-        lines = [f"here {line}" for line in resolve(config, Available(bool(host.devices), no_te, no_triton)).lines]
-        fit, problem = check_fit(config, ranks, gpu or _gpu_of(host))
-        print(printable("\n".join([*lines, fit.line])))
+        for line in resolve(config, Available(bool(host.devices), no_te, no_triton)).lines:
+            print(printable(f"here {line}"))
     except ValueError as error:
         return asked, [f"{path} on {ranks} ranks: {error}"], ranks
+    try:
+        fit, problem = check_fit(config, ranks, gpu or _gpu_of(host))
+        print(printable(fit.line))
+    except ValueError as error:  # of a precision that this GPU has not
+        problem = str(error)
     problems = [f"{ranks} ranks: {problem}"] if problem else []
     problems += [
         f"{source.path} is not there: prepare it with depthattn prepare, or set data.path"

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--world", type=int, metavar="N", help="ranks (default: one model replica)")
     parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default H100)")
     parser.add_argument("--layouts", action="store_true", help="rank the layouts that fit by predicted step time")
+    parser.add_argument("--limit", type=int, default=10, metavar="N", help="layouts to list (default 10)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
     return run(_estimate, parser.parse_intermixed_args(arguments))  # settings may follow an option
 
@@ -42,7 +43,7 @@ def _estimate(given: argparse.Namespace) -> None:
     resolved = resolve_for(hardware, load_config(path, overrides))
     config, parallel = resolved.config, resolved.config.parallel
     world = given.world if given.world is not None else parallel.tensor * parallel.pipeline * parallel.context
-    check((world < 1, f"--world is {world}: set 1 or more"))
+    check((min(world, given.limit) < 1, f"--world is {world} and --limit is {given.limit}: set both to 1 or more"))
     print("".join(printable(f"{line}\n") for line in resolved.lines), end="")
     values: dict[str, Any] = {}
     try:
@@ -53,7 +54,7 @@ def _estimate(given: argparse.Namespace) -> None:
         if not given.layouts:
             raise
         print(f"as it stands it does not run on {world} ranks: {error}")
-    layouts = best_layouts(config, world, hardware, limit=10) if given.layouts else []
+    layouts = best_layouts(config, world, hardware, limit=given.limit) if given.layouts else []
     if given.layouts:
         show_layouts(layouts, hardware)
     show_assumptions()

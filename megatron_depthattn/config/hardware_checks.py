@@ -63,6 +63,8 @@ def _recipe(name: str, asked: Callable[[RunConfig], Any] = lambda config: True) 
 
     def applies(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
         fp8 = config.precision.fp8
+        if name == "transformer_engine" and accelerator.transformer_engine is None:
+            return {}  # another check's
         needed = _lacks(RECIPES[fp8], accelerator).get(name) if fp8 and asked(config) else None
         return _values(accelerator) | {"needed": needed} if needed else {}
 

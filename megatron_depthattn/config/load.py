@@ -53,9 +53,11 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [repr(self.construct_object(key, deep=True)) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [repr(self.construct_object(key, deep=True)) for key in own]  # type: ignore[no-untyped-call]
         if len(set(names)) < len(names):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        self.flatten_mapping(node)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -64,15 +66,22 @@ for _kind, _pattern in {
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+    "merge": "<<",
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `_Loader` would take for something else."""
+    """Quotes text that YAML 1.1 or `_Loader` would take for something else."""
 
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as in the base class
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()),
+            *_Loader.yaml_implicit_resolvers.get(first, ()),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -144,6 +144,9 @@ def _load_fitting(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 def _imported_generation(checkpoint: MegatronCheckpoint, end: int | None) -> Mapping[str, Any] | None:
     """The generation config of the imported model that the run started from; it also stops at ``end``, as trained."""
     generation: dict[str, Any] | None = checkpoint.common.get(GENERATION)
+    file = checkpoint.folder / GENERATION_CONFIG  # imports of earlier versions
+    if generation is None and file.is_file():
+        return read_json(file)
     known = (generation or {}).get("eos_token_id")
     ends = known if isinstance(known, list) else [known] if known is not None else []
     if generation is None or end is None or end in ends:

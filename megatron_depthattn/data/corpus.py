@@ -44,10 +44,15 @@ class Corpus(Dataset[torch.Tensor]):
         self.sequence_length = self.streams[0].sequence_length
         hashes = [(stream.manifest or {}).get("tokenizer_sha256") for stream in self.streams]
         for stream, digest in zip(self.streams, hashes, strict=True):
-            if len(hashes) > 1 and (digest is None or digest != hashes[0]):
+            if len(hashes) > 1 and digest is None:
                 raise ValueError(
-                    f"{stream.path} was tokenised with another tokenizer than {self.streams[0].path}, or an unknown "
-                    f"one ({digest} and {hashes[0]} in {MANIFEST_NAME}): prepare all streams with one --tokenizer"
+                    f"{stream.path} has no {MANIFEST_NAME} that names its tokenizer, so it cannot be mixed with other "
+                    "streams: prepare it with depthattn prepare"
+                )
+            if digest != hashes[0]:
+                raise ValueError(
+                    f"{stream.path} was tokenised with another tokenizer (sha256 {str(digest)[:12]}) than "
+                    f"{self.streams[0].path} ({str(hashes[0])[:12]}): prepare all streams with one --tokenizer"
                 )
         self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
 

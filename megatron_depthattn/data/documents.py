@@ -6,9 +6,11 @@ land on the same side.
 Nothing but the standard library is behind it: every encoding process imports this file.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -116,9 +118,14 @@ def _saved_dataset_files(folder: Path, names: Sequence[str]) -> list[str] | None
 
 
 def _corpus_file(path: Path, name: str) -> CorpusFile:
-    if not path.is_file():
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nowhere or to itself
+            raise
         return CorpusFile(path, name, 0, 0, "special")
-    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return CorpusFile(path, name, 0, 0, "special")
     ending, compression = path.suffix.lower(), ""
     if ending in COMPRESSIONS:
         compression = COMPRESSIONS[ending]

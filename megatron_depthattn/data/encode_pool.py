@@ -4,6 +4,7 @@ parent, even if that is killed.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -83,11 +84,10 @@ class EncodePool:
         return [process.exitcode for process in (self._processes._processes or {}).values()]
 
     def _death(self) -> WorkerDiedError:
-        codes = sorted({code for code in self._exit_codes() if code})
-        return WorkerDiedError(
-            f"an encoding process ended (exit codes {codes}): if by -9, memory ran out (see dmesg): set fewer "
-            "--workers; else its own lines say why"
-        )
+        codes = {code for code in self._exit_codes() if code} - {-signal.SIGTERM}  # by which the pool ends the others
+        if codes - {-signal.SIGKILL}:
+            return WorkerDiedError(f"an encoding process ended with exit code {min(codes)}; its own lines say why")
+        return WorkerDiedError("an encoding process was killed: out of memory (see dmesg)? set fewer --workers")
 
 
 def _start(alive: Connection, encoder: Encoder, recipe: Recipe) -> None:

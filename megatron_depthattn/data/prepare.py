@@ -19,6 +19,7 @@ only where it is a single record of a JSON or columnar file.
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -35,7 +36,7 @@ from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
 from megatron_depthattn.data.shard_writer import SplitWriter
 from megatron_depthattn.data.stream import MANIFEST_NAME
 from megatron_depthattn.data.tokenizer import Encoder, bpe_vocab, file_sha256, load_tokenizer, train_bpe
-from megatron_depthattn.data.unfinished import Merged, Unfinished, changed_settings, open_unfinished
+from megatron_depthattn.data.unfinished import Merged, Unfinished, changed_settings, open_unfinished, unfinished_folder
 from megatron_depthattn.durable import fsync_path, publish_folder, recover_folder
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
     manifest = existing_manifest(settings, record)
     if manifest is not None:
         check_skipped_damage(settings, manifest["skipped"], str(output))
+        left = unfinished_folder(output)
+        if left.is_dir() and not (left / "corpus").exists():  # of a process that was killed when all was done
+            shutil.rmtree(left, ignore_errors=True)
         return Prepared(manifest=manifest, already_prepared=True)
     try:
         import streaming  # noqa: F401
@@ -203,10 +207,11 @@ def existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict
     if settings.overwrite:
         return None
     manifest: dict[str, Any] = json.loads(file.read_text())
-    changed = changed_settings(manifest.get("settings", {}), record)
-    if changed:
+    stored = manifest.get("settings", {})
+    if changed := changed_settings(stored, record):
+        by = "by another version of this tool, " if stored.get("format_version") != FORMAT_VERSION else ""
         raise ValueError(
-            f"--output {output} was prepared with {changed}: use it, choose another folder or pass --overwrite"
+            f"--output {output} was prepared {by}with {changed}: use it, choose another folder or pass --overwrite"
         )
     return manifest
 

@@ -124,7 +124,7 @@ def _lines(file: CorpusFile, offset: int, lines: int) -> Iterator[tuple[JsonLine
                 raise DamagedFileError(f"line {number} is longer than {MAX_RECORD_BYTES:,} bytes")
             if len(rest) >= UNIT_BYTES and has_end:
                 whole = rest.rfind(b"\n") + 1
-                content = JsonLines(bytes(rest[:whole]), file.path, lines + 1)
+                content = JsonLines(bytes(memoryview(rest)[:whole]), file.path, lines + 1)  # one copy
                 del rest[:whole]
                 offset, lines = offset + whole, lines + content.lines.count(b"\n")
                 yield content, offset, lines, consumed
@@ -213,12 +213,13 @@ def _text(file: CorpusFile, recipe: Recipe, offset: int) -> _Reads:
     latest, and what it expands to has no bounds.
     """
     digest, check = hashlib.sha256(), TextCheck()
-    is_blank, size = True, 0
+    is_blank, size, kept = True, 0, b""
     for block in text_blocks(file, check):
         digest.update(block)
         size += len(block)
+        kept = kept + block if size <= UNIT_BYTES else b""  # short: not read again
         is_blank = is_blank and not block.strip()
-        if recipe.max_bytes is not None and size > recipe.max_bytes:
+        if recipe.max_bytes is not None and size > max(recipe.max_bytes, UNIT_BYTES):
             is_blank = False
             if not check.finish(is_whole=False):
                 raise NoTextError("undecodable")
@@ -227,7 +228,7 @@ def _text(file: CorpusFile, recipe: Recipe, offset: int) -> _Reads:
         yield Rows([b""], file.path, 1), size, 0, file.size
         return
     split = "val" if digest_is_validation(digest.digest(), recipe.validation_fraction) else "train"
-    for data in pieces(block for block, _ in file_blocks(file, offset)):
+    for data in pieces([kept[offset:]] if kept else (block for block, _ in file_blocks(file, offset))):
         is_first, offset = offset == 0, offset + len(data)
         piece = Piece(data, split, is_first=is_first, is_last=offset == size, is_repaired=check.replaced > 0)
         yield piece, offset, 0, min(file.size * offset // size, file.size)

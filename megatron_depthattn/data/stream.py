@@ -40,6 +40,7 @@ from megatron_depthattn.data.shard_files import (
 )
 from megatron_depthattn.data.shard_index import INDEX_NAME, ShardEntry, StoredFile, count, parse_index
 from megatron_depthattn.durable import naming, remove
+from megatron_depthattn.parallel.patience import announced
 
 MANIFEST_NAME = "manifest.json"
 LOCK_TIMEOUT_SECONDS = 900.0
@@ -123,7 +124,10 @@ class TokenDataset(Dataset[torch.Tensor]):
         name = f"{Path(self.path).name}-{split}-{self.digest[:12]}"
         self._folder = Path(cache, name) if cache is not None else Path(self._origin)
         # A local split that lacks files is an error now, rather than in the middle of the run.
-        present = None if is_remote(self.path) else set(os.listdir(self._origin))
+        try:
+            present = None if is_remote(self.path) else set(os.listdir(self._origin))
+        except OSError as error:
+            raise ValueError(f"{self._origin} cannot be read: {error.strerror}") from error
         for shard in self._index.shards:
             stored = shard.packed or shard.raw
             if present is not None and not {stored.name, shard.raw.name} & present:
@@ -189,14 +193,20 @@ class TokenDataset(Dataset[torch.Tensor]):
             raise ValueError(f"{file} {reason}: {AGAIN}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS):
+            lock = FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS)
+            with announced(str(file), lambda: f"the process that holds {lock.lock_file}", LOCK_TIMEOUT_SECONDS):
+                held = lock.acquire()
+            with held:
                 reason = damage(file, shard.raw)
                 if reason is not None:  # no other process has made it meanwhile
                     self._make(file, shard, reason)
+        except Timeout as error:
+            raise ValueError(
+                f"{file} could not be made: another process has held the lock {error.lock_file} for "
+                f"{LOCK_TIMEOUT_SECONDS:.0f} s; end that process, or set data.cache to another folder"
+            ) from error
         except OSError as error:
             reason = str(error.strerror or error)
-            if isinstance(error, Timeout):
-                reason = f"for {LOCK_TIMEOUT_SECONDS:.0f} s another process has held the lock {error.lock_file}"
             raise ValueError(
                 f"{file} cannot be written ({reason}): set data.cache to a folder that is writable and has room for "
                 "the expanded shards"

@@ -16,7 +16,7 @@ from megatron_depthattn.estimate.activations import ChunkMemory, chunk_memory
 from megatron_depthattn.estimate.counts import chunks_of_stage, element_bytes, rank_weights
 
 REDUCE_BUCKET = 50_000_000
-"""Elements, as in train/deepspeed_engine/build.py."""
+"""Elements, as in train/deepspeed_engine/engine.py."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of ``stage3_max_live_parameters``: elements that stay gathered from forward to backward."""
 MOMENTS = 8

@@ -72,6 +72,7 @@ class DenseFormerDecoderLayer(DecoderLayer):
 
 class DenseFormerPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = DenseFormerConfig
+    _no_split_modules = ["DenseFormerDecoderLayer"]  # noqa: RUF012
 
 
 class DenseFormerModel(DenseFormerPreTrainedModel, CrossLayerModel):
@@ -149,6 +150,7 @@ class AttnResDecoderLayer(DecoderLayer):
 
 class AttnResPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = AttnResConfig
+    _no_split_modules = ["AttnResDecoderLayer"]  # noqa: RUF012
 
 
 class AttnResModel(AttnResPreTrainedModel, CrossLayerModel):
@@ -285,6 +287,7 @@ class MHCDecoderLayer(DecoderLayer):
 
 class MHCPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = MHCConfig
+    _no_split_modules = ["MHCDecoderLayer"]  # noqa: RUF012
 
 
 class MHCModel(MHCPreTrainedModel, CrossLayerModel):

@@ -97,7 +97,6 @@ class CrossLayerPreTrainedModel(Qwen3PreTrainedModel):
 
     config_class = CrossLayerConfig
     config: Any
-    _no_split_modules = [f"{method}DecoderLayer" for method in ("DepthAttn", "DenseFormer", "AttnRes", "MHC")]  # noqa: RUF012
     _can_record_outputs = None  # these models collect their outputs themselves
     _pp_plan = None  # see CrossLayerConfig.base_model_pp_plan
 
@@ -395,6 +394,7 @@ class DepthAttnDecoderLayer(DecoderLayer):
 
 class DepthAttnPreTrainedModel(CrossLayerPreTrainedModel):
     config_class = DepthAttnConfig
+    _no_split_modules = ["DepthAttnDecoderLayer"]  # noqa: RUF012
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel, CrossLayerModel):

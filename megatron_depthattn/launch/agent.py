@@ -73,7 +73,8 @@ class Agent(LocalElasticAgent):
             rdzv_handler=rdzv_registry.get_rendezvous_handler(place),
             **{each.name: given[each.name] for each in fields(WorkerSpec) if each.name in given},
         )
-        set_variables(TORCHELASTIC_SIGNALS_TO_HANDLE=",".join(number.name for number in launch.heeded_signals()))
+        if "signals_to_handle" in given:
+            set_variables(TORCHELASTIC_SIGNALS_TO_HANDLE=given["signals_to_handle"])
         names = ("logs_specs", "start_method", "log_line_prefix_template", "shutdown_timeout")
         super().__init__(spec, **{name: given[name] for name in names if name in given})  # what this torch knows
 
@@ -158,7 +159,7 @@ class Agent(LocalElasticAgent):
 
     def _note_nodes(self) -> None:
         """Note who has joined: torchrun forgets nodes once they have given up, this one first."""
-        nodes = getattr(self._state, "participants", ())
+        nodes = list(getattr(self._state, "participants", ()))  # torch's own thread removes dead ones
         if getattr(self._rdzv_handler, "_this_node", None) in nodes:
             self._names = max(sorted(node.addr for node in nodes), self._names, key=len)
 

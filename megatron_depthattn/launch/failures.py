@@ -40,7 +40,9 @@ def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # cut off: the rank died while it wrote
             it = json.loads(path.read_text(encoding="utf-8"))
             text = it["message"]["extraInfo"]["py_callstack"]
-            found.append(Failure(bool(it["consequence"]), it["time"], it["rank"], it["host"], text))
+            found.append(
+                Failure(bool(it.get("consequence", it.get("secondary"))), it["time"], it["rank"], it["host"], text)
+            )
     return min((failure for failure in found if failure.time >= since), default=None)
 
 
@@ -52,8 +54,9 @@ def record_death(path: Path, rank: int, pid: int, code: int) -> None:
     # Its neighbours fail within milliseconds, torchrun looks ten times a second: this came before.
     now = time.time() - (1.0 if code in _UNANNOUNCED else 0.0)
     record: dict[str, Any] = {"time": now, "host": platform.node(), "rank": rank, "retry": True, "consequence": False}
-    errors = path.with_name("stderr.log")
-    last = errors.read_text(encoding="utf-8", errors="replace").splitlines()[-30:] if errors.is_file() else []
+    last: list[str] = []
+    with contextlib.suppress(OSError):
+        last = path.with_name("stderr.log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
     text = "\n".join([*last, f"rank {rank} (pid {pid}) ended: {what}"])
     record["message"] = {"message": what, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}}
     with contextlib.suppress(OSError):

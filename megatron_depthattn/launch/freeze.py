@@ -101,7 +101,7 @@ def _differences(job: Path, configs: dict[str, RunConfig], repository: Path) -> 
 def _git(repository: Path, *arguments: str) -> str:
     """Output of a git command; empty where that is no git repository, or there is no git."""
     command = ["git", "-C", str(repository), *arguments]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
         return "" if done.returncode else done.stdout
     return ""

@@ -37,7 +37,13 @@ MARKS = ("# ---- options of launch/submit\n", "# ---- settings of launch/submit\
 PASSED_ON = {
     "partition": ("NAME", "queue to submit to"),
     "account": ("NAME", "account to charge"),
+    "qos": ("NAME", "quality of service"),
     "time": ("LIMIT", "as sbatch takes it: minutes, H:M:S or D-H, such as 30, 8:00:00, 2-12"),
+    "constraint": ("FEATURES", "that nodes must have"),
+    "mem": ("SIZE", "memory of a node, such as 200G"),
+    "job-name": ("NAME", "default: the last part of run.dir"),
+    "mail-user": ("ADDRESS", "who gets Slurm's mails"),
+    "mail-type": ("EVENTS", "that are mailed, such as END,FAIL"),
     "cpus-per-task": ("N", "CPUs of a node's processes together (there is one task a node)"),
 }
 """Options of sbatch that are taken as they are."""
@@ -54,7 +60,8 @@ def submit(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the config cannot run in this world, the options do not fit together, or sbatch rejects the job.
     """
-    processes = options.gpus_per_node or options.processes_per_node
+    processes = options.gpus_per_node or options.processes_per_node or 0
+    check((processes < 1, "no processes on a node: set --gpus-per-node or --processes-per-node to 1 or more"))
     configs = _configs(options)
     expected: dict[str, None] = {}
     for name, config in configs.items():
@@ -108,7 +115,7 @@ def render(template: str, options: argparse.Namespace, run_dir: Path, num_config
     """The job script: `slurm.sbatch` with the choices as further #SBATCH lines and settings, which win."""
     job = run_dir / "job"
     flags = {"job-name": run_dir.name, "nodes": options.nodes, "gpus-per-node": options.gpus_per_node}
-    flags |= {name: getattr(options, name.replace("-", "_")) for name in PASSED_ON}
+    flags |= {name: value for name in PASSED_ON if (value := getattr(options, name.replace("-", "_")))}
     flags["signal"] = f"B:USR1@{options.signal_lead}"
     flags["output"] = str(job).replace("%", "%%") + ("/slurm-%A_%a.out" if options.array else "/slurm-%j.out")
     if options.array:
@@ -239,7 +246,13 @@ def seconds_of(limit: str | None) -> int | None:
 def _sbatch(*arguments: str) -> str:
     """Submit; returns the job's id."""
     check((not shutil.which("sbatch"), "there is no sbatch here: submit from a node that has Slurm's commands"))
-    done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
+    command = ["sbatch", "--parsable", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            "no answer of sbatch for 300 s: see scontrol ping; squeue shows whether it is queued"
+        ) from error
     check((done.returncode != 0, f"sbatch rejected it: {done.stderr}"))
     return done.stdout.strip().partition(";")[0]
 

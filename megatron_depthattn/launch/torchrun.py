@@ -63,9 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def set_environment() -> None:
     """Set for the ranks what ``launch/environment.sh`` sets; what the user has set stays."""
-    command = ["bash", "-c", '. "$0" && env -0', str(launch.scripts() / "environment.sh")]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="surrogateescape", check=False).stdout
-    set_defaults(**dict(line.split("=", 1) for line in shown.split("\0") if line))
+    script = launch.scripts() / "environment.sh"
+    command = ["bash", "-c", '. "$0" && env -0', str(script)]
+    shown = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=False)
+    if shown.returncode:
+        raise ValueError(f"{script} does not run here ({shown.stderr.strip()}): it needs bash and an env with -0")
+    set_defaults(**dict(line.split("=", 1) for line in shown.stdout.split("\0") if line))
 
 
 def _stop_early(number: int, _: FrameType | None) -> NoReturn:
@@ -76,7 +79,9 @@ def _stop_early(number: int, _: FrameType | None) -> NoReturn:
 def _defaults(parser: ArgumentParser) -> list[str]:
     """Options to put before the user's, those that this version of torch knows."""
     seconds = launch.SHUTDOWN_SECONDS
+    signals = ",".join(number.name for number in launch.heeded_signals())
     wanted = ("--rdzv-backend=c10d", "--tee=3", "--local-ranks-filter=0", f"--shutdown-timeout={seconds}")
+    wanted += (f"--signals-to-handle={signals}",)
     known = {name for action in parser._actions for name in action.option_strings}
     return [option for option in wanted if option.partition("=")[0] in known]
 
@@ -109,10 +114,20 @@ def _launch(options: Namespace) -> int:
         codes = (agent.exit_codes() if agent else set()) or {-error.sigval}
     except RendezvousError as error:
         codes = agent.exit_codes() if agent else set()
-        if not codes <= {EXIT_DONE, EXIT_REQUEUE} or not codes:  # else the head has ended with all ranks, just before
+        if not only_the_head_has_gone(error, codes):
             codes, problem = {EXIT_ERROR}, _join_failure(error, config, agent)
     # What has been recovered from is not the failure; a rank that was killed at once is dated a second back.
     return _end(codes, problem, logs, agent.started - 2.0 if agent and agent.started else time.time())
+
+
+def only_the_head_has_gone(error: Exception, codes: set[int]) -> bool:
+    """Whether all ranks of this node ended well, and the node of the rendezvous had just before.
+
+    A closed rendezvous is another node's failure, which may have stopped ranks here before there was anything to save.
+    """
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+
+    return bool(codes) and codes <= {EXIT_DONE, EXIT_REQUEUE} and not isinstance(error, RendezvousClosedError)
 
 
 def _end(codes: set[int], problem: str, logs: Path | None, started: float) -> int:

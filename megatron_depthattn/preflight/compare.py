@@ -245,7 +245,8 @@ def describe(reports: Sequence[RankReport]) -> list[str]:
     lines = [f"{len(reports)} rank{'s' * (len(reports) > 1)} on {place}; {software}"]
     for host, group in list(hosts.items())[: MAX_HOSTS if len(hosts) > 1 else 0]:
         device, memory = group[0].device, min(report.memory_bytes for report in group)
-        free = {f.key.partition(" (")[0]: f.free_bytes for f in group[0].folders if f.key != "run.dir" and f.free_bytes}
+        folders = [folder for report in group for folder in report.folders if folder.key != "run.dir"]
+        free = {f.key.partition(" (")[0]: f.free_bytes for f in folders if f.free_bytes is not None}
         free = {"/dev/shm": min((report.shared_memory_bytes or 0) for report in group)} | free
         kind = f"{device.name}, {size(device.total_bytes)}" if device.total_bytes else device.name
         ranks = rank_spans([report.rank for report in group])

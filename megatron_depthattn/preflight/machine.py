@@ -80,9 +80,12 @@ def find_device(local_rank: int) -> Device:
 
 def machine_id() -> str:
     """Boot id and network namespace: what distinguishes hosts of the same name."""
+    boot = network = ""
     with suppress(OSError):
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
-    return ""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        network = os.readlink("/proc/self/ns/net")
+    return f"{boot} {network}".strip()
 
 
 def own_address() -> str | None:

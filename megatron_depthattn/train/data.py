@@ -223,7 +223,7 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
     Raises:
         ValueError: on all ranks; the first rank that met an error raises it, the others name that rank.
     """
-    corpus, mistake = None, None
+    corpus, mistake = None, None  # type: Corpus | None, Exception | None
     paths, shares = [source.path for source in data.sources], [source.proportion for source in data.sources]
     try:
         corpus = Corpus(paths, shares, split, sequence_length=data.sequence_length, cache=data.cache)
@@ -234,7 +234,7 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
                     f"model.vocab_size is {vocab_size}, but the data in {stream.path} was tokenised with {stored} "
                     f"tokens: set model.vocab_size={stored} or prepare the data with a smaller tokenizer."
                 )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         mistake = error
     mistakes: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(mistakes, mistake is not None)

@@ -229,10 +229,11 @@ def _require_own(directory: Path, run_dir: Path, known: str | None) -> Owner:
     if owner is None:
         raise ValueError(f"{directory / OWNER} was removed while a run started: start again.")
     home, is_home = owner.home, _same(owner.home, run_dir)
-    is_at_home = False
-    with suppress(PermissionError):  # a folder that this user may not look into is taken for moved away
-        is_at_home = recorded_run_id(home) == owner.run_id
-    if known == owner.run_id and not is_home and is_at_home:
+    is_copy = False
+    if known == owner.run_id and not is_home:
+        with suppress(PermissionError):  # a folder that this user may not look into is taken for moved away
+            is_copy = recorded_run_id(home) == owner.run_id
+    if is_copy:
         raise ValueError(
             f"run.dir={run_dir} is a copy of {home}, and checkpoint.dir={directory} belongs to the original (run "
             f"{known}): both would overwrite each other's checkpoints. Continue the original, or start a new run from "

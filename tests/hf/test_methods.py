@@ -44,6 +44,13 @@ def test_logits(variant, attention, tied, record_property):
 
 
 @each_method
+def test_the_layer_that_is_not_split_is_one_of_the_model(method):
+    """FSDP wraps these classes, and raises for one that the model lacks."""
+    model = make_method_model(method)
+    assert {*model._no_split_modules} == {type(model.model.layers[0]).__name__}
+
+
+@each_method
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16_weights", "autocast"])
 @torch.no_grad()
 def test_bf16(method, weights, record_property):

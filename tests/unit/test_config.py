@@ -212,6 +212,11 @@ def test_text_with_a_dollar_is_literal(tmp_path, base, monkeypatch, text):
         assert load_config(tmp_path / "saved.yaml") == config
 
 
+def test_merge_keys_of_yaml(tmp_path):
+    path = write(tmp_path / "a.yaml", "data: {streams: [&a {path: x, proportion: 0.5}, {<<: *a, path: y}]}")
+    assert [(stream.path, stream.proportion) for stream in load_config(path).data.sources] == [("x", 0.5), ("y", 0.5)]
+
+
 def test_a_saved_config_of_an_earlier_version_has_its_keys():
     assert from_dict({"train": {"max_fruitless_starts": 7}}, "a checkpoint").train.max_restarts_without_progress == 7
 

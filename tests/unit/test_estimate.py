@@ -257,7 +257,7 @@ def test_the_tool_prints_and_writes(tmp_path, capsys):
     [
         (["--gpu", "T4"], "set --gpu to one of"),
         (["--world", "3"], "not a multiple of 2"),
-        (["--world", "0"], "set 1 or more"),
+        (["--world", "0"], "set both to 1 or more"),
         (["train.step=1"], "train.steps"),
         (["--gpu", "A100", "model.spec=te", "precision.dtype=bf16", "precision.fp8=delayed"], "no figures for fp8"),
     ],

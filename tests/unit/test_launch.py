@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
 from torch.distributed.run import get_args_parser
 
 from megatron_depthattn import launch
@@ -22,7 +23,7 @@ from megatron_depthattn.launch.failures import first_failure, record_death
 from megatron_depthattn.launch.freeze import CODE_FOLDERS, freeze
 from megatron_depthattn.launch.logs import main as show_logs
 from megatron_depthattn.launch.submit import _configs, _parser, check_options, render, seconds_of, submit, sweep
-from megatron_depthattn.launch.torchrun import _defaults
+from megatron_depthattn.launch.torchrun import _defaults, only_the_head_has_gone
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import OtherRankError, RunError, write_error_record
@@ -45,6 +46,19 @@ from tests.e2e.commands import REPOSITORY
 )
 def test_what_the_ranks_exit_codes_mean_together(codes: set[int], code: int):
     assert launch.exit_code(codes) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "codes", "is_so"),
+    [
+        (RendezvousConnectionError(), {0, 75}, True),
+        (RendezvousConnectionError(), {1}, False),
+        (RendezvousConnectionError(), set(), False),
+        (RendezvousClosedError(), {75}, False),  # stopped before the first step, as another node failed
+    ],
+)
+def test_a_rendezvous_that_has_gone_is_no_failure_of_ranks_that_ended_well(error: Exception, codes: set, is_so: bool):
+    assert only_the_head_has_gone(error, codes) is is_so
 
 
 def test_options_that_this_torch_lacks_are_left_out():

@@ -290,7 +290,9 @@ def test_a_corpus_of_an_earlier_version_is_neither_taken_nor_replaced(
     manifest = json.loads((corpus[1] / "manifest.json").read_text())
     manifest["settings"]["format_version"] = 2
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"was prepared with format_version 2, not 3.*use it, choose"):
+    with pytest.raises(
+        ValueError, match=r"was prepared by another version of this tool, with format_version 2, not 3.*use it, choose"
+    ):
         prepare_corpus(settings(corpus[0], tmp_path))
 
 

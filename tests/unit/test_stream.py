@@ -309,7 +309,7 @@ def test_a_lock_that_is_held_for_ever_is_named(corpus: Path, monkeypatch: pytest
         FileLock(corpus / "train" / ".lock.0"),
         pytest.raises(
             ValueError,
-            match=r"shard\.00000\.mds cannot be written \(for 0 s another process has held the lock .*\.lock\.0\): set",
+            match=r"shard\.00000\.mds could not be made: another process has held the lock .*\.lock\.0 for 0 s;",
         ),
     ):
         TokenDataset(corpus)[0]
