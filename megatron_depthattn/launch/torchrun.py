@@ -80,8 +80,8 @@ def _defaults(parser: ArgumentParser) -> list[str]:
     """Options to put before the user's, those that this version of torch knows."""
     seconds = launch.SHUTDOWN_SECONDS
     signals = ",".join(number.name for number in launch.heeded_signals())
-    wanted = ("--rdzv-backend=c10d", "--tee=3", "--local-ranks-filter=0", f"--shutdown-timeout={seconds}")
-    wanted += (f"--signals-to-handle={signals}",)
+    wanted = ["--rdzv-backend=c10d", "--tee=3", "--local-ranks-filter=0", f"--shutdown-timeout={seconds}"]
+    wanted.append(f"--signals-to-handle={signals}")
     known = {name for action in parser._actions for name in action.option_strings}
     return [option for option in wanted if option.partition("=")[0] in known]
 

@@ -19,7 +19,7 @@ from tests.hf.method_models import (
     method_settings,
     method_weights,
 )
-from tests.hf.models import largest, make_tokens, make_vanilla
+from tests.hf.models import largest, make_model, make_tokens, make_vanilla
 from tests.reference_decoder import mean_cross_entropy
 from tests.reference_methods import initial_method_weights
 
@@ -46,8 +46,8 @@ def test_logits(variant, attention, tied, record_property):
 @each_method
 def test_the_layer_that_is_not_split_is_one_of_the_model(method):
     """FSDP wraps these classes, and raises for one that the model lacks."""
-    model = make_method_model(method)
-    assert {*model._no_split_modules} == {type(model.model.layers[0]).__name__}
+    for model in (make_method_model(method), make_model()):
+        assert {*model._no_split_modules} == {type(model.model.layers[0]).__name__}
 
 
 @each_method
