@@ -16,7 +16,7 @@ VERBS = {
     "evaluate": ("cli.evaluate", "perplexity and bits per byte of an exported model"),
     "estimate": ("cli.estimate", "parameters, memory, traffic and time of a config, without a GPU"),
     "study": ("cli.study", "compare methods over a ladder of sizes"),
-    "benchmark": ("benchmarks.command", "time operations, steps, transfers and layouts"),
+    "benchmark": ("benchmarks.command", "measure operations, steps, memory, transfers and layouts"),
     "doctor": ("cli.doctor", "what is installed here, what is missing, whether a config can run"),
     "preflight": ("cli.preflight", "check the ranks of a run, train nothing"),
     "submit": ("launch.submit", "submit a run to Slurm"),

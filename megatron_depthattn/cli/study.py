@@ -25,7 +25,7 @@ from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from megatron_depthattn.cli import prepare
-from megatron_depthattn.cli.common import find_config, new_parser, print_table
+from megatron_depthattn.cli.common import check, find_config, new_parser, print_table
 from megatron_depthattn.cli.common import run as run_verb
 from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
@@ -94,6 +94,7 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     from megatron_depthattn.study.results import collect_results
     from megatron_depthattn.study.run import run_points
 
+    check((given.jobs < 1, f"--jobs is {given.jobs}: set 1 or more"))
     if given.slurm is None and study.world.nodes > 1:
         raise ValueError(
             f"a run of {given.study} needs {study.world.devices} devices, {study.world.devices_per_node} a node: give "

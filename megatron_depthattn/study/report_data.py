@@ -66,6 +66,9 @@ def read_report_data(output: Path) -> ReportData:
             point | UNKNOWN | found.get(point["id"], {}) | read_record(output / "runs" / point["id"] / "metrics.jsonl")
             for point in plan["points"]
         ]
+        entries = [fit["held_out"], *fit["laws"].values(), *fit["multipliers"].values()]
+        if any({"verdict", "refused"} & entry.keys() for entry in entries):
+            raise ValueError("fit.json is of an earlier version: run `fit` again")
         losses = {
             (run["rung"], run["tokens"], run["seed"], run["method"]): run["loss"]
             for run in runs

@@ -105,8 +105,12 @@ def run_points(points: Sequence[Point], output: Path, jobs: int) -> tuple[list[P
                     failed.append(point)
             time.sleep(0.1)
     finally:
+        for _, process in running:  # after an error here: each saves and ends
+            process.terminate()
         for number, handler in before:
             signal.signal(number, handler)
+        for _, process in running:
+            process.wait()
     return failed, is_stopped
 
 

@@ -1,6 +1,7 @@
 """Studies: the ladder's rules, what a plan holds, what cannot be planned; nothing is trained."""
 
 import json
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from streaming import MDSWriter
 from megatron_depthattn.cli.study import check_held_out, main
 from megatron_depthattn.config import load_config, to_dict, validate
 from megatron_depthattn.launch.submit import sweep
+from megatron_depthattn.study import run
 from megatron_depthattn.study.ladder import Ladder
 from megatron_depthattn.study.plan import make_plan, read_points
 from megatron_depthattn.study.run import progress_of, training_command, write_array
@@ -225,6 +227,26 @@ def test_no_plan_no_points(tmp_path):
 def test_several_processes_are_torchruns():
     assert "torch.distributed.run" in training_command(Path("c.yaml"), 2)
     assert "torch.distributed.run" not in training_command(Path("c.yaml"), 1)
+
+
+def test_after_an_error_no_training_is_left(tmp_path, monkeypatch):
+    """The second point cannot start: a file has the name of its log's folder."""
+    make_plan(study_of(tmp_path, **SHORT), tmp_path, tmp_path)
+    points, processes, start = read_points(tmp_path)[:2], [], run._start
+    folder = tmp_path / "logs" / Path(points[1].id).parent
+    folder.parent.mkdir(parents=True)
+    folder.touch()
+    monkeypatch.setattr(run, "training_command", lambda *_: ["sleep", "60"])
+    monkeypatch.setattr(run, "_start", lambda *given: processes.append(start(*given)) or processes[-1])
+    with pytest.raises(FileExistsError):
+        run.run_points(points, tmp_path, jobs=2)
+    assert [process.returncode for process in processes] == [-signal.SIGTERM]
+
+
+def test_no_jobs_at_a_time_is_an_error(tmp_path, capsys):
+    assert main(["run", "smoke", "--jobs", "0", "--output", str(tmp_path / "out")]) == 1
+    assert "error: --jobs is 0: set 1 or more\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_study_of_several_nodes_is_not_started_here(tmp_path, capsys):

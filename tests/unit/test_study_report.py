@@ -307,6 +307,10 @@ ERRORS = {
     "no fit": (lambda f: (f / "fit.json").unlink(), "no fit.json: run `fit`"),
     "torn": (lambda f: (f / "fit.json").write_text('{"baseline"'), "fit.json is not JSON"),
     "a key": (lambda f: edit(f, "fit.json", lambda c: c.pop("differences")), "lacks 'differences'"),
+    "an earlier version": (
+        lambda f: edit(f, "fit.json", lambda c: c["multipliers"]["mhc"].update(verdict="better")),
+        "fit.json is of an earlier version: run `fit` again",
+    ),
     "another study": (lambda f: edit(f, "plan.json", lambda c: c["points"].pop(0)), "from other results"),
     "another baseline": (lambda f: edit(f, "fit.json", lambda c: c.update(baseline="mhc")), "from other results"),
     "an older fit": (lambda f: edit(f, "results.json", other_loss), "from other results"),
