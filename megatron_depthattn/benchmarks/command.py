@@ -4,6 +4,7 @@ benchmark op          the depth mix alone, as multiples of the time in which its
 benchmark step        a training step with Depth-Attention over one without, or both over transformers' Qwen3
 benchmark memory      what is kept for backward above vanilla, beside what the source plan predicts
 benchmark hop         what a pipeline sends in a step, against the least possible
+benchmark data        the loader's tokens a second over those that training consumes
 benchmark layouts     the planner's best layouts of a config, each run for a few steps
 benchmark precision   training in bf16 and every FP8 recipe against the same weights and batches in a base
 benchmark checkpoint  what saving costs in time and host memory, against Megatron's gather on one rank
@@ -22,7 +23,7 @@ from megatron_depthattn.benchmarks.result import Result, machine_facts, machine_
 from megatron_depthattn.cli.common import new_parser, run
 from megatron_depthattn.paths import user_path
 
-VERBS = ("op", "step", "memory", "hop", "layouts", "precision", "checkpoint")
+VERBS = ("op", "step", "memory", "hop", "data", "layouts", "precision", "checkpoint")
 
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:

@@ -261,6 +261,15 @@ def test_hop_of_methods(tmp_path):
     assert "4 of 4" in page
 
 
+def test_data(tmp_path):
+    sizes = ("--samples", "32", "--sequence-length", "16", "--batch", "4", "--micro-batch", "2", "--steps", "2")
+    figures, page = run(tmp_path, "data", *sizes, "--runs", "1", "--workers", "0", "1", "--consumption", "1000")
+    speeds = [figures[f"{workers} workers"]["tokens_per_second"][0] for workers in (0, 1)]
+    assert min(speeds) > 0
+    (row,) = (line for line in page.splitlines() if "| 0 (in the training process) |" in line)
+    assert row.endswith(f" {speeds[0] / 1000:.1f} |")
+
+
 def test_layouts(tmp_path, monkeypatch):
     """Every layout of the planner's is run in every round, with its keys."""
     from megatron_depthattn.benchmarks import layouts
