@@ -196,16 +196,14 @@ def run_part(part: Part, seconds: float, work: Path) -> Outcome:
 def merge(earlier: dict[str, Any] | None, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> list[Outcome]:
     """The outcomes of this call, and of an earlier one on the same GPU with the same versions what this did not run."""
     merged = {}
-    if earlier and _without_date(earlier["machine"]) == _without_date(facts):
+    before: dict[str, Any] = earlier["machine"] if earlier else {}
+    known = facts.keys() & before.keys() - {"date"}  # an earlier page may list other packages
+    if earlier and all(before[name] == facts[name] for name in known):
         merged = {part["part"]: Outcome(**part) for part in earlier["parts"]}
     for outcome in outcomes:
         if outcome.state != "skipped" or merged.get(outcome.part, outcome).state == "skipped":
             merged[outcome.part] = outcome
     return [merged[part.name] for part in PARTS if part.name in merged]
-
-
-def _without_date(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if name != "date"}
 
 
 def page(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> str:

@@ -63,8 +63,8 @@ def mixing_configs(
     layers = configs["vanilla"].model.num_layers * configs["vanilla"].model.num_loops
     for stride in given.strides or dict.fromkeys((max(1, layers // 2), 1)):
         for op in ops:
-            mix = {"model.depth_attention.stride": stride, "model.depth_attention.op": op}
-            config = run_config(given, kind, {**keys, **mix})
+            mix = {} if op == "auto" else {"model.depth_attention.op": op}  # auto: --set may choose another
+            config = run_config(given, kind, {**keys, **mix, "model.depth_attention.stride": stride})
             configs[f"stride {stride}, {config.model.depth_attention.op}"] = config
     return configs
 
@@ -138,7 +138,10 @@ class Model:
 
         with tempfile.TemporaryDirectory() as work:
             state = checkpoint_state(MegatronState(self.chunks, None), None, config=to_dict(self.config))
-            CheckpointSaver(Path(work, "checkpoints")).save(Progress(), state)
+            saver = CheckpointSaver(Path(work, "checkpoints"))
+            saver.save(Progress(), state)
+            if (outcome := saver.take_outcome()) and outcome.error:
+                raise OSError(outcome.error)
             export(MegatronCheckpoint(Path(work, "checkpoints")), Path(work, "exported"))
             return load_causal_lm(Path(work, "exported"), dtype=dtype).to(self.device)
 

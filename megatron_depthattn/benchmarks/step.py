@@ -72,13 +72,15 @@ def _build(
     built: dict[str, Model] = {}
     failures: dict[str, str] = {}
     for name, config in configs.items():
+        model: Model | None = None
         try:
             model = Model(config, device, has_optimizer=not given.no_optimizer)
             model.gradients() if given.no_optimizer else model.update()
             built[name] = model
         except (RuntimeError, ValueError, ImportError) as error:  # out of memory, or an op that does not run here
             failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-            torch.cuda.empty_cache()
+        model = None  # not bound while the next is built
+        torch.cuda.empty_cache()  # after the handler: its error holds what the failed step allocated
         print(f"{name}: {failures.get(name, 'ready')}", file=sys.stderr, flush=True)
     return built, failures
 

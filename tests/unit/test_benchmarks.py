@@ -208,11 +208,13 @@ def test_peers_need_a_counterpart(setting, reason, world, capsys):
 
 def test_memory(tmp_path, world):
     figures, _ = run(tmp_path, "memory", *TINY)
-    assert len(figures) == 3
+    assert [*figures] == [f"stride 1, lean, {mode}" for mode in ("none", "selective", "full")]
     for name, of in figures.items():
         assert of["bytes_per_token_above_vanilla"] == of["predicted"] > 0, name
         assert of["vanilla_bytes_per_token"] > of["predicted"]
         assert of["allocated_above_vanilla"] is None  # no GPU
+    chosen = (*TINY, "model.depth_attention.op=reference")
+    assert [*run(tmp_path, "memory", *chosen, "--recompute", "none")[0]] == ["stride 1, reference, none"]
 
 
 PRECISIONS = (

@@ -108,6 +108,8 @@ def test_a_second_call_on_the_same_machine_keeps_what_the_first_ran():
     assert merged[1].date == "morning"
     skipped = [gpu.Outcome("op", "skipped", "3 s left"), gpu.Outcome("memory-3b", "skipped", "1 s left")]
     assert [outcome.said for outcome in gpu.merge(earlier, skipped, machine)] == ["see below", "1 s left"]
+    other_packages = {"machine": machine | {"pyarrow": "26.0.1"}, "parts": earlier["parts"]}
+    assert len(gpu.merge(other_packages, second, machine | {"deepspeed": None})) == 3
     assert gpu.merge(earlier, second, machine | {"torch": "2.15.0"}) == [second[1], second[0]]
     assert gpu.merge(None, second, machine) == [second[1], second[0]]
 
