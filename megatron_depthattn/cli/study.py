@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time (default 1)")
             verb.add_argument("--only", default="", metavar="TEXT", help="points with TEXT in their id, such as d4/")
             verb.add_argument("--no-timing", action="store_true", help="do not time the methods afterwards")
+            verb.add_argument("--time-again", action="store_true", help="time all rungs, even those that have been")
             verb.add_argument("--slurm", nargs=argparse.REMAINDER, metavar="OPTION", help=slurm)
         if function is report:
             verb.add_argument("--figures", type=user_path, metavar="DIR", help="write the main figures there as well")
@@ -108,7 +109,7 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
         return _submit(given, wanted, output)
     failed, is_stopped = run_points(wanted, output, given.jobs)
     if not is_stopped and not failed and study.timing_rounds and not given.no_timing:
-        _time(study, points, output)
+        _time(study, points, output, again=given.time_again)
     collect_results(points, output, baseline=study.baseline, own_steps=not study.timing_rounds)
     if is_stopped:
         print("stopped: the same command resumes")
@@ -194,12 +195,12 @@ def _submit(given: argparse.Namespace, points: list[Point], output: Path) -> int
     return subprocess.run([*command, "--array", str(tasks.resolve()), *given.slurm], check=False).returncode
 
 
-def _time(study: Study, points: list[Point], output: Path) -> None:
-    """Interleaved steps of all methods of every rung that has not been timed yet, into timing.json."""
+def _time(study: Study, points: list[Point], output: Path, *, again: bool) -> None:
+    """Interleaved steps of all methods of every rung that has not been timed yet, or ``again``, into timing.json."""
     from megatron_depthattn.config import load_config, validate
     from megatron_depthattn.study.results import TIMING, read_timing
 
-    known = read_timing(output)["timing"]
+    known = {} if again else read_timing(output)["timing"]
     for rung in dict.fromkeys(point.rung for point in points):
         models = {point.method: str(output / point.config) for point in points if point.rung == rung}
         if models.keys() <= known.get(rung, {}).keys() or study.baseline not in models:
