@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -92,7 +91,6 @@ class Host:
     interfaces: tuple[str, ...]
     gloo_interface: str | None
     slurm_error: str | None
-    programs: tuple[str, ...]
 
     @property
     def capability(self) -> tuple[int, ...]:
@@ -177,7 +175,6 @@ def find_host() -> Host:
         seen = json.loads(run_python(_DEVICES)[0])
     listed, driver_error = run_command("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     gpus = [] if driver_error else [line.rpartition(",") for line in listed.splitlines() if line.strip()]
-    near = Path(sys.executable).parent
     return Host(
         python=platform.python_version(),
         devices=tuple(seen.get("devices", ())),
@@ -188,7 +185,6 @@ def find_host() -> Host:
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         gloo_interface=communication_variables().get("GLOO_SOCKET_IFNAME"),
         slurm_error=run_command("scontrol", "ping")[1],
-        programs=tuple(name for name in ("g++", "ninja") if shutil.which(name) or (near / name).exists()),
     )
 
 
@@ -213,7 +209,6 @@ def features(packages: Mapping[str, Package], host: Host) -> list[Feature]:
     te_fix = install([te.name], packages) if te.version else te_fix
     te_fix = te_fix or ("" if host.devices else "it runs on GPUs only; set model.spec=local")
     triton = "" if host.devices else "a GPU, or model.depth_attention.op=lean; TRITON_INTERPRET=1 runs it on CPU"
-    compiler = " and ".join(name for name in ("g++", "ninja") if name not in host.programs)
     names = [device["name"] for device in host.devices]
     gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "torch sees no GPU"
     capability = ".".join(map(str, host.capability)) or "none"
@@ -234,7 +229,6 @@ def features(packages: Mapping[str, Package], host: Host) -> list[Feature]:
         ),
         row("Triton kernels", ["triton"], triton),
         row("DeepSpeed engine", ["deepspeed"]),
-        row("DeepSpeed CPU Adam (offload)", ["deepspeed"], compiler and f"install {compiler}: it is compiled here"),
         row("multi-node torchrun", problem=_multi_node(host), here=network),
         row("Slurm", problem=slurm),
         row("S3 streaming", ["boto3", "mosaicml-streaming"]),

@@ -32,7 +32,6 @@ HEALTHY = Host(
     interfaces=("lo", "eth0"),
     gloo_interface=None,
     slurm_error=None,
-    programs=("g++", "ninja"),
 )
 PACKAGES = {name: Package(name, "2.20.2" if "engine" in name else "1.0", "", None) for name in MODULES}
 CPU = {"devices": (), "gpus_of_driver": (), "driver": "no nvidia-smi"}
@@ -92,7 +91,6 @@ CASES = [
     ({"devices": ({**H100, "capability": [8, 0]},)}, "FP8 delayed", "capability 8.9 or later and H100 has 8.0"),
     ({"devices": ({**H100, "capability": [8, 9]},)}, "FP8 blockwise", "set precision.fp8 to one of delayed, tensor"),
     ({"cuda": "12.8"}, "FP8 blockwise", "needs a torch built with CUDA 12.9 or later and this one has 12.8"),
-    ({"programs": ("g++",)}, "DeepSpeed CPU Adam (offload)", "install ninja"),
     ({"address": "127.0.1.1"}, "multi-node torchrun", "resolves to 127.0.1.1: set GLOO_SOCKET_IFNAME to one of eth0"),
     ({"address": None}, "multi-node torchrun", "does not resolve: set GLOO_SOCKET_IFNAME"),
     ({"interfaces": ("lo",)}, "multi-node torchrun", "a network interface beside lo"),
