@@ -187,6 +187,7 @@ def test_a_process_that_is_killed_is_an_error_and_no_hang(
 ) -> None:
     for workers in (1, 2):
         given = make_settings(source, tokenizer, tmp_path / str(workers), workers=workers)
+        assert wait_until(lambda: not encoding_processes(), 30)  # of the tests before
 
         def kill_one() -> None:
             encoding_processes()[0].kill()
