@@ -102,7 +102,7 @@ def _launch(options: Namespace) -> int:
         set_defaults(TORCH_FR_DUMP_TEMP_FILE=str(folder / "flight_recorder_"))
     config, command, command_arguments = torchrun.config_from_args(options)
     _set_rendezvous(config, options)
-    if not options.log_line_prefix_template:  # torchrun's own is [default0]: on one node one that renders as nothing
+    if not config.log_line_prefix_template:  # torchrun's own is [default0]: on one node one that renders as nothing
         config.role = "" if config.max_nodes == 1 else config.role
         config.log_line_prefix_template = "${role_name}" if config.max_nodes == 1 else "[rank ${rank}] "
     problem, agent = "", None
