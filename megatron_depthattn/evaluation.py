@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -102,6 +103,14 @@ def find_tokenizer(split: Split, model_folder: Path) -> PreTrainedTokenizerBase 
     """The tokenizer that the split was made with: the corpus's, or else the model's; None: neither has one."""
     folders = [folder for folder in (split.tokenizer_folder, model_folder) if (folder / "tokenizer.json").is_file()]
     return load_fast_tokenizer(folders[0]) if folders else None
+
+
+def auto_batch_size(model: PreTrainedModel, length: int) -> int:
+    """Samples of ``length`` tokens, 1 to 64, whose logits fill a quarter of the memory that is free on the device."""
+    is_cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if is_cuda else psutil.virtual_memory().available
+    logits = length * model.config.vocab_size * 8  # bytes: in fp32, with their log-softmax
+    return int(max(1, min(64, free // 4 // logits)))
 
 
 def evaluate(

@@ -1,9 +1,11 @@
-"""Documents of the task python_brackets: an expression with open brackets and four ways to close it.
+"""Documents of the tasks in this folder, made from a fixed seed: nothing is downloaded and nobody's text is copied.
 
-    total = f(row, [3, {key: x        })]    }])    ]})    }))
+    python_brackets    total = f(row, [3, {key: x        })]}    }])    ]})    }))
+    last_word          row = 3 ; key = True ; row is 3
+    which_name         row = 3 ; key = True ; row|key is 3
 
-Made from a fixed seed, so nothing is downloaded and nobody's text is copied. The wrong ways are as long as the right
-one and use brackets only, so that neither length nor plain frequency decides.
+The wrong ways to close brackets are as long as the right one and use brackets only, so that neither length nor plain
+frequency decides.
 """
 
 import itertools
@@ -13,6 +15,7 @@ from typing import Any
 import datasets
 
 NUM_DOCUMENTS = 200
+NUM_EXAMPLES = 40  # documents of the split that few-shot examples are drawn from
 SEED = 20261121
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 TARGETS = ("x", "total", "result", "rows", "value", "config", "names", "out")
@@ -20,16 +23,35 @@ FUNCTIONS = ("f", "len", "list", "sorted", "print", "sum", "make", "parse")
 ITEMS = ("a", "b", "i", "row", "key", "item", "0", "1", "3", "42", "None", "True")
 
 
+Documents = list[dict[str, Any]]
+
+
 def load(**metadata: Any) -> dict[str, datasets.Dataset]:
-    """What lm_eval calls: the one split of the task."""
-    return {"test": datasets.Dataset.from_list(documents())}
+    """What lm_eval calls for python_brackets."""
+    return _splits(documents())
 
 
-def documents() -> list[dict[str, Any]]:
+def load_last_word(**metadata: Any) -> dict[str, datasets.Dataset]:
+    """What lm_eval calls for last_word."""
+    made = _assignments()
+    return _splits([{"text": f"{known} {names[answer]} is {value}"} for known, names, answer, value in made])
+
+
+def load_which_name(**metadata: Any) -> dict[str, datasets.Dataset]:
+    """What lm_eval calls for which_name."""
+    return _splits(
+        [
+            {"contexts": [f"{known} {name}" for name in names], "continuation": f"is {value}", "answer": answer}
+            for known, names, answer, value in _assignments()
+        ]
+    )
+
+
+def documents() -> Documents:
     """``text`` to continue, four ``choices``, the index of the right one as ``answer``; no text occurs twice."""
     draw = random.Random(SEED)
     made: dict[str, dict[str, Any]] = {}
-    while len(made) < NUM_DOCUMENTS:
+    while len(made) < NUM_DOCUMENTS + NUM_EXAMPLES:
         brackets = draw.choices("([{", k=draw.randint(2, 4))
         text = f"{draw.choice(TARGETS)} = " + "".join(_opened(bracket, draw) for bracket in brackets)
         text += draw.choice(ITEMS)
@@ -38,6 +60,22 @@ def documents() -> list[dict[str, Any]]:
         choices = [right, *draw.sample(others, 3)]
         draw.shuffle(choices)
         made[text] = {"text": text, "choices": choices, "answer": choices.index(right)}
+    return list(made.values())
+
+
+def _splits(made: Documents) -> dict[str, datasets.Dataset]:
+    parts = {"test": made[:NUM_DOCUMENTS], "train": made[NUM_DOCUMENTS:]}
+    return {split: datasets.Dataset.from_list(part) for split, part in parts.items()}
+
+
+def _assignments() -> list[tuple[str, list[str], int, str]]:
+    """Two assignments as text, their names, and which one is asked for with its value; none occurs twice."""
+    draw = random.Random(SEED)
+    made: dict[tuple[str, int], tuple[str, list[str], int, str]] = {}
+    while len(made) < NUM_DOCUMENTS + NUM_EXAMPLES:
+        names, values, answer = draw.sample(TARGETS, 2), draw.sample(ITEMS, 2), draw.randrange(2)
+        known = " ".join(f"{name} = {value} ;" for name, value in zip(names, values, strict=True))
+        made[known, answer] = (known, names, answer, values[answer])
     return list(made.values())
 
 

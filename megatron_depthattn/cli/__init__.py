@@ -13,7 +13,7 @@ VERBS = {
     "prepare": ("cli.prepare", "turn text into tokenised shards"),
     "convert": ("cli.convert", "export to a Hugging Face folder, import from one, verify that both hold one model"),
     "generate": ("cli.generate", "continue a prompt with an exported model"),
-    "evaluate": ("cli.evaluate", "perplexity and bits per byte of an exported model"),
+    "evaluate": ("cli.evaluate", "perplexity and accuracy on downstream tasks of exported models"),
     "estimate": ("cli.estimate", "parameters, memory, traffic and time of a config, without a GPU"),
     "study": ("cli.study", "compare methods over a ladder of sizes"),
     "benchmark": ("benchmarks.command", "measure operations, steps, memory, transfers and layouts"),

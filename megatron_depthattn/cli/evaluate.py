@@ -1,33 +1,55 @@
-"""Perplexity and bits per byte of an exported model on prepared data.
+"""Perplexity and bits per byte of exported models on prepared data; with --suite, accuracy on downstream tasks too.
 
-Reads the whole split unless --max-samples says otherwise. A run's own held-out loss is of train.eval_batches global
-batches, the first train.eval_batches x train.global_batch_size samples of the split.
+Perplexity reads the whole split unless --max-samples says otherwise. A run's own held-out loss is of train.eval_batches
+global batches, the first train.eval_batches x train.global_batch_size samples of the split.
+
+--suite paper is table 1 of arXiv:2606.05014: eight tasks, zero- and five-shot, beside the paper's figures. It reads
+data sets from the disk alone; --download fetches them from the Hugging Face Hub first, or only that without --model.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shlex
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatron_depthattn.cli.common import check, new_parser, print_table, run
+from megatron_depthattn.cli.common import check, new_parser, print_table, run, shipped_folder
 from megatron_depthattn.paths import user_path
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from megatron_depthattn.evaluation import Split
+    from megatron_depthattn.suite import Suite
+
+_HASHED = (".json", ".safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 with one line on stderr when it cannot be done, 130 on Ctrl-C."""
     parser = new_parser("evaluate", __doc__)
-    data = "a folder written by depthattn prepare, or one of its splits"
-    parser.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="a Hugging Face model folder")
-    parser.add_argument("--data", type=user_path, required=True, metavar="MDS_DIR", help=data)
-    parser.add_argument("--split", metavar="NAME", help="train or val (default val)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples at a time (default 8)")
-    parser.add_argument("--max-samples", type=int, metavar="N", help="only the first N samples")
+    add, data = parser.add_argument, "a folder written by depthattn prepare, or one of its splits"
+    add("--model", type=user_path, nargs="+", metavar="HF_DIR", default=[], help="Hugging Face model folders")
+    add("--data", type=user_path, metavar="MDS_DIR", help=f"{data}; may be left out with --suite")
+    add("--split", metavar="NAME", help="train or val (default val)")
+    add("--batch-size", metavar="auto|N", default="auto", help="samples at a time (default auto: as memory allows)")
+    add("--max-samples", type=int, metavar="N", help="perplexity of the first N samples alone")
+    add("--suite", metavar="NAME|FILE.yaml", help="tasks to run: paper, offline (generated, for trying it), or a file")
+    add("--tasks", nargs="+", metavar="NAME", help="only these tasks of the suite")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    add("--download", action="store_true", help="fetch the suite's data sets first")
     add_device(parser)
-    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the figures here")
-    return run(_evaluate, parser.parse_args(arguments))
+    add("--json", type=user_path, metavar="FILE", help="also write the figures here")
+    add("--markdown", type=user_path, metavar="FILE", help="also write the suite's tables here")
+    return run(_evaluate, parser.parse_args(arguments), RuntimeError)  # torch's, such as out of memory
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -38,32 +60,138 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    few = given.max_samples is not None and given.max_samples < 1
-    lost = given.json is not None and not given.json.absolute().parent.is_dir()
+    size, files = given.batch_size, {"json": given.json, "markdown": given.markdown}
+    counts = {"max-samples": given.max_samples, "limit": given.limit}
+    lone = [f"--{name}" for name in ("tasks", "limit", "download", "markdown") if getattr(given, name)]
     check(
-        (given.batch_size < 1, f"--batch-size {given.batch_size}: set at least 1"),
-        (few, f"--max-samples {given.max_samples}: set at least 1, or leave it out"),
-        (lost, f"--json {given.json}: its folder does not exist; make it first"),
+        (size != "auto" and not (size.isdecimal() and int(size)), f"--batch-size {size}: set at least 1, or auto"),
+        *((n is not None and n < 1, f"--{name} {n}: set at least 1, or leave it out") for name, n in counts.items()),
+        *(
+            (not file.absolute().parent.is_dir(), f"--{name} {file}: its folder does not exist; make it first")
+            for name, file in files.items()
+            if file is not None
+        ),
+        (not given.suite and bool(lone), f"{', '.join(lone)}: only with a suite, such as --suite paper"),
+        (not given.model and not given.download, "no --model: name one or more Hugging Face model folders"),
+        (not given.suite and not given.data, "no --data: name a folder written by depthattn prepare, or a --suite"),
     )
-    from megatron_depthattn.evaluation import check_fit, evaluate, find_tokenizer, open_split
-    from megatron_depthattn.hf.loading import DTYPES, load_causal_lm, pick_device
+    given.batch_size = None if size == "auto" else int(size)
+    if given.suite:
+        _evaluate_suite(given)
+        return
+    from megatron_depthattn.evaluation import open_split
+    from megatron_depthattn.hf.loading import pick_device
 
     device = pick_device(given.device)
     with open_split(given.data, given.split) as split:
-        model = load_causal_lm(given.model, DTYPES[given.dtype])
-        check_fit(split, model.config, given.model)
-        tokenizer = find_tokenizer(split, given.model)
-        model.to(device)
-        start = time.perf_counter()
-        result = evaluate(model, split, tokenizer, given.batch_size, given.max_samples)
-        seconds, length = time.perf_counter() - start, split.dataset.sequence_length
-        dtype = str(model.dtype).removeprefix("torch.")
-        print(f"{given.model} on {given.data}, split {split.name}, in {dtype} on {device}")
-        _show(result, seconds, f"of {len(split.dataset):,} in the split, {length} tokens each")
+        found = [_measure(folder, split, device, given) for folder in given.model]
     if given.json is not None:
-        about = {"model": str(given.model), "data": str(given.data), "split": split.name, "sequence_length": length}
-        about |= {"dtype": dtype, "device": str(device), "batch_size": given.batch_size, "seconds": seconds}
-        given.json.write_text(json.dumps(about | result, indent=2) + "\n")
+        given.json.write_text(json.dumps(found if len(found) > 1 else found[0], indent=2) + "\n")
+
+
+def _load(folder: Path, split: Split | None, device: torch.device, given: argparse.Namespace) -> PreTrainedModel:
+    from megatron_depthattn.evaluation import check_fit
+    from megatron_depthattn.hf.loading import DTYPES, load_causal_lm
+
+    model = load_causal_lm(folder, DTYPES[given.dtype])
+    if split is not None:
+        check_fit(split, model.config, folder)
+    return model.to(device)
+
+
+def _measure(folder: Path, split: Split, device: torch.device, given: argparse.Namespace) -> dict[str, Any]:
+    """Print and return a model's figures on the split."""
+    figures = _perplexity(_load(folder, split, device, given), folder, split, given)
+    print(f"{folder} on {given.data}, split {split.name}, in {figures['dtype']} on {device}")
+    length = split.dataset.sequence_length
+    _show(figures, figures["seconds"], f"of {len(split.dataset):,} in the split, {length} tokens each")
+    return figures
+
+
+def _perplexity(model: PreTrainedModel, folder: Path, split: Split, given: argparse.Namespace) -> dict[str, Any]:
+    from megatron_depthattn.evaluation import auto_batch_size, evaluate, find_tokenizer
+
+    length = split.dataset.sequence_length
+    batch = given.batch_size or auto_batch_size(model, length)
+    start = time.perf_counter()
+    result = evaluate(model, split, find_tokenizer(split, folder), batch, given.max_samples)
+    about = {"model": str(folder), "data": str(given.data), "split": split.name, "sequence_length": length}
+    about |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "batch_size": batch}
+    return about | {"seconds": time.perf_counter() - start} | result
+
+
+def _evaluate_suite(given: argparse.Namespace) -> None:
+    check((find_spec("lm_eval") is None, "--suite needs lm-eval: pip install 'megatron-depthattn[eval]'"))
+    from megatron_depthattn import suite as suites
+    from megatron_depthattn.evaluation import open_split
+    from megatron_depthattn.hf.loading import pick_device
+    from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
+    from megatron_depthattn.hf.weights_folder import HFFolder
+
+    shipped = shipped_folder("configs") / "lm_eval" / f"{given.suite}.yaml"
+    file = shipped if shipped.is_file() else user_path(given.suite)
+    suite = suites.load_suite(file, given.tasks)
+    fetch = ["depthattn", "evaluate", "--suite", given.suite, *(("--tasks", *given.tasks) if given.tasks else ())]
+    tasks = suites.load_tasks(suite, download=given.download, fetch=shlex.join([*fetch, "--download"]))
+    if not given.model:
+        print(f"on disk: the data of {', '.join(tasks)}")
+        return
+    device, about = pick_device(given.device), suites.about_tasks(suite, tasks)
+    for folder in given.model:  # what is no model fails before hours of work
+        HFFolder(folder), load_fast_tokenizer(folder)
+    found: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"suite": str(file), "suite_sha256": _sha256(file), "versions": suites.versions()}
+    report |= {"tasks": about, "limit": given.limit, "fewshot_seed": suites.FEWSHOT_SEED, "models": found}
+    with open_split(given.data, given.split) if given.data else nullcontext() as split:
+        for folder in given.model:
+            found.append(_measure_tasks(folder, suite, tasks, split, device, given))
+            if given.json is not None:  # after each, for they take hours
+                given.json.write_text(json.dumps(report, indent=2) + "\n")
+    tables, notes = suites.tables(suite, found), suites.notes(suite, about, given.limit)
+    for caption, columns, rows in tables:
+        print(caption)
+        print_table(columns, rows, width=120, box=None)
+    print("\n".join(notes))
+    if given.markdown is not None:
+        given.markdown.write_text(suites.markdown(tables, notes))
+
+
+def _measure_tasks(
+    folder: Path,
+    suite: Suite,
+    tasks: dict[str, Any],
+    split: Split | None,
+    device: torch.device,
+    given: argparse.Namespace,
+) -> dict[str, Any]:
+    """All about one model: what it is, its figures on the split and on the tasks, the published ones beside them."""
+    from megatron_depthattn import suite as suites
+    from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
+
+    model = _load(folder, split, device, given)
+    data = _perplexity(model, folder, split, given) if split is not None else None
+    results = suites.run_tasks(model, load_fast_tokenizer(folder), suite, tasks, given.batch_size, given.limit)
+    names = [each.absolute().name for each in given.model]
+    parameters, method = sum(p.numel() for p in model.parameters()), suites.method_of(model.config.to_dict())
+    return {
+        "name": folder.absolute().name if names.count(folder.absolute().name) == 1 else str(folder),
+        "path": str(folder.absolute()),
+        "sha256": {each.name: _sha256(each) for each in sorted(folder.iterdir()) if each.suffix in _HASHED},
+        "method": method,
+        "parameters": parameters,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(device),
+        "data": data,
+        "perplexity": data and data["perplexity"],
+        "results": results,
+        "means": suites.means(suite, results),
+        "published": suites.comparable(suite, parameters, method),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _show(result: dict[str, Any], seconds: float, of: str) -> None:

@@ -143,6 +143,15 @@ def test_splits(folder, data, tmp_path):
     assert train["loss"] != val["loss"]
 
 
+def test_several_models_in_one_call(folder, data, tokenizer, tmp_path):
+    export(tmp_path / "vanilla", tokenizer, use_depth_attention=False)
+    options = ("--max-samples", "6", "--data", str(data), "--json", str(tmp_path / "both.json"))
+    assert main(["--model", str(folder), str(tmp_path / "vanilla"), *options]) == 0
+    one, two = json.loads((tmp_path / "both.json").read_text())
+    assert one["loss"] == evaluated(folder, data, tmp_path, "--max-samples", 6)["loss"] != two["loss"]
+    assert one["batch_size"] == 64, "a quarter of the memory holds 64 samples of this size"
+
+
 def test_bf16_is_near(folder, data, tmp_path):
     exact, rounded = (evaluated(folder, data, tmp_path, "--dtype", dtype) for dtype in ("fp32", "bf16"))
     assert rounded["dtype"] == "bfloat16"
@@ -213,7 +222,8 @@ def test_a_read_only_corpus_and_no_shared_memory_left(folder, own_data, data, tm
     ("options", "complaint"),
     [
         (["--split", "test"], "has no split 'test': it has the splits train, val"),
-        (["--batch-size", "0"], "--batch-size 0: set at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: set at least 1, or auto"),
+        (["--batch-size", "many"], "--batch-size many: set at least 1, or auto"),
         (["--max-samples", "0"], "--max-samples 0: set at least 1, or leave it out"),
         (["--json", "/nowhere/f.json"], "--json /nowhere/f.json: its folder does not exist"),
         (["--device", "tpu9"], "device 'tpu9' cannot be used here"),
@@ -262,7 +272,8 @@ def test_evaluate_rejects_weights_that_are_not_numbers(own_folder, data, capsys)
     tensors = load_file(own_folder / "model.safetensors")
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, own_folder / "model.safetensors", metadata={"format": "pt"})
-    assert "the loss is nan within samples 0 to 7" in error_of(main, capsys, "--model", own_folder, "--data", data)
+    options = ("--model", own_folder, "--data", data, "--batch-size", "8")
+    assert "the loss is nan within samples 0 to 7" in error_of(main, capsys, *options)
 
 
 @pytest.mark.parametrize("changes", [{"eos_token_id": 10**9}, {"eos_token_id": None}, {"vocab_size": "320"}], ids=str)

@@ -1,51 +1,97 @@
-"""lm-evaluation-harness on an exported folder, offline, with the task that the repository brings along."""
+"""lm-evaluation-harness on exported folders: `depthattn evaluate --suite`, and the harness by itself. No network."""
 
 import ast
 import json
-import sys
+import math
+import os
+from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
+from statistics import stdev
 from types import ModuleType
+from typing import Any
 
+import datasets
 import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from safetensors.torch import save_file
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from megatron_depthattn import suite as suites
+from megatron_depthattn.cli.evaluate import main
+from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
-from tests.e2e.commands import REPOSITORY, must_succeed, run
-from tests.e2e.exported import export
+from tests.e2e.commands import REPOSITORY, must_succeed, python
+from tests.e2e.exported import error_of, export
+from tests.e2e.local_hub import local_hub, write_eight
 
 TASKS = REPOSITORY / "configs/lm_eval"
-TASK = "python_brackets"
-FEW = 40  # documents that are scored
+EIGHT = ("lambada_openai", "piqa", "winogrande", "sciq", "hellaswag", "arc_easy", "arc_challenge", "race")
+FEW = 30  # questions that are scored
 TOLERANCE = 1e-4  # of a log-likelihood in nats
+Way = tuple[str, str]
+"""A context and what follows it."""
+Question = tuple[list[Way], int]
+"""Ways to answer, and which of them is right."""
 
 
 def task_module() -> ModuleType:
-    spec = util.spec_from_file_location("brackets_utils", TASKS / "utils.py")
+    spec = util.spec_from_file_location("offline_tasks", TASKS / "utils.py")
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-DOCUMENTS = task_module().documents()
+MODULE = task_module()
+BRACKETS, LAST_WORDS, NAMES = MODULE.load(), MODULE.load_last_word(), MODULE.load_which_name()
+
+
+def brackets(document: dict[str, Any]) -> Question:
+    return [(document["text"], choice) for choice in document["choices"]], document["answer"]
+
+
+def last_word(document: dict[str, Any]) -> Question:
+    context, _, word = document["text"].rpartition(" ")
+    return [(context, f" {word}")], 0
+
+
+def which_name(document: dict[str, Any]) -> Question:
+    return [(context, f" {document['continuation']}") for context in document["contexts"]], document["answer"]
+
+
+OFFLINE: dict[str, tuple[Callable[[dict[str, Any]], Question], dict[str, datasets.Dataset]]] = {
+    "python_brackets": (brackets, BRACKETS),
+    "last_word": (last_word, LAST_WORDS),
+    "which_name": (which_name, NAMES),
+}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_bpe((document["text"].encode() for document in DOCUMENTS), 320)
+    return train_bpe((document["text"].encode() for document in BRACKETS["test"]), 320)
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt something of the tasks, so that no accuracy is 0 or 1."""
     path = tmp_path_factory.mktemp("export") / "model"
-    export(path, tokenizer)
+    model = export(path, tokenizer, max_position_embeddings=512, initializer_range=0.1)
+    texts = ["\n\n".join(LAST_WORDS["test"]["text"][i : i + 4]) for i in range(100)]
+    rows = torch.tensor([row[:96] for row in tokenizer(texts)["input_ids"] if len(row) >= 96])
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    for step in range(60):
+        batch = rows[torch.arange(16 * step, 16 * step + 16) % len(rows)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
@@ -54,34 +100,47 @@ def model(folder: Path) -> DepthAttnForCausalLM:
     return DepthAttnForCausalLM.from_pretrained(folder).eval()
 
 
-@pytest.fixture(scope="module")
-def expected(model: DepthAttnForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[list[float]]:
-    """Log-likelihood of every choice, one sequence at a time, without padding or cache."""
-    scores = []
-    for document in DOCUMENTS[:FEW]:
-        context = tokenizer.encode(document["text"], add_special_tokens=False)
-        scores.append([])
-        for choice in document["choices"]:
-            whole = tokenizer.encode(document["text"] + choice, add_special_tokens=False)
-            assert whole[: len(context)] == context
-            with torch.no_grad():
-                chances = model(torch.tensor([whole]), use_cache=False).logits[0].double().log_softmax(-1)
-            scores[-1].append(sum(chances[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
-    return scores
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `datasets` keeps what it has loaded; empty."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
+    return tmp_path / "home"
 
 
-def accuracy(scores: list[list[float]]) -> float:
-    right = sum(max(range(4), key=s.__getitem__) == d["answer"] for s, d in zip(scores, DOCUMENTS, strict=False))
-    return right / len(scores)
+@torch.no_grad()
+def likelihood(model: DepthAttnForCausalLM, tokenizer: PreTrainedTokenizerFast, way: Way) -> tuple[float, bool]:
+    """Log-likelihood of what follows, in fp64 from the logits on; and whether each token is the likeliest.
+
+    Of what is longer than the model's positions the beginning is left out.
+    """
+    context = tokenizer.encode(way[0], add_special_tokens=False)
+    whole = torch.tensor(tokenizer.encode("".join(way), add_special_tokens=False))
+    rest, whole = whole[len(context) :], whole[-model.config.max_position_embeddings - 1 :]
+    scores = model(whole[None, :-1], use_cache=False).logits[0, -len(rest) :].double()
+    nats = functional.cross_entropy(scores, rest, reduction="sum")
+    return -nats.item(), bool((scores.argmax(-1) == rest).all())
 
 
-def far(scores: list[list[float]], expected: list[list[float]]) -> float:
-    return max(abs(a - b) for one, other in zip(scores, expected, strict=True) for a, b in zip(one, other, strict=True))
+def choice(model: DepthAttnForCausalLM, tokenizer: PreTrainedTokenizerFast, ways: list[Way]) -> int:
+    """The likeliest way, of equals the first; of a lone one 0 if its tokens are the likeliest, or else 1."""
+    found = [likelihood(model, tokenizer, way) for way in ways]
+    best = max(value for value, _ in found)
+    first = next(i for i, (value, _) in enumerate(found) if value > best - 1e-9)
+    return first if len(found) > 1 else int(not found[0][1])
+
+
+def requests(task: Any) -> Iterator[tuple[dict[str, Any], list[tuple[str, str]]]]:
+    """The task's questions as they were last asked."""
+    asked: dict[int, list[tuple[str, str]]] = {}
+    for instance in sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx)):
+        asked.setdefault(instance.doc_id, []).append(instance.args)
+    yield from ((task.eval_docs[i], ways) for i, ways in asked.items())
 
 
 def test_the_documents_have_one_answer_each():
-    assert len({document["text"] for document in DOCUMENTS}) == len(DOCUMENTS) == 200
-    for document in DOCUMENTS:
+    documents = [*BRACKETS["test"], *BRACKETS["train"]]
+    assert len(BRACKETS["test"]) == 200 and len({document["text"] for document in documents}) == len(documents) == 240
+    for document in documents:
         assert len(set(document["choices"])) == 4 and len(set(map(len, document["choices"]))) == 1
         for index, choice in enumerate(document["choices"]):
             if index == document["answer"]:
@@ -89,43 +148,200 @@ def test_the_documents_have_one_answer_each():
             else:
                 with pytest.raises(SyntaxError):
                     ast.parse(document["text"] + choice)
-    assert {document["answer"] for document in DOCUMENTS} == {0, 1, 2, 3}
-    assert task_module().documents() == DOCUMENTS
+    assert {document["answer"] for document in documents} == {0, 1, 2, 3}
+    for split in ("test", "train"):
+        for text, names in zip(LAST_WORDS[split]["text"], NAMES[split], strict=True):
+            *known, name, _, value = text.split()
+            assert dict(zip(known[::4], known[2::4], strict=True))[name] == value and known[2] != known[6]
+            assert names["continuation"] == f"is {value}" and names["contexts"][names["answer"]].endswith(f"; {name}")
+    assert not set(LAST_WORDS["test"]["text"]) & set(LAST_WORDS["train"]["text"])
+    assert MODULE.documents() == documents
 
 
-def test_the_command(folder, expected, tmp_path, monkeypatch):
-    for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}.items():
-        monkeypatch.setenv(name, value)
-    command = [Path(sys.executable).with_name("lm_eval"), "--model", "hf"]
-    command += ["--model_args", f"pretrained={folder},trust_remote_code=True", "--tasks", TASK]
-    command += ["--include_path", "configs/lm_eval", "--device", "cpu", "--limit", str(FEW)]
-    result = must_succeed(run([*command, "--output_path", tmp_path / "out", "--log_samples"], seconds=180))
-    assert f"|{TASK}|" in result.stdout
-    (figures,) = (tmp_path / "out").rglob("results_*.json")
-    reported = json.loads(figures.read_text())["results"][TASK]["acc,none"]
-    assert reported == pytest.approx(accuracy(expected))
-    (samples,) = (tmp_path / "out").rglob(f"samples_{TASK}_*.jsonl")
-    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
-    assert [row["doc"]["text"] for row in rows] == [document["text"] for document in DOCUMENTS[:FEW]]
-    assert far([[float(likelihood) for likelihood, _ in row["filtered_resps"]] for row in rows], expected) < TOLERANCE
+@pytest.mark.parametrize(("shots", "ties"), [(0, False), (5, False), (0, True)])
+def test_accuracy_is_that_of_an_own_loop(shots, ties, model, tokenizer):
+    """With ties: a model for which all words are equally likely."""
+    if ties:
+        model = DepthAttnForCausalLM(model.config).eval()
+        model.lm_head.weight.data.zero_()
+    suite = suites.load_suite(TASKS / "offline.yaml")
+    suite.shots[:] = [shots]
+    tasks = suites.load_tasks(suite)
+    (results,) = suites.run_tasks(model, tokenizer, suite, tasks, limit=FEW).values()
+    for name, (question, documents) in OFFLINE.items():
+        solved = {"".join(ways[answer]) for ways, answer in map(question, documents["train"])}
+        chosen, answers = [], []
+        for own, (document, ways) in zip(documents["test"], requests(tasks[name]), strict=False):
+            assert document == own
+            expected, answer = question(own)
+            shown = [context.split("\n\n") for context, _ in ways]
+            assert [(parts[-1], rest) for parts, (_, rest) in zip(shown, ways, strict=True)] == expected
+            for *examples, _ in shown:
+                assert len(set(examples)) == len(examples) == shots and solved >= set(examples)
+            chosen.append(choice(model, tokenizer, ways))
+            answers.append(answer)
+        right = [made == answer for made, answer in zip(chosen, answers, strict=True)]
+        figures = results[name]
+        assert len(chosen) == figures["questions"] == FEW and figures["num_fewshot"] == shots
+        assert figures["acc"] == pytest.approx(sum(right) / FEW)
+        if not ties:
+            assert 0 < sum(right) < FEW and figures["acc_stderr"] == pytest.approx(stdev(right) / math.sqrt(FEW))
+        if name != "last_word":  # another key, another accuracy
+            other = [made == (answer + 1) % len(ways) for made, answer in zip(chosen, answers, strict=True)]
+            assert sum(other) != sum(right)
 
 
-def test_padding_and_batches_change_nothing(model, tokenizer, expected):
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
+def test_the_harness_itself_loads_the_folder_with_its_code_in_padded_batches(folder, model, tokenizer, monkeypatch):
+    """What ``lm_eval --model hf --model_args pretrained=...,trust_remote_code=True`` does."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(folder.parent))
+    harness = HFLM(str(folder), trust_remote_code=True, batch_size=8, device="cpu")
+    assert type(harness.model).__module__.startswith("transformers_modules.")
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    found = simple_evaluate(model=harness, tasks=[TASK], task_manager=manager, bootstrap_iters=0, limit=FEW)
-    assert found["results"][TASK]["acc,none"] == pytest.approx(accuracy(expected))
-    rows = sorted(found["samples"][TASK], key=lambda row: row["doc_id"])
-    assert far([[likelihood for likelihood, _ in row["filtered_resps"]] for row in rows], expected) < TOLERANCE
+    found = simple_evaluate(harness, tasks=["python_brackets"], task_manager=manager, bootstrap_iters=0, limit=FEW)
+    rows = sorted(found["samples"]["python_brackets"], key=lambda row: row["doc_id"])
+    for row, document in zip(rows, BRACKETS["test"], strict=False):
+        expected = [likelihood(model, tokenizer, way)[0] for way in brackets(document)[0]]
+        assert [value for value, _ in row["filtered_resps"]] == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_generation_in_left_padded_batches(model, tokenizer):
     """The harness pads prompts of unequal length on the left."""
-    texts = sorted((document["text"] for document in DOCUMENTS), key=len)
+    texts = sorted(BRACKETS["test"]["text"], key=len)
     settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
     made = []
     for batch_size in (1, 4):
-        requests = [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(texts[::50])]
+        prompts = [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(texts[::50])]
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
-        made.append(harness.generate_until(requests, disable_tqdm=True))
-    assert made[0] == made[1] and len(set(made[0])) == 4
+        made.append(harness.generate_until(prompts, disable_tqdm=True))
+    assert made[0] == made[1] and len(set(made[0])) > 1
+
+
+def test_the_papers_suite_without_its_data(cache, capsys):
+    """Tasks are those of the installed lm_eval, published means are of their columns, missing data is named."""
+    suite = suites.load_suite(TASKS / "paper.yaml")
+    assert tuple(suite.tasks) == EIGHT
+    index = TaskManager(include_path=suite.include_path, include_defaults=False).task_index
+    for name, task in suite.tasks.items():
+        config = index[name].cfg
+        assert "acc" in [metric["metric"] for metric in config["metric_list"]]
+        assert config["metadata"]["version"] == task["version"]
+    rows = [dict(zip(suite.published["columns"], row, strict=True)) for row in suite.published["rows"]]
+    assert len(rows) == 10
+    for row in rows:
+        assert sum(row[name] for name in EIGHT) / 8 == pytest.approx(row[0], abs=0.00501)
+    assert sum(rows[0][name] for name in EIGHT[:7]) / 7 != pytest.approx(rows[0][0], abs=0.5)  # control
+    error = error_of(main, capsys, "--suite", "paper", "--model", cache / "no-model")
+    for name in EIGHT:
+        assert f"{name} ({index[name].cfg['dataset_path']})" in error
+    assert f"{cache / 'datasets'} lacks the data of" in error and "depthattn evaluate --suite paper --download" in error
+
+
+def test_the_paper_row_is_that_of_the_method_and_size():
+    suite = suites.load_suite(TASKS / "paper.yaml")
+
+    def names(parameters: int, method: str) -> list[str]:
+        return [row["name"] for row in suites.comparable(suite, parameters, method)]
+
+    assert names(1_343_774_208, "depth_attention") == ["paper: 1.5B Depth-Attention"]
+    assert names(2_747_998_208 + 48 * 2 * 24 * 4 * 2048, "mhc") == ["paper: 3B mHC"]  # with its connectors
+    assert names(426_000_000, "attnres") == ["paper: 1.5B AttnRes", "paper: 3B AttnRes"]
+    some = suites.load_suite(TASKS / "paper.yaml", ["PIQA", "race"])
+    (row,) = suites.comparable(some, 1_343_774_208, "vanilla")
+    assert row["mean"] == {0: pytest.approx((68.61 + 33.11) / 2)} and row["acc"] == {0: {"piqa": 68.61, "race": 33.11}}
+    methods = {"depthattn": True}, {"depthattn": False}, {"llama": True}, {"qwen3": None}, {"mhc": None}
+    found = [suites.method_of({"model_type": k, "use_depth_attention": v}) for each in methods for k, v in each.items()]
+    assert found == ["depth_attention", "vanilla", "depth_attention", "vanilla", "mhc"]
+
+
+def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, tokenizer, tmp_path, capsys):
+    """The true tasks on small data sets of the true layout, fetched from a Hub on this machine, read without one."""
+    write_eight(tmp_path / "hub", 7)
+    with local_hub(tmp_path / "hub") as address:
+        os.environ |= (before := {"HF_ENDPOINT": address, "HF_HOME": str(cache)})
+        command = ("-m", "megatron_depthattn.cli", "evaluate", "--suite", "paper", "--download")
+        try:
+            fetched = must_succeed(python(*command))
+        finally:
+            for name in before:
+                del os.environ[name]
+    assert fetched.stdout == f"on disk: the data of {', '.join(EIGHT)}\n"
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": text}) for text in LAST_WORDS["test"]["text"]))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = {"tokenizer": str(tmp_path / "tokenizer"), "sequence_length": 32, "validation_fraction": 0.5}
+    prepare_corpus(PrepareSettings(inputs=(str(corpus),), output=tmp_path / "data", **settings))
+    vanilla = tmp_path / "plain"
+    export(vanilla, tokenizer, max_position_embeddings=512, use_depth_attention=False)
+
+    files = {"--json": tmp_path / "f.json", "--markdown": tmp_path / "f.md", "--data": tmp_path / "data"}
+    options = [str(word) for pair in files.items() for word in pair]
+    assert main(["--suite", "paper", "--model", str(folder), str(vanilla), "--limit", "5", *options]) == 0
+    shown, text = capsys.readouterr().out, files["--markdown"].read_text()
+    report = json.loads(files["--json"].read_text())
+    assert max(map(len, shown.splitlines()[:-4])) <= 120
+    ours, plain = report["models"]
+    assert (ours["method"], plain["method"]) == ("depth_attention", "vanilla")
+    del options[2:4]
+    assert main(["--model", str(folder), str(vanilla), *options]) == 0
+    alone = json.loads(files["--json"].read_text())
+    for each, figures in zip((ours, plain), alone, strict=True):
+        assert each["perplexity"] == figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    assert report["tasks"]["race"]["version"] == 3.0 and report["versions"]["lm-eval"] == suites.version("lm-eval")
+    assert report["tasks"]["race"]["examples_from"] == "test" and report["tasks"]["sciq"]["examples_from"] == "train"
+
+    suite = suites.load_suite(TASKS / "paper.yaml")
+    tasks = suites.load_tasks(suite)
+    for shots in (0, 5):
+        accs = {}
+        for name, task in tasks.items():
+            task.set_config("num_fewshot", shots)
+            task.set_fewshot_seed(suites.FEWSHOT_SEED)
+            task.build_all_requests(limit=5)
+            chosen = [(choice(model, tokenizer, ways), GOLD[name](document)) for document, ways in requests(task)]
+            accs[name] = sum(made == answer for made, answer in chosen) / 5
+            assert ours["results"][str(shots)][name]["acc"] == pytest.approx(accs[name]), (name, shots)
+            contexts = [context for _, ways in requests(task) for context, _ in ways]
+            assert {context.count("\n\n") for context in contexts} == {(shots + 1) * (name == "race") + shots}
+        longest = max(len(tokenizer.encode(context)) for context in contexts)
+        assert (longest > model.config.max_position_embeddings) == bool(shots), "RACE's beginning is left out"
+        of_all, without = sum(accs.values()) / 8, sum(accs[name] for name in EIGHT[:7]) / 7
+        assert ours["means"][str(shots)]["all"]["acc"] == pytest.approx(of_all)
+        row = next(line for line in text.split(f"{shots}-shot")[1].splitlines() if line.startswith("| model |"))
+        assert f"| {100 * of_all:.2f}±" in row and f" {accs['piqa'] * 100:.2f} " in row
+        assert (f"| {100 * without:.2f}±" in row) == bool(shots) or of_all == without
+    for line in (
+        "paper: 3B Depth-Attention | 7.25 | 55.69 | 62.25 | 72.36",
+        "paper: 1.5B vanilla | 8.17 | 51.65 | - |",
+    ):
+        assert f"| {line}" in text
+    for note in ("race 3.0", "only the first 5 questions", "LAMBADA, RACE: examples are drawn", "does not say which"):
+        assert note in shown
+
+
+GOLD: dict[str, Callable[[dict[str, Any]], int]] = {
+    "lambada_openai": lambda document: 0,
+    "piqa": lambda document: document["label"],
+    "winogrande": lambda document: int(document["answer"]) - 1,
+    "sciq": lambda document: 3,
+    "hellaswag": lambda document: int(document["label"]),
+    "arc_easy": lambda document: "ABCD".index(document["answerKey"]),
+    "arc_challenge": lambda document: "ABCD".index(document["answerKey"]),
+    "race": lambda document: "ABCD".index(ast.literal_eval(document["problems"])[-1]["answer"]),
+}
+"""Which answer is right, read from the data set's own columns."""
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--suite", "nowhere"], "nowhere is no suite"),
+        (["--suite", "python_brackets"], "python_brackets.yaml is no suite"),
+        (["--suite", "offline", "--tasks", "piqa"], "--tasks piqa: the suite"),
+        (["--tasks", "piqa", "--data", "x"], "--tasks: only with a suite, such as --suite paper"),
+        (["--suite", "offline", "--limit", "0"], "--limit 0: set at least 1"),
+        ([], "no --data: name a folder"),
+    ],
+)
+def test_what_is_no_suite_is_named(options, complaint, folder, capsys):
+    assert complaint in error_of(main, capsys, "--model", folder, *options)
+    assert "no --model: name one" in error_of(main, capsys, "--suite", "offline")
