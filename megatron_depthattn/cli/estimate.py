@@ -1,7 +1,8 @@
 """What a config costs on so many GPUs, before anything runs.
 
 Parameters, arithmetic, memory of a rank, bytes sent on every axis, predicted time of a step, and with --layouts what
-fits, fastest first. How to read it: docs/estimate.md. Needs no GPU.
+fits, fastest first. With --paper: what Depth-Attention, DenseFormer, Attention Residuals and mHC add, by the paper's
+counting (table 2) and by ours. How to read it: docs/estimate.md. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -22,13 +23,31 @@ GPUS = ("H100", "H200", "A100", "B200")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 1 with one line on stderr."""
     parser = new_parser("estimate", __doc__)
-    add_config(parser)
+    add_config(parser, optional=True)
     parser.add_argument("--world", type=int, metavar="N", help="ranks (default: one model replica)")
     parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default H100)")
     parser.add_argument("--layouts", action="store_true", help="rank the layouts that fit by predicted step time")
     parser.add_argument("--limit", type=int, default=10, metavar="N", help="layouts to list (default 10)")
+    parser.add_argument("--paper", action="store_true", help="the paper's table 2 instead (CONFIG: default 3b)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
-    return run(_estimate, parser.parse_intermixed_args(arguments))  # settings may follow an option
+    given = parser.parse_intermixed_args(arguments)  # settings may follow an option
+    if given.paper:
+        return run(_paper, given, ModuleNotFoundError)
+    if given.config is None:
+        parser.error("the following arguments are required: CONFIG")
+    return run(_estimate, given)
+
+
+def _paper(given: argparse.Namespace) -> None:
+    from megatron_depthattn.config import load_config
+    from megatron_depthattn.estimate.paper import show_table
+
+    words = [given.config, *given.overrides] if given.config else []
+    files, settings = ([word for word in words if ("=" in word) == is_setting] for is_setting in (False, True))
+    name, *more = files or ["3b"]
+    values = show_table(name, load_config(find_config(name), [*map(find_config, more), *settings]))
+    if given.json:
+        given.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _estimate(given: argparse.Namespace) -> None:
