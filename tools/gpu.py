@@ -72,11 +72,16 @@ def _memory(*more: str) -> tuple[str, ...]:
 _3B = _step("3b", "--layers", "12", "--micro-batch", "4", "--no-optimizer", "--strides", "6", "--ops", "lean", "triton")
 _PLAIN = "recompute.granularity=null"  # TransformerEngine's attention keeps no scores
 _360M = _step("360m", "--micro-batch", "4", "--strides", "16", "1", "--ops", "lean", "triton")
+# The paper's tables 3 and 4. Of the 2048 new tokens of table 4 as many as there is time for.
+_METHODS = _step("3b", "--methods", "--layers", "12", "--micro-batch", "4", "--no-optimizer", *_LOCAL)
+_GENERATE = ("generate", "3b", "--batch-size", "64", "--prompt-length", "2048", "--new-tokens", "64", "--rounds", "2")
 _TE_MODES = ("--recompute", "none", "full", "--strides", "16", "1")
 PARTS = (
     Part("tests", ("torch", "pytest"), ("tests/unit/test_ops.py", "tests/gpu/test_triton_mix.py"), 120, is_tests=True),
     Part("tests-te", (*TE, "pytest"), ("tests/gpu/test_te.py",), 150, is_tests=True),
     Part("precision", (*TE, "transformers"), ("precision", "--steps", "300", "--seeds", "1"), 120),
+    Part("table-3", STEP, _METHODS, 90),
+    Part("table-4", (*MODEL, "transformers"), _GENERATE, 90),
     Part("step-360m-te", TE, (*_360M, *_te(_PLAIN)), 60),
     Part("step-360m-fp8", TE, (*_360M, *_te(_PLAIN, "precision.fp8=tensorwise")), 60),
     Part("step-3b-tensorwise", TE, (*_3B, *_te(_PLAIN, "precision.fp8=tensorwise")), 60),

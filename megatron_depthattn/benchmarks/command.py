@@ -2,6 +2,8 @@
 
 benchmark op          the depth mix alone, as multiples of the time in which its bytes could be copied
 benchmark step        a training step with Depth-Attention over one without, or both over transformers' Qwen3
+                      --methods: vanilla, Depth-Attention, DenseFormer, Attention Residuals, mHC (the paper's table 3)
+benchmark generate    time and peak memory of generation with the exported models (the paper's table 4)
 benchmark memory      what is kept for backward above vanilla, beside what the source plan predicts
 benchmark hop         what a pipeline sends in a step, against the least possible
 benchmark data        the loader's tokens a second over those that training consumes
@@ -23,7 +25,7 @@ from megatron_depthattn.benchmarks.result import Result, machine_facts, machine_
 from megatron_depthattn.cli.common import new_parser, run
 from megatron_depthattn.paths import user_path
 
-VERBS = ("op", "step", "memory", "hop", "data", "layouts", "precision", "checkpoint")
+VERBS = ("op", "step", "generate", "memory", "hop", "data", "layouts", "precision", "checkpoint")
 
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_depthattn.cli.common import check, shipped_folder
 from megatron_depthattn.config import RunConfig, load_config, to_dict, validate
+from megatron_depthattn.estimate.memory import rank_memory
+from megatron_depthattn.estimate.paper import TITLES
 
 if TYPE_CHECKING:
     from megatron_depthattn.train.step import Microbatch, StepResult
@@ -21,6 +23,10 @@ SHAPES = {
     "cpu": Path(__file__).parent / "cpu.yaml",
     **{name: shipped_folder("configs") / f"{name}.yaml" for name in ("360m", "1.5b", "3b")},
 }
+
+
+SHARE_OF_MEMORY = 0.8
+"""Of what is free, for models that stand side by side."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +47,7 @@ def run_config(given: argparse.Namespace, kind: str, keys: Mapping[str, Any] | N
     """
     from megatron_depthattn.train.hardware import for_this_machine
 
-    path = SHAPES[given.shape or ("360m" if kind == "cuda" else "cpu")]
+    path = shape_path(given, kind)
     batch = given.micro_batch or load_config(path).train.micro_batch_size
     values = {"train.micro_batch_size": batch, "train.global_batch_size": batch, **(keys or {})}
     values |= {"model.num_layers": given.layers} if given.layers else {}
@@ -67,6 +73,76 @@ def mixing_configs(
             config = run_config(given, kind, {**keys, **mix, "model.depth_attention.stride": stride})
             configs[f"stride {stride}, {config.model.depth_attention.op}"] = config
     return configs
+
+
+def single_config(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
+    """A config with one micro-batch a step on one device. One that is cut in depth has the default stride.
+
+    Raises:
+        ValueError: as `run_config`.
+    """
+    from megatron_depthattn.train.hardware import for_this_machine
+
+    alone = [f"parallel.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "context")]
+    settings, whole = [*alone, "parallel.sequence=false", *settings], load_config(path)
+    config = load_config(path, settings)
+    if config.model.num_layers != whole.model.num_layers and not any(".stride=" in text for text in settings):
+        settings.append("model.depth_attention.stride=null")
+    config = load_config(path, [*settings, f"train.global_batch_size={config.train.micro_batch_size}"])
+    return for_this_machine(config, validate(config, 1, needs_data=False)).config
+
+
+def method_configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]:
+    """The models of the paper's table 3 by their titles, vanilla first, of one shape, cut as ``given`` says.
+
+    Where it does not say how deep, they have the most layers (all, a half, a third, ...) with which they fit side by
+    side into ``SHARE_OF_MEMORY`` of what is free.
+
+    Raises:
+        ValueError: as `run_config`; they do not fit with one layer.
+    """
+    keys = {"model.depth_attention.stride": given.strides[0] if given.strides else None}
+    named = {"vanilla": "vanilla"} | {title: method for method, title in TITLES.items()}
+
+    def configs(layers: int | None) -> dict[str, RunConfig]:
+        own = {**keys, "model.num_layers": layers} if layers else keys
+        return {title: run_config(given, kind, {**own, "model.method": method}) for title, method in named.items()}
+
+    if given.layers:
+        return configs(None)
+    most, free = load_config(shape_path(given, kind)).model.num_layers, free_bytes(kind)
+    for divisor in range(1, most + 1):
+        found = configs(most // divisor)
+        ranks = [rank_memory(config, 1, pipeline_rank=0, on_gpu=kind == "cuda") for config in found.values()]
+        kept = sum(rank.weights + rank.gradients + (0 if given.no_optimizer else rank.optimizer) for rank in ranks)
+        needed = kept + max(rank.activations + rank.sources + rank.working for rank in ranks)
+        if needed <= SHARE_OF_MEMORY * free:
+            return found
+    raise ValueError(
+        f"with one layer the five models need {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: set "
+        "--no-optimizer, a smaller --micro-batch or --set model.hidden_size=... model.vocab_size=..."
+    )
+
+
+def free_bytes(kind: str) -> int:
+    """Memory of the first device of this kind, or of this machine, that nobody uses."""
+    if kind == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def shape_path(given: argparse.Namespace, kind: str) -> Path:
+    """The config of ``--shape``, or the default on this kind of device."""
+    return SHAPES[given.shape or ("360m" if kind == "cuda" else "cpu")]
+
+
+def cuts_text(config: RunConfig, whole: RunConfig) -> str:
+    """What of the whole model is cut, in a note; empty if nothing is."""
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    pairs = [(size, getattr(config.model, size), getattr(whole.model, size)) for size in sizes]
+    return ", ".join(f"{size} {own} of {all_}" for size, own, all_ in pairs if own != all_)
 
 
 def shape_text(config: RunConfig, given: argparse.Namespace) -> str:

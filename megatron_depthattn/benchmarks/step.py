@@ -1,10 +1,12 @@
-"""A training step with Depth-Attention over one without, or of all over their exports in transformers, in turns."""
+"""A training step with Depth-Attention over one without, or of all over their exports in transformers, in turns.
+
+With ``--methods`` the five models of table 3 of arXiv:2606.05014, with the paper's figures beside ours.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from typing import Any
 
 import torch
@@ -13,9 +15,19 @@ from megatron_depthattn.benchmarks import models
 from megatron_depthattn.benchmarks.models import Model, mixing_configs, shape_text
 from megatron_depthattn.benchmarks.peers import IN_TRANSFORMERS, Peer, require_agreement
 from megatron_depthattn.benchmarks.result import Result
-from megatron_depthattn.benchmarks.timing import bootstrap_interval, spread, taking_turns
+from megatron_depthattn.benchmarks.timing import bootstrap_interval, device_clock, spread, taking_turns
 from megatron_depthattn.benchmarks.world import joined_world
-from megatron_depthattn.config import RunConfig, load_config, validate
+from megatron_depthattn.cli.common import check
+from megatron_depthattn.config import RunConfig, load_config
+
+PAPER = {
+    "vanilla": ("3.28", "4.63"),
+    "Depth-Attention": ("3.58 (+9.1 %)", "5.15 (+11.2 %)"),
+    "DenseFormer": ("4.95 (+50.6 %)", "6.84 (+47.9 %)"),
+    "Attention Residuals": ("4.85 (+47.8 %)", "8.10 (+75.1 %, smaller micro-batch)"),
+    "mHC": ("13.83 (+321 %)", "18.85 (+308 %)"),
+}
+"""Seconds a step at 1.5B and 3B, on a GPU that is not named, without kernels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="NAME=CONFIG.yaml", help="these run configs instead, the first is compared with"
     )
+    parser.add_argument("--methods", action="store_true", help="the paper's five models instead: its table 3")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="steps of each model (default 20)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
@@ -39,7 +52,14 @@ def measure(given: argparse.Namespace) -> Result:
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     ops = given.ops or (["auto"] if given.peers else models.implementations_on(kind))
-    configs = dict(map(_named_config, given.models)) if given.models else mixing_configs(given, kind, ops)
+    if given.methods:
+        check(
+            (bool(given.models or given.peers or given.ops), "--methods: leave out --models, --peers and --ops"),
+            (len(given.strides or [1]) > 1, "--methods compares one stride: set one --strides, or none for half"),
+        )
+        configs = models.method_configs(given, kind)
+    else:
+        configs = dict(map(_named_config, given.models)) if given.models else mixing_configs(given, kind, ops)
     with joined_world() as device:
         ours, failures = _build(configs, device, given)
         base = next(iter(configs))
@@ -53,16 +73,11 @@ def measure(given: argparse.Namespace) -> Result:
 
 
 def _named_config(text: str) -> tuple[str, RunConfig]:
-    """The config behind NAME=CONFIG.yaml, with one micro-batch a step on one device."""
-    from megatron_depthattn.train.hardware import for_this_machine
-
+    """The config behind NAME=CONFIG.yaml."""
     name, equals, path = text.partition("=")
     if not equals:
         raise ValueError(f"--models {text}: write NAME=CONFIG.yaml")
-    batch = load_config(path).train.micro_batch_size
-    alone = [f"parallel.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "context")]
-    config = load_config(path, [*alone, "parallel.sequence=false", f"train.global_batch_size={batch}"])
-    return name, for_this_machine(config, validate(config, 1, needs_data=False)).config
+    return name, models.single_config(path)
 
 
 def _build(
@@ -86,19 +101,15 @@ def _build(
 
 
 def _time(timed: dict[str, Any], given: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every model's steps: CPU time with one thread on a CPU, else on the wall until the device is done."""
-    is_alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if is_alone else time.perf_counter
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """Seconds of every model's steps, by `device_clock`."""
+    now = device_clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(-given.warm_up, given.rounds):
         for name in taking_turns([*timed], turn):
-            wait()
-            started = clock()
+            started = now()
             timed[name].gradients() if given.no_optimizer else timed[name].update()
-            wait()
             if turn >= 0:
-                seconds[name].append(clock() - started)
+                seconds[name].append(now() - started)
         print(f"round {turn + 1} of {given.rounds}", file=sys.stderr, flush=True)
     return seconds
 
@@ -133,7 +144,14 @@ def _result(
             "AdamW(fused=True), the same clipping and schedule; before anything is timed, loss and gradient norm of "
             "each pair agree"
         )
-    if peak_tflops(first):
+    if given.methods:
+        result.notes[0] = result.notes[0].replace("the same weights", "the same weights of what they share")
+        result.columns[1:4] = ["s a step: median (quartiles)", "over vanilla, %: median (quartiles)", "95 %, %"]
+        result.columns[-2:] = [f"arXiv:2606.05014: {size}, s a step" for size in ("1.5B", "3B")]
+        path = models.shape_path(given, "cuda" if torch.cuda.is_available() else "cpu")
+        if cuts := models.cuts_text(first, load_config(path)):
+            result.notes.append(f"cut from {path.stem}: {cuts}; the paper's columns are of whole models on its GPUs")
+    elif peak_tflops(first):
         result.notes.append("MFU: of the device's dense bf16 peak, FP8 or not")
     for name, times in seconds.items():
         config = configs[name.removesuffix(IN_TRANSFORMERS)]
@@ -144,6 +162,10 @@ def _result(
         mfu = 3 * forward_flops(config).total * speed / 1e12 / peak if peak else None
         over = ["1", ""] if name == base else [spread(ratios).text(1, 3), f"{low:.3f} to {high:.3f}"]
         cells = [spread(times).text(1e-3, 1), *over, f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""]
+        if given.methods:
+            more = [spread([100 * (ratio - 1) for ratio in ratios]).text(1, 1)]
+            more += [f"{100 * (low - 1):.1f} to {100 * (high - 1):.1f}"]
+            cells = [spread(times).text(1, 3), *(["", ""] if name == base else more), *PAPER[name]]
         result.rows.append([name, *cells])
         found = {"seconds": times, "ratio": spread(ratios).median, "interval": [low, high], "mfu": mfu}
         result.figures[name] = found | {"tokens_per_second": speed} | agreement.get(name, {})

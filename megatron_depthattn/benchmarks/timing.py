@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 T = TypeVar("T")
 
@@ -40,3 +42,16 @@ def taking_turns(items: Sequence[T], round_number: int) -> list[T]:
     start = round_number % len(items)
     order = [*items[start:], *items[:start]]
     return order[::-1] if round_number // len(items) % 2 else order
+
+
+def device_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, when the device has done what it was given: CPU time of the process on a CPU with one thread, which
+    other processes hardly change; else the wall's."""
+    if device.type == "cpu":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now

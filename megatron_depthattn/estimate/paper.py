@@ -57,7 +57,7 @@ def with_method(config: RunConfig, method: str) -> RunConfig:
         )
     depth = dataclasses.replace(model.depth_attention, enabled=True)
     alone = dataclasses.replace(config.parallel, tensor=1, pipeline=1, virtual_pipeline=1, context=1, sequence=False)
-    model = dataclasses.replace(model, method=method, depth_attention=depth)
+    model = dataclasses.replace(model, method=method, depth_attention=depth)  # type: ignore[arg-type]
     return dataclasses.replace(config, model=model, parallel=alone)
 
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from megatron_depthattn.benchmarks import command as benchmark
+from megatron_depthattn.benchmarks.generate import generate, prefill_peak, random_model
 from megatron_depthattn.benchmarks.memory import saved_tensors
-from megatron_depthattn.benchmarks.models import Model, run_config
+from megatron_depthattn.benchmarks.models import Model, method_configs, run_config, single_config
 from megatron_depthattn.benchmarks.op import Calls, MixShape
 from megatron_depthattn.benchmarks.peers import BOUNDS, Peer, require_agreement
 from megatron_depthattn.benchmarks.result import Result, machine_facts, markdown, table
 from megatron_depthattn.benchmarks.timing import bootstrap_interval, spread, taking_turns
+from megatron_depthattn.cli.common import find_config
+from megatron_depthattn.estimate.paper import with_method
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 
@@ -147,9 +150,9 @@ def test_op(tmp_path, monkeypatch):
     assert "broken: ZeroDivisionError" in page
 
 
-@pytest.mark.parametrize("more", [("--no-optimizer",), ()], ids=["gradients", "optimizer"])
-def test_step(tmp_path, world, more):
-    figures, page = run(tmp_path, "step", *TINY, "--ops", "lean", "--rounds", "3", "--warm-up", "1", *more)
+def test_step(tmp_path, world):
+    more = ("--rounds", "3", "--warm-up", "1", "--no-optimizer")
+    figures, page = run(tmp_path, "step", *TINY, "--ops", "lean", *more)
     assert sorted(figures) == ["stride 1, lean", "vanilla"]
     own, vanilla = figures["stride 1, lean"], figures["vanilla"]
     ratios = sorted(a / b for a, b in zip(own["seconds"], vanilla["seconds"], strict=True))
@@ -158,6 +161,77 @@ def test_step(tmp_path, world, more):
     assert own["tokens_per_second"] == pytest.approx(16 / sorted(own["seconds"])[1])
     assert own["mfu"] is None
     assert "cut in depth" in page
+
+
+def test_step_of_the_papers_methods(tmp_path, world, monkeypatch, capsys):
+    """Table 3: five models of one shape; without --layers as deep as they fit into what is free."""
+    rounds = ("--rounds", "2", "--warm-up", "0")
+    figures, page = run(tmp_path, "step", "--methods", "--shape", "3b", *TINY, "model.ffn_hidden_size=64", *rounds)
+    assert [*figures] == ["vanilla", "Depth-Attention", "DenseFormer", "Attention Residuals", "mHC"]
+    rows = {cells[1].strip(): cells for line in page.splitlines() if len(cells := line.split("|")) > 6}
+    own, base = (figures[name]["seconds"] for name in ("mHC", "vanilla"))
+    percent = 50 * sum(a / b for a, b in zip(own, base, strict=True)) - 100  # the median of two
+    assert rows["mHC"][3].split()[0] == f"{percent:.1f}" and rows["mHC"][-2].strip() == "18.85 (+308 %)"
+    assert "cut from 3b: num_layers 2 of 48, hidden_size 32 of 2048" in page and "MFU" not in page
+    given = benchmark.build_parser("step").parse_args(["step", "--methods", *TINY[2:], "precision.dtype=fp32"])
+    depths = []
+    for free in (10**9, 10**8, 3 * 10**7):
+        monkeypatch.setattr("megatron_depthattn.benchmarks.models.free_bytes", lambda _, free=free: free)
+        depths += {config.model.num_layers for config in method_configs(given, "cpu").values()}
+    assert depths[0] == 24 > depths[1] > depths[2]
+    monkeypatch.setattr("megatron_depthattn.benchmarks.models.free_bytes", lambda _: 1000)
+    with pytest.raises(ValueError, match="with one layer the five models need"):
+        method_configs(given, "cpu")
+    assert benchmark.main(["step", "--methods", "--peers", *TINY]) == 1
+    assert "leave out --models, --peers and --ops" in capsys.readouterr().err
+
+
+GENERATION = ("model.num_layers=4", *TINY_MODEL[3:], *TINY[len(TINY_MODEL) : -1], "precision.dtype=fp32")
+
+
+def test_generate(tmp_path, capsys):
+    """Table 4, and errors of one line."""
+    size = ("--batch-size", "2", "--prompt-length", "5", "--new-tokens", "3", "--rounds", "2")
+    methods = ("--methods", "vanilla", "depth_attention", "mhc", "--set", *GENERATION)
+    figures, page = run(tmp_path, "generate", "3b", *size, *methods)
+    assert [*figures] == ["vanilla", "Depth-Attention", "mHC"]
+    for of in figures.values():
+        assert len(of["prefill_seconds"]) == len(of["decode_seconds"]) == 2 and min(of["prefill_seconds"]) > 0
+        both = sorted(map(sum, zip(of["prefill_seconds"], of["decode_seconds"], strict=True)))
+        assert of["tokens_per_second"] == pytest.approx(2 * 3 / (sum(both) / 2))
+    peaks = [of["weight_bytes"] + of["prefill_peak_bytes"] for of in figures.values()]
+    assert peaks[0] < peaks[1] < peaks[2]
+    assert "2 x 5 + 3 tokens" in page and "532.8 (+1.18 %)" in page and "cut from 3b: num_layers 4 of 48" in page
+    capsys.readouterr()
+    for arguments, said in ((("--new-tokens", "0"), "set 1 or more"), (("--batch-size", "9" * 9), "GB are free: set")):
+        assert benchmark.main(["generate", "3b", *arguments]) == 1
+        reported = capsys.readouterr().err
+        assert said in reported and reported.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["vanilla", "depth_attention"])
+def test_generated_tokens_are_those_of_the_model(method):
+    """With our timing, by transformers alone, and by argmax of whole forward passes; and its memory is seen."""
+    whole = single_config(find_config("3b"))
+    config = with_method(single_config(find_config("3b"), ["model.init_std=0.5", *GENERATION]), method)
+    strides = [each.model.depth_attention.stride for each in (whole, config)]
+    assert strides == [24, None]  # cut in depth: half the layers
+    model, prompt = random_model(config, CPU), torch.randint(64, (3, 6), generator=torch.Generator().manual_seed(1))
+    tokens, prefill, decode = generate(model, prompt, 5)
+    plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+    again = prompt
+    for _ in range(5):
+        again = torch.cat([again, model(again, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(tokens, plain) and torch.equal(tokens, again) and len(set(tokens[:, 6:].flatten().tolist())) > 3
+    assert prefill > 0 and decode > 0
+
+    weights, peak = prefill_peak(model, prompt)
+    assert weights == sum(p.numel() for p in model.parameters()) * 4 and prefill_peak(model, prompt) == (weights, peak)
+    copies = []
+    for layer in model.model.layers:  # the control: what a model keeps is seen
+        layer.register_forward_hook(lambda _, __, out: copies.append((out if method == "vanilla" else out[0]).clone()))
+    more = prefill_peak(model, prompt)[1] - peak
+    assert 3 * copies[0].nbytes <= more <= 4 * copies[0].nbytes
 
 
 PEERS = ("--sequence-length", "16", *TINY[:-1], "model.vocab_size=128", "model.init_std=0.3")

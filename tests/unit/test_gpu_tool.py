@@ -42,7 +42,7 @@ def test_limits_are_within_nine_minutes_and_names_are_unique():
 def test_every_benchmark_part_is_a_command():
     parser = benchmark.build_parser()
     verbs = {parser.parse_args(part.arguments).measure.__module__ for part in gpu.PARTS if not part.is_tests}
-    assert {verb.rpartition(".")[2] for verb in verbs} == {"op", "step", "memory", "precision"}
+    assert {verb.rpartition(".")[2] for verb in verbs} == {"op", "step", "generate", "memory", "precision"}
 
 
 def test_a_part_that_runs_fails_or_takes_too_long(tmp_path):
