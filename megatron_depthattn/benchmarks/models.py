@@ -1,4 +1,4 @@
-"""The models that are measured: the released shapes and one that a CPU trains in seconds, and steps of one of them."""
+"""The models that are measured: the shipped sizes and one that a CPU trains in seconds, and steps of one of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHAPES = {
     "cpu": Path(__file__).parent / "cpu.yaml",
-    **{name: shipped_folder("configs") / f"{name}.yaml" for name in ("360m", "1.5b", "3b")},
+    **{name: shipped_folder("configs") / f"{name}.yaml" for name in ("410m", "360m", "500m", "710m", "1.5b", "3b")},
 }
 
 
@@ -31,7 +31,7 @@ SHARE_OF_MEMORY = 0.8
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run_config` reads, and the strides."""
-    parser.add_argument("--shape", choices=SHAPES, help="default: 360m on a GPU, else cpu (24 layers, hidden 384)")
+    parser.add_argument("--shape", choices=SHAPES, help="default: 410m on a GPU, else cpu (24 layers, hidden 384)")
     parser.add_argument("--layers", type=int, metavar="N", help="cut the depth to N layers; the title says so")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a step; default: the shape's")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the shape's")
@@ -135,7 +135,7 @@ def free_bytes(kind: str) -> int:
 
 def shape_path(given: argparse.Namespace, kind: str) -> Path:
     """The config of ``--shape``, or the default on this kind of device."""
-    return SHAPES[given.shape or ("360m" if kind == "cuda" else "cpu")]
+    return SHAPES[given.shape or ("410m" if kind == "cuda" else "cpu")]
 
 
 def cuts_text(config: RunConfig, whole: RunConfig) -> str:

@@ -59,7 +59,7 @@ class MixShape:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: 360m and 3b on a GPU, else cpu")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: 410m and 3b on a GPU, else cpu")
     parser.add_argument("--sources", nargs="+", type=int, metavar="N", help="default: 1, 2 and all layers but one")
     parser.add_argument("--tokens", type=int, metavar="N", help="instead of the shape's")
     names = [*DEPTH_MIX_IMPLEMENTATIONS, COMPILED]
@@ -82,7 +82,7 @@ def measure(given: argparse.Namespace) -> Result:
             f"large as the last-level cache, at most {MOST_ROTATED_BYTES >> 20} MiB, so they are not cache-hot",
         ],
     )
-    for name in given.shape or (("360m", "3b") if on_gpu else ("cpu",)):
+    for name in given.shape or (("410m", "3b") if on_gpu else ("cpu",)):
         config = load_config(SHAPES[name])
         model, tokens = config.model, given.tokens or config.train.micro_batch_size * config.data.sequence_length
         heads = model.num_attention_heads, model.num_query_groups, model.kv_channels

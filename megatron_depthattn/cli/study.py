@@ -5,8 +5,8 @@
     fit STUDY      laws, paired differences and compute multipliers, with intervals, to fit.json
     report STUDY   one HTML page and a Markdown table
 
-STUDY is a YAML file or the name of a shipped one: smoke, own, cpu, paper. Each verb resumes where the last one stopped;
-all of them write below --output (default: runs/studies/<name>).
+STUDY is a YAML file or the name of a shipped one: smoke, own, cpu, paper, ablations, ablations-tiny. Each verb resumes
+where the last one stopped; all of them write below --output (default: runs/studies/<name>).
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = verbs.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
         verb.add_argument("study", metavar="STUDY", help="YAML file of a study, or the name of a shipped one")
         verb.add_argument("--output", type=user_path, metavar="DIR", help="default: runs/studies/<name of the study>")
+        settings = "keys of the study, such as world.devices=8"
+        verb.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help=settings)
         verb.set_defaults(function=function)
         if function is run:
             slurm = "submit an array to Slurm instead; what follows are options of depthattn submit"
@@ -63,7 +65,8 @@ def _run(given: argparse.Namespace) -> Any:
 
     shipped = find_config(f"studies/{given.study}")
     given.study = Path(shipped) if Path(shipped).is_file() else user_path(find_config(given.study))
-    return given.function(given, load_study(given.study), given.output or Path("runs/studies", given.study.stem)) or 0
+    study = load_study(given.study, given.set)
+    return given.function(given, study, given.output or Path("runs/studies", given.study.stem)) or 0
 
 
 def plan(given: argparse.Namespace, study: Study, output: Path) -> None:
@@ -81,7 +84,8 @@ def plan(given: argparse.Namespace, study: Study, output: Path) -> None:
         state, step = progress_of(point, output)
         layout = " ".join(f"{key}={value}" for key, value in point.layout.items())
         print(f"{point.id}: {state}, step {step} of {point.steps}; {layout or 'layout of the config'}")
-    again = f"depthattn study run {shlex.quote(str(given.study))}"
+    options = [*(["--output", str(output)] if given.output else []), *(["--set", *given.set] if given.set else [])]
+    again = shlex.join(["depthattn", "study", "run", str(given.study), *options])
     example = f"such as\n  {shlex.join(['python', *training_command(output / points[0].config, points[0].world)[1:]])}"
     if study.world.nodes > 1:
         again += f" --slurm {_slurm_options(study)} --time ..."

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_depthattn.config.check import Check, Condition, checks
 from megatron_depthattn.config.precision import RECIPES
-from megatron_depthattn.config.schema import RunConfig
+from megatron_depthattn.config.schema import ModelConfig, RunConfig
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
 from megatron_depthattn.switches import OVERLAPS
 from megatron_depthattn.vocabulary import VOCAB_MULTIPLE, padded_vocab_size
@@ -235,15 +235,34 @@ def _unless_multiple(value: int, step: int, **more: int) -> dict[str, Any]:
     )
 
 
-def _divisors(number: int) -> str:
+def _divisors(number: int) -> list[int]:
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return ", ".join(str(divisor) for divisor in sorted({*small, *(number // divisor for divisor in small)}))
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def _tensor_sizes(model: ModelConfig, multiple: int = 1) -> str:
+    """Every parallel.tensor that heads, key/value heads, FFN and vocabulary allow, with `_dimensions` of a multiple."""
+    groups, others = model.num_query_groups, (model.ffn_hidden_size, padded_vocab_size(model.vocab_size))
+    allowed = (
+        str(size)
+        for size in _divisors(model.num_attention_heads)
+        if not (groups % size and size % groups)
+        and not any(number % size for number in others)
+        and not any(number % multiple for number in _dimensions(model, size).values())
+    )
+    return ", ".join(allowed) or "none"
+
+
+def _unsplit(key: str) -> Condition:
+    """Whether a size of the model is none that tensor-parallel ranks can share."""
+    return lambda c, _: getattr(c.model, key) % c.parallel.tensor and {"sizes": _tensor_sizes(c.model)}
 
 
 def _padded_rows(config: RunConfig, _: int) -> dict[str, Any]:
     rows, tensor = padded_vocab_size(config.model.vocab_size), config.parallel.tensor
     common = math.lcm(VOCAB_MULTIPLE, tensor)
-    return {"rows": rows, "next": common * -(-rows // common)} if rows % tensor else {}
+    next_rows = common * -(-rows // common)
+    return {"rows": rows, "next": next_rows, "sizes": _tensor_sizes(config.model)} if rows % tensor else {}
 
 
 def _model_ranks(config: RunConfig) -> int:
@@ -281,7 +300,7 @@ MODEL = checks(
         "serves the same number of query heads; set num_query_groups to one of {divisors}",
         lambda c, _: (
             c.model.num_attention_heads % c.model.num_query_groups
-            and {"divisors": _divisors(c.model.num_attention_heads)}
+            and {"divisors": ", ".join(map(str, _divisors(c.model.num_attention_heads)))}
         ),
     ),
     (
@@ -290,22 +309,25 @@ MODEL = checks(
     ),
     (
         "{parallel.tensor is} and {model.num_query_groups is|of which none divides the other}: a rank holds whole "
-        "key/value heads, or ranks share one evenly; set parallel.tensor to a divisor or a multiple of "
-        "num_query_groups",
-        lambda c, _: c.model.num_query_groups % c.parallel.tensor and c.parallel.tensor % c.model.num_query_groups,
+        "key/value heads, or ranks share one evenly; set parallel.tensor to what this model allows: {sizes}",
+        lambda c, _: (
+            c.model.num_query_groups % c.parallel.tensor
+            and c.parallel.tensor % c.model.num_query_groups
+            and {"sizes": _tensor_sizes(c.model)}
+        ),
     ),
     *(
         (
             f"{{model.{key} is}}, which {{parallel.tensor=}} does not divide: each tensor-parallel rank holds an equal "
-            f"share; set model.{key}={{multiples}}, or another parallel.tensor",
-            lambda c, _, key=key: _unless_multiple(getattr(c.model, key), c.parallel.tensor),
+            "share; set parallel.tensor to what this model allows: {sizes}",
+            _unsplit(key),
         )
         for key in ("num_attention_heads", "ffn_hidden_size")
     ),
     (
         f"{{model.vocab_size is}}, whose embedding of {{rows}} rows (padded to a multiple of {VOCAB_MULTIPLE}) "
         "{parallel.tensor=} does not divide: each tensor-parallel rank holds an equal share; set "
-        "model.vocab_size={next}, or parallel.tensor to a power of two",
+        "model.vocab_size={next}, or parallel.tensor to what this model allows: {sizes}",
         _padded_rows,
     ),
 )
@@ -394,7 +416,7 @@ RECOMPUTE = checks(
         lambda c, _: (
             c.recompute.method == "uniform"
             and (layers := _layers_per_chunk(c)) % c.recompute.num_layers
-            and {"layers": layers, "divisors": _divisors(layers)}
+            and {"layers": layers, "divisors": ", ".join(map(str, _divisors(layers)))}
         ),
     ),
 )
@@ -420,22 +442,31 @@ def _bf16_layers(config: RunConfig) -> int:
     return config.precision.bf16_first_layers + config.precision.bf16_last_layers
 
 
-def _unaligned(config: RunConfig, _: int) -> dict[str, Any]:
-    """The first dimension of a matrix product that is no multiple of what the recipe takes."""
-    if not config.precision.fp8:
-        return {}
-    model, tensor, multiple = config.model, config.parallel.tensor, RECIPES[config.precision.fp8].multiple
+def _dimensions(model: ModelConfig, tensor: int) -> dict[str, int]:
+    """Of the matrix products of a tensor-parallel rank, beside its tokens."""
     query, key = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
-    tokens = config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
-    sizes = {
+    return {
         "model.hidden_size": model.hidden_size,
         "model.num_attention_heads times model.kv_channels, over parallel.tensor": query // tensor,
         "the rows of the QKV projection, over parallel.tensor": (query + 2 * key) // tensor,
         "model.ffn_hidden_size over parallel.tensor": model.ffn_hidden_size // tensor,
-        "train.micro_batch_size times data.sequence_length, over parallel.context": tokens,
     }
-    wrong = next((name for name, size in sizes.items() if size % multiple), None)
-    return {"dimension": wrong, "size": sizes[wrong], "multiple": multiple} if wrong else {}
+
+
+def _unaligned(config: RunConfig, _: int) -> dict[str, Any]:
+    """The first dimension that is no multiple of what the recipe takes."""
+    multiple = RECIPES[config.precision.fp8].multiple if config.precision.fp8 else 1
+    for name, size in _dimensions(config.model, config.parallel.tensor).items():
+        if size % multiple:
+            sizes = _tensor_sizes(config.model, multiple)
+            return {"dimension": name, "size": size, "multiple": multiple, "sizes": sizes}
+    return {}
+
+
+def _unaligned_tokens(config: RunConfig, _: int) -> dict[str, Any]:
+    tokens = config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
+    multiple = RECIPES[config.precision.fp8].multiple if config.precision.fp8 else 1
+    return {"tokens": tokens, "multiple": multiple} if tokens % multiple else {}
 
 
 PRECISION = checks(
@@ -482,8 +513,15 @@ PRECISION = checks(
     "precision.fp8_attention=false",
     (
         "{precision.fp8=} with {dimension}, which is {size} and not a multiple of {multiple} (mxfp8 32, others 16): "
-        "FP8 matrix products take no other; change it, or set precision.fp8=null",
+        "FP8 matrix products take no other; set precision.fp8=null, or parallel.tensor to what this model allows with "
+        "it: {sizes}",
         _unaligned,
+    ),
+    (
+        "{precision.fp8=} with {tokens} tokens a pass (train.micro_batch_size times data.sequence_length, over "
+        "parallel.context), not a multiple of {multiple} (mxfp8 32, others 16): FP8 matrix products take no other; "
+        "set another train.micro_batch_size or data.sequence_length, or precision.fp8=null",
+        _unaligned_tokens,
     ),
 )
 

@@ -170,12 +170,12 @@ def read_yaml(path: str | Path, _including: tuple[Path, ...] = ()) -> list[Layer
     return [*(layer for base in below for layer in read_yaml(base, (*_including, path))), Layer(str(path), content)]
 
 
-def parse_overrides(arguments: Sequence[str]) -> Layer:
-    """`a.b=c` arguments: a string key takes its text literally, other keys take numbers, true, false, null, lists.
+def parse_overrides(arguments: Sequence[str], cls: type = RunConfig) -> Layer:
+    """`a.b=c` arguments for ``cls``: a string key takes its text literally, others numbers, true, false, null, lists.
 
     Where a key may be null, `null` or nothing (an unset variable of the shell) is that.
     """
-    leaves, values = leaf_types(RunConfig), dict[str, Any]()
+    leaves, values = leaf_types(cls), dict[str, Any]()
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:

@@ -10,7 +10,7 @@ from (`RECIPES`). Norms, RoPE, core attention, residual stream, embedding and ou
 themselves are kept in bf16, or with `fp8_params` in FP8 beside the optimizer's fp32 copy.
 
 **The mix stays out of FP8**, with bf16 inputs and an fp32 softmax, under every recipe:
-- there is nothing to gain. The mix is under 0.02 % of a layer's arithmetic and bound by memory; q, k and v arrive in
+- there is nothing to gain. The mix is under 0.05 % of a layer's arithmetic and bound by memory; q, k and v arrive in
   bf16, so a cast to FP8 would be one more pass over them;
 - there is much to lose. The value that a layer mixes is a source of every later layer, so the error of a cast would be
   mixed again at every depth; with stride 1 the last layer would read values rounded dozens of times. One rounding to

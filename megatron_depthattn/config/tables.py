@@ -1,15 +1,20 @@
 """The generated tables of docs/support.md: `python -m megatron_depthattn.config.tables` writes them anew."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from megatron_depthattn.config.check import Check
-from megatron_depthattn.config.checks import CHECKS
+from megatron_depthattn.config.checks import CHECKS, validate
 from megatron_depthattn.config.hardware_checks import ACCELERATOR_CHECKS, KERNEL_CHECKS
+from megatron_depthattn.config.load import load_config
 from megatron_depthattn.config.resolve import AUTO_CHECKS
+from megatron_depthattn.config.schema import RunConfig
 
+SIZES = ("360m", "410m", "500m", "710m", "1.5b", "3b")
 START, END = "<!-- generated: the tables of unsupported combinations -->", "<!-- end of the generated tables -->"
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 
@@ -20,9 +25,38 @@ def tables() -> str:
 
     of_runs = (*CHECKS, *ACCELERATOR_CHECKS, *KERNEL_CHECKS, *AUTO_CHECKS)
     return (
+        f"## Layouts of the shipped sizes\n\n{_layouts()}\n\n"
         f"## Unsupported in a run's config\n\n{_table(of_runs)}\n\n"
         f"## Unsupported in Megatron's `TransformerConfig`, with the layer specs alone\n\n{_table(MEGATRON_CHECKS)}"
     )
+
+
+def _layouts() -> str:
+    """Ranks that each axis may have by the checks, the other axes being 1."""
+    axes: dict[str, tuple[str, Any]] = {
+        "`parallel.tensor`": ("tensor", None),
+        "`parallel.tensor` with FP8 (mxfp8: some fewer)": ("tensor", "tensorwise"),
+        "`parallel.pipeline`": ("pipeline", None),
+        "`parallel.context`": ("context", None),
+    }
+    lines = [f"| ranks of one axis, up to 64 | {' | '.join(axes)} |", f"|---|{'---|' * len(axes)}"]
+    for size in SIZES:
+        config = load_config(PAGE.parents[1] / f"configs/{size}.yaml")
+        allowed = (", ".join(_allowed(config, axis, fp8)) or "none" for axis, fp8 in axes.values())
+        lines.append(f"| `configs/{size}.yaml` | {' | '.join(allowed)} |")
+    return "\n".join(lines)
+
+
+def _allowed(config: RunConfig, axis: str, fp8: Any) -> Iterator[str]:
+    precision = replace(config.precision, fp8=fp8)
+    for ranks in range(1, 65):
+        sizes: dict[str, Any] = {axis: ranks}
+        layout = replace(config, parallel=replace(config.parallel, **sizes), precision=precision)
+        try:
+            validate(layout, ranks, needs_data=False)
+        except ValueError:
+            continue
+        yield str(ranks)
 
 
 def page(text: str) -> str:

@@ -4,7 +4,7 @@ Checks the config for the nodes and processes that are asked for, freezes config
 job script there and submits it. What is wrong is reported in one line (exit code 1) before anything is queued.
 
     launch/submit configs/3b.yaml run.dir=runs/3b data.path=/data/corpus --nodes 4 --gpus-per-node 8 --time 24:00:00
-    launch/submit configs/360m.yaml run.dir=runs/seeds data.path=/data/corpus --nodes 1 --gpus-per-node 8 \\
+    launch/submit configs/410m.yaml run.dir=runs/seeds data.path=/data/corpus --nodes 1 --gpus-per-node 8 \\
         --array run.seed=1,2,3
     launch/submit ... --chain 3          three jobs, each resumes where the one before it ended
     launch/submit ... --container image.sqsh --container-runtime pyxis --container-mounts /data

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_depthattn.config.load import build, read_yaml
+from megatron_depthattn.config.load import build, parse_overrides, read_yaml
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.study.ladder import Ladder
 
@@ -114,13 +114,13 @@ class Study:
         ]
 
 
-def load_study(path: Path) -> Study:
-    """Read a study.
+def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
+    """Read a study, and ``a.b=c`` settings of its keys over it.
 
     Raises:
         ValueError: the file is missing or no YAML, a key is unknown, a value has the wrong type or makes no sense.
     """
-    study = build(Study, read_yaml(path))
+    study = build(Study, [*read_yaml(path), parse_overrides(settings, Study)])
     for is_wrong, text in _checks(study):
         if is_wrong:
             raise ValueError(f"{path}: {text}")

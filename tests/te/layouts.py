@@ -68,12 +68,12 @@ def stages(size: str, tensor: int, pipeline: int, **more: Any) -> list[Layout]:
 
 WORLDS = {
     (size, tensor, pipeline): stages(size, tensor, pipeline)
-    for size, tensor, pipeline in itertools.product(("360m", "1.5b", "3b"), (1, 2, 8), (1, 4))
+    for size, tensor, pipeline in itertools.product(("410m", "1.5b", "3b"), (1, 2, 8), (1, 4))
     if (size, tensor) != ("1.5b", 8)  # INDIVISIBLE: 6 key/value heads cannot be split over, or repeated on, 8 ranks
 }
 INDIVISIBLE = Layout("1.5b", tensor=8)
-VANILLA = stages("360m", 2, 4, depth_attention=False)
-CONTEXT = stages("360m", 2, 1, context=2)
+VANILLA = stages("410m", 2, 4, depth_attention=False)
+CONTEXT = stages("410m", 2, 1, context=2)
 SMALL_RANKS = (0, 1)
 LAYOUTS = [*itertools.chain(*WORLDS.values()), *VANILLA, *CONTEXT]
 

@@ -22,7 +22,7 @@ FP8 = "precision.fp8=delayed"
 
 
 def config_of(*settings: str) -> RunConfig:
-    return load_config(ROOT / "configs/360m.yaml", ["data.path=shards", *settings])
+    return load_config(ROOT / "configs/410m.yaml", ["data.path=shards", *settings])
 
 
 def backends_of(config: RunConfig) -> tuple[str, str]:
@@ -104,7 +104,7 @@ def test_the_planner_resolves_for_the_machine_it_is_given():
 
 
 def test_a_job_is_checked_for_its_nodes_and_keeps_auto(tmp_path, capsys):
-    command = [str(ROOT / "configs/360m.yaml"), "data.path=shards", f"run.dir={tmp_path}/run", "--nodes", "1"]
+    command = [str(ROOT / "configs/410m.yaml"), "data.path=shards", f"run.dir={tmp_path}/run", "--nodes", "1"]
     assert submit([*command, FP8, "--processes-per-node", "8", "--dry-run"]) == 1
     assert "auto cannot take them here: no GPU" in capsys.readouterr().err
     assert submit([*command, FP8, "--gpus-per-node", "8", "--dry-run"]) == 0

@@ -215,12 +215,12 @@ def test_candidates_are_all_that_validate_accepts():
     }
 
 
-@pytest.mark.parametrize("name", ["360m", "1.5b", "3b"])
-def test_released_configs_fit_32_gpus(name):
+@pytest.mark.parametrize(("name", "world"), [("360m", 8), ("500m", 32), ("1.5b", 8), ("3b", 8), ("3b", 32)])
+def test_the_papers_sizes_fit(name, world):
     """With what a study would fix, so that few candidates are left; printed with their memory (pytest -s)."""
     config = load_config(ROOT / f"configs/{name}.yaml")
     best = best_layouts(
-        config, 32, H100, limit=3, accept=lambda c: c.parallel.context == 1 and c.parallel.virtual_pipeline == 1
+        config, world, H100, limit=3, accept=lambda c: c.parallel.context == 1 and c.parallel.virtual_pipeline == 1
     )
     assert [each.step_seconds for each in best] == sorted(each.step_seconds for each in best)
     for each in best:
@@ -228,7 +228,7 @@ def test_released_configs_fit_32_gpus(name):
         assert each.memory.total < 0.92 * 80e9
         assert 0 < each.mfu < 1
         settings = [f"{key}={'null' if value is None else value}" for key, value in each.overrides.items()]
-        validate(load_config(ROOT / f"configs/{name}.yaml", settings), 32, needs_data=False)
+        validate(load_config(ROOT / f"configs/{name}.yaml", settings), world, needs_data=False)
 
 
 def test_what_does_not_fit_says_so():
@@ -285,7 +285,7 @@ def test_a_study_of_transformer_engines_layers_has_no_negative_memory():
 
 
 def test_layouts_that_differ_in_chunks_are_one_line():
-    config = load_config(ROOT / "configs/360m.yaml")
+    config = load_config(ROOT / "configs/410m.yaml")
     accept = lambda c: c.parallel.pipeline == 2 and c.parallel.context == c.parallel.tensor == 1  # noqa: E731
     best = best_layouts(config, 8, H100, limit=6, accept=accept)
     lines = [(each.name.split(" mb")[1], each.overrides["parallel.context"]) for each in best]
@@ -308,7 +308,7 @@ def test_the_check_imports_no_torch():
 
 
 def test_the_tool_ranks_layouts_of_a_config_that_does_not_run_as_it_stands(capsys):
-    arguments = [str(ROOT / "configs/360m.yaml"), "--world", "24"]
+    arguments = [str(ROOT / "configs/410m.yaml"), "--world", "24"]
     assert estimate_tool(arguments) == 1
     assert "not a multiple of" in capsys.readouterr().err
     assert estimate_tool([*arguments, "parallel.pipeline=4", "train.global_batch_size=513", "--layouts"]) == 0

@@ -209,7 +209,7 @@ def test_mhc_mixes_by_doubly_stochastic_matrices():
         ("3b", "attnres", 97 * (2 * 2048 + 1)),
         ("3b", "depth_attention", 0),
         ("1.5b", "attnres", 97 * (2 * 1536 + 1)),
-        ("360m", "denseformer", 32 * 35 // 2),
+        ("410m", "denseformer", 32 * 35 // 2),
     ],
 )
 def test_parameters_of_the_released_shapes(size, method, added):
@@ -234,16 +234,12 @@ def test_parameters_of_a_model(method, settings):
     }
 
 
-LEARNING_RATES = {"360m": 3e-4, "1.5b": 1.5e-3, "3b": 1e-3}
-
-
-@pytest.mark.parametrize("size", LEARNING_RATES)
+@pytest.mark.parametrize("size", ["360m", "3b"])
 @pytest.mark.parametrize("method", ["depth_attention", "vanilla", *METHODS])
-def test_configs_of_the_released_shapes(size, method):
+def test_every_size_is_an_overlay_away_from_every_method(size, method):
     config = load_config(CONFIGS / f"{size}.yaml", [str(CONFIGS / f"methods/{method}.yaml")])
     validate(config, 8, needs_data=False)
     assert config.model.effective_method == method
-    assert config.optimizer.lr == LEARNING_RATES[size]
 
 
 @every_case

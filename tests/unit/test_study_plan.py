@@ -124,20 +124,21 @@ def test_shipped_studies_can_be_planned(name, tmp_path):
 
 
 def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
-    """One rung and two methods of it."""
-    study = load_study(STUDIES / "paper.yaml")
-    assert study.rung_names == ["360m", "1.5b", "3b"] and len(study.methods) == 5
+    """One rung and two methods of it, by default on four nodes, here on one."""
+    assert load_study(STUDIES / "paper.yaml").world.devices == 32
+    study = load_study(STUDIES / "paper.yaml", ["world.devices=8", "seeds=[7]"])
+    assert study.rung_names == ["360m", "500m", "710m", "1.5b", "3b"] and len(study.methods) == 5
     study.rungs = (study.rungs or [])[:1]
     study.methods = {name: study.methods[name] for name in ("vanilla", "mhc")}
     plan = make_plan(study, STUDIES, tmp_path)
     vanilla, mhc = read_points(tmp_path)
     assert plan["points"] == [asdict(vanilla), asdict(mhc)]
-    assert vanilla.steps == 50000 and vanilla.world == 32
+    assert (vanilla.id, vanilla.steps, vanilla.world) == ("360m/vanilla/x105/seed7", 15625, 8)
     assert 0 < (vanilla.predicted_step_seconds or 0) < (mhc.predicted_step_seconds or 0)
     for point in (vanilla, mhc):
         config = load_config(tmp_path / point.config)
         assert config.parallel.tensor == point.layout["parallel.tensor"]
-        assert validate(config, 32).num_microbatches >= 1
+        assert validate(config, 8).num_microbatches >= 1
 
 
 @pytest.mark.parametrize(
