@@ -49,15 +49,16 @@ def _config(given: argparse.Namespace) -> None:
 
 def resolved(path: str, overrides: Sequence[str]) -> Iterator[str]:
     """``key=value`` of a config with what gave it: the default, or the file or setting that changed it last."""
-    from megatron_depthattn.config import RunConfig, load_config, to_dict
-    from megatron_depthattn.config.load import flatten
+    from megatron_depthattn.config import RunConfig, to_dict
+    from megatron_depthattn.config.load import build, flatten, parse_overrides, read_yaml
 
-    files = [word for word in overrides if Path(word).is_file()]
-    given = [*files, *(word for word in overrides if word not in files)]
+    files = [word for word in overrides if Path(word).is_file() or "=" not in word]
+    layers = [(layer.source, layer) for file in (path, *files) for layer in read_yaml(file)]
+    layers += [(word, parse_overrides([word])) for word in overrides if word not in files]
     values = flatten(to_dict(RunConfig()))
     origins = dict.fromkeys(values, "default")
-    for i, origin in enumerate([path, *given]):
-        now = flatten(to_dict(load_config(path, given[:i])))
+    for i, (origin, _) in enumerate(layers, 1):
+        now = flatten(to_dict(build(RunConfig, [layer for _, layer in layers[:i]])))
         origins |= {key: origin for key, value in now.items() if value != values[key]}
         values = now
     for key, value in values.items():

@@ -82,13 +82,15 @@ def test_every_key_is_listed_with_its_meaning(capsys):
 
 
 def test_the_resolved_config_names_origins(capsys):
-    assert main(["config", "quickstart", "methods/vanilla", "train.steps=9"]) == 0
+    assert main(["config", "500m", "methods/vanilla", "train.steps=9"]) == 0
     origins = dict(line.split("  # ") for line in capsys.readouterr().out.splitlines())
     found = {line.split("=")[0]: (line.split("=")[1].strip(), Path(origin).name) for line, origin in origins.items()}
     assert found["train.steps"] == ("9", "train.steps=9")
-    assert found["model.hidden_size"] == ("128", "quickstart.yaml")
+    assert found["model.hidden_size"] == ("1152", "500m.yaml")
+    assert found["model.vocab_size"] == ("50304", "paper.yaml"), "the file under its `base:`"
     assert found["model.depth_attention.enabled"] == ("false", "vanilla.yaml")
     assert found["optimizer.beta1"][1] == "default"
+    assert main(["config", "500m", "gone.yaml"]) == 1 and "gone.yaml does not exist" in capsys.readouterr().err
 
 
 def write_run(folder: Path, seconds: float, gain: float, steps: int = 8) -> Path:
