@@ -27,7 +27,8 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 3, 32, 4, 2, 8, 48
 
 def model_section(**changes: Any) -> dict[str, Any]:
     """The `model` section of a run's config."""
-    depth = {"enabled": True, "stride": 2, "recent_window": 1, "op": "lean"} | changes.pop("depth_attention", {})
+    depth: dict[str, Any] = {"enabled": True, "stride": 2, "recent_window": 1, "op": "lean"}
+    depth |= {"loop_sources": "same_layer", "weights": "softmax", "mixes": "value"} | changes.pop("depth_attention", {})
     section = {
         "num_layers": LAYERS,
         "hidden_size": HIDDEN,

@@ -19,6 +19,13 @@ def depth_sources(layer: int, stride: int, window: int) -> list[int]:
     return [i for i in range(layer) if i % stride == 0 or i >= layer - window]
 
 
+def loop_sources(effective: int, num_layers: int, stride: int, window: int) -> list[int]:
+    """Sources of effective layer `effective` = r * L + l: layer l in the r loops before, then l's sources in loop r."""
+    loop, layer = divmod(effective, num_layers)
+    earlier_selves = [earlier * num_layers + layer for earlier in range(loop)]
+    return earlier_selves + [loop * num_layers + i for i in depth_sources(layer, stride, window)]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x divided by its root mean square over the last dimension, times `weight`."""
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
@@ -36,23 +43,21 @@ def rope(x: Tensor, theta: float) -> Tensor:
     )
 
 
-def depth_mix(q: Tensor, k: Tensor, v: Tensor, sources: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """vmix [b, s, G, d] from q [b, s, H, d], own k, v [b, s, G, d] and the (k, vmix) of each of n source layers.
-
-    Also returns the weights [b, s, G, n + 1], the layer's own last.
-    """
-    num_kv_heads, head_dim = k.shape[2:]
+def depth_weights_of(q: Tensor, keys: list[Tensor]) -> Tensor:
+    """Weights [b, s, G, n + 1] of q [b, s, H, d] over the keys [b, s, G, d] of n sources and, last, of the layer."""
+    num_kv_heads, head_dim = keys[-1].shape[2:]
     group = q.shape[2] // num_kv_heads
-    candidates = [*sources, (k, v)]
-    mixed_heads, weights_of_heads = [], []
+    weights_of_heads = []
     for j in range(num_kv_heads):
         qbar = q[:, :, j * group : (j + 1) * group].mean(dim=2)  # [b, s, d]
-        scores = [(qbar * key[:, :, j]).sum(dim=-1) / math.sqrt(head_dim) for key, _ in candidates]
-        weights = torch.softmax(torch.stack(scores), dim=0)  # [n + 1, b, s]
-        values = torch.stack([value[:, :, j] for _, value in candidates])  # [n + 1, b, s, d]
-        mixed_heads.append((weights[..., None] * values).sum(dim=0))
-        weights_of_heads.append(weights.movedim(0, -1))
-    return torch.stack(mixed_heads, dim=2), torch.stack(weights_of_heads, dim=2)
+        scores = [(qbar * key[:, :, j]).sum(dim=-1) / math.sqrt(head_dim) for key in keys]
+        weights_of_heads.append(torch.softmax(torch.stack(scores, dim=-1), dim=-1))
+    return torch.stack(weights_of_heads, dim=2)
+
+
+def depth_mix(weights: Tensor, states: list[Tensor]) -> Tensor:
+    """Sum [b, s, G, d] of n + 1 states [b, s, G, d] with weights [b, s, G, n + 1]."""
+    return sum((weights[..., i : i + 1] * state for i, state in enumerate(states)), start=torch.zeros_like(states[-1]))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -126,6 +131,9 @@ def decoder_logits(
     depth_attention: bool = True,
     tied: bool = False,
     num_loops: int = 1,
+    unrolled: bool = False,
+    uniform: bool = False,
+    mixes: str = "value",
     k_norm_after_rope: bool = False,
     depth_weights: list[Tensor] | None = None,
 ) -> Tensor:
@@ -140,11 +148,14 @@ def decoder_logits(
         head_dim: size of a head, d.
         rope_theta: base of the rotary frequencies.
         eps: added to the mean square in every norm.
-        stride: multiples of it are sources of every later layer; None: half of the (effective) layers.
+        stride: multiples of it are sources of every later layer; None: half of the layers that it counts.
         window: this many layers just before a layer are its sources as well.
         depth_attention: False for the vanilla decoder.
         tied: use the embedding in place of `lm_head.weight`.
-        num_loops: runs of the stack with the same weights; the layer index counts on through all of them.
+        num_loops: runs of the stack with the same weights.
+        unrolled: stride and window count through all loops; False: within one, and earlier selves are sources as well.
+        uniform: weigh the candidates alike.
+        mixes: what is mixed, "value", "key" or "key_value"; the scores are of unmixed keys, whatever is mixed.
         k_norm_after_rope: normalise keys after the rotary embedding, as the released checkpoints do.
         depth_weights: an empty list to fill with each (effective) layer's weights [b, s, G, n + 1] over depth.
     """
@@ -152,18 +163,26 @@ def decoder_logits(
     heads = num_heads, num_kv_heads
     num_effective_layers = num_loops * num_layers
     if stride is None:
-        stride = max(1, num_effective_layers // 2)
+        stride = max(1, (num_effective_layers if unrolled else num_layers) // 2)
 
-    memory: list[tuple[Tensor, Tensor]] = []  # (k, vmix) of every effective layer so far
+    memory: list[tuple[Tensor, Tensor, Tensor]] = []  # of every effective layer so far: raw key, its key, its value
     x = weights["model.embed_tokens.weight"][tokens]
     for layer in range(num_effective_layers):
         own = below(f"model.layers.{layer % num_layers}.", weights)
-        q, k, v = queries_keys_values(own, x, heads, head_dim, rope_theta, eps, k_norm_after_rope)
+        q, raw_key, v = queries_keys_values(own, x, heads, head_dim, rope_theta, eps, k_norm_after_rope)
+        k = raw_key
         if depth_attention:
-            v, mix = depth_mix(q, k, v, [memory[i] for i in depth_sources(layer, stride, window)])
+            read = depth_sources(layer, stride, window) if unrolled else loop_sources(layer, num_layers, stride, window)
+            mix = depth_weights_of(q, [*(memory[i][0] for i in read), raw_key])
+            if uniform:
+                mix = torch.full_like(mix, 1 / (len(read) + 1))
+            if mixes != "value":
+                k = depth_mix(mix, [*(memory[i][1] for i in read), k])
+            if mixes != "key":
+                v = depth_mix(mix, [*(memory[i][2] for i in read), v])
             if depth_weights is not None:
                 depth_weights.append(mix)
-        memory.append((k, v))
+        memory.append((raw_key, k, v))
         x = x + causal_attention(q, k, v).flatten(2) @ own["self_attn.o_proj.weight"].T
         x = x + feed_forward(own, x, eps)
     x = rms_norm(x, weights["model.norm.weight"], eps)

@@ -84,8 +84,8 @@ def read_curves(folder: Path, others: Sequence[Path] = ()) -> Curves:
     Raises:
         ValueError: the folder is no run, or the run has not come to an evaluation.
     """
-    from megatron_depthattn.config import load_config, to_dict
-    from megatron_depthattn.config.load import flatten
+    from megatron_depthattn.config import to_dict
+    from megatron_depthattn.config.load import flatten, load_record
     from megatron_depthattn.train.line_files import NUMBER, read_records
 
     records = list(read_records(folder / "metrics.jsonl", step=int, loss=NUMBER, step_seconds=NUMBER))
@@ -95,7 +95,7 @@ def read_curves(folder: Path, others: Sequence[Path] = ()) -> Curves:
         (len(held_out) < 2, f"{folder} has {len(held_out)} held-out losses: train on, with train.eval_interval set"),
     )
     config = folder / "config.yaml"
-    settings = flatten(to_dict(load_config(config))) if config.is_file() else {}
+    settings = flatten(to_dict(load_record(config))) if config.is_file() else {}
     steps = [record["step"] for record in records]
     seconds = dict(zip(steps, accumulate(record["step_seconds"] for record in records), strict=True))
     is_unique = [other.name for other in others].count(folder.name) < 2

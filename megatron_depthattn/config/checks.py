@@ -101,10 +101,11 @@ LOOPS = checks(
     "{model.num_loops is|above 1} with {precision.fp8=}: scaling state has not been tried with weights that several "
     "layers use; set precision.fp8=null or model.num_loops=1",
     (
-        "{model.num_loops is|above 1} with {parallel.pipeline=|above 1} and {parallel.virtual_pipeline=|another}: a "
-        "stage keeps its layers' weights for all loops, so it holds one chunk for each; set "
-        "parallel.virtual_pipeline={model.num_loops}, or parallel.pipeline=1",
-        lambda c, _: 1 != c.model.num_loops != c.parallel.virtual_pipeline and c.parallel.pipeline > 1,
+        "{model.num_loops is|above 1} with {parallel.pipeline=|above 1} and {parallel.virtual_pipeline=|no multiple of "
+        "it}: a stage keeps its layers' weights for all loops, so it holds as many chunks of each, and a plain "
+        "pipeline (1F1B) passes each stage's weights once; set parallel.virtual_pipeline={model.num_loops} or a "
+        "multiple of it, or parallel.pipeline=1",
+        lambda c, _: c.parallel.virtual_pipeline % c.model.num_loops and c.parallel.pipeline > 1,
     ),
 )
 ENGINE = checks(
@@ -276,10 +277,12 @@ def _samples_at_once(config: RunConfig, ranks: int) -> int:
 
 def _layers_per_chunk(config: RunConfig) -> int:
     """Layers of a chunk; those of all loops where there is no pipeline to cut them."""
-    model, parallel = config.model, config.parallel
-    if model.num_loops > 1:
-        return model.num_layers // parallel.pipeline * (1 if parallel.pipeline > 1 else model.num_loops)
-    return model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
+    num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    return config.model.num_layers * config.model.num_loops // num_chunks
+
+
+def _chunks_of_loop(config: RunConfig) -> int:
+    return config.parallel.pipeline * max(1, config.parallel.virtual_pipeline // config.model.num_loops)
 
 
 def _groups(config: RunConfig, ranks: int) -> Any:
@@ -336,10 +339,10 @@ LAYOUT = checks(
     "{parallel.virtual_pipeline is|above 1} with parallel.pipeline=1: chunks are interleaved over several stages; set "
     "parallel.virtual_pipeline=1 or parallel.pipeline=2 or more",
     (
-        "{model.num_layers is}, which is not a multiple of {parallel.pipeline=}, with {model.num_loops=|above 1}: "
-        "every stage holds the same number of layers, and runs them in each loop; set model.num_layers={multiples}, or "
-        "other stages",
-        lambda c, _: c.model.num_loops > 1 and _unless_multiple(c.model.num_layers, c.parallel.pipeline),
+        "{model.num_layers is}, which is not a multiple of {step} ({parallel.pipeline=} times "
+        "{parallel.virtual_pipeline=} over {model.num_loops=|above 1}): every chunk of a loop holds the same number of "
+        "layers; set model.num_layers={multiples}, or other stages",
+        lambda c, _: c.model.num_loops > 1 and _unless_multiple(c.model.num_layers, _chunks_of_loop(c)),
     ),
     (
         "{model.num_layers is}, which is not a multiple of {step} ({parallel.pipeline=} times "

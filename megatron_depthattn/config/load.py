@@ -98,6 +98,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, [*layers, parse_overrides(settings)])
 
 
+def load_record(path: str | Path) -> RunConfig:
+    """The config.yaml that a run has left, for tools that only read it.
+
+    That of a looped model may be older than loop_sources, and then its sources are ``unrolled``.
+    """
+    older = Layer("an older run", {"model": {"depth_attention": {"loop_sources": "unrolled"}}})
+    config = load_config(path)
+    return build(RunConfig, [older, *read_yaml(path)]) if config.model.num_loops > 1 else config
+
+
 def _is_overlay(argument: str) -> bool:
     # A key has no slash, a folder may have '=': 'data.path=x.yaml' sets a key, 'runs/lr=1/c.yaml' is a file.
     return argument.endswith((".yaml", ".yml")) and ("=" not in argument or "/" in argument.partition("=")[0])

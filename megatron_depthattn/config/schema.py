@@ -35,9 +35,17 @@ class DepthConfig:
     """Mix each layer's value with its sources' values; false: the vanilla model, with the same weights. Read where
     model.method is depth_attention."""
     stride: int | None = None
-    """Layers 0, stride, 2·stride, ... are sources of every later layer; null: half the (effective) layers."""
+    """Layers 0, stride, 2·stride, ... are sources of every later layer; null: half the layers (of one loop, or of all
+    with loop_sources=unrolled)."""
     recent_window: int = 0
     """This many layers just before a layer are its sources as well."""
+    loop_sources: Literal["same_layer", "unrolled"] = "same_layer"
+    """Of a looped model. same_layer: sources are earlier layers of the same loop, and the layer itself in every loop
+    before; unrolled: stride and recent_window count on through all loops."""
+    weights: Literal["softmax", "uniform"] = "softmax"
+    """Weights over a layer's sources and itself: softmax of the scores, or uniform (an ablation of the paper)."""
+    mixes: Literal["value", "key", "key_value"] = "value"
+    """What is mixed with these weights before self-attention reads it (key and key_value: ablations of the paper)."""
     op: Literal["auto", "lean", "triton", "reference"] = "auto"
     """Code of the mix: lean recomputes its intermediates in backward, triton does so in one GPU kernel each way (GPUs
     only), reference is the fp32 definition; auto: triton on GPUs, lean on CPUs (config/resolve.py)."""

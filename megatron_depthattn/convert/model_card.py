@@ -22,6 +22,10 @@ METHODS = {
     "attnres": "Attention Residuals: every sublayer reads an attention over snapshots of the residual stream.",
     "mhc": "manifold-constrained hyper-connections: every sublayer reads, mixes and writes several residual streams.",
 }
+LOOP_SOURCES = {
+    "same_layer": "A layer reads earlier ones of the same run, and itself in every run before.",
+    "unrolled": "Earlier layers are counted through all runs.",
+}
 CODE = (
     "The code beside the weights runs with transformers 4.57 and 5; decoding with a cache is exact, and the cache has "
     "a vanilla decoder's size."
@@ -76,7 +80,8 @@ def _summary(config: Mapping[str, Any]) -> str:
     loops = f" Its layers are run {num_loops} times with the same weights." if num_loops > 1 else ""
     if not config.get("use_depth_attention", True):
         return f"A Qwen3-style decoder.{loops}"
-    return f"A Qwen3-style decoder with {METHODS[kind]}{loops} {CODE}"
+    rule = f" {LOOP_SOURCES[config['depth_attention_loop_sources']]}" if loops else ""
+    return f"A Qwen3-style decoder with {METHODS[kind]}{loops}{rule} {CODE}"
 
 
 def _shape(config: Mapping[str, Any], num_bytes: int) -> dict[str, Any]:

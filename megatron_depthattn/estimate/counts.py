@@ -51,9 +51,9 @@ def source_plan(config: RunConfig) -> CrossLayerPlan | None:
         return ListedPlan(tuple(map(method.sources, range(num_layers))), starts, config.parallel.pipeline)
     if config.model.effective_method == "vanilla":
         return None
-    return SourcePlan(
-        num_layers, depth.stride or default_stride(num_layers), depth.recent_window, starts, config.parallel.pipeline
-    )
+    per_loop = config.model.num_layers if depth.loop_sources == "same_layer" else num_layers
+    stride = depth.stride or default_stride(per_loop)
+    return SourcePlan(num_layers, stride, depth.recent_window, starts, config.parallel.pipeline, per_loop)
 
 
 def forward_flops(config: RunConfig) -> ForwardFlops:

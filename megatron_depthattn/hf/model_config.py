@@ -42,6 +42,13 @@ AUTO_MAP = {
 METHOD_SETTINGS = {
     kind: {name: f"{kind}_{name}" for name in definitions.setting_names(kind)} for kind in definitions.DEFINITIONS
 }
+# Keys of model.depth_attention, and what is meant where a checkpoint or config.json, older than the key, does not say.
+CHOICES = {"loop_sources": "unrolled", "weights": "softmax", "mixes": "value"}
+WORDS = {
+    "depth_attention_loop_sources": ("unrolled", "same_layer"),
+    "depth_attention_weights": ("softmax", "uniform"),
+    "depth_attention_mixes": ("value", "key", "key_value"),
+}
 MODEL_TYPES = (*CLASSES, "qwen3", "llama")
 # What config.json's settings are, where they are not null, which is absent. Others are handed to transformers.
 INTEGERS = {"num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
@@ -96,11 +103,13 @@ def to_hf_config(model: Mapping[str, Any], *, dtype: str, special_tokens: Mappin
     if kind in METHOD_SETTINGS:
         config |= {theirs: model[kind][ours] for ours, theirs in METHOD_SETTINGS[kind].items()}
     if kind == "depthattn":
-        depth, effective_layers = model["depth_attention"], model["num_layers"] * model["num_loops"]
+        depth = CHOICES | model["depth_attention"]
+        counted = model["num_layers"] * (model["num_loops"] if depth["loop_sources"] == "unrolled" else 1)
         config |= {
             "use_depth_attention": effective_method(model) == "depth_attention",
-            "depth_attention_stride": depth["stride"] or max(1, effective_layers // 2),
+            "depth_attention_stride": depth["stride"] or max(1, counted // 2),
             "depth_attention_recent_window": depth["recent_window"],
+            **{f"depth_attention_{key}": depth[key] for key in CHOICES},
             "depth_attention_k_norm_after_rope": False,
             "num_loops": model["num_loops"],
         }
@@ -134,6 +143,9 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
         raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
     section["rotary_base"] = float(section["rotary_base"])
     section["num_loops"] = config["num_loops"]
+    choices = {key: config.get(f"depth_attention_{key}", default) for key, default in CHOICES.items()}
+    if section["num_loops"] == 1:  # either rule says the same; a looped run that starts from it has the default
+        choices["loop_sources"] = "same_layer"
     if (kind := config["model_type"]) in METHOD_SETTINGS:
         own = {ours: config[theirs] for ours, theirs in METHOD_SETTINGS[kind].items()}
         return section | {"method": kind, kind: own}
@@ -143,6 +155,7 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
             "enabled": bool(config["use_depth_attention"]),
             "stride": config.get("depth_attention_stride"),
             "recent_window": config["depth_attention_recent_window"],
+            **choices,
         },
     }
 
@@ -161,6 +174,7 @@ def check_settings(config: Mapping[str, Any], num_tensors: int | None = None) ->
     rules += [(SWITCHES, lambda value: isinstance(value, bool), "true or false")]
     rules += [(SECTIONS, lambda value: isinstance(value, dict), "an object")]
     rules += [({"depth_attention_recent_window"}, lambda value: value == 0 or _is_size(value), "an integer")]
+    rules += [({key}, words.__contains__, f"one of {', '.join(words)}") for key, words in WORDS.items()]
     rules += [({"layer_types"}, lambda value: isinstance(value, list), "a list")]
     for keys, is_right, wanted in rules if config.get("model_type") in MODEL_TYPES else ():
         for key in sorted(keys & config.keys()):

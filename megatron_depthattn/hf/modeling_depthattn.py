@@ -411,6 +411,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel, CrossLayerModel):
 
     def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
         config = self.config
+        last_reader = {i: index for index in range(config.num_effective_layers) for i in config.depth_sources(index)}
         live: dict[int, tuple[Tensor, Tensor]] = {}  # the sources that a later layer still reads, by effective layer
         for index in range(config.num_effective_layers):
             kept.get("hidden_states", []).append(hidden_states)
@@ -421,7 +422,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel, CrossLayerModel):
                 **kwargs,
             )
             live[index] = key, mixed_value
-            live = {i: live[i] for i in config.depth_sources(index + 1)}
+            live = {i: source for i, source in live.items() if last_reader.get(i, 0) > index}
             kept.get("attentions", []).append(attention_weights)
             kept.get("depth_weights", []).append(weights)
         return hidden_states

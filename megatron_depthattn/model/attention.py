@@ -15,9 +15,9 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -26,17 +26,11 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_depthattn.model.depth_weights import recorder
-from megatron_depthattn.ops import depth_mix
+from megatron_depthattn.ops import depth_mix, uniform_mix
 
-
-class Source(NamedTuple):
-    """What a layer leaves to later layers: its key and its mixed value, each ``[S, B, G, D]``.
-
-    In one forward pass all keys and queries are on the same side of RoPE.
-    """
-
-    key: Tensor
-    value: Tensor
+Source = Mapping[str, Tensor]
+"""What a layer leaves to later layers, each ``[S, B, G, D]``: its ``key``, and its mixed ``value`` (an ablation:
+``mixed_key``). In one forward pass all keys and queries are on the same side of RoPE."""
 
 
 @dataclass
@@ -77,9 +71,9 @@ class DepthSelfAttention(SelfAttention):
     def get_query_key_value_tensors(  # type: ignore[override]
         self, hidden_states: Tensor, key_value_states: DepthCall, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query ``[S, B, H, D]``, key ``[S, B, G, D]`` and the mixed value ``[S, B, G, D]``.
+        """Query ``[S, B, H, D]``, key ``[S, B, G, D]`` and the mixed value ``[S, B, G, D]``; an ablation mixes the key.
 
-        Key and mixed value also go into the envelope, as this layer's source.
+        What later layers read also goes into the envelope, as this layer's source.
         """
         call = key_value_states
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
@@ -92,22 +86,29 @@ class DepthSelfAttention(SelfAttention):
         # G D. A source must not; the mix may, where the norm of k does so anyway.
         if not call.sources or not self._norm_keeps_projection(value):
             value = value.contiguous()
+        own = {"key": key, "mixed_key": key, "value": value}
         if call.sources:
-            scoring, keys = self.group_queries(query), [source.key for source in call.sources.values()]
-            scale = self.hidden_size_per_attention_head**-0.5
-            if (active := recorder()) is not None:
-                active.record(self.layer_number - 1, scoring, keys, key, scale)
-            value = depth_mix(
-                scoring,
-                keys,
-                [source.value for source in call.sources.values()],
-                key,
-                value,
-                scale,
-                implementation=self.config.depth_attention_op,
-            )
-        call.made.append(Source(key, value))
-        return query, key, value
+            own |= self._mix(list(call.sources.values()), query, own)
+        call.made.append(own)
+        return query, own["mixed_key"], own["value"]
+
+    def _mix(self, sources: Sequence[Source], query: Tensor, own: Source) -> dict[str, Tensor]:
+        """What the layer mixes of ``own``, by kind."""
+        is_scored, key = "key" in self.config.source_kinds, own["key"]
+        scoring = self.group_queries(query) if is_scored else query
+        keys = [source["key"] if is_scored else key for source in sources]
+        scale = self.hidden_size_per_attention_head**-0.5 if is_scored else 0.0  # equal scores: equal weights
+        if (active := recorder()) is not None:
+            active.record(self.layer_number - 1, scoring, keys, key, scale)
+        mixed = {}
+        for kind in self.config.source_kinds[is_scored:]:
+            states = [source[kind] for source in sources]
+            if is_scored:
+                op = self.config.depth_attention_op
+                mixed[kind] = depth_mix(scoring, keys, states, key, own[kind], scale, implementation=op)
+            else:
+                mixed[kind] = uniform_mix(states, own[kind])
+        return mixed
 
     def _norm_keeps_projection(self, value: Tensor) -> bool:
         """Whether the norm of k keeps its input, a view of the projection; torch's does, but in bf16 not on CPU."""

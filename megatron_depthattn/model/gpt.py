@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def build_gpt_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
-    first_chunk: GPTModel | None = None,
+    earlier_chunks: Sequence[GPTModel] = (),
 ) -> GPTModel:
     """One pipeline chunk of the decoder; without pipelining the whole model.
 
@@ -67,12 +68,12 @@ def build_gpt_model(
         pre_process: this chunk holds the embedding.
         post_process: this chunk holds the final norm and the output layer.
         vp_stage: the chunk's virtual pipeline stage; None without interleaving.
-        first_chunk: this rank's first chunk, without wrappers: the later ones of a looped model
-            (``config.num_loops``) use its weights.
+        earlier_chunks: this rank's chunks before this one, in order and without wrappers: of a looped model
+            (``config.num_loops``) those of later loops use the weights of the first loop's.
 
     Raises:
         ValueError: the padded vocabulary cannot be split over the tensor ranks, or a looped model's later chunk was
-            given no first one.
+            not given those before it.
     """
     rows = padded_vocab_size(vocab_size)
     if rows % config.tensor_model_parallel_size:
@@ -80,10 +81,11 @@ def build_gpt_model(
             f"tensor_model_parallel_size={config.tensor_model_parallel_size} does not divide the padded vocabulary of "
             f"{rows} rows (vocab_size={vocab_size} padded to a multiple of {VOCAB_MULTIPLE}): set a power of two."
         )
-    if config.num_loops > 1 and vp_stage and first_chunk is None:
+    if config.num_loops > 1 and len(earlier_chunks) < (vp_stage or 0):
         raise ValueError(
             f"virtual pipeline stage {vp_stage} of a model with num_loops={config.num_loops} uses the weights of its "
-            "rank's first chunk: build that one before, and give it as first_chunk."
+            f"rank's earlier chunks, and {len(earlier_chunks)} were given: build those before, and give them as "
+            "earlier_chunks."
         )
     model_class = DepthGPTModel if config.shares_over_layers else ChunkedLossGPTModel
     model = model_class(
@@ -100,5 +102,5 @@ def build_gpt_model(
         vp_stage=vp_stage,
     )
     if config.num_loops > 1:
-        share_weights([model] if first_chunk is None else [first_chunk, model], num_loops=config.num_loops)
+        share_weights([*earlier_chunks, model], num_loops=config.num_loops)
     return model

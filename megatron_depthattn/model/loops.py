@@ -5,7 +5,8 @@ and KV-cache slot. It only holds no weights: in place of each parameter it has a
 layer in the first loop. The module's forward finds it under the same name, and everything that walks registered
 parameters (initialisation, the data-parallel wrapper, the optimizer, gradient reduction, checkpoints) meets each weight
 once, named after the first loop's layer. Autograd sums a leaf's gradients over all its uses, so that of a weight is the
-sum over the loops; with interleaved pipelining a rank's chunks add theirs to it one after another.
+sum over the loops; with interleaved pipelining a rank's chunks add theirs to it one after another. Chunk c runs on rank
+c % P: with m * P chunks a loop each rank has the same layers of every loop.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def share_weights(chunks: Sequence[GPTModel], *, num_loops: int) -> None:
     (``to_empty`` from the meta device) call this again.
 
     Args:
-        chunks: pipeline chunks of one rank, the first loop's among them; without pipelining the whole model.
+        chunks: pipeline chunks of one rank in order, the first loop's all among them; without pipelining the model.
         num_loops: R, which divides the number of effective layers.
 
     Raises:

@@ -139,6 +139,9 @@ class SourcePlan(CrossLayerPlan):
     Attributes:
         stride: every ``stride``-th layer (0, stride, 2*stride, ...) is a source of all later layers.
         recent_window: the last ``recent_window`` layers are sources as well.
+        layers_per_loop: of a looped model whose stride and window count the layers of one loop; a layer's sources are
+            then those of its own loop, and the same layer in every earlier loop. None: one loop, or they count through
+            all of them.
     """
 
     num_layers: int
@@ -146,6 +149,7 @@ class SourcePlan(CrossLayerPlan):
     recent_window: int = 0
     chunk_starts: tuple[int, ...] = (0,)
     num_ranks: int | None = None
+    layers_per_loop: int | None = None
 
     def __post_init__(self) -> None:
         if self.stride < 1:
@@ -160,8 +164,11 @@ class SourcePlan(CrossLayerPlan):
         super().__post_init__()
 
     def sources(self, layer: int) -> tuple[int, ...]:
-        """Every ``stride``-th earlier layer and the last ``recent_window``, ascending."""
-        return tuple(i for i in range(layer) if i % self.stride == 0 or i >= layer - self.recent_window)
+        """Its earlier selves, then every ``stride``-th earlier layer of the loop and the last ``recent_window``."""
+        per_loop = self.layers_per_loop or self.num_layers
+        start = layer - layer % per_loop
+        own_loop = (i for i in range(start, layer) if (i - start) % self.stride == 0 or i >= layer - self.recent_window)
+        return (*range(layer % per_loop, start, per_loop), *own_loop)
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,12 @@ class ListedPlan(CrossLayerPlan):
 
     def sources(self, layer: int) -> tuple[int, ...]:
         return self.reads[layer]
+
+
+def source_kinds(weights: str, mixes: str) -> tuple[str, ...]:
+    """What a Depth-Attention layer leaves to later ones: the key that scores it, if any does, and what they mix."""
+    mixed = {"value": ("value",), "key": ("mixed_key",), "key_value": ("mixed_key", "value")}[mixes]
+    return mixed if weights == "uniform" else ("key", *mixed)
 
 
 def default_stride(num_layers: int) -> int:

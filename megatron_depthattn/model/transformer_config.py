@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import DEFINITIONS, define, effective_method
-from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
+from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride, source_kinds
 from megatron_depthattn.model.unsupported import unsupported_by
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS
 from megatron_depthattn.parallel.payload import Payload, cross_layer_payload
@@ -33,10 +33,20 @@ class DepthAttentionConfig(TransformerConfig):
     ``method`` is ``depth_attention``."""
 
     depth_attention_stride: int | None = None
-    """Layers between sources; None: half the layers (the released models), 1: every earlier layer."""
+    """Layers between sources; None: half the layers that it counts (the released models), 1: every earlier layer."""
 
     depth_attention_recent_window: int = 0
     """This many immediately preceding layers are sources as well."""
+
+    depth_attention_loop_sources: str = "same_layer"
+    """With ``num_loops`` above 1: ``same_layer`` (stride and window count the layers of one loop; a layer's earlier
+    selves are its sources as well) or ``unrolled`` (they count through all loops)."""
+
+    depth_attention_weights: str = "softmax"
+    """Weights over a layer's sources and itself: ``softmax`` or ``uniform``."""
+
+    depth_attention_mixes: str = "value"
+    """What self-attention reads mixed: ``value``, ``key`` or ``key_value``."""
 
     depth_attention_op: str = "lean"
     """Implementation of the mix: ``lean`` (recomputes in backward), ``triton`` (the same in one GPU kernel each way, on
@@ -59,12 +69,18 @@ class DepthAttentionConfig(TransformerConfig):
         if not self.shares_over_layers:
             return
         if self.attends_over_depth and self.depth_attention_stride is None:
-            self.depth_attention_stride = default_stride(self.num_layers)
+            self.depth_attention_stride = default_stride(self.layers_per_loop or self.num_layers)
         self.validate()
         if self.pipeline_model_parallel_size > 1:
             # Messages differ in width from edge to edge; with this the schedules' communicator is asked for each shape:
             # ours knows it (parallel/schedule.py), Megatron's exchanges it with the neighbour.
             self.variable_seq_lengths = True
+
+    @property
+    def layers_per_loop(self) -> int | None:
+        """Layers that stride and window count, where these are those of one loop; None: all."""
+        is_per_loop = self.num_loops > 1 and self.depth_attention_loop_sources == "same_layer"
+        return self.num_layers // self.num_loops if is_per_loop else None
 
     @property
     def effective_method(self) -> str:
@@ -99,12 +115,20 @@ class DepthAttentionConfig(TransformerConfig):
         if definition := self.method_definition:
             return ListedPlan(tuple(map(definition.sources, range(self.num_layers))), **cut)
         assert self.depth_attention_stride is not None
-        return SourcePlan(self.num_layers, self.depth_attention_stride, self.depth_attention_recent_window, **cut)
+        return SourcePlan(
+            self.num_layers,
+            self.depth_attention_stride,
+            self.depth_attention_recent_window,
+            layers_per_loop=self.layers_per_loop,
+            **cut,
+        )
 
     @property
     def source_kinds(self) -> tuple[str, ...]:
         """What a layer leaves to later ones, in the words of the payload."""
-        return ("key", "value") if self.attends_over_depth else ("input",)
+        if not self.attends_over_depth:
+            return ("input",)
+        return source_kinds(self.depth_attention_weights, self.depth_attention_mixes)
 
     @property
     def hidden_width(self) -> int:
@@ -149,24 +173,26 @@ class DepthAttentionConfig(TransformerConfig):
             )
         if loops == 1 or stages == 1:
             return
-        virtual = self.virtual_pipeline_model_parallel_size
+        virtual = self.virtual_pipeline_model_parallel_size or 1
         starts = pipeline_chunk_starts(self)
-        if virtual != loops or [start * stages * loops for start in starts] != [layers * i for i in range(len(starts))]:
+        is_even = [start * len(starts) for start in starts] == [layers * i for i in range(len(starts))]
+        if virtual % loops or not is_even:
+            step = stages * max(virtual // loops * loops, loops)
             raise ValueError(
                 f"num_loops is {loops} with pipeline_model_parallel_size={stages} and "
                 f"virtual_pipeline_model_parallel_size={virtual}, which cuts {layers} layers at {list(starts)}: a "
-                "rank shares weights among its own chunks, so each has to hold the same part of one loop. Set "
-                f"virtual_pipeline_model_parallel_size={loops}, num_layers to a multiple of {stages * loops}, and no "
-                "uneven pipeline layout."
+                "rank shares weights among its own chunks, so it has to hold the same part of every loop. Set "
+                f"virtual_pipeline_model_parallel_size to {loops} or a multiple of it, num_layers to a multiple of "
+                f"{step}, and no uneven pipeline layout."
             )
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming what was given, why the method does not support it and what to set."""
-        if self.depth_attention_op not in DEPTH_MIX_IMPLEMENTATIONS:
-            raise ValueError(
-                f"depth_attention_op is {self.depth_attention_op!r}; the implementations are "
-                f"{sorted(DEPTH_MIX_IMPLEMENTATIONS)}."
-            )
+        choices = {"op": sorted(DEPTH_MIX_IMPLEMENTATIONS), "loop_sources": ["same_layer", "unrolled"]}
+        choices |= {"weights": ["softmax", "uniform"], "mixes": ["value", "key", "key_value"]}
+        for key, known in choices.items():
+            if (given := getattr(self, f"depth_attention_{key}")) not in known:
+                raise ValueError(f"depth_attention_{key} is {given!r}; set one of {known}.")
         if self.method not in ("depth_attention", "vanilla", *DEFINITIONS):
             raise ValueError(
                 f"method is {self.method!r}; the methods are {['depth_attention', 'vanilla', *DEFINITIONS]}."

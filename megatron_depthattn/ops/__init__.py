@@ -9,10 +9,17 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatron_depthattn.ops.lean import depth_mix_lean
-from megatron_depthattn.ops.reference import depth_mix_reference
+from megatron_depthattn.ops.reference import depth_mix_reference, uniform_mix
 from megatron_depthattn.ops.triton_mix import depth_mix_triton
 
-__all__ = ["DEPTH_MIX_IMPLEMENTATIONS", "depth_mix", "depth_mix_lean", "depth_mix_reference", "depth_mix_triton"]
+__all__ = [
+    "DEPTH_MIX_IMPLEMENTATIONS",
+    "depth_mix",
+    "depth_mix_lean",
+    "depth_mix_reference",
+    "depth_mix_triton",
+    "uniform_mix",
+]
 
 _DepthMix = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor, float], Tensor]
 

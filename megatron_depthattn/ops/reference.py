@@ -7,6 +7,9 @@ Method: arXiv:2606.05014. For one token and one key/value head j, with S the sou
     a       = softmax of the scores
     vmix    = sum over S of a_i * vmix_i + a_l * v_l
 
+An ablation of the paper weighs all alike, a_i = 1 / (n + 1): `uniform_mix`. Others mix keys in place of values, or
+both, with the same weights: a call for each, with `values` and `v` the mixed keys of the sources and the layer's key.
+
 Shapes: H query heads, G key/value heads (H a multiple of G), d head size, n sources; "..." is any leading
 shape, such as [sequence, batch], the same for all tensors. Query head h belongs to KV head h // (H / G).
 
@@ -93,3 +96,20 @@ def depth_mix_reference(
     weights = scores.softmax(dim=-1)
     mixed = (weights.unsqueeze(-1) * candidate_values).sum(dim=-2).to(v.dtype)
     return (mixed, weights) if return_weights else mixed
+
+
+def uniform_mix(states: Sequence[Tensor], own: Tensor) -> Tensor:
+    """Average a layer's state with those of its source layers; autograd keeps nothing for backward.
+
+    Args:
+        states: one mixed state [..., G, d] per source layer.
+        own: the layer's own [..., G, d].
+
+    Returns:
+        The mixed state [..., G, d] in own's dtype; without a source, `own` itself.
+    """
+    if not states:
+        return own
+    dtype = compute_dtype(own, own)
+    total = sum((state.to(dtype) for state in states), start=own.to(dtype))
+    return (total / (len(states) + 1)).to(own.dtype)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_depthattn.config import load_config, to_dict
-from megatron_depthattn.config.load import flatten
+from megatron_depthattn.config import to_dict
+from megatron_depthattn.config.load import flatten, load_record
 from megatron_depthattn.config.resolve import AUTO
 from megatron_depthattn.study.plan import Point
 from megatron_depthattn.switches import MODEL_SWITCHES
@@ -48,7 +48,7 @@ def progress_of(point: Point, output: Path) -> Progress:
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         return Progress("new", 0)
-    wanted, found = (flatten(to_dict(load_config(path))) for path in (output / point.config, saved))
+    wanted, found = (flatten(to_dict(load_record(path))) for path in (output / point.config, saved))
     deciding = [key for key in wanted if key.partition(".")[0] in _DECIDES and key not in _IGNORED]
     # What `auto` became on the machine of the run decides how it computes, not what.
     keys = [key for key in (*deciding, *_DECIDES_ELSEWHERE) if wanted[key] not in (found[key], AUTO)]

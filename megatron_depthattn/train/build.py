@@ -32,6 +32,7 @@ from megatron_depthattn.train.hardware import adds_gradients, resolve_here
 Chunks = list[DistributedDataParallel]
 SAME_NAME = ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
 """Keys of our config's ``model`` that are Megatron's fields."""
+DEPTH_KEYS = ("stride", "recent_window", "op", "loop_sources", "weights", "mixes")
 
 
 def transformer_config(config: RunConfig, *, only_counted: bool = False) -> DepthAttentionConfig:
@@ -50,7 +51,7 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
         init_method_std=model.init_std,
         method=model.effective_method,
         method_settings=dataclasses.asdict(getattr(model, model.method)) if model.method in DEFINITIONS else {},
-        **{f"depth_attention_{key}": getattr(depth, key) for key in ("stride", "recent_window", "op")},
+        **{f"depth_attention_{key}": getattr(depth, key) for key in DEPTH_KEYS},
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
@@ -117,7 +118,7 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
             pre_process=rank == 0 and index == 0,
             post_process=rank == stages - 1 and index == num_chunks - 1,
             vp_stage=index if num_chunks > 1 else None,
-            first_chunk=unwrap_model(chunks[0]) if chunks else None,
+            earlier_chunks=unwrap_model(chunks),
         ).to(device)
         Fp8State([model]).reset()  # else the weights that are replaced now would stay in the histories
         initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_depthattn.hf.model_config import effective_method
+from megatron_depthattn.hf.model_config import CHOICES, effective_method
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.switches import MODEL_SWITCHES
@@ -29,7 +29,10 @@ from megatron_depthattn.train.step_folders import GENERATION, Progress
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
 RNG = "rng_state"
-_MIXING = ("model.num_loops", *(f"model.depth_attention.{key}" for key in ("enabled", "stride", "recent_window")))
+_MIXING = (
+    "model.num_loops",
+    *(f"model.depth_attention.{key}" for key in ("enabled", *CHOICES, "stride", "recent_window")),
+)
 
 
 def checkpoint_state(
@@ -106,8 +109,10 @@ def load_checkpoint(
             f"{key} (was {before.get(key)}, is {value})" for key, value in now.items() if before.get(key) != value
         ]
         if changed:
+            mixing = [key for key in _MIXING if key in before and before[key] != now.get(key)]
+            again = f" ({' '.join(f'{key}={before[key]}'.lower() for key in mixing)})" if mixing else ""
             raise ValueError(
-                f"{folder} belongs to a run with other settings: {', '.join(changed)}. Set them as they were, "
+                f"{folder} belongs to a run with other settings: {', '.join(changed)}. Set them as they were{again}, "
                 "or start a new run: another run.dir with checkpoint.load=null."
             )
     generation = common.get(GENERATION)
@@ -176,8 +181,11 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     fixed |= {f"model.{key}": model[key] for key in ("init_std", "num_loops")}
     fixed["model.depth_attention.enabled"] = effective_method(model) == "depth_attention"
     if fixed["model.depth_attention.enabled"]:
-        stride = depth["stride"] or default_stride(model["num_layers"] * model["num_loops"])
-        mixing = {"stride": stride, "recent_window": depth["recent_window"]}
+        num_counted = model["num_layers"] * (model["num_loops"] if depth["loop_sources"] == "unrolled" else 1)
+        mixing = {key: depth[key] for key in (*CHOICES, "recent_window")}
+        mixing["stride"] = depth["stride"] or default_stride(num_counted)
+        if model["num_loops"] == 1:
+            del mixing["loop_sources"]  # either rule says the same
         fixed |= {f"model.depth_attention.{key}": value for key, value in mixing.items()}
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import _get_layout
 
+from megatron_depthattn.hf.model_config import CHOICES
 from megatron_depthattn.train.step_folders import COMMON
 
 COMMON_ENTRY = "common_state/shard_0_1"
@@ -151,6 +152,8 @@ class _WeightsOnly(dcp.DefaultLoadPlanner):
 def read_common(folder: Path) -> dict[str, Any]:
     """What is no tensor: megatron-core 0.16 has a file for it, 0.19 one more entry beside the tensors.
 
+    A config that is older than a key of `CHOICES` gets what was meant then.
+
     Raises:
         ValueError: it cannot be read, or was not written by this package.
     """
@@ -164,6 +167,9 @@ def read_common(folder: Path) -> dict[str, Any]:
         stored = StepReader(folder).read_objects([COMMON_ENTRY])[COMMON_ENTRY]
     if not isinstance(stored, list) or not stored or not isinstance(stored[0], dict):
         raise ValueError(f"{folder} says nothing about its run: it was not written by this package")
+    match stored[0]:
+        case {"config": {"model": {"depth_attention": dict(depth)}}}:
+            depth.update(CHOICES | depth)
     return stored[0]
 
 

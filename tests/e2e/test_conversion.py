@@ -95,6 +95,7 @@ def reference(exported: Exported) -> torch.Tensor:
         window=config["depth_attention_recent_window"],
         tied=config["tie_word_embeddings"],
         num_loops=config["num_loops"],
+        unrolled=config["depth_attention_loop_sources"] == "unrolled",
     )
 
 
@@ -163,7 +164,8 @@ def test_an_import_trains_under_another_layout_from_the_same_bits(exported, conf
     (source / "generation_config.json").write_text(json.dumps(generation))
     assert convert("from-hf", "--model", source, "--output", imported) == 0
     model = yaml.safe_load((imported / "model.yaml").read_text())["model"]
-    assert model["depth_attention"] == {"enabled": True, "stride": 2, "recent_window": 2}
+    depth = {"enabled": True, "stride": 2, "recent_window": 2, "loop_sources": "same_layer"}
+    assert model["depth_attention"] == depth | {"weights": "softmax", "mixes": "value"}
     settings = ["parallel.pipeline=2", "precision.dtype=bf16", "optimizer.lr=1e-30", f"run.dir={tmp_path / 'run'}"]
     train = ("megatron_depthattn.train", config_file, imported / "model.yaml", f"checkpoint.load={imported}")
     output = must_succeed(forked(2, *train, *settings, "train.steps=1", "train.eval_interval=null", "run.seed=8"))

@@ -19,6 +19,8 @@ HIDDEN, FFN, VOCAB, SEQUENCE = 48, 80, 97, 17
 ROPE_THETA = 1000.0  # no version's default: a model that loses it shows
 # Every earlier layer and then some: a mistake in a source has nowhere to hide.
 DENSE = {"depth_attention_stride": 2, "depth_attention_recent_window": 1}
+UNROLLED = DENSE | {"num_loops": 2}
+LOOPED = UNROLLED | {"depth_attention_loop_sources": "same_layer"}
 
 
 def make_config(config_class: type[Qwen3Config] = DepthAttnConfig, **settings: Any) -> Qwen3Config:
@@ -93,6 +95,9 @@ def reference_logits(
         "depth_attention": config.use_depth_attention,
         "tied": config.tie_word_embeddings,
         "num_loops": config.num_loops,
+        "unrolled": config.depth_attention_loop_sources == "unrolled",
+        "uniform": config.depth_attention_weights == "uniform",
+        "mixes": config.depth_attention_mixes,
         "k_norm_after_rope": config.depth_attention_k_norm_after_rope,
     }
     return decoder_logits(weights, tokens, **(options | overrides))

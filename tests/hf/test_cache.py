@@ -7,7 +7,17 @@ from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from megatron_depthattn.hf import modeling_depthattn
-from tests.hf.models import DENSE, NUM_LAYERS, SEQUENCE, largest, make_model, make_tokens, make_vanilla
+from tests.hf.models import (
+    DENSE,
+    LOOPED,
+    NUM_LAYERS,
+    SEQUENCE,
+    UNROLLED,
+    largest,
+    make_model,
+    make_tokens,
+    make_vanilla,
+)
 
 TOLERANCE = 1e-5
 CACHES = {
@@ -18,7 +28,8 @@ CACHES = {
 }
 VARIANTS = {
     "one_loop": DENSE,
-    "two_loops": DENSE | {"num_loops": 2},
+    "two_loops": LOOPED,
+    "unrolled": UNROLLED,
     "late_k_norm": DENSE | {"depth_attention_k_norm_after_rope": True},
 }
 NEW_TOKENS = 12
@@ -190,7 +201,7 @@ def test_cache_has_the_size_of_qwen3s(make_cache, dtype):
     for model in (
         make_vanilla(dtype=dtype),
         make_model(dtype=dtype, **DENSE),
-        make_model(dtype=dtype, **DENSE, num_loops=2),
+        make_model(dtype=dtype, **LOOPED),
     ):
         cache = model(tokens, past_key_values=make_cache(model.config), use_cache=True).past_key_values
         assert {layer.values.dtype for layer in cache.layers} == {dtype}
@@ -202,7 +213,7 @@ def test_cache_has_the_size_of_qwen3s(make_cache, dtype):
 
 def test_compiled_decoding_equals_eager():
     """`generate` with a static cache compiles the step of one token, on this machine when asked to: one whole graph."""
-    model = make_model(num_hidden_layers=2, num_loops=2, depth_attention_stride=1)
+    model = make_model(num_hidden_layers=2, **LOOPED)
     options = {"cache_implementation": "static", "output_logits": True, "return_dict_in_generate": True}
     compiling = CompileConfig(fullgraph=True, mode="default")
     compiling._compile_all_devices = True

@@ -8,6 +8,7 @@ import torch
 from tests.hf.method_models import MODELS, make_method_model
 from tests.hf.models import (
     DENSE,
+    LOOPED,
     NUM_LAYERS,
     largest,
     make_config,
@@ -24,11 +25,10 @@ BF16_TOLERANCE = 0.05  # of the logits' root mean square
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("stride", [1, 2, None], ids=lambda s: f"stride_{s or 'half'}")
 @pytest.mark.parametrize("window", [0, 2])
-@pytest.mark.parametrize("num_loops", [1, 2])
-@pytest.mark.parametrize("late_k_norm", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("num_loops", "rule"), [(1, None), (2, "unrolled"), (3, "same_layer")])
+@pytest.mark.parametrize(("late_k_norm", "tied"), [(False, True), (True, False)])
 @torch.no_grad()
-def test_logits(num_kv_heads, stride, window, num_loops, late_k_norm, tied, record_property):
+def test_logits(num_kv_heads, stride, window, num_loops, rule, late_k_norm, tied, record_property):
     # Six layers: half of them is a stride of its own.
     model = make_model(
         num_hidden_layers=6,
@@ -37,6 +37,7 @@ def test_logits(num_kv_heads, stride, window, num_loops, late_k_norm, tied, reco
         depth_attention_recent_window=window,
         depth_attention_k_norm_after_rope=late_k_norm,
         num_loops=num_loops,
+        depth_attention_loop_sources=rule,
         tie_word_embeddings=tied,
     )
     tokens = make_tokens()
@@ -54,6 +55,7 @@ def test_logits(num_kv_heads, stride, window, num_loops, late_k_norm, tied, reco
         {"window": 2},
         {"k_norm_after_rope": True},
         {"num_loops": 1},
+        {"unrolled": True},
         {"depth_attention": False},
     ],
     ids=str,
@@ -61,7 +63,7 @@ def test_logits(num_kv_heads, stride, window, num_loops, late_k_norm, tied, reco
 @torch.no_grad()
 def test_control_another_function_fails(other):
     """The comparison above sees each single setting."""
-    model, tokens = make_model(**DENSE, num_loops=2), make_tokens()
+    model, tokens = make_model(num_hidden_layers=6, **LOOPED), make_tokens()
     logits = model(tokens).logits
     assert largest(logits - reference_logits(model.config, tokens)) < LOGIT_TOLERANCE
     assert largest(logits - reference_logits(model.config, tokens, **other)) > 1e-2
@@ -165,11 +167,11 @@ def test_hidden_states_of_the_vanilla_decoder_are_qwen3s():
     assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("num_loops", [1, 2])
+@pytest.mark.parametrize("depth", [DENSE, LOOPED], ids=["one_loop", "two_loops"])
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
 @torch.no_grad()
-def test_depth_weights(num_loops, num_kv_heads):
-    model, tokens = make_model(**DENSE, num_loops=num_loops, num_key_value_heads=num_kv_heads), make_tokens()
+def test_depth_weights(depth, num_kv_heads):
+    model, tokens = make_model(**depth, num_key_value_heads=num_kv_heads), make_tokens()
     expected = []
     reference_logits(model.config, tokens, depth_weights=expected)
     weights = model(tokens, output_depth_weights=True).depth_weights
@@ -219,9 +221,19 @@ def test_model_rejects_rope_that_scales_queries_and_keys(key):
     make_model(**settings, use_depth_attention=False)
 
 
-@pytest.mark.parametrize(("num_layers", "num_loops", "stride"), [(1, 1, 1), (2, 1, 1), (4, 1, 2), (5, 1, 2), (4, 3, 6)])
-def test_stride_defaults_to_half_the_effective_layers(num_layers, num_loops, stride):
-    config = make_config(num_hidden_layers=num_layers, num_loops=num_loops)
+@pytest.mark.parametrize(
+    ("num_layers", "num_loops", "rule", "stride"),
+    [
+        (1, 1, None, 1),
+        (2, 1, None, 1),
+        (5, 1, None, 2),
+        (4, 3, None, 6),
+        (4, 3, "unrolled", 6),
+        (4, 3, "same_layer", 2),
+    ],
+)
+def test_stride_defaults_to_half_the_layers_that_it_counts(num_layers, num_loops, rule, stride):
+    config = make_config(num_hidden_layers=num_layers, num_loops=num_loops, depth_attention_loop_sources=rule)
     assert config.depth_attention_stride == stride
 
 
@@ -231,7 +243,7 @@ def test_a_sequence_is_classified_by_its_last_token_that_is_not_padding(variant,
     if variant in MODELS:
         model = make_method_model(variant, pad_token_id=0)
     else:
-        model = make_model(**DENSE, num_loops=2 if variant == "two_loops" else 1, pad_token_id=0)
+        model = make_model(**(LOOPED if variant == "two_loops" else DENSE), pad_token_id=0)
     model.save_pretrained(tmp_path)
     name = type(model).__name__.replace("CausalLM", "SequenceClassification")
     head_class = getattr(sys.modules[type(model).__module__], name)

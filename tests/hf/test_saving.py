@@ -40,11 +40,12 @@ def test_every_tensor_survives(tied, dtype, tmp_path):
     "settings",
     [
         {},
-        {"num_loops": 3},
+        {"num_loops": 3},  # in the file "unrolled" and the stride of that
+        {"num_loops": 3, "depth_attention_loop_sources": "same_layer", "depth_attention_stride": 2},
         {"use_depth_attention": False},
         DENSE | {"num_loops": 2, "depth_attention_k_norm_after_rope": True},
     ],
-    ids=["defaults", "loops", "off", "all"],
+    ids=["defaults", "loops", "same layer", "off", "all"],
 )
 def test_config_file_holds_every_setting(settings, tmp_path):
     config = make_config(**settings)

@@ -3,7 +3,7 @@
 import pytest
 from torch import Tensor
 
-from tests.hf.models import DENSE, largest, make_model, make_tokens, reference_logits, weights_for
+from tests.hf.models import DENSE, LOOPED, UNROLLED, largest, make_model, make_tokens, reference_logits, weights_for
 from tests.reference_decoder import mean_cross_entropy
 
 REFERENCE_TOLERANCE = 1e-4  # of a gradient's norm, fp32 against fp64
@@ -31,13 +31,11 @@ def worst_difference(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
 
 
 @each_checkpointing
-@pytest.mark.parametrize("num_loops", [1, 2])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("late_k_norm", [False, True])
-def test_gradients_are_those_of_the_reference(reentrant, num_loops, tied, late_k_norm, record_property):
+@pytest.mark.parametrize("depth", [DENSE, LOOPED, UNROLLED], ids=["one_loop", "two_loops", "unrolled"])
+@pytest.mark.parametrize(("tied", "late_k_norm"), [(False, False), (True, True)])
+def test_gradients_are_those_of_the_reference(reentrant, depth, tied, late_k_norm, record_property):
     model = make_model(
-        **DENSE,
-        num_loops=num_loops,
+        **depth,
         tie_word_embeddings=tied,
         depth_attention_k_norm_after_rope=late_k_norm,
     )
@@ -53,9 +51,9 @@ def test_gradients_are_those_of_the_reference(reentrant, num_loops, tied, late_k
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("use_cache", [None, False])
-@pytest.mark.parametrize("num_loops", [1, 2])
-def test_checkpointing_changes_no_gradient(reentrant, use_cache, num_loops, record_property):
-    settings, tokens = DENSE | {"num_loops": num_loops}, make_tokens()
+@pytest.mark.parametrize("settings", [DENSE, LOOPED], ids=["one_loop", "two_loops"])
+def test_checkpointing_changes_no_gradient(reentrant, use_cache, settings, record_property):
+    tokens = make_tokens()
     plain = gradients(make_model(**settings), tokens, None, use_cache=use_cache)
     checkpointed = gradients(make_model(**settings), tokens, reentrant, use_cache=use_cache)
     error = worst_difference(checkpointed, plain)

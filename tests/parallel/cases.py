@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_depthattn.config import (
     AttnResConfig,
@@ -90,7 +91,11 @@ LAYOUTS = {
     "dp2xpp2": _layout(4, pipeline=2),
     "dp2xpp2xvpp2": _layout(4, pipeline=2, virtual_pipeline=2),
     "dp2xtp2": _layout(4, tensor=2),
+    "pp2xvpp4": _layout(2, pipeline=2, virtual_pipeline=4),
+    "pp2xvpp3": _layout(2, pipeline=2, virtual_pipeline=3),
 }
+LOOPS_ALONE = ("pp2xvpp4", "pp2xvpp3")
+"""Layouts of looped models alone: two chunks of each loop, and three loops of two layers."""
 
 # Where strides, windows and recompute meet the most code. What other layouts add is how the groups are laid out: two
 # cases show that.
@@ -118,7 +123,9 @@ class Job:
     sabotage: str = ""
     """A deliberate mistake (see worker.py); the result must violate the bounds."""
     loops: int = 1
-    """Times that the model's first layers are run; the model has as many layers in all as without loops."""
+    """Times that the model's first layers are run; the model has as many layers in all as without, or nearly."""
+    unrolled: bool = False
+    """Of looped models: stride and window count through all loops."""
     save: bool = False
     """Save weights, optimizer and schedule after SAVE_AFTER steps."""
     resume: str = ""
@@ -137,7 +144,8 @@ class Job:
         spacing = [f"stride{self.stride}", f"window{self.window}"]
         parts = [self.layout, *(spacing if self.method == "depth_attention" else [self.method]), self.recompute]
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
-        parts += [f"loops{self.loops}"] * (self.loops > 1) + [f"overlap-clip{self.grad_clip:g}"] * self.overlap
+        parts += [f"loops{self.loops}"] * (self.loops > 1) + ["unrolled"] * self.unrolled
+        parts += [f"overlap-clip{self.grad_clip:g}"] * self.overlap
         parts += [f"from-{self.resume}"] * bool(self.resume) + ["gathered"] * self.gathered
         return "-".join(parts)
 
@@ -146,7 +154,9 @@ class Job:
         """The single-process job whose losses and gradients are the truth."""
         if self.method in METHODS:
             return Job(layout="single", method=self.method)
-        return LOOPED_REFERENCES[self.method] if self.loops > 1 else REFERENCES[self.stride, self.window]
+        if self.loops == 1:
+            return REFERENCES[self.stride, self.window]
+        return LOOPED_REFERENCES[self.method, self.loops, self.unrolled]
 
     @property
     def checkpoint(self) -> str:
@@ -154,7 +164,8 @@ class Job:
         return f"checkpoint-{self.resume or self.layout}-{self.method}-loops{self.loops}" + self.gathered * "-gathered"
 
     def config(self) -> RunConfig:
-        depth = DepthConfig(stride=self.stride, recent_window=self.window)
+        rule: Any = "unrolled" if self.unrolled else "same_layer"
+        depth = DepthConfig(stride=self.stride, recent_window=self.window, loop_sources=rule)
         layers = MODEL.num_layers // self.loops
         return RunConfig(
             model=dataclasses.replace(
@@ -176,8 +187,13 @@ REFERENCES = {
     for stride, window in SPACINGS
 }
 LOOPED_REFERENCES = {
-    "depth_attention": Job(layout="single", loops=2, save=True),
-    "vanilla": Job(layout="single", loops=2, method="vanilla"),
+    (job.method, job.loops, job.unrolled): job
+    for job in (
+        Job(layout="single", loops=2, save=True),
+        Job(layout="single", loops=2, steps=1, unrolled=True),
+        Job(layout="single", loops=3, steps=1),
+        Job(layout="single", loops=2, steps=3, method="vanilla"),
+    )
 }
 
 
@@ -201,7 +217,7 @@ def _parity_of(layout: str) -> list[Job]:
     return jobs
 
 
-PARITY = [job for layout in LAYOUTS if layout != "dp2xpp2xvpp2" for job in _parity_of(layout)]
+PARITY = [job for layout in LAYOUTS if layout not in ("dp2xpp2xvpp2", *LOOPS_ALONE) for job in _parity_of(layout)]
 
 METHOD_LAYOUTS = ("tp2+sp", "pp4", "tp2xpp2+sp", *(("dp2", "cp2", "pp2xvpp2", "pp4xvpp2") if FULL else ()))
 
@@ -228,15 +244,18 @@ NO_GRADIENT = ("decoder.layers.0.attention_aggregator.",)
 LOOPED = [
     Job(layout="pp2xvpp2", loops=2, save=True),
     Job(layout="pp2xvpp2", loops=2, steps=1, recompute="uniform2"),
-    Job(layout="tp2+sp", loops=2, steps=STEPS if FULL else 3),
+    Job(layout="pp2xvpp2", loops=2, steps=1, unrolled=True),
+    Job(layout="pp2xvpp4", loops=2, steps=STEPS if FULL else 3),
+    Job(layout="pp2xvpp3", loops=3, steps=1),
+    Job(layout="tp2+sp", loops=2, steps=STEPS if FULL else 1),
     Job(layout="dp2", loops=2, steps=STEPS if FULL else 1),
-    *([Job(layout="cp2", loops=2)] if FULL else []),
-    Job(layout="pp4xvpp2", loops=2, steps=STEPS if FULL else 3),
+    Job(layout="cp2", loops=2, steps=STEPS if FULL else 1),
+    Job(layout="pp4xvpp2", loops=2, steps=STEPS if FULL else 1),
 ]
 PARITY += LOOPED
 VANILLA_LOOPED = [
-    Job(layout="pp2xvpp2", loops=2, method="vanilla"),
-    Job(layout="tp2+sp", loops=2, method="vanilla", steps=STEPS if FULL else 1),
+    Job(layout="pp2xvpp4", loops=2, method="vanilla", steps=3),
+    Job(layout="tp2+sp", loops=2, method="vanilla", steps=1),
 ]
 
 CONTROLS = [
@@ -253,7 +272,8 @@ CONTROLS = [
     Job(layout="tp4+sp", steps=1, sabotage="mean_query_of_own_heads"),
     Job(layout="tp2+sp", steps=1, sabotage="norms_not_reduced"),
     Job(layout="single", recompute="uniform1", steps=1, sabotage="shared_gradient_dropped"),
-    Job(layout="pp2xvpp2", loops=2, steps=1, sabotage="later_loop_gradient_dropped"),
+    Job(layout="pp2xvpp4", loops=2, steps=1, sabotage="later_loop_gradient_dropped"),
+    Job(layout="tp2+sp", loops=2, steps=1, sabotage="another_rule_on_one_rank"),
 ]
 
 CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
@@ -293,7 +313,7 @@ RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in (MET
 if FULL:
     RESUMES += [Job(layout="pp2xvpp2", method=method, resume="tp2xpp2+sp") for method in METHODS]
     RESUMES += [Job(layout="single", method=method, resume="pp4xvpp2") for method in METHODS]
-RESUMES += [Job(layout="pp2xvpp2", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
+RESUMES += [Job(layout="pp2xvpp4", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
 
 
 def needs(job: Job) -> list[Job]:

@@ -61,10 +61,9 @@ class Campaign:
                 continue
             result, reference = self.result(job), self.result(job.reference)
             is_ours = job.method == "depth_attention"
+            kind = ["looped" * (job.loops > 1), "unrolled" * job.unrolled, job.method * (not is_ours), job.sabotage]
             row = table.setdefault(
-                " ".join(
-                    filter(None, [job.layout, "looped" * (job.loops > 1), job.method * (not is_ours), job.sabotage])
-                ),
+                " ".join(filter(None, [job.layout, *kind])),
                 {"cases": 0, "steps": 0, "loss": 0.0, "gradient": 0.0, "parameters": 0, "seconds": 0.0},
             )
             row["cases"] += 1

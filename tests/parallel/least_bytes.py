@@ -10,11 +10,15 @@ from collections import Counter
 from tests.parallel.cases import MODEL, SEQUENCE_LENGTH, SUBLAYERS_A_SNAPSHOT, TRAIN, Job, Layout
 
 
-def least_bytes(job: Job, layout: Layout, num_microbatches: int) -> dict[str, int]:
-    """Bytes from stage to stage ("0>1") of one global batch, forward and backward, on one pipeline in fp32."""
+def least_bytes(job: Job, layout: Layout, num_microbatches: int, *, earlier_selves: bool = True) -> dict[str, int]:
+    """Bytes from stage to stage ("0>1") of one global batch, forward and backward, on one pipeline in fp32.
+
+    ``earlier_selves``: a looped model's layers read themselves in the loops before, as the paper has it.
+    """
     parallel = layout.parallel
     stages, chunks = parallel.pipeline, parallel.pipeline * parallel.virtual_pipeline
-    stage_of = [layer // (MODEL.num_layers // chunks) % stages for layer in range(MODEL.num_layers)]
+    num_layers = MODEL.num_layers // job.loops * job.loops
+    stage_of = [layer // (num_layers // chunks) % stages for layer in range(num_layers)]
     tokens = TRAIN.micro_batch_size * SEQUENCE_LENGTH // parallel.context
     # A tensor rank holds whole heads of every token; its hidden states are those of its share of the tokens.
     hidden = tokens * MODEL.hidden_size // (parallel.tensor if parallel.sequence else 1)
@@ -31,15 +35,17 @@ def least_bytes(job: Job, layout: Layout, num_microbatches: int) -> dict[str, in
 
     for chunk in range(chunks - 1):
         cross(chunk % stages, 4 * hidden if job.method == "mhc" else hidden)
-    for layer in range(MODEL.num_layers):
-        readers = [later for later in range(layer + 1, MODEL.num_layers) if _reads(job, later, layer)]
+    for layer in range(num_layers):
+        readers = [
+            later for later in range(layer + 1, num_layers) if _reads(job, later, layer, num_layers, earlier_selves)
+        ]
         farthest = max(((stage_of[reader] - stage_of[layer]) % stages for reader in readers), default=0)
         for step in range(farthest):
             cross((stage_of[layer] + step) % stages, source)
     return {edge: 4 * num_microbatches * count for edge, count in numbers.items()}
 
 
-def _reads(job: Job, layer: int, earlier: int) -> bool:
+def _reads(job: Job, layer: int, earlier: int, num_layers: int, earlier_selves: bool) -> bool:
     """Whether ``layer`` reads what was left where ``earlier`` stands; of other methods, the input of ``earlier``."""
     if job.method == "denseformer":
         return True
@@ -47,4 +53,9 @@ def _reads(job: Job, layer: int, earlier: int) -> bool:
         return 2 * earlier % SUBLAYERS_A_SNAPSHOT == 0
     if job.method == "mhc":
         return False
+    if job.loops > 1 and not job.unrolled:
+        a_loop = num_layers // job.loops
+        if layer // a_loop != earlier // a_loop:
+            return earlier_selves and (layer - earlier) % a_loop == 0
+        earlier, layer = earlier % a_loop, layer % a_loop
     return earlier % job.stride == 0 or layer - job.window <= earlier

@@ -23,7 +23,7 @@ SAME = [
     and (job.layout, job.recompute) in CASES
     and (job.stride, job.window, job.loops) == (2, 1, 1)
 ]
-LOOPS = [job for job in LOOPED if job.layout == "pp2xvpp2"]
+LOOPS = [job for job in LOOPED if job.layout in ("pp2xvpp2", "pp2xvpp4")]
 REPLICAS = next(job for job in PARITY if job.layout == "dp2" and (job.stride, job.method) == (2, "depth_attention"))
 VANILLA = next(job for job in PARITY if job.layout == "pp2" and job.method != "depth_attention")
 
@@ -68,4 +68,4 @@ def test_other_methods_have_none(campaign, job):
 
 def test_the_cases_are_there():
     assert len(SAME) == len(CASES) and {LAYOUTS[job.layout].world_size for job in SAME} == {1, 2, 4}
-    assert all(isinstance(job, Job) for job in LOOPS) and len(LOOPS) == 2
+    assert all(isinstance(job, Job) for job in LOOPS) and len(LOOPS) == 4

@@ -65,6 +65,16 @@ def test_a_pipeline_sends_the_fewest_bytes_possible(campaign, job):
     assert sent["messages"] == 2 * edges * num_microbatches
 
 
+@by_name([job for job in LOOPED if LAYOUTS[job.layout].parallel.pipeline > 1 and not job.unrolled])
+def test_earlier_selves_cross_no_edge(campaign, job):
+    """What is sent is what would be if layers read their own loop alone; counted through all loops it is more."""
+    result, layout = campaign.result(job), LAYOUTS[job.layout]
+    sent, num_microbatches = result["sent"]["bytes"], result["microbatches"]
+    assert sent == least_bytes(job, layout, num_microbatches, earlier_selves=False)
+    through_all = least_bytes(dataclasses.replace(job, unrolled=True), layout, num_microbatches)
+    assert sum(sent.values()) < sum(through_all.values())
+
+
 @by_name([CHATTY])
 def test_control_exchanged_shapes_are_counted(campaign, job):
     result = campaign.result(job)

@@ -40,6 +40,7 @@ from megatron_depthattn.model.cross_layer import CrossLayerLayer, SourceTensors
 from megatron_depthattn.model.initialization import globally_named_parameters
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.norm import RMSNorm
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.groups import (
     check_same_on_all_ranks,
     initialize_distributed,
@@ -370,7 +371,7 @@ def _shapes_exchanged() -> Any:
 
 
 def _later_loop_gradient_dropped() -> Any:
-    """A rank's second chunk computes with the weights of its first, and has no part in their gradient."""
+    """A rank's last chunk computes with the weights of an earlier one, and has no part in their gradient."""
 
     def wrong(chunks: Sequence[Any], *, num_loops: int) -> None:
         share_weights(chunks, num_loops=num_loops)
@@ -382,7 +383,17 @@ def _later_loop_gradient_dropped() -> Any:
     return mock.patch.object(gpt, "share_weights", wrong)
 
 
+def _another_rule_on_one_rank() -> Any:
+    """The last rank counts sources through all loops. What is on record of its weights would have other columns."""
+    mistake = contextlib.ExitStack()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        mistake.enter_context(mock.patch.object(DepthAttentionConfig, "layers_per_loop", None))
+    mistake.enter_context(mock.patch.object(DepthRecord, "recording", return_value=contextlib.nullcontext()))
+    return mistake
+
+
 SABOTAGES = {
+    "another_rule_on_one_rank": _another_rule_on_one_rank,
     "later_loop_gradient_dropped": _later_loop_gradient_dropped,
     "payload_gradient_dropped": _payload_gradient_dropped,
     "shared_gradient_dropped": _shared_gradient_dropped,

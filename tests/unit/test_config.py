@@ -52,6 +52,9 @@ KEYS = [
     "model.depth_attention.enabled",
     "model.depth_attention.stride",
     "model.depth_attention.recent_window",
+    "model.depth_attention.loop_sources",
+    "model.depth_attention.weights",
+    "model.depth_attention.mixes",
     "model.depth_attention.op",
     "model.method",
     "model.denseformer.period",
@@ -428,7 +431,9 @@ UNSUPPORTED = [
     (1, "model.num_loops=2 model.method=denseformer", "is not defined for a stack that is run again; set model.num_lo"),
     (1, "model.num_loops=2 model.method=mhc", "model.num_loops is 2 with model.method=mhc"),
     (1, "model.num_loops=2 model.spec=te precision.dtype=bf16 precision.fp8=tensorwise", "set precision.fp8=null or"),
-    (2, "model.num_loops=2 parallel.pipeline=2", "set parallel.virtual_pipeline=2, or parallel.pipeline=1"),
+    (2, "model.num_loops=2 parallel.pipeline=2", "passes each stage's weights once; set parallel.virtual_pi"),
+    (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=3", "or a multiple of it, or parallel.pip"),
+    (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=6", "set model.num_layers=6 or 12, or other"),
     (1, "model.num_loops=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline=2"),
     (3, "model.num_loops=2 parallel.pipeline=3 parallel.virtual_pipeline=2", "set model.num_layers=6 or 9, or other"),
     (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=2 recompute.granularity=full "
@@ -506,6 +511,7 @@ def test_errors_say_what_to_set(base, world_size, arguments, message):
         (1, "model.num_loops=2 model.method=vanilla model.spec=te precision.dtype=bf16"),
         # 4 layers a stage, 12 runs of them
         (2, "model.num_loops=3 parallel.pipeline=2 parallel.virtual_pipeline=3"),
+        (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=8"),
         (4, "model.num_loops=2 parallel.sequence=true parallel.tensor=2 parallel.context=2"),
         (4, "parallel.sequence=true parallel.tensor=2 parallel.context=2"),
     ],

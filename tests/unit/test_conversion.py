@@ -19,7 +19,7 @@ from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm
 from megatron_depthattn.hf.weights_folder import HFFolder
 from megatron_depthattn.train.checkpoint import changed_function
-from tests.checkpoints import HEAD_DIM, HIDDEN, LAYERS, make, model_section, tensors_of
+from tests.checkpoints import HEAD_DIM, HIDDEN, LAYERS, make, model_section, tensors_of, write_checkpoint
 from tests.reference_decoder import decoder_logits
 
 TOKENS = torch.randint(301, (2, 12), generator=torch.Generator().manual_seed(2))
@@ -41,6 +41,7 @@ def reference(tensors: dict[str, torch.Tensor], model: dict, **options) -> torch
         depth_attention=depth["enabled"],
         tied=model["tie_embeddings"],
         num_loops=model["num_loops"],
+        unrolled=depth.get("loop_sources", "unrolled") == "unrolled",
         **options,
     )
 
@@ -51,6 +52,7 @@ def reference(tensors: dict[str, torch.Tensor], model: dict, **options) -> torch
         {},
         {"tie_embeddings": True},
         {"num_loops": 2},
+        {"num_loops": 2, "depth_attention": {"loop_sources": "unrolled"}},
         {"depth_attention": {"enabled": False}},
         {"depth_attention": {"enabled": False}, "num_loops": 2},
     ],
@@ -63,6 +65,31 @@ def test_exported_model_computes_the_reference(tmp_path: Path, changes: dict):
         logits = load_causal_lm(made.output, dtype=torch.float32)(TOKENS).logits
     expected = reference(tensors_of(made.output), made.model)
     assert (logits - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+
+
+def test_what_is_older_than_the_rule_of_loops_stays_unrolled(tmp_path: Path):
+    """A step folder without the key, its export, and an import of an export without it."""
+    made = make(tmp_path, num_loops=3, depth_attention={"stride": None, "recent_window": 0})
+    for key in ("loop_sources", "weights", "mixes"):
+        del made.model["depth_attention"][key]
+    older = write_checkpoint(tmp_path / "older", made.model, made.weights)
+    export(MegatronCheckpoint(older), made.output)
+    config = json.loads((made.output / "config.json").read_text())
+    found = [config.pop(f"depth_attention_{key}") for key in ("loop_sources", "weights", "mixes")]
+    assert (found, config["depth_attention_stride"]) == (["unrolled", "softmax", "value"], 3 * LAYERS // 2)
+    assert "counted through all runs" in (made.output / "README.md").read_text()
+    (made.output / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        logits = load_causal_lm(made.output, dtype=torch.float32)(TOKENS).logits
+    error = {
+        rule: (logits - reference(tensors_of(made.output), made.model | {"depth_attention": depth})).abs().max()
+        for rule in ("unrolled", "same_layer")
+        for depth in [made.model["depth_attention"] | {"loop_sources": rule}]
+    }
+    assert error["unrolled"] < 1e-4 and error["same_layer"] > 1e-2
+    import_checkpoint(HFFolder(made.output), tmp_path / "step")
+    imported = MegatronCheckpoint(tmp_path / "step").common["config"]["model"]["depth_attention"]
+    assert (imported["loop_sources"], imported["stride"]) == ("unrolled", 3 * LAYERS // 2)
 
 
 def test_vanilla_export_needs_no_code_of_ours(tmp_path: Path):

@@ -33,6 +33,7 @@ from megatron_depthattn.estimate.step_time import step_time
 from megatron_depthattn.estimate.traffic import CrossLayer, hop_sizes, traffic
 from megatron_depthattn.train.build import transformer_config
 from tests.parallel.cases import LAYOUTS, Job
+from tests.parallel.cases import LOOPED as CAMPAIGN
 from tests.parallel.least_bytes import least_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -66,12 +67,19 @@ def with_layout(config, **parallel):
     return replace(config, parallel=ParallelConfig(**parallel))
 
 
-@pytest.mark.parametrize("layout", [name for name, each in LAYOUTS.items() if each.parallel.pipeline > 1])
-@pytest.mark.parametrize("method", ["depth_attention", "denseformer", "attnres", "mhc"])
-def test_hops_are_the_least_bytes_that_runs_are_held_to(layout, method):
+PIPELINES = [Job(layout=name) for name, each in LAYOUTS.items() if each.parallel.pipeline > 1 and name != "pp2xvpp3"]
+LOOPED = [job for job in CAMPAIGN if job.method == "depth_attention" and LAYOUTS[job.layout].parallel.pipeline > 1]
+METHODS = ["denseformer", "attnres", "mhc"]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [*PIPELINES, *LOOPED, *(replace(job, method=method) for job in PIPELINES for method in METHODS)],
+    ids=lambda job: job.name,
+)
+def test_hops_are_the_least_bytes_that_runs_are_held_to(job):
     """tests/parallel counts what is really sent and asserts that it is this bound, written without the package."""
-    job = Job(layout=layout, method=method)
-    config, where = job.config(), LAYOUTS[layout]
+    config, where = job.config(), LAYOUTS[job.layout]
     sizes = validate(config, where.world_size, needs_data=False)
     found = {}
     for stage in range(where.parallel.pipeline):
@@ -85,12 +93,12 @@ def test_hops_are_the_least_bytes_that_runs_are_held_to(layout, method):
     narrower = replace(config, model=replace(config.model, kv_channels=8))
     changed = [each.size for each in traffic(narrower, shared_by(narrower), sizes, 0) if each.axis == "pipeline"]
     unchanged = [each.size for each in traffic(config, shared_by(config), sizes, 0) if each.axis == "pipeline"]
-    assert (changed != unchanged) == (method == "depth_attention")
+    assert (changed != unchanged) == (job.method == "depth_attention")
 
 
-@pytest.mark.parametrize("layout", [name for name, each in LAYOUTS.items() if each.parallel.pipeline > 1])
-def test_hop_widths_are_the_messages(layout):
-    config = Job(layout=layout).config()
+@pytest.mark.parametrize("job", [*PIPELINES, *LOOPED], ids=lambda job: job.name)
+def test_hop_widths_are_the_messages(job):
+    config = job.config()
     megatron = transformer_config(config)
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     assert list(CrossLayer.of(config).message_widths) == [megatron.message_into(c).width for c in range(1, chunks)]
@@ -184,9 +192,11 @@ def test_more_work_takes_longer_and_a_slower_link_never_less():
     assert seconds(with_layout(SMALL, tensor=2), 2, across).total > base
 
 
-def test_candidates_are_all_that_validate_accepts():
-    """Brute force over every combination of integers up to the world's size."""
+@pytest.mark.parametrize(("num_loops", "chunks"), [(1, {1, 2}), (2, {2, 4})])
+def test_candidates_are_all_that_validate_accepts(num_loops, chunks):
+    """Brute force over every combination of integers up to the world's size; ``chunks`` are a stage's of two."""
     world, small = 4, replace(SMALL, train=replace(SMALL.train, global_batch_size=8))
+    small = replace(small, model=replace(small.model, num_loops=num_loops))
     found = {tuple(sorted(each.overrides.items(), key=str)) for each in candidate_layouts(small, world, H100)}
     expected = set()
     modes = [(None, None, None), ("selective", None, None), ("full", "uniform", 1)]
@@ -209,6 +219,7 @@ def test_candidates_are_all_that_validate_accepts():
         expected.add(tuple(sorted((keys | {"train.micro_batch_size": micro}).items(), key=str)))
     assert found == expected
     assert len(found) > 50
+    assert {dict(keys)["parallel.virtual_pipeline"] for keys in found if dict(keys)["parallel.pipeline"] == 2} == chunks
     assert found > {
         tuple(sorted(each.overrides.items(), key=str))
         for each in candidate_layouts(small, world, replace(H100, devices_per_node=1))

@@ -27,6 +27,7 @@ METHODS = {
     "vanilla": {"model.method": "vanilla"},
     "stride-half": {"model.depth_attention.stride": 2},
     "stride-1": {"model.depth_attention.stride": 1},
+    "looped": {"model.num_layers": 2, "model.num_loops": 2, "model.depth_attention.stride": 1},
     "denseformer": {"model.method": "denseformer"},
     "attnres": {"model.method": "attnres", "model.attnres.block_size": 4},
     "mhc": {"model.method": "mhc"},

@@ -67,6 +67,7 @@ def cached_logits(model: GPTModel, tokens: Tensor, prompt: int) -> tuple[Tensor,
         {"depth_attention": False},
         # Every loop has slots of its own.
         {"depth_attention_stride": 2, "num_loops": 2},
+        {"depth_attention_stride": 2, "num_loops": 2, "depth_attention_loop_sources": "unrolled"},
         {"depth_attention": False, "num_loops": 3},
     ],
     ids=str,

@@ -4,8 +4,10 @@ The independent fp64 decoder says the same in test_model_against_reference.py, l
 """
 
 import dataclasses
+import json
 import re
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +17,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_depthattn.config import from_dict, to_dict
+from megatron_depthattn.config import from_dict, load_config, to_dict
+from megatron_depthattn.config.load import load_record
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.convert.to_hf import export
+from megatron_depthattn.convert.verify import verify
 from megatron_depthattn.estimate.counts import decoder_shape
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
@@ -23,6 +29,7 @@ from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.train.build import build_chunk, build_model, build_optimizer, transformer_config
 from megatron_depthattn.train.megatron_state import sharded_models
 from megatron_depthattn.train.metrics import opening_lines
+from megatron_depthattn.train.step import train_step
 from megatron_depthattn.train.step_folders import Progress
 from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.e2e.small_run import MODEL
@@ -31,16 +38,16 @@ pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
 NUM_LAYERS, NUM_LOOPS, VOCAB, SEQUENCE = 3, 2, 128, 12
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, "ffn_hidden_size": 48}
-MODELS = {
-    "vanilla": {"depth_attention": False},
-    "default stride": {},
-    "stride 2, window 1": {"depth_attention_stride": 2, "depth_attention_recent_window": 1},
-}
+DENSE = {"depth_attention_stride": 2, "depth_attention_recent_window": 1}
+UNROLLED = DENSE | {"depth_attention_loop_sources": "unrolled"}
+MODELS = {"vanilla": {"depth_attention": False}, "unrolled": UNROLLED}
 RECOMPUTE = {
     "none": {},
     "each layer": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "over the seam": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 4},
+    "pairs": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 4},
 }
+"""Pairs and block reach over the seam between the loops, which have three layers each."""
 
 
 def build(num_loops: int, **overrides) -> GPTModel:
@@ -97,9 +104,19 @@ def test_loops_compute_what_as_many_layers_with_the_same_weights_do(mixing, reco
     assert error < 1e-6
 
 
+@pytest.mark.parametrize("recompute", [name for name in RECOMPUTE if name != "none"])
+def test_recompute_changes_nothing_about_sources_of_the_same_layer(recompute):
+    """What they compute is in test_model_against_reference.py."""
+    (plain, _), (recomputed, _) = looped_and_unrolled(**DENSE), looped_and_unrolled(**DENSE, **RECOMPUTE[recompute])
+    expected, sums = logits_and_gradients(plain)
+    logits, gradients = logits_and_gradients(recomputed)
+    assert torch.equal(logits, expected)
+    assert worst_error(gradients, sums) < 1e-6
+
+
 @pytest.mark.parametrize("mistake", ["one weight is not shared", "a loop's gradient is dropped"])
 def test_control_a_mistake_in_sharing_is_noticed(mistake):
-    looped, unrolled = looped_and_unrolled()
+    looped, unrolled = looped_and_unrolled(**UNROLLED)
     borrower = looped.decoder.layers[NUM_LAYERS + 1].mlp.linear_fc2
     wrong = borrower.weight.detach()
     if mistake == "one weight is not shared":
@@ -154,15 +171,72 @@ def test_weights_alone_start_a_run_with_another_number_of_loops(tmp_path):
     ]
 
 
-def test_a_run_that_continues_keeps_its_number_of_loops(tmp_path):
-    once, twice = run_config(), run_config(num_loops=2)
-    chunks = build_model(once, torch.device("cpu"))
-    optimizer, scheduler = build_optimizer(once, chunks)
+@pytest.mark.parametrize(
+    ("loops", "depth", "message"),
+    [
+        (2, {}, r"model\.num_loops \(was 1, is 2\)"),
+        (1, {"weights": "uniform"}, r"attention\.weights \(was softmax, is uniform\)\. Set them as they were"),
+        (1, {"mixes": "key"}, r"Set them as they were \(model.depth_attention.mixes=value\), or start"),
+        (1, {"loop_sources": "unrolled"}, ""),  # of one loop it says nothing
+    ],
+)
+def test_a_run_that_continues_keeps_what_it_computes(loops, depth, message, tmp_path):
+    """The weights are the same, by name and shape."""
+    saved, now = run_config(), run_config(num_loops=loops, depth_attention=MODEL["depth_attention"] | depth)
+    chunks = build_model(saved, torch.device("cpu"))
+    optimizer, scheduler = build_optimizer(saved, chunks)
     optimizer.step()
-    folder = save_checkpoint(tmp_path, Progress(1, 8, 8), chunks, optimizer, scheduler, config=to_dict(once))
-    chunks = build_model(twice, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"model\.num_loops \(was 1, is 2\)"):
-        load_checkpoint(folder, chunks, *build_optimizer(twice, chunks), config=to_dict(twice))
+    folder = save_checkpoint(tmp_path, Progress(1, 8, 8), chunks, optimizer, scheduler, config=to_dict(saved))
+    chunks = build_model(now, torch.device("cpu"))
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        load_checkpoint(folder, chunks, *build_optimizer(now, chunks), config=to_dict(now))
+
+
+def test_a_run_older_than_the_rule_resumes_unrolled_or_not_at_all(tmp_path):
+    """Its record lacks the keys; resumed, its losses are those of the run that was not interrupted."""
+    unrolled = run_config(num_loops=2, depth_attention={"loop_sources": "unrolled"})
+    now = run_config(num_loops=2, depth_attention={})
+    older = to_dict(unrolled)
+    for key in ("loop_sources", "weights", "mixes"):
+        del older["model"]["depth_attention"][key]
+
+    def steps(numbers, chunks, optimizer, scheduler):
+        losses = []
+        for step in numbers:
+            rows = torch.randint(384, (2, 17), generator=torch.Generator().manual_seed(step))
+            scheduler.step(1)
+            batch = {"tokens": rows[:, :-1], "labels": rows[:, 1:]}
+            losses.append(train_step(chunks, optimizer, [batch], (2, 16)).loss)
+        return losses
+
+    chunks = build_model(unrolled, torch.device("cpu"))
+    parts = chunks, *build_optimizer(unrolled, chunks)
+    steps([0], *parts)
+    folder = save_checkpoint(tmp_path, Progress(1, 8, 8), *parts, config=older)
+    expected = steps([1, 2], *parts)
+    rule = "model.depth_attention.loop_sources"
+    for config in (now, unrolled):
+        chunks = build_model(config, torch.device("cpu"))
+        parts = chunks, *build_optimizer(config, chunks)
+        if config is unrolled:
+            load_checkpoint(folder, *parts, config=to_dict(config))
+            assert steps([1, 2], *parts) == expected
+        else:
+            with pytest.raises(ValueError, match=rf"{rule} \(was unrolled, is same_layer\).*\({rule}=unrolled"):
+                load_checkpoint(folder, *parts, config=to_dict(config))
+            load_checkpoint(folder, *parts)
+            assert steps([1, 2], *parts) != expected  # control
+    export(MegatronCheckpoint(folder), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["depth_attention_loop_sources"] == "unrolled"
+    assert all(check.passed for check in verify(MegatronCheckpoint(folder), tmp_path / "hf"))
+
+
+def test_tools_that_read_a_record_know_what_is_older(tmp_path):
+    once, looped = tmp_path / "once.yaml", tmp_path / "looped.yaml"
+    once.write_text("model:\n  num_loops: 1\n")
+    looped.write_text("model:\n  num_loops: 2\n")
+    read = [load(path).model.depth_attention for path in (once, looped) for load in (load_config, load_record)]
+    assert [depth.loop_sources for depth in read] == ["same_layer", "same_layer", "same_layer", "unrolled"]
 
 
 def test_sharing_outlives_moves():
@@ -203,10 +277,10 @@ def test_the_opening_lines_tell_of_loops():
     [
         ({"num_layers": 6, "num_loops": 0}, "num_loops is 0 and num_layers is 6"),
         ({"num_layers": 6, "num_loops": 4}, "set num_loops to 1 or more, and num_layers to a multiple of it"),
-        ({"num_loops": 2, "pipeline_model_parallel_size": 2}, "Set virtual_pipeline_model_parallel_size=2"),
+        ({"num_loops": 2, "pipeline_model_parallel_size": 2}, "Set virtual_pipeline_model_parallel_size to 2 or a"),
         (
             {"num_loops": 4, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-            "Set virtual_pipeline_model_parallel_size=4, num_layers to a multiple of 8",
+            "Set virtual_pipeline_model_parallel_size to 4 or a multiple of it, num_layers to a multiple of 8",
         ),
         (
             {
@@ -226,16 +300,17 @@ def test_rejected_configs(fields, message, depth_attention):
         qwen3_style_config(**SHAPE, **(given | fields), depth_attention=depth_attention)
 
 
-def test_a_later_chunk_needs_its_ranks_first():
+@pytest.mark.parametrize(("chunks", "stage"), [(2, 1), (4, 3)])
+def test_a_later_chunk_needs_its_ranks_earlier_ones(chunks, stage):
     config = qwen3_style_config(
         num_layers=8,
         num_loops=2,
         **SHAPE,
         pipeline_model_parallel_size=2,
-        virtual_pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=chunks,
         pipeline_dtype=torch.float32,
         overlap_p2p_comm=True,
         batch_p2p_comm=False,
     )
-    with pytest.raises(ValueError, match="build that one before, and give it as first_chunk"):
-        build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE, vp_stage=1)
+    with pytest.raises(ValueError, match="0 were given: build those before, and give them as earlier_chunks"):
+        build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE, vp_stage=stage)

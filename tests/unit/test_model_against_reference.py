@@ -21,6 +21,7 @@ NUM_LAYERS, NUM_HEADS, HEAD_DIM = 6, 4, 8
 HIDDEN, FFN, VOCAB, SEQUENCE = 32, 48, 97, 17
 LOGIT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
+ABLATION_KEYS = [f"depth_attention_{key}" for key in ("loop_sources", "weights", "mixes")]
 
 
 def build(
@@ -144,33 +145,52 @@ def test_gradients_with_tied_embeddings(tokens, record_property):
     check_gradients(tokens, record_property, 2, stride=2, window=1, op="lean", tied=True)
 
 
-@pytest.mark.parametrize(
-    ("num_loops", "depth"), [(2, {}), (3, {"stride": 4, "window": 1}), (2, {"depth_attention": False})], ids=str
-)
-def test_loops(num_loops, depth, tokens, record_property):
-    """Logits, and gradients summed over the loops; the stride defaults to half the layers of all loops."""
-    options = {"stride": None, "window": 0, "num_loops": num_loops} | depth
+UNROLLED = {"num_loops": 3, "depth_attention_loop_sources": "unrolled"}
+VARIANTS = [
+    ({"num_loops": 3}, {}, {"num_loops": 1}),
+    ({"num_loops": 3, "stride": 4, "window": 1}, {}, {"unrolled": True}),
+    (UNROLLED, {"unrolled": True}, {"unrolled": False}),
+    (UNROLLED | {"stride": 4, "window": 1}, {"unrolled": True}, {"num_loops": 1}),
+    ({"num_loops": 2, "depth_attention": False}, {}, {"num_loops": 1}),
+    ({"depth_attention_weights": "uniform", "window": 1}, {"uniform": True}, {"uniform": False}),
+    ({"depth_attention_mixes": "key", "stride": 2}, {"mixes": "key"}, {"mixes": "value"}),
+    ({"depth_attention_mixes": "key_value", "num_loops": 2}, {"mixes": "key_value"}, {"mixes": "key"}),
+    (
+        {"depth_attention_mixes": "key_value", "depth_attention_weights": "uniform", "stride": 1},
+        {"mixes": "key_value", "uniform": True},
+        {"mixes": "value"},
+    ),
+    ({"depth_attention_mixes": "key", "depth_attention_weights": "uniform"}, {"mixes": "key", "uniform": True}, {}),
+]
+"""Loops and ablations: what the model is given, what the oracle is given beside it, and what another function is."""
+
+
+@pytest.mark.parametrize(("given", "oracle", "other"), VARIANTS, ids=str)
+def test_loops_and_ablations(given, oracle, other, tokens, record_property):
+    """Logits, and gradients (of a looped model summed over the loops); a stride of None is half the layers."""
+    given = {"stride": None, "window": 0} | given
+    oracle = {key: value for key, value in given.items() if key not in ABLATION_KEYS} | oracle
     weights = weights_of(2)
     with torch.no_grad():
-        expected = reference_logits(weights, tokens, 2, **options)
-        once = reference_logits(weights, tokens, 2, **(options | {"num_loops": 1}))
-        model = build(2, **options)
+        expected = reference_logits(weights, tokens, 2, **oracle)
+        another = reference_logits(weights, tokens, 2, **(oracle | (other or {"depth_attention": False})))
+        model = build(2, **given)
         load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM), VOCAB)
         error = (megatron_logits(model, tokens) - expected).abs().max().item()
     record_property("logit_error", error)
     assert error < LOGIT_TOLERANCE
-    assert (once - expected).abs().max() > 1e-2  # control: the loops change the function
-    check_gradients(tokens, record_property, 2, op="lean", tied=False, **options)
+    assert (another - expected).abs().max() > 1e-2  # control
+    check_gradients(tokens, record_property, 2, op="lean", tied=False, given=given, **oracle)
 
 
-def check_gradients(tokens, record_property, num_kv_heads, *, op, tied, **mixing):
+def check_gradients(tokens, record_property, num_kv_heads, *, op, tied, given=None, **mixing):
     labels = tokens.roll(-1, dims=1)
     weights = {name: weight.requires_grad_() for name, weight in weights_of(num_kv_heads, tied=tied).items()}
     options = {"tied": tied} | mixing
     mean_cross_entropy(reference_logits(weights, tokens, num_kv_heads, **options), labels).backward()
     expected = to_megatron({n: w.grad for n, w in weights.items()}, NUM_LAYERS, HEAD_DIM)
 
-    model = build(num_kv_heads, depth_attention_op=op, **options)
+    model = build(num_kv_heads, depth_attention_op=op, **(options if given is None else {"tied": tied} | given))
     load(model, to_megatron({n: w.detach() for n, w in weights.items()}, NUM_LAYERS, HEAD_DIM), VOCAB)
     mean_cross_entropy(megatron_logits(model, tokens), labels).backward()
 

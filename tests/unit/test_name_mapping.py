@@ -2,13 +2,16 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_depthattn.config import load_config, to_dict
-from megatron_depthattn.hf.model_config import to_hf_config, to_model_section
+from megatron_depthattn.config import DepthConfig, load_config, to_dict
+from megatron_depthattn.hf.configuration_depthattn import CHOICES
+from megatron_depthattn.hf.model_config import CHOICES as OLDER
+from megatron_depthattn.hf.model_config import WORDS, to_hf_config, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.switches import MODEL_SWITCHES
 from tests.checkpoints import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, model_section, random_weights
@@ -100,7 +103,8 @@ def test_padding_is_no_other_shape():
     [
         {},
         {"num_loops": 2},
-        {"tie_embeddings": True, "depth_attention": {"stride": 3, "recent_window": 0}},
+        {"num_loops": 2, "depth_attention": {"loop_sources": "unrolled"}},
+        {"tie_embeddings": True, "depth_attention": {"stride": 3, "recent_window": 0, "mixes": "key"}},
         {"depth_attention": {"enabled": False, "stride": None, "recent_window": 0}},
     ],
 )
@@ -111,11 +115,17 @@ def test_config_survives_the_way_there_and_back(changes: dict):
     assert returned == section | {"method": "depth_attention"}
 
 
-def test_half_the_effective_layers_is_written_out():
-    config = to_hf_config(
-        model_section(num_layers=8, num_loops=3, depth_attention={"stride": None}), dtype="float32", special_tokens={}
-    )
-    assert config["depth_attention_stride"] == 12
+@pytest.mark.parametrize(("rule", "stride"), [("same_layer", 4), ("unrolled", 12)])
+def test_half_the_layers_that_are_counted_is_written_out(rule: str, stride: int):
+    section = model_section(num_layers=8, num_loops=3, depth_attention={"stride": None, "loop_sources": rule})
+    config = to_hf_config(section, dtype="float32", special_tokens={})
+    assert (config["depth_attention_stride"], config["depth_attention_loop_sources"]) == (stride, rule)
+
+
+def test_every_list_of_words_is_the_schemas():
+    known = {f"depth_attention_{key}": set(get_args(hint)) for key, hint in get_type_hints(DepthConfig).items()}
+    for key, words in WORDS.items():
+        assert CHOICES == WORDS and known[key] == set(words) and OLDER[key.removeprefix("depth_attention_")] == words[0]
 
 
 def test_vanilla_is_a_plain_qwen3():

@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.reference_decoder import (
     decoder_logits,
     depth_sources,
+    loop_sources,
     mean_cross_entropy,
     random_weights,
     rms_norm,
@@ -110,6 +111,17 @@ def test_sources_by_hand(num_layers: int, stride: int, window: int, expected: li
     assert [depth_sources(layer, stride, window) for layer in range(num_layers)] == expected
 
 
+@pytest.mark.parametrize(
+    ("stride", "window", "third_loop"),
+    [
+        (2, 0, [[0, 4], [1, 5, 8], [2, 6, 8], [3, 7, 8, 10]]),
+        (9, 1, [[0, 4], [1, 5, 8], [2, 6, 8, 9], [3, 7, 8, 10]]),  # the window ends where the loop begins
+    ],
+)
+def test_sources_of_the_third_loop_by_hand(stride: int, window: int, third_loop: list[list[int]]) -> None:
+    assert [loop_sources(8 + layer, 4, stride, window) for layer in range(4)] == third_loop
+
+
 def test_long_stride_leaves_layer_zero_as_the_only_source() -> None:
     weights, tokens = make_weights(), make_tokens()
     only_first = logits_of(weights, tokens, stride=4)
@@ -118,10 +130,10 @@ def test_long_stride_leaves_layer_zero_as_the_only_source() -> None:
     assert not torch.allclose(only_first, logits_of(weights, tokens, stride=4, window=1))
 
 
-def test_default_stride_is_half_the_effective_layers() -> None:
+def test_default_stride_is_half_the_layers_that_it_counts() -> None:
     weights, tokens = make_weights(), make_tokens()
-    assert torch.equal(logits_of(weights, tokens), logits_of(weights, tokens, stride=2))
-    assert torch.equal(logits_of(weights, tokens, num_loops=2), logits_of(weights, tokens, num_loops=2, stride=4))
+    for options, stride in (({}, 2), ({"num_loops": 2}, 2), ({"num_loops": 2, "unrolled": True}, 4)):
+        assert torch.equal(logits_of(weights, tokens, **options), logits_of(weights, tokens, stride=stride, **options))
 
 
 def test_one_layer_has_no_source_and_is_vanilla() -> None:
@@ -175,7 +187,7 @@ def test_loops_are_the_unrolled_model() -> None:
         if name.startswith("model.layers."):
             layer, rest = name.removeprefix("model.layers.").split(".", 1)
             unrolled[f"model.layers.{int(layer) + 4}.{rest}"] = weight
-    looped = logits_of(weights, tokens, num_loops=2, stride=3, window=1)
+    looped = logits_of(weights, tokens, num_loops=2, stride=3, window=1, unrolled=True)
     assert torch.equal(looped, logits_of(unrolled, tokens, num_layers=8, stride=3, window=1))
     assert not torch.allclose(looped, logits_of(weights, tokens, stride=3, window=1))
 

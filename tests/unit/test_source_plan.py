@@ -27,6 +27,13 @@ def defined_sources(layer: int, stride: int, window: int) -> set[int]:
     return {i for i in range(layer) if i % stride == 0} | {i for i in range(layer - window, layer) if i >= 0}
 
 
+def defined_loop_sources(effective: int, num_layers: int, stride: int, window: int) -> set[int]:
+    """S(r,l) = { (r,i) : i in S(l) }  ∪  { (r',l) : r' < r }, layer l of loop r standing at r * num_layers + l."""
+    loop, layer = divmod(effective, num_layers)
+    in_loop = {loop * num_layers + i for i in defined_sources(layer, stride, window)}
+    return in_loop | {earlier * num_layers + layer for earlier in range(loop)}
+
+
 def live_by_brute_force(plan: SourcePlan, layer: int) -> set[int]:
     return {
         i
@@ -49,6 +56,35 @@ def test_sources_and_live_sets_follow_the_definition():
             assert plan.sources(layer) == tuple(sorted(defined_sources(layer, plan.stride, plan.recent_window))), plan
             assert plan.held(layer) == tuple(sorted(live_by_brute_force(plan, layer + 1))), plan
         assert plan.sources(0) == plan.held(plan.num_layers - 1) == ()
+
+
+def test_paper_counts_117_candidates_over_48_layers():
+    """Beside layer 0 each layer scores its sources and itself: two candidates up to layer 24, then three."""
+    candidates = [len(SourcePlan(48, 24).sources(layer)) + 1 for layer in range(48)]
+    assert candidates == [1] + [2] * 24 + [3] * 23
+    assert sum(candidates) - 1 == 117 != sum(len(SourcePlan(48, 23).sources(layer)) + 1 for layer in range(1, 48))
+
+
+@pytest.mark.parametrize(("num_layers", "num_loops"), [(4, 3), (8, 2)])
+@pytest.mark.parametrize(("stride", "window"), [(1, 0), (2, 0), (3, 2), (9, 1)])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("chunks_per_loop", [1, 2])
+def test_loops_of_same_layer_sources(num_layers, num_loops, stride, window, ranks, chunks_per_loop):
+    """The sources are the page's; where each rank holds the same layers of every loop, only its own loop's cross."""
+    starts = tuple(range(0, num_layers * num_loops, num_layers // (ranks * chunks_per_loop)))
+    plan = SourcePlan(num_layers * num_loops, stride, window, starts, ranks, layers_per_loop=num_layers)
+    for layer in range(plan.num_layers):
+        assert set(plan.sources(layer)) == defined_loop_sources(layer, num_layers, stride, window)
+        assert list(plan.sources(layer)) == sorted(plan.sources(layer))
+    assert not sources_of_earlier_loops(plan, num_layers)
+    unrolled = dataclasses.replace(plan, layers_per_loop=None, stride=1)
+    assert ranks == 1 or sources_of_earlier_loops(unrolled, num_layers)  # control
+
+
+def sources_of_earlier_loops(plan: SourcePlan, num_layers: int) -> list[int]:
+    """Those that cross an edge between ranks."""
+    starts = plan.chunk_starts
+    return [i for c in range(1, len(starts)) for i in plan.entering(c) if i < starts[c] // num_layers * num_layers]
 
 
 def even_pipelines() -> list[SourcePlan]:
@@ -156,6 +192,7 @@ def test_impossible_plans_are_rejected(fields, given, remedy):
 def test_digest_tells_plans_apart():
     plan = SourcePlan(num_layers=8, stride=4, recent_window=1, chunk_starts=(0, 4))
     others = [{"num_layers": 9}, {"stride": 3}, {"recent_window": 0}, {"chunk_starts": (0, 3)}, {"num_ranks": 1}]
+    others.append({"layers_per_loop": 4})
     digests = [plan.digest(), *(dataclasses.replace(plan, **other).digest() for other in others)]
     assert len(set(digests)) == len(digests)
     assert SourcePlan(8, 4, 1, (0, 4)).digest() == plan.digest()

@@ -199,7 +199,7 @@ def test_a_vanilla_config_is_rejected_nothing(fields):
 
 
 def test_unknown_op():
-    with pytest.raises(ValueError, match=re.escape("depth_attention_op is 'fast'; the implementations are ['lean', ")):
+    with pytest.raises(ValueError, match=re.escape("depth_attention_op is 'fast'; set one of ['lean', ")):
         config_of(depth_attention_op="fast")
 
 
