@@ -125,6 +125,12 @@ class DepthAttnConfig(CrossLayerConfig):
             self.num_hidden_layers if self.depth_attention_loop_sources == "same_layer" else self.num_effective_layers
         )
 
+    @property
+    def source_kinds(self) -> tuple[str, ...]:
+        """What a layer leaves to those that read it: the key that they score, if they do, and what they mix."""
+        mixed = {"key": ("mixed_key",), "key_value": ("mixed_key", "value")}.get(self.depth_attention_mixes, ("value",))
+        return mixed if self.depth_attention_weights == "uniform" else ("key", *mixed)
+
     def depth_sources(self, layer: int) -> list[int]:
         """The effective layers that ``layer`` reads, in ascending order."""
         if not self.use_depth_attention:

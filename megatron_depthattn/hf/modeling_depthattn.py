@@ -11,6 +11,10 @@ Shapes: b batch, t new tokens, s cached and new tokens, H query heads, G key/val
 A *source* is the pair (key after the rotary embedding, mixed value) of an earlier layer, each [b, G, t, d]: the very
 tensors that the layer writes to the cache. Sources are positional tensor arguments and results of a layer, so gradients
 flow through them under both kinds of gradient checkpointing.
+
+Two settings are ablations of the paper. ``depth_attention_weights="uniform"`` weighs a layer's sources and itself
+alike. ``depth_attention_mixes`` mixes the key, or key and value, by the same weights; scores are of unmixed keys, which
+are part of the source but not of the cache, as sources are read within one pass.
 """
 
 import copy
@@ -294,29 +298,30 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
 # ------------------------------------------------------------------------------------------------ Depth-Attention
 
 
-def depth_mix(
-    query: Tensor, key: Tensor, value: Tensor, sources: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Mix a layer's value with its sources' mixed values, in fp32 from score to sum.
+def depth_weights(query: Tensor, keys: Sequence[Tensor], scale: float) -> Tensor:
+    """Weights [b, G, t, n + 1] of n sources and, last, of the layer itself, in fp32 (fp64 for fp64).
 
     Query and keys are turned by the same rotation, so their products are those before the rotary embedding.
 
     Args:
         query: [b, H, t, d]. The H / G heads of a group are averaged.
-        key: [b, G, t, d].
-        value: [b, G, t, d].
-        sources: key and mixed value of each source in turn: k_0, v_0, k_1, v_1, ...
+        keys: [b, G, t, d] of each source and, last, of the layer.
         scale: factor of the scores.
+    """
+    precise = torch.promote_types(query.dtype, torch.float32)
+    mean_query = query.unflatten(1, (keys[-1].shape[1], -1)).to(precise).mean(dim=2)
+    scores = [(mean_query * key.to(precise)).sum(dim=-1) for key in keys]
+    return (torch.stack(scores, dim=-1) * scale).softmax(dim=-1)
+
+
+def depth_mix(weights: Tensor, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """Mix a layer's own value [b, G, t, d] with its sources' mixed values, in the type of the weights [b, G, t, n + 1].
 
     Returns:
-        The mixed value [b, G, t, d] in ``value``'s type, and the weights [b, G, t, n + 1] in fp32 (fp64 for fp64).
+        The mixed value in the type of ``own``.
     """
-    precise = torch.promote_types(value.dtype, torch.float32)
-    mean_query = query.unflatten(1, (key.shape[1], -1)).to(precise).mean(dim=2)
-    scores = [(mean_query * k.to(precise)).sum(dim=-1) for k in (*sources[0::2], key)]
-    weights = (torch.stack(scores, dim=-1) * scale).softmax(dim=-1)
     *source_weights, own_weight = weights.unsqueeze(-1).unbind(-2)
-    return weighted_sum([own_weight, *source_weights], [value, *sources[1::2]]), weights
+    return weighted_sum([own_weight, *source_weights], [own, *sources])
 
 
 class DepthAttnAttention(Qwen3Attention):
@@ -331,17 +336,18 @@ class DepthAttnAttention(Qwen3Attention):
         cache_slot: int | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         """Attend from ``hidden_states`` [b, t, hidden].
 
         Args:
-            sources: k_0, v_0, k_1, v_1, ... of the source layers, each [b, G, t, d]; none: vanilla attention.
+            sources: k_0, v_0, k_1, v_1, ... of the source layers (or what else ``config.source_kinds`` names), each
+                [b, G, t, d]; none: vanilla attention.
             cache_slot: the cache's layer to read and write; None: this layer's own index.
             kwargs: the cache, by transformers' name for it; the rest is handed to the attention function.
 
         Returns:
-            Output [b, t, hidden], this layer's source (key, mixed value), the attention weights where the attention
-            function gives them, and the depth weights [b, G, t, n + 1].
+            Output [b, t, hidden], the attention weights where the attention function gives them, the depth weights
+            [b, G, t, n + 1], and this layer's source: key and mixed value.
         """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
@@ -353,11 +359,19 @@ class DepthAttnAttention(Qwen3Attention):
             key = self.k_norm(key)
         else:
             query, key = apply_rotary_pos_emb(query, self.k_norm(key).transpose(1, 2), cos, sin)
-        if sources:
-            value, depth_weights = depth_mix(query, key, value, sources, self.scaling)
+        kinds = self.config.source_kinds
+        read = {kind: sources[i :: len(kinds)] for i, kind in enumerate(kinds)}
+        own = {"key": key, "mixed_key": key, "value": value}
+        if sources and "key" in read:
+            weights = depth_weights(query, [*read["key"], key], self.scaling)
         else:
-            depth_weights = key.new_ones((*key.shape[:-1], 1), dtype=torch.promote_types(key.dtype, torch.float32))
+            num_candidates = len(sources) // len(kinds) + 1
+            precise = torch.promote_types(key.dtype, torch.float32)
+            weights = key.new_full((*key.shape[:-1], num_candidates), 1 / num_candidates, dtype=precise)
+        if sources:
+            own |= {kind: depth_mix(weights, own[kind], states) for kind, states in read.items() if kind != "key"}
 
+        key, value = own["mixed_key"], own["value"]
         all_keys, all_values = key, value
         if (cache := kwargs.pop(CACHE, None)) is not None:
             slot = self.layer_idx if cache_slot is None else cache_slot
@@ -375,7 +389,7 @@ class DepthAttnAttention(Qwen3Attention):
             self, query, all_keys, all_values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
-        return output, key, value, attention_weights, depth_weights
+        return output, attention_weights, weights, *(own[kind] for kind in kinds)
 
 
 class DepthAttnDecoderLayer(DecoderLayer):
@@ -383,9 +397,7 @@ class DepthAttnDecoderLayer(DecoderLayer):
 
     attention_class = DepthAttnAttention
 
-    def forward(
-        self, hidden_states: Tensor, *sources: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    def forward(self, hidden_states: Tensor, *sources: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """As ``DepthAttnAttention.forward``, with the block's output [b, t, hidden] first."""
         attended, *rest = self.self_attn(self.input_layernorm(hidden_states), *sources, **kwargs)
         hidden_states = hidden_states + attended
@@ -412,16 +424,15 @@ class DepthAttnModel(DepthAttnPreTrainedModel, CrossLayerModel):
     def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
         config = self.config
         last_reader = {i: index for index in range(config.num_effective_layers) for i in config.depth_sources(index)}
-        live: dict[int, tuple[Tensor, Tensor]] = {}  # the sources that a later layer still reads, by effective layer
+        live: dict[int, list[Tensor]] = {}  # the sources that a later layer still reads, by effective layer
         for index in range(config.num_effective_layers):
             kept.get("hidden_states", []).append(hidden_states)
-            hidden_states, key, mixed_value, attention_weights, weights = self.layers[index % len(self.layers)](
+            hidden_states, attention_weights, weights, *live[index] = self.layers[index % len(self.layers)](
                 hidden_states,
                 *(tensor for source in config.depth_sources(index) for tensor in live[source]),
                 cache_slot=index,
                 **kwargs,
             )
-            live[index] = key, mixed_value
             live = {i: source for i, source in live.items() if last_reader.get(i, 0) > index}
             kept.get("attentions", []).append(attention_weights)
             kept.get("depth_weights", []).append(weights)

@@ -21,6 +21,8 @@ ROPE_THETA = 1000.0  # no version's default: a model that loses it shows
 DENSE = {"depth_attention_stride": 2, "depth_attention_recent_window": 1}
 UNROLLED = DENSE | {"num_loops": 2}
 LOOPED = UNROLLED | {"depth_attention_loop_sources": "same_layer"}
+MIXES_BOTH = {"depth_attention_mixes": "key_value"}
+UNIFORM_KEYS = {"depth_attention_weights": "uniform", "depth_attention_mixes": "key"}
 
 
 def make_config(config_class: type[Qwen3Config] = DepthAttnConfig, **settings: Any) -> Qwen3Config:

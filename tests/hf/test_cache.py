@@ -10,8 +10,10 @@ from megatron_depthattn.hf import modeling_depthattn
 from tests.hf.models import (
     DENSE,
     LOOPED,
+    MIXES_BOTH,
     NUM_LAYERS,
     SEQUENCE,
+    UNIFORM_KEYS,
     UNROLLED,
     largest,
     make_model,
@@ -30,7 +32,8 @@ VARIANTS = {
     "one_loop": DENSE,
     "two_loops": LOOPED,
     "unrolled": UNROLLED,
-    "late_k_norm": DENSE | {"depth_attention_k_norm_after_rope": True},
+    "late_k_norm_mixes_both": DENSE | MIXES_BOTH | {"depth_attention_k_norm_after_rope": True},
+    "uniform_keys": DENSE | UNIFORM_KEYS,
 }
 NEW_TOKENS = 12
 
@@ -83,9 +86,9 @@ def test_control_a_cache_of_unmixed_values_fails(monkeypatch):
     assert largest(cached_logits(model, tokens, UnmixedCache([]), 5) - full) < TOLERANCE  # never given unmixed ones
     unmixed, depth_mix = [], modeling_depthattn.depth_mix
 
-    def remember_value(query, key, value, sources, scale):
+    def remember_value(weights, value, sources):
         unmixed.append(value)
-        return depth_mix(query, key, value, sources, scale)
+        return depth_mix(weights, value, sources)
 
     monkeypatch.setattr(modeling_depthattn, "depth_mix", remember_value)
     assert (
@@ -200,7 +203,7 @@ def test_cache_has_the_size_of_qwen3s(make_cache, dtype):
     tokens, sizes = make_tokens(), []
     for model in (
         make_vanilla(dtype=dtype),
-        make_model(dtype=dtype, **DENSE),
+        make_model(dtype=dtype, **DENSE, **MIXES_BOTH),
         make_model(dtype=dtype, **LOOPED),
     ):
         cache = model(tokens, past_key_values=make_cache(model.config), use_cache=True).past_key_values

@@ -3,7 +3,7 @@
 import torch
 
 from megatron_depthattn.hf.depth_origins import depth_origins
-from megatron_depthattn.hf.modeling_depthattn import depth_mix
+from megatron_depthattn.hf.modeling_depthattn import depth_mix, depth_weights
 
 SOURCES = [[i for i in range(layer) if i % 2 == 0 or i >= layer - 1] for layer in range(6)]
 B, H, G, T = 2, 6, 3, 5
@@ -17,9 +17,8 @@ def mixed_unit_values() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         query = 2 * torch.randn(B, H, T, len(SOURCES), generator=generator, dtype=torch.float64)
         key = torch.randn(B, G, T, len(SOURCES), generator=generator, dtype=torch.float64)
         value = torch.eye(len(SOURCES), dtype=torch.float64)[layer].expand_as(key)
-        mixed, own = depth_mix(query, key, value, [tensor for i in sources for tensor in memory[i]], 1.0)
-        weights.append(own)
-        memory.append((key, mixed))
+        weights.append(depth_weights(query, [*(memory[i][0] for i in sources), key], 1.0))
+        memory.append((key, depth_mix(weights[-1], value, [memory[i][1] for i in sources])))
     return weights, [mixed for _, mixed in memory]
 
 

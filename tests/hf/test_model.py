@@ -9,7 +9,9 @@ from tests.hf.method_models import MODELS, make_method_model
 from tests.hf.models import (
     DENSE,
     LOOPED,
+    MIXES_BOTH,
     NUM_LAYERS,
+    UNIFORM_KEYS,
     largest,
     make_config,
     make_model,
@@ -26,19 +28,22 @@ BF16_TOLERANCE = 0.05  # of the logits' root mean square
 @pytest.mark.parametrize("stride", [1, 2, None], ids=lambda s: f"stride_{s or 'half'}")
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize(("num_loops", "rule"), [(1, None), (2, "unrolled"), (3, "same_layer")])
-@pytest.mark.parametrize(("late_k_norm", "tied"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("late_k_norm", "tied", "ablation"), [(0, 0, {}), (1, 1, {}), (1, 0, MIXES_BOTH), (0, 1, UNIFORM_KEYS)], ids=str
+)
 @torch.no_grad()
-def test_logits(num_kv_heads, stride, window, num_loops, rule, late_k_norm, tied, record_property):
+def test_logits(num_kv_heads, stride, window, num_loops, rule, late_k_norm, tied, ablation, record_property):
     # Six layers: half of them is a stride of its own.
     model = make_model(
         num_hidden_layers=6,
         num_key_value_heads=num_kv_heads,
         depth_attention_stride=stride,
         depth_attention_recent_window=window,
-        depth_attention_k_norm_after_rope=late_k_norm,
+        depth_attention_k_norm_after_rope=bool(late_k_norm),
         num_loops=num_loops,
         depth_attention_loop_sources=rule,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=bool(tied),
+        **ablation,
     )
     tokens = make_tokens()
     error = largest(model(tokens).logits - reference_logits(model.config, tokens, stride=stride))
@@ -57,6 +62,9 @@ def test_logits(num_kv_heads, stride, window, num_loops, rule, late_k_norm, tied
         {"num_loops": 1},
         {"unrolled": True},
         {"depth_attention": False},
+        {"uniform": True},
+        {"mixes": "key"},
+        {"mixes": "key_value"},
     ],
     ids=str,
 )
@@ -167,11 +175,11 @@ def test_hidden_states_of_the_vanilla_decoder_are_qwen3s():
     assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("depth", [DENSE, LOOPED], ids=["one_loop", "two_loops"])
+@pytest.mark.parametrize("settings", [DENSE, LOOPED, DENSE | MIXES_BOTH, DENSE | UNIFORM_KEYS], ids=str)
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
 @torch.no_grad()
-def test_depth_weights(depth, num_kv_heads):
-    model, tokens = make_model(**depth, num_key_value_heads=num_kv_heads), make_tokens()
+def test_depth_weights(settings, num_kv_heads):
+    model, tokens = make_model(**settings, num_key_value_heads=num_kv_heads), make_tokens()
     expected = []
     reference_logits(model.config, tokens, depth_weights=expected)
     weights = model(tokens, output_depth_weights=True).depth_weights
@@ -181,7 +189,7 @@ def test_depth_weights(depth, num_kv_heads):
         assert ours.shape == (len(tokens), num_kv_heads, tokens.shape[1], num_candidates)
         assert largest(ours.sum(dim=-1) - 1) < 1e-6
         assert largest(ours - reference.transpose(1, 2)) < 1e-5
-    assert weights[-1].std() > 0.05  # not one flat row, which would tell little
+    assert (weights[-1].std() > 0.05) == (settings != UNIFORM_KEYS)  # not one flat row, which would tell little
     assert model(tokens).depth_weights is None
 
 

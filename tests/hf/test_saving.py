@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_depthattn.hf.configuration_depthattn import DepthAttnConfig
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
-from tests.hf.models import DENSE, ROPE_THETA, largest, make_config, make_model, make_tokens, make_vanilla
+from tests.hf.models import DENSE, MIXES_BOTH, ROPE_THETA, largest, make_config, make_model, make_tokens, make_vanilla
 
 
 def load(folder, **options) -> DepthAttnForCausalLM:
@@ -43,7 +43,7 @@ def test_every_tensor_survives(tied, dtype, tmp_path):
         {"num_loops": 3},  # in the file "unrolled" and the stride of that
         {"num_loops": 3, "depth_attention_loop_sources": "same_layer", "depth_attention_stride": 2},
         {"use_depth_attention": False},
-        DENSE | {"num_loops": 2, "depth_attention_k_norm_after_rope": True},
+        DENSE | MIXES_BOTH | {"num_loops": 2, "depth_attention_k_norm_after_rope": True},
     ],
     ids=["defaults", "loops", "same layer", "off", "all"],
 )

@@ -3,7 +3,18 @@
 import pytest
 from torch import Tensor
 
-from tests.hf.models import DENSE, LOOPED, UNROLLED, largest, make_model, make_tokens, reference_logits, weights_for
+from tests.hf.models import (
+    DENSE,
+    LOOPED,
+    MIXES_BOTH,
+    UNIFORM_KEYS,
+    UNROLLED,
+    largest,
+    make_model,
+    make_tokens,
+    reference_logits,
+    weights_for,
+)
 from tests.reference_decoder import mean_cross_entropy
 
 REFERENCE_TOLERANCE = 1e-4  # of a gradient's norm, fp32 against fp64
@@ -32,13 +43,18 @@ def worst_difference(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
 
 @each_checkpointing
 @pytest.mark.parametrize("depth", [DENSE, LOOPED, UNROLLED], ids=["one_loop", "two_loops", "unrolled"])
-@pytest.mark.parametrize(("tied", "late_k_norm"), [(False, False), (True, True)])
-def test_gradients_are_those_of_the_reference(reentrant, depth, tied, late_k_norm, record_property):
-    model = make_model(
-        **depth,
-        tie_word_embeddings=tied,
-        depth_attention_k_norm_after_rope=late_k_norm,
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True, "depth_attention_k_norm_after_rope": True},
+        MIXES_BOTH,
+        UNIFORM_KEYS | {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_the_reference(reentrant, depth, settings, record_property):
+    model = make_model(**depth, **settings)
     tokens = make_tokens()
     weights = {name: weight.requires_grad_() for name, weight in weights_for(model.config).items()}
     logits = reference_logits(model.config, tokens, weights)
