@@ -143,7 +143,7 @@ def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> Chunk
     again = layers[:recomputed] if is_full else range(0)
     streams = method.num_streams if method else 1
 
-    whole, source = sizes.attention + sizes.mlp, sizes.hidden if method else 2 * sizes.key
+    whole, source = sizes.attention + sizes.mlp, sizes.hidden if method else len(plan.kinds if plan else ()) * sizes.key
     first = -(-len(again) // group) * sizes.hidden * streams
     if again and chunk == 0:
         first -= sizes.hidden * (streams - 1)  # the embedding is one stream
@@ -181,11 +181,15 @@ def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> Chunk
 
 
 def _layer_sources(sizes: _Layers, plan: CrossLayerPlan | None, method: CrossLayerMethod | None, layer: int) -> int:
-    """Bytes above a vanilla layer: one more tensor of a value's size where a layer mixes or is read."""
+    """Bytes above a vanilla layer: one more tensor of a value's size for each kind that it mixes, or if it is read."""
     if plan is None:
         return 0
     if method:
         return sizes.method(method, layer)
-    mixes = bool(plan.sources(layer))
+    if plan.sources(layer):
+        # A uniform mix does not keep what it mixed: the mixed key takes the key's place, and the mixed value that of
+        # TransformerEngine's copy of the value.
+        is_scored = "key" in plan.kinds
+        return sizes.key * sum(is_scored or (k == "value" and not sizes.is_te) for k in plan.kinds if k != "key")
     is_read = any(layer in plan.sources(later) for later in range(layer + 1, plan.num_layers))
-    return sizes.key * (mixes or (is_read and not sizes.is_te))
+    return sizes.key * (is_read and not sizes.is_te)

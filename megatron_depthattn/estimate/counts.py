@@ -11,7 +11,7 @@ from megatron_depthattn.config import ModelConfig, RunConfig
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
-from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride
+from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride, source_kinds
 from megatron_depthattn.vocabulary import padded_vocab_size
 
 PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -53,7 +53,8 @@ def source_plan(config: RunConfig) -> CrossLayerPlan | None:
         return None
     per_loop = config.model.num_layers if depth.loop_sources == "same_layer" else num_layers
     stride = depth.stride or default_stride(per_loop)
-    return SourcePlan(num_layers, stride, depth.recent_window, starts, config.parallel.pipeline, per_loop)
+    kinds = source_kinds(depth.weights, depth.mixes)
+    return SourcePlan(num_layers, stride, depth.recent_window, starts, config.parallel.pipeline, per_loop, kinds)
 
 
 def forward_flops(config: RunConfig) -> ForwardFlops:

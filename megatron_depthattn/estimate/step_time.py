@@ -209,11 +209,14 @@ def _mix_seconds(config: RunConfig, shared: CrossLayer, hardware: Hardware, laye
             hardware.elementwise.seconds(method.flops(layer) * hidden_rows(config) * size) for layer in layers
         )
         return forward, 2 * forward
-    if not shared.attends_over_depth:
+    if not shared.kinds:
         return 0.0, 0.0
     query, key = (width / min(config.parallel.tensor, width) for width in _sizes(config))
-    factor = (1 if config.model.depth_attention.op == "triton" else LEAN_PASSES) * rows(config) * size
-    reads = [query + 2 * key * (number + 1) for layer in layers if (number := shared.num_sources[layer])]
+    is_scored = "key" in shared.kinds
+    calls = len(shared.kinds) - is_scored  # one of each kind that is mixed
+    factor = calls * (1 if config.model.depth_attention.op == "triton" else LEAN_PASSES) * rows(config) * size
+    numbers = [number for layer in layers if (number := shared.num_sources[layer])]
+    reads = [is_scored * query + (1 + is_scored) * key * (number + 1) for number in numbers]
     forward = sum(hardware.elementwise.seconds(factor * (read + key)) for read in reads)
     return forward, sum(hardware.elementwise.seconds(factor * (2 * read + key)) for read in reads)
 

@@ -68,7 +68,8 @@ class CrossLayer:
 
     method: CrossLayerMethod | None
     """None for vanilla and for Depth-Attention."""
-    attends_over_depth: bool
+    kinds: tuple[str, ...]
+    """Of Depth-Attention's sources; empty for any other model."""
     num_sources: tuple[int, ...]
     """Of every effective layer."""
     message_widths: tuple[int, ...]
@@ -81,18 +82,19 @@ class CrossLayer:
         method = cross_layer_method(config.model)
         num_layers, edges = model.num_layers * model.num_loops, parallel.pipeline * parallel.virtual_pipeline - 1
         if plan is None:
-            return cls(None, False, (0,) * num_layers, (model.hidden_size,) * edges)
+            return cls(None, (), (0,) * num_layers, (model.hidden_size,) * edges)
         # As DepthAttentionConfig.message_into says, chunk by chunk; a test holds both equal.
         spread = parallel.tensor if parallel.sequence else 1
         keys = max(1, model.num_query_groups // parallel.tensor) * model.kv_channels
         widths = hop_bytes(
             plan,
             hidden_size=model.hidden_size * (method.num_streams if method else 1),
-            source_size=model.hidden_size if method else 2 * keys * spread,
+            source_size=model.hidden_size if method else len(plan.kinds) * keys * spread,
             tokens=1,
             bytes_per_element=1,
         )
-        return cls(method, not method, tuple(len(plan.sources(layer)) for layer in range(num_layers)), tuple(widths))
+        num_sources = tuple(len(plan.sources(layer)) for layer in range(num_layers))
+        return cls(method, () if method else plan.kinds, num_sources, tuple(widths))
 
 
 def hop_sizes(config: RunConfig, shared: CrossLayer) -> list[int]:
@@ -154,7 +156,7 @@ def _tensor(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: 
         yield each("QKV where ranks share a head", "all_gather", "forward", layers, qkv)
         yield each("QKV where ranks share a head, recomputed", "all_gather", "backward", again, qkv)
         yield each("gradient of the shared QKV", "reduce_scatter", "backward", layers, qkv)
-        if shared.attends_over_depth:
+        if "key" in shared.kinds:
             mixing = sum(shared.num_sources[layer] > 0 for layer in stage_layers(config, pipeline_rank))
             means = rows(config) * tensor * model.kv_channels * FP32
             yield each("group means of the query", "all_gather", "forward", mixing, means)

@@ -93,22 +93,22 @@ class DepthSelfAttention(SelfAttention):
         return query, own["mixed_key"], own["value"]
 
     def _mix(self, sources: Sequence[Source], query: Tensor, own: Source) -> dict[str, Tensor]:
-        """What the layer mixes of ``own``, by kind."""
-        is_scored, key = "key" in self.config.source_kinds, own["key"]
-        scoring = self.group_queries(query) if is_scored else query
-        keys = [source["key"] if is_scored else key for source in sources]
-        scale = self.hidden_size_per_attention_head**-0.5 if is_scored else 0.0  # equal scores: equal weights
+        """What the layer mixes of ``own``, by kind: the value, or what an ablation mixes."""
+        states = {kind: [source[kind] for source in sources] for kind in sources[0]}
+        keys, key = states.pop("key", None), own["key"]
+        if keys is None:  # nothing is scored
+            if (active := recorder()) is not None:
+                active.record(self.layer_number - 1, query, [key] * len(sources), key, 0.0)
+            return {kind: uniform_mix(given, own[kind]) for kind, given in states.items()}
+        query, scale = self.group_queries(query), self.hidden_size_per_attention_head**-0.5
         if (active := recorder()) is not None:
-            active.record(self.layer_number - 1, scoring, keys, key, scale)
-        mixed = {}
-        for kind in self.config.source_kinds[is_scored:]:
-            states = [source[kind] for source in sources]
-            if is_scored:
-                op = self.config.depth_attention_op
-                mixed[kind] = depth_mix(scoring, keys, states, key, own[kind], scale, implementation=op)
-            else:
-                mixed[kind] = uniform_mix(states, own[kind])
-        return mixed
+            active.record(self.layer_number - 1, query, keys, key, scale)
+        # An ablation that mixes both scores twice: its two results keep nothing for each other.
+        op = self.config.depth_attention_op
+        return {
+            kind: depth_mix(query, keys, given, key, own[kind], scale, implementation=op)
+            for kind, given in states.items()
+        }
 
     def _norm_keeps_projection(self, value: Tensor) -> bool:
         """Whether the norm of k keeps its input, a view of the projection; torch's does, but in bf16 not on CPU."""

@@ -26,7 +26,7 @@ from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.payload import HIDDEN, source_parts
 
 SourceTensors = tuple[Tensor, ...]
-"""What one layer leaves to later layers: a tensor of each of the config's ``source_kinds``."""
+"""What one layer leaves to later layers: a tensor of each of its plan's ``kinds``."""
 
 
 class CrossLayerLayer(TransformerLayer):
@@ -37,7 +37,7 @@ class CrossLayerLayer(TransformerLayer):
         index = self.layer_index = self.layer_number - 1
         plan = self.config.source_plan
         chunk = plan.chunk_of(index)
-        self.kinds = self.config.source_kinds
+        self.kinds = plan.kinds
         self.reads = plan.sources(index)
         self.enters_chunk, self.leaves_chunk = plan.enters_chunk(index), plan.leaves_chunk(index)
         if self.enters_chunk:

@@ -5,6 +5,7 @@ Pure: integers in, integers out. The mix has a line of its own, so that its pric
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_depthattn.methods.definition import CrossLayerMethod
@@ -27,14 +28,19 @@ def attention_flops(query_size: int, sequence_length: int) -> int:
     return 2 * query_size * (sequence_length + 1)
 
 
-def mix_flops(query_size: int, key_size: int, num_sources: int) -> int:
+def mix_flops(query_size: int, key_size: int, num_sources: int, kinds: Sequence[str] = ("key", "value")) -> int:
     """Of one layer's mix: group means of the query, scores and weighted values of its sources and of itself.
 
     Args:
         query_size: elements of all query heads, ``heads * head_size``.
         key_size: elements of all key heads.
+        kinds: of the source plan; all but the key that scores are summed. Uniform weights: sums and a division.
     """
-    return query_size + 4 * key_size * (num_sources + 1) if num_sources else 0
+    if not num_sources:
+        return 0
+    if "key" in kinds:
+        return query_size + 2 * len(kinds) * key_size * (num_sources + 1)
+    return len(kinds) * key_size * (num_sources + 1)
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,12 @@ class DecoderShape:
             plan: Depth-Attention's source plan, of the layers of all loops; None for any other model.
         """
         num_layers = self.num_layers * self.num_loops
-        sources = [len(plan.sources(layer)) for layer in range(num_layers)] if plan else []
+        sources = [(len(plan.sources(layer)), plan.kinds) for layer in range(num_layers)] if plan else []
         return ForwardFlops(
             projections=matrix_flops(num_layers * self._matrix_weights),
             attention=num_layers * attention_flops(self._query_size, sequence_length),
             logits=matrix_flops(self.hidden_size * self.vocab_size),
             mix=self.method.total_flops
             if self.method
-            else sum(mix_flops(self._query_size, self._key_size, number) for number in sources),
+            else sum(mix_flops(self._query_size, self._key_size, *read) for read in sources),
         )

@@ -28,6 +28,7 @@ class CrossLayerPlan(ABC):
 
     Attributes:
         num_layers: layers of the whole model.
+        kinds: what a source leaves to later layers: names of one tensor each.
         chunk_starts: index of the first layer of every pipeline chunk, in model order; ``(0,)`` without pipelining.
             With interleaving there is one entry per virtual stage.
         num_ranks: pipeline ranks, which take turns at the chunks; None: every chunk has a rank of its own.
@@ -36,6 +37,7 @@ class CrossLayerPlan(ABC):
     num_layers: int
     chunk_starts: tuple[int, ...]
     num_ranks: int | None
+    kinds: tuple[str, ...]
 
     @abstractmethod
     def sources(self, layer: int) -> tuple[int, ...]:
@@ -150,6 +152,7 @@ class SourcePlan(CrossLayerPlan):
     chunk_starts: tuple[int, ...] = (0,)
     num_ranks: int | None = None
     layers_per_loop: int | None = None
+    kinds: tuple[str, ...] = ("key", "value")
 
     def __post_init__(self) -> None:
         if self.stride < 1:
@@ -182,6 +185,7 @@ class ListedPlan(CrossLayerPlan):
     reads: tuple[tuple[int, ...], ...]
     chunk_starts: tuple[int, ...] = (0,)
     num_ranks: int | None = None
+    kinds: tuple[str, ...] = ("input",)
 
     @property
     def num_layers(self) -> int:  # type: ignore[override]
@@ -209,8 +213,8 @@ def hop_bytes(
 
     Args:
         hidden_size: elements per token of the hidden state on one rank.
-        source_size: elements per token of one source on one rank; of Depth-Attention's key and value together
-            ``2 * kv_heads * head_size``.
+        source_size: elements per token of one source on one rank, all its kinds together; of Depth-Attention's key and
+            value ``2 * kv_heads * head_size``.
         tokens: tokens of a micro-batch on one rank.
         bytes_per_element: 4 for fp32, 2 for bf16.
     """

@@ -120,15 +120,9 @@ class DepthAttentionConfig(TransformerConfig):
             self.depth_attention_stride,
             self.depth_attention_recent_window,
             layers_per_loop=self.layers_per_loop,
+            kinds=source_kinds(self.depth_attention_weights, self.depth_attention_mixes),
             **cut,
         )
-
-    @property
-    def source_kinds(self) -> tuple[str, ...]:
-        """What a layer leaves to later ones, in the words of the payload."""
-        if not self.attends_over_depth:
-            return ("input",)
-        return source_kinds(self.depth_attention_weights, self.depth_attention_mixes)
 
     @property
     def hidden_width(self) -> int:
@@ -147,9 +141,10 @@ class DepthAttentionConfig(TransformerConfig):
         """What pipeline chunk ``chunk`` (in model order) receives, with the widths of one rank."""
         # Under sequence parallel a rank has all positions of its own heads, but its share of the hidden state's.
         spread = self.tensor_model_parallel_size if self.sequence_parallel and self.attends_over_depth else 1
+        plan = self.source_plan
         return cross_layer_payload(
-            self.source_plan.entering(chunk),
-            self.source_kinds,
+            plan.entering(chunk),
+            plan.kinds,
             hidden_width=self.hidden_width,
             part_width=self.part_width * spread,
         )

@@ -7,8 +7,12 @@ Method: arXiv:2606.05014. For one token and one key/value head j, with S the sou
     a       = softmax of the scores
     vmix    = sum over S of a_i * vmix_i + a_l * v_l
 
-An ablation of the paper weighs all alike, a_i = 1 / (n + 1): `uniform_mix`. Others mix keys in place of values, or
-both, with the same weights: a call for each, with `values` and `v` the mixed keys of the sources and the layer's key.
+An ablation of the paper weighs all alike, a_i = 1 / (n + 1) with n = |S|: `uniform_mix`. Others mix keys in place of
+values, or both, with the same weights, always of unmixed keys:
+
+    kmix    = sum over S of a_i * kmix_i + a_l * k_l
+
+which is a call with the `kmix_i` of the sources for `values` and the layer's `k` for `v` (beside, as ever, for `k`).
 
 Shapes: H query heads, G key/value heads (H a multiple of G), d head size, n sources; "..." is any leading
 shape, such as [sequence, batch], the same for all tensors. Query head h belongs to KV head h // (H / G).

@@ -160,9 +160,11 @@ def _depth_line(megatron: DepthAttentionConfig, flops: ForwardFlops) -> str:
         return "depth attention: off (vanilla)"
     plan = megatron.source_plan
     everyone = sorted({source for layer in range(plan.num_layers) for source in plan.sources(layer)})
+    ablation = f"{megatron.depth_attention_weights} weights, mixes {megatron.depth_attention_mixes}, "
     return (
-        f"depth attention: stride {megatron.depth_attention_stride}, recent window "
-        f"{megatron.depth_attention_recent_window}; layers {everyone} are sources; {cost}"
+        f"depth attention: {'' if plan.kinds == ('key', 'value') else ablation}stride "
+        f"{megatron.depth_attention_stride}, recent window {megatron.depth_attention_recent_window}; layers {everyone} "
+        f"are sources; {cost}"
     )
 
 

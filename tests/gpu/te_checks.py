@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_depthattn.model.attention import Source
 from tests.document_attention import packed
 from tests.gpu.te_models import (
     BF16,
@@ -118,7 +117,7 @@ def check_recompute(place: Place, recipe: str | None, bound: float, mixing: str 
     assert found["recomputed"] <= bound, found
     cut = place.build(*settings, *FULL_RECOMPUTE)
     for layer in decoder_layers(cut):
-        layer._source = lambda index, state, read=layer._source: Source(*(x.detach() for x in read(index, state)))
+        layer._source = lambda index, state, read=layer._source: tuple(x.detach() for x in read(index, state))
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     with pytest.MonkeyPatch.context() as patch:  # with nobody to pay, the detached copies have no gradient to fetch
         patch.setattr("megatron_depthattn.parallel.microbatch_state.MicrobatchState.collect", no_gradient)

@@ -118,6 +118,8 @@ class Job:
     method: str = "depth_attention"
     stride: int = 2
     window: int = 1
+    weights: str = "softmax"
+    mixes: str = "value"
     recompute: str = "none"
     steps: int = STEPS
     sabotage: str = ""
@@ -142,6 +144,7 @@ class Job:
     @property
     def name(self) -> str:
         spacing = [f"stride{self.stride}", f"window{self.window}"]
+        spacing += [self.weights] * (self.weights != "softmax") + [self.mixes] * (self.mixes != "value")
         parts = [self.layout, *(spacing if self.method == "depth_attention" else [self.method]), self.recompute]
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
         parts += [f"loops{self.loops}"] * (self.loops > 1) + ["unrolled"] * self.unrolled
@@ -154,9 +157,10 @@ class Job:
         """The single-process job whose losses and gradients are the truth."""
         if self.method in METHODS:
             return Job(layout="single", method=self.method)
-        if self.loops == 1:
-            return REFERENCES[self.stride, self.window]
-        return LOOPED_REFERENCES[self.method, self.loops, self.unrolled]
+        if self.loops > 1:
+            return LOOPED_REFERENCES[self.method, self.loops, self.unrolled]
+        ablation = next((job for job in ABLATED if (job.weights, job.mixes) == (self.weights, self.mixes)), None)
+        return ablation or REFERENCES[self.stride, self.window]
 
     @property
     def checkpoint(self) -> str:
@@ -165,7 +169,9 @@ class Job:
 
     def config(self) -> RunConfig:
         rule: Any = "unrolled" if self.unrolled else "same_layer"
-        depth = DepthConfig(stride=self.stride, recent_window=self.window, loop_sources=rule)
+        depth = DepthConfig(
+            stride=self.stride, recent_window=self.window, loop_sources=rule, weights=self.weights, mixes=self.mixes
+        )
         layers = MODEL.num_layers // self.loops
         return RunConfig(
             model=dataclasses.replace(
@@ -179,7 +185,7 @@ class Job:
         )
 
 
-SPACINGS = [(stride, window) for stride in (1, 2, MODEL.num_layers // 2) for window in (0, 1)]
+SPACINGS = [(1, 0), *((stride, window) for stride in (2, MODEL.num_layers // 2) for window in (0, 1))]
 SAVED = ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2", "dp2xtp2")
 """Layouts whose ten steps at stride 2 and window 1 are saved on the way, with the optimizer."""
 REFERENCES = {
@@ -195,16 +201,25 @@ LOOPED_REFERENCES = {
         Job(layout="single", loops=2, steps=3, method="vanilla"),
     )
 }
+ABLATED = [
+    Job(layout="single", steps=STEPS if FULL else 1, **ablation)
+    for ablation in ({"mixes": "key_value"}, {"weights": "uniform"})
+]
+"""References of the ablations: three tensors of a source, or one; in place of a spacing under layouts of theirs."""
+ABLATIONS = [
+    *(("tp4+sp", "key_value", "none"), ("cp2", "key_value", "uniform1"), ("pp2xvpp2", "key_value", "uniform1")),
+    *(("tp4", "uniform", "none"), ("pp2xvpp2", "uniform", "uniform1")),
+]
 
 
 def _parity_of(layout: str) -> list[Job]:
     if layout not in THOROUGH and not FULL:
         # Collectives take most of the time on two cores.
         steps = STEPS if layout in (*SAVED, "pp2") else 1 if LAYOUTS[layout].world_size == 4 else 3
-        return [
-            Job(layout=layout, steps=steps, save=layout in SAVED),
-            Job(layout=layout, steps=1, stride=1, window=0, recompute="uniform1"),
-        ]
+        jobs = [Job(layout=layout, steps=steps, save=layout in SAVED)]
+        if layout not in {layout for layout, *_ in ABLATIONS}:
+            jobs.append(Job(layout=layout, steps=1, stride=1, window=0, recompute="uniform1"))
+        return jobs
     jobs = []
     if layout != "single":
         for stride, window in SPACINGS:
@@ -218,6 +233,12 @@ def _parity_of(layout: str) -> list[Job]:
 
 
 PARITY = [job for layout in LAYOUTS if layout not in ("dp2xpp2xvpp2", *LOOPS_ALONE) for job in _parity_of(layout)]
+PARITY += [
+    dataclasses.replace(reference, layout=layout, recompute=recompute, steps=STEPS if FULL else 1)
+    for reference in ABLATED
+    for layout, ablation, recompute in ABLATIONS
+    if ablation in (reference.weights, reference.mixes)
+]
 
 METHOD_LAYOUTS = ("tp2+sp", "pp4", "tp2xpp2+sp", *(("dp2", "cp2", "pp2xvpp2", "pp4xvpp2") if FULL else ()))
 
@@ -270,6 +291,7 @@ CONTROLS = [
     Job(layout="pp2xvpp2", steps=1, sabotage="shared_gradient_dropped"),
     Job(layout="pp2", steps=1, sabotage="two_sources_swapped"),
     Job(layout="tp4+sp", steps=1, sabotage="mean_query_of_own_heads"),
+    Job(layout="tp4+sp", steps=1, mixes="key_value", sabotage="last_rank_mixes_values_alone"),
     Job(layout="tp2+sp", steps=1, sabotage="norms_not_reduced"),
     Job(layout="single", recompute="uniform1", steps=1, sabotage="shared_gradient_dropped"),
     Job(layout="pp2xvpp4", loops=2, steps=1, sabotage="later_loop_gradient_dropped"),

@@ -22,7 +22,9 @@ def least_bytes(job: Job, layout: Layout, num_microbatches: int, *, earlier_selv
     tokens = TRAIN.micro_batch_size * SEQUENCE_LENGTH // parallel.context
     # A tensor rank holds whole heads of every token; its hidden states are those of its share of the tokens.
     hidden = tokens * MODEL.hidden_size // (parallel.tensor if parallel.sequence else 1)
-    source = tokens * 2 * max(1, MODEL.num_query_groups // parallel.tensor) * MODEL.kv_channels
+    # The key that scores, if any does, and what is mixed.
+    tensors = (job.weights == "softmax") + {"value": 1, "key": 1, "key_value": 2}[job.mixes]
+    source = tokens * tensors * max(1, MODEL.num_query_groups // parallel.tensor) * MODEL.kv_channels
     if job.method != "depth_attention":
         source = hidden  # other methods read hidden states
 

@@ -356,6 +356,16 @@ def _mean_query_of_own_heads() -> Any:
     return mock.patch.object(DepthSelfAttention, "group_queries", lambda self, query: query)
 
 
+def _last_rank_mixes_values_alone() -> Any:
+    mix = DepthSelfAttention._mix
+
+    def wrong(self: Any, *args: Any) -> dict[str, Tensor]:
+        mixed = mix(self, *args)
+        return {"value": mixed["value"]} if dist.get_rank() == dist.get_world_size() - 1 else mixed
+
+    return mock.patch.object(DepthSelfAttention, "_mix", wrong)
+
+
 def _norms_not_reduced() -> Any:
     init = RMSNorm.__init__
 
@@ -403,6 +413,7 @@ SABOTAGES = {
     "method_parameters_not_reduced": _method_parameters_not_reduced,
     "two_sources_swapped": _two_sources_swapped,
     "mean_query_of_own_heads": _mean_query_of_own_heads,
+    "last_rank_mixes_values_alone": _last_rank_mixes_values_alone,
     "norms_not_reduced": _norms_not_reduced,
 }
 

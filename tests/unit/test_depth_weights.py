@@ -6,6 +6,7 @@ Shapes: b batch, s positions, G key/value heads, n sources.
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -47,10 +48,10 @@ def build(*, stride: int = 2, window: int = 1, num_loops: int = 1, **overrides):
     return model.train()
 
 
-def expected_weights(*, stride: int = 2, window: int = 1, num_loops: int = 1) -> list[Tensor]:
+def expected_weights(*, stride: int = 2, window: int = 1, num_loops: int = 1, **ablation: Any) -> list[Tensor]:
     """Of every effective layer the weights [b, s, G, n + 1] in fp64."""
     found: list[Tensor] = []
-    depth = {"stride": stride, "window": window, "num_loops": num_loops, "depth_weights": found}
+    depth = {"stride": stride, "window": window, "num_loops": num_loops, "depth_weights": found} | ablation
     decoder_logits(WEIGHTS, TOKENS, **SHAPE, rope_theta=10000.0, eps=1e-6, **depth)
     return found
 
@@ -83,20 +84,22 @@ def worst_difference(sums: dict[int, Tensor], expected: list[Tensor], position_s
 
 
 @pytest.mark.parametrize(
-    ("plan", "overrides"),
+    ("plan", "overrides", "ablation"),
     [
-        ({}, {}),
-        ({"stride": 1, "window": 0}, {"depth_attention_op": "reference"}),
-        ({"num_loops": 2}, {}),
-        ({}, FULL_RECOMPUTE),
-        ({"num_loops": 2}, FULL_RECOMPUTE),
+        ({}, {}, {}),
+        ({"stride": 1, "window": 0}, {"depth_attention_op": "reference"}, {}),
+        ({"num_loops": 2}, {}, {}),
+        ({}, FULL_RECOMPUTE, {}),
+        ({"num_loops": 2}, FULL_RECOMPUTE, {}),
+        ({}, {"depth_attention_mixes": "key_value"}, {"mixes": "key_value"}),
+        ({"stride": 1}, {"depth_attention_weights": "uniform"}, {"uniform": True}),
     ],
     ids=str,
 )
-def test_means_are_those_of_the_fp64_decoder(plan, overrides, record_property):
+def test_means_are_those_of_the_fp64_decoder(plan, overrides, ablation, record_property):
     sums = heard_of(build(**plan, **overrides))
     assert sorted(sums) == list(range(1, SHAPE["num_layers"] * plan.get("num_loops", 1)))  # layer 0 reads nobody
-    error = worst_difference(sums, expected_weights(**plan))
+    error = worst_difference(sums, expected_weights(**plan, **ablation))
     record_property("error", error)
     assert error < TOLERANCE
 

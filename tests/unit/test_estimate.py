@@ -32,7 +32,7 @@ from megatron_depthattn.estimate.report import estimate_config
 from megatron_depthattn.estimate.step_time import step_time
 from megatron_depthattn.estimate.traffic import CrossLayer, hop_sizes, traffic
 from megatron_depthattn.train.build import transformer_config
-from tests.parallel.cases import LAYOUTS, Job
+from tests.parallel.cases import LAYOUTS, METHODS, Job
 from tests.parallel.cases import LOOPED as CAMPAIGN
 from tests.parallel.least_bytes import least_bytes
 
@@ -67,14 +67,15 @@ def with_layout(config, **parallel):
     return replace(config, parallel=ParallelConfig(**parallel))
 
 
+ABLATIONS = [{"mixes": "key_value"}, {"weights": "uniform"}, {"weights": "uniform", "mixes": "key_value"}]
 PIPELINES = [Job(layout=name) for name, each in LAYOUTS.items() if each.parallel.pipeline > 1 and name != "pp2xvpp3"]
 LOOPED = [job for job in CAMPAIGN if job.method == "depth_attention" and LAYOUTS[job.layout].parallel.pipeline > 1]
-METHODS = ["denseformer", "attnres", "mhc"]
+ABLATED = [replace(job, **ablation) for job in PIPELINES for ablation in ABLATIONS]
 
 
 @pytest.mark.parametrize(
     "job",
-    [*PIPELINES, *LOOPED, *(replace(job, method=method) for job in PIPELINES for method in METHODS)],
+    [*PIPELINES, *LOOPED, *ABLATED, *(replace(job, method=method) for job in PIPELINES for method in METHODS)],
     ids=lambda job: job.name,
 )
 def test_hops_are_the_least_bytes_that_runs_are_held_to(job):
@@ -96,7 +97,7 @@ def test_hops_are_the_least_bytes_that_runs_are_held_to(job):
     assert (changed != unchanged) == (job.method == "depth_attention")
 
 
-@pytest.mark.parametrize("job", [*PIPELINES, *LOOPED], ids=lambda job: job.name)
+@pytest.mark.parametrize("job", [*PIPELINES, *LOOPED, *ABLATED], ids=lambda job: job.name)
 def test_hop_widths_are_the_messages(job):
     config = job.config()
     megatron = transformer_config(config)

@@ -60,6 +60,17 @@ def test_activations_are_what_autograd_saves(method, recompute):
         assert found.activations + found.sources == pytest.approx(measured, rel=TOLERANCE), shape
 
 
+@pytest.mark.usefixtures("megatron_world_of_one")
+@pytest.mark.parametrize("weights", ["softmax", "uniform"])
+@pytest.mark.parametrize("mixes", ["value", "key", "key_value"])
+def test_what_an_ablation_adds_is_what_autograd_saves(weights, mixes):
+    """To the byte."""
+    ablation = {"model.depth_attention.weights": weights, "model.depth_attention.mixes": mixes}
+    mixed, vanilla = (config_of(SHORT_AND_WIDE, one) for one in (METHODS["stride-1"] | ablation, METHODS["vanilla"]))
+    measured, below = (kept(config, torch.device("cpu")).saved for config in (mixed, vanilla))
+    assert chunk_memory(mixed, 0, on_gpu=False).sources == measured - below
+
+
 @pytest.mark.parametrize("change", [METHODS["mhc"], METHODS["attnres"], {"model.num_layers": 5}, RECOMPUTE["uniform"]])
 def test_control_each_term_is_more_than_the_tolerance(change):
     one, other = (chunk_memory(config_of(SHORT_AND_WIDE, more), 0, on_gpu=False) for more in ({}, change))

@@ -51,9 +51,13 @@ def test_the_mix_as_matrix_products_is_what_torch_counts():
     """Scores of n + 1 candidates and the sum of their values, for one token; the group means are additions."""
     heads, groups, size, sources = 6, 2, 16, 3
     qbar, keys = torch.ones(groups, 1, size), torch.ones(groups, size, sources + 1)
-    with FlopCounterMode(display=False) as counter:
-        (qbar @ keys).softmax(-1) @ keys.mT
-    assert mix_flops(heads * size, groups * size, sources) == heads * size + counter.get_total_flops()
+    for kinds in (("key", "value"), ("key", "mixed_key", "value")):
+        with FlopCounterMode(display=False) as counter:
+            weights = (qbar @ keys).softmax(-1)
+            for _ in kinds[1:]:
+                weights @ keys.mT
+        assert mix_flops(heads * size, groups * size, sources, kinds) == heads * size + counter.get_total_flops()
+    assert mix_flops(heads * size, groups * size, sources, ("value",)) == groups * size * (sources + 1)  # a mean
     assert mix_flops(heads * size, groups * size, 0) == 0
 
 

@@ -69,6 +69,9 @@ def cached_logits(model: GPTModel, tokens: Tensor, prompt: int) -> tuple[Tensor,
         {"depth_attention_stride": 2, "num_loops": 2},
         {"depth_attention_stride": 2, "num_loops": 2, "depth_attention_loop_sources": "unrolled"},
         {"depth_attention": False, "num_loops": 3},
+        # Scores are of unmixed keys, which are in no cache: they are read within one pass.
+        {"depth_attention_stride": 1, "depth_attention_mixes": "key_value"},
+        {"depth_attention_stride": 1, "depth_attention_mixes": "key", "depth_attention_weights": "uniform"},
     ],
     ids=str,
 )

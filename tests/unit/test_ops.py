@@ -18,6 +18,7 @@ from megatron_depthattn.ops import (
     depth_mix,
     depth_mix_lean,
     depth_mix_reference,
+    uniform_mix,
 )
 
 # triton needs a GPU or a process of its own: tests/unit/test_triton_mix.py, tests/gpu/test_triton_mix.py
@@ -199,6 +200,38 @@ def test_group_mean_can_be_passed_in_place_of_the_heads(implementation: str) -> 
         qbar, inputs.keys, inputs.values, inputs.k, inputs.v, inputs.scale, implementation=implementation
     )
     assert_close(from_mean, inputs.mix(implementation), "mixed")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_keys_are_mixed_like_values(implementation: str) -> None:
+    """The layer's key scores and is mixed: its gradient is the sum of both."""
+    inputs = make_inputs(2, dtype=torch.float64)
+    inputs.v = inputs.k.detach().clone().requires_grad_()
+    expected = output_and_gradients(inputs, "reference")
+    expected["k"] = expected["k"] + expected.pop("v")
+    inputs.v = inputs.k
+    computed = output_and_gradients(inputs, implementation)
+    for name, value in expected.items():
+        assert_close(computed[name], value, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_sources", [0, 1, 12])
+def test_uniform_mix_is_the_mean(num_sources: int, dtype: torch.dtype) -> None:
+    """Rounded once, and nothing is kept for backward."""
+    inputs, saved = make_inputs(num_sources, dtype=dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+        mixed = uniform_mix(inputs.values, inputs.v)
+    assert saved == []
+    exact = sum(x.detach().double() for x in (*inputs.values, inputs.v)) / (num_sources + 1)
+    assert_close(mixed, exact.to(dtype), "mixed")
+    if dtype == torch.bfloat16:
+        assert (mixed != exact.to(dtype)).sum() <= 1  # the nearest, but for a tie
+        control = sum(inputs.values, start=inputs.v) / (num_sources + 1)
+        assert (control != exact.to(dtype)).any() == (num_sources > 1)
+    grad = output_gradient(mixed)
+    for found in torch.autograd.grad(mixed, [*inputs.values, inputs.v], grad):
+        assert_close(found, (grad.double() / (num_sources + 1)).to(dtype), "gradient")
 
 
 # --- Memory layout and uninitialised memory ---

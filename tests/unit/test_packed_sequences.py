@@ -50,10 +50,10 @@ def difference(found, expected) -> float:
 
 
 @pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE, {"recompute_granularity": "selective"}], ids=str)
-@pytest.mark.parametrize("mixing", [{"depth_attention_stride": 1}, {"depth_attention_stride": 3}], ids=str)
+@pytest.mark.parametrize("mixing", [{}, {"depth_attention_stride": 3, "depth_attention_mixes": "key_value"}], ids=str)
 def test_packed_documents_are_each_document_alone(mixing, recompute, record_property):
     """RoPE begins anew with each document, and nothing crosses a border, in logits and in every gradient."""
-    model = build(**mixing, **recompute)
+    model = build(**({"depth_attention_stride": 1} | mixing), **recompute)
     alone = run(model, documents())
     found = difference(run(model, documents(), packed_seq_params=packed(LENGTHS)), alone)
     record_property("difference", found)
@@ -88,11 +88,12 @@ def test_packed_documents_under_the_other_methods(method, recompute, record_prop
     assert errors([sum(LENGTHS)]) > 0.1, "control: without borders it is another function"
 
 
-def test_one_document_is_an_ordinary_sequence():
+@pytest.mark.parametrize("mixes", ["value", "key", "key_value"])
+def test_one_document_is_an_ordinary_sequence(mixes):
     """Against Megatron's own core attention, and so with RoPE on the other side of the mix."""
-    tokens = documents()[1]
-    own = build(depth_attention_stride=1)
-    plain = build_gpt_model(config_of(depth_attention_stride=1), vocab_size=VOCAB, max_sequence_length=sum(LENGTHS))
+    tokens, mixing = documents()[1], {"depth_attention_stride": 1, "depth_attention_mixes": mixes}
+    own = build(**mixing)
+    plain = build_gpt_model(config_of(**mixing), vocab_size=VOCAB, max_sequence_length=sum(LENGTHS))
     plain.load_state_dict(own.state_dict())
     given = {"packed_seq_params": packed([len(tokens)])}
     assert difference(run(own, [tokens], **given), run(plain.train(), [tokens])) < 1e-5

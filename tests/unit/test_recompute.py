@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_depthattn.benchmarks.memory import SavedTensors, saved_tensors
 from megatron_depthattn.model.activation_memory import DepthActivations, depth_activations, source_numbers
-from megatron_depthattn.model.attention import Source
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.source_plan import SourcePlan
@@ -66,19 +65,29 @@ def loss_and_gradients(model: GPTModel) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("window", [0, 1])
-@pytest.mark.parametrize("op", ["lean", "reference"])
-def test_every_recompute_mode_gives_the_same_loss_and_gradients(stride, window, op):
-    """To the bit, but for one thing: layers recomputed together sum their gradients of a source before adding them."""
-    plan = {"depth_attention_stride": stride, "depth_attention_recent_window": window, "depth_attention_op": op}
+@pytest.mark.parametrize(
+    ("stride", "settings"),
+    [
+        (1, {}),
+        (1, {"op": "reference"}),
+        (2, {"recent_window": 1}),
+        (2, {"recent_window": 1, "mixes": "key_value"}),
+        (1, {"weights": "uniform", "mixes": "key"}),
+    ],
+    ids=str,
+)
+def test_every_recompute_mode_gives_the_same_loss_and_gradients(stride, settings):
+    """To the bit, but for the order of sums: layers recomputed together sum their gradients of a source before adding
+    them, and so do the readers of a key that is left twice, as a key and as a mixed one."""
+    plan = {f"depth_attention_{key}": value for key, value in ({"stride": stride} | settings).items()}
     loss, gradients = loss_and_gradients(build(**plan))
     for mode, options in RECOMPUTE.items():
         other_loss, other_gradients = loss_and_gradients(build(**plan, **options))
         assert torch.equal(loss, other_loss), mode
         for name, gradient in gradients.items():
             assert gradient.any(), name
-            if options.get("recompute_num_layers", 1) == 1 or options["recompute_method"] == "block":
+            is_apart = options.get("recompute_num_layers", 1) == 1 or options["recompute_method"] == "block"
+            if is_apart and settings.get("mixes") != "key_value":
                 assert torch.equal(gradient, other_gradients[name]), (mode, name)
             else:
                 assert (gradient - other_gradients[name]).norm() <= 1e-6 * gradient.norm(), (mode, name)
@@ -90,7 +99,7 @@ def test_control_the_gradient_through_sources_is_not_small():
     model = build(depth_attention_stride=2)
     for layer in model.decoder.layers:
         read = layer._source
-        layer._source = lambda index, state, read=read: Source(*(tensor.detach() for tensor in read(index, state)))
+        layer._source = lambda index, state, read=read: tuple(tensor.detach() for tensor in read(index, state))
     _, detached = loss_and_gradients(model)
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     assert (gradients[name] - detached[name]).norm() / gradients[name].norm() > 1e-2

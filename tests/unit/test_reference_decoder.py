@@ -142,35 +142,80 @@ def test_one_layer_has_no_source_and_is_vanilla() -> None:
     assert torch.equal(mixed, logits_of(weights, tokens, num_layers=1, depth_attention=False))
 
 
-@pytest.mark.parametrize("mixed_sources", [True, False])
-def test_three_layers_by_hand(mixed_sources: bool) -> None:
-    """One token attends to itself alone, so attention returns its value; zero queries make all weights equal.
+def turned(x: Tensor, position: int) -> Tensor:
+    """RoPE by complex numbers, whose angles are position * theta^(-2i/d)."""
+    half = len(x) // 2
+    angles = position * torch.tensor([NUMERIC["rope_theta"] ** (-i / half) for i in range(half)], dtype=x.dtype)
+    product = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([product.real, product.imag])
 
-    Layer 2 must average layer 1's mixed value. The variant that averages its original one is the control.
+
+def last_logits_by_hand(
+    weights: dict[str, Tensor],
+    tokens: list[int],
+    *,
+    mixes: str,
+    uniform: bool,
+    scored: str = "raw",
+    source: str = "mixed",
+) -> Tensor:
+    """Logits [V] of the last token, position by position: three layers with one head, each of which reads all before.
+
+    Args:
+        scored: the keys that are scored, "raw" or, a mistake, "mixed".
+        source: the states of sources that are mixed, "mixed" or, a mistake, "raw".
     """
-    shape = {"num_layers": 3, "num_heads": 1, "num_kv_heads": 1}
-    weights, token = make_weights(**shape), torch.tensor([[5]])
-    for layer in range(3):
-        weights[f"model.layers.{layer}.self_attn.q_norm.weight"].zero_()
-
-    eps = NUMERIC["eps"]
-    x = weights["model.embed_tokens.weight"][5]
-    originals: list[Tensor] = []
-    sources: list[Tensor] = []
+    eps, stream = NUMERIC["eps"], [weights["model.embed_tokens.weight"][token] for token in tokens]
+    memory: list[list[dict[str, tuple[Tensor, Tensor]]]] = [[] for _ in tokens]  # by token and layer: keys and values
     for layer in range(3):
         own = {name.split(f"layers.{layer}.")[-1]: weight for name, weight in weights.items()}
-        v = own["self_attn.v_proj.weight"] @ rms_norm(x, own["input_layernorm.weight"], eps)
-        vmix = sum([*(sources if mixed_sources else originals), v]) / (layer + 1)
-        originals.append(v)
-        sources.append(vmix)
-        x = x + own["self_attn.o_proj.weight"] @ vmix
-        normed = rms_norm(x, own["post_attention_layernorm.weight"], eps)
-        gate, up = own["mlp.gate_proj.weight"] @ normed, own["mlp.up_proj.weight"] @ normed
-        x = x + own["mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up)
-    by_hand = weights["lm_head.weight"] @ rms_norm(x, weights["model.norm.weight"], eps)
+        queries = []
+        for position, x in enumerate(stream):
+            normed = rms_norm(x, own["input_layernorm.weight"], eps)
+            q, k, v = (own[f"self_attn.{part}_proj.weight"] @ normed for part in "qkv")
+            q, k = (
+                turned(rms_norm(x, own[f"self_attn.{part}_norm.weight"], eps), position)
+                for part, x in (("q", q), ("k", k))
+            )
+            read = memory[position]
+            keys = [*(states[scored][0] for states in read), k]
+            share = torch.stack([q @ key / 4 for key in keys]).softmax(dim=0)  # the root of the head size, 16
+            if uniform:
+                share = torch.ones_like(share) / len(keys)
+            mixed_key, mixed_value = (
+                sum(
+                    (a * states[source][i] for a, states in zip(share[:-1], read, strict=True)), start=share[-1] * state
+                )
+                for i, state in enumerate((k, v))
+            )
+            mixed = (mixed_key if mixes != "value" else k), (mixed_value if mixes != "key" else v)
+            read.append({"raw": (k, v), "mixed": mixed})
+            queries.append(q)
+        for position, q in enumerate(queries):
+            seen = [memory[earlier][layer]["mixed"] for earlier in range(position + 1)]
+            attention = torch.stack([q @ key / 4 for key, _ in seen]).softmax(dim=0)
+            attended = sum(a * value for a, (_, value) in zip(attention, seen, strict=True))
+            x = stream[position] + own["self_attn.o_proj.weight"] @ attended
+            normed = rms_norm(x, own["post_attention_layernorm.weight"], eps)
+            gate, up = own["mlp.gate_proj.weight"] @ normed, own["mlp.up_proj.weight"] @ normed
+            stream[position] = x + own["mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up)
+    return weights["lm_head.weight"] @ rms_norm(stream[-1], weights["model.norm.weight"], eps)
 
-    error = (logits_of(weights, token, stride=1, **shape)[0, 0] - by_hand).abs().max()
-    assert error < 1e-12 if mixed_sources else error > 1e-2
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("mixes", ["value", "key", "key_value"])
+def test_three_layers_by_hand(mixes: str, uniform: bool) -> None:
+    """Weights from raw keys, whatever is mixed; of sources what they have mixed. Both are seen."""
+    shape = {"num_layers": 3, "num_heads": 1, "num_kv_heads": 1}
+    weights, tokens, rule = make_weights(**shape), [5, 9, 23], {"mixes": mixes, "uniform": uniform}
+    logits = logits_of(weights, torch.tensor([tokens]), stride=1, **shape, **rule)[0, -1]
+
+    def error(**mistake: str) -> float:
+        return (logits - last_logits_by_hand(weights, tokens, **rule, **mistake)).abs().max().item()
+
+    assert error() < 1e-12
+    assert error(source="raw") > 1e-3
+    assert (error(scored="mixed") > 1e-3) == (mixes != "value" and not uniform)
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:

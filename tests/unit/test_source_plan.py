@@ -192,7 +192,7 @@ def test_impossible_plans_are_rejected(fields, given, remedy):
 def test_digest_tells_plans_apart():
     plan = SourcePlan(num_layers=8, stride=4, recent_window=1, chunk_starts=(0, 4))
     others = [{"num_layers": 9}, {"stride": 3}, {"recent_window": 0}, {"chunk_starts": (0, 3)}, {"num_ranks": 1}]
-    others.append({"layers_per_loop": 4})
+    others += [{"layers_per_loop": 4}, {"kinds": ("key", "mixed_key")}]
     digests = [plan.digest(), *(dataclasses.replace(plan, **other).digest() for other in others)]
     assert len(set(digests)) == len(digests)
     assert SourcePlan(8, 4, 1, (0, 4)).digest() == plan.digest()
