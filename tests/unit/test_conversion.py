@@ -42,6 +42,8 @@ def reference(tensors: dict[str, torch.Tensor], model: dict, **options) -> torch
         tied=model["tie_embeddings"],
         num_loops=model["num_loops"],
         unrolled=depth.get("loop_sources", "unrolled") == "unrolled",
+        uniform=depth.get("weights") == "uniform",
+        mixes=depth.get("mixes", "value"),
         **options,
     )
 
@@ -55,16 +57,23 @@ def reference(tensors: dict[str, torch.Tensor], model: dict, **options) -> torch
         {"num_loops": 2, "depth_attention": {"loop_sources": "unrolled"}},
         {"depth_attention": {"enabled": False}},
         {"depth_attention": {"enabled": False}, "num_loops": 2},
+        {"depth_attention": {"mixes": "key_value"}},
+        {"depth_attention": {"mixes": "key", "weights": "uniform"}},
     ],
     ids=str,
 )
 def test_exported_model_computes_the_reference(tmp_path: Path, changes: dict):
+    """And says so: imported again it is the same model."""
     made = make(tmp_path, **changes)
     export(MegatronCheckpoint(made.folder), made.output)
     with torch.no_grad():
         logits = load_causal_lm(made.output, dtype=torch.float32)(TOKENS).logits
     expected = reference(tensors_of(made.output), made.model)
     assert (logits - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+    import_checkpoint(HFFolder(made.output), tmp_path / "back")
+    back = MegatronCheckpoint(tmp_path / "back").common["config"]["model"]
+    if back["depth_attention"]["enabled"]:
+        assert back["depth_attention"].items() >= (made.model["depth_attention"] | {"op": "auto"}).items()
 
 
 def test_what_is_older_than_the_rule_of_loops_stays_unrolled(tmp_path: Path):

@@ -27,6 +27,7 @@ METHODS = {
     "attnres": ["model.attnres.block_size=4"],
     "mhc": ["model.mhc.num_streams=3"],
     "vanilla": [],
+    "depth_attention": ["model.depth_attention.mixes=key_value", "model.depth_attention.stride=1"],
 }
 SHAPE = (2, 16)
 
@@ -58,12 +59,16 @@ def test_export_is_verified(method, tmp_path):
     assert all(check.passed for check in checks), checks
 
 
-def test_control_verification_sees_another_setting(tmp_path):
-    """The same weights with snapshots at other layers."""
-    folder, _ = trained(config_of("attnres"), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("method", "key", "other"),
+    [("attnres", "block_size", 2), ("depth_attention", "mixes", "value"), ("depth_attention", "weights", "uniform")],
+)
+def test_control_verification_sees_another_setting(method, key, other, tmp_path):
+    """The same weights with snapshots at other layers, or another ablation."""
+    folder, _ = trained(config_of(method), tmp_path / "run")
     checkpoint = MegatronCheckpoint(folder)
     export(checkpoint, tmp_path / "hf")
-    checkpoint.common["config"]["model"]["attnres"]["block_size"] = 2
+    checkpoint.common["config"]["model"][method][key] = other
     failed = {check.name for check in verify(checkpoint, tmp_path / "hf") if not check.passed}
     assert failed == {"config", LOGITS}
 
