@@ -3,7 +3,7 @@
 import ast
 import json
 import math
-import os
+import socket
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
@@ -216,7 +216,7 @@ def test_generation_in_left_padded_batches(model, tokenizer):
     assert made[0] == made[1] and len(set(made[0])) > 1
 
 
-def test_the_papers_suite_without_its_data(cache, capsys):
+def test_the_papers_suite_without_its_data(cache, capsys, monkeypatch):
     """Tasks are those of the installed lm_eval, published means are of their columns, missing data is named."""
     suite = suites.load_suite(TASKS / "paper.yaml")
     assert tuple(suite.tasks) == EIGHT
@@ -234,6 +234,8 @@ def test_the_papers_suite_without_its_data(cache, capsys):
     for name in EIGHT:
         assert f"{name} ({index[name].cfg['dataset_path']})" in error
     assert f"{cache / 'datasets'} lacks the data of" in error and "depthattn evaluate --suite paper --download" in error
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert "--download with HF_HUB_OFFLINE" in error_of(main, capsys, "--suite", "paper", "--download")
 
 
 def test_the_paper_row_is_that_of_the_method_and_size():
@@ -253,18 +255,16 @@ def test_the_paper_row_is_that_of_the_method_and_size():
     assert found == ["depth_attention", "vanilla", "depth_attention", "vanilla", "mhc"]
 
 
-def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, tokenizer, tmp_path, capsys):
+def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, tokenizer, tmp_path, capsys, monkeypatch):
     """The true tasks on small data sets of the true layout, fetched from a Hub on this machine, read without one."""
     write_eight(tmp_path / "hub", 7)
-    with local_hub(tmp_path / "hub") as address:
-        os.environ |= (before := {"HF_ENDPOINT": address, "HF_HOME": str(cache)})
-        command = ("-m", "megatron_depthattn.cli", "evaluate", "--suite", "paper", "--download")
-        try:
-            fetched = must_succeed(python(*command))
-        finally:
-            for name in before:
-                del os.environ[name]
+    with local_hub(tmp_path / "hub") as address, monkeypatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", address)
+        patch.setenv("HF_HOME", str(cache))
+        fetched = must_succeed(python("-m", "megatron_depthattn.cli", "evaluate", "--suite", "paper", "--download"))
     assert fetched.stdout == f"on disk: the data of {', '.join(EIGHT)}\n"
+    reached: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: reached.append(address))
     corpus = tmp_path / "text.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": text}) for text in LAST_WORDS["test"]["text"]))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -316,6 +316,7 @@ def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, to
         assert f"| {line}" in text
     for note in ("race 3.0", "only the first 5 questions", "LAMBADA, RACE: examples are drawn", "does not say which"):
         assert note in shown
+    assert not reached, "no network where all is on disk"
 
 
 GOLD: dict[str, Callable[[dict[str, Any]], int]] = {
