@@ -80,7 +80,7 @@ PARTS = (
     Part("tests", ("torch", "pytest"), ("tests/unit/test_ops.py", "tests/gpu/test_triton_mix.py"), 120, is_tests=True),
     Part("tests-te", (*TE, "pytest"), ("tests/gpu/test_te.py",), 150, is_tests=True),
     Part("precision", (*TE, "transformers"), ("precision", "--steps", "300", "--seeds", "1"), 120),
-    Part("table-3", STEP, _METHODS, 90),
+    Part("table-3", STEP, _METHODS, 120),
     Part("table-4", (*MODEL, "transformers"), _GENERATE, 90),
     Part("step-410m-te", TE, (*_410M, *_te(_PLAIN)), 60),
     Part("step-410m-fp8", TE, (*_410M, *_te(_PLAIN, "precision.fp8=tensorwise")), 60),
