@@ -80,7 +80,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     inputs = (
         "files or folders: text (a document each), .jsonl or .json (one per record), each also as .gz or .zst; "
-        ".parquet, .arrow, .feather (one per row); or builtin:python-stdlib, the source of Python's standard library"
+        ".parquet, .arrow, .feather (one per row); hf:NAME[:CONFIG], a data set of the Hugging Face Hub or a "
+        "folder with its layout, streamed (one per row); or builtin:python-stdlib, the source of the standard library"
     )
     tokenizer = "a Hugging Face tokenizer folder, a tokenizer.json, or train-bpe:VOCAB to train a byte-level BPE"
     overwrite = "prepare again even if DIR holds a corpus, or unfinished work with other settings"
@@ -89,10 +90,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sequence-length", type=int, required=True, metavar="N", help="tokens a model sees at a time")
     add("--output", type=user_path, required=True, metavar="DIR", help="folder to write; data.path takes it")
     add("--validation-fraction", type=float, default=0.01, metavar="F", help="of documents, for val (default 0.01)")
+    add("--split", metavar="NAME", help="split of the hf: inputs (default train)")
+    add("--revision", metavar="REV", help="commit, branch or tag of the hf: inputs (default: the newest commit)")
     add("--text-field", default="text", metavar="NAME", help="field or column that holds the text (default text)")
     add("--on-corrupt", choices=("error", "skip"), default="error", help="a damaged file or record (default: error)")
     add("--workers", type=int, metavar="N", help="encoding processes (default: the cores available)")
     add("--max-bytes", type=int, metavar="N", help="read at most this many bytes of text")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="stop once train has N tokens to predict, N / sequence length samples",
+    )
     add("--overwrite", action="store_true", help=overwrite)
     return parser.parse_args(arguments)
 

@@ -26,13 +26,13 @@ def column_rows(file: CorpusFile, name: str, start: int) -> Iterator[tuple[list[
     Raises:
         DamagedFileError: the file is damaged, or has no such column of strings.
     """
-    batches = _parquet_batches if file.format == "parquet" else _arrow_batches
+    batches = file.hub.batches if file.hub else _parquet_batches if file.format == "parquet" else _arrow_batches
     try:
         for column, consumed in batches(file, name, start):
             for rows in _rows(column):
                 yield rows, consumed
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the machine's error, not the file's
+        if isinstance(error, OSError) and (error.errno is not None or file.hub):  # not the file's error
             raise
         raise DamagedFileError(f"the {file.format} data is damaged ({' '.join(str(error).split())})") from error
 
@@ -71,7 +71,7 @@ def _parquet_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[
     is_indices = sum(group.total_byte_size for group in groups) < INDEX_BYTES * metadata.num_rows
     words = [name] if is_indices and name in metadata.schema.names else []
     with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True, read_dictionary=words) as table:
-        _check_column(table.schema_arrow, name)
+        check_column(table.schema_arrow, name)
         _check_single(file, b"PAR1")
         num_rows, first = max(metadata.num_rows, 1), 0
         for number, group in enumerate(groups):
@@ -112,7 +112,7 @@ def _arrow_batches(file: CorpusFile, name: str, start: int) -> Iterator[tuple[An
         count = opened.num_record_batches if is_file else 0
         batches = ((opened.get_batch(i), file.size * (i + 1) // count) for i in range(count))
         for batch, consumed in batches if is_file else _streams(source):
-            _check_column(batch.schema, name)
+            check_column(batch.schema, name)
             if start < batch.num_rows:
                 yield batch.column(name)[max(start, 0) :], consumed
             start -= batch.num_rows
@@ -125,7 +125,8 @@ def _streams(source: Any) -> Iterator[tuple[Any, int]]:
             yield batch, source.tell()
 
 
-def _check_column(schema: Any, name: str) -> None:
+def check_column(schema: Any, name: str) -> None:
+    """Raise DamagedFileError unless there is one column `name`, of strings."""
     if schema.names.count(name) != 1:
         found = f'{schema.names.count(name)} columns "{name}" among {", ".join(schema.names)}'
         raise DamagedFileError(f"there are {found}: set --text-field")

@@ -12,9 +12,9 @@ import json
 import os
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_depthattn.paths import leads_out, link_root
 
@@ -29,11 +29,21 @@ ARCHIVES = frozenset(
 
 
 # How a file is read; "json" holds records, one a line or in an array, or a text, which is known once it is opened.
+# A hub file is one that `hub.py` opens.
 # The last four are not read, and are counted: metadata are what `datasets.save_to_disk` and its cache put beside the
 # Arrow files; special is a link to a folder, a broken link, a socket, a pipe; links out of a folder given as input,
 # which may come from anywhere, are no way to other files.
 Format = Literal[
-    "text", "json lines", "json", "parquet", "arrow", "archive", "dataset metadata", "special", "link out of the folder"
+    "text",
+    "json lines",
+    "json",
+    "parquet",
+    "arrow",
+    "hub",
+    "archive",
+    "dataset metadata",
+    "special",
+    "link out of the folder",
 ]
 ENDINGS: dict[str, Format] = {".json": "json", ".jsonl": "json lines", ".ndjson": "json lines"}
 ENDINGS |= {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
@@ -48,13 +58,18 @@ class CorpusFile(NamedTuple):
     format: Format
     compression: str = ""
     """gzip, zstd, or nothing."""
+    hub: Any = None
+    """`HubFile`, of a hub file."""
 
 
 # ---- files -----------------------------------------------------------------------------------------------
 
 
-def corpus_files(inputs: Sequence[str]) -> list[CorpusFile]:
+def corpus_files(inputs: Sequence[str], opened: Mapping[str, Sequence[CorpusFile]] | None = None) -> list[CorpusFile]:
     """Every file of the inputs, in a fixed order: that of the inputs, then a folder's files by name, then its folders.
+
+    Args:
+        opened: inputs whose files are known already: data sets (`hub.py`).
 
     Raises:
         ValueError: an input does not exist, is an archive, or is an unknown builtin.
@@ -67,10 +82,12 @@ def corpus_files(inputs: Sequence[str]) -> list[CorpusFile]:
             skip = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
             found = _walk(Path(sysconfig.get_paths()["stdlib"]), skip)
             files += [f for f in found if f.path.suffix == ".py" and f.format == "text"]
+        elif opened and given in opened:
+            files += opened[given]
         elif path.is_dir():
             files += _walk(path, set())
         elif not path.is_file():
-            raise ValueError(f"--input {given} does not exist: give files, folders, or {BUILTIN_STDLIB}")
+            raise ValueError(f"--input {given} does not exist: give files, folders, hf:NAME, or {BUILTIN_STDLIB}")
         else:
             file = _corpus_file(path, path.name)
             if file.format == "archive":

@@ -174,14 +174,22 @@ def _is_mostly_replaced(text: str) -> bool:
 # ---- tokens ----------------------------------------------------------------------------------------------
 
 
-def encode(content: Content, encoder: Encoder, recipe: Recipe, max_bytes: int | None = None) -> Encoded:
+def encode(
+    content: Content,
+    encoder: Encoder,
+    recipe: Recipe,
+    max_bytes: int | None = None,
+    max_train_tokens: int = sys.maxsize,
+) -> Encoded:
     """Tokens and counts; stops after `max_bytes` of documents, the last one cut at a character and ended.
+
+    Stops after `max_train_tokens` of the train split too, the last document cut there; its bytes count as a whole.
 
     The split of a cut document is that of the whole.
     """
     encoded = Encoded()
     tokens: dict[str, list[npt.NDArray[Any]]] = {split: [encoder.end[:0]] for split in SPLITS}
-    left = sys.maxsize if max_bytes is None else max_bytes
+    left, num_train = sys.maxsize if max_bytes is None else max_bytes, 0
     for part in parts(content, recipe, encoded):
         if len(part.data) >= left:
             data = part.data if len(part.data) == left else part.data[: character_start(part.data, left)]
@@ -190,14 +198,17 @@ def encode(content: Content, encoder: Encoder, recipe: Recipe, max_bytes: int | 
         else:
             left -= len(part.data)
         if part.data or not part.is_first:
-            tokens[part.split] += _tokens(part, encoder)
+            new = _tokens(part, encoder)
+            tokens[part.split] += new
+            num_train += sum(map(len, new)) if part.split == "train" else 0
             counts = encoded.counts[part.split]
             counts["documents"] += part.is_first
             counts["documents_with_replaced_utf8"] += part.is_first and part.is_repaired
             counts["bytes"] += len(part.data)
-        if left <= 0:
+        if left <= 0 or num_train >= max_train_tokens:
             break
     encoded.tokens = {split: np.concatenate(arrays) for split, arrays in tokens.items()}
+    encoded.tokens["train"] = encoded.tokens["train"][:max_train_tokens]
     for split, counts in encoded.counts.items():
         counts["tokens"] = len(encoded.tokens[split])
     return encoded

@@ -29,9 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_depthattn.data.documents import BUILTIN_STDLIB, CorpusFile, corpus_files
+from megatron_depthattn.data.documents import (
+    BUILTIN_STDLIB,
+    CorpusFile,
+    corpus_files,
+)
 from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, encode, parts
 from megatron_depthattn.data.encode_pool import EncodePool
+from megatron_depthattn.data.hub import HUB, HubChoice, hub_files, hub_name
 from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
 from megatron_depthattn.data.shard_writer import SplitWriter
 from megatron_depthattn.data.stream import MANIFEST_NAME
@@ -44,7 +49,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3
 SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can cost
-RECORDED = ("sequence_length", "validation_fraction", "text_field", "max_bytes")
+RECORDED = ("sequence_length", "validation_fraction", "text_field", "max_bytes", "max_tokens")
 SOURCES_NAME = "sources.jsonl"
 SPLIT_COUNTS = ("documents", "documents_with_replaced_utf8", "bytes", "tokens", "samples", "dropped_tail_tokens")
 """In the manifest, of each split. Dropped tokens follow the last whole sample, and are part of `tokens`."""
@@ -62,7 +67,7 @@ class PrepareSettings:
     """What `depthattn prepare` was asked for."""
 
     inputs: tuple[str, ...]
-    """Files, folders, or `builtin:python-stdlib`."""
+    """Files, folders, `hf:NAME[:CONFIG]` (see `hub.py`), or `builtin:python-stdlib`."""
     tokenizer: str
     """A Hugging Face tokenizer folder, a tokenizer.json, or `train-bpe:VOCAB`."""
     sequence_length: int
@@ -72,13 +77,19 @@ class PrepareSettings:
     validation_fraction: float = 0.01
     """Share of the documents that goes to val; 0 writes no val split."""
     text_field: str = "text"
-    """Field of a JSON line, column of a parquet or Arrow file."""
+    """Field of a JSON line, column of a parquet or Arrow file or of a data set."""
+    split: str | None = None
+    """Of the data sets among `inputs`; None: train."""
+    revision: str | None = None
+    """Commit, branch or tag of the data sets on the Hub; None: the newest commit of the main branch."""
     on_corrupt: str = "error"
     """error, or skip: keep what comes before the damage and count it."""
     workers: int | None = None
     """Encoding processes; None: the cores that this process may use. The output does not depend on it."""
     max_bytes: int | None = None
     """Stop after this many bytes of documents; the last one is cut."""
+    max_tokens: int | None = None
+    """Stop once the train split has this many tokens to predict: `max_tokens // sequence_length` samples."""
     overwrite: bool = False
     """Prepare again even if `output` holds a corpus, or unfinished work with other settings."""
 
@@ -89,7 +100,7 @@ class PrepareProgress:
 
     phase: str
     total_bytes: int
-    """Of the source files, or of documents where `max_bytes` is less."""
+    """Of the source files, or of documents where `max_bytes` is less; estimated where `max_tokens` is set."""
     done_bytes: int = 0
     tokens: int = 0
     message: str = ""
@@ -123,7 +134,9 @@ def prepare_corpus(settings: PrepareSettings, on_progress: ProgressCallback = la
     """
     start = time.perf_counter()
     check_settings(settings)
-    files = corpus_files(settings.inputs)
+    choice = HubChoice(settings.split or "train", settings.text_field, settings.revision)
+    hub = {given: hub_files(given, choice) for given in settings.inputs if given.startswith(HUB)}
+    files = corpus_files(settings.inputs, hub)
     given = bpe_vocab(settings.tokenizer) or load_tokenizer(settings.tokenizer)
     record = settings_record(settings, files, "" if isinstance(given, int) else Encoder(given).sha256)
     output = settings.output.absolute()
@@ -158,12 +171,17 @@ def available_cores() -> int:
 
 
 def check_settings(settings: PrepareSettings) -> None:
-    fraction, max_bytes, workers = settings.validation_fraction, settings.max_bytes, settings.workers
+    fraction, workers = settings.validation_fraction, settings.workers
+    max_bytes, max_tokens, length = settings.max_bytes, settings.max_tokens, settings.sequence_length
+    hub = [given for given in settings.inputs if given.startswith(HUB)]
     for is_valid, given, advice in (
-        (settings.inputs, "input is missing", f"name files, folders, or {BUILTIN_STDLIB}"),
-        (settings.sequence_length >= 1, f"sequence-length {settings.sequence_length}", "set at least 1"),
+        (settings.inputs, "input is missing", f"name files, folders, hf:NAME, or {BUILTIN_STDLIB}"),
+        (length >= 1, f"sequence-length {length}", "set at least 1"),
         (0 <= fraction < 1, f"validation-fraction {fraction}", "set a number in [0, 1)"),
         (max_bytes is None or max_bytes >= 1, f"max-bytes {max_bytes}", "set at least 1, or leave it out"),
+        (max_tokens is None or max_tokens >= length, f"max-tokens {max_tokens}", f"set at least one sample, {length}"),
+        (hub or not settings.split, f"split {settings.split}", "it is of data sets: set --input hf:NAME"),
+        (hub or not settings.revision, f"revision {settings.revision}", "it is of data sets: set --input hf:NAME"),
         (workers is None or workers >= 1, f"workers {workers}", "set at least 1, or leave it out"),
         (settings.on_corrupt in ("error", "skip"), f"on-corrupt {settings.on_corrupt}", "set error or skip"),
     ):
@@ -171,7 +189,8 @@ def check_settings(settings: PrepareSettings) -> None:
             raise ValueError(f"--{given}: {advice}")
     output = settings.output.resolve()
     for given in settings.inputs:
-        if Path(given).is_dir() and output.is_relative_to(Path(given).resolve()):
+        folder = Path(hub_name(given)[0] if given in hub else given)
+        if folder.is_dir() and output.is_relative_to(folder.resolve()):
             raise ValueError(f"--output {settings.output} lies inside --input {given}: choose a folder outside of it")
 
 
@@ -185,10 +204,13 @@ def settings_record(settings: PrepareSettings, files: Sequence[CorpusFile], toke
     much as preparing. An edit that keeps a file's size needs --overwrite.
     """
     names_and_sizes = repr([(file.name, file.size) for file in files])
+    commits = sorted({file.hub.commit for file in files if file.hub and file.hub.commit})
     tokenizer = settings.tokenizer + (f" (sha256 {tokenizer_sha256})" if tokenizer_sha256 else "")
     return {
         "format_version": FORMAT_VERSION,
         "input": list(settings.inputs),
+        "split": (settings.split or "train") if any(file.hub for file in files) else None,
+        "revision": commits or None,
         "corpus_files_sha256": hashlib.sha256(names_and_sizes.encode()).hexdigest(),
         "tokenizer": tokenizer,
         **{key: getattr(settings, key) for key in RECORDED},
@@ -299,6 +321,10 @@ class _Preparation:
 
     def _encode_and_merge(self, encoder: Encoder) -> None:
         merged, limit = self.merged, self.settings.max_bytes or sys.maxsize
+        stream_limit = self.settings.max_tokens + 1 if self.settings.max_tokens else sys.maxsize
+        train = merged.counts["train"]
+        if merged.bytes >= limit or train["tokens"] >= stream_limit:  # interrupted after that
+            return
         if merged.position != Position():
             self._report(self._where())
         is_whole, saved = True, time.monotonic()
@@ -307,8 +333,9 @@ class _Preparation:
             with EncodePool(self.settings.workers or available_cores(), encoder, self.recipe) as pool:
                 # A unit can be one long record. A character more: one that is cut is seen to reach the limit.
                 for unit, encoded in pool.encode_in_order(units, limit + 4):
-                    if merged.bytes + encoded.bytes >= limit:
-                        encoded = encode(unit.content, encoder, self.recipe, limit - merged.bytes)
+                    tokens_left = stream_limit - train["tokens"]
+                    if merged.bytes + encoded.bytes >= limit or len(encoded.tokens["train"]) >= tokens_left:
+                        encoded = encode(unit.content, encoder, self.recipe, limit - merged.bytes, tokens_left)
                     self._check_damage(unit, encoded)
                     is_whole = False
                     self._merge(unit, encoded)
@@ -316,7 +343,7 @@ class _Preparation:
                     for writer in self.writers.values():
                         writer.flush()
                     self._report()
-                    if merged.bytes >= limit:
+                    if merged.bytes >= limit or train["tokens"] >= stream_limit:
                         return
                     if time.monotonic() - saved >= SAVE_SECONDS:
                         self._save()
@@ -353,8 +380,11 @@ class _Preparation:
         self.unfinished.save(self.record_to_continue, self.merged, states)
 
     def _report(self, message: str = "") -> None:
-        merged, total = self.merged, self.total_bytes
-        done = min(merged.consumed_bytes if self.settings.max_bytes is None else merged.bytes, total)
+        merged, total, max_tokens = self.merged, self.total_bytes, self.settings.max_tokens
+        if max_tokens and merged.counts["train"]["tokens"]:
+            total = max(merged.bytes * max_tokens // merged.counts["train"]["tokens"], merged.bytes)  # about
+        in_documents = self.settings.max_bytes or max_tokens
+        done = min(merged.bytes if in_documents else merged.consumed_bytes, total)
         progress = {"total_bytes": total, "done_bytes": done, "tokens": merged.tokens}
         self.on_progress(PrepareProgress(phase="tokenising", message=message, **progress))
 

@@ -90,7 +90,7 @@ def _units_of_file(index: int, file: CorpusFile, before: int, recipe: Recipe, st
         outcome = Outcome(index, file.format)
     else:
         try:
-            if file.format in ("parquet", "arrow"):
+            if file.format in ("parquet", "arrow", "hub"):
                 read = _column(file, recipe.text_field, start.offset)
             elif file.format == "json lines":
                 read = _lines(file, start.offset, start.lines)

@@ -1,7 +1,7 @@
 """Prepare a corpus in processes that are killed at random moments, until one gets to the end.
 
-Arguments: source, tokenizer, output. Prints {"killed": number, "continued": how many began in the middle}. Each attempt
-is a fork of this process, which has imported everything and started no thread.
+Arguments: source, tokenizer, output, number of kills. Prints {"killed": number, "continued": how many began in the
+middle}. Each attempt is a fork of this process, which has imported everything and started no thread.
 """
 
 import json
@@ -17,8 +17,6 @@ if __name__ == "__main__":  # not in the encoding processes, which import this f
     from megatron_depthattn.data.prepare import PrepareProgress, prepare_corpus
     from tests.prepared import make_settings
 
-NUM_KILLS = 8
-
 
 def attempt(source: str, tokenizer: str, output: Path, reports: int) -> None:
     """Preparation with small units and shards, which saves after every unit and reports it with a byte."""
@@ -32,7 +30,7 @@ def attempt(source: str, tokenizer: str, output: Path, reports: int) -> None:
 
 
 def main() -> None:
-    source, tokenizer, output = sys.argv[1:]
+    source, tokenizer, output, num_kills = sys.argv[1:]
     choose = random.Random(0)
     killed = continued = 0
     while True:
@@ -43,7 +41,7 @@ def main() -> None:
             os._exit(0)
         os.close(writer)
         seen = b""
-        if killed < NUM_KILLS:
+        if killed < int(num_kills):
             units = choose.randint(0, 8)
             while seen.count(b"u") < units and (more := os.read(reader, 1)):
                 seen += more

@@ -306,7 +306,7 @@ INVALID = {
     "missing input": ({"inputs": ("/no/such/file",)}, "--input /no/such/file does not exist"),
     "unknown builtin": (
         {"inputs": ("builtin:web",)},
-        "--input builtin:web does not exist: give files, folders, or builtin:python-stdlib",
+        "--input builtin:web does not exist: give files, folders, hf:NAME, or builtin:python-stdlib",
     ),
     "no input": ({"inputs": ()}, "--input is missing: name files"),
     "small vocabulary": ({"tokenizer": "train-bpe:100"}, "integer of at least 258"),
@@ -317,6 +317,9 @@ INVALID = {
     "workers": ({"workers": 0}, "--workers 0: set at least 1"),
     "on corrupt": ({"on_corrupt": "ignore"}, "--on-corrupt ignore: set error or skip"),
     "max bytes": ({"max_bytes": 0}, "--max-bytes 0: set at least 1"),
+    "max tokens": ({"max_tokens": 3, "sequence_length": 4}, "--max-tokens 3: set at least one sample, 4"),
+    "split": ({"split": "train"}, "--split train: it is of data sets: set --input hf:NAME"),
+    "revision": ({"revision": "main"}, "--revision main: it is of data sets: set --input hf:NAME"),
     "empty val": (
         {"validation_fraction": 1e-9},
         "the val split got 0 documents.*--validation-fraction, or 0",
