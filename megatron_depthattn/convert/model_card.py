@@ -19,13 +19,33 @@ METHODS = {
         "own."
     ),
     "denseformer": "DenseFormer (arXiv:2402.02622): layers read learned sums over the outputs of earlier ones.",
-    "attnres": "Attention Residuals: every sublayer reads an attention over snapshots of the residual stream.",
-    "mhc": "manifold-constrained hyper-connections: every sublayer reads, mixes and writes several residual streams.",
+    "attnres": (
+        "Attention Residuals (arXiv:2603.15031): every sublayer reads an attention over snapshots of the residual "
+        "stream."
+    ),
+    "mhc": (
+        "manifold-constrained hyper-connections (arXiv:2512.24880): every sublayer reads, mixes and writes several "
+        "residual streams."
+    ),
 }
 LOOP_SOURCES = {
     "same_layer": "A layer reads earlier ones of the same run, and itself in every run before.",
     "unrolled": "Earlier layers are counted through all runs.",
 }
+# As in the repository's CITATION.cff.
+CITATION = """@article{zeng2026depthattention,
+  title = {Depth-Attention: Cross-Layer Value Mixing for Language Models},
+  author = {Zeng, Boyi and Hao, Yiqin and Wang, Zitong and Song, Shixiang and Li, He and Song, Feichen and
+            Liu, Yifan and He, Ziwei and Wang, Xinbing and Lin, Zhouhan},
+  journal = {arXiv preprint arXiv:2606.05014},
+  url = {https://arxiv.org/abs/2606.05014},
+  year = {2026}
+}
+@software{megatron_depthattn,
+  title = {Depth-Attention on Megatron-Core},
+  author = {{The megatron-depthattn maintainers}}
+}
+"""
 CODE = (
     "The code beside the weights runs with transformers 4.57 and 5; decoding with a cache is exact, and the cache has "
     "a vanilla decoder's size."
@@ -68,6 +88,8 @@ def model_card(checkpoint: MegatronCheckpoint, config: Mapping[str, Any], num_by
             f"depthattn convert to-hf --checkpoint {folder} --output HF_DIR\n"
             f"depthattn convert verify --checkpoint {folder} --model HF_DIR\n",
         ),
+        "## Citation",
+        _fenced("bibtex", CITATION),
         _yaml("Run config", run),
     ]
     return "\n\n".join(sections) + "\n"

@@ -1,12 +1,14 @@
 """Export and import of the compared methods: names, bits, settings, files, the function that the folder computes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
@@ -120,7 +122,21 @@ def test_the_folder_comes_with_its_own_code(tmp_path: Path, method: str):
     card = (made.output / "README.md").read_text()
     for key in METHOD_SETTINGS[method].values():
         assert f"\n{key}: " in card
-    assert "trust_remote_code=True" in card and "Depth-Attention" not in card
+    assert "trust_remote_code=True" in card and "Depth-Attention" not in card.partition("## Citation")[0]
+
+
+@pytest.mark.parametrize("method", ["vanilla", "depthattn", *METHOD_SETTINGS])
+def test_every_card_cites_the_paper_and_the_repository_as_they_ask(tmp_path: Path, method: str):
+    made = make(tmp_path, **METHODS.get(method, {"method": method}))
+    export(MegatronCheckpoint(made.folder), made.output)
+    (entries,) = re.findall(r"```bibtex\n(.*?)```", (made.output / "README.md").read_text(), flags=re.DOTALL)
+    cited = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text())
+    (paper,) = cited["references"]
+    for entry in (cited, paper):
+        assert f"title = {{{entry['title']}}}" in entries
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    assert f"author = {{{authors}}}" in " ".join(entries.split())
+    assert "arXiv:2606.05014" in entries and paper["url"].endswith("/2606.05014") and paper["url"] in entries
 
 
 @pytest.mark.parametrize("num_loops", [1, 2])
