@@ -44,7 +44,11 @@ def _layouts() -> str:
         config = load_config(PAGE.parents[1] / f"configs/{size}.yaml")
         allowed = (", ".join(_allowed(config, axis, fp8)) or "none" for axis, fp8 in axes.values())
         lines.append(f"| `configs/{size}.yaml` | {' | '.join(allowed)} |")
-    return "\n".join(lines)
+    more = (
+        "Their products run as well; `parallel.virtual_pipeline` divides the layers of a stage, and with "
+        "`parallel.sequence` `parallel.tensor` divides the sequence."
+    )
+    return "\n".join([*lines, "", more])
 
 
 def _allowed(config: RunConfig, axis: str, fp8: Any) -> Iterator[str]:

@@ -106,6 +106,8 @@ def test_tensor_parallel_sizes_are_those_that_divide_and_the_error_lists_them(na
         split = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=tensor))
         if tensor in TENSOR[name]:
             validate(split, tensor, needs_data=False)
+            product = dataclasses.replace(split.parallel, pipeline=2, context=2)
+            validate(dataclasses.replace(split, parallel=product), tensor * 4, needs_data=False)
             transformer_config(split, only_counted=True)  # Megatron takes it too
         else:
             with pytest.raises(ValueError) as raised:

@@ -251,9 +251,9 @@ def test_no_jobs_at_a_time_is_an_error(tmp_path, capsys):
 
 
 def test_a_study_of_several_nodes_is_not_started_here(tmp_path, capsys):
-    assert main(["run", str(STUDIES / "paper.yaml"), "--output", str(tmp_path)]) == 1
+    assert main(["run", "paper", "--output", str(tmp_path), "--set", "world.devices=16"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "needs 32 devices, 8 a node: give --slurm --nodes 4 --gpus-per-node 8" in line
+    assert "needs 16 devices, 8 a node: give --slurm --nodes 2 --gpus-per-node 8" in line
     assert not list(tmp_path.iterdir())
 
 
