@@ -141,6 +141,37 @@ def test_the_papers_grid_is_planned_on_gpus_that_are_not_here(tmp_path):
         assert validate(config, 8).num_microbatches >= 1
 
 
+ABLATIONS = {
+    # stride, weights, mixes, loops
+    "one-loop/vanilla": (12, "softmax", "value", 1),
+    "one-loop/depth_attention": (12, "softmax", "value", 1),
+    "one-loop/first_layer_only": (24, "softmax", "value", 1),
+    "one-loop/stride_6": (6, "softmax", "value", 1),
+    "one-loop/stride_1": (1, "softmax", "value", 1),
+    "one-loop/uniform": (12, "uniform", "value", 1),
+    "one-loop/keys": (12, "softmax", "key", 1),
+    "one-loop/keys_and_values": (12, "softmax", "key_value", 1),
+    "three-loops/vanilla": (12, "softmax", "value", 3),
+    "three-loops/depth_attention": (12, "softmax", "value", 3),
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), [("ablations", ["world.gpu=null"]), ("ablations-tiny", [])])
+def test_the_ablations_are_the_papers_at_500m_and_in_small(name, settings, tmp_path):
+    make_plan(load_study(STUDIES / f"{name}.yaml", settings), STUDIES, tmp_path)
+    points = {f"{point.rung}/{point.method}": load_config(tmp_path / point.config) for point in read_points(tmp_path)}
+    found = {
+        name: (depth.stride, depth.weights, depth.mixes, config.model.num_loops)
+        for name, config in points.items()
+        if (depth := config.model.depth_attention)
+    }
+    assert found == ABLATIONS
+    for name, config in points.items():
+        assert config.model.effective_method == ("vanilla" if name.endswith("vanilla") else "depth_attention")
+        assert (config.model.num_layers, config.model.depth_attention.loop_sources) == (24, "same_layer")
+        validate(config, 32 if settings else 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
