@@ -186,6 +186,5 @@ _NOTES = (
     "ours: FLOPs as `depthattn estimate` counts them; I/O (what plain PyTorch operations read and write, most in fp32) "
     "and peak memory of the exported models in transformers, above vanilla's, in one prefill with a cache, run with "
     "fake tensors; weights are left out of both",
-    "kept: where a layer begins, above vanilla, which holds the embedding and the current hidden state too; "
-    "Depth-Attention's sources are tensors beside the cache",
+    "kept: where a layer begins, above vanilla, which holds the embedding and the current hidden state too",
 )

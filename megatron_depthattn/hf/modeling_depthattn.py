@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
@@ -380,6 +380,11 @@ class DepthAttnAttention(Qwen3Attention):
             else:
                 placement = {"sin": sin, "cos": cos, "cache_position": cache_position}  # transformers 5 ignores it
                 all_keys, all_values = cache.update(key, value, slot, placement)
+            if type((getattr(cache, "layers", None) or {slot: None})[slot]) is DynamicLayer:
+                # It holds copies. Views of them are the sources, so that nothing is kept beside the cache.
+                views = {id(key): all_keys, id(value): all_values}
+                new = slice(all_keys.shape[2] - key.shape[2], None)
+                own = {kind: views[id(x)][:, :, new] if id(x) in views else x for kind, x in own.items()}
 
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":
@@ -401,6 +406,7 @@ class DepthAttnDecoderLayer(DecoderLayer):
         """As ``DepthAttnAttention.forward``, with the block's output [b, t, hidden] first."""
         attended, *rest = self.self_attn(self.input_layernorm(hidden_states), *sources, **kwargs)
         hidden_states = hidden_states + attended
+        del attended  # in a long prefill the MLP has its memory
         return hidden_states + self.feed_forward(hidden_states), *rest
 
 

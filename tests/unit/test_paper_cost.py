@@ -53,6 +53,7 @@ def test_the_table_is_the_papers_as_printed(tmp_path, capsys):
     assert depth["ours"]["flops"] == 4 * 512 * 117 + 47 * 2048 and "469 KiB in the Triton kernel" in printed
     assert dense["ours"]["flops"] == dense["paper"]["flops"] == 2 * 2048 * 1224
     assert binary(dense["kept"]) == "23.0 GiB" and binary(values["mHC"]["kept"]) == "1.5 GiB"
+    assert depth["ours"]["memory"] * 128 * 1024 < 1 << 25  # its sources are in the cache
     assert all(of["ours"]["io"] > of["paper"]["io"] for of in values.values())
 
 

@@ -58,13 +58,6 @@ def test_sources_and_live_sets_follow_the_definition():
         assert plan.sources(0) == plan.held(plan.num_layers - 1) == ()
 
 
-def test_paper_counts_117_candidates_over_48_layers():
-    """Beside layer 0 each layer scores its sources and itself: two candidates up to layer 24, then three."""
-    candidates = [len(SourcePlan(48, 24).sources(layer)) + 1 for layer in range(48)]
-    assert candidates == [1] + [2] * 24 + [3] * 23
-    assert sum(candidates) - 1 == 117 != sum(len(SourcePlan(48, 23).sources(layer)) + 1 for layer in range(1, 48))
-
-
 @pytest.mark.parametrize(("num_layers", "num_loops"), [(4, 3), (8, 2)])
 @pytest.mark.parametrize(("stride", "window"), [(1, 0), (2, 0), (3, 2), (9, 1)])
 @pytest.mark.parametrize("ranks", [1, 2])
