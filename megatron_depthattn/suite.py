@@ -178,43 +178,44 @@ def run_tasks(
         limit: only the first questions of each task.
 
     Returns:
-        For each: ``acc`` and its standard error ``acc_stderr`` (a share of 1), ``questions``, ``num_fewshot``.
+        For each: ``acc`` and its standard error ``acc_stderr`` (a share of 1), ``questions``, ``num_fewshot``, and
+        ``cut``, the questions that lost their beginning, for they are longer than the model's positions.
     """
     with redirect_stdout(sys.stderr):  # DeepSpeed, which accelerate imports, has a word on accelerators
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
     _quiet()
     automatic = "auto" if model.device.type == "cuda" else auto_batch_size(model, model.config.max_position_embeddings)
     options = {"batch_size": batch_size or automatic, "softmax_dtype": torch.float32}
     harness = HFLM(pretrained=model, tokenizer=tokenizer, **options)
-    manager = TaskManager(include_defaults=False)  # the tasks are at hand
-    results = {}
+    results: dict[int, dict[str, dict[str, Any]]] = {}
     for shots in suite.shots:
         for task in tasks.values():
-            # Not simple_evaluate's num_fewshot: it leaves a task alone that has 0, as from the last time.
             task.set_config("num_fewshot", shots)
+            task.set_fewshot_seed(FEWSHOT_SEED)
         with redirect_stdout(sys.stderr):  # where it reports its batch sizes
-            found = simple_evaluate(
-                model=harness,
-                tasks=list(tasks.values()),
-                task_manager=manager,
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=False,
-                fewshot_random_seed=FEWSHOT_SEED,
-            )
-        results[shots] = {
-            name: _accuracy(found["results"][name][f"{METRIC},none"], found["n-samples"][name]["effective"], shots)
-            for name in tasks
-        }
+            found = evaluate(harness, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=False)
+        results[shots] = {}
+        for name, task in tasks.items():
+            acc, questions = found["results"][name][f"{METRIC},none"], found["n-samples"][name]["effective"]
+            results[shots][name] = {
+                "acc": acc,
+                "acc_stderr": math.sqrt(acc * (1 - acc) / (questions - 1)) if questions > 1 else None,
+                "questions": questions,
+                "num_fewshot": shots,
+                "cut": _count_cut(task, tokenizer, harness.max_length),
+            }
     return results
 
 
-def _accuracy(acc: float, questions: int, shots: int) -> dict[str, Any]:
-    error = math.sqrt(acc * (1 - acc) / (questions - 1)) if questions > 1 else None
-    return {"acc": acc, "acc_stderr": error, "questions": questions, "num_fewshot": shots}
+def _count_cut(task: Any, tokenizer: PreTrainedTokenizerBase, positions: int) -> int:
+    """The questions that are longer than the model's positions, with examples and the longest answer."""
+    longest: dict[int, str] = {}
+    for request in task.instances:
+        longest[request.doc_id] = max(longest.get(request.doc_id, ""), "".join(request.args), key=len)
+    encoded = tokenizer(list(longest.values()), add_special_tokens=False, verbose=False)["input_ids"]
+    return sum(len(tokens) > positions + 1 for tokens in encoded)  # nothing follows the last one
 
 
 def means(suite: Suite, results: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -307,7 +308,9 @@ def _percent(figures: Mapping[str, Any] | None) -> str:
     return f"{100 * figures['acc']:.2f}" + (f"±{100 * error:.2f}" if error is not None else "")
 
 
-def notes(suite: Suite, about: Mapping[str, Mapping[str, Any]], limit: int | None) -> list[str]:
+def notes(
+    suite: Suite, about: Mapping[str, Mapping[str, Any]], models: Sequence[Mapping[str, Any]], limit: int | None
+) -> list[str]:
     """What a reader of the tables must know."""
     named = ", ".join(f"{name} {task['version']}" for name, task in about.items())
     lines = [f"tasks of lm_eval {version('lm-eval')}: {named}; metric {METRIC}; ± is one standard error"]
@@ -321,6 +324,13 @@ def notes(suite: Suite, about: Mapping[str, Mapping[str, Any]], limit: int | Non
     own = [task["column"] for task in about.values() if task["examples_from"] == task["questions_from"]]
     if own and any(suite.shots):
         lines.append(f"{', '.join(own)}: examples are drawn from the split of the questions, for there is no other")
+    for model in models:
+        cut = [(shots, name, f) for shots, by in model["results"].items() for name, f in by.items() if f["cut"]]
+        lines += [
+            f"{model['name']}, {shots}-shot {suite.tasks[name]['column']}: {figures['cut']} of {figures['questions']} "
+            "prompts lost their beginning and examples with it: longer than the model's positions"
+            for shots, name, figures in cut
+        ]
     return lines
 
 

@@ -147,7 +147,7 @@ def _evaluate_suite(given: argparse.Namespace) -> None:
             found.append(_measure_tasks(folder, suite, tasks, split, device, given))
             if given.json is not None:  # after each, for they take hours
                 given.json.write_text(json.dumps(report, indent=2) + "\n")
-    tables, notes = suites.tables(suite, found), suites.notes(suite, about, given.limit)
+    tables, notes = suites.tables(suite, found), suites.notes(suite, about, found, given.limit)
     for caption, columns, rows in tables:
         print(caption)
         print_table(columns, rows, width=120, box=None)
