@@ -76,7 +76,8 @@ def _generate(given: argparse.Namespace) -> None:
         text = model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=streamer)
         if given.show_depth is not None:
             first = max(tokens.shape[1] - 1, text.shape[1] - given.show_depth)
-            columns = ("token", "layer", "reads mixed values of", "made of values of")
+            mixed = {"key": "keys", "key_value": "keys and values"}.get(model.config.depth_attention_mixes, "values")
+            columns = ("token", "layer", f"reads mixed {mixed} of", f"made of {mixed} of")
             caption = f"means over KV heads; shares below {SHOWN:g} are left out"
             rows = list(_depth_rows(model, tokenizer, text, first))
             print_table(columns, rows, width=10_000, show_lines=True, caption=caption)  # lines in a file are not broken

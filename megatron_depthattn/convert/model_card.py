@@ -103,7 +103,10 @@ def _summary(config: Mapping[str, Any]) -> str:
     if not config.get("use_depth_attention", True):
         return f"A Qwen3-style decoder.{loops}"
     rule = f" {LOOP_SOURCES[config['depth_attention_loop_sources']]}" if loops else ""
-    return f"A Qwen3-style decoder with {METHODS[kind]}{loops}{rule} {CODE}"
+    defaults = {"depth_attention_weights": "softmax", "depth_attention_mixes": "value"}
+    changed = ", ".join(f"{key}={config[key]}" for key, value in defaults.items() if config.get(key, value) != value)
+    ablation = f" This is an ablation of it: {changed}." if changed else ""
+    return f"A Qwen3-style decoder with {METHODS[kind]}{ablation}{loops}{rule} {CODE}"
 
 
 def _shape(config: Mapping[str, Any], num_bytes: int) -> dict[str, Any]:

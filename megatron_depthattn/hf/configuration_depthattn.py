@@ -128,7 +128,8 @@ class DepthAttnConfig(CrossLayerConfig):
     @property
     def source_kinds(self) -> tuple[str, ...]:
         """What a layer leaves to those that read it: the key that they score, if they do, and what they mix."""
-        mixed = {"key": ("mixed_key",), "key_value": ("mixed_key", "value")}.get(self.depth_attention_mixes, ("value",))
+        kinds = {"value": ("value",), "key": ("mixed_key",), "key_value": ("mixed_key", "value")}
+        mixed = kinds[str(self.depth_attention_mixes)]
         return mixed if self.depth_attention_weights == "uniform" else ("key", *mixed)
 
     def depth_sources(self, layer: int) -> list[int]:

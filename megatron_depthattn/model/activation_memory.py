@@ -58,8 +58,13 @@ def depth_activations(
         recomputed: under full recompute of all layers.
 
     Raises:
-        ValueError: the plan has more than one chunk.
+        ValueError: the plan has more than one chunk, or is that of an ablation.
     """
+    if plan.kinds != ("key", "value"):
+        raise ValueError(
+            f"activations are counted for weights=softmax and mixes=value, not for sources of {', '.join(plan.kinds)}; "
+            "depthattn estimate counts those of an ablation"
+        )
     if len(plan.chunk_starts) > 1:
         raise ValueError("activations are counted for a model on one pipeline stage: give a plan of one chunk")
     read = _read_layers(plan)

@@ -72,6 +72,8 @@ def test_exported_model_computes_the_reference(tmp_path: Path, changes: dict):
     assert (logits - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
     import_checkpoint(HFFolder(made.output), tmp_path / "back")
     back = MegatronCheckpoint(tmp_path / "back").common["config"]["model"]
+    is_ablation = made.model["depth_attention"]["mixes"] != "value"
+    assert ("This is an ablation" in (made.output / "README.md").read_text()) == is_ablation
     if back["depth_attention"]["enabled"]:
         assert back["depth_attention"].items() >= (made.model["depth_attention"] | {"op": "auto"}).items()
 

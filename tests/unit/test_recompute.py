@@ -205,6 +205,8 @@ def test_the_activation_count_by_hand():
     assert kept == DepthActivations(source_keys=20, source_values=20)
     with pytest.raises(ValueError, match="one pipeline stage"):
         depth_activations(SourcePlan(num_layers=6, stride=3, chunk_starts=(0, 3)), key_size=10)
+    with pytest.raises(ValueError, match="not for sources of key, mixed_key; depthattn estimate counts"):
+        depth_activations(SourcePlan(num_layers=6, stride=3, kinds=("key", "mixed_key")), key_size=10)
 
 
 def tensors_within(value: Any) -> Iterable[Tensor]:
