@@ -15,6 +15,7 @@ from megatron_depthattn.cli.common import check, shipped_folder
 from megatron_depthattn.config import RunConfig, load_config, to_dict, validate
 from megatron_depthattn.estimate.memory import rank_memory
 from megatron_depthattn.estimate.paper import TITLES
+from megatron_depthattn.model.source_plan import default_stride
 
 if TYPE_CHECKING:
     from megatron_depthattn.train.step import Microbatch, StepResult
@@ -66,8 +67,9 @@ def mixing_configs(
     """By name: vanilla, then every stride with every implementation of the mix."""
     keys = keys or {}
     configs = {"vanilla": run_config(given, kind, {**keys, "model.depth_attention.enabled": False})}
-    layers = configs["vanilla"].model.num_layers * configs["vanilla"].model.num_loops
-    for stride in given.strides or dict.fromkeys((max(1, layers // 2), 1)):
+    model = configs["vanilla"].model
+    half = default_stride(model.num_layers, model.num_loops, model.depth_attention.loop_sources)
+    for stride in given.strides or dict.fromkeys((half, 1)):
         for op in ops:
             mix = {} if op == "auto" else {"model.depth_attention.op": op}  # auto: --set may choose another
             config = run_config(given, kind, {**keys, **mix, "model.depth_attention.stride": stride})

@@ -79,6 +79,8 @@ def _generate(given: argparse.Namespace) -> None:
             mixed = {"key": "keys", "key_value": "keys and values"}.get(model.config.depth_attention_mixes, "values")
             columns = ("token", "layer", f"reads mixed {mixed} of", f"made of {mixed} of")
             caption = f"means over KV heads; shares below {SHOWN:g} are left out"
+            if (loops := getattr(model.config, "num_loops", 1)) > 1:
+                caption += f"; layers are counted on through {loops} loops of {model.config.num_hidden_layers}"
             rows = list(_depth_rows(model, tokenizer, text, first))
             print_table(columns, rows, width=10_000, show_lines=True, caption=caption)  # lines in a file are not broken
 

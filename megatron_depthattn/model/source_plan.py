@@ -201,9 +201,14 @@ def source_kinds(weights: str, mixes: str) -> tuple[str, ...]:
     return mixed if weights == "uniform" else ("key", *mixed)
 
 
-def default_stride(num_layers: int) -> int:
-    """The released models' choice: half the layers, so that no layer has more than two sources."""
-    return max(1, num_layers // 2)
+def default_stride(num_layers: int, num_loops: int = 1, loop_sources: str = "same_layer") -> int:
+    """The released models' choice: half the layers that it counts, so that no layer reads more than two of them.
+
+    Args:
+        num_layers: of one loop.
+        loop_sources: "same_layer" counts those of one loop, "unrolled" those of all.
+    """
+    return max(1, num_layers * (num_loops if loop_sources == "unrolled" else 1) // 2)
 
 
 def hop_bytes(

@@ -181,9 +181,9 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     fixed |= {f"model.{key}": model[key] for key in ("init_std", "num_loops")}
     fixed["model.depth_attention.enabled"] = effective_method(model) == "depth_attention"
     if fixed["model.depth_attention.enabled"]:
-        num_counted = model["num_layers"] * (model["num_loops"] if depth["loop_sources"] == "unrolled" else 1)
         mixing = {key: depth[key] for key in (*CHOICES, "recent_window")}
-        mixing["stride"] = depth["stride"] or default_stride(num_counted)
+        half = default_stride(model["num_layers"], model["num_loops"], depth["loop_sources"])
+        mixing["stride"] = depth["stride"] or half
         if model["num_loops"] == 1:
             del mixing["loop_sources"]  # either rule says the same
         fixed |= {f"model.depth_attention.{key}": value for key, value in mixing.items()}

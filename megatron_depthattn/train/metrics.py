@@ -137,11 +137,12 @@ def opening_lines(config: RunConfig, megatron: DepthAttentionConfig, world_size:
     """The model, the layout, what every transfer between stages costs, and where the run starts."""
     model, parallel = config.model, config.parallel
     loops = f" run {model.num_loops} times" if model.num_loops > 1 else ""
+    rule = f"; loop_sources {model.depth_attention.loop_sources}" if loops and megatron.attends_over_depth else ""
     return [
         f"model: {decoder_shape(config).parameters / 1e6:.1f} M parameters, {model.num_layers} layers{loops} x "
         f"{model.hidden_size}, {model.num_attention_heads} heads / {model.num_query_groups} KV heads, "
         f"{config.precision.dtype}",
-        _depth_line(megatron, forward_flops(config)),
+        _depth_line(megatron, forward_flops(config)) + rule,
         f"layout: {world_size} ranks = data {world_size // (parallel.tensor * parallel.pipeline * parallel.context)} x "
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
         f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage)",

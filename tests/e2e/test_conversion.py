@@ -30,7 +30,7 @@ LAYOUTS = {
     "pp2-tied-looped": (
         2,
         [
-            *("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_loops=2", "model.tie_embeddings=true"),
+            *("parallel.pipeline=2", "parallel.virtual_pipeline=4", "model.num_loops=2", "model.tie_embeddings=true"),
             *("model.vocab_size=391", "model.depth_attention.stride=3"),
         ],
     ),

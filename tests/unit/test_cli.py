@@ -106,7 +106,8 @@ def write_run(folder: Path, seconds: float, gain: float, steps: int = 8) -> Path
         for step in range(1, steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "config.yaml").write_text(f"run:\n  dir: {folder}\noptimizer:\n  lr: {gain}\n")
+    older = f"run:\n  dir: {folder}\noptimizer:\n  lr: {gain}\nmodel:\n  num_loops: 2\n"  # than the rule of loops
+    (folder / "config.yaml").write_text(older)
     return folder
 
 
@@ -122,6 +123,7 @@ def test_runs_are_compared_at_equal_steps_and_at_equal_time(tmp_path, capsys):
     assert "<svg" in (tmp_path / "f.svg").read_text()
     curves = compare.read_curves(one)
     assert curves.held_out_at(3.0) == pytest.approx(8.7)
+    assert curves.settings["model.depth_attention.loop_sources"] == "unrolled"
 
 
 def test_what_cannot_be_compared(tmp_path, capsys):

@@ -101,6 +101,10 @@ def test_what_is_older_than_the_rule_of_loops_stays_unrolled(tmp_path: Path):
     import_checkpoint(HFFolder(made.output), tmp_path / "step")
     imported = MegatronCheckpoint(tmp_path / "step").common["config"]["model"]["depth_attention"]
     assert (imported["loop_sources"], imported["stride"]) == ("unrolled", 3 * LAYERS // 2)
+    before, now = (MegatronCheckpoint(tmp_path / "step").common["config"] for _ in range(2))
+    now["model"]["depth_attention"]["loop_sources"] = "same_layer"
+    (note,) = changed_function(before, now)
+    assert note == "note: model.depth_attention.loop_sources is same_layer; the weights were trained with unrolled"
 
 
 def test_vanilla_export_needs_no_code_of_ours(tmp_path: Path):

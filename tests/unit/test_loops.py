@@ -268,6 +268,7 @@ def test_the_opening_lines_tell_of_loops():
     assert megatron.num_layers == 3 * MODEL["num_layers"] == len(build_chunk(config, megatron).decoder.layers)
     lines = opening_lines(config, megatron, 1, "step 0")
     assert f"{MODEL['num_layers']} layers run 3 times x {MODEL['hidden_size']}" in lines[0]
+    assert lines[1].endswith("arithmetic; loop_sources same_layer")
     once = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=1))
     assert "times" not in opening_lines(once, transformer_config(once), 1, "step 0")[0]
 

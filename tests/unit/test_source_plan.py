@@ -157,6 +157,10 @@ def test_sources_of_a_small_model_by_hand():
 def test_default_stride_is_half_the_layers(num_layers, stride):
     assert default_stride(num_layers) == stride
     assert qwen3_style_config(num_layers=num_layers, **SMALL).source_plan.stride == stride
+    for rule, counted in (("same_layer", num_layers), ("unrolled", 3 * num_layers)):
+        looped = {"num_layers": 3 * num_layers, "num_loops": 3, "depth_attention_loop_sources": rule}
+        half = qwen3_style_config(**looped, **SMALL).source_plan.stride
+        assert half == default_stride(num_layers, 3, rule) == max(1, counted // 2)
     if num_layers % 2 == 0:
         plan = SourcePlan(num_layers, stride)
         assert max(len(plan.sources(layer)) for layer in range(num_layers)) == min(2, num_layers - 1)
