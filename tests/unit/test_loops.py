@@ -271,6 +271,10 @@ def test_the_opening_lines_tell_of_loops():
     assert lines[1].endswith("arithmetic; loop_sources same_layer")
     once = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=1))
     assert "times" not in opening_lines(once, transformer_config(once), 1, "step 0")[0]
+    ablation = dataclasses.replace(once.model.depth_attention, weights="uniform", mixes="key")
+    once = dataclasses.replace(once, model=dataclasses.replace(once.model, depth_attention=ablation))
+    depth_line = opening_lines(once, transformer_config(once), 1, "step 0")[1]
+    assert "depth attention: uniform weights, mixes key, stride" in depth_line and "weights" not in lines[1]
 
 
 @pytest.mark.parametrize(
