@@ -21,10 +21,11 @@ import zstandard
 from megatron_depthattn.data.columns import check_column
 from megatron_depthattn.data.documents import CorpusFile
 from megatron_depthattn.data.file_bytes import DamagedFileError
-from megatron_depthattn.paths import leads_out, link_root
+from megatron_depthattn.paths import link_root
 
 HUB = "hf:"
 BATCH_ROWS = 256
+FORMATS = ("parquet", "json", "arrow", "csv", "text")  # others of the library hold no texts, or unpack what they find
 _DAMAGE = (pyarrow.ArrowException, ValueError, EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile)
 
 
@@ -106,6 +107,8 @@ def hub_files(given: str, choice: HubChoice) -> list[CorpusFile]:
             raise ValueError("there is no such folder")
         path = os.path.abspath(name) if is_local else f"hf://datasets/{name}"
         builder = _builder(datasets, path, config, choice.revision)
+        if (kind := type(builder).__module__.rpartition(".")[2]) not in FORMATS:
+            raise ValueError(f"its files are read as {kind}, which is none of {', '.join(FORMATS)}")
         files = dict(builder.config.data_files or {})
         if choice.split not in files:
             hint = " (a slice needs the whole split: set --max-tokens)" if "[" in choice.split else ""
@@ -115,7 +118,7 @@ def hub_files(given: str, choice: HubChoice) -> list[CorpusFile]:
         paths = [str(file) for file in files[choice.split]]
         for file in paths:
             is_inside = file.startswith(f"{root}/") and ".." not in file.split("/")
-            if not is_inside or leads_out(Path(file), link_root(Path(root))):
+            if not is_inside or (is_local and not Path(os.path.realpath(file)).is_relative_to(link_root(Path(root)))):
                 raise ValueError(f"it names {file}, which lies outside of it: give that as an input")
         dataset = builder.as_streaming_dataset(choice.split)
         if dataset.num_shards != len(paths):

@@ -10,10 +10,10 @@ A split's documents, each followed by EOS, form one stream of tokens. Sample i i
 neighbours share one token, so every token but the first is predicted exactly once, and what remains after the
 last whole sample is dropped and counted.
 
-One process reads (`readers.py`), many encode (`encode.py`, `encode_pool.py`), the first merges in the order of the
-corpus and writes (`shard_writer.py`). The output depends on the documents and their order alone: not on the number of
-processes, not on interruptions (`unfinished.py`). Memory holds a few units of 2 MB a process, and a longer document
-only where it is a single record of a JSON or columnar file.
+One process reads (`readers.py`, `hub.py`), many encode (`encode.py`, `encode_pool.py`), the first merges in the order
+of the corpus and writes (`shard_writer.py`). The output depends on the documents and their order alone: not on the
+number of processes, not on interruptions (`unfinished.py`). Memory holds a few units of 2 MB a process, and a longer
+document only where it is a single record of a JSON or columnar file.
 """
 
 import hashlib

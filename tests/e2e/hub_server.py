@@ -152,6 +152,7 @@ def main() -> None:
     step("gated", "x", "org/gated")
     step("unknown", "x", "org/nothing")
     step("no such revision", "x", revision="v9")
+    step("a part", "part", max_tokens=1600)
     step("online, a folder", "folder", source)
     import datasets
     import huggingface_hub.constants

@@ -56,6 +56,8 @@ def test_a_data_set_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert outcomes["again"]["already"]
     assert outcomes["offline, a folder"]["manifest"]["sources"] == outcomes["online, a folder"]["manifest"]["sources"]
     assert found["online, a folder"]["requests"] == 0
+    assert outcomes["a part"]["manifest"]["splits"]["train"]["samples"] == 100
+    assert not any("00001-of" in line for line in found["a part"]["ranges"])  # what is not needed is not fetched
     assert found["again"]["requests"] > 0  # control
     for key, expected_line in {
         "moved on": f"work with revision ['org/pile@{'a' * 40}'], not ['org/pile@{'b' * 40}']: finish it with its own",

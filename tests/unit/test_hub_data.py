@@ -1,5 +1,6 @@
 """Data sets in the Hub's layouts, from local folders: the shards are those of the same documents in plain files."""
 
+import csv
 import json
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import zstandard
 from megatron_depthattn.cli import main
 from megatron_depthattn.data import readers
 from megatron_depthattn.data.hub import HubChoice, hub_files, hub_name
-from megatron_depthattn.data.prepare import prepare_corpus
+from megatron_depthattn.data.prepare import PrepareProgress, prepare_corpus
 from tests.prepared import (
     FRACTION,
     LENGTH,
@@ -46,10 +47,10 @@ configs:
 """
 
 
-def parquet(path: Path, texts: list[str], field: str = "text", **settings: object) -> None:
+def parquet(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"id": range(len(texts)), field: texts, "meta": [{"set": "Pile-CC"}] * len(texts)}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=50, **settings)
+    columns = {"id": range(len(texts)), "text": texts, "meta": [{"set": "Pile-CC"}] * len(texts)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=50)
 
 
 def lines(texts: list[str]) -> bytes:
@@ -72,6 +73,12 @@ def arrow_stream(path: Path, texts: list[str]) -> None:
     table = pyarrow.table({"text": texts})
     with pyarrow.ipc.new_stream(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=40)
+
+
+def csv_file(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("id", "text"), *enumerate(texts)])
 
 
 def with_card(folder: Path) -> str:
@@ -97,7 +104,7 @@ LAYOUTS: dict[str, Callable[[Path], str | None]] = {
     "arrow": lambda f: shards_of(f, arrow_stream, "arrow"),
     "card": with_card,
     "no card, folders": lambda f: [write(f / "train" / f"{i}.jsonl", lines(HALVES[i])) for i in (0, 1)] and None,
-    "push_to_hub": lambda f: shards_of(f, lambda p, t: parquet(p, t, use_dictionary=False), "parquet"),
+    "csv": lambda f: shards_of(f, csv_file, "csv"),
 }
 
 
@@ -180,7 +187,15 @@ def test_max_tokens_is_exact(
     whole = expected_streams(TEXTS, tokenizer)
     before = next(n for n in range(len(TEXTS)) if len(expected_streams(TEXTS[:n], tokenizer)["train"]) > limit)
     val = expected_streams(TEXTS[:before], tokenizer)["val"]
-    manifest = prepare_hub(str(given), tokenizer, tmp_path / "out", max_tokens=limit, workers=workers)
+    wanted = make_settings(Path(given), tokenizer, tmp_path / "out", max_tokens=limit, workers=workers)
+
+    def interrupt_at_the_end(progress: PrepareProgress) -> None:
+        if progress.tokens == limit + 1 + len(val):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(wanted, interrupt_at_the_end)
+    manifest = prepare_corpus(wanted).manifest
     assert stored_stream(tmp_path / "out" / "train") == whole["train"][: limit + 1]
     assert len(val) - LENGTH < len(stored := stored_stream(tmp_path / "out" / "val")) <= len(val)
     assert stored == val[: len(stored)]
@@ -226,6 +241,12 @@ def test_an_edited_file_is_not_taken_for_the_prepared_one(tokenizer: Path, tmp_p
         prepare_corpus(given)
 
 
+def linked(folder: Path) -> None:
+    parquet(folder.parent / "elsewhere" / "a.parquet", TEXTS)
+    folder.mkdir()
+    (folder / "train.parquet").symlink_to(folder.parent / "elsewhere" / "a.parquet")
+
+
 def card_that_leaves(folder: Path) -> None:
     parquet(folder.parent / "secret.parquet", OTHER)
     parquet(folder / "a.parquet", TEXTS)
@@ -252,6 +273,8 @@ ERRORS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no folder": (lambda f: None, [], "there is no such folder"),
     "script": (lambda f: write(f / "set.py", b""), [], "Dataset scripts are no longer supported"),
     "cut to nothing": (lambda f: write(f / "train.jsonl.zst", frames(TEXTS)[:100]), [], "its first file holds no rows"),
+    "no texts": (lambda f: write(f / "a.tar", bytes(1024)), [], "read as webdataset, which is none of parquet, json"),
+    "linked": (linked, [], "train.parquet, which lies outside of it"),
     "out of it": (card_that_leaves, [], "secret.parquet, which lies outside of it"),
 }
 
