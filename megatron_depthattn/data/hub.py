@@ -105,7 +105,7 @@ def hub_files(given: str, choice: HubChoice) -> list[CorpusFile]:
     try:
         if not is_local and (Path(name).exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
             raise ValueError("there is no such folder")
-        path = os.path.abspath(name) if is_local else f"hf://datasets/{name}"
+        path = os.path.abspath(name) if is_local else name
         builder = _builder(datasets, path, config, choice.revision)
         if (kind := type(builder).__module__.rpartition(".")[2]) not in FORMATS:
             raise ValueError(f"its files are read as {kind}, which is none of {', '.join(FORMATS)}")
@@ -114,7 +114,7 @@ def hub_files(given: str, choice: HubChoice) -> list[CorpusFile]:
             hint = " (a slice needs the whole split: set --max-tokens)" if "[" in choice.split else ""
             raise ValueError(f"there is no --split {choice.split} among {', '.join(map(str, files)) or 'none'}{hint}")
         # What a card names elsewhere would not be of the commit, nor perhaps of the user's choice.
-        root = os.path.realpath(path) if is_local else f"{path}@{builder.hash}"
+        root = os.path.realpath(path) if is_local else f"hf://datasets/{name}@{builder.hash}"
         paths = [str(file) for file in files[choice.split]]
         for file in paths:
             is_inside = file.startswith(f"{root}/") and ".." not in file.split("/")
