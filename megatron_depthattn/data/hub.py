@@ -93,7 +93,7 @@ def hub_files(given: str, choice: HubChoice) -> list[CorpusFile]:
         ValueError: there is no such data set, config, split or column of strings, or the Hub cannot be reached.
     """
     name, config = hub_name(given)
-    is_local = Path(name).is_dir()
+    is_local = bool(name) and Path(name).is_dir()
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -103,8 +103,8 @@ def hub_files(given: str, choice: HubChoice) -> list[CorpusFile]:
     for library in ("datasets", "huggingface_hub"):  # each failure is one line of ours
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
-        if not is_local and (Path(name).exists() or name.startswith((".", os.sep)) or name.count("/") > 1):
-            raise ValueError("there is no such folder")
+        if not is_local and (Path(name).exists() or name.startswith((".", os.sep)) or name.count("/") != 1):
+            raise ValueError("there is no such folder, and a data set on the Hub is named ORG/NAME")
         path = os.path.abspath(name) if is_local else name
         builder = _builder(datasets, path, config, choice.revision)
         if (kind := type(builder).__module__.rpartition(".")[2]) not in FORMATS:

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -270,7 +272,6 @@ ERRORS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     ),
     "field of numbers": (with_card, [":wiki", "--text-field", "id"], 'the column "id" holds int64, not strings'),
     "nothing there": (lambda f: f.mkdir(), [], "set"),
-    "no folder": (lambda f: None, [], "there is no such folder"),
     "script": (lambda f: write(f / "set.py", b""), [], "Dataset scripts are no longer supported"),
     "cut to nothing": (lambda f: write(f / "train.jsonl.zst", frames(TEXTS)[:100]), [], "its first file holds no rows"),
     "no texts": (lambda f: write(f / "a.tar", bytes(1024)), [], "read as webdataset, which is none of parquet, json"),
@@ -300,6 +301,15 @@ def test_without_the_library_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"needs datasets, .*pip install 'megatron-depthattn\[hub\]'"):
         prepare_hub(f"hf:{tmp_path / 'set'}", tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", ["hf:", "hf:json", "hf:./org", "hf:a/b/c", f"hf:{__file__}"])
+def test_what_is_no_name_is_an_error(given: str, tokenizer: Path, tmp_path: Path) -> None:
+    """Among them a name that the library takes for a format, of files in the working directory."""
+    with pytest.raises(
+        ValueError, match=f"^--input {re.escape(given)}: there is no such folder, and a data set on the"
+    ):
+        prepare_corpus(replace(make_settings(tmp_path, tokenizer, tmp_path / "out"), inputs=(given,)))
 
 
 def test_a_name_may_hold_a_colon_where_the_folder_does(tmp_path: Path) -> None:
