@@ -102,8 +102,8 @@ LOOPS = checks(
     "layers use; set precision.fp8=null or model.num_loops=1",
     (
         "{model.num_loops is|above 1} with {parallel.pipeline=|above 1} and {parallel.virtual_pipeline=|no multiple of "
-        "it}: a stage keeps its layers' weights for all loops, so it holds as many chunks of each, and a plain "
-        "pipeline (1F1B) passes each stage's weights once; set parallel.virtual_pipeline={model.num_loops} or a "
+        "it}: a stage keeps its layers' weights for all loops, so it has the same number of chunks in each, and a "
+        "plain pipeline (1F1B) passes each stage once; set parallel.virtual_pipeline={model.num_loops} or a "
         "multiple of it, or parallel.pipeline=1",
         lambda c, _: c.parallel.virtual_pipeline % c.model.num_loops and c.parallel.pipeline > 1,
     ),

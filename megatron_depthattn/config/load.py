@@ -101,11 +101,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_record(path: str | Path) -> RunConfig:
     """The config.yaml that a run has left, for tools that only read it.
 
-    That of a looped model may be older than loop_sources, and then its sources are ``unrolled``.
+    That of a looped model with Depth-Attention may be older than loop_sources, and then its sources are ``unrolled``.
     """
     older = Layer("an older run", {"model": {"depth_attention": {"loop_sources": "unrolled"}}})
     config = load_config(path)
-    return build(RunConfig, [older, *read_yaml(path)]) if config.model.num_loops > 1 else config
+    has_rule = config.model.num_loops > 1 and config.model.effective_method == "depth_attention"
+    return build(RunConfig, [older, *read_yaml(path)]) if has_rule else config
 
 
 def _is_overlay(argument: str) -> bool:

@@ -52,7 +52,7 @@ def source_plan(config: RunConfig) -> CrossLayerPlan | None:
     if config.model.effective_method == "vanilla":
         return None
     per_loop = config.model.num_layers if depth.loop_sources == "same_layer" else num_layers
-    stride = depth.stride or default_stride(per_loop)
+    stride = depth.stride or default_stride(config.model.num_layers, config.model.num_loops, depth.loop_sources)
     kinds = source_kinds(depth.weights, depth.mixes)
     return SourcePlan(num_layers, stride, depth.recent_window, starts, config.parallel.pipeline, per_loop, kinds)
 

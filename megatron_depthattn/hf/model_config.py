@@ -42,13 +42,13 @@ AUTO_MAP = {
 METHOD_SETTINGS = {
     kind: {name: f"{kind}_{name}" for name in definitions.setting_names(kind)} for kind in definitions.DEFINITIONS
 }
-# Keys of model.depth_attention, and what is meant where a checkpoint or config.json, older than the key, does not say.
-CHOICES = {"loop_sources": "unrolled", "weights": "softmax", "mixes": "value"}
+# What these keys may be. The first is meant where a checkpoint or config.json, older than the key, does not say.
 WORDS = {
     "depth_attention_loop_sources": ("unrolled", "same_layer"),
     "depth_attention_weights": ("softmax", "uniform"),
     "depth_attention_mixes": ("value", "key", "key_value"),
 }
+CHOICES = {key.removeprefix("depth_attention_"): words[0] for key, words in WORDS.items()}
 MODEL_TYPES = (*CLASSES, "qwen3", "llama")
 # What config.json's settings are, where they are not null, which is absent. Others are handed to transformers.
 INTEGERS = {"num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
@@ -144,7 +144,7 @@ def to_model_section(config: Mapping[str, Any]) -> Section:
     section["rotary_base"] = float(section["rotary_base"])
     section["num_loops"] = config["num_loops"]
     choices = {key: config.get(f"depth_attention_{key}", default) for key, default in CHOICES.items()}
-    if section["num_loops"] == 1:  # either rule says the same; a looped run that starts from it has the default
+    if section["num_loops"] == 1 or not config["use_depth_attention"]:  # no rule: who starts from it has the default
         choices["loop_sources"] = "same_layer"
     if (kind := config["model_type"]) in METHOD_SETTINGS:
         own = {ours: config[theirs] for ours, theirs in METHOD_SETTINGS[kind].items()}

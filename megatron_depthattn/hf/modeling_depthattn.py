@@ -203,7 +203,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
             arguments = {"config": config, "attention_mask": attention_mask, CACHE: past_key_values}
             arguments |= {"position_ids": position_ids, "cache_position": cache_position}
             arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
-            mask = create_causal_mask(**{name: arguments[name] for name in arguments.keys() & _MASK_ARGUMENTS})
+            mask = create_causal_mask(**{name: arguments[name] for name in arguments if name in _MASK_ARGUMENTS})
         kwargs |= {CACHE: past_key_values, "use_cache": use_cache, "attention_mask": mask, "position_ids": position_ids}
         kwargs |= {"cache_position": cache_position} if _TAKES_CACHE_POSITION else {}
         kwargs["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
@@ -380,11 +380,12 @@ class DepthAttnAttention(Qwen3Attention):
             else:
                 placement = {"sin": sin, "cos": cos, "cache_position": cache_position}  # transformers 5 ignores it
                 all_keys, all_values = cache.update(key, value, slot, placement)
-            if type((getattr(cache, "layers", None) or {slot: None})[slot]) is DynamicLayer:
-                # It holds copies. Views of them are the sources, so that nothing is kept beside the cache.
-                views = {id(key): all_keys, id(value): all_values}
+            is_kept_whole = type(cache) is DynamicCache and type(cache.layers[slot]) is DynamicLayer
+            if is_kept_whole and not getattr(cache, "offloading", False):
+                # It keeps copies. Views of them are the sources, so that nothing is kept beside the cache.
                 new = slice(all_keys.shape[2] - key.shape[2], None)
-                own = {kind: views[id(x)][:, :, new] if id(x) in views else x for kind, x in own.items()}
+                views = {"mixed_key": all_keys[:, :, new], "value": all_values[:, :, new]}
+                own = (own if "mixed_key" in kinds else {"key": views["mixed_key"]}) | views
 
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":

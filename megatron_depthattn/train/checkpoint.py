@@ -106,7 +106,9 @@ def load_checkpoint(
         settings = _fixed_in_a_run if has_run else _fixed_by_weights
         before, now = settings(common["config"]), settings(config)
         changed = [
-            f"{key} (was {before.get(key)}, is {value})" for key, value in now.items() if before.get(key) != value
+            f"{key} (was {before.get(key)}, is {value})"
+            for key, value in now.items()
+            if before.get(key) != value and (key in before or key not in _MIXING)  # what it mixed before, if it did
         ]
         if changed:
             mixing = [key for key in _MIXING if key in before and before[key] != now.get(key)]

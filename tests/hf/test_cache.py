@@ -25,7 +25,6 @@ TOLERANCE = 1e-5
 CACHES = {
     "none_given": lambda config: None,
     "dynamic": lambda config: DynamicCache(),
-    "dynamic_config": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=SEQUENCE + 3),
 }
 VARIANTS = {

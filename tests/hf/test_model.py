@@ -24,24 +24,26 @@ LOGIT_TOLERANCE = 1e-4
 BF16_TOLERANCE = 0.05  # of the logits' root mean square
 
 
-@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(("stride", "window"), [(1, 0), (2, 2), (None, 0), (None, 2)])
+SPACINGS = [(1, 0), (2, 2), (None, 0), (None, 2)]  # stride and window
+CASES = [(heads, *spacing, released, {}) for heads in (4, 2, 1) for spacing in SPACINGS for released in (False, True)]
+CASES += [(2, 2, 2, released, ablation) for released in (False, True) for ablation in (MIXES_BOTH, UNIFORM_KEYS)]
+
+
+@pytest.mark.parametrize(("num_kv_heads", "stride", "window", "released", "ablation"), CASES, ids=str)
 @pytest.mark.parametrize(("num_loops", "rule"), [(1, None), (2, "unrolled"), (3, "same_layer")])
-@pytest.mark.parametrize(
-    ("late_k_norm", "tied", "ablation"), [(0, 0, {}), (1, 1, {}), (1, 0, MIXES_BOTH), (0, 1, UNIFORM_KEYS)], ids=str
-)
 @torch.no_grad()
-def test_logits(num_kv_heads, stride, window, num_loops, rule, late_k_norm, tied, ablation, record_property):
+def test_logits(num_kv_heads, stride, window, released, ablation, num_loops, rule, record_property):
+    """``released``: keys are normalised late, as by the released checkpoints; embeddings are tied, too."""
     # Six layers: half of them is a stride of its own.
     model = make_model(
         num_hidden_layers=6,
         num_key_value_heads=num_kv_heads,
         depth_attention_stride=stride,
         depth_attention_recent_window=window,
-        depth_attention_k_norm_after_rope=bool(late_k_norm),
+        depth_attention_k_norm_after_rope=released,
         num_loops=num_loops,
         depth_attention_loop_sources=rule,
-        tie_word_embeddings=bool(tied),
+        tie_word_embeddings=released,
         **ablation,
     )
     tokens = make_tokens()
@@ -188,7 +190,7 @@ def test_depth_weights(settings, num_kv_heads):
         assert ours.shape == (len(tokens), num_kv_heads, tokens.shape[1], num_candidates)
         assert largest(ours.sum(dim=-1) - 1) < 1e-6
         assert largest(ours - reference.transpose(1, 2)) < 1e-5
-    assert (weights[-1].std() > 0.05) == (settings != DENSE | UNIFORM_KEYS)  # not one flat row, which would tell little
+    assert (weights[-1].std() > 0.05) == (settings != DENSE | UNIFORM_KEYS)  # not one flat row, which would show little
     assert model(tokens).depth_weights is None
 
 

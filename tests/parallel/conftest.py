@@ -78,8 +78,8 @@ class Campaign:
 @pytest.fixture(scope="session")
 def campaign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
     """Runs, world by world, exactly the jobs of the selected tests."""
-    callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
-    wanted = [spec.params["job"] for spec in callspecs if isinstance(spec.params.get("job"), Job)]
+    asking = [item for item in request.session.items if "campaign" in getattr(item, "fixturenames", ())]
+    wanted = [item.callspec.params["job"] for item in asking if hasattr(item, "callspec")]
     made = Campaign(tmp_path_factory.mktemp("parity"), wanted)
     request.config.stash[CAMPAIGN] = made
     return made

@@ -431,7 +431,7 @@ UNSUPPORTED = [
     (1, "model.num_loops=2 model.method=denseformer", "is not defined for a stack that is run again; set model.num_lo"),
     (1, "model.num_loops=2 model.method=mhc", "model.num_loops is 2 with model.method=mhc"),
     (1, "model.num_loops=2 model.spec=te precision.dtype=bf16 precision.fp8=tensorwise", "set precision.fp8=null or"),
-    (2, "model.num_loops=2 parallel.pipeline=2", "passes each stage's weights once; set parallel.virtual_pi"),
+    (2, "model.num_loops=2 parallel.pipeline=2", "passes each stage once; set parallel.virtual_pi"),
     (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=3", "or a multiple of it, or parallel.pip"),
     (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=6", "set model.num_layers=6 or 12, or other"),
     (1, "model.num_loops=2 parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline=2"),

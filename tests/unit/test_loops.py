@@ -174,7 +174,7 @@ def test_weights_alone_start_a_run_with_another_number_of_loops(tmp_path):
 @pytest.mark.parametrize(
     ("loops", "depth", "message"),
     [
-        (2, {}, r"model\.num_loops \(was 1, is 2\)"),
+        (2, {}, r"other settings: model\.num_loops \(was 1, is 2\)\. Set"),  # and no key that had no meaning before
         (1, {"weights": "uniform"}, r"attention\.weights \(was softmax, is uniform\)\. Set them as they were"),
         (1, {"mixes": "key"}, r"Set them as they were \(model.depth_attention.mixes=value\), or start"),
         (1, {"loop_sources": "unrolled"}, ""),  # of one loop it says nothing
@@ -232,11 +232,11 @@ def test_a_run_older_than_the_rule_resumes_unrolled_or_not_at_all(tmp_path):
 
 
 def test_tools_that_read_a_record_know_what_is_older(tmp_path):
-    once, looped = tmp_path / "once.yaml", tmp_path / "looped.yaml"
-    once.write_text("model:\n  num_loops: 1\n")
-    looped.write_text("model:\n  num_loops: 2\n")
-    read = [load(path).model.depth_attention for path in (once, looped) for load in (load_config, load_record)]
-    assert [depth.loop_sources for depth in read] == ["same_layer", "same_layer", "same_layer", "unrolled"]
+    file, rules = tmp_path / "config.yaml", []
+    for model in ("num_loops: 1", "num_loops: 2, method: vanilla", "num_loops: 2"):
+        file.write_text(f"model: {{{model}}}")
+        rules.append([load(file).model.depth_attention.loop_sources for load in (load_config, load_record)])
+    assert rules == [["same_layer"] * 2, ["same_layer"] * 2, ["same_layer", "unrolled"]]
 
 
 def test_sharing_outlives_moves():

@@ -10,7 +10,6 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_depthattn.config import DepthConfig, load_config, to_dict
 from megatron_depthattn.hf.configuration_depthattn import CHOICES
-from megatron_depthattn.hf.model_config import CHOICES as OLDER
 from megatron_depthattn.hf.model_config import WORDS, to_hf_config, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.switches import MODEL_SWITCHES
@@ -115,6 +114,15 @@ def test_config_survives_the_way_there_and_back(changes: dict):
     assert returned == section | {"method": "depth_attention"}
 
 
+@pytest.mark.parametrize(("enabled", "rule"), [(True, "unrolled"), (False, "same_layer")])
+def test_a_looped_folder_without_the_rule_is_older(enabled: bool, rule: str):
+    """Without Depth-Attention it has no rule, and who trains on with it gets the default."""
+    section = model_section(num_loops=2, depth_attention={"enabled": enabled, "stride": 4, "recent_window": 0})
+    config = to_hf_config(section, dtype="float32", special_tokens={})
+    del config["depth_attention_loop_sources"]
+    assert to_model_section(config)["depth_attention"]["loop_sources"] == rule
+
+
 @pytest.mark.parametrize(("rule", "stride"), [("same_layer", 4), ("unrolled", 12)])
 def test_half_the_layers_that_are_counted_is_written_out(rule: str, stride: int):
     section = model_section(num_layers=8, num_loops=3, depth_attention={"stride": None, "loop_sources": rule})
@@ -125,7 +133,7 @@ def test_half_the_layers_that_are_counted_is_written_out(rule: str, stride: int)
 def test_every_list_of_words_is_the_schemas():
     known = {f"depth_attention_{key}": set(get_args(hint)) for key, hint in get_type_hints(DepthConfig).items()}
     for key, words in WORDS.items():
-        assert CHOICES == WORDS and known[key] == set(words) and OLDER[key.removeprefix("depth_attention_")] == words[0]
+        assert CHOICES == WORDS and known[key] == set(words)
 
 
 def test_vanilla_is_a_plain_qwen3():
