@@ -429,14 +429,14 @@ class DepthAttnModel(DepthAttnPreTrainedModel, CrossLayerModel):
             )
 
     def run_layers(self, hidden_states: Tensor, kept: dict[str, list[Tensor]], **kwargs: Any) -> Tensor:
-        config = self.config
-        last_reader = {i: index for index in range(config.num_effective_layers) for i in config.depth_sources(index)}
+        reads = [self.config.depth_sources(index) for index in range(self.config.num_effective_layers)]
+        last_reader = {source: index for index, sources in enumerate(reads) for source in sources}
         live: dict[int, list[Tensor]] = {}  # the sources that a later layer still reads, by effective layer
-        for index in range(config.num_effective_layers):
+        for index, sources in enumerate(reads):
             kept.get("hidden_states", []).append(hidden_states)
             hidden_states, attention_weights, weights, *live[index] = self.layers[index % len(self.layers)](
                 hidden_states,
-                *(tensor for source in config.depth_sources(index) for tensor in live[source]),
+                *(tensor for source in sources for tensor in live[source]),
                 cache_slot=index,
                 **kwargs,
             )
