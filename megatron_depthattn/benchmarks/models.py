@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,14 +113,16 @@ def method_configs(given: argparse.Namespace, kind: str) -> dict[str, RunConfig]
 
     if given.layers:
         return configs(None)
-    most, free = load_config(shape_path(given, kind)).model.num_layers, free_bytes(kind)
+    whole, free = [*configs(None).values()], free_bytes(kind)
+    most = whole[0].model.num_layers
     for divisor in range(1, most + 1):
-        found = configs(most // divisor)
-        ranks = [rank_memory(config, 1, pipeline_rank=0, on_gpu=kind == "cuda") for config in found.values()]
+        models = [dataclasses.replace(config.model, num_layers=most // divisor) for config in whole]
+        found = [dataclasses.replace(config, model=model) for config, model in zip(whole, models, strict=True)]
+        ranks = [rank_memory(config, 1, pipeline_rank=0, on_gpu=kind == "cuda") for config in found]
         kept = sum(rank.weights + rank.gradients + (0 if given.no_optimizer else rank.optimizer) for rank in ranks)
         needed = kept + max(rank.activations + rank.sources + rank.working for rank in ranks)
         if needed <= SHARE_OF_MEMORY * free:
-            return found
+            return configs(most // divisor)
     raise ValueError(
         f"with one layer the five models need {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: set "
         "--no-optimizer, a smaller --micro-batch or --set model.hidden_size=... model.vocab_size=..."

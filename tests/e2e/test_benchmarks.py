@@ -86,22 +86,14 @@ def test_saved_tensors_are_storages_once_and_without_parameters():
 # ---- what is written
 
 
-def test_a_table_is_markdown():
+def test_a_page_has_a_table_and_says_how_where_and_when():
     text = table(["name", "x | y"], [["a", "1"], ["long name", "10"]])
     rows = ["| name      | x \\| y |", "| --------- | -----: |", "| a         |      1 |", "| long name |     10 |"]
     assert text.splitlines() == rows
-
-
-def test_a_page_says_how_where_and_when():
-    facts = machine_facts()
-    result = Result("Title", ["a"], [["1"]], notes=["a note"])
+    facts, result = machine_facts(), Result("Title", ["a"], [["1"]], notes=["a note"])
     text = markdown(result, facts, ["depthattn", "benchmark", "op", "--runs", "3"])
-    assert "### Title" in text
-    assert "- a note" in text
-    assert "`depthattn benchmark op --runs 3`" in text
-    assert f"torch {torch.__version__.partition('+')[0]}" in text
-    assert facts["date"] in text
-    assert f"{facts['cores']} cores" in text
+    said = f"torch {torch.__version__.partition('+')[0]}", facts["date"], f"{facts['cores']} cores"
+    assert all(part in text for part in ("### Title", "- a note", "`depthattn benchmark op --runs 3`", *said))
 
 
 # ---- the verbs
@@ -159,8 +151,7 @@ def test_step(tmp_path, world):
     assert own["ratio"] == pytest.approx(ratios[1])
     assert own["interval"][0] <= own["ratio"] <= own["interval"][1]
     assert own["tokens_per_second"] == pytest.approx(16 / sorted(own["seconds"])[1])
-    assert own["mfu"] is None
-    assert "cut in depth" in page
+    assert own["mfu"] is None and "cut in depth" in page
 
 
 def test_step_of_the_papers_methods(tmp_path, world, monkeypatch, capsys):
@@ -240,9 +231,7 @@ PEERS = ("--sequence-length", "16", *TINY[:-1], "model.vocab_size=128", "model.i
 def test_peers(tmp_path, world):
     """Ours beside transformers, the independent side; the mix must show, or agreement would prove little."""
     figures, page = run(tmp_path, "step", "--peers", *PEERS, "--rounds", "3", "--warm-up", "0", "--strides", "1")
-    assert list(figures) == [
-        *("vanilla, in transformers", "stride 1, lean, in transformers", "vanilla", "stride 1, lean"),
-    ]
+    assert [*figures] == ["vanilla, in transformers", "stride 1, lean, in transformers", "vanilla", "stride 1, lean"]
     for what, bound in BOUNDS.items():
         peer, exported, ours, depth = (of[what] for of in figures.values())
         assert ours == pytest.approx(peer, rel=bound) and depth == pytest.approx(exported, rel=bound)
