@@ -11,7 +11,7 @@ what the other finds.
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -38,6 +38,7 @@ TITLES = {
 VERSIONS = ("megatron-depthattn", "lm-eval", "datasets", "transformers", "torch")
 MISSING = "-"
 _OTHER_COLUMNS = ("size", "method", "perplexity")
+_PUBLISHED = ("source", "sizes", "task_shots", "columns", "rows")
 
 Table = tuple[str, list[str], list[list[str]]]
 """A caption, the columns and the rows."""
@@ -77,8 +78,10 @@ def load_suite(file: Path, only: Sequence[str] | None = None) -> Suite:
     try:
         given = yaml.safe_load(file.read_text())
         suite = Suite(**given)
+        if fault := next(_faults(suite), None):
+            raise ValueError(fault)
         headings = {name: task["column"] for name, task in suite.tasks.items()}
-    except (OSError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"{file} is no suite ({one_line(error)}): take configs/lm_eval/paper.yaml as a model"
         ) from error
@@ -89,6 +92,36 @@ def load_suite(file: Path, only: Sequence[str] | None = None) -> Suite:
     places = [(file.parent / folder, Path(tasks.__file__).parent / folder) for folder in given.get("include_path", ())]
     paths = [own if own.is_dir() else theirs for own, theirs in places]
     return Suite(**given | {"tasks": kept, "include_path": paths})
+
+
+def _faults(suite: Suite) -> Iterator[str]:
+    """What would fail, or be left out in silence, only once the models have run."""
+    for name, kind in (("tasks", dict), ("shots", list), ("mean_without", dict), ("include_path", list)):
+        if not isinstance(getattr(suite, name), kind):
+            yield f"{name} is no {'mapping' if kind is dict else 'list'}"
+    if not suite.tasks or not all(isinstance(task.get("column"), str) for task in suite.tasks.values()):
+        yield "tasks needs one task or more, each with a text for its column"
+    if not suite.shots or not all(type(shots) is int and shots >= 0 for shots in suite.shots):
+        yield f"shots is {suite.shots}: set one number or more, each 0 or more"
+    for shots, names in suite.mean_without.items():
+        if shots not in suite.shots or not names or not set(names) <= suite.tasks.keys():
+            yield f"mean_without has {shots}: {names}, which is not one of shots with a list of its tasks"
+    if suite.published is None:
+        return
+    if not isinstance(suite.published, dict) or not suite.published.keys() >= set(_PUBLISHED):
+        yield f"published needs {', '.join(_PUBLISHED)}"
+    sizes, at, columns, rows = (suite.published[name] for name in _PUBLISHED[1:])
+    if not set(_OTHER_COLUMNS) <= set(columns) <= {*_OTHER_COLUMNS, *suite.shots, *suite.tasks}:
+        yield f"published columns are {columns}: give {', '.join(_OTHER_COLUMNS)}, and of shots and tasks what there is"
+    if at not in suite.shots or not all(isinstance(count, int) for count in sizes.values()):
+        yield "published task_shots is none of shots, or sizes are no numbers of parameters"
+    for row in rows:
+        named = dict(zip(columns, row, strict=False))
+        figures = [value for name, value in named.items() if name not in ("size", "method")]
+        if len(row) != len(columns) or not all(isinstance(value, int | float | None) for value in figures):
+            yield f"published row {row} has not a figure for each column"
+        if named["size"] not in sizes or named["method"] not in TITLES:
+            yield f"published row {row} is not of one of sizes and a method, {', '.join(TITLES)}"
 
 
 def load_tasks(suite: Suite, *, download: bool = False, fetch: str = "--download") -> dict[str, Any]:
@@ -271,12 +304,11 @@ def comparable(suite: Suite, parameters: int, method: str) -> list[dict[str, Any
 
 
 def tables(suite: Suite, models: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """One table for each number of examples, in per cent: a model a row, then the published rows to compare with.
+    """One table for each number of examples, in per cent: below each model the published rows of its method and size.
 
     Args:
         models: ``name``, ``perplexity`` (may be None), and ``results``, ``means`` and ``published`` as made here.
     """
-    found = [row for model in models for row in model["published"]]
     made = []
     for shots in suite.shots:
         without = suite.left_out(shots)
@@ -289,10 +321,10 @@ def tables(suite: Suite, models: Sequence[Mapping[str, Any]]) -> list[Table]:
             means = [_percent(of["all"]), *([_percent(of["without"])] if without else [])]
             accs = [f"{100 * results[name]['acc']:.2f}" for name in suite.tasks]
             rows.append([model["name"], _shown(model["perplexity"]), *means, *accs])
-        for row in (row for i, row in enumerate(found) if row not in found[:i]):
-            means = [_shown(row["mean"].get(shots)), *([MISSING] if without else [])]
-            accs = [_shown(row["acc"].get(shots, {}).get(name)) for name in suite.tasks]
-            rows.append([row["name"], _shown(row["perplexity"]), *means, *accs])
+            for row in model["published"]:
+                means = [_shown(row["mean"].get(shots)), *([MISSING] if without else [])]
+                accs = [_shown(row["acc"].get(shots, {}).get(name)) for name in suite.tasks]
+                rows.append([row["name"], _shown(row["perplexity"]), *means, *accs])
         made.append((f"{suite.title}: {shots}-shot accuracy, per cent", columns, rows))
     return made
 

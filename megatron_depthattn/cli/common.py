@@ -72,6 +72,12 @@ def check(*conditions: tuple[bool, str]) -> None:
             raise ValueError(text)
 
 
+def lacks_folder(option: str, file: Path | None) -> tuple[bool, str]:
+    """A condition for `check`: there is no folder to write ``file`` to."""
+    lacks = file is not None and not file.absolute().parent.is_dir()
+    return lacks, f"{option} {file}: its folder does not exist; make it first"
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 160, **settings: Any) -> None:
     """Print a table as wide as the terminal, or ``width`` in a file; plain lines where ``rich`` is not installed."""
     try:

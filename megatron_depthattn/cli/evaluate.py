@@ -5,6 +5,7 @@ global batches, the first train.eval_batches x train.global_batch_size samples o
 
 --suite paper is table 1 of arXiv:2606.05014: eight tasks, zero- and five-shot, beside the paper's figures. It reads
 data sets from the disk alone; --download fetches them from the Hugging Face Hub first, or only that without --model.
+Below each model stand the paper's figures for its method and size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_depthattn.cli.common import check, new_parser, print_table, run, shipped_folder
+from megatron_depthattn.cli.common import check, lacks_folder, new_parser, print_table, run, shipped_folder
 from megatron_depthattn.paths import user_path
 
 if TYPE_CHECKING:
@@ -60,20 +61,21 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    size, files = given.batch_size, {"json": given.json, "markdown": given.markdown}
+    size = given.batch_size
     counts = {"max-samples": given.max_samples, "limit": given.limit}
-    lone = [f"--{name}" for name in ("tasks", "limit", "download", "markdown") if getattr(given, name)]
+    of_suite, of_data = (
+        [f"--{name.replace('_', '-')}" for name in names if getattr(given, name)]
+        for names in (("tasks", "limit", "download", "markdown"), ("split", "max_samples"))
+    )
     check(
         (size != "auto" and not (size.isdecimal() and int(size)), f"--batch-size {size}: set at least 1, or auto"),
         *((n is not None and n < 1, f"--{name} {n}: set at least 1, or leave it out") for name, n in counts.items()),
-        *(
-            (not file.absolute().parent.is_dir(), f"--{name} {file}: its folder does not exist; make it first")
-            for name, file in files.items()
-            if file is not None
-        ),
-        (not given.suite and bool(lone), f"{', '.join(lone)}: only with a suite, such as --suite paper"),
+        lacks_folder("--json", given.json),
+        lacks_folder("--markdown", given.markdown),
+        (not given.suite and bool(of_suite), f"{', '.join(of_suite)}: only with a suite, such as --suite paper"),
         (not given.model and not given.download, "no --model: name one or more Hugging Face model folders"),
         (not given.suite and not given.data, "no --data: name a folder written by depthattn prepare, or a --suite"),
+        (not given.data and bool(of_data), f"{', '.join(of_data)}: only with --data, the data to score"),
     )
     given.batch_size = None if size == "auto" else int(size)
     if given.suite:
@@ -84,24 +86,32 @@ def _evaluate(given: argparse.Namespace) -> None:
 
     device = pick_device(given.device)
     with open_split(given.data, given.split) as split:
+        _check_models(given.model, split)
         found = [_measure(folder, split, device, given) for folder in given.model]
     if given.json is not None:
         given.json.write_text(json.dumps(found if len(found) > 1 else found[0], indent=2) + "\n")
 
 
-def _load(folder: Path, split: Split | None, device: torch.device, given: argparse.Namespace) -> PreTrainedModel:
+def _check_models(folders: Sequence[Path], split: Split | None) -> None:
+    """Raise for any model that is none or does not fit the split, before the first takes its hours."""
     from megatron_depthattn.evaluation import check_fit
+    from megatron_depthattn.hf.loading import load_causal_config
+
+    for folder in folders:
+        config = load_causal_config(folder)
+        if split is not None:
+            check_fit(split, config, folder)
+
+
+def _load(folder: Path, device: torch.device, given: argparse.Namespace) -> PreTrainedModel:
     from megatron_depthattn.hf.loading import DTYPES, load_causal_lm
 
-    model = load_causal_lm(folder, DTYPES[given.dtype])
-    if split is not None:
-        check_fit(split, model.config, folder)
-    return model.to(device)
+    return load_causal_lm(folder, DTYPES[given.dtype]).to(device)
 
 
 def _measure(folder: Path, split: Split, device: torch.device, given: argparse.Namespace) -> dict[str, Any]:
     """Print and return a model's figures on the split."""
-    figures = _perplexity(_load(folder, split, device, given), folder, split, given)
+    figures = _perplexity(_load(folder, device, given), folder, split, given)
     print(f"{folder} on {given.data}, split {split.name}, in {figures['dtype']} on {device}")
     length = split.dataset.sequence_length
     _show(figures, figures["seconds"], f"of {len(split.dataset):,} in the split, {length} tokens each")
@@ -126,7 +136,6 @@ def _evaluate_suite(given: argparse.Namespace) -> None:
     from megatron_depthattn.evaluation import open_split
     from megatron_depthattn.hf.loading import pick_device
     from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
-    from megatron_depthattn.hf.weights_folder import HFFolder
 
     shipped = shipped_folder("configs") / "lm_eval" / f"{given.suite}.yaml"
     file = shipped if shipped.is_file() else user_path(given.suite)
@@ -137,12 +146,13 @@ def _evaluate_suite(given: argparse.Namespace) -> None:
         print(f"on disk: the data of {', '.join(tasks)}")
         return
     device, about = pick_device(given.device), suites.about_tasks(suite, tasks)
-    for folder in given.model:  # what is no model fails before hours of work
-        HFFolder(folder), load_fast_tokenizer(folder)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {"suite": str(file), "suite_sha256": _sha256(file), "versions": suites.versions()}
     report |= {"tasks": about, "limit": given.limit, "fewshot_seed": suites.FEWSHOT_SEED, "models": found}
     with open_split(given.data, given.split) if given.data else nullcontext() as split:
+        _check_models(given.model, split)
+        for folder in given.model:
+            load_fast_tokenizer(folder)
         for folder in given.model:
             found.append(_measure_tasks(folder, suite, tasks, split, device, given))
             if given.json is not None:  # after each, for they take hours
@@ -168,7 +178,7 @@ def _measure_tasks(
     from megatron_depthattn import suite as suites
     from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 
-    model = _load(folder, split, device, given)
+    model = _load(folder, device, given)
     data = _perplexity(model, folder, split, given) if split is not None else None
     results = suites.run_tasks(model, load_fast_tokenizer(folder), suite, tasks, given.batch_size, given.limit)
     names = [each.absolute().name for each in given.model]

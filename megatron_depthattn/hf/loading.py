@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from megatron_depthattn.hf.modeling_cross_layer import AttnResForCausalLM, DenseFormerForCausalLM, MHCForCausalLM
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
@@ -65,9 +65,7 @@ def load_causal_lm(
             another shape than the config asks for.
     """
     folder = Path(folder)
-    source = HFFolder(folder)
-    if (folder / _ADAPTER).exists():
-        raise ValueError(f"{folder} has {_ADAPTER}, which names another model to load: merge it into that model")
+    source = _open_folder(folder)
     model_class = _model_class(source)
     attention = attn_implementation or ("sdpa" if model_class._supports_sdpa else "eager")
     options = {"attn_implementation": attention, "local_files_only": True}
@@ -94,6 +92,29 @@ def load_causal_lm(
     if any(complaints.values()):
         _raise_fault(source, " and ".join(text for text, keys in complaints.items() if keys))
     return model.eval()
+
+
+def load_causal_config(folder: str | Path) -> PretrainedConfig:
+    """Load the config alone of what `load_causal_lm` loads.
+
+    Raises:
+        ValueError: the folder is no model, or a file of it is damaged.
+    """
+    config_class = _model_class(_open_folder(Path(folder))).config_class
+    try:
+        with quiet():
+            options = {"attn_implementation": "eager", "local_files_only": True}
+            config: PretrainedConfig = config_class.from_pretrained(folder, **options)
+            return config
+    except Exception as error:
+        raise ValueError(f"{folder} does not load: {one_line(error)}") from error
+
+
+def _open_folder(folder: Path) -> HFFolder:
+    source = HFFolder(folder)
+    if (folder / _ADAPTER).exists():
+        raise ValueError(f"{folder} has {_ADAPTER}, which names another model to load: merge it into that model")
+    return source
 
 
 def _model_class(source: HFFolder) -> type[PreTrainedModel]:

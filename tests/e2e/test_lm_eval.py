@@ -14,17 +14,17 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import save_file
+from streaming import MDSWriter
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from megatron_depthattn import suite as suites
 from megatron_depthattn.cli.evaluate import main
-from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.e2e.commands import REPOSITORY, must_succeed, python
@@ -210,18 +210,6 @@ def test_the_harness_itself_loads_the_folder_with_its_code_in_padded_batches(fol
         assert [value for value, _ in row["filtered_resps"]] == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_generation_in_left_padded_batches(model, tokenizer):
-    """The harness pads prompts of unequal length on the left."""
-    texts = sorted(BRACKETS["test"]["text"], key=len)
-    settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
-    made = []
-    for batch_size in (1, 4):
-        prompts = [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(texts[::50])]
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
-        made.append(harness.generate_until(prompts, disable_tqdm=True))
-    assert made[0] == made[1] and len(set(made[0])) > 1
-
-
 def test_the_papers_suite_without_its_data(cache, capsys, monkeypatch):
     """Tasks are those of the installed lm_eval, published means are of their columns, missing data is named."""
     suite = suites.load_suite(TASKS / "paper.yaml")
@@ -271,15 +259,10 @@ def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, to
     assert fetched.stdout == f"on disk: the data of {', '.join(EIGHT)}\n"
     reached: list[object] = []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: reached.append(address))
-    corpus = tmp_path / "text.jsonl"
-    corpus.write_text("\n".join(json.dumps({"text": text}) for text in LAST_WORDS["test"]["text"]))
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    settings = {"tokenizer": str(tmp_path / "tokenizer"), "sequence_length": 32, "validation_fraction": 0.5}
-    prepare_corpus(PrepareSettings(inputs=(str(corpus),), output=tmp_path / "data", **settings))
     vanilla = tmp_path / "plain"
     export(vanilla, tokenizer, max_position_embeddings=512, use_depth_attention=False)
 
-    files = {"--json": tmp_path / "f.json", "--markdown": tmp_path / "f.md", "--data": tmp_path / "data"}
+    files = {"--json": tmp_path / "f.json", "--markdown": tmp_path / "f.md"}
     options = [str(word) for pair in files.items() for word in pair]
     assert main(["--suite", "paper", "--model", str(folder), str(vanilla), "--limit", "5", *options]) == 0
     shown, text = capsys.readouterr().out, files["--markdown"].read_text()
@@ -287,11 +270,9 @@ def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, to
     assert max(map(len, shown[: shown.index("tasks of lm_eval")].splitlines())) <= 120
     ours, plain = report["models"]
     assert (ours["method"], plain["method"]) == ("depth_attention", "vanilla")
-    del options[2:4]
-    assert main(["--model", str(folder), str(vanilla), *options]) == 0
-    alone = json.loads(files["--json"].read_text())
-    for each, figures in zip((ours, plain), alone, strict=True):
-        assert each["perplexity"] == figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    beside = [f"paper: {size} {title}" for title in ("Depth-Attention", "vanilla") for size in ("1.5B", "3B")]
+    names = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith(("| model", "| plain", "| pap"))]
+    assert names == 2 * ["model", *beside[:2], "plain", *beside[2:]], "the paper's rows stand below each model's"
     assert report["tasks"]["race"]["version"] == 3.0 and report["versions"]["lm-eval"] == suites.version("lm-eval")
     assert report["tasks"]["race"]["examples_from"] == "test" and report["tasks"]["sciq"]["examples_from"] == "train"
 
@@ -315,19 +296,10 @@ def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, to
         row = next(line for line in text.split(f"{shots}-shot")[1].splitlines() if line.startswith("| model |"))
         assert f"| {100 * of_all:.2f}±" in row and f" {accs['piqa'] * 100:.2f} " in row
         assert (f"| {100 * without:.2f}±" in row) == bool(shots) or of_all == without
-    for line in (
-        "paper: 3B Depth-Attention | 7.25 | 55.69 | 62.25 | 72.36",
-        "paper: 1.5B vanilla | 8.17 | 51.65 | - |",
-    ):
-        assert f"| {line}" in text
-    for note in (
-        "race 3.0",
-        "only the first 5 questions",
-        "LAMBADA, RACE: examples are drawn",
-        "does not say which",
-        "5-shot RACE: 5 of 5",
-    ):
-        assert note in shown
+    assert "| paper: 3B Depth-Attention | 7.25 | 55.69 | 62.25 | 72.36" in text
+    assert "| paper: 1.5B vanilla | 8.17 | 51.65 | - |" in text
+    notes = "race 3.0", "only the first 5 questions", "LAMBADA, RACE: examples are drawn", "does not say which"
+    assert all(note in shown for note in (*notes, "5-shot RACE: 5 of 5"))
     assert not reached, "no network where all is on disk"
 
 
@@ -352,9 +324,52 @@ GOLD: dict[str, Callable[[dict[str, Any]], int]] = {
         (["--suite", "offline", "--tasks", "piqa"], "--tasks piqa: the suite"),
         (["--tasks", "piqa", "--data", "x"], "--tasks: only with a suite, such as --suite paper"),
         (["--suite", "offline", "--limit", "0"], "--limit 0: set at least 1"),
+        (["--suite", "offline", "--split", "val"], "--split: only with --data"),
+        (["--suite", "offline", "--split", "val", "--max-samples", "9"], "--split, --max-samples: only with --data"),
         ([], "no --data: name a folder"),
     ],
 )
 def test_what_is_no_suite_is_named(options, complaint, folder, capsys):
     assert complaint in error_of(main, capsys, "--model", folder, *options)
     assert "no --model: name one" in error_of(main, capsys, "--suite", "offline")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("shots", 5, "shots is no list"),
+        ("shots", [], "shots is []: set one"),
+        ("shots", [0, -1], "shots is [0, -1]: set one"),
+        ("tasks", {}, "tasks needs one task or more"),
+        ("mean_without", ["race"], "mean_without is no mapping"),
+        ("mean_without", {5: ["rcae"]}, "mean_without has 5: ['rcae']"),
+        ("mean_without", {4: ["race"]}, "mean_without has 4"),
+        ("published", [1], "published needs source, sizes"),
+        ("sizes", {}, "is not of one of sizes and a method"),
+        ("rows", [["3B", "vanilla", *range(10)]], "has not a figure for each column"),
+        ("columns", ["size", "method", "perplexity", 0, 5, "racee"], "published columns are ['size'"),
+        ("task_shots", 3, "published task_shots is none of shots"),
+        ("rows", [["3B", "vanilla", "7.25", *range(10)]], "has not a figure for each column"),
+        ("rows", [["3B", "depthattn", *range(11)]], "is not of one of sizes and a method"),
+        ("rows", [["7B", "vanilla", *range(11)]], "is not of one of sizes and a method"),
+    ],
+)
+def test_a_suite_is_checked_before_any_model_runs(key, value, complaint, tmp_path):
+    given, file = yaml.safe_load((TASKS / "paper.yaml").read_text()), tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(given))
+    assert suites.load_suite(file, ["race"]).published == given["published"]  # the control
+    (given["published"] if key in given["published"] else given)[key] = value
+    file.write_text(yaml.safe_dump(given))
+    with pytest.raises(ValueError) as error:
+        suites.load_suite(file, ["race"])
+    assert str(error.value).startswith(f"{file} is no suite (") and complaint in str(error.value)
+
+
+@pytest.mark.parametrize("suite", [[], ["--suite", "offline", "--limit", "1"]], ids=["data", "suite"])
+def test_every_model_is_checked_before_the_first_one_runs(suite, folder, tokenizer, tmp_path, capsys):
+    with MDSWriter(columns={"tokens": "ndarray:uint16:33"}, out=str(tmp_path / "data" / "val")) as out:
+        out.write({"tokens": torch.zeros(33, dtype=torch.uint16).numpy()})
+    export(tmp_path / "short", tokenizer, max_position_embeddings=31)
+    options = ["--data", str(tmp_path / "data"), "--json", str(tmp_path / "f.json"), *suite, "--model", str(folder)]
+    assert "samples of 32 tokens are longer than the model's 31" in error_of(main, capsys, *options, tmp_path / "short")
+    assert not (tmp_path / "f.json").exists() and main(options) == 0 and (tmp_path / "f.json").exists()
