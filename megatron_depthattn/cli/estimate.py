@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_depthattn.cli.common import add_config, check, find_config, new_parser, run
+from megatron_depthattn.cli.common import add_config, check, find_config, lacks_folder, new_parser, run
 from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
 
 GPUS = ("H100", "H200", "A100", "B200")
+OF_PLANS = ("world", "gpu", "layouts", "limit")
+"""Options that --paper has no use for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--paper", action="store_true", help="the paper's table 2 instead (CONFIG: default 3b)")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to this file as well")
     given = parser.parse_intermixed_args(arguments)  # settings may follow an option
+    given.unused = [f"--{name}" for name in OF_PLANS if getattr(given, name) != parser.get_default(name)]
     if given.paper:
         return run(_paper, given, ModuleNotFoundError)
     if given.config is None:
@@ -39,13 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _paper(given: argparse.Namespace) -> None:
-    from megatron_depthattn.config import load_config
-    from megatron_depthattn.estimate.paper import show_table
+    from megatron_depthattn.config import load_config, validate
+    from megatron_depthattn.estimate.paper import TITLES, show_table, with_method
 
+    unused = ", ".join(given.unused)
+    check((bool(unused), f"{unused}: not with --paper, whose table is of one model on one rank"))
+    check(lacks_folder("--json", given.json))
     words = [given.config, *given.overrides] if given.config else []
     files, settings = ([word for word in words if ("=" in word) == is_setting] for is_setting in (False, True))
     name, *more = files or ["3b"]
-    values = show_table(name, load_config(find_config(name), [*map(find_config, more), *settings]))
+    config = load_config(find_config(name), [*map(find_config, more), *settings])
+    for method in ("vanilla", *TITLES):
+        validate(with_method(config, method), 1, needs_data=False)
+    values = show_table(name, config)
     if given.json:
         given.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
@@ -62,7 +71,8 @@ def _estimate(given: argparse.Namespace) -> None:
     resolved = resolve_for(hardware, load_config(path, overrides))
     config, parallel = resolved.config, resolved.config.parallel
     world = given.world if given.world is not None else parallel.tensor * parallel.pipeline * parallel.context
-    check((min(world, given.limit) < 1, f"--world is {world} and --limit is {given.limit}: set both to 1 or more"))
+    wrong = f"--world is {world} and --limit is {given.limit}: set both to 1 or more"
+    check((min(world, given.limit) < 1, wrong), lacks_folder("--json", given.json))
     print("".join(printable(f"{line}\n") for line in resolved.lines), end="")
     values: dict[str, Any] = {}
     try:

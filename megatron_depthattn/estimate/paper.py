@@ -136,10 +136,16 @@ def show_table(name: str, config: RunConfig) -> dict[str, Any]:
         By method what was printed, in operations and bytes.
 
     Raises:
-        ValueError: the config's model is looped.
+        ValueError: the config's model is looped, or an ablation.
     """
     from megatron_depthattn.estimate.prefill import fake_prefill
 
+    depth = config.model.depth_attention
+    if (depth.weights, depth.mixes) != ("softmax", "value"):
+        raise ValueError(
+            f"model.depth_attention.weights is {depth.weights} and mixes is {depth.mixes}: the table counts the "
+            "paper's method, set model.depth_attention.weights=softmax model.depth_attention.mixes=value"
+        )
     vanilla = fake_prefill(with_method(config, "vanilla"), PREFILL_TOKENS)
     twice_the_weights = 2 * decoder_shape(with_method(config, "vanilla")).parameters
     rows, lines, values = [], [], {}

@@ -117,8 +117,21 @@ def test_a_tracker_by_hand():
     assert live == 4 * (16 + 800) and tracker.live == 0 and tracker.peak == 4 * (16 + 8 + 1 + 800)
 
 
-def test_a_looped_model_is_an_error_of_one_line(capsys):
-    assert estimate(["--paper", "model.num_loops=2"]) == 1
-    assert capsys.readouterr().err == (
-        "error: model.num_loops is 2: the paper's methods run each layer once, set model.num_loops=1\n"
-    )
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--paper model.num_loops=2", "model.num_loops is 2: the paper's methods run each layer once, set "),
+        ("--paper model.kv_channels=0", "model.kv_channels"),
+        ("--paper 3b model.num_query_groups=7", "model.num_query_groups"),
+        ("--paper model.depth_attention.stride=0", "model.depth_attention.stride"),
+        ("--paper model.depth_attention.weights=uniform", "weights is uniform and mixes is value: the table counts"),
+        ("--paper model.depth_attention.mixes=key", "set model.depth_attention.weights=softmax model.depth_attention."),
+        ("--paper --layouts --world 8", "--world, --layouts: not with --paper"),
+        ("--paper --json /nowhere/x.json", "--json /nowhere/x.json: its folder does not exist"),
+        ("quickstart --json /nowhere/x.json", "--json /nowhere/x.json: its folder does not exist"),
+    ],
+)
+def test_errors_come_before_the_table(words, said, capsys):
+    assert estimate(words.split()) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
