@@ -13,32 +13,33 @@ from megatron_depthattn.data.prepare import prepare_corpus
 from tests.e2e.commands import python
 from tests.prepared import assert_holds, folder_bytes, make_documents, make_settings, save_tokenizer
 
-SERVER = Path(__file__).with_name("hub_server.py")
+PROGRAM = Path(__file__).with_name("prepare_from_hub.py")
 TEXTS = make_documents(400)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
-    (folder / "set" / "data").mkdir(parents=True)
+    data = folder / "org" / "pile" / "data"
+    data.mkdir(parents=True)
     for i in (0, 1):
         table = pyarrow.table({"text": TEXTS[200 * i : 200 * i + 200]})
-        pyarrow.parquet.write_table(table, folder / "set" / "data" / f"train-{i:05}-of-00002.parquet")
-    (folder / "set" / "README.md").write_text("---\nlicense: mit\n---\n")
+        pyarrow.parquet.write_table(table, data / f"train-{i:05}-of-00002.parquet")
+    (data.parent / "README.md").write_text("---\nlicense: mit\n---\n")
     save_tokenizer(folder / "tokenizer")
     return folder
 
 
 def test_a_data_set_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = python(SERVER, folder / "set", folder / "tokenizer", folder / "out", seconds=200)
+    done = python(PROGRAM, folder, folder / "tokenizer", folder / "out", seconds=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     outcomes = {key: step["outcome"] for key, step in found.items()}
 
     monkeypatch.setattr(readers, "UNIT_BYTES", 2000)
     monkeypatch.setattr(shard_writer, "SHARD_BYTES", 20_000)
-    files = sorted((folder / "set").rglob("*.parquet"))
-    plain = make_settings(folder / "set" / "data", folder / "tokenizer", folder / "plain")
+    files = sorted((folder / "org").rglob("*.parquet"))
+    plain = make_settings(folder / "org" / "pile" / "data", folder / "tokenizer", folder / "plain")
     prepare_corpus(plain)
     assert_holds(folder / "plain", TEXTS, folder / "tokenizer")
     expected = {name: data for name, data in folder_bytes(folder / "plain").items() if "shard" in name}

@@ -28,8 +28,9 @@ from megatron_depthattn.cli.evaluate import main
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
 from tests.e2e.commands import REPOSITORY, must_succeed, python
+from tests.e2e.eight_data_sets import write_eight
 from tests.e2e.exported import error_of, export
-from tests.e2e.local_hub import local_hub, write_eight
+from tests.e2e.hub import Hub
 
 TASKS = REPOSITORY / "configs/lm_eval"
 EIGHT = ("lambada_openai", "piqa", "winogrande", "sciq", "hellaswag", "arc_easy", "arc_challenge", "race")
@@ -252,8 +253,8 @@ def test_the_paper_row_is_that_of_the_method_and_size():
 def test_the_papers_tasks_on_data_that_download_fetched(cache, folder, model, tokenizer, tmp_path, capsys, monkeypatch):
     """The true tasks on small data sets of the true layout, fetched from a Hub on this machine, read without one."""
     write_eight(tmp_path / "hub", 7)
-    with local_hub(tmp_path / "hub") as address, monkeypatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", address)
+    with Hub(tmp_path / "hub") as hub, monkeypatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.address)
         patch.setenv("HF_HOME", str(cache))
         fetched = must_succeed(python("-m", "megatron_depthattn.cli", "evaluate", "--suite", "paper", "--download"))
     assert fetched.stdout == f"on disk: the data of {', '.join(EIGHT)}\n"

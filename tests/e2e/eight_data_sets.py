@@ -1,69 +1,12 @@
-"""A Hub of data sets on this machine, as far as `datasets.load_dataset` asks one, and small data sets for it.
+"""Small data sets in the layout of the eight of the suite `paper`, as the Hub has them."""
 
-``HF_ENDPOINT`` names it. A folder OWNER/NAME below its root is a data set's repository.
-"""
-
-import hashlib
-import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import datasets
 
-COMMIT = "a" * 40
 WORDS = ["alpha", "beta", "gamma", "delta", "water", "iron", "light", "cell", "stone", "river"]
-
-
-@contextmanager
-def local_hub(root: Path) -> Iterator[str]:
-    """The address of a Hub that serves ``root``."""
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path, _, query = self.path.removeprefix("/api").partition("?")
-            _, _, owner, name, *asked = path.split("/")
-            folder, (verb, place) = root / owner / name, (asked[0] if asked else "", "/".join(asked[2:]))
-            if verb == "resolve" and (folder / place).is_file():
-                body = (folder / place).read_bytes()
-                self.reply(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
-            elif folder.is_dir() and verb == "tree":
-                below = (folder / place).glob("**/*" if "recursive=True" in query else "*")
-                self.reply(200, json.dumps([self.entry(path, folder) for path in sorted(below)]).encode())
-            elif folder.is_dir() and verb in ("", "revision"):
-                files = [{"rfilename": str(path.relative_to(folder))} for path in folder.rglob("*") if path.is_file()]
-                self.reply(200, json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": files}).encode())
-            else:
-                self.reply(404, b"", **{"X-Error-Code": "EntryNotFound"})
-
-        do_HEAD = do_GET
-
-        def entry(self, path: Path, folder: Path) -> dict[str, Any]:
-            kind = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"}
-            return {"path": str(path.relative_to(folder)), "oid": "0" * 40, **kind}
-
-        def reply(self, code: int, body: bytes, **headers: str) -> None:
-            self.send_response(code)
-            for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body if self.command == "GET" else b"")
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def write_eight(root: Path, questions: int) -> None:
