@@ -66,6 +66,9 @@ def summary(output: Path, prepared: Prepared) -> str:
     lines += [f"  files      {read}", f"  skipped    {skipped}"]
     if not prepared.already_prepared:
         lines.append(f"  took       {prepared.seconds:.1f} s, {prepared.new_tokens / prepared.seconds:,.0f} tokens/s")
+    asked, train = manifest["settings"]["max_tokens"], manifest["splits"]["train"]["tokens"] - 1
+    if asked and train < asked:
+        lines.append(f"  train has {train:,} tokens to predict, --max-tokens asks for {asked:,}")
     return "\n".join(lines)
 
 
@@ -91,7 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=user_path, required=True, metavar="DIR", help="folder to write; data.path takes it")
     add("--validation-fraction", type=float, default=0.01, metavar="F", help="of documents, for val (default 0.01)")
     add("--split", metavar="NAME", help="split of the hf: inputs (default train)")
-    add("--revision", metavar="REV", help="commit, branch or tag of the hf: inputs (default: the newest commit)")
+    add("--revision", metavar="REV", help="commit, branch or tag of inputs on the Hub (default: the newest commit)")
     add("--text-field", default="text", metavar="NAME", help="field or column that holds the text (default text)")
     add("--on-corrupt", choices=("error", "skip"), default="error", help="a damaged file or record (default: error)")
     add("--workers", type=int, metavar="N", help="encoding processes (default: the cores available)")

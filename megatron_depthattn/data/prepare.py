@@ -174,6 +174,7 @@ def check_settings(settings: PrepareSettings) -> None:
     fraction, workers = settings.validation_fraction, settings.workers
     max_bytes, max_tokens, length = settings.max_bytes, settings.max_tokens, settings.sequence_length
     hub = [given for given in settings.inputs if given.startswith(HUB)]
+    remote = [given for given in hub if not Path(hub_name(given)[0]).is_dir()]
     for is_valid, given, advice in (
         (settings.inputs, "input is missing", f"name files, folders, hf:NAME, or {BUILTIN_STDLIB}"),
         (length >= 1, f"sequence-length {length}", "set at least 1"),
@@ -181,7 +182,7 @@ def check_settings(settings: PrepareSettings) -> None:
         (max_bytes is None or max_bytes >= 1, f"max-bytes {max_bytes}", "set at least 1, or leave it out"),
         (max_tokens is None or max_tokens >= length, f"max-tokens {max_tokens}", f"set at least one sample, {length}"),
         (hub or not settings.split, f"split {settings.split}", "it is of data sets: set --input hf:NAME"),
-        (hub or not settings.revision, f"revision {settings.revision}", "it is of data sets: set --input hf:NAME"),
+        (remote or not settings.revision, f"revision {settings.revision}", "local inputs have none: leave it out"),
         (workers is None or workers >= 1, f"workers {workers}", "set at least 1, or leave it out"),
         (settings.on_corrupt in ("error", "skip"), f"on-corrupt {settings.on_corrupt}", "set error or skip"),
     ):

@@ -1,6 +1,7 @@
 """The command line of corpus preparation: what it prints, its exit codes, interruptions."""
 
 import gzip
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_depthattn.cli import prepare
 from megatron_depthattn.data.prepare import PrepareProgress
-from tests.prepared import make_documents
+from tests.prepared import make_documents, stored_stream
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +48,13 @@ def test_tool_prints_counts_and_repeats(
     assert "tokenising" in first.err
     assert tool.main(command(source, tmp_path / "out")) == 0
     assert capsys.readouterr().out.startswith("already prepared")
+    for asked in (10**6, 1600):  # more than there is, which the last line says, and less
+        assert tool.main([*command(source, tmp_path / "out"), "--max-tokens", str(asked), "--overwrite"]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        found = re.fullmatch(r"  train has ([\d,]+) tokens to predict, --max-tokens asks for 1,000,000", last)
+        assert (found is None) == (asked == 1600)
+        if found:
+            assert len(stored_stream(tmp_path / "out" / "train")) - 1 == int(found[1].replace(",", "")) // 16 * 16
 
 
 def test_tool_fails_with_one_line(source: Path, tmp_path: Path) -> None:

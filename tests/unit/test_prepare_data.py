@@ -319,7 +319,11 @@ INVALID = {
     "max bytes": ({"max_bytes": 0}, "--max-bytes 0: set at least 1"),
     "max tokens": ({"max_tokens": 3, "sequence_length": 4}, "--max-tokens 3: set at least one sample, 4"),
     "split": ({"split": "train"}, "--split train: it is of data sets: set --input hf:NAME"),
-    "revision": ({"revision": "main"}, "--revision main: it is of data sets: set --input hf:NAME"),
+    "revision": ({"revision": "main"}, "--revision main: local inputs have none: leave it out"),
+    "revision of a folder": (
+        {"inputs": (f"hf:{Path(__file__).parent}",), "revision": "main"},
+        "--revision main: local inputs have none: leave it out",
+    ),
     "empty val": (
         {"validation_fraction": 1e-9},
         "the val split got 0 documents.*--validation-fraction, or 0",
