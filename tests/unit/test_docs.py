@@ -135,6 +135,18 @@ def test_paths_exist(page):
     assert not missing + [word for word in linked if not (page.parent / word).exists()]
 
 
+def placeholders(text):
+    """Cells of a table's rows, beside their first, that are one word in capitals: what a figure was to replace."""
+    rows = re.findall(r"^\|[^|\n]*\|(.*)\|$", re.sub(r"^\|.*\n(?=\|[ :|-]+\n)", "", text, flags=re.M), flags=re.M)
+    return [cell.strip() for row in rows for cell in row.split("|") if re.fullmatch(r"[A-Z_]{5,}", cell.strip())]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_table_holds_a_placeholder(page):
+    assert not placeholders(page.read_text())
+    assert placeholders("| a | LAMBADA |\n| --- | --- |\n| PIQA_X | 1 |\n| b | GENERATE |\n") == ["GENERATE"]
+
+
 def test_make_targets_exist():
     targets = {target for page in PAGES for target in re.findall(r"(?:^|`)make ([\w-]+)", page.read_text(), flags=re.M)}
     assert {"quickstart", "test"} <= targets
