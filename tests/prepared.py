@@ -1,10 +1,16 @@
-"""What the tests of corpus preparation share: documents, their tokens by the bare library, the bytes of a folder."""
+"""What the tests of corpus preparation share: documents, their tokens by the bare library, the files
+that hold them, the bytes of a folder."""
 
+import io
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 from streaming.base.compression import decompress
 from tokenizers import Tokenizer
 
@@ -22,6 +28,54 @@ def make_documents(number: int, seed: int = 0) -> list[str]:
     return [" ".join(rng.choice(WORDS, int(rng.integers(5, 80)))) + f" {i}" for i in range(number)]
 
 
+TEXTS = make_documents(120)
+
+
+def json_lines(texts: Sequence[str], field: str = "text") -> bytes:
+    records = [{"id": i, "meta": {"set": "ArXiv"}, field: text} for i, text in enumerate(texts)]
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def halves(texts: Sequence[str], compress: Callable[[bytes], bytes]) -> bytes:
+    """Lines in two members or frames, one after the other, not cut at a line."""
+    data = json_lines(texts)
+    return compress(data[:3333]) + compress(data[3333:])
+
+
+def table(texts: Sequence[str | None], kind: pyarrow.DataType | None = None) -> pyarrow.Table:
+    column, meta = pyarrow.array(texts, kind or pyarrow.string()), [{"set": "ArXiv"}] * len(texts)
+    return pyarrow.table({"id": range(len(texts)), "text": column, "meta": meta})
+
+
+def parquet_bytes(texts: Sequence[str], rows: int = 50, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table(texts), sink, row_group_size=rows, **options)
+    return sink.getvalue()
+
+
+def arrow_file_bytes(texts: Sequence[str], rows: int = 50, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.feather.write_feather(table(texts), sink, chunksize=rows, **options)
+    return sink.getvalue()
+
+
+def arrow_stream_bytes(texts: Sequence[str], rows: int = 50) -> bytes:
+    sink = io.BytesIO()
+    with pyarrow.ipc.new_stream(sink, table(texts).schema) as writer:
+        writer.write_table(table(texts), max_chunksize=rows)
+    return sink.getvalue()
+
+
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def write_texts(folder: Path, compress: Callable[[bytes], bytes] = bytes, ending: str = "") -> None:
+    for i, text in enumerate(TEXTS):
+        write(folder / f"{i:03}.txt{ending}", compress(text.encode()))
+
+
 def save_tokenizer(folder: Path) -> Path:
     """A small BPE, trained once, so that a test does not train its own."""
     train_bpe((text.encode() for text in make_documents(100)), 300).save_pretrained(folder)
@@ -33,14 +87,15 @@ def make_settings(source: Path, tokenizer: Path | str, output: Path, **changes: 
     return PrepareSettings(inputs=(str(source),), tokenizer=str(tokenizer), output=output, **values)
 
 
-def expected_streams(documents: list[str], tokenizer: Path) -> dict[str, list[int]]:
+def expected_streams(documents: Sequence[str | bytes], tokenizer: Path) -> dict[str, list[int]]:
     """Each split's tokens by the bare library, one document at a time."""
     bare = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     bare.encode_special_tokens = True
     streams: dict[str, list[int]] = {"train": [], "val": []}
-    for text in documents:
-        split = "val" if is_validation(text.encode(), FRACTION) else "train"
-        streams[split] += [*bare.encode(text, add_special_tokens=False).ids, 0]
+    for document in documents:
+        data = document if isinstance(document, bytes) else document.encode()
+        split = "val" if is_validation(data, FRACTION) else "train"
+        streams[split] += [*bare.encode(data.decode(errors="replace"), add_special_tokens=False).ids, 0]
     return streams
 
 
@@ -62,7 +117,7 @@ def stored_stream(split: Path, dtype: str = "uint16") -> list[int]:
     return stream
 
 
-def assert_holds(output: Path, documents: list[str], tokenizer: Path) -> None:
+def assert_holds(output: Path, documents: Sequence[str | bytes], tokenizer: Path) -> None:
     """The stored tokens are those of the documents, up to a tail that fills no sample."""
     for split, expected in expected_streams(documents, tokenizer).items():
         stored = stored_stream(output / split)
@@ -72,3 +127,7 @@ def assert_holds(output: Path, documents: list[str], tokenizer: Path) -> None:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def shards(output: Path) -> dict[str, bytes]:
+    return {name: data for name, data in folder_bytes(output).items() if name.startswith(("train/", "val/"))}

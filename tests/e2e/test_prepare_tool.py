@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -28,28 +28,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return prepare
-
-
 def command(source: Path, output: Path) -> list[str]:
     given = {"--input": source, "--tokenizer": "train-bpe:300", "--sequence-length": 16, "--output": output}
     return [str(part) for pair in given.items() for part in pair] + ["--validation-fraction", "0.25"]
 
 
-def test_tool_prints_counts_and_repeats(
-    tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tool.main(command(source, tmp_path / "out")) == 0
+def test_tool_prints_counts_and_repeats(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main(command(source, tmp_path / "out")) == 0
     first = capsys.readouterr()
     assert "2 binary files, 3 empty documents" in first.out
     assert "tokens/s" in first.out
     assert "tokenising" in first.err
-    assert tool.main(command(source, tmp_path / "out")) == 0
+    assert prepare.main(command(source, tmp_path / "out")) == 0
     assert capsys.readouterr().out.startswith("already prepared")
     for asked in (10**6, 1600):  # more than there is, which the last line says, and less
-        assert tool.main([*command(source, tmp_path / "out"), "--max-tokens", str(asked), "--overwrite"]) == 0
+        assert prepare.main([*command(source, tmp_path / "out"), "--max-tokens", str(asked), "--overwrite"]) == 0
         last = capsys.readouterr().out.splitlines()[-1]
         found = re.fullmatch(r"  train has ([\d,]+) tokens to predict, --max-tokens asks for 1,000,000", last)
         assert (found is None) == (asked == 1600)
@@ -68,44 +61,44 @@ def test_tool_fails_with_one_line(source: Path, tmp_path: Path) -> None:
 
 
 def test_names_and_code_from_elsewhere_end_in_one_line(
-    tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file's name does not steer the terminal; a tokenizer's code is neither run nor asked about."""
     name = tmp_path / "in\x1b[2J\u202e\n👩\u200d🚀.jsonl"
     name.write_text("{")
-    assert tool.main(command(name, tmp_path / "out")) == 1
+    assert prepare.main(command(name, tmp_path / "out")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {tmp_path}/in\\x1b[2J\\u202e 👩\u200d🚀.jsonl, line 1 is not a JSON object")
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}')
     (tmp_path / "tok" / "mine.py").write_text("raise SystemExit")
-    assert tool.main([*command(source, tmp_path / "out"), "--tokenizer", str(tmp_path / "tok")]) == 1
+    assert prepare.main([*command(source, tmp_path / "out"), "--tokenizer", str(tmp_path / "tok")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: tokenizer {tmp_path / 'tok'} does not load: tokenizer_config.json names code of")
 
 
 def test_damage_late_in_the_corpus_says_that_the_work_is_kept(
-    tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-9])
     damaged = [*command(source, tmp_path / "out"), "--input", str(source), str(tmp_path / "z.jsonl.gz")]
     # its tokenizer is given: training would read the damaged file first, before there is work to keep
-    assert tool.main(command(source, tmp_path / "first")) == 0
+    assert prepare.main(command(source, tmp_path / "first")) == 0
     damaged += ["--tokenizer", str(tmp_path / "first" / "tokenizer")]
-    assert tool.main(damaged) == 1
+    assert prepare.main(damaged) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {tmp_path / 'z.jsonl.gz'}: the gzip data is truncated")
     assert error.endswith(f"kept in {tmp_path / '.out.unfinished'}; the same command continues it)")
-    assert tool.main([*damaged, "--on-corrupt", "skip"]) == 0
+    assert prepare.main([*damaged, "--on-corrupt", "skip"]) == 0
     second = capsys.readouterr()
     assert "continuing at file 66 of 66 (z.jsonl.gz), after" in second.err
     assert "1 damaged files" in second.out
 
 
-def test_a_scheduler_s_stop_keeps_the_work(tool: ModuleType, source: Path, tmp_path: Path) -> None:
-    assert tool.main(command(source, tmp_path / "first")) == 0
+def test_a_scheduler_s_stop_keeps_the_work(source: Path, tmp_path: Path) -> None:
+    assert prepare.main(command(source, tmp_path / "first")) == 0
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_text("\n".join(make_documents(40_000)))
+    (tmp_path / "in" / "a.txt").write_text("\n".join(make_documents(4000) * 10))
     arguments = [*command(tmp_path / "in", tmp_path / "out"), "--tokenizer", str(tmp_path / "first" / "tokenizer")]
     program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *arguments, "--workers", "1"]
     program += ["--validation-fraction", "0"]
@@ -133,12 +126,12 @@ def test_a_scheduler_s_stop_keeps_the_work(tool: ModuleType, source: Path, tmp_p
 
 
 def test_progress_counts_from_where_this_process_began(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """600 of 1,000 MB were there; 100 MB and 30 M tokens in 50 s leave 300 MB, 150 s."""
     now = 1000.0
-    monkeypatch.setattr(tool, "time", SimpleNamespace(monotonic=lambda: now))
-    report = tool.ProgressReport()
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=lambda: now))
+    report = prepare.ProgressReport()
     values = {"phase": "tokenising", "total_bytes": 10**9}
     message = "continuing at file 7 (a\x1b[2J\nb [/i])"
     report(PrepareProgress(**values, done_bytes=6 * 10**8, tokens=10**8, message=message))
@@ -153,9 +146,11 @@ def test_progress_counts_from_where_this_process_began(
     ]
 
 
-def test_options_know_the_home_folder(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_know_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell leaves the `~` of `--output=~/x` as it is, and a folder of that name would be made."""
     monkeypatch.setenv("HOME", "/home/someone")
-    given = tool.parse_arguments(["--input", "a", "~/b", "--tokenizer=~/t", "--output=~/o", "--sequence-length", "8"])
+    given = prepare.parse_arguments(
+        ["--input", "a", "~/b", "--tokenizer=~/t", "--output=~/o", "--sequence-length", "8"]
+    )
     assert (list(given.inputs), given.tokenizer) == (["a", "/home/someone/b"], "/home/someone/t")
     assert given.output == Path("/home/someone/o")

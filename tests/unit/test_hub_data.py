@@ -1,7 +1,7 @@
 """Data sets in the Hub's layouts, from local folders: the shards are those of the same documents in plain files."""
 
 import csv
-import json
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -21,18 +19,22 @@ from megatron_depthattn.data.prepare import PrepareProgress, prepare_corpus
 from tests.prepared import (
     FRACTION,
     LENGTH,
+    TEXTS,
+    arrow_stream_bytes,
     assert_holds,
     expected_streams,
-    folder_bytes,
-    make_documents,
+    halves,
+    json_lines,
     make_settings,
-    save_tokenizer,
+    parquet_bytes,
+    shards,
     stored_stream,
+    write,
 )
 
-TEXTS = make_documents(300)
-HALVES = (TEXTS[:170], TEXTS[170:])
-OTHER = make_documents(40, seed=1)
+HALVES = (TEXTS[:70], TEXTS[70:])
+OTHER = [*TEXTS[:-1], "another"]
+CUT = zstandard.compress(json_lines(TEXTS))[:100]
 CARD = """---
 license: mit
 configs:
@@ -40,8 +42,8 @@ configs:
   data_files:
   - split: train
     path: [b/*.parquet, a/1.parquet]
-  - split: test
-    path: test.parquet
+  - split: validation
+    path: validation.parquet
 - config_name: code
   data_files: other/*.jsonl
 ---
@@ -49,84 +51,37 @@ configs:
 """
 
 
-def parquet(path: Path, texts: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"id": range(len(texts)), "text": texts, "meta": [{"set": "Pile-CC"}] * len(texts)}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=50)
-
-
-def lines(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"meta": {"set": "ArXiv"}, "text": text}).encode() + b"\n" for text in texts)
-
-
-def frames(texts: list[str]) -> bytes:
-    """Two frames, not cut at a line."""
-    data = lines(texts)
-    return zstandard.compress(data[:3333]) + zstandard.compress(data[3333:])
-
-
-def write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def arrow_stream(path: Path, texts: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pyarrow.table({"text": texts})
-    with pyarrow.ipc.new_stream(path, table.schema) as writer:
-        writer.write_table(table, max_chunksize=40)
-
-
-def csv_file(path: Path, texts: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        csv.writer(stream).writerows([("id", "text"), *enumerate(texts)])
+def csv_bytes(texts: list[str]) -> bytes:
+    sink = io.StringIO(newline="")
+    csv.writer(sink).writerows([("id", "text"), *enumerate(texts)])
+    return sink.getvalue().encode()
 
 
 def with_card(folder: Path) -> str:
     """Two configs, one of them with its files in another order than by name; returns the config to choose."""
     write(folder / "README.md", CARD.encode())
-    parquet(folder / "b" / "0.parquet", HALVES[0])
-    parquet(folder / "a" / "1.parquet", HALVES[1])
-    parquet(folder / "test.parquet", OTHER)
-    write(folder / "other" / "x.jsonl", lines(OTHER))
+    write(folder / "b" / "0.parquet", parquet_bytes(HALVES[0]))
+    write(folder / "a" / "1.parquet", parquet_bytes(HALVES[1]))
+    write(folder / "validation.parquet", parquet_bytes(OTHER))
+    write(folder / "other" / "x.jsonl", json_lines(OTHER))
     return ":wiki"
 
 
-def shards_of(folder: Path, write_one: Callable[[Path, list[str]], object], ending: str) -> None:
+def split_files(folder: Path, data: Callable[[list[str]], bytes], ending: str, between: str = "-") -> None:
     for i, texts in enumerate(HALVES):
-        write_one(folder / "data" / f"train-{i:05}-of-00002.{ending}", texts)
-    write_one(folder / "data" / f"validation-00000-of-00001.{ending}", OTHER)
+        write(folder / "data" / f"train{between}{i:05}-of-00002.{ending}", data(texts))
+    write(folder / "data" / f"validation{between}00000-of-00001.{ending}", data(OTHER))
 
 
-# Each writes TEXTS as the train split below a folder, as others see it on the Hub.
+# Each writes TEXTS as the train split and OTHER as the validation split, as others see it on the Hub.
 LAYOUTS: dict[str, Callable[[Path], str | None]] = {
-    "parquet": lambda f: shards_of(f, parquet, "parquet"),
-    "jsonl.zst": lambda f: shards_of(f, lambda path, texts: write(path, frames(texts)), "jsonl.zst"),
-    "arrow": lambda f: shards_of(f, arrow_stream, "arrow"),
+    "parquet": lambda f: split_files(f, parquet_bytes, "parquet"),
+    "jsonl.zst": lambda f: split_files(f, lambda texts: halves(texts, zstandard.compress), "jsonl.zst"),
+    "arrow": lambda f: split_files(f, arrow_stream_bytes, "arrow"),
     "card": with_card,
-    "no card, folders": lambda f: [write(f / "train" / f"{i}.jsonl", lines(HALVES[i])) for i in (0, 1)] and None,
-    "csv": lambda f: shards_of(f, csv_file, "csv"),
+    "no card, folders": lambda f: split_files(f, json_lines, "jsonl", between="/"),
+    "csv": lambda f: split_files(f, csv_bytes, "csv"),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def plain(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The shards of the documents as JSON lines, whose tokens are compared with the bare library's."""
-    folder = tmp_path_factory.mktemp("plain")
-    write(folder / "a.jsonl", lines(TEXTS))
-    prepare_corpus(make_settings(folder / "a.jsonl", tokenizer, folder / "out"))
-    assert_holds(folder / "out", TEXTS, tokenizer)
-    return shards(folder / "out")
-
-
-def shards(output: Path) -> dict[str, bytes]:
-    return {name: data for name, data in folder_bytes(output).items() if name.startswith(("train/", "val/"))}
 
 
 def prepare_hub(source: str, tokenizer: Path, output: Path, **changes: object) -> dict[str, object]:
@@ -147,26 +102,16 @@ def test_every_layout_gives_the_shards_of_plain_files(
     assert not any(manifest["skipped"].values())
     assert manifest["sources"]["files"] == 2
     assert [manifest["settings"][key] for key in ("split", "revision")] == ["train", None]
-
-
-def test_control_a_changed_document_and_another_split_give_other_shards(
-    plain: dict[str, bytes], tokenizer: Path, tmp_path: Path
-) -> None:
-    shards_of(tmp_path / "set", parquet, "parquet")
-    parquet(tmp_path / "set" / "data" / "train-00001-of-00002.parquet", [*HALVES[1][:-1], "another"])
-    prepare_hub(f"hf:{tmp_path / 'set'}", tokenizer, tmp_path / "out")
-    assert shards(tmp_path / "out") != plain
-    prepare_hub(f"hf:{tmp_path / 'set'}", tokenizer, tmp_path / "val", split="validation")
-    assert_holds(tmp_path / "val", OTHER, tokenizer)
+    prepare_hub(source, tokenizer, tmp_path / "other", split="validation")
+    assert_holds(tmp_path / "other", OTHER, tokenizer)
+    assert shards(tmp_path / "other") != plain  # the control: one document is another
 
 
 def test_rows_of_a_file_are_read_from_any_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(readers, "UNIT_BYTES", 500)
     LAYOUTS["jsonl.zst"](tmp_path / "set")
-    files, recipe = (
-        hub_files(f"hf:{tmp_path / 'set'}", HubChoice("train", "text", None)),
-        readers.Recipe("text", FRACTION),
-    )
+    files = hub_files(f"hf:{tmp_path / 'set'}", HubChoice("train", "text", None))
+    recipe = readers.Recipe("text", FRACTION)
     units = list(readers.read_units(files, recipe))
     rows = [[row for unit in units[i:] for row in getattr(unit.content, "rows", [])] for i in range(len(units) + 1)]
     assert [row.decode() for row in rows[0]] == TEXTS
@@ -183,7 +128,7 @@ def test_max_tokens_is_exact(
 ) -> None:
     """Train holds the first N + 1 tokens of its stream; val what came before the place where it ends."""
     monkeypatch.setattr(readers, "UNIT_BYTES", unit_bytes)
-    write(tmp_path / "set" / "train.jsonl", lines(TEXTS))
+    write(tmp_path / "set" / "train.jsonl", json_lines(TEXTS))
     given = f"hf:{tmp_path / 'set'}" if source == "hub" else tmp_path / "set" / "train.jsonl"
     limit = 200 * LENGTH
     whole = expected_streams(TEXTS, tokenizer)
@@ -208,14 +153,14 @@ def test_max_tokens_is_exact(
 
 
 def truncated(folder: Path) -> None:
-    shards_of(folder, parquet, "parquet")
+    LAYOUTS["parquet"](folder)
     path = folder / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:-500])
 
 
 def cut_lines(folder: Path) -> None:
-    write(folder / "train" / "0.jsonl", lines(HALVES[0]))
-    write(folder / "train" / "1.jsonl", lines(HALVES[1])[:-300])
+    write(folder / "train" / "0.jsonl", json_lines(HALVES[0]))
+    write(folder / "train" / "1.jsonl", json_lines(HALVES[1])[:-300])
 
 
 @pytest.mark.parametrize("damage", [truncated, cut_lines])
@@ -232,48 +177,40 @@ def test_a_damaged_file_is_an_error_or_left_out_and_counted(
 
 
 def test_an_edited_file_is_not_taken_for_the_prepared_one(tokenizer: Path, tmp_path: Path) -> None:
-    shards_of(tmp_path / "set", parquet, "parquet")
+    LAYOUTS["parquet"](tmp_path / "set")
     given = make_settings(Path(f"hf:{tmp_path / 'set'}"), tokenizer, tmp_path / "out")
     prepare_corpus(given)
     assert prepare_corpus(given).already_prepared
     with pytest.raises(ValueError, match="prepared with split 'train', not 'validation'; corpus_files_sha256"):
         prepare_hub(given.inputs[0], tokenizer, given.output, split="validation")
-    parquet(tmp_path / "set" / "data" / "train-00002-of-00003.parquet", OTHER)
+    write(tmp_path / "set" / "data" / "train-00002-of-00003.parquet", parquet_bytes(OTHER))
     with pytest.raises(ValueError, match="was prepared with corpus_files_sha256"):
         prepare_corpus(given)
 
 
 def linked(folder: Path) -> None:
-    parquet(folder.parent / "elsewhere" / "a.parquet", TEXTS)
+    write(folder.parent / "elsewhere" / "a.parquet", parquet_bytes(TEXTS))
     folder.mkdir()
     (folder / "train.parquet").symlink_to(folder.parent / "elsewhere" / "a.parquet")
 
 
 def card_that_leaves(folder: Path) -> None:
-    parquet(folder.parent / "secret.parquet", OTHER)
-    parquet(folder / "a.parquet", TEXTS)
+    write(folder.parent / "secret.parquet", parquet_bytes(OTHER))
+    write(folder / "a.parquet", parquet_bytes(TEXTS))
     card = "---\nconfigs:\n- config_name: default\n  data_files: ['a.parquet', '../secret.parquet']\n---\n"
     write(folder / "README.md", card.encode())
 
 
 ERRORS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no config given": (with_card, [], "no config is given: set --input hf:NAME:CONFIG with one of wiki, code"),
-    "no such config": (
-        with_card,
-        [":math"],
-        "there is no config math: set --input hf:NAME:CONFIG with one of",
-    ),
-    "no such split": (with_card, [":wiki", "--split", "val"], "there is no --split val among train, test"),
+    "no such config": (with_card, [":math"], "there is no config math: set --input hf:NAME:CONFIG with one of"),
+    "no such split": (with_card, [":wiki", "--split", "val"], "there is no --split val among train, validation"),
     "slice": (with_card, [":wiki", "--split", "train[:10%]"], "(a slice needs the whole split: set --max-tokens)"),
-    "no such field": (
-        with_card,
-        [":wiki", "--text-field", "content"],
-        '0 columns "content" among id, text, meta',
-    ),
+    "no such field": (with_card, [":wiki", "--text-field", "content"], '0 columns "content" among id, text, meta'),
     "field of numbers": (with_card, [":wiki", "--text-field", "id"], 'the column "id" holds int64, not strings'),
     "nothing there": (lambda f: f.mkdir(), [], "set"),
     "script": (lambda f: write(f / "set.py", b""), [], "Dataset scripts are no longer supported"),
-    "cut to nothing": (lambda f: write(f / "train.jsonl.zst", frames(TEXTS)[:100]), [], "its first file holds no rows"),
+    "cut to nothing": (lambda f: write(f / "train.jsonl.zst", CUT), [], "its first file holds no rows"),
     "no texts": (lambda f: write(f / "a.tar", bytes(1024)), [], "read as webdataset, which is none of parquet, json"),
     "linked": (linked, [], "train.parquet, which lies outside of it"),
     "out of it": (card_that_leaves, [], "secret.parquet, which lies outside of it"),

@@ -1,6 +1,7 @@
 """Preparing a corpus: the stored samples are the tokenised documents, cut; errors; repeatability."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,37 +10,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_depthattn.data import readers, shard_writer
-from megatron_depthattn.data.documents import corpus_files, is_validation
+from megatron_depthattn.data.documents import corpus_files
 from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
 from megatron_depthattn.data.tokenizer import load_tokenizer
-from tests.prepared import read_shards
-
-LENGTH = 16
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "épsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "火山",
-    "iota",
-    "λ",
-    "kappa\tmu",
-    "nu\n",
-    "xi",
-]
+from tests.prepared import LENGTH, expected_streams, make_documents, make_settings, read_shards, write
 
 
-def write_corpus(folder: Path, num_documents: int = 60) -> None:
+def write_corpus(folder: Path) -> None:
     """Text files in sub-folders, with every kind that is passed over or repaired."""
-    rng = np.random.default_rng(0)
-    for i in range(num_documents):
-        path = folder / f"d{i % 3}" / f"{i:03}{('', '.txt', '.py', '.weird')[i % 4]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(" ".join(rng.choice(WORDS, int(rng.integers(5, 80)))) + f" {i}")
+    for i, text in enumerate(make_documents(60)):
+        write(folder / f"d{i % 3}" / f"{i:03}{('', '.txt', '.py', '.weird')[i % 4]}", text.encode())
     (folder / "literal.txt").write_text("before <|endoftext|> after <|padding|> end " * 4)
     (folder / "latin1.txt").write_bytes("déjà vu, naïve ".encode("latin-1") * 5)
     (folder / "binary").write_bytes(b"\x7fELF\0\0 text after")
@@ -50,9 +30,8 @@ def write_corpus(folder: Path, num_documents: int = 60) -> None:
     (folder / "lines.jsonl").write_text("\n".join([*lines, "", json.dumps({"text": ""})]))
 
 
-def settings(inputs: Path | str, output: Path, **changes: object) -> PrepareSettings:
-    values = {"tokenizer": "train-bpe:300", "sequence_length": LENGTH, "validation_fraction": 0.25} | changes
-    return PrepareSettings(inputs=(str(inputs),), output=output, **values)
+def settings(inputs: Path, output: Path, **changes: object) -> PrepareSettings:
+    return make_settings(inputs, str(changes.pop("tokenizer", "train-bpe:300")), output, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -67,35 +46,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, output
 
 
-def expected_documents(source: Path) -> list[str]:
+def expected_documents(source: Path) -> list[bytes]:
     """The documents in the walk's order: a folder's files by name, then its folders by name."""
     names = ["latin1.txt", "lines.jsonl", "literal.txt"]
     files = [source / n for n in names] + sorted(p for d in ("d0", "d1", "d2") for p in (source / d).iterdir())
-    texts: list[str] = []
+    found: list[bytes] = []
     for file in files:
-        if file.suffix == ".jsonl":
-            texts += [json.loads(line)["text"] for line in file.read_text().splitlines() if line]
-        else:
-            texts.append(file.read_bytes().decode("utf-8", errors="replace"))
-    return [text for text in texts if text]
-
-
-def split_streams(source: Path, output: Path) -> dict[str, list[int]]:
-    """Each split's token stream by direct tokenisation, one document at a time."""
-    tokenizer = Tokenizer.from_file(str(output / "tokenizer" / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    streams: dict[str, list[int]] = {"train": [], "val": []}
-    for text in expected_documents(source):
-        data = (source / "latin1.txt").read_bytes() if "\ufffd" in text else text.encode()
-        split = "val" if is_validation(data, 0.25) else "train"
-        streams[split] += [*tokenizer.encode(text, add_special_tokens=False).ids, 0]
-    return streams
+        lines = file.read_bytes().splitlines() if file.suffix == ".jsonl" else []
+        found += [json.loads(line)["text"].encode() for line in lines if line] if lines else [file.read_bytes()]
+    return [document for document in found if document]
 
 
 def test_shards_hold_the_documents_joined_by_eos_and_cut(corpus: tuple[Path, Path]) -> None:
     source, output = corpus
     manifest = json.loads((output / "manifest.json").read_text())
-    for split, stream in split_streams(source, output).items():
+    for split, stream in expected_streams(expected_documents(source), output / "tokenizer").items():
         stored = read_shards(output / split)
         num_samples = (len(stream) - 1) // LENGTH
         expected = [stream[i * LENGTH : i * LENGTH + LENGTH + 1] for i in range(num_samples)]
@@ -111,7 +76,7 @@ def test_documents_come_back_as_text(corpus: tuple[Path, Path]) -> None:
     """EOS appears at ends of documents only, though one document spells it out."""
     source, output = corpus
     tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
-    texts = set(expected_documents(source))
+    texts = {document.decode(errors="replace") for document in expected_documents(source)}
     for split in ("train", "val"):
         samples = read_shards(output / split)
         stream = np.concatenate([samples[:, :-1].ravel(), samples[-1, -1:]])
@@ -155,16 +120,16 @@ def test_the_split_does_not_depend_on_order(corpus: tuple[Path, Path], tmp_path:
     files = sorted(str(p) for p in (source / "d0").iterdir())
     found = []
     for name, inputs in (("a", files), ("b", files[::-1])):
-        values = {"tokenizer": str(output / "tokenizer"), "sequence_length": 8, "validation_fraction": 0.25}
-        prepare_corpus(PrepareSettings(inputs=tuple(inputs), output=tmp_path / name, **values))
+        given = settings(source, tmp_path / name, tokenizer=output / "tokenizer", sequence_length=8)
+        prepare_corpus(replace(given, inputs=tuple(inputs)))
         found.append(json.loads((tmp_path / name / "manifest.json").read_text())["splits"])
     assert [found[0][s]["bytes"] for s in found[0]] == [found[1][s]["bytes"] for s in found[1]]
     assert found[0]["val"]["documents"] > 0
 
 
-def test_repeat_is_a_no_op_and_other_settings_are_an_error(corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    source, _ = corpus
-    output = tmp_path / "out"
+def test_a_repeat_does_nothing_and_other_settings_or_files_are_an_error(tmp_path: Path) -> None:
+    source, output = tmp_path / "text", tmp_path / "out"
+    write_corpus(source)
     assert not prepare_corpus(settings(source, output)).already_prepared
     shard = output / "train" / "shard.00000.mds.zstd"
     stamp = shard.stat().st_mtime_ns
@@ -174,35 +139,38 @@ def test_repeat_is_a_no_op_and_other_settings_are_an_error(corpus: tuple[Path, P
         ValueError, match="sequence_length 16, not 32: use it, choose another folder or pass --overwrite"
     ):
         prepare_corpus(settings(source, output, sequence_length=32))
+    (source / "new.txt").write_text("more")
+    with pytest.raises(ValueError, match="corpus_files_sha256"):
+        prepare_corpus(settings(source, output))
     replaced = prepare_corpus(settings(source, output, sequence_length=32, overwrite=True))
     assert replaced.manifest["sequence_length"] == 32
     assert read_shards(output / "train").shape[1] == 33
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text"]
 
 
-def test_a_changed_corpus_is_noticed(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "text", 30)
-    prepare_corpus(settings(tmp_path / "text", tmp_path / "out"))
-    (tmp_path / "text" / "new.txt").write_text("more")
-    with pytest.raises(ValueError, match="corpus_files_sha256"):
-        prepare_corpus(settings(tmp_path / "text", tmp_path / "out"))
-
-
-def test_a_folder_that_is_not_ours_is_never_replaced(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_is_not_ours_or_of_an_earlier_version_is_neither_taken_nor_replaced(
+    corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not a prepared corpus"):
         prepare_corpus(settings(corpus[0], tmp_path, overwrite=True))
     assert (tmp_path / "thesis.tex").exists()
+    manifest = json.loads((corpus[1] / "manifest.json").read_text())
+    manifest["settings"]["format_version"] = 2
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"was prepared by another version of this tool, with format_version 2, not 3.*use it, choose"
+    ):
+        prepare_corpus(settings(corpus[0], tmp_path))
 
 
 def test_max_bytes_cuts_at_a_character(tmp_path: Path) -> None:
     """The split gets the first bytes of the documents, wherever that falls, each document ended."""
     text = {"a.txt": "é" * 100, "b.txt": "later"}
     for name, content in text.items():
-        (tmp_path / "text" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "text" / name).write_text(content)
+        write(tmp_path / "text" / name, content.encode())
     for limit, kept in ((51, ["é" * 25]), (50, ["é" * 25]), (200, ["é" * 100]), (203, ["é" * 100, "lat"])):
-        changes = {"max_bytes": limit, "validation_fraction": 0.0, "sequence_length": 1, "workers": 1}
+        changes = {"max_bytes": limit, "validation_fraction": 0.0, "sequence_length": 1}
         output = tmp_path / f"out{limit}"
         manifest = prepare_corpus(settings(tmp_path / "text", output, **changes)).manifest
         assert manifest["splits"]["train"]["bytes"] == len("".join(kept).encode())
@@ -264,7 +232,7 @@ def test_any_change_of_a_tokenizer_is_noticed(corpus: tuple[Path, Path], tmp_pat
     }
     for name, text in files.items():
         (folder / name).write_text(text)
-    changes = {"tokenizer": str(folder), "workers": 1}
+    changes = {"tokenizer": str(folder)}
     assert prepare_corpus(settings(corpus[0], output, **changes)).manifest["vocab_size"] == len(tokens)
     (folder / "README.md").write_text("read me")
     assert prepare_corpus(settings(corpus[0], output, **changes)).already_prepared
@@ -282,18 +250,6 @@ def test_any_change_of_a_tokenizer_is_noticed(corpus: tuple[Path, Path], tmp_pat
         else:
             (folder / name).unlink()
     assert prepare_corpus(settings(corpus[0], output, **changes)).already_prepared
-
-
-def test_a_corpus_of_an_earlier_version_is_neither_taken_nor_replaced(
-    corpus: tuple[Path, Path], tmp_path: Path
-) -> None:
-    manifest = json.loads((corpus[1] / "manifest.json").read_text())
-    manifest["settings"]["format_version"] = 2
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        ValueError, match=r"was prepared by another version of this tool, with format_version 2, not 3.*use it, choose"
-    ):
-        prepare_corpus(settings(corpus[0], tmp_path))
 
 
 def test_the_builtin_corpus_is_the_standard_library() -> None:
@@ -324,14 +280,8 @@ INVALID = {
         {"inputs": (f"hf:{Path(__file__).parent}",), "revision": "main"},
         "--revision main: local inputs have none: leave it out",
     ),
-    "empty val": (
-        {"validation_fraction": 1e-9},
-        "the val split got 0 documents.*--validation-fraction, or 0",
-    ),
-    "long sequence": (
-        {"sequence_length": 100_000},
-        "one sample needs 100001: give more text or set a smaller",
-    ),
+    "empty val": ({"validation_fraction": 1e-9}, "the val split got 0 documents.*--validation-fraction, or 0"),
+    "long sequence": ({"sequence_length": 100_000}, "one sample needs 100001: give more text or set a smaller"),
 }
 
 

@@ -1,8 +1,10 @@
 """Every format holds the same corpus; what is damaged, empty or of no known format has a stated outcome."""
 
 import gzip
+import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -22,39 +24,21 @@ from megatron_depthattn.data.readers import read_units
 from megatron_depthattn.data.tokenizer import Encoder, load_tokenizer
 from tests.prepared import (
     FRACTION,
+    TEXTS,
+    arrow_file_bytes,
+    arrow_stream_bytes,
     assert_holds,
-    folder_bytes,
+    halves,
+    json_lines,
     make_documents,
     make_settings,
-    save_tokenizer,
+    parquet_bytes,
+    shards,
+    table,
+    write_texts,
 )
 
-TEXTS = make_documents(120)
 RECIPE = Recipe("text", FRACTION)
-
-
-def json_lines(texts: list[str], field: str = "text") -> bytes:
-    return b"".join(json.dumps({"id": i, field: text}).encode() + b"\n" for i, text in enumerate(texts))
-
-
-def halves(compress: Callable[[bytes], bytes]) -> bytes:
-    """Two members or frames, one after the other, not cut at a line."""
-    data = json_lines(TEXTS)
-    return compress(data[:3333]) + compress(data[3333:])
-
-
-def table(texts: list[str], kind: pyarrow.DataType | None = None) -> pyarrow.Table:
-    return pyarrow.table({"id": range(len(texts)), "text": pyarrow.array(texts, kind or pyarrow.string())})
-
-
-def stream_form(path: Path) -> None:
-    with pyarrow.ipc.new_stream(path, table(TEXTS).schema) as writer:
-        writer.write_table(table(TEXTS), max_chunksize=50)
-
-
-def text_files(folder: Path, compress: Callable[[bytes], bytes], ending: str) -> None:
-    for i, text in enumerate(TEXTS):
-        (folder / f"{i:03}.txt{ending}").write_bytes(compress(text.encode()))
 
 
 def saved_data_set(folder: Path) -> None:
@@ -68,45 +52,25 @@ FORMATS: dict[str, Callable[[Path], object]] = {
     "jsonl": lambda f: (f / "a.jsonl").write_bytes(json_lines(TEXTS)),
     "no last line end": lambda f: (f / "a.ndjson").write_bytes(json_lines(TEXTS).rstrip()),
     "json": lambda f: (f / "a.JSON").write_bytes(json_lines(TEXTS)),
-    "jsonl.gz": lambda f: (f / "a.jsonl.gz").write_bytes(halves(gzip.compress) + bytes(100)),
+    "jsonl.gz": lambda f: (f / "a.jsonl.gz").write_bytes(halves(TEXTS, gzip.compress) + bytes(100)),
     "json.gz": lambda f: (f / "a.json.gz").write_bytes(gzip.compress(json_lines(TEXTS))),
-    "jsonl.zst": lambda f: (f / "a.jsonl.zst").write_bytes(halves(zstandard.compress)),
-    "txt.gz": lambda f: text_files(f, gzip.compress, ".gz"),
-    "txt.zst": lambda f: text_files(f, zstandard.compress, ".zst"),
-    "parquet": lambda f: pyarrow.parquet.write_table(table(TEXTS), f / "a.parquet", row_group_size=50),
+    "jsonl.zst": lambda f: (f / "a.jsonl.zst").write_bytes(halves(TEXTS, zstandard.compress)),
+    "txt.gz": lambda f: write_texts(f, gzip.compress, ".gz"),
+    "txt.zst": lambda f: write_texts(f, zstandard.compress, ".zst"),
+    "parquet": lambda f: (f / "a.parquet").write_bytes(parquet_bytes(TEXTS)),
     "parquet, dictionary": lambda f: pyarrow.parquet.write_table(
         table(TEXTS, pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string())), f / "a.parquet", compression="zstd"
     ),
-    "arrow, file form": lambda f: pyarrow.feather.write_feather(table(TEXTS), f / "a.feather", chunksize=50),
-    "arrow, stream form": lambda f: stream_form(f / "a.arrow"),
+    "arrow, file form": lambda f: (f / "a.feather").write_bytes(arrow_file_bytes(TEXTS)),
+    "arrow, stream form": lambda f: (f / "a.arrow").write_bytes(arrow_stream_bytes(TEXTS)),
     "datasets": saved_data_set,
     "several": lambda f: [
         (f / "a.txt").write_text(TEXTS[0]),
         (f / "b.jsonl").write_bytes(json_lines(TEXTS[1:40])),
-        pyarrow.parquet.write_table(table(TEXTS[40:80]), f / "c.parquet"),
+        (f / "c.parquet").write_bytes(parquet_bytes(TEXTS[40:80])),
         (f / "d.jsonl.zst").write_bytes(zstandard.compress(json_lines(TEXTS[80:]))),
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def plain(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The shards of the documents as text files; these are compared with the bare library's tokens."""
-    folder = tmp_path_factory.mktemp("plain")
-    (folder / "text").mkdir()
-    text_files(folder / "text", bytes, "")
-    prepare_corpus(make_settings(folder / "text", tokenizer, folder / "out"))
-    assert_holds(folder / "out", TEXTS, tokenizer)
-    return shards(folder / "out")
-
-
-def shards(output: Path) -> dict[str, bytes]:
-    return {name: data for name, data in folder_bytes(output).items() if name.startswith(("train/", "val/"))}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -155,7 +119,7 @@ def contents(units: Iterable[readers.Unit]) -> tuple[list[Piece], list[readers.O
 def test_a_text_field_of_another_name(plain: dict[str, bytes], tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(json_lines(TEXTS[:50], "content"))
-    renamed = table(TEXTS[50:]).rename_columns(["id", "content"])
+    renamed = table(TEXTS[50:]).rename_columns(["id", "content", "meta"])
     pyarrow.parquet.write_table(renamed, tmp_path / "in" / "b.parquet")
     prepare_corpus(make_settings(tmp_path / "in", tokenizer, tmp_path / "out", text_field="content"))
     assert shards(tmp_path / "out") == plain
@@ -168,8 +132,8 @@ def truncated(data: bytes) -> bytes:
     return data[: len(data) * 2 // 3]
 
 
-def flipped(data: bytes) -> bytes:
-    at = len(data) // 2
+def flipped(data: bytes, at: int | None = None) -> bytes:
+    at = len(data) // 2 if at is None else at
     return data[:at] + bytes(b ^ 0xFF for b in data[at : at + 20]) + data[at + 20 :]
 
 
@@ -183,92 +147,72 @@ def zstd_blocks(texts: list[str]) -> bytes:
     return b"".join(blocks) + compressor.flush()
 
 
-def parquet_bytes(folder: Path) -> bytes:
-    pyarrow.parquet.write_table(table(TEXTS), folder / "t", row_group_size=10, use_dictionary=False)
-    return (folder / "t").read_bytes()
+PARQUET = parquet_bytes(TEXTS, 10, use_dictionary=False)
 
 
-def flipped_column(data: bytes, folder: Path) -> bytes:
+def flipped_column() -> bytes:
     """Damage in the text's page of the sixth row group: fifty whole rows come before it."""
-    chunk = pyarrow.parquet.ParquetFile(folder / "t").metadata.row_group(5).column(1)
-    at = chunk.data_page_offset + chunk.total_compressed_size // 2
-    return data[:at] + bytes(b ^ 0xFF for b in data[at : at + 20]) + data[at + 20 :]
+    chunk = pyarrow.parquet.ParquetFile(io.BytesIO(PARQUET)).metadata.row_group(5).column(1)
+    return flipped(PARQUET, chunk.data_page_offset + chunk.total_compressed_size // 2)
+
+
+def without_column(write: Callable[[pyarrow.Table, io.BytesIO], object]) -> bytes:
+    write(table(TEXTS).select(["id"]), sink := io.BytesIO())
+    return sink.getvalue()
 
 
 BAD_LINE = b'{"text": "fine"\n'
-DAMAGED: dict[str, tuple[str, Callable[[Path], bytes], str, str]] = {
+NO_RECORDS = b'{"content": "no"}\n{"text": 3}\n[]\n'
+NO_STRING = ' is not a JSON object with a string field "text"'
+# name -> (file, its bytes, what the error says after the file's name, how many of TEXTS are kept: None if that is not
+# known beforehand; all if records are damaged, and not the file)
+DAMAGED: dict[str, tuple[str, bytes, str, int | None]] = {
     "truncated gzip": (
         "a.jsonl.gz",
-        lambda f: truncated(gzip.compress(json_lines(TEXTS))),
-        r"a\.jsonl\.gz: the gzip data is truncated: it ends at byte \d+, too early",
-        "files",
+        truncated(gzip.compress(json_lines(TEXTS))),
+        r": the gzip data is truncated: it ends at byte \d+, too early",
+        None,
     ),
     "truncated zstd": (
         "a.jsonl.zst",
-        lambda f: truncated(zstd_blocks(TEXTS)),
-        r"a\.jsonl\.zst: the zstd data is truncated: it ends at byte \d+, too early",
-        "files",
+        truncated(zstd_blocks(TEXTS)),
+        r": the zstd data is truncated: it ends at byte \d+, too early",
+        None,
     ),
     "damaged gzip": (
         "a.jsonl.gz",
-        lambda f: flipped(gzip.compress(json_lines(TEXTS))),
-        r"a\.jsonl\.gz: the gzip data is damaged between byte \d+ and \d+ \(",
-        "files",
+        flipped(gzip.compress(json_lines(TEXTS))),
+        r": the gzip data is damaged between byte \d+ and \d+ \(",
+        None,
     ),
     "truncated gzip of one text": (
         "a.txt.gz",
-        lambda f: truncated(gzip.compress("".join(TEXTS).encode())),
-        r"a\.txt\.gz: the gzip data is truncated",
-        "files",
+        truncated(gzip.compress("".join(TEXTS).encode())),
+        ": the gzip data is truncated",
+        0,
     ),
-    "empty gzip": ("a.jsonl.gz", lambda f: b"", r"a\.jsonl\.gz: the gzip data is truncated", "files"),
-    "truncated parquet": (
-        "a.parquet",
-        lambda f: truncated(parquet_bytes(f)),
-        r"a\.parquet: after row 0, the pa",
-        "files",
-    ),
-    "damaged parquet": (
-        "a.parquet",
-        lambda f: flipped_column(parquet_bytes(f), f),
-        r"a\.parquet: after row 50, the parquet data is damaged \(",
-        "files",
-    ),
+    "empty gzip": ("a.jsonl.gz", b"", ": the gzip data is truncated", 0),
+    "truncated parquet": ("a.parquet", truncated(PARQUET), ": after row 0, the pa", 0),
+    "damaged parquet": ("a.parquet", flipped_column(), r": after row 50, the parquet data is damaged \(", 50),
     "truncated arrow": (
         "a.arrow",
-        lambda f: (stream_form(f / "t"), truncated((f / "t").read_bytes()))[1],
-        r"a\.arrow: after row 50, the arrow data is damaged",
-        "files",
+        truncated(arrow_stream_bytes(TEXTS)),
+        ": after row 50, the arrow data is damaged",
+        50,
     ),
     "no such column": (
         "a.feather",
-        lambda f: (pyarrow.feather.write_feather(table(TEXTS).select(["id"]), f / "t"), (f / "t").read_bytes())[1],
-        r'a\.feather: after row 0, there are 0 columns "text" among id: set --text-field',
-        "files",
+        without_column(pyarrow.feather.write_feather),
+        ': after row 0, there are 0 columns "text" among id: set --text-field',
+        0,
     ),
     "not JSON": (
         "a.jsonl",
-        lambda f: json_lines(TEXTS[:50]) + b"\n" + BAD_LINE + json_lines(TEXTS[50:]),
-        r'a\.jsonl, line 52 is not a JSON object with a string field "text" \(--text-field\)',
-        "records",
+        json_lines(TEXTS[:50]) + b"\n" + BAD_LINE + json_lines(TEXTS[50:]),
+        rf", line 52{NO_STRING} \(--text-field\)",
+        120,
     ),
-    "no such field, and no string": (
-        "a.jsonl.gz",
-        lambda f: gzip.compress(b'{"content": "no"}\n{"text": 3}\n[]\n' + json_lines(TEXTS)),
-        r'a\.jsonl\.gz, line 1 is not a JSON object with a string field "text"',
-        "records",
-    ),
-}
-# How many of TEXTS are kept; None: those before a place that is not known beforehand.
-KEPT = {
-    "truncated gzip of one text": 0,
-    "empty gzip": 0,
-    "truncated parquet": 0,
-    "damaged parquet": 50,
-    "truncated arrow": 50,
-    "no such column": 0,
-    "not JSON": 120,
-    "no such field, and no string": 120,
+    "no such field": ("a.jsonl.gz", gzip.compress(NO_RECORDS + json_lines(TEXTS)), f", line 1{NO_STRING}", 120),
 }
 
 
@@ -277,21 +221,22 @@ def test_damage_is_an_error_or_counted(
     case: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_bytes, "COMPRESSED_BLOCK_BYTES", 500)
-    name, damaged, message, counted = DAMAGED[case]
+    name, data, message, expected = DAMAGED[case]
+    counted = "records" if expected == len(TEXTS) else "files"
     source = tmp_path / "in"
     source.mkdir()
-    (source / name).write_bytes(damaged(tmp_path))
+    (source / name).write_bytes(data)
     more = make_documents(40, seed=5)
     (source / "b.jsonl").write_bytes(json_lines(more))
-    with pytest.raises(ValueError, match=f"in/{message}.*; repair it, or pass --on-corrupt skip"):
+    with pytest.raises(ValueError, match=f"in/{re.escape(name)}{message}.*; repair it, or pass --on-corrupt skip"):
         prepare_corpus(make_settings(source, tokenizer, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     given = make_settings(source, tokenizer, tmp_path / "out", on_corrupt="skip", workers=2)
     manifest = prepare_corpus(given).manifest
     skipped = {key: n for key, n in manifest["skipped"].items() if n}
-    assert skipped == {f"damaged_{counted}": 3 if "string" in case else 1}
+    assert skipped == {f"damaged_{counted}": 3 if case == "no such field" else 1}
     kept = sum(split["documents"] for split in manifest["splits"].values()) - len(more)
-    assert kept == KEPT[case] if case in KEPT else 10 < kept < 110
+    assert 10 < kept < 110 if expected is None else kept == expected
     assert_holds(tmp_path / "out", TEXTS[:kept] + more, tokenizer)
     source_lines = [json.loads(line) for line in (tmp_path / "out" / "sources.jsonl").read_text().splitlines()]
     assert [line["outcome"] for line in source_lines] == ["damaged" if counted == "files" else "read", "read"]
@@ -366,7 +311,7 @@ RECORDS = [{"n": i, "text": text} for i, text in enumerate(["one", "zwölf"])]
 RECORD_LINES = json_lines(["one", "zwölf"])
 LONG = "9" * 5000
 # name -> (file, its bytes, its documents, what is counted, a part of the message)
-FILES: dict[str, tuple[str, bytes | Callable[[Path], bytes], list[str], list[str], str]] = {
+FILES: dict[str, tuple[str, bytes, list[str], list[str], str]] = {
     "mark": ("a.txt", MARK + b"text", ["text"], [], ""),
     "mark, gzip": ("a.txt.gz", gzip.compress(MARK + b"text"), ["text"], [], ""),
     "mark, two members": ("a.jsonl.gz", gzip.compress(MARK + b'{"text": "a"}\n') * 2, ["a", "a"], [], ""),
@@ -443,10 +388,10 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], bytes], list[str], list[str
     "a number": ("a.jsonl", b'{"text": 12}\n', [], ["record"], "line 1 is not a JSON object with a string field"),
     "half a pair": ("a.json", b'[{"text": "a\\ud800"}\n]', ["a?"], ["repaired"], ""),
     "deep": ("a.jsonl", b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b', "text": "a"}\n', [], ["record"], "line 1 is not"),
-    "joined parquet": ("a.parquet", lambda f: parquet_bytes(f) * 2, [], ["damaged"], "several parquet files joined"),
+    "joined parquet": ("a.parquet", PARQUET * 2, [], ["damaged"], "several parquet files joined"),
     "parquet without the column": (
         "a.parquet",
-        lambda f: (pyarrow.parquet.write_table(table(TEXTS).select(["id"]), f / "t"), (f / "t").read_bytes())[1],
+        without_column(pyarrow.parquet.write_table),
         [],
         ["damaged"],
         'there are 0 columns "text" among id: set --text-field',
@@ -462,9 +407,8 @@ def test_a_file_has_these_documents(
     """Also where it is longer than a unit, which is read in another way."""
     monkeypatch.setattr(readers, "UNIT_BYTES", unit_bytes)
     name, data, documents, counted, message = FILES[case]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_bytes(data if isinstance(data, bytes) else data(tmp_path))
-    found = read(tmp_path / "in")
+    (tmp_path / name).write_bytes(data)
+    found = read(tmp_path)
     assert found[:2] == (documents, counted)
     assert message in found[2]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow
-import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -25,6 +24,7 @@ from megatron_depthattn.data import columns, file_bytes, readers
 from megatron_depthattn.data.documents import corpus_files
 from megatron_depthattn.data.encode import Encoded, Piece, Recipe, parts
 from megatron_depthattn.data.readers import START, Position, read_units
+from tests.prepared import arrow_file_bytes, arrow_stream_bytes, parquet_bytes
 
 RECIPE = Recipe("text", 0.5)
 MARKED = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]  # that a file says of itself; the others it does not
@@ -45,29 +45,6 @@ class Case(NamedTuple):
         return self.is_marked and self.change == "none"
 
 
-def table(texts: list[str]) -> pyarrow.Table:
-    return pyarrow.table({"id": range(len(texts)), "text": pyarrow.array(texts, pyarrow.string())})
-
-
-def parquet(texts: list[str]) -> bytes:
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table(texts), sink, row_group_size=4, compression="zstd")
-    return sink.getvalue()
-
-
-def arrow_file(texts: list[str]) -> bytes:
-    sink = io.BytesIO()
-    pyarrow.feather.write_feather(table(texts), sink, chunksize=4, compression="uncompressed")
-    return sink.getvalue()
-
-
-def arrow_stream(texts: list[str]) -> bytes:
-    sink = io.BytesIO()
-    with pyarrow.ipc.new_stream(sink, table(texts).schema) as writer:
-        writer.write_table(table(texts), max_chunksize=4)
-    return sink.getvalue()
-
-
 def records(texts: list[str]) -> list[dict[str, object]]:
     return [{"n": 10**60 + i, "text": text} for i, text in enumerate(texts)]
 
@@ -84,7 +61,11 @@ TEXT_FORMS: dict[str, Callable[[list[str]], str]] = {
     "pretty.json": lambda texts: json.dumps(records(texts), ensure_ascii=False, indent=1),
     "object.json": lambda texts: json.dumps(records(texts or [""])[0], ensure_ascii=False, indent=1),
 }
-BINARY_FORMS = {"a.parquet": parquet, "file.arrow": arrow_file, "stream.arrow": arrow_stream}
+BINARY_FORMS: dict[str, Callable[[list[str]], bytes]] = {
+    "a.parquet": lambda texts: parquet_bytes(texts, 4, compression="zstd"),
+    "file.arrow": lambda texts: arrow_file_bytes(texts, 4, compression="uncompressed"),
+    "stream.arrow": lambda texts: arrow_stream_bytes(texts, 4),
+}
 characters = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\0\t\n\r")
 texts_strategy = st.lists(st.text(characters, max_size=30), max_size=9)
 
