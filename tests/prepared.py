@@ -1,5 +1,4 @@
-"""What the tests of corpus preparation share: documents, their tokens by the bare library, the files
-that hold them, the bytes of a folder."""
+"""What the tests of corpus preparation share: documents, files that hold them, their tokens by the bare library."""
 
 import io
 import itertools

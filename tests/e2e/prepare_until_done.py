@@ -18,7 +18,7 @@ if __name__ == "__main__":  # not in the encoding processes, which import this f
     from tests.prepared import make_settings
 
 
-def attempt(source: str, tokenizer: str, output: Path, reports: int) -> None:
+def attempt(source: str, tokenizer: str, output: Path, reports: int, workers: int) -> None:
     """Preparation with small units and shards, which saves after every unit and reports it with a byte."""
     prepare.SAVE_SECONDS, shard_writer.SHARD_BYTES = 0.0, 20_000
     readers.UNIT_BYTES = file_bytes.BLOCK_BYTES = 5000
@@ -26,7 +26,7 @@ def attempt(source: str, tokenizer: str, output: Path, reports: int) -> None:
     def report(progress: "PrepareProgress") -> None:
         os.write(reports, b"c" if progress.message else b"u")
 
-    prepare_corpus(make_settings(Path(source), tokenizer, output, workers=2), report)
+    prepare_corpus(make_settings(Path(source), tokenizer, output, workers=workers), report)
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         reader, writer = os.pipe()
         program = os.fork()
         if program == 0:
-            attempt(source, tokenizer, Path(output), writer)
+            attempt(source, tokenizer, Path(output), writer, workers=2 - killed % 2)
             os._exit(0)
         os.close(writer)
         seen = b""
