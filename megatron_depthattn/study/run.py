@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -98,7 +99,7 @@ def run_points(points: Sequence[Point], output: Path, jobs: int) -> tuple[list[P
                 for _, process in running:
                     process.send_signal(number)
             while waiting and not is_stopped and len(running) < jobs:
-                running.append((waiting[0], _start(waiting.pop(0), output)))
+                running.append((waiting[0], _start(waiting.pop(0), output, jobs)))
             for point, process in [each for each in running if each[1].poll() is not None]:
                 running.remove((point, process))
                 if not _ended_well(point, process.returncode, is_stopped, output):
@@ -137,14 +138,22 @@ def _log_of(point: Point, output: Path) -> Path:
     return output / "logs" / f"{point.id}.log"
 
 
-def _start(point: Point, output: Path) -> subprocess.Popen[bytes]:
+def job_environment(jobs: int) -> dict[str, str]:
+    """This process's environment; of several jobs each gets its share of the cores, unless OMP_NUM_THREADS is set."""
+    share = max(1, len(os.sched_getaffinity(0)) // jobs)
+    return {**({"OMP_NUM_THREADS": str(share)} if jobs > 1 else {}), **os.environ}
+
+
+def _start(point: Point, output: Path, jobs: int) -> subprocess.Popen[bytes]:
     """The process that trains the point; a group of its own, which no terminal's Ctrl-C reaches."""
     step, path = progress_of(point, output).step, _log_of(point, output)
     _log(f"{point.id}: {f'resumes at step {step}' if step else f'starts; of step {point.steps}'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     command = training_command(output / point.config, point.world)
     with path.open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command, env=job_environment(jobs), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _ended_well(point: Point, code: int, is_stopped: bool, output: Path) -> bool:

@@ -16,7 +16,7 @@ from megatron_depthattn.launch.submit import sweep
 from megatron_depthattn.study import run
 from megatron_depthattn.study.ladder import Ladder
 from megatron_depthattn.study.plan import make_plan, read_points
-from megatron_depthattn.study.run import progress_of, training_command, write_array
+from megatron_depthattn.study.run import job_environment, progress_of, training_command, write_array
 from megatron_depthattn.study.study import Study, load_study
 
 STUDIES = Path(__file__).parents[2] / "configs/studies"
@@ -300,3 +300,12 @@ def test_a_held_out_text_that_is_too_short_is_an_error(tmp_path):
             check_held_out(study, index)
     with pytest.raises(ValueError, match=f"holds {study.eval_sequences - 1} sequences and eval_sequences is"):
         check_held_out(study, index)
+
+
+def test_jobs_share_the_cores(monkeypatch):
+    """Two processes with a thread for every core each take seven times as long as with their share."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [job_environment(jobs).get("OMP_NUM_THREADS") for jobs in (1, 2, 3, 9)] == [None, "4", "2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert job_environment(2)["OMP_NUM_THREADS"] == "3"
