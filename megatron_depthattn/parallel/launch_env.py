@@ -135,3 +135,9 @@ def end_with_launcher() -> None:
     if os.environ.get("TORCHELASTIC_RUN_ID") is not None:
         with contextlib.suppress(OSError, AttributeError):  # not on Linux
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def job_environment(jobs: int) -> dict[str, str]:
+    """This process's environment; of several jobs each gets its share of the cores, unless OMP_NUM_THREADS is set."""
+    share = max(1, len(os.sched_getaffinity(0)) // jobs)
+    return {**({"OMP_NUM_THREADS": str(share)} if jobs > 1 else {}), **os.environ}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Literal, NamedTuple
 from megatron_depthattn.config import to_dict
 from megatron_depthattn.config.load import flatten, load_record
 from megatron_depthattn.config.resolve import AUTO
+from megatron_depthattn.parallel.launch_env import job_environment
 from megatron_depthattn.study.plan import Point
 from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.terminal import printable
@@ -136,12 +136,6 @@ def describe_cost(waiting: Sequence[Point], points: Sequence[Point], output: Pat
 
 def _log_of(point: Point, output: Path) -> Path:
     return output / "logs" / f"{point.id}.log"
-
-
-def job_environment(jobs: int) -> dict[str, str]:
-    """This process's environment; of several jobs each gets its share of the cores, unless OMP_NUM_THREADS is set."""
-    share = max(1, len(os.sched_getaffinity(0)) // jobs)
-    return {**({"OMP_NUM_THREADS": str(share)} if jobs > 1 else {}), **os.environ}
 
 
 def _start(point: Point, output: Path, jobs: int) -> subprocess.Popen[bytes]:

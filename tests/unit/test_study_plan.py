@@ -13,10 +13,11 @@ from streaming import MDSWriter
 from megatron_depthattn.cli.study import check_held_out, main
 from megatron_depthattn.config import load_config, to_dict, validate
 from megatron_depthattn.launch.submit import sweep
+from megatron_depthattn.parallel.launch_env import job_environment
 from megatron_depthattn.study import run
 from megatron_depthattn.study.ladder import Ladder
 from megatron_depthattn.study.plan import make_plan, read_points
-from megatron_depthattn.study.run import job_environment, progress_of, training_command, write_array
+from megatron_depthattn.study.run import progress_of, training_command, write_array
 from megatron_depthattn.study.study import Study, load_study
 
 STUDIES = Path(__file__).parents[2] / "configs/studies"
