@@ -29,11 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_depthattn.data.documents import (
-    BUILTIN_STDLIB,
-    CorpusFile,
-    corpus_files,
-)
+from megatron_depthattn.data.documents import BUILTIN_STDLIB, CorpusFile, corpus_files
 from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, encode, parts
 from megatron_depthattn.data.encode_pool import EncodePool
 from megatron_depthattn.data.hub import HUB, HubChoice, hub_files, hub_name

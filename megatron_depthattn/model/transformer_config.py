@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_depthattn.config.schema import DepthConfig
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import DEFINITIONS, define, effective_method
 from megatron_depthattn.model.source_plan import CrossLayerPlan, ListedPlan, SourcePlan, default_stride, source_kinds
@@ -183,9 +184,9 @@ class DepthAttentionConfig(TransformerConfig):
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming what was given, why the method does not support it and what to set."""
-        choices = {"op": sorted(DEPTH_MIX_IMPLEMENTATIONS), "loop_sources": ["same_layer", "unrolled"]}
-        choices |= {"weights": ["softmax", "uniform"], "mixes": ["value", "key", "key_value"]}
-        for key, known in choices.items():
+        words = get_type_hints(DepthConfig)
+        choices = {key: list(get_args(words[key])) for key in ("loop_sources", "weights", "mixes")}
+        for key, known in ({"op": sorted(DEPTH_MIX_IMPLEMENTATIONS)} | choices).items():
             if (given := getattr(self, f"depth_attention_{key}")) not in known:
                 raise ValueError(f"depth_attention_{key} is {given!r}; set one of {known}.")
         if self.method not in ("depth_attention", "vanilla", *DEFINITIONS):
