@@ -4,7 +4,8 @@ Every rank has a thread that watches for the loop's heartbeats. When they stay a
 store that all ranks joined the world through; every rank that still runs then writes the stacks of all its threads,
 answers, says which ranks did not, and ends with `EXIT_HANG`, so that the launcher ends the job. Neither the alarm nor
 the end relies on a collective, on a signal or on the main thread: those are what hangs. What may hang with them (the
-store of a dead host, the disk that the stacks go to) is waited for only so long.
+store of a dead host, the disk that the stacks go to) is waited for only so long. Last of all a rank writes what torch's
+flight recorder knows of its collectives: torch itself would write it only when one times out, which is later.
 
 A main thread that holds the interpreter's lock in a C call stops this thread as well. For that there is a timer of
 `faulthandler`, which needs no lock: it prints the stacks on stderr and ends the process with exit code 1.
@@ -17,6 +18,7 @@ import faulthandler
 import itertools
 import json
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import torch
 import torch.distributed as dist
 
 from megatron_depthattn.parallel.rank_spans import rank_spans
@@ -37,6 +40,8 @@ from megatron_depthattn.parallel.rank_spans import rank_spans
 EXIT_HANG = 70
 """Exit code of a process that the watchdog ended: EX_SOFTWARE, which neither Python nor a signal produces."""
 _ALARM, _ANSWERS = "alarm", "answers"
+_RECORDERS = {"nccl": "_dump_nccl_trace", "gloo": "_dump_fr_trace"}
+"""Torch's flight recorders: by what recorded, the function that returns all of it."""
 _MAX_RANKS = 16
 """Silent ranks that are described one by one; more are counted."""
 _STATES = {
@@ -67,7 +72,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             batch, or forcing of one file to disk. Watching starts with the first heartbeat, so loading and
             compiling are not timed.
         folder: where the stacks go, ``<time>_rank_<N>.txt`` for each rank, and ``<time>_hang_<N>.txt``, what rank
-            N says of the others; made when needed.
+            N says of the others; made when needed. Ranks' collectives go into ``<time>_collectives``.
         rank, world_size: this process's place.
         store: the store of the world. Of it a copy with a connection of its own is used, since a store serves one
             call at a time and the main thread's may be the one that hangs.
@@ -149,7 +154,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def _report(self) -> None:
         """Write the stacks and, meanwhile, talk to the others; where one fails or blocks the other is still done."""
-        stamp = time.strftime("%Y%m%dT%H%M%S")
+        self._name = stamp = time.strftime("%Y%m%dT%H%M%S")
         _say(f"rank {self.rank} {self._what_happened()}; main thread: {main_thread(6)}")
         path = self.folder / f"{stamp}_rank_{self.rank}.txt"
         stacks = threading.Thread(target=self._try, args=(lambda: self._write_stacks(path),), daemon=True)
@@ -158,13 +163,16 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._try(lambda: answers.update(self._exchange_answers(answers[self.rank])))
         lines = [f"hang: no heartbeat for {self.timeout:g} s"] if self.rank == min(answers) else []
         self._try(lambda: lines.extend(self._silent_ranks(answers)))
+        collectives = self.folder / f"{self._name}_collectives"
         if self.rank == min(answers):
             lines += _groups(answers)
+            lines.append(f"each rank's last collectives are written to {collectives} (docs/fault-tolerance.md)")
         for line in lines:
             _say(line)
         if lines:
             self._try(lambda: (self.folder / f"{stamp}_hang_{self.rank}.txt").write_text("\n".join(lines) + "\n"))
         stacks.join()
+        self._try(lambda: write_collectives(collectives, self.rank))
 
     def _try(self, part: Callable[[], Any]) -> None:
         try:
@@ -190,8 +198,8 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                     print(f"child {child.pid} {child.name()}: {child.status()}", file=file)
 
     def _exchange_answers(self, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        """Raise the alarm, answer, and after the time of grace read who answered."""
-        self._store.set(_ALARM, str(self.rank))
+        """Raise the alarm, answer, and after the time of grace read who answered; all take the first one's name."""
+        self._name = self._store.compare_set(_ALARM, "", self._name).decode()
         self._store.append(_ANSWERS, json.dumps({self.rank: mine}) + "\n")
         time.sleep(self.grace)
         return {
@@ -216,6 +224,25 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         beat = self._last or Heartbeat(time.monotonic(), None, "start")
         since = time.time() - (time.monotonic() - beat.at)
         return self._process | {"step": beat.step, "phase": beat.phase, "since": since}
+
+
+def write_collectives(folder: Path, rank: int) -> None:
+    """Write what torch's flight recorder kept of this rank's collectives, for ``torchfrtrace FOLDER -p nccl_rank_``.
+
+    The recorder asks CUDA, and holds the interpreter's lock meanwhile: call it when all else is done.
+    """
+    names = dist.distributed_c10d._world.pg_names
+    groups = {
+        name: {"name": name, "desc": group.group_desc, "ranks": str(dist.get_process_group_ranks(group))}
+        for group, name in names.items()
+    }
+    for backend, function in _RECORDERS.items():
+        dump = getattr(torch._C._distributed_c10d, function, None)  # a build without NCCL lacks one
+        recorded = pickle.loads(dump()) if dump else {}
+        if recorded.get("entries"):
+            folder.mkdir(parents=True, exist_ok=True)
+            recorded["pg_config"] = groups  # gloo's recorder knows neither names nor ranks of groups
+            (folder / f"{backend}_rank_{rank}").write_bytes(pickle.dumps(recorded))
 
 
 def main_thread(limit: int) -> str:

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_depthattn.parallel.groups import initialize_distributed
+from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.watchdog import Watchdog
 
 
 def main(folder: Path, timeout: float, scenario: str) -> None:
-    dist.init_process_group("gloo")
+    initialize_distributed(launch_environment())
     rank = dist.get_rank()
     store = dist.distributed_c10d._get_default_store()
     with Watchdog(timeout, folder, rank=rank, world_size=dist.get_world_size(), store=store) as watchdog:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.flight_recorder import fr_trace
 
 from megatron_depthattn.train.watchdog import EXIT_HANG
 from tests import forked
@@ -40,6 +41,13 @@ class World:
     def stacks(self, rank: int) -> list[Path]:
         return sorted(self.folder.glob(f"*_rank_{rank}.txt"))
 
+    def collectives(self, *options: str) -> None:
+        """Let torch's analyzer print what it makes of the one folder of recordings."""
+        (folder,) = self.folder.glob("*_collectives")
+        assert all(f"written to {folder} (" in path.read_text() for path in self.folder.glob("*_hang_*.txt"))
+        with contextlib.suppress(SystemExit):
+            fr_trace.main([str(folder), "-p", "gloo_rank_", *options])
+
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
@@ -58,7 +66,7 @@ def scenario(name: str) -> pytest.MarkDecorator:
 
 
 @scenario("stopped_1")
-def test_a_stopped_rank_is_named_with_its_state(world: World):
+def test_a_stopped_rank_is_named_with_its_state(world: World, caplog: pytest.LogCaptureFixture):
     assert world.exit_code(0) == EXIT_HANG, world.error(0)
     assert not world.ranks.wait(0.1), "a stopped process cannot end itself; the launcher kills it"
     said = world.error(0)
@@ -72,6 +80,8 @@ def test_a_stopped_rank_is_named_with_its_state(world: World):
     (stacks,) = world.stacks(0)
     assert "hang_worker.py" in stacks.read_text() and "in main" in stacks.read_text()
     assert silent[0] in next(world.folder.glob("*_hang_0.txt")).read_text()
+    world.collectives("--allow-incomplete-ranks", "-j")
+    assert caplog.text.count("all_reduce(input_sizes=[[1]]") == 3
 
 
 @scenario("stopped_0")
@@ -83,7 +93,7 @@ def test_the_host_of_the_store_may_be_the_one_that_is_stopped(world: World):
 
 
 @scenario("endless_loop")
-def test_ranks_in_a_loop_and_in_a_collective_both_tell_where_they_are(world: World):
+def test_ranks_in_a_loop_and_in_a_collective_both_tell_where_they_are(world: World, caplog: pytest.LogCaptureFixture):
     codes = [world.exit_code(rank) for rank in range(2)]
     assert codes == [EXIT_HANG, EXIT_HANG], world.error(0) + world.error(1)
     assert "endless_loop" in world.stacks(1)[0].read_text()
@@ -93,6 +103,10 @@ def test_ranks_in_a_loop_and_in_a_collective_both_tell_where_they_are(world: Wor
     assert re.search(r"rank 0 answered: step 2 \(step\), main thread at .* all_reduce", said), said
     assert "is unresponsive" not in said
     child = int(re.search(r"child (\d+) \S+: sleeping", world.stacks(1)[0].read_text())[1])  # type: ignore[index]
+    world.collectives()
+    found = {message.strip() for message in caplog.messages}
+    assert {"group info: 0:default_pg", "collective: gloo:all_reduce", "missing ranks: {1}"} <= found, caplog.text
+    assert "hang_worker.py" in caplog.text
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
