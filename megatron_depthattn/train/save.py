@@ -97,7 +97,7 @@ class CheckpointSaver:
         self._directory, self._keep, self._is_async, self._on_progress = directory, keep, is_async, on_progress
         self._written = _Written()
         self._group: Any = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
-        self._strategy = _CopyToHost()
+        self._strategy = _CopyToHost(on_progress)
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -124,6 +124,7 @@ class CheckpointSaver:
             except OSError as problem:
                 error = _reason(problem, staging)
         error = self._agree(error)
+        self._on_progress()
         if error is None:
             try:
                 dist_checkpointing.save(
@@ -365,8 +366,9 @@ class _CopyToHost(TorchDistSaveShardedStrategy):
     The buffers are filled anew by every save; what is kept is their memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_part: Notify) -> None:
         super().__init__("torch_dist", 1)
+        self._on_part = on_part
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._state: dict[str, Any] | None = None
 
@@ -374,6 +376,7 @@ class _CopyToHost(TorchDistSaveShardedStrategy):
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         for part in itertools.chain.from_iterable(by_key.values()):
             if isinstance(part, ShardedTensor):
+                self._on_part()  # page-locked memory is slow to get
                 part.data = self._copy(part)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -156,6 +156,18 @@ def test_control_a_copy_that_is_not_renewed_is_seen(megatron_world_of_one, tmp_p
     assert equal(one, two) == list(one)
 
 
+def test_each_part_that_is_copied_is_a_heartbeat(megatron_world_of_one, tmp_path, monkeypatch):
+    from megatron_depthattn.train import save
+
+    copy, beats, seen = save._CopyToHost._copy, [], []
+    run = Run(tmp_path / "checkpoints", is_async=True, on_progress=lambda: beats.append(None))
+    monkeypatch.setattr(save._CopyToHost, "_copy", lambda self, part: (seen.append(len(beats)), copy(self, part))[1])
+    run.step()
+    run.save()
+    assert len(seen) > 30 and all(earlier < later for earlier, later in itertools.pairwise([0, *seen]))
+    assert run.outcome().error is None
+
+
 def test_the_copy_is_made_before_save_returns(run, tmp_path, monkeypatch):
     """The writer is held up until training has gone on: the checkpoint is of the step that was saved all the same."""
     go_on = threading.Event()
