@@ -12,10 +12,7 @@ _default TOKENIZERS_PARALLELISM false # tokenizers' threads and forked loader wo
 _default PYTHONUNBUFFERED 1         # the last lines before a death are the ones that are needed
 _default PYTHONFAULTHANDLER 1       # a crash in C leaves the Python stack
 
-# ---- collectives. How long a rank waits for another is set in code (train.hang_timeout): the watchdog reports more than a time-out
-_default TORCH_NCCL_ASYNC_ERROR_HANDLING 3 # a rank whose communicator failed ends, without waiting for an abort that may hang (torch's default, stated)
-_default TORCH_FR_BUFFER_SIZE 2000  # the flight recorder keeps the last 2000 collectives of each rank, off by default (torch before 2.9: TORCH_NCCL_TRACE_BUFFER_SIZE)
-_default TORCH_FR_DUMP_ON_TIMEOUT 1 # and writes them when a collective times out, to flight_recorder_<rank> beside the rank's log (megatron_depthattn.launch.torchrun sets the path)
+# ---- collectives. How long a rank waits for another, and the flight recorder, are set in code (parallel/groups.py), for every start
 _default NCCL_DEBUG WARN            # NCCL is silent otherwise, also about what it then fails on
 # Left alone on purpose, as NCCL's choice is right unless measured otherwise: NCCL_ALGO, NCCL_PROTO, NCCL_IB_*, NCCL_SOCKET_IFNAME,
 # NCCL_NVLS_ENABLE (0 frees some GPU memory and costs bandwidth; needed only by in-process restarts, which do not exist here).
@@ -23,15 +20,6 @@ _default NCCL_DEBUG WARN            # NCCL is silent otherwise, also about what 
 
 # ---- GPUs
 _default PYTORCH_ALLOC_CONF expandable_segments:True # sequence lengths and microbatches of several sizes fragment fixed segments
+# CUDA_DEVICE_MAX_CONNECTIONS: each rank sets it (parallel/launch_env.py)
 
-# Tensor, sequence and context parallelism overlap a collective with the matrix product that was launched after it, which
-# is in order only with a single hardware queue: Megatron asserts 1 on GPUs before Blackwell (compute capability below 10).
-# From Blackwell on order is kept without it, and one queue only costs overlap. It must not be 1 with the UCC backend or
-# with fully sharded parameters, which this package does not use. Without a GPU nobody reads it.
-_gpu_capability() { command -v nvidia-smi >/dev/null && timeout 60 nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 's/\..*//;1p'; }
-if [ -z "${CUDA_DEVICE_MAX_CONNECTIONS+set}" ]; then
-    _capability=$(_gpu_capability) || _capability=
-    if [[ $_capability =~ ^[0-9]+$ ]] && [ "$_capability" -lt 10 ]; then export CUDA_DEVICE_MAX_CONNECTIONS=1; fi
-fi
-unset -f _default _gpu_capability
-unset _capability
+unset -f _default

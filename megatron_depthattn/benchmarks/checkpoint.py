@@ -129,6 +129,10 @@ def gathered_state(chunks: Chunks, optimizer: MegatronOptimizer) -> dict[str, An
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+    ranks = dist.get_process_group_ranks(metadata["dp_cp_group"])
+    gloo = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    for part in optimizer.chained_optimizers:
+        part.data_parallel_group_gloo = gloo
     return state | {"optimizer": optimizer.sharded_state_dict(dict(state), metadata=metadata)}
 
 

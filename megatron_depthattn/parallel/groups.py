@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -10,8 +12,9 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
-from megatron_depthattn.parallel.launch_env import LaunchEnvironment, store_address
+from megatron_depthattn.parallel.launch_env import LaunchEnvironment, set_defaults, store_address
 from megatron_depthattn.parallel.patience import WaitedInVain, announced, within
+from megatron_depthattn.parallel.rank_spans import rank_spans
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 """How long a rank waits for the others before it gives up, at the least; for what comes before the first step, since
@@ -53,11 +56,27 @@ def join_store(
 def initialize_distributed(
     environment: LaunchEnvironment, timeout: timedelta = COLLECTIVE_TIMEOUT, store: dist.Store | None = None
 ) -> torch.device:
-    """Join the world (NCCL on GPUs, gloo elsewhere) over ``store`` (default: `join_store`); return our device."""
+    """Join the world (NCCL on GPUs, gloo elsewhere) over ``store`` (default: `join_store`); return our device.
+
+    Raises:
+        ValueError: there is no GPU for this rank.
+    """
     on_cpu = enter_cpu_runtime()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", environment.local_rank)
     if not on_cpu:
+        if environment.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {environment.rank} is number {environment.local_rank} on its host, from 0, and sees "
+                f"{torch.cuda.device_count()} GPUs: start as many ranks on a host as it has GPUs (--nproc-per-node), "
+                "and see CUDA_VISIBLE_DEVICES and nvidia-smi there."
+            )
         torch.cuda.set_device(device)
+    set_defaults(
+        TORCH_FR_BUFFER_SIZE="2000",  # so many collectives the flight recorder keeps
+        TORCH_NCCL_DUMP_ON_TIMEOUT="1",
+        # By default torch's thread that looks after NCCL's ends a process after 8 minutes, before the watchdog reports.
+        TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=str(int(timeout.total_seconds())),
+    )
     store = store or join_store(environment, timeout)
     with announced(f"rank {environment.rank}", lambda: "all ranks to join the world", timeout.total_seconds()):
         dist.init_process_group(
@@ -66,7 +85,11 @@ def initialize_distributed(
             store=dist.PrefixStore("default_pg", store),
             rank=environment.rank,
             world_size=environment.world_size,
+            device_id=None if on_cpu else device,  # connects now, and on the right GPU
         )
+    # For as long as the world is bound to a device, each later group is split off it by all ranks, be it used or not,
+    # and messages between stages queue up with a group's collectives.
+    dist.distributed_c10d._get_default_group().bound_device_id = None
     return device
 
 
@@ -87,8 +110,46 @@ def initialize_model_parallel(
             virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
             context_parallel_size=context,
             distributed_timeout_minutes=round(timeout.total_seconds() / 60),
+            create_gloo_process_groups=False,  # a connection of each rank to each, three times, for what is not used
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def connect_groups(device: torch.device, on_stage: Callable[[str], None] = lambda _: None) -> None:
+    """Use each group of a step once, as NCCL connects at first use; of Megatron's groups a dozen more are never used.
+
+    All ranks take theirs in the same order, so that none waits for one that waits for it.
+
+    Args:
+        on_stage: called before each, with the group's name and ranks.
+
+    Raises:
+        RuntimeError: a sum over a group is wrong.
+    """
+    groups = [
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_context_parallel_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ]
+    if parallel_state.is_rank_in_embedding_group(ignore_virtual=True):
+        groups.append(parallel_state.get_embedding_group())
+    for group in [each for each in groups if each.size() > 1]:
+        name, ranks = group.group_desc, dist.get_process_group_ranks(group)
+        on_stage(f"connecting {name}, {rank_spans(ranks)}")
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total, group=group)
+        if total.item() != len(ranks):
+            raise RuntimeError(f"the sum of ones over {name}, {rank_spans(ranks)}, is {total.item():g}")
+        if name == "PIPELINE_MODEL_PARALLEL_GROUP" and parallel_state.get_virtual_pipeline_model_parallel_world_size():
+            # Interleaved schedules send one by one, for which NCCL connects each pair of neighbours by itself.
+            for pair in {tuple(sorted(pair)): None for pair in itertools.pairwise([*ranks, ranks[0]])}:
+                if dist.get_rank() in pair:
+                    on_stage(f"connecting {name}, {rank_spans(pair)}")
+                    first, second = pair
+                    is_first = dist.get_rank() == first
+                    dist.send(total, second, group) if is_first else dist.recv(total, first, group)
+                    total.item()  # it has arrived
 
 
 def check_same_on_all_ranks(what: str, digest: str) -> None:

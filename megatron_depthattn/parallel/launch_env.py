@@ -26,8 +26,33 @@ class LaunchEnvironment(NamedTuple):
     """Where the launcher looks for what ended this process."""
 
 
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""The variable that says how many hardware queues a GPU has. Megatron's tensor and context parallelism overlap a
+collective with the matrix product that was launched after it, which before Blackwell is in order with a single queue
+only; from then on one costs overlap, as it does in a world of one."""
+BLACKWELL = 10
+
+
+def gpu_generation() -> int:
+    """The lowest major compute capability of this host's GPUs, asked of the driver without starting CUDA; 0: none."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    count, gpu, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    found = []
+    if nvml.nvmlInit_v2() == 0:
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for number in range(count.value):
+            nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(gpu))
+            if nvml.nvmlDeviceGetCudaComputeCapability(gpu, ctypes.byref(major), ctypes.byref(minor)) == 0:
+                found.append(major.value)
+        nvml.nvmlShutdown()
+    return min(found, default=0)
+
+
 def launch_environment() -> LaunchEnvironment:
-    """Read torchrun's variables.
+    """Read torchrun's variables, and set with what CUDA is to start: call it before anything asks for a GPU.
 
     Raises:
         ValueError: some of them are set and others are not, as guessing would start worlds that never meet; or one is
@@ -47,6 +72,8 @@ def launch_environment() -> LaunchEnvironment:
     local_rank = _whole("LOCAL_RANK", "which rank of its host this is", 0, world_size - 1)
     _whole("MASTER_PORT", "the port at which ranks find each other on MASTER_ADDR", 1, 65535)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE") or None
+    if world_size > 1 and QUEUES not in os.environ and 0 < gpu_generation() < BLACKWELL:
+        os.environ[QUEUES] = "1"
     return LaunchEnvironment(rank, world_size, local_rank, launched=True, error_file=error_file)
 
 
@@ -107,7 +134,7 @@ def quiet_torch() -> AbstractContextManager[None]:
     return _default_within("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
-_COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS")
+_COMMUNICATION = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "NVTE_", QUEUES)
 
 
 def communication_variables() -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from megatron_depthattn.parallel.launch_env import BLACKWELL, QUEUES
 from megatron_depthattn.parallel.rank_spans import rank_spans
 from megatron_depthattn.preflight.report import RankReport, Requirements
 from megatron_depthattn.switches import MODEL_SWITCHES
@@ -54,7 +55,7 @@ def compare_reports(
     return [
         *_configs_and_code(reports),
         *_named_values(reports),
-        *_devices(reports),
+        *_devices(reports, requirements),
         *_folders(reports, requirements, unseen or {}),
         *_hosts(reports, requirements),
     ]
@@ -145,7 +146,7 @@ def _named_values(reports: Sequence[RankReport]) -> list[Finding]:
     return findings
 
 
-def _devices(reports: Sequence[RankReport]) -> list[Finding]:
+def _devices(reports: Sequence[RankReport], requirements: Requirements) -> list[Finding]:
     findings = _differences(
         [report for report in reports if not report.device.problem],
         "devices",
@@ -165,6 +166,12 @@ def _devices(reports: Sequence[RankReport]) -> list[Finding]:
         elif used > GPU_IN_USE * device.total_bytes:
             text = f"GPU in use: {who([report])}: {size(used)} of {size(device.total_bytes)} are taken already. "
             findings.append(Finding("warn", text + "See nvidia-smi there for the process that was left over."))
+    older = [report for report in reports if requirements.single_queue and 0 < report.device.generation < BLACKWELL]
+    for value, group in _grouped(older, lambda report: report.variables.get(QUEUES)).items():
+        if value != "1":
+            text = f"hardware queues: {who(group)}: {QUEUES} is {value or 'not set'}, and with tensor or context "
+            advice = "parallelism GPUs before Blackwell need 1: products and collectives are out of order. Set it to 1."
+            findings.append(Finding("warn", text + advice))
     return findings
 
 

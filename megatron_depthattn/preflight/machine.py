@@ -75,6 +75,7 @@ def find_device(local_rank: int) -> Device:
         uuid=str(getattr(properties, "uuid", "")) or None,
         total_bytes=total,
         free_bytes=free,
+        generation=properties.major,
     )
 
 

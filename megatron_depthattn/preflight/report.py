@@ -36,6 +36,8 @@ class Device:
     total_bytes: int = 0
     """Of the GPU's memory; 0 on CPU."""
     free_bytes: int = 0
+    generation: int = 0
+    """Major compute capability; 0 on CPU."""
     problem: str | None = None
     """Why there is no such device for this rank."""
 
@@ -83,6 +85,8 @@ class Requirements:
     """How many more of them the folder must take before old ones are removed."""
     shared_memory_bytes: int = 0
     """Of one rank, at most."""
+    single_queue: bool = False
+    """Whether collectives overlap with matrix products; see `launch_env.QUEUES`."""
 
 
 def from_json(values: Mapping[str, Any]) -> RankReport:

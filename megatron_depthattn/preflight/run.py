@@ -29,7 +29,12 @@ from megatron_depthattn.config import RunConfig, config_digest, config_keys, val
 from megatron_depthattn.config.resolve import Resolved
 from megatron_depthattn.durable import write_durably
 from megatron_depthattn.estimate.counts import checkpoint_bytes
-from megatron_depthattn.parallel.groups import initialize_distributed, initialize_model_parallel, join_store
+from megatron_depthattn.parallel.groups import (
+    connect_groups,
+    initialize_distributed,
+    initialize_model_parallel,
+    join_store,
+)
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment, attempt, communication_variables
 from megatron_depthattn.preflight import machine
 from megatron_depthattn.preflight.compare import Finding, compare_reports, describe
@@ -44,6 +49,8 @@ RECORD = "preflight.json"
 SHARED_FOLDERS = ("run.dir", "checkpoint.dir")
 NCCL_SHARED_MEMORY = 32 * 2**20
 """Room in /dev/shm that we want NCCL to have for each rank."""
+SECONDS_A_RANK = 0.1
+"""Of the world, that one stage of joining may take longer than ``preflight.timeout``."""
 
 
 def enter_world(
@@ -68,8 +75,15 @@ def enter_world(
     store = dist.PrefixStore(attempt(), join_store(environment, timeout, patience=patience))
     lines = check_ranks(config, environment, store, resolved.reasons) if config.preflight.enabled else []
     is_watched = config.preflight.enabled and environment.world_size > 1
-    with _joining(config, environment, store) if is_watched else nullcontext():
+    with _joining(config, environment, store) if is_watched else nullcontext() as watchdog:
+
+        def on_stage(stage: str) -> None:
+            if watchdog:
+                watchdog.heartbeat(0, stage)
+
+        on_stage("joining the world")
         device = initialize_distributed(environment, timeout, store)
+        on_stage("building groups")
         initialize_model_parallel(
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
@@ -78,20 +92,19 @@ def enter_world(
             seed=config.run.seed,
             timeout=timeout,
         )
+        connect_groups(device, on_stage)
     return device, [*lines, *resolved.lines]
 
 
 def _joining(config: RunConfig, environment: LaunchEnvironment, store: dist.Store) -> Watchdog:
-    """Finds a rank that hangs while groups are built: an address that others cannot reach, a link that is down."""
-    watchdog = Watchdog(
-        config.preflight.timeout,
+    """Finds a rank that hangs while groups connect: an address that others cannot reach, a link that is down."""
+    return Watchdog(
+        config.preflight.timeout + environment.world_size * SECONDS_A_RANK,
         Path(config.run.dir) / "stacks",
         rank=environment.rank,
         world_size=environment.world_size,
         store=dist.PrefixStore("joining", store),
     )
-    watchdog.heartbeat(0, "joining")
-    return watchdog
 
 
 def check_ranks(
@@ -202,4 +215,5 @@ def requirements_of(config: RunConfig, world_size: int) -> Requirements:
         checkpoint_bytes=checkpoint_bytes(config),
         checkpoints=max(1, (config.checkpoint.keep or 1) + 1 - there),
         shared_memory_bytes=NCCL_SHARED_MEMORY if torch.cuda.is_available() else 0,
+        single_queue=config.parallel.tensor > 1 or config.parallel.context > 1,
     )

@@ -206,6 +206,7 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
             **optimizer_fields(config.precision),
         ),
         chunks,  # Megatron's default overrides keep weight decay off one-dimensional parameters: the norms
+        use_gloo_process_groups=False,
     )
     for adam in torch_adams(optimizer):
         for group in adam.param_groups:

@@ -11,6 +11,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
+
+import torch.distributed as dist
 
 CLONE_NEWNS = 0x00020000
 
@@ -19,6 +22,14 @@ def own_mounts() -> None:
     """What this process mounts from now on, nobody else sees."""
     assert ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+def _late(function):
+    def late(*arguments, **more):
+        time.sleep(2)
+        return function(*arguments, **more)
+
+    return late
 
 
 def do_wrong(fault: str, place: str) -> None:
@@ -41,6 +52,11 @@ def do_wrong(fault: str, place: str) -> None:
         os.mkfifo(os.path.join(place, ".preflight_1"))
     elif fault == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "stopped in a group":
+        dist.all_reduce = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "slow to join":  # in all longer than a stage may take
+        for name in ("init_process_group", "all_reduce"):
+            setattr(dist, name, _late(getattr(dist, name)))
     elif fault == "other config":
         sys.argv.append(place)
     elif fault == "other variable":

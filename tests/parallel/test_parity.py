@@ -46,6 +46,11 @@ def test_losses_and_gradients_are_those_of_one_process(campaign, job):
     assert len(result["losses"]) == job.steps
     assert result["gradient_errors"].keys() == reference["gradient_errors"].keys()
     assert not violations(result, reference)
+    connected = {text.removeprefix("connecting ").partition(",")[0] for text in result["connected"]}
+    assert set(result.get("groups", ())) <= {"default_pg"} | connected, "groups that only connect in a step"
+    if job.layout == "pp4xvpp2":  # Megatron sends one by one: each pair of neighbours has a connection of its own
+        pairs = [f"connecting PIPELINE_MODEL_PARALLEL_GROUP, ranks {pair}" for pair in ("0-1", "0, 3")]
+        assert result["connected"][-3:-1] == pairs  # the last group is that of the embedding
 
 
 @by_name([job for job in (*LOOPED, *VANILLA_LOOPED) if job.steps > 1])

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -43,6 +44,7 @@ from megatron_depthattn.model.norm import RMSNorm
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.groups import (
     check_same_on_all_ranks,
+    connect_groups,
     initialize_distributed,
     initialize_model_parallel,
     shut_down,
@@ -78,17 +80,19 @@ def main(folder: Path, jobs: list[Job]) -> None:
 def work_off(folder: Path, jobs: Sequence[Any], do: Callable[[Any, torch.device], dict[str, Any]]) -> None:
     """In every process of a world: do the jobs in turn, each under its layout; leave rank 0's result or an error."""
     device = initialize_distributed(launch_environment(), timeout=PATIENCE)
-    layout = ""
+    layout, connected = "", list[str]()
     for job in jobs:
         try:
             if layout != job.layout:  # new groups only when needed: Megatron leaves the old ones open
                 parallel_state.destroy_model_parallel()
                 initialize_model_parallel(**group_sizes(job.config().parallel))
+                connected.clear()
+                connect_groups(device, connected.append)
                 layout = job.layout
             start = time.monotonic()
             result = do(job, device)
             if dist.get_rank() == 0:
-                result["seconds"] = time.monotonic() - start
+                result |= {"seconds": time.monotonic() - start, "connected": connected}
                 write(folder / f"{job.name}.json", json.dumps(result))
         except BaseException:
             error = f"rank {dist.get_rank()} of {dist.get_world_size()}:\n{traceback.format_exc()}"
@@ -141,7 +145,11 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     result["losses"], result["grad_norms"] = [], []
     for step in range(first, job.steps):
         scheduler.step(1)
+        last = max((entry["record_id"] for entry in recorded()), default=-1)
         done = train_step(chunks, optimizer, microbatches(step), SHAPE)
+        sizes = {name: group.size() for group, name in dist.distributed_c10d._world.pg_names.items()}
+        used = {tuple(each["process_group"]) for each in recorded() if each["record_id"] > last}
+        result["groups"] = sorted(description for name, description in used if sizes[name] > 1)
         result["losses"].append(done.loss)
         result["grad_norms"].append(done.grad_norm)
         if job.save and step + 1 == SAVE_AFTER:
@@ -159,6 +167,12 @@ def save_gathered(folder: Path, chunks: Chunks, optimizer: Any, scheduler: Any) 
     saver.save(progress_after(SAVE_AFTER), state | {RNG: sharded_rng_state()})
     outcome = saver.take_outcome()
     assert outcome is not None and outcome.error is None, outcome
+
+
+def recorded() -> list[dict[str, Any]]:
+    """What torch's flight recorder keeps of this rank's collectives."""
+    entries: list[dict[str, Any]] = pickle.loads(torch._C._distributed_c10d._dump_fr_trace(True, False))["entries"]
+    return entries
 
 
 def progress_after(step: int) -> Progress:

@@ -52,7 +52,9 @@ PURE = {
     "quiet.py": set(),
     "preflight/report.py": set(),
     "preflight/machine.py": {"torch", f"{PACKAGE}.preflight.report"},  # torch only inside functions
-    "preflight/compare.py": {f"{PACKAGE}.{n}" for n in ("parallel.rank_spans", "preflight.report", "switches")},
+    "preflight/compare.py": {
+        f"{PACKAGE}.{n}" for n in ("parallel.launch_env", "parallel.rank_spans", "preflight.report", "switches")
+    },
     "data/order.py": {"numpy"},
     "study/report_data.py": {f"{PACKAGE}.train.line_files", f"{PACKAGE}.study.conclusion"},
     "study/plots.py": {"numpy", "matplotlib", f"{PACKAGE}.study.report_data"},

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import mmap
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
@@ -24,10 +26,11 @@ from megatron_depthattn.launch.freeze import CODE_FOLDERS, freeze
 from megatron_depthattn.launch.logs import main as show_logs
 from megatron_depthattn.launch.submit import _configs, _parser, check_options, render, seconds_of, submit, sweep
 from megatron_depthattn.launch.torchrun import _defaults, only_the_head_has_gone
-from megatron_depthattn.parallel.launch_env import LaunchEnvironment
+from megatron_depthattn.parallel.launch_env import QUEUES, LaunchEnvironment
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.errors import OtherRankError, RunError, write_error_record
-from tests.e2e.commands import REPOSITORY
+from tests.e2e.commands import REPOSITORY, must_succeed
+from tests.forked import forked
 
 
 @pytest.mark.parametrize(
@@ -386,24 +389,68 @@ def test_help_of_submit_has_an_example_with_data_and_text_for_every_option():
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
+DRIVER = """
+#include <stdlib.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **gpu) { *gpu = (void *)(long)(index + 1); return 0; }
+int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) {
+    *major = (long)gpu == 1 ? 12 : atoi(getenv("CAPABILITY"));
+    *minor = 0;
+    return 0;
+}
+"""
+"""A driver's library that knows two GPUs, the second of the capability that a variable says."""
+TWO_RANKS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         (
-            {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": ""},
-            {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "", "PYTHONUNBUFFERED": "1"},
+            {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "", "LD_LIBRARY_PATH": ""} | TWO_RANKS,
+            {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "", "PYTHONUNBUFFERED": "1", QUEUES: None},
         ),
-        ({"CAPABILITY": "9.0"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN"}),
-        ({"CAPABILITY": "10.0"}, {"CUDA_DEVICE_MAX_CONNECTIONS": None, "PYTHONUNBUFFERED": "1"}),
-        ({"CAPABILITY": "9.0", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+        ({"CAPABILITY": "9"} | TWO_RANKS, {QUEUES: "1", "OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN"}),
+        ({"CAPABILITY": "9"}, {QUEUES: None}),
+        ({"CAPABILITY": "10"} | TWO_RANKS, {QUEUES: None}),
+        ({"CAPABILITY": "9", QUEUES: "8"} | TWO_RANKS, {QUEUES: "8"}),
     ],
 )
 def test_the_environment_of_the_ranks(given: dict, expected: dict, tmp_path: Path):
-    """The defaults of launch/environment.sh for every launch; what the user has set stays."""
-    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "${CAPABILITY:-}"\n')
-    (tmp_path / "nvidia-smi").chmod(0o755)
+    """The defaults of launch/environment.sh, and what a rank sets for CUDA; what the user has set stays."""
+    (tmp_path / "nvml.c").write_text(DRIVER)
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
     show = "import json, os; from megatron_depthattn.launch.torchrun import set_environment as set; set()"
+    show += "; from megatron_depthattn.parallel.launch_env import launch_environment as read; read()"
     command = [sys.executable, "-c", f"{show}; print(json.dumps(dict(os.environ)))"]
-    variables = given | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    variables = {"PATH": "/usr/bin:/bin", "LD_LIBRARY_PATH": str(tmp_path)} | given
     shown = json.loads(subprocess.check_output(command, cwd=REPOSITORY, env=variables))
     assert {name: shown.get(name) for name in expected} == expected
+
+
+def test_torch_reads_every_variable_of_its_own_that_is_set_for_it():
+    """By the names in its libraries: one that it does not read does nothing, and nobody is told."""
+    sources = [REPOSITORY / "launch" / "environment.sh"]
+    sources += [REPOSITORY / "megatron_depthattn" / name for name in ("parallel/groups.py", "launch/torchrun.py")]
+    pattern = r"TORCH_FR_\w+" + (r"|TORCH_NCCL_\w+" if torch.distributed.is_nccl_available() else "")
+    names = {name for path in sources for name in re.findall(pattern, path.read_text())}
+    assert {"TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"} <= names
+    names.add("TORCH_FR_OF_NO_VERSION")
+    for library in ("libtorch_cpu.so", "libtorch_python.so"):
+        with (Path(torch.__file__).parent / "lib" / library).open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            names = {name for name in names if content.find(f"\0{name}\0".encode()) < 0}
+    assert names == {"TORCH_FR_OF_NO_VERSION"}
+
+
+def test_a_rank_joins_on_its_own_gpu_and_later_groups_connect_at_first_use():
+    """As torch's own code has it, with a backend in NCCL's place. Its control: a world that stays bound to its GPU."""
+    found = json.loads(must_succeed(forked(0, "tests.e2e.pretend_nccl")).stdout)
+    error, device, joining, after, bound = found
+    assert error.startswith("rank 1 is number 2 on its host, from 0, and sees 2 GPUs: start as many ranks")
+    assert device == "cuda:1" and joining == ["set cuda:1", "connect cuda:1"]
+    assert after == []
+    assert bound == ["connect cuda:1", "split without me cuda:1"]

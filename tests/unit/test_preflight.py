@@ -20,7 +20,7 @@ from megatron_depthattn.preflight import gather, machine
 from megatron_depthattn.preflight.compare import compare_reports, describe, group_by_host, size
 from megatron_depthattn.preflight.report import Device, Folder, RankReport, Requirements, from_json
 
-REQUIRED = Requirements(checkpoint_bytes=10**9, checkpoints=3, shared_memory_bytes=10**7)
+REQUIRED = Requirements(checkpoint_bytes=10**9, checkpoints=3, shared_memory_bytes=10**7, single_queue=True)
 GPU = Device(name="H100", uuid="", total_bytes=80 * 10**9, free_bytes=79 * 10**9)
 HEALTHY = RankReport(
     device=GPU,
@@ -198,6 +198,15 @@ CASES = {
         "warn",
         "open files: node1: a process may have 256 open at once (ulimit -n). ",
     ),
+    "hardware queues": (
+        changed(
+            [0, 1, 2, 3],
+            device=dataclasses.replace(GPU, generation=9),
+            variables=HEALTHY.variables | {"CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+        ),
+        "warn",
+        "hardware queues: ranks 0-3 (node0, node1): CUDA_DEVICE_MAX_CONNECTIONS is 8, and with tensor or context ",
+    ),
     "variable": (
         changed([3], variables=HEALTHY.variables | {"NCCL_ALGO": "Ring"}),
         "warn",
@@ -222,6 +231,12 @@ def test_a_folder_that_is_not_shared():
 
 
 LEFT_ALONE = {
+    "queues of Blackwell": changed([0, 1, 2, 3], device=dataclasses.replace(GPU, generation=10)),
+    "one queue": changed(
+        [0, 1, 2, 3],
+        device=dataclasses.replace(GPU, generation=9),
+        variables=HEALTHY.variables | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+    ),
     "an address that others do not need": [dataclasses.replace(each, address="127.0.0.1") for each in world(1, 4)],
     "one machine under two names": changed([0, 1, 2, 3], address="127.0.0.1", machine="boot0", variables={}),
     "another interface": changed([2, 3], address=None, variables=HEALTHY.variables | {"GLOO_SOCKET_IFNAME": "eth1"}),
