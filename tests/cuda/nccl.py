@@ -21,29 +21,32 @@ _groups: dict[int, tuple[Any, dist.ProcessGroup]] = {}
 """By id of the backend, that and the group of the CPU through which its messages go."""
 
 
-def make_backend(options: Any, _: Any) -> Any:
-    """What torch calls for backend "nccl"."""
-    if not dist.is_initialized():
-        _groups.clear()  # of a world that was left
-    backend = c10d.ProcessGroupGloo(options.store, options.group_rank, options.group_size, timeout=options.timeout)
-    # Operations of a group look for the backend of their tensors' device: the hidden ones need a group of the CPU.
-    group = dist.ProcessGroup(options.store, options.group_rank, options.group_size)
-    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, backend)
-    group._set_group_name(f"{options.group_id} on the CPU")
-    _groups[id(backend)] = backend, group
-    return backend
+class _Nccl(type):
+    def __instancecheck__(cls, backend: Any) -> bool:
+        return id(backend) in _groups  # torch asks of what it has just made
+
+
+class ProcessGroupNCCL(metaclass=_Nccl):
+    """Stands in for torch's class of this name where torch makes a backend "nccl"; one of gloo's comes out."""
+
+    Options = c10d.ProcessGroupNCCL.Options  # real: torch fills them
+
+    def __new__(cls, store: Any, rank: int, size: int, options: Any) -> Any:
+        if not dist.is_initialized():
+            _groups.clear()  # of a world that was left
+        backend = c10d.ProcessGroupGloo(store, rank, size, timeout=options._timeout)
+        # Operations of a group look for the backend of their tensors' device: the hidden ones need one of the CPU.
+        group = dist.ProcessGroup(store, rank, size)
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, backend)
+        group._set_group_name(f"{options.group_name} on the CPU")
+        _groups[id(backend)] = backend, group
+        return backend
 
 
 def patch_distributed() -> None:
-    c10d.Backend.register_backend(
-        "nccl",
-        make_backend,
-        extended_api=True,
-        devices=["cuda"],
-        _backend_type=dist.ProcessGroup.BackendType.NCCL,
-    )
-    c10d._NCCL_AVAILABLE = True
+    """Where torch takes the class from: distributed_c10d.py."""
+    c10d.ProcessGroupNCCL = dist.ProcessGroupNCCL = ProcessGroupNCCL
 
 
 def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """A rehearsal of CUDA on a machine without a GPU.
 
 After `start`, every tensor that code puts on "cuda" says so and hides its numbers in a CPU tensor. Operations compute
-with those, so losses are those of the CPU; what a GPU would reject raises `RehearsalError`, and what makes the host wait
-is counted by the line that does it. Real gloo processes stand in for NCCL.
+with those, so losses are those of the CPU; what a GPU would reject raises `RehearsalError`, and what makes the host
+wait is counted by the line that does it. Real gloo processes stand in for NCCL.
 
     tensors.py     the tensors, and what each operation of torch does with them
     torch_cuda.py  torch.cuda, its streams and its generators

@@ -1,14 +1,14 @@
 """Tensors that say "cuda" and hide a CPU tensor, and what every operation of torch does with them.
 
-Operations run on the hidden tensors, so numbers are real; what a GPU would reject is rejected before. All private API
-of torch that this leans on is named where it is used; `test_rehearsal.py` says what to look at when one of them changes.
+Operations run on the hidden tensors, so numbers are real; what a GPU would reject is rejected before. Private API of
+torch that this leans on is named where it is used; test_harness.py says what to look at when torch changes.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils import _device as device_context
@@ -164,7 +164,7 @@ class CudaMode(TorchDispatchMode):
 class Generator(torch.Generator):
     """A generator of a device: one of the CPU's that says so."""
 
-    devices: dict[int, torch.device] = {}
+    devices: ClassVar[dict[int, torch.device]] = {}
     """By the address of the C++ object: the dispatcher hands over another Python object for it."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
@@ -238,7 +238,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if device is not None:
         # "meta" from C++ means a device, but not inside `with torch.device("meta")` and beside real meta tensors
-        is_meta = device_context.CURRENT_DEVICE == torch.device("meta") or any(x.is_meta for x in on_host)
+        is_meta = torch.device("meta") == device_context.CURRENT_DEVICE or any(x.is_meta for x in on_host)
         device = torch.device(device) if is_meta else resolved(device)
     if name in ("copy_", "_to_copy"):
         return _copy(func, name, args, kwargs, device)
@@ -277,7 +277,7 @@ def _on_hidden(func, name, args, kwargs, flat, spec, index, wraps):
     hidden_args, hidden_kwargs = tree_unflatten([bare(x) for x in flat], spec)
     if hidden_kwargs.get("device") is not None:
         hidden_kwargs["device"] = CPU
-    with _own_generator(func, hidden_kwargs, index):
+    with _OwnGenerator(func, hidden_kwargs, index):
         out = func(*hidden_args, **hidden_kwargs)
     if not wraps:
         return out
@@ -287,7 +287,7 @@ def _on_hidden(func, name, args, kwargs, flat, spec, index, wraps):
     return return_and_correct_aliasing(func, args, kwargs, out) if outer and is_view(func) else out
 
 
-class _own_generator:  # noqa: N801 - a context manager
+class _OwnGenerator:
     """The device's own generator for an operation that draws and names none: the CPU's default takes its state."""
 
     def __init__(self, func: Any, kwargs: dict[str, Any], index: int) -> None:
@@ -331,9 +331,9 @@ def _check_mix(name: str, args: Any, on_device: list[CudaTensor], on_host: list[
 
 def _check_generators(func: Any, flat: list[Any]) -> None:
     for generator in flat:
-        if isinstance(generator, torch._C.Generator):
-            if Generator.devices.get(generator._cdata, CPU).type != "cuda":
-                raise RehearsalError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
+        is_one = isinstance(generator, torch._C.Generator)
+        if is_one and Generator.devices.get(generator._cdata, CPU).type != "cuda":
+            raise RehearsalError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
 
 
 def _check_host_memory(func: Any, args: Any, kwargs: dict[str, Any], on_host: list[torch.Tensor]) -> None:
@@ -464,10 +464,9 @@ def _numbers(value: Any) -> Any:
 
 def _empty(own: Any) -> Any:
     def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("device") is not None and not isinstance(kwargs["device"], int):
-            if torch.device(kwargs["device"]).type == "meta":  # asked for in Python: a real one
-                with _disable_current_modes():
-                    return own(*args, **kwargs)
+        if str(kwargs.get("device")) == "meta":  # asked for in Python: a real one
+            with _disable_current_modes():
+                return own(*args, **kwargs)
         return own(*args, **kwargs)
 
     return empty
