@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import typing_extensions
 
 REPOSITORY = str(Path(__file__).parents[2])
-HERE, TORCH = str(Path(__file__).parent / ""), str(Path(torch.__file__).parent)
+NOBODY = (str(Path(__file__).parent), str(Path(torch.__file__).parent), typing_extensions.__file__)
+"""Whose frames do not count: this folder's, torch's and those of its decorators."""
 LIBRARIES = "/site-packages/"
 
 SYNCS: Counter[tuple[str, str]] = Counter()
@@ -53,12 +55,11 @@ def counted() -> Iterator[Counts]:
 
 
 def lines(depth: int = 1) -> list[str]:
-    """The innermost ``path:line`` of the project and of libraries; frames of torch, of Python and of this folder do not
-    count."""
+    """The innermost ``path:line`` of the project and of libraries; not of Python, nor of `NOBODY`."""
     frame, found = sys._getframe(1), []
     while frame is not None and len(found) < depth:
         name = frame.f_code.co_filename
-        if not name.startswith((HERE, TORCH)) or name.endswith("_worker.py"):
+        if not name.startswith(NOBODY):
             if LIBRARIES in name:
                 found.append(f"{name.rpartition(LIBRARIES)[2]}:{frame.f_lineno}")
             elif name.startswith(REPOSITORY):

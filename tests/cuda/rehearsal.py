@@ -34,7 +34,7 @@ def start(device: int = 0, count: int = 1) -> None:
     """
     assert "megatron.core" not in sys.modules, "the rehearsal has to begin before Megatron is imported"
     assert not torch.cuda.is_available(), "there is a GPU here"
-    Device.current, Device.count = device, count
+    Device.current = device
     patch_tensors()
     patch_modules()
     patch_cuda(count)

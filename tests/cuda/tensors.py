@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils import _device as device_context
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from tests.cuda import ledger
@@ -22,10 +22,13 @@ aten: Any = torch.ops.aten
 CPU = torch.device("cpu")
 
 
-class Device:
-    """Which of the process's devices is current, and how many there are."""
+class _Devices(threading.local):
+    """Which of the process's devices is current; every thread begins with 0."""
 
-    current, count = 0, 1
+    current = 0
+
+
+Device = _Devices()
 
 
 class CudaTensor(torch.Tensor):
@@ -80,6 +83,9 @@ class CudaTensor(torch.Tensor):
 
     def data_ptr(self) -> int:
         return self.hidden.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.hidden.untyped_storage()
 
     def type(self, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
@@ -251,11 +257,11 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return ledger.pin(args[0].clone() if name == "_pin_memory" else func(*args, **kwargs | {"pin_memory": False}))
     if ledger.is_any_on_its_way() and on_host:
         _check_host_memory(func, args, kwargs, on_host)
+    _check_generators(name, flat, "cuda" if to_device else "cpu")
     if not on_device and not to_device:
         return func(*args, **kwargs)
     index = _index_of(name, on_device, device)
     _check_mix(name, args, on_device, on_host)
-    _check_generators(func, flat)
     if name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         waited(WAITING.get(name, name))
     if name in INDEXING and any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
@@ -282,9 +288,7 @@ def _on_hidden(func, name, args, kwargs, flat, spec, index, wraps):
     if not wraps:
         return out
     # what an operation writes to and returns is the same object as before
-    out = tree_map_only(torch.Tensor, lambda x: outer[id(x)] if id(x) in outer else CudaTensor(x, index), out)
-    # views share their base's storage: asked for by `untyped_storage`, and by autograd's checks
-    return return_and_correct_aliasing(func, args, kwargs, out) if outer and is_view(func) else out
+    return tree_map_only(torch.Tensor, lambda x: outer[id(x)] if id(x) in outer else CudaTensor(x, index), out)
 
 
 class _OwnGenerator:
@@ -306,7 +310,10 @@ class _OwnGenerator:
 
 def _index_of(name: str, on_device: list[CudaTensor], device: torch.device | None) -> int:
     """The device that computes; there is one of all operands, and it is the current one."""
-    indices = {x.index for x in on_device} | ({device.index} if device is not None else set())
+    return _check_current(name, {x.index for x in on_device} | ({device.index} if device is not None else set()))
+
+
+def _check_current(name: str, indices: set[int]) -> int:
     if len(indices) > 1:
         raise RehearsalError(f"{name}: expected all tensors to be on the same device, but found cuda:{sorted(indices)}")
     index = indices.pop()
@@ -329,11 +336,12 @@ def _check_mix(name: str, args: Any, on_device: list[CudaTensor], on_host: list[
         raise RehearsalError(f"{name}: expected all tensors to be on the same device, but found {shapes}")
 
 
-def _check_generators(func: Any, flat: list[Any]) -> None:
+def _check_generators(name: str, flat: list[Any], wanted: str) -> None:
     for generator in flat:
-        is_one = isinstance(generator, torch._C.Generator)
-        if is_one and Generator.devices.get(generator._cdata, CPU).type != "cuda":
-            raise RehearsalError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
+        if isinstance(generator, torch._C.Generator):
+            kind = Generator.devices.get(generator._cdata, CPU).type
+            if kind != wanted:
+                raise RehearsalError(f"{name}: expected a {wanted!r} device type for generator but found {kind!r}")
 
 
 def _check_host_memory(func: Any, args: Any, kwargs: dict[str, Any], on_host: list[torch.Tensor]) -> None:
@@ -364,10 +372,8 @@ def _copy(func: Any, name: str, args: Any, kwargs: dict[str, Any], device: torch
         elif pinned or (non_blocking and type(source) is CudaTensor):  # torch pins what a copy is not waited for
             ledger.pin(target)
     indices = {x.index for x in (source, target) if type(x) is CudaTensor}
-    if indices - {Device.current}:
-        raise RehearsalError(
-            f"{name}: a tensor on cuda:{indices}, while this process's device is cuda:{Device.current}"
-        )
+    if indices:
+        _check_current(name, indices)
     _transfer(source, target, non_blocking)
     return target
 
@@ -473,18 +479,21 @@ def _empty(own: Any) -> Any:
 
 
 def patch_modules() -> None:
-    """A parameter that is moved from the CPU to a GPU stays the same object; here that takes ``swap_tensors``."""
+    """A parameter that is moved from the CPU to a GPU stays the same object, with its attributes; here that takes
+    ``swap_tensors``, which swaps the attributes as well."""
     module: Any = torch.nn.Module
     own, future = module._apply, torch.__future__
 
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = future.get_swap_module_params_on_conversion()
-        is_on_host = any(type(p) is torch.nn.Parameter for p in self._parameters.values())
-        future.set_swap_module_params_on_conversion(is_on_host)
+        on_host = [(p, dict(p.__dict__)) for p in self._parameters.values() if type(p) is torch.nn.Parameter]
+        future.set_swap_module_params_on_conversion(bool(on_host))
         try:
             return own(self, *args, **kwargs)
         finally:
             future.set_swap_module_params_on_conversion(before)
+            for parameter, attributes in on_host:
+                parameter.__dict__.update(attributes)
 
     module._apply = _apply
 

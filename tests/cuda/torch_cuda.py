@@ -78,8 +78,8 @@ class DeviceContext:
 
 def _set_device(device: Any) -> None:
     index = resolved(device).index
-    if index >= Device.count:
-        raise RuntimeError(f"CUDA error: invalid device ordinal {index} of {Device.count}")
+    if index >= len(GENERATORS):
+        raise RuntimeError(f"CUDA error: invalid device ordinal {index} of {len(GENERATORS)}")
     Device.current = index
 
 

@@ -1,0 +1,74 @@
+"""Runs and commands on rehearsed GPUs against the CPU's, and faults that only the first may notice."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cuda.planted import FAULTS
+from tests.cuda.runs import COMMANDS, RUNS
+from tests.e2e.small_run import prepare_small_corpus
+from tests.forked import REPOSITORY, forked
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: nothing to rehearse")
+MODULE = "tests.cuda.runs"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What every run came to, by device: one process each. The rehearsal's has to begin before Megatron's imports."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    prepare_small_corpus(folder / "corpus")
+    for device in ("cpu", "cuda"):
+        (folder / device).mkdir()
+        arguments = (device, folder / "corpus", folder / device)
+        if device == "cpu":
+            done = forked(0, MODULE, *arguments)
+        else:
+            command = [sys.executable, "-W", "ignore", "-m", MODULE, *map(str, arguments)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+            done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-5000:]
+    return {device: json.loads((folder / device / "results.json").read_text()) for device in ("cpu", "cuda")}
+
+
+@pytest.mark.parametrize("name", [*RUNS, *COMMANDS])
+def test_it_computes_on_a_gpu_what_it_computes_on_the_cpu(found: dict[str, Any], name: str) -> None:
+    rehearsed, expected = found["cuda"][name], found["cpu"][name]
+    assert not (rehearsed["error"] or rehearsed["faults"] or expected["error"])
+    assert expected["value"]
+    assert_same(rehearsed["value"], expected["value"])
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal; numbers to 1e-6."""
+    if isinstance(a, dict | list):
+        assert type(a) is type(b) and len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    elif isinstance(a, float):
+        assert math.isclose(a, b, rel_tol=1e-6), (a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_here_and_nowhere_else(found: dict[str, Any], name: str) -> None:
+    fault, rehearsed, on_cpu = FAULTS[name], found["cuda"][name], found["cpu"][name]
+    assert (on_cpu["value"], on_cpu["error"]) == (0, None)
+    if fault.counted:
+        path = fault.function.partition(":")[0].replace(".", "/")
+        kinds = [
+            {kind for kind, line in of["syncs"] if line.startswith(path)}
+            for of in (rehearsed, found["cuda"]["no fault"])
+        ]
+        assert fault.found in kinds[0] - kinds[1]
+        assert (rehearsed["value"], rehearsed["faults"]) == (0, [])
+    else:
+        assert re.search(fault.found, rehearsed["faults"][0]) and rehearsed["error"]
