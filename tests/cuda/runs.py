@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
 import pkgutil
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cuda import rehearsal
+from tests.cuda.harness_checks import CHECKS
 from tests.cuda.planted import FAULTS, SAVE, Planted, planted
 
 MODEL = {
@@ -151,17 +151,15 @@ COMMANDS = (
 TINY = (
     *("--layers", "2", "--set", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"),
     *("model.kv_channels=8", "model.vocab_size=64", "data.sequence_length=16", "model.spec=local"),
-    *(
-        "precision.dtype=fp32",
-        "model.fused_swiglu=false",
-        "model.fused_cross_entropy=false",
-    ),
+    *("model.fused_swiglu=false", "model.fused_cross_entropy=false"),
 )
 LEAN = "model.depth_attention.op=lean"
 
 
 def run_commands(results: Results, config: Path, folder: Path) -> None:
     """Conversion of a run, and what reads the exported model; measurements, tiny."""
+    from safetensors.torch import load_file
+
     from megatron_depthattn.cli import main as depthattn
 
     checkpoints, model, back = (
@@ -179,7 +177,8 @@ def run_commands(results: Results, config: Path, folder: Path) -> None:
 
     def exported() -> str:
         command("convert", "to-hf", "--checkpoint", checkpoints, "--output", model)
-        return hashlib.sha256((folder / "hf" / "model.safetensors").read_bytes()).hexdigest()
+        weights = load_file(folder / "hf" / "model.safetensors")
+        return {name: weight.norm().item() for name, weight in weights.items()}
 
     def imported() -> Any:
         command("convert", "from-hf", "--model", model, "--output", str(back))
@@ -198,8 +197,8 @@ def run_commands(results: Results, config: Path, folder: Path) -> None:
         return json.loads(figures.read_text())["figures"]
 
     def kept() -> Any:
-        rows = benchmark("memory", "--shape", "cpu", *TINY, LEAN)
-        return {name: [row["bytes_per_token_above_vanilla"], row["predicted"]] for name, row in rows.items()}
+        rows = benchmark("memory", "--shape", "cpu", *TINY, LEAN, BF16)
+        return {name: row["bytes_per_token_above_vanilla"] - row["predicted"] for name, row in rows.items()}
 
     prompt = ("generate", "--model", model, "--prompt", "def f", "--max-new-tokens", "4")
     rounds = ("--rounds", "1", "--warm-up", "1")
@@ -249,6 +248,9 @@ def main(device: str, corpus: str, out: str, *only: str) -> None:
     results = Results(only)
     with output(folder / "output.txt"):
         config = write_config(folder, Path(corpus))
+        if device == "cuda":
+            for check in CHECKS:
+                results.add(check.__name__, check)
         for part in (run, run_commands, run_planted):
             part(results, config, folder)
     (folder / "results.json").write_text(json.dumps(results.found, indent=1))

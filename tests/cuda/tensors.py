@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.utils import clip_grad
+from torch.optim import optimizer
 from torch.utils import _device as device_context
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from tests.cuda import ledger
@@ -26,6 +29,8 @@ class _Devices(threading.local):
     """Which of the process's devices is current; every thread begins with 0."""
 
     current = 0
+    meta = False
+    """Whether Python asks for "meta" itself, so that it does not stand for a device."""
 
 
 Device = _Devices()
@@ -243,8 +248,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     on_host = [x for x in flat if isinstance(x, torch.Tensor) and type(x) is not CudaTensor]
     device = kwargs.get("device")
     if device is not None:
-        # "meta" from C++ means a device, but not inside `with torch.device("meta")` and beside real meta tensors
-        is_meta = torch.device("meta") == device_context.CURRENT_DEVICE or any(x.is_meta for x in on_host)
+        is_meta = Device.meta or any(x.is_meta for x in on_host)
         device = torch.device(device) if is_meta else resolved(device)
     if name in ("copy_", "_to_copy"):
         return _copy(func, name, args, kwargs, device)
@@ -430,15 +434,19 @@ def patch_tensors() -> None:
     device_context._device_constructors()  # the table of factories of `with torch.device(...)`, before they are wrapped
     for name in ("tensor", "as_tensor", "scalar_tensor"):
         setattr(torch, name, _constructor(getattr(torch, name), with_index))
-    torch.empty = _empty(torch.empty)
+    torch.empty = _asking(torch.empty, lambda *_, **given: str(given.get("device")) == "meta")
+    context: Any = device_context.DeviceContext  # of `with torch.device("meta")`
+    context.__torch_function__ = _asking(context.__torch_function__, lambda self, *_, **__: self.device.type == "meta")
     # `torch.tensor(..., device="cuda")` makes a CPU tensor and copies it, as a dispatch and not within C++
     torch._C._set_only_lift_cpu_tensors(True)
     torch.Generator = Generator
     # inference tensors have no version counter, which a wrapper needs
     torch.inference_mode = lambda mode=True: torch.no_grad()
-    from torch.optim import optimizer
-
+    functional: Any = torch.nn.functional
+    functional.scaled_dot_product_attention = _attention(functional.scaled_dot_product_attention)
+    # one launch for many tensors, as for CUDA: torch asks for their types
     optimizer._foreach_supported_types.append(CudaTensor)
+    clip_grad._has_foreach_support = lambda *_: True
 
 
 def _after_check(own: Any) -> Any:
@@ -461,6 +469,26 @@ def _constructor(own: Any, with_index: Any) -> Any:
     return function
 
 
+def _attention(own: Any) -> Any:
+    """C++ would take attention on "meta" apart; a GPU has one kernel, and so has the CPU."""
+    flash = aten._scaled_dot_product_flash_attention_for_cpu
+
+    def scaled_dot_product_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **more: Any,
+    ) -> torch.Tensor:
+        if type(query) is not CudaTensor or attn_mask is not None:
+            return own(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        return flash(query, key, value, dropout_p, is_causal, scale=more.get("scale"))[0]
+
+    return scaled_dot_product_attention
+
+
 def _numbers(value: Any) -> Any:
     """A list given to ``torch.tensor``: C++ reads numbers out of tensors one by one, and waits for each."""
     if type(value) in (list, tuple):
@@ -468,14 +496,17 @@ def _numbers(value: Any) -> Any:
     return value.item() if type(value) is CudaTensor else value
 
 
-def _empty(own: Any) -> Any:
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if str(kwargs.get("device")) == "meta":  # asked for in Python: a real one
-            with _disable_current_modes():
-                return own(*args, **kwargs)
-        return own(*args, **kwargs)
+def _asking(own: Any, for_meta: Callable[..., bool]) -> Any:
+    """``own``, and for the time of a call `Device.meta`."""
 
-    return empty
+    def function(*args: Any, **kwargs: Any) -> Any:
+        before, Device.meta = Device.meta, for_meta(*args, **kwargs)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            Device.meta = before
+
+    return function
 
 
 def patch_modules() -> None:
@@ -486,14 +517,15 @@ def patch_modules() -> None:
 
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = future.get_swap_module_params_on_conversion()
-        on_host = [(p, dict(p.__dict__)) for p in self._parameters.values() if type(p) is torch.nn.Parameter]
-        future.set_swap_module_params_on_conversion(bool(on_host))
+        attributes = [(p, dict(p.__dict__)) for p in self._parameters.values() if p is not None]
+        is_on_host = any(type(p) is torch.nn.Parameter for p, _ in attributes)
+        future.set_swap_module_params_on_conversion(is_on_host)
         try:
             return own(self, *args, **kwargs)
         finally:
             future.set_swap_module_params_on_conversion(before)
-            for parameter, attributes in on_host:
-                parameter.__dict__.update(attributes)
+            for parameter, own_ones in attributes:
+                parameter.__dict__.update({k: v for k, v in own_ones.items() if k not in ("hidden", "index")})
 
     module._apply = _apply
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cuda.harness_checks import CHECKS
 from tests.cuda.planted import FAULTS
 from tests.cuda.runs import COMMANDS, RUNS
 from tests.e2e.small_run import prepare_small_corpus
@@ -36,6 +37,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
             done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr[-5000:]
     return {device: json.loads((folder / device / "results.json").read_text()) for device in ("cpu", "cuda")}
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+def test_the_rehearsal_itself(found: dict[str, Any], name: str) -> None:
+    """If torch has changed: harness_checks.py says of each what to look at."""
+    assert (found["cuda"][name]["error"], found["cuda"][name]["faults"]) == (None, [])
 
 
 @pytest.mark.parametrize("name", [*RUNS, *COMMANDS])
