@@ -54,7 +54,6 @@ RUNS: dict[str, tuple[str, ...]] = {
         "model.depth_attention.weights=uniform",
         "model.depth_attention.mixes=key_value",
     ),
-    "not finite": (*NOT_FINITE, "train.steps=3"),
     "not finite, bf16, full": (*NOT_FINITE, "train.steps=3", BF16, *FULL),
 }
 """Overrides by name; `half` and `resumed` are one run."""
@@ -146,7 +145,7 @@ def run(results: Results, config: Path, folder: Path) -> None:
 
 COMMANDS = (
     *("to-hf", "verify", "from-hf, and a run from it", "evaluate", "generate", "generate, sampled", "estimate"),
-    *("benchmark memory", "benchmark step", "benchmark step --methods", "benchmark generate"),
+    *("benchmark memory", "benchmark step", "benchmark generate"),
 )
 TINY = (
     *("--layers", "2", "--set", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"),
@@ -196,30 +195,39 @@ def run_commands(results: Results, config: Path, folder: Path) -> None:
         command("benchmark", "--json", str(figures), *arguments)
         return json.loads(figures.read_text())["figures"]
 
-    def kept() -> Any:
-        rows = benchmark("memory", "--shape", "cpu", *TINY, LEAN, BF16)
-        return {name: row["bytes_per_token_above_vanilla"] - row["predicted"] for name, row in rows.items()}
+    def verified() -> bool:
+        return "FAILED" not in command("convert", "verify", "--checkpoint", checkpoints, "--model", model)
 
     prompt = ("generate", "--model", model, "--prompt", "def f", "--max-new-tokens", "4")
     rounds = ("--rounds", "1", "--warm-up", "1")
     sizes = ("--batch-size", "2", "--prompt-length", "5", "--new-tokens", "3", "--rounds", "1")
     functions: dict[str, Callable[[], Any]] = {
         "to-hf": exported,
-        "verify": lambda: command("convert", "verify", "--checkpoint", checkpoints, "--model", model),
+        "verify": verified,
         "from-hf, and a run from it": imported,
         "evaluate": evaluated,
         "generate": lambda: command(*prompt, "--show-depth"),
         "generate, sampled": lambda: command(*prompt, "--temperature", "1"),
         "estimate": lambda: command("estimate", str(config)),
-        "benchmark memory": kept,
+        "benchmark memory": lambda: sorted(benchmark("memory", "--shape", "cpu", *TINY, LEAN)),
         "benchmark step": lambda: sorted(benchmark("step", "--shape", "cpu", *TINY, "--ops", "lean", *rounds)),
-        "benchmark step --methods": lambda: sorted(
-            benchmark("step", "--methods", "--shape", "cpu", *TINY, LEAN, *rounds)
-        ),
         "benchmark generate": lambda: sorted(benchmark("generate", "3b", *sizes, *TINY[2:], "model.num_layers=2")),
     }
     for name in COMMANDS:
         results.add(name, functions[name])
+
+
+def resolved(config: Path) -> list[str]:
+    """What `auto` becomes here, why, and what a run that insists on TransformerEngine is answered."""
+    from megatron_depthattn.config import load_config
+    from megatron_depthattn.train.hardware import require_hardware, resolve_here
+
+    found = resolve_here(load_config(config, ["model.spec=auto", "model.depth_attention.op=auto", BF16]))
+    try:
+        require_hardware(load_config(config, ["model.spec=te", BF16]))
+    except ValueError as error:
+        return [found.config.model.spec, found.config.model.depth_attention.op, found.reasons["model.spec"], str(error)]
+    raise AssertionError("TransformerEngine is here")
 
 
 def run_planted(results: Results, config: Path, folder: Path) -> None:
@@ -251,6 +259,7 @@ def main(device: str, corpus: str, out: str, *only: str) -> None:
         if device == "cuda":
             for check in CHECKS:
                 results.add(check.__name__, check)
+            results.add("auto", lambda: resolved(config))
         for part in (run, run_commands, run_planted):
             part(results, config, folder)
     (folder / "results.json").write_text(json.dumps(results.found, indent=1))

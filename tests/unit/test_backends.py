@@ -14,7 +14,7 @@ from megatron_depthattn.launch.submit import main as submit
 from megatron_depthattn.ops.triton_mix import MAX_HEAD_DIM
 from megatron_depthattn.preflight.compare import compare_reports
 from megatron_depthattn.preflight.report import RankReport, Requirements
-from megatron_depthattn.train.hardware import require_hardware, resolve_here
+from megatron_depthattn.train.hardware import resolve_here
 
 ROOT = Path(__file__).parents[2]
 BARE_GPU = Available(True, "ImportError: no transformer_engine", "needs Triton, which is not installed")
@@ -77,21 +77,6 @@ def test_the_kernels_take_heads_of_that_size():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_here_it_is_what_a_machine_without_a_gpu_has():
     assert resolve_here(config_of()) == resolve(config_of(), CPU)
-
-
-def test_here_a_gpu_without_transformer_engine_computes_with_local_layers(monkeypatch):
-    """The import and Triton are real; the GPU is not."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "H100")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    resolved = resolve_here(config_of())
-    assert backends_of(resolved.config) == ("local", "triton")
-    assert resolved.reasons["model.spec"] == (
-        "local (auto: no TransformerEngine: ModuleNotFoundError: No module named 'transformer_engine' (pip install "
-        "--no-build-isolation 'transformer-engine[pytorch]'))"
-    )
-    with pytest.raises(ValueError, match=r"^model\.spec=te needs TransformerEngine"):
-        require_hardware(config_of("model.spec=te"))
 
 
 def test_the_planner_resolves_for_the_machine_it_is_given():
