@@ -1,7 +1,8 @@
 """Commands in forks of one process that has imported what they need: as torchrun starts them, without their imports.
 
-`python -m tests.forked` is that process. Each line of its input asks for one world of processes, as JSON; it answers
-with their pids and then, for each that ends, with its rank and exit code.
+`python -m tests.forked FIRST` is that process; it imports the module FIRST before all others. Each line of its input
+asks for one world of processes, as JSON; it answers with their pids and then, for each that ends, with its rank and
+exit code.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class World:
 
 
 @functools.cache
-def _server(root: Path) -> subprocess.Popen[bytes]:
+def _server(root: Path, first: str) -> subprocess.Popen[bytes]:
     """The process that forks, one for all tests of this process; it ends when its input is closed."""
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.forked"],
+        [sys.executable, "-W", "ignore", "-m", "tests.forked", first],
         cwd=root,  # comes first on the path
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE,
@@ -82,6 +83,7 @@ def start(
     logs: Sequence[Path],
     end_together: bool = True,
     root: Path = REPOSITORY,
+    first: str = "tests",
 ) -> World:
     """``python -m module arguments`` as ranks of a world; 0: one process and no launcher. One world at a time.
 
@@ -89,10 +91,11 @@ def start(
         logs: files of stdout and stderr, which ``{rank}`` in them makes each rank's own.
         end_together: whether one failure ends the others.
         root: of the package.
+        first: module that the process which forks has imported before any other.
     """
     while _worlds:
         _worlds.pop().stop()  # a test may have been interrupted
-    server = _server(root)
+    server = _server(root, first)
     assert server.stdin is not None
     request = {"module": module, "arguments": [*map(str, arguments)], "ranks": num_processes, "logs": [*map(str, logs)]}
     server.stdin.write(f"{json.dumps(request | {'end_together': end_together})}\n".encode())
@@ -101,12 +104,12 @@ def start(
 
 
 def forked(
-    num_processes: int, module: str, *arguments: str | Path, seconds: float = 180, root: Path = REPOSITORY
+    num_processes: int, module: str, *arguments: str | Path, seconds: float = 180, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """`start`, to the end; the exit code is 0 or that of the first that failed."""
+    """`start`, with its ``options``, to the end; the exit code is 0 or that of the first that failed."""
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, name) for name in ("out", "err")]
-        world = start(num_processes, module, *arguments, logs=logs, root=root)
+        world = start(num_processes, module, *arguments, logs=logs, **options)
         in_time = world.wait(seconds)
         world.stop()
         output, errors = (path.read_text(errors="replace") for path in logs)
@@ -132,7 +135,7 @@ def _kill(pids: Iterable[int], kind: signal.Signals) -> None:
 
 
 def main() -> None:
-    for module in PRELOADED:
+    for module in (*sys.argv[1:], *PRELOADED):
         with contextlib.suppress(ImportError):  # tests of Hugging Face's side alone run without Megatron
             importlib.import_module(module)
     for line in sys.stdin:

@@ -31,7 +31,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_depthattn.model.activation_memory import BLOCK_ROWS
@@ -41,6 +41,13 @@ def context_parallel_positions(sequence_length: int, rank: int, size: int) -> Te
     """Positions of the whole sequence that context-parallel ``rank`` of ``size`` holds, in its local order, int64."""
     pieces = torch.arange(sequence_length).chunk(2 * size)
     return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+
+
+class _LastRows(CausalBias):
+    """A `CausalBias` without memory: torch's own is a tensor on the host, twice as large as the scores."""
+
+    def __new__(cls, *_: Any) -> _LastRows:
+        return torch.Tensor._make_subclass(cls, torch.empty(0))  # type: ignore[no-any-return]
 
 
 class SDPAttention(DotProductAttention):
@@ -140,7 +147,7 @@ class SDPAttention(DotProductAttention):
         elif rows == 1:
             context = self._sdpa(query, key, value)
         elif query.is_cuda:
-            context = self._sdpa(query, key, value, attn_mask=causal_lower_right(rows, keys))
+            context = self._sdpa(query, key, value, attn_mask=_LastRows(CausalVariant.LOWER_RIGHT, rows, keys))
         else:
             context = torch.cat(list(self._in_blocks(query, key, value)), dim=2)
         return context.squeeze(0).transpose(0, 1).reshape(rows, query_SBHD.size(1), -1)

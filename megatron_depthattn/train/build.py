@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -130,7 +131,7 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
     assert all(get_model_config(chunk) is hooks for chunk in chunks), (
         "every chunk must share the config that holds the hooks"
     )
-    hooks.finalize_model_grads_func = finalize_model_grads
+    hooks.finalize_model_grads_func = finalize_gradients
     if ddp.overlap_grad_reduce:  # the schedules reduce nothing before the last microbatch
         hooks.no_sync_func = [chunk.no_sync for chunk in chunks] if num_chunks > 1 else chunks[0].no_sync
     if overlap_gather and num_chunks > 1:  # the schedule asks for a chunk's weights while another one computes
@@ -139,6 +140,22 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
         for chunk in chunks:
             _fuse_gradient_accumulation(chunk)
     return chunks
+
+
+def finalize_gradients(chunks: Chunks, num_tokens: Tensor | None, **settings: Any) -> None:
+    """Megatron's ``finalize_model_grads``, which in 0.16 reads the number of tokens on the host, once a chunk.
+
+    Args:
+        num_tokens: of this rank on the last stage, int32 []; the gradients are divided by those of the global batch.
+    """
+    finalize_model_grads(chunks, None, **settings)
+    if num_tokens is None:
+        return
+    groups = settings["pg_collection"]
+    dist.broadcast(num_tokens, parallel_state.get_pipeline_model_parallel_last_rank(), group=groups.pp)
+    dist.all_reduce(num_tokens, group=groups.dp_cp)
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / num_tokens)
 
 
 def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:

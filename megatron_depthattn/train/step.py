@@ -195,7 +195,7 @@ def step_if_finite(
 def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Status) -> Attempt:
     """From every rank's part to what all ranks must know before the optimizer's step.
 
-    Here a step waits for the device, beside Megatron's own look at the number of tokens; what follows is only launched.
+    The one place where a step waits for the device; what follows is only launched.
 
     Args:
         losses: as for `mean_over_global_batch`.

@@ -395,7 +395,7 @@ def _transfer(source: torch.Tensor, target: torch.Tensor, non_blocking: bool) ->
             ledger.check_written(target)
         return
     memory = source if leaves_host else target
-    if leaves_host:
+    if leaves_host and not (non_blocking and ledger.is_pinned(source)):  # else the device reads it, in its turn
         ledger.check_read(source)
     kind = f"{'pinned' if ledger.is_pinned(memory) else 'pageable'} {'to' if leaves_host else 'from'} device"
     copied(kind)

@@ -7,8 +7,9 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.nn.attention.bias import CausalVariant, causal_lower_right
 
-from megatron_depthattn.model.core_attention import SDPAttention
+from megatron_depthattn.model.core_attention import SDPAttention, _LastRows
 from megatron_depthattn.model.gpt import qwen3_style_config
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -82,6 +83,16 @@ def test_megatrons_own_core_attention_agrees(dtype, bound):
         results(attention(kind, **precision)(*given, None), given) for kind in (SDPAttention, DotProductAttention)
     )
     assert worst(ours, megatrons) < bound
+
+
+def test_the_mask_of_a_gpus_kernels_takes_no_memory():
+    """Torch's own, otherwise the same, allocates twice the scores on the host."""
+    given = [t.permute(1, 2, 0, 3) for t in inputs(5, 70, groups=HEADS)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    masks = _LastRows(CausalVariant.LOWER_RIGHT, 5, 70), causal_lower_right(5, 70)
+    assert torch.equal(*(attend(*given, attn_mask=mask) for mask in masks))
+    assert masks[1].untyped_storage().nbytes() == 2 * 5 * 70 * 4
+    assert _LastRows(CausalVariant.LOWER_RIGHT, 2**16, 2**16).untyped_storage().nbytes() == 0
 
 
 def test_control_causal_by_the_upper_left_corner_is_another_attention():

@@ -1,14 +1,12 @@
-"""What a training step asks of the host, and that its norm, clipping, optimizer and collectives are those of others."""
+"""A training step's norm, clipping, optimizer and collectives are those of others."""
 
 from collections.abc import Sequence
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_depthattn.train import step
 from megatron_depthattn.train.build import build_model, build_optimizer, torch_adams
@@ -16,16 +14,6 @@ from tests.unit.test_trained_methods import SHAPE, config_of
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 NUM_MICROBATCHES = 3
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the values that Python asks tensors for: on a GPU each of them waits for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **kwargs or {})
 
 
 class Run:
@@ -40,28 +28,15 @@ class Run:
         rows = torch.randint(200, (NUM_MICROBATCHES, 2, 17), generator=torch.Generator().manual_seed(self.number))
         return [{"tokens": one[:, :-1], "labels": one[:, 1:]} for one in rows]
 
-    def step(self, status: step.Status = tuple) -> step.StepResult:
+    def step(self) -> step.StepResult:
         self.schedule.step(1)
-        return step.train_step(self.chunks, self.optimizer, self.batches(), SHAPE, status=status)
+        return step.train_step(self.chunks, self.optimizer, self.batches(), SHAPE)
 
     def gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self.optimizer.get_parameters()]
 
     def weights(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.optimizer.get_parameters()]
-
-
-def test_a_step_asks_the_device_once():
-    """Loss, norm and status in one exchange; megatron-core 0.16 reads the tokens of the global batch as well."""
-    run = Run()
-    run.step()
-    with patch.object(step, "exchange", wraps=step.exchange) as exchange, HostReads() as reads:
-        result = run.step(lambda: (3.0, 4.0))
-    assert exchange.call_count == 1 and reads.count <= 1
-    assert result.statuses == ((3.0, 4.0),)
-    with HostReads() as reads:  # control: a norm that is put together on the host
-        sum(float(gradient.square().sum()) for gradient in run.gradients())
-    assert reads.count == len(run.gradients())
 
 
 def test_norm_and_clipping_are_megatrons_to_the_bit():

@@ -100,6 +100,8 @@ class DeepSpeedEngine(Engine):
             losses.append(report)
             self._engine.backward(total * self._loss_scale)
         self._has_gradients = True
+        if self._config.engine.offload_optimizer and self._device.type == "cuda":
+            torch.cuda.synchronize()  # DeepSpeed's copies to the host memory that is read now may be under way
         sum_over_tensor_ranks(self.shards, self._device)
         return finish_attempt(losses, squared_gradient_norm(self.shards, self._device), status)
 
