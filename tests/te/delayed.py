@@ -10,12 +10,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from megatron_depthattn.train import build, step
+from megatron_depthattn.train import step
 from megatron_depthattn.train.build import Fp8State
 from megatron_depthattn.train.engine import MegatronEngine
 from megatron_depthattn.train.save import CheckpointSaver
@@ -36,19 +35,8 @@ def results() -> dict[str, Any]:
     """
     from tests.te import switches
 
-    own = build.build_chunk
-
-    def build_chunk(*arguments: Any, **options: Any) -> Any:
-        with patch("torch.cuda.is_available", lambda: True):
-            return own(*arguments, **options)
-
     found: dict[str, Any] = {}
-    with (
-        computing(),
-        patch.object(build, "build_chunk", build_chunk),
-        # gloo's coalesced all-gather garbles buffers of two dtypes; NCCL's does not.
-        patch.object(param_and_grad_buffer, "_coalescing_manager", _one_by_one),
-    ):
+    with computing():
         for name, fp8_params in PARAMETERS.items():
             found[name] = {
                 "plain": _trained(fp8_params),
@@ -62,15 +50,6 @@ def results() -> dict[str, Any]:
         found["resumed"] = {spec: _resumed(spec) for spec in SPECS}
         found["gradients"] = {fused: switches.gradients(fused=fused) for fused in (False, True)}
     return found
-
-
-class _one_by_one:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def __enter__(self) -> _one_by_one:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-    def wait(self) -> None: ...
 
 
 def _looped(spec: str) -> list[float]:
@@ -89,10 +68,9 @@ def _resumed(first: str) -> dict[str, list[float]]:
     _losses(run)
     found = {}
     with tempfile.TemporaryDirectory() as work:
-        with patch.object(torch.Tensor, "is_cuda", False):
-            saver = CheckpointSaver(Path(work))
-            saver.save(Progress(step=4), run.checkpoint_state())
-            outcome = saver.take_outcome()
+        saver = CheckpointSaver(Path(work))
+        saver.save(Progress(step=4), run.checkpoint_state())
+        outcome = saver.take_outcome()
         assert outcome and not outcome.error, outcome
         for spec in SPECS:
             resumed = engine(spec)

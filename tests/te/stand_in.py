@@ -1,43 +1,30 @@
 """TransformerEngine on a machine without a GPU, where nothing of it but its Python files needs to be installed.
 
 `FOLDER` holds either these, as ``make install`` puts them there, or a whole TransformerEngine with its compiled
-extension. Without that extension, ``transformer_engine_torch`` is stood in for: by an object whose every attribute is a
-mock, except for two enumerations with the values of TransformerEngine 2.20.
+extension. Without that extension, ``transformer_engine_torch`` is stood in for by tests/te/extension.
 
 What is real under the stand-in: everything that TransformerEngine and Megatron-Core do in Python. That is the modules'
 construction, their parameters, names, shapes, attributes and initial values; ``state_dict``, ``sharded_state_dict`` and
-the FP8 scaling state in them; the checkpoint function; the autocast contexts and their global state; how the fused
-optimizer keeps its state.
+the FP8 scaling state in them; the checkpoint function; the autocast contexts and their global state; the optimizer;
+and, within `tests.te.kernels.computing`, what layers do with the results of the kernels.
 
-What it proves nothing about: kernels. No TransformerEngine layer can compute here, not even with the real extension,
-which needs a GPU; and which attention backend or FP8 recipe a GPU would allow is not asked.
+What it proves nothing about: the kernels themselves, fused attention, and what a GPU can run.
 """
 
 from __future__ import annotations
 
-import enum
 import os
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 FOLDER = Path(os.environ.get("DEPTHATTN_TE", Path(sys.prefix) / "te"))
 """Where TransformerEngine is; on no path, so that Megatron-Core does not find it in any other process."""
 REAL, STAND_IN = "real", "stand-in"
-_DTYPE = {
-    "kByte": 0,
-    "kInt32": 2,
-    "kFloat32": 4,
-    "kFloat16": 5,
-    "kBFloat16": 6,
-    "kFloat8E4M3": 7,
-    "kFloat8E5M2": 8,
-    "kFloat4E2M1": 10,
-}
-_ATTENTION_BACKEND = {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2}
+is_computing = False
+"""Whether this process runs tests in tests/te/inside.py."""
 
 
 def use_transformer_engine() -> dict[str, str]:
@@ -62,12 +49,11 @@ def use_transformer_engine() -> dict[str, str]:
 
 
 def _stand_in() -> None:
+    from tests.te import extension
+
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # transformer_engine.common then loads no core library
-    mock: Any = MagicMock(name="transformer_engine_torch")
-    mock.DType = enum.IntEnum("DType", _DTYPE)
-    mock.NVTE_Fused_Attn_Backend = enum.IntEnum("NVTE_Fused_Attn_Backend", _ATTENTION_BACKEND)
-    sys.modules["transformer_engine_torch"] = mock
-    with warnings.catch_warnings():  # the package looks for the extension's file at once, and tells that there is none
+    sys.modules[extension.NAME] = extension.module()
+    with warnings.catch_warnings():  # the package looks for the extension's file at once, and warns that there is none
         warnings.filterwarnings("ignore", message="Detected a PyTorch installation", category=RuntimeWarning)
         import transformer_engine.common
     common: Any = transformer_engine.common
