@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 PYTHON_IS_CHOSEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-fast test-core parity-full convert-3b test-compiled prepare-200mb faults gpu launch-full quickstart quickstart-loss clean
+.PHONY: help install lint test test-fast test-core test-te parity-full convert-3b test-compiled prepare-200mb faults gpu launch-full quickstart quickstart-loss clean
 
 help:
 	@echo "make install      $(VENV) with the package and everything the tests need (PYTHON=... picks the interpreter)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test         install, lint, the whole test suite (PYTEST_ARGS=... goes to pytest)"
 	@echo "make test-fast    install, lint, the unit tests (under 3 minutes)"
 	@echo "make test-core    install, lint, the unit tests and one case of each kind of the rest (for a second Python: VENV=... PYTHON=...)"
+	@echo "make test-te      every check of tests/gpu/test_te.py on a CPU, TransformerEngine over kernels in plain torch (about 6 minutes)"
 	@echo "make parity-full  every parity case of both engines for ten steps (about an hour on two cores)"
 	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
@@ -69,6 +70,11 @@ test-fast: lint
 # What a second series of Megatron-Core is tried with at every landing, see tests/conftest.py.
 test-core: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m core $(PYTEST_ARGS)
+
+# As on a Hopper GPU, then what is another on a Blackwell GPU.
+test-te: install
+	$(BIN)/python -W ignore -m tests.te.inside tests/te/statements.py tests/te/faults.py tests/gpu/test_te.py
+	$(BIN)/python -W ignore -m tests.te.inside --capability 10.0 -k "mxfp8 or tensorwise" tests/gpu/test_te.py
 
 parity-full: install
 	DEPTHATTN_PARITY=full $(BIN)/python -m pytest -s tests/parallel

@@ -20,6 +20,7 @@ CORE = (
     "tests/e2e/test_data_order.py",
     "tests/e2e/test_conversion.py",
     "tests/e2e/test_quickstart.py",
+    "tests/te/test_inside.py::test_inside[blackwell]",
     *(f"tests/e2e/test_{name}.py" for name in ("benchmarks", "loader", "prepare_tool", "prepare_workers")),
 )
 """Tests marked `core`, by the beginnings of their names: what every supported series of Megatron-Core must pass."""

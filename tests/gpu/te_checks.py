@@ -1,21 +1,25 @@
 """What holds of a layer spec and of a precision: functions of a place that fail by assertion.
 
-tests/gpu/test_te_*.py run them with TransformerEngine's layers on a GPU, tests/unit/test_te_checks.py with the local
-ones on CPU, where FP8 is emulated. Bounds are those of rounding: bf16 was measured at 1.2 to 1.8 % of the logits on
-CPU, emulated FP8 at 11 to 15 % of bf16's, its loss at 0.004 nats, its worst gradient at a cosine of 0.92.
+test_te.py runs them with TransformerEngine's layers, on a GPU or in tests/te/inside.py. Bounds are those of rounding:
+bf16 was measured at 1.2 to 1.9 % of the logits on a CPU, FP8 at 11 to 15 % of bf16's, its loss at 0.004 nats, its
+worst gradient at a cosine of 0.9.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tests.document_attention import packed
 from tests.gpu.te_models import (
     BF16,
     FP32,
-    FULL_RECOMPUTE,
+    METHODS_OWN,
+    RECOMPUTE,
     VANILLA,
     Pass,
     Place,
@@ -24,6 +28,7 @@ from tests.gpu.te_models import (
     linear_layers,
     relative_error,
     run,
+    scaling_state,
     worst_cosine,
 )
 
@@ -31,11 +36,22 @@ BF16_LOGITS, BF16_COSINE = 0.05, 0.99
 FP8_LOGITS, FP8_COSINE, FP8_LOSS = 0.3, 0.8, 0.03
 FP8_SHOWS = 0.02
 """FP8 logits differ from bf16's by more than this: bf16 rounds to 2**-9, FP8 to 2**-4 of a number."""
+ROUNDED_SUMS = 0.15
+"""Of gradients that differ in the order of one sum in bf16, behind layers in FP8; in bf16 alone a tenth of it."""
+FP8_ATTENTION = ("precision.fp8_attention=true", "model.kv_channels=128")
+"""With heads of 128: cuDNN's FP8 backward pass takes no others on compute capability 9.0."""
+UNFUSED_ATTENTION = ("model.num_query_groups=4",)
+"""As many as heads: the unfused attention keeps k and v once for every head."""
 MIXING = {
     "vanilla": (VANILLA,),
     "stride 1": ("model.depth_attention.stride=1",),
     "stride 3": ("model.depth_attention.stride=3",),
+    "looped": ("model.depth_attention.stride=3", "model.num_layers=3", "model.num_loops=2"),
+    "denseformer": ("model.method=denseformer", "model.denseformer.dilation=2"),
+    "attnres": ("model.method=attnres", "model.attnres.block_size=4"),
+    "mhc": ("model.method=mhc", "model.mhc.num_streams=2"),
 }
+METHODS = ("denseformer", "attnres", "mhc")
 
 
 def with_op(mixing: str, op: str) -> tuple[str, ...]:
@@ -61,8 +77,10 @@ def check_bf16_parity(place: Place, mixing: str, op: str = "lean") -> dict[str, 
     if mixing != "vanilla":
         off = run(place.build(BF16, VANILLA), tokens)
         found["control, mix off"] = relative_error(off.logits, truth.logits)
-        assert found["control, mix off"] > 5 * BF16_LOGITS, found
-        assert worst_cosine(off.gradients, truth.gradients) < BF16_COSINE - 0.1
+        assert found["control, mix off"] > 3 * BF16_LOGITS, found
+        shared = off.gradients.keys() & truth.gradients.keys()
+        sides = ({name: one.gradients[name] for name in shared} for one in (off, truth))
+        assert worst_cosine(*sides) < BF16_COSINE - 0.1
     return found
 
 
@@ -92,43 +110,101 @@ def check_recipe(place: Place, recipe: str, mixing: str = "stride 3", *more: str
     own = settled(chunk, place)
     assert all(x.isfinite().all() for x in (own.logits, *own.gradients.values()))
     assert all(module.fp8 for linears in linear_layers(chunk) for module in linears), "a linear layer stayed in bf16"
+    moved = [bool(scale.ne(1).any()) for scale in scaling_state(chunk)[::2]] if recipe == "delayed" else []
+    assert all(moved), "a scale is not updated"
     found = {
         "logits": relative_error(own.logits, half.logits),
-        "cosine": worst_cosine(own.gradients, half.gradients),
+        # FP8's error of hidden states is large beside the differences between those that a method compares
+        "cosine": worst_cosine(own.gradients, half.gradients, but=METHODS_OWN),
         "loss": own.loss - half.loss,
     }
     assert FP8_SHOWS < found["logits"] <= FP8_LOGITS, found
     assert found["cosine"] >= FP8_COSINE, found
     assert abs(found["loss"]) <= FP8_LOSS, found
     off = settled(place.build(BF16, *shape, VANILLA, f"precision.fp8={recipe}"), place)
-    assert relative_error(off.logits, half.logits) > FP8_LOGITS, "control: the mix off is far away"
+    found["control, mix off"] = relative_error(off.logits, half.logits)
+    assert found["control, mix off"] > min(FP8_LOGITS, 1.5 * found["logits"]), found
     return found
 
 
-def check_recompute(place: Place, recipe: str | None, bound: float, mixing: str = "stride 1") -> dict[str, float]:
+def check_recompute(
+    place: Place, recipe: str | None, bound: float, mixing: str = "stride 1", mode: str = "uniform-1"
+) -> dict[str, float]:
     """Full recompute changes nothing: logits and every gradient, those through sources among them.
 
     Args:
-        bound: largest relative difference; on a GPU not 0, as sums into the embedding's gradient have no order there.
+        bound: largest relative difference of a gradient; on a GPU not 0, as sums into the embedding's gradient have no
+            order there.
     """
     settings = (BF16, *with_op(mixing, "lean"), *([f"precision.fp8={recipe}"] if recipe else []))
     plain = settled(place.build(*settings), place)
-    found = {"recomputed": largest_difference(settled(place.build(*settings, *FULL_RECOMPUTE), place), plain)}
-    assert found["recomputed"] <= bound, found
-    cut = place.build(*settings, *FULL_RECOMPUTE)
-    for layer in decoder_layers(cut):
-        layer._source = lambda index, state, read=layer._source: tuple(x.detach() for x in read(index, state))
+    chunk = place.build(*settings, *RECOMPUTE[mode])
+    passes = noted_passes(chunk) if recipe else Counter()
+    recomputed = settled(chunk, place)
+    found = {"logits": relative_error(recomputed.logits, plain.logits)}
+    found["recomputed"] = largest_difference(recomputed, plain)
+    assert found["logits"] <= (0 if place.device == "cpu" else 1e-3) and found["recomputed"] <= bound, found
+    if recipe:  # TransformerEngine knows every layer's second pass for one, in which scales are those of the first
+        again = {"uniform-1": 6, "uniform-2": 6, "block-2": 2}[mode]
+        assert passes == {(True, False): 3 * 6, (True, True): 3 * again}, passes
+    if mixing in ("vanilla", "mhc"):
+        return found  # no sources
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MicrobatchState, "detach_for_reuse", without_gradient)
+        detached = settled(place.build(*settings, *RECOMPUTE[mode]), place)
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    with pytest.MonkeyPatch.context() as patch:  # with nobody to pay, the detached copies have no gradient to fetch
-        patch.setattr("megatron_depthattn.parallel.microbatch_state.MicrobatchState.collect", no_gradient)
-        detached = settled(cut, place)
     found["control, sources detached"] = relative_error(detached.gradients[name], plain.gradients[name])
-    assert found["control, sources detached"] > max(10 * bound, 1e-2), found
+    assert found["control, sources detached"] > max(1.5 * bound, 1e-2), found
     return found
 
 
-def no_gradient(state, name: str) -> Tensor:
-    return torch.zeros_like(state._detached.pop(name))
+def without_gradient(state: MicrobatchState, parts: dict[str, Tensor], hidden_states: Tensor) -> Tensor:
+    """The control's `MicrobatchState.detach_for_reuse`: nobody fetches what readers would pay."""
+    state._detached |= {name: tensor.detach() for name, tensor in parts.items()}
+    return hidden_states
+
+
+def noted_passes(chunk: torch.nn.Module) -> Counter[tuple[bool, bool]]:
+    """Counts, from now on, a layer's passes by whether FP8 is on and TransformerEngine recomputes."""
+    passes: Counter[tuple[bool, bool]] = Counter()
+
+    def note(*_: object) -> None:
+        from transformer_engine.pytorch.distributed import in_fp8_activation_recompute_phase
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        passes[FP8GlobalStateManager.is_fp8_enabled(), in_fp8_activation_recompute_phase()] += 1
+
+    for layer in decoder_layers(chunk):
+        layer.register_forward_pre_hook(note)
+    return passes
+
+
+def check_weights_are_cast_anew(place: Place, recipe: str, bound: float) -> dict[str, float]:
+    """FP8 copies of weights, transposed ones too, are made at a step's first microbatch, so they follow the weights."""
+    settings = (BF16, *MIXING["stride 3"], f"precision.fp8={recipe}")
+    fresh, chunk = (place.build(*settings) for _ in range(2))
+    run(chunk, place.tokens())
+    for model in (fresh, chunk):
+        for weight in (module.weight for linears in linear_layers(model) for module in linears):
+            weight.data = weight.detach().roll(1, 0)
+    expected = run(fresh, place.tokens())
+    found = {"first microbatch": largest_difference(run(chunk, place.tokens()), expected)}
+    assert found["first microbatch"] <= bound, found
+    for weight in (module.weight for linears in linear_layers(chunk) for module in linears):
+        weight.data.neg_()
+    found["later one"] = largest_difference(run(chunk, place.tokens(), is_first=False), expected)
+    assert found["later one"] <= bound, f"control: it has the copies of before, {found}"
+    return found
+
+
+def check_fp8_attention(place: Place, recipe: str) -> dict[str, float]:
+    """Core attention in FP8 too."""
+    found = check_recipe(place, recipe, "stride 3", *FP8_ATTENTION)
+    half = settled(place.build(BF16, f"precision.fp8={recipe}", *FP8_ATTENTION[1:]), place)
+    own = settled(place.build(BF16, f"precision.fp8={recipe}", *FP8_ATTENTION), place)
+    found["attention"] = relative_error(own.logits, half.logits)
+    assert found["attention"] > 1e-3, "attention stayed in bf16"
+    return found
 
 
 def check_bf16_layers(place: Place, recipe: str) -> dict[str, float]:

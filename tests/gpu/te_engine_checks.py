@@ -1,26 +1,42 @@
 """What holds of the engine with a layer spec and a precision: saving and resuming, the optimizer's weights, memory.
 
-As te_checks.py: functions of a place that fail by assertion, for a GPU with TransformerEngine and for CPU.
+As te_checks.py: functions of a place that fail by assertion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.benchmarks import memory
+from megatron_depthattn.train import step
+from megatron_depthattn.train.build import Fp8State
 from megatron_depthattn.train.engine import MegatronEngine
 from megatron_depthattn.train.save import CheckpointSaver
+from megatron_depthattn.train.step import run_microbatches
 from megatron_depthattn.train.step_folders import Progress
 from tests.gpu.te_checks import FP8_LOSS, MIXING
-from tests.gpu.te_models import BF16, FP32, FULL_RECOMPUTE, Place, decoder_layers, linear_layers, relative_error
+from tests.gpu.te_models import (
+    BATCH,
+    BF16,
+    FP32,
+    RECOMPUTE,
+    SEQUENCE,
+    Place,
+    decoder_layers,
+    linear_layers,
+    named_parameters,
+    relative_error,
+    scaling_state,
+)
 
-STEPS_BEFORE, STEPS_AFTER = (1, 2, 1, 2), (1, 2, 1)
+STEPS_BEFORE, STEPS_AFTER = (1, 2, 1), (2, 1)
 """Seeds of each step's tokens; two batches in turn are soon learnt, so it shows whether a run was resumed."""
 
 
@@ -34,10 +50,23 @@ def microbatch(place: Place, seed: int) -> dict[str, Tensor]:
     return {"tokens": tokens, "labels": tokens.roll(-1, dims=1)}
 
 
-def train(engine: MegatronEngine, place: Place, seeds: Iterable[int]) -> Tensor:
+def save(engine: MegatronEngine, folder: Path) -> Path:
+    """The step folder of a checkpoint after `STEPS_BEFORE`."""
+    saver = CheckpointSaver(folder)
+    saver.save(Progress(step=len(STEPS_BEFORE)), engine.checkpoint_state())
+    outcome = saver.take_outcome()
+    assert outcome is not None and outcome.error is None, outcome
+    return outcome.folder
+
+
+BeforeStep = Callable[[MegatronEngine, Place], object]
+
+
+def train(engine: MegatronEngine, place: Place, seeds: Iterable[int], before: BeforeStep = lambda *_: None) -> Tensor:
     """Losses of some steps, fp64."""
     losses = []
     for seed in seeds:
+        before(engine, place)
         engine.advance_schedule()
         losses.append(engine.train_step([microbatch(place, seed)]).loss)
     return torch.tensor(losses, dtype=torch.float64)
@@ -46,14 +75,6 @@ def train(engine: MegatronEngine, place: Place, seeds: Iterable[int]) -> Tensor:
 def evaluate(engine: MegatronEngine, place: Place) -> float:
     with engine.evaluating():
         return engine.loss([microbatch(place, 7)])
-
-
-def scaling_state(engine: MegatronEngine) -> list[Tensor]:
-    """Scales and histories of delayed scaling, of every linear layer."""
-    (chunk,) = engine._chunks
-    metas = [module.fp8_meta for linears in linear_layers(chunk) for module in linears]
-    states = [meta[f"scaling_{way}"] for meta in metas for way in ("fwd", "bwd")]
-    return [x.clone() for state in states for x in (state.scale, state.amax_history)]
 
 
 def check_resume(place: Place, folder: Path, recipe: str | None, bound: float, *more: str) -> dict[str, float]:
@@ -66,35 +87,105 @@ def check_resume(place: Place, folder: Path, recipe: str | None, bound: float, *
     settings = (BF16, *([f"precision.fp8={recipe}"] if recipe else []), *more)
     whole = engine_of(place, *settings)
     train(whole, place, STEPS_BEFORE)
-    saver = CheckpointSaver(folder)
-    saver.save(Progress(step=len(STEPS_BEFORE)), whole.checkpoint_state())
-    outcome = saver.take_outcome()
-    assert outcome is not None and outcome.error is None, outcome
-    state = scaling_state(whole) if recipe == "delayed" else []
+    saved = save(whole, folder)
+    state = scaling_state(*whole._chunks) if recipe == "delayed" else []
     evaluated = evaluate(whole, place)
     if recipe == "delayed":
-        pairs = zip(scaling_state(whole), state, strict=True)
+        pairs = zip(scaling_state(*whole._chunks), state, strict=True)
         assert all(torch.equal(now, before) for now, before in pairs), "an evaluation has moved the scaling state"
     after = train(whole, place, STEPS_AFTER)
 
     resumed = engine_of(place, *settings)
-    assert resumed.load(outcome.folder).progress.step == len(STEPS_BEFORE)
+    assert resumed.load(saved).progress.step == len(STEPS_BEFORE)
     if recipe == "delayed":
         assert any(x.any() for x in state)
-        assert all(torch.equal(now, saved) for now, saved in zip(scaling_state(resumed), state, strict=True)), (
-            "scaling state is not what was saved"
-        )
+        assert all(
+            torch.equal(now, saved) for now, saved in zip(scaling_state(*resumed._chunks), state, strict=True)
+        ), "scaling state is not what was saved"
     evaluate(resumed, place)
     found = {"resumed": relative_error(train(resumed, place, STEPS_AFTER), after)}
     assert found["resumed"] <= bound, found
     found["control, not loaded"] = relative_error(train(engine_of(place, *settings), place, STEPS_AFTER), after)
-    assert found["control, not loaded"] > max(10 * bound, 1e-3), found
+    assert found["control, not loaded"] > max(5 * bound, 1e-3), found
 
     local = engine_of(place.local, BF16)
-    local.load(outcome.folder)
+    local.load(saved)
     found["local layers"] = evaluate(local, place) - evaluated
     assert abs(found["local layers"]) <= (FP8_LOSS if recipe else 3e-3), found
     return found
+
+
+def check_other_spec(place: Place, folder: Path) -> dict[str, float]:
+    """What local layers have begun and saved, `place`'s resume: weights, optimizer and schedule; in bf16."""
+    first = engine_of(place.local, BF16)
+    train(first, place, STEPS_BEFORE)
+    saved = save(first, folder)
+    runs = {}
+    for spec, each in (("local", place.local), ("own", place)):
+        engine = engine_of(each, BF16)
+        assert engine.load(saved).progress.step == len(STEPS_BEFORE)
+        runs[spec] = train(engine, place, STEPS_AFTER)
+    found = {"resumed": relative_error(runs["own"], runs["local"])}
+    assert found["resumed"] <= 1e-3, found
+    found["control, not loaded"] = relative_error(train(engine_of(place, BF16), place, STEPS_AFTER), runs["local"])
+    assert found["control, not loaded"] > 1e-2, found
+    return found
+
+
+def check_no_trace(place: Place, bound: float, *settings: str) -> dict[str, float]:
+    """Delayed scaling after another build of the seed, with an evaluation before every step, with skipped steps: the
+    same losses, scales and histories.
+
+    Args:
+        bound: largest relative difference of a loss; where it is 0, scales and histories are bit-equal too.
+    """
+    settings = (BF16, "precision.fp8=delayed", *settings)
+
+    def losses_and_state(before: BeforeStep = lambda *_: None) -> tuple[Tensor, list[Tensor]]:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()  # it knows the layers of every model of the process
+        engine = engine_of(place, *settings)
+        losses = train(engine, place, (1, 2, 1, 2), before)
+        return losses, scaling_state(*engine._chunks)
+
+    losses, state = losses_and_state()
+    found = {}
+    for name, before in {"again": lambda *_: None, "evaluated": evaluate, "skipped": skip}.items():
+        other, its_state = losses_and_state(before)
+        found[name] = relative_error(other, losses)
+        assert found[name] <= bound, found
+        assert bound or all(torch.equal(x, y) for x, y in zip(its_state, state, strict=True)), name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fp8State, "restore", lambda self: None)
+        found["control, not restored"] = relative_error(losses_and_state(evaluate)[0], losses)
+    assert found["control, not restored"] > bound, found
+    return found
+
+
+def skip(engine: MegatronEngine, place: Place) -> None:
+    """A step whose loss is not finite on another rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "exchange", lambda mine, device: [[float("nan")] * (len(mine) + len(device))])
+        assert engine.train_step([microbatch(place, 9)]).skipped
+
+
+def check_fused_gradients(place: Place) -> dict[str, float]:
+    """Products that add to the gradient sum the same two microbatches, in fp32; single ones are rounded to bf16."""
+    sums = []
+    for fused in ("false", "true"):
+        engine = engine_of(place, BF16, f"model.fused_gradient_accumulation={fused}")
+        run_microbatches(
+            engine._chunks, [microbatch(place, seed) for seed in (1, 2)], (BATCH, SEQUENCE), forward_only=False
+        )
+        (chunk,) = engine._chunks
+        sums.append({name: parameter.main_grad.clone() for name, parameter in named_parameters(chunk)})
+    apart, fused = sums
+    found = {name: relative_error(fused[name], gradient) for name, gradient in apart.items()}
+    assert max(found.values()) < 1e-2, found
+    differing = {name.rpartition(".linear_")[2] for name, error in found.items() if error}
+    assert {"qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"} <= differing, differing
+    return {"largest": max(found.values())}
 
 
 def check_masters(place: Place, recipe: str | None) -> dict[str, float]:
@@ -126,7 +217,7 @@ def check_memory(place: Place, share: float, *settings: str, recompute: bool = F
     Args:
         share: of the prediction, by which they may differ.
     """
-    mode = FULL_RECOMPUTE if recompute else ("recompute.granularity=null",)
+    mode = RECOMPUTE["uniform-1"] if recompute else ("recompute.granularity=null",)
     vanilla, depth = (place.config(*mixing, *mode, *settings) for mixing in (MIXING["vanilla"], MIXING["stride 3"]))
     device = torch.device(place.device)
     theirs, own = memory.kept(vanilla, device), memory.kept(depth, device)

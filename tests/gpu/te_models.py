@@ -1,4 +1,4 @@
-"""Small models for the checks of a layer spec and a precision: built, run and compared alike on a GPU and on CPU.
+"""Small models for the checks of a layer spec and a precision: built, run and compared alike on a GPU and on a CPU.
 
 Everything comes from a run's config through `train.build`, so what is checked is what trains. Shapes: b batch, s
 positions, V vocabulary.
@@ -7,7 +7,7 @@ positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +15,8 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_depthattn.config import PrecisionConfig, RunConfig, load_config
+from megatron_depthattn.config import RunConfig, load_config
 from megatron_depthattn.train.build import build_model
-from tests.gpu.emulated_fp8 import emulate
 from tests.te.small import FUSED_NORMS
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -36,8 +35,13 @@ SHAPE = {
     "train.global_batch_size": BATCH,
 }
 BF16, FP32 = "precision.dtype=bf16", "precision.dtype=fp32"
-VANILLA = "model.depth_attention.enabled=false"
-FULL_RECOMPUTE = ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1")
+VANILLA = "model.method=vanilla"
+RECOMPUTE = {
+    mode: ("recompute.granularity=full", f"recompute.method={mode[:-2]}", f"recompute.num_layers={mode[-1]}")
+    for mode in ("uniform-1", "uniform-2", "block-2")
+}
+NO_GRADIENT = "decoder.layers.0.attention_aggregator."
+"""Of Attention Residuals: its two candidates are equal, so what is left of its gradient is rounding."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,9 @@ class Place:
         return Place(self.device, "local")
 
     def build(self, *settings: str) -> torch.nn.Module:
-        """The whole model in its data-parallel wrapper; the same weights whatever spec and precision.
-
-        Local layers emulate FP8.
-        """
-        config = self.config(*settings)
-        real = config if self.spec == "te" else replace(config, precision=PrecisionConfig(dtype=config.precision.dtype))
-        (chunk,) = build_model(real, torch.device(self.device))
-        perturb_norms(chunk)
-        if config.precision.fp8 and self.spec == "local":
-            layers = linear_layers(chunk)
-            for index in range(config.precision.bf16_first_layers, NUM_LAYERS - config.precision.bf16_last_layers):
-                for linear in layers[index]:
-                    emulate(linear)
+        """The whole model in its data-parallel wrapper; the same weights whatever spec and precision."""
+        (chunk,) = build_model(self.config(*settings), torch.device(self.device))
+        leave_initial_values(chunk)
         return chunk.train()
 
     def tokens(self, seed: int = 1) -> Tensor:
@@ -89,12 +83,12 @@ def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
 
 
 @torch.no_grad()
-def perturb_norms(chunk: torch.nn.Module) -> None:
-    """Norm weights between 0.5 and 1.5: at one, a norm in the wrong place would not show."""
+def leave_initial_values(chunk: torch.nn.Module) -> None:
+    """Norm weights near one, not one, where a norm in the wrong place would not show; and a method that mixes."""
     for name, parameter in named_parameters(chunk):
         if parameter.dim() == 1:
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
-            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 class Pass(NamedTuple):
@@ -108,15 +102,22 @@ class Pass(NamedTuple):
     """Of the summed loss, fp32, by local name."""
 
 
-def run(chunk: torch.nn.Module, tokens: Tensor, labels: Tensor | None = None, **given: object) -> Pass:
+def run(
+    chunk: torch.nn.Module, tokens: Tensor, labels: Tensor | None = None, *, is_first: bool = True, **given: object
+) -> Pass:
     """Forward and backward from zeroed gradients; by default predicts the next token of the same row."""
     chunk.zero_grad_buffer()
-    chunk.set_is_first_microbatch()  # as Megatron's schedules do: FP8 copies of the weights are made anew
+    if is_first:
+        chunk.set_is_first_microbatch()  # as Megatron's schedules do: FP8 copies of the weights are made anew
     logits = chunk(tokens, None, None, **given).float()
     labels = tokens.roll(-1, dims=1) if labels is None else labels
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     losses.backward()
-    gradients = {name: parameter.main_grad.detach().clone() for name, parameter in named_parameters(chunk)}
+    gradients = {
+        name: parameter.main_grad.detach().clone()
+        for name, parameter in named_parameters(chunk)
+        if not name.startswith(NO_GRADIENT)
+    }
     return Pass(float(losses.detach()) / tokens.numel(), logits.detach(), gradients)
 
 
@@ -126,11 +127,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def worst_cosine(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of the gradients of any parameter."""
+METHODS_OWN = ("_aggregator.", "_connector.", "_averag")
+"""In the names of what a method adds to a layer."""
+
+
+def worst_cosine(actual: dict[str, Tensor], expected: dict[str, Tensor], *, but: tuple[str, ...] = ()) -> float:
+    """Of the gradients of any parameter, but for those with one of these in their names and for those of a few numbers,
+    which may be sums of large terms that cancel."""
     assert actual.keys() == expected.keys()
-    flat = torch.nn.functional.cosine_similarity
-    return min(float(flat(actual[n].double().flatten(), x.double().flatten(), dim=0)) for n, x in expected.items())
+    flat, chosen = torch.nn.functional.cosine_similarity, [n for n in expected if not any(part in n for part in but)]
+    return min(
+        float(flat(actual[n].double().flatten(), expected[n].double().flatten(), dim=0))
+        for n in chosen
+        if expected[n].numel() >= 64
+    )
 
 
 def largest_difference(actual: Pass, expected: Pass) -> float:
@@ -153,3 +163,10 @@ def linear_layers(chunk: torch.nn.Module) -> list[list[torch.nn.Module]]:
     ]
     assert all(len(linears) == 4 for linears in found)
     return found
+
+
+def scaling_state(chunk: torch.nn.Module) -> list[Tensor]:
+    """Scales and histories of delayed scaling, of every linear layer, in turn."""
+    metas = [module.fp8_meta for linears in linear_layers(chunk) for module in linears]
+    states = [meta[f"scaling_{way}"] for meta in metas for way in ("fwd", "bwd")]
+    return [x.clone() for state in states for x in (state.scale, state.amax_history)]

@@ -35,17 +35,21 @@ def use_transformer_engine() -> dict[str, str]:
     import torch
 
     sys.path.append(str(FOLDER))
-    is_compiled = any((FOLDER / "transformer_engine").glob("**/transformer_engine_torch*.so"))
-    if not is_compiled:
+    if not is_compiled():
         _stand_in()
     import transformer_engine.pytorch  # noqa: F401
 
     return {
-        "extension": REAL if is_compiled else STAND_IN,
+        "extension": REAL if is_compiled() else STAND_IN,
         "transformer_engine": version("transformer_engine"),
         "megatron-core": version("megatron-core"),
         "torch": str(torch.__version__),
     }
+
+
+def is_compiled() -> bool:
+    """Whether `FOLDER` holds the extension too."""
+    return any((FOLDER / "transformer_engine").glob("**/transformer_engine_torch*.so"))
 
 
 def _stand_in() -> None:

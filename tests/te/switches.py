@@ -1,33 +1,16 @@
-"""Switches that only TransformerEngine's layers have: sums of gradients inside their products, and userbuffers."""
+"""A switch that only TransformerEngine's layers have: userbuffers."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 from unittest.mock import create_autospec, patch
 
 import torch
-from megatron.core.utils import unwrap_model
-from torch import Tensor
 from transformer_engine.pytorch.module import base
 
-from megatron_depthattn.model.initialization import globally_named_parameters
 from megatron_depthattn.train.build import build_chunk, initialize_userbuffers, transformer_config
-from megatron_depthattn.train.engine import MegatronEngine
-from megatron_depthattn.train.step import run_microbatches
-from tests.te.delayed import LENGTH, _microbatch
 from tests.te.layouts import Layout, _a_gpu, _world
 from tests.te.small import small_config
-
-
-def gradients(*, fused: bool) -> dict[str, Tensor]:
-    """Of two microbatches, in bf16; call where kernels compute."""
-    config = small_config("te", length=LENGTH)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, fused_gradient_accumulation=fused))
-    engine = MegatronEngine(config, torch.device("cpu"))
-    run_microbatches(engine._chunks, [_microbatch(1), _microbatch(2)], (1, LENGTH), forward_only=False)
-    (model,) = unwrap_model(engine._chunks)
-    return {name: parameter.main_grad.clone() for name, parameter in globally_named_parameters(model)}
 
 
 def userbuffers() -> dict[str, Any]:

@@ -8,11 +8,8 @@ import torch
 from megatron_depthattn.config import to_dict
 from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
 from megatron_depthattn.methods.definitions import method_of
-from tests.parallel.compare import BOUND, relative_errors
 from tests.te.small import METHODS, assert_equal, restarted, small_config, under_te
 
-NO_GRADIENT = "decoder.layers.0.attention_aggregator."
-"""Its two candidates are equal: what is left is rounding."""
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -79,29 +76,3 @@ def test_a_local_checkpoint_comes_back_through_the_te_spec_bit_by_bit(te, method
     assert_equal(back.parameters(), run.parameters())
     for one, expected in zip(back.moments(), run.moments(), strict=True):
         assert_equal(one, expected)
-
-
-@every_method
-def test_recompute_under_fp8_is_no_recompute(te, method):
-    """TransformerEngine's checkpoint function around layers that recompute their mix by torch's."""
-    runs = te.recompute[method]
-    expected = runs["none"]
-    for mode, calls in {"uniform-1": 6, "uniform-2": 3}.items():
-        found = runs[mode]
-        assert found["calls"] == calls
-        assert torch.equal(found["loss"], expected["loss"])
-        sides = [
-            {name: gradient for name, gradient in one["gradients"].items() if not name.startswith(NO_GRADIENT)}
-            for one in (found, expected)
-        ]
-        assert max(relative_errors(*sides).values()) < BOUND
-    assert runs["uniform-1"]["passes"] == {(True, False): 6, (True, True): 6}
-
-
-@pytest.mark.parametrize("method", ["denseformer", "attnres"])
-def test_control_plain_sources_lose_their_gradients(te, method):
-    runs = te.recompute[method]
-    assert torch.equal(runs["control"]["loss"], runs["none"]["loss"])
-    name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    expected = runs["none"]["gradients"][name]
-    assert (runs["control"]["gradients"][name] - expected).norm() > 1e-2 * expected.norm()

@@ -240,48 +240,17 @@ def test_later_loops_compute_with_the_first_loops_weights(te):
     assert {*found["parameters"]} == under_te(te.initial).keys()
 
 
-# ---- full recompute through TransformerEngine's checkpoint function
-
-
-@pytest.mark.parametrize("plan", ["stride 2, window 1", "stride 1"])
-def test_recompute_under_fp8_carries_the_sources(te, plan):
-    """Loss and gradients of no recompute: bit-equal, but for sources that several layers of one group read."""
-    runs = te.recompute[plan]
-    expected = runs["none"]
-    for mode, (calls, is_exact) in {
-        "uniform-1": (6, True),
-        "uniform-2": (3, False),
-        "uniform-3": (2, False),
-        "block-2": (2, True),
-    }.items():
-        found = runs[mode]
-        assert found["calls"] == calls
-        assert torch.equal(found["loss"], expected["loss"])
-        for name, gradient in expected["gradients"].items():
-            bound = 0 if is_exact else 1e-6 * gradient.norm()
-            assert (found["gradients"][name] - gradient).norm() <= bound, (mode, name)
-    # (FP8 is on, TransformerEngine knows that it is a recomputation)
-    assert runs["uniform-1"]["passes"] == {(True, False): 6, (True, True): 6}
-    assert expected["passes"] == {(False, False): 6}
-
-
 def test_the_local_spec_computes_the_same_where_transformer_engine_is_there(te):
     """Megatron-Core takes some of its functions then, in local layers too."""
     from tests.unit.test_recompute import build, loss_and_gradients
 
     loss, gradients = loss_and_gradients(build(depth_attention_stride=1))
-    found = te.recompute["stride 1"]["none"]
-    assert torch.equal(found["loss"], loss)
-    assert_equal(found["gradients"], gradients)
+    found, its_gradients = te.local_layers
+    assert torch.equal(found, loss)
+    assert_equal(its_gradients, gradients)
 
 
-@pytest.mark.parametrize("plan", ["stride 2, window 1", "stride 1"])
-def test_control_plain_sources_lose_their_gradients(te, plan):
-    runs = te.recompute[plan]
-    assert torch.equal(runs["control"]["loss"], runs["none"]["loss"])
-    name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    expected = runs["none"]["gradients"][name]
-    assert (runs["control"]["gradients"][name] - expected).norm() > 1e-2 * expected.norm()
+# ---- recipes, switches
 
 
 STRICTER_HERE = {
@@ -298,56 +267,6 @@ def test_a_recipe_is_rejected_where_transformer_engine_rejects_it(te):
     }
     assert rejected - STRICTER_HERE == {key for key, runs in te.support.items() if not runs}
     assert {key[0] for key in te.support.keys() - rejected} == {"delayed", "tensorwise", "blockwise", "mxfp8"}
-
-
-# ---- delayed FP8 scaling
-
-
-@pytest.mark.parametrize("weights", ["weights in bf16", "weights in FP8"])
-@pytest.mark.parametrize("other", ["again", "evaluated", "skipped"])
-def test_what_is_no_training_step_leaves_no_trace_in_fp8_scales(te, weights, other):
-    """Another build of the same seed, an evaluation before every step, skipped steps: the same losses, to the last bit,
-    and the same scales and histories."""
-    plain, run = te.delayed[weights]["plain"], te.delayed[weights][other]
-    assert run["losses"] == plain["losses"]
-    for moment in ("initial", "final"):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run[moment], plain[moment], strict=True))
-
-
-@pytest.mark.parametrize("weights", ["weights in bf16", "weights in FP8"])
-def test_control_an_evaluation_would_change_the_training(te, weights):
-    plain, control = te.delayed[weights]["plain"], te.delayed[weights]["control"]
-    assert control["losses"][0] == plain["losses"][0] and control["losses"][1:] != plain["losses"][1:]
-    scaled = sum(bool(scale.ne(1).any()) for scale in plain["final"][::2])
-    assert scaled == 2 * 4 * 4, "both ways of four linear layers in four layers; attention is in bf16"
-
-
-def test_a_looped_model_trains_as_under_the_local_spec(te):
-    """In bf16: norms whose weight is the first loop's find it, and its gradient arrives there."""
-    local, ours = te.delayed["loops"]["local"], te.delayed["loops"]["te"]
-    assert ours == pytest.approx(local, rel=5e-4)
-    assert abs(local[-1] - local[1]) > 0.02, "the bound would not show a step along another gradient"
-
-
-@pytest.mark.parametrize("first", ["local", "te"])
-def test_a_run_resumes_under_the_other_spec(te, first):
-    """Weights, optimizer and schedule: the losses that follow are those of the same spec resumed, but for bf16."""
-    runs = te.delayed["resumed"][first]
-    assert runs["te"] == pytest.approx(runs["local"], rel=5e-4)
-    assert abs(runs["control"][0] / runs["local"][0] - 1) > 0.01, "control: a run that has not loaded it"
-
-
-# ---- switches
-
-
-def test_products_that_add_to_the_gradient_sum_the_same_microbatches(te):
-    """In fp32, where the gradients of single microbatches are rounded to bf16 otherwise."""
-    apart, fused = te.delayed["gradients"][False], te.delayed["gradients"][True]
-    assert apart.keys() == fused.keys()
-    for name, gradient in apart.items():
-        assert (fused[name] - gradient).norm() < 1e-2 * gradient.norm(), name
-    differing = {name.rpartition(".linear_")[2] for name in apart if not torch.equal(fused[name], apart[name])}
-    assert {"qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"} <= differing
 
 
 def test_userbuffers_are_of_the_size_of_a_microbatch(te):

@@ -40,7 +40,7 @@ def generic_gemm(
     ``getGemmOutputShape``. Sums are fp32 and rounded once, also where they are added to ``out``."""
     unknown = {"an FP8 output": quantizer, "a bias": bias, "gelu": gelu, "userbuffers": comm_overlap}
     unknown |= {"a factor": alpha != 1 or beta not in (None, float(accumulate))}
-    if asked := [name for name, value in unknown.items() if value not in (None, False)]:
+    if asked := [name for name, value in unknown.items() if value is not None and value is not False]:
         raise NotImplementedError(f"generic_gemm with {', '.join(asked)} is not stood in for")
     x = _operand(a, by_column=not transpose_a, is_transposed=transpose_a)
     y = _operand(b, by_column=transpose_b, is_transposed=not transpose_b)
