@@ -1,8 +1,7 @@
 """Commands in forks of one process that has imported what they need: as torchrun starts them, without their imports.
 
-`python -m tests.forked FIRST` is that process; it imports the module FIRST before all others. Each line of its input
-asks for one world of processes, as JSON; it answers with their pids and then, for each that ends, with its rank and
-exit code.
+`python -m tests.forked IMPORTS` is that process. Each line of its input asks for one world of processes, as JSON; it
+answers with their pids and then, for each that ends, with its rank and exit code.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 PRELOADED = ("megatron_depthattn.train.loop", "tests.parallel.worker")
+"""What is imported once, in this order; with ``:name`` of a function in it, which is called then."""
 GRACE_SECONDS = 30
 """What a process has to end after another one failed."""
 
@@ -60,10 +60,10 @@ class World:
 
 
 @functools.cache
-def _server(root: Path, first: str) -> subprocess.Popen[bytes]:
+def _server(root: Path, preloaded: tuple[str, ...]) -> subprocess.Popen[bytes]:
     """The process that forks, one for all tests of this process; it ends when its input is closed."""
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.forked", first],
+        [sys.executable, "-W", "ignore", "-m", "tests.forked", *preloaded],
         cwd=root,  # comes first on the path
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE,
@@ -83,7 +83,7 @@ def start(
     logs: Sequence[Path],
     end_together: bool = True,
     root: Path = REPOSITORY,
-    first: str = "tests",
+    preloaded: tuple[str, ...] = PRELOADED,
 ) -> World:
     """``python -m module arguments`` as ranks of a world; 0: one process and no launcher. One world at a time.
 
@@ -91,11 +91,11 @@ def start(
         logs: files of stdout and stderr, which ``{rank}`` in them makes each rank's own.
         end_together: whether one failure ends the others.
         root: of the package.
-        first: module that the process which forks has imported before any other.
+        preloaded: see `PRELOADED`.
     """
     while _worlds:
         _worlds.pop().stop()  # a test may have been interrupted
-    server = _server(root, first)
+    server = _server(root, preloaded)
     assert server.stdin is not None
     request = {"module": module, "arguments": [*map(str, arguments)], "ranks": num_processes, "logs": [*map(str, logs)]}
     server.stdin.write(f"{json.dumps(request | {'end_together': end_together})}\n".encode())
@@ -135,9 +135,12 @@ def _kill(pids: Iterable[int], kind: signal.Signals) -> None:
 
 
 def main() -> None:
-    for module in (*sys.argv[1:], *PRELOADED):
+    for wanted in sys.argv[1:]:
         with contextlib.suppress(ImportError):  # tests of Hugging Face's side alone run without Megatron
-            importlib.import_module(module)
+            module, _, function = wanted.partition(":")
+            imported = importlib.import_module(module)
+            if function:
+                getattr(imported, function)()
     for line in sys.stdin:
         request = json.loads(line)
         if request["module"].startswith("tests."):

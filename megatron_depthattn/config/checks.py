@@ -98,8 +98,6 @@ LOOPS = checks(
         "model.method to depth_attention or vanilla",
         lambda c, _: c.model.num_loops > 1 and c.model.method in DEFINITIONS,
     ),
-    "{model.num_loops is|above 1} with {precision.fp8=}: scaling state has not been tried with weights that several "
-    "layers use; set precision.fp8=null or model.num_loops=1",
     (
         "{model.num_loops is|above 1} with {parallel.pipeline=|above 1} and {parallel.virtual_pipeline=|no multiple of "
         "it}: a stage keeps its layers' weights for all loops, so it has the same number of chunks in each, and a "

@@ -76,11 +76,10 @@ def resolve(config: RunConfig, available: Available) -> Resolved:
 
 def _why_local(config: RunConfig, available: Available) -> str:
     """What rules TransformerEngine's layers out; empty: nothing."""
-    loops, engine, dtype = config.model.num_loops, config.engine.name, config.precision.dtype
+    engine, dtype = config.engine.name, config.precision.dtype
     reasons = {
         "no GPU": not available.gpu,
         "model.compile=true, which compiles the local layers": config.model.compile,
-        f"model.num_loops={loops}, and looped models have not run on TransformerEngine's layers": loops > 1,
         f"engine.name={engine}, which has not run with TransformerEngine's layers": engine != "megatron",
         "precision.dtype=fp32, whose matrix products TransformerEngine computes in TF32": dtype == "fp32",
         f"no TransformerEngine: {available.no_transformer_engine}": available.no_transformer_engine,

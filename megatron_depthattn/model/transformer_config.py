@@ -162,11 +162,6 @@ class DepthAttentionConfig(TransformerConfig):
                 f"num_loops is {loops} with method={self.method!r}, which has weights of its own for every place in "
                 "depth: set num_loops=1, or method to 'depth_attention' or 'vanilla'."
             )
-        if loops > 1 and self.fp8:
-            raise ValueError(
-                f"num_loops is {loops} with fp8={self.fp8!r}: scaling state has not been tried with weights that "
-                "several layers use. Set fp8=None or num_loops=1."
-            )
         if loops == 1 or stages == 1:
             return
         virtual = self.virtual_pipeline_model_parallel_size or 1

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_depthattn.config import RunConfig, validate
 from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
-from megatron_depthattn.train.build import Chunks, build_model, build_optimizer, finish_param_gather
+from megatron_depthattn.train.build import Chunks, Fp8State, build_model, build_optimizer, finish_param_gather
 from megatron_depthattn.train.step import Microbatch, evaluation_mode, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress
 from tests.checkpoints import load_checkpoint, save_checkpoint
@@ -82,6 +82,7 @@ class _Run:
         self._microbatches = microbatches
         self.chunks = build_model(config, device, bucket_size=BUCKET_SIZE)
         self.optimizer, self.scheduler = build_optimizer(config, self.chunks)
+        self._fp8 = Fp8State(self.chunks)
 
     def begin(self) -> None:
         self._evaluate()
@@ -101,13 +102,13 @@ class _Run:
             self._step(step)
 
     def _evaluate(self) -> None:
-        with evaluation_mode(self.chunks):
+        with evaluation_mode(self.chunks), self._fp8.untouched():
             self.losses.append(run_microbatches(self.chunks, self._microbatches(STEPS), SHAPE, forward_only=True))
 
     def _step(self, step: int) -> None:
         self.scheduler.step(1)
         with _overflow(self.chunks[-1]) if step == BROKEN_STEP else contextlib.nullcontext():
-            done = train_step(self.chunks, self.optimizer, self._microbatches(step), SHAPE)
+            done = train_step(self.chunks, self.optimizer, self._microbatches(step), SHAPE, self._fp8)
         assert done.skipped == (step == BROKEN_STEP)
         if not done.skipped:
             self.losses.append(done.loss)

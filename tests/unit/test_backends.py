@@ -39,7 +39,7 @@ def backends_of(config: RunConfig) -> tuple[str, str]:
         (BARE_GPU, (), ("local", "lean"), "local (auto: no TransformerEngine: ImportError: no transformer_engine)"),
         (BARE_GPU, (), ("local", "lean"), "lean (auto: triton needs Triton, which is not installed)"),
         (BARE_GPU._replace(no_triton=""), (), ("local", "triton"), "local"),
-        (GPU, ("model.num_loops=2",), ("local", "triton"), "looped models have not run on TransformerEngine's layers"),
+        (GPU, ("model.num_loops=2", FP8), ("te", "triton"), "te"),
         (GPU, ("engine.name=deepspeed", "engine.zero_stage=1"), ("local", "triton"), "engine.name=deepspeed"),
         (GPU, ("precision.dtype=fp32",), ("local", "triton"), "matrix products TransformerEngine computes in TF32"),
         (GPU, ("model.kv_channels=512",), ("te", "lean"), "triton takes heads of 256 at most"),

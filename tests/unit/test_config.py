@@ -430,7 +430,6 @@ UNSUPPORTED = [
     (1, "model.num_loops=2 engine.name=deepspeed", "set model.num_loops=1 or engine.name=megatron"),
     (1, "model.num_loops=2 model.method=denseformer", "is not defined for a stack that is run again; set model.num_lo"),
     (1, "model.num_loops=2 model.method=mhc", "model.num_loops is 2 with model.method=mhc"),
-    (1, "model.num_loops=2 model.spec=te precision.dtype=bf16 precision.fp8=tensorwise", "set precision.fp8=null or"),
     (2, "model.num_loops=2 parallel.pipeline=2", "passes each stage once; set parallel.virtual_pi"),
     (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=3", "or a multiple of it, or parallel.pip"),
     (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=6", "set model.num_layers=6 or 12, or other"),
@@ -508,7 +507,7 @@ def test_errors_say_what_to_set(base, world_size, arguments, message):
             "parallel.tp_comm_overlap=true parallel.tensor=2 parallel.sequence=true model.spec=te precision.dtype=bf16",
         ),
         (1, "model.num_loops=3 recompute.granularity=full recompute.method=uniform recompute.num_layers=24"),
-        (1, "model.num_loops=2 model.method=vanilla model.spec=te precision.dtype=bf16"),
+        (1, "model.num_loops=2 model.method=vanilla model.spec=te precision.dtype=bf16 precision.fp8=tensorwise"),
         # 4 layers a stage, 12 runs of them
         (2, "model.num_loops=3 parallel.pipeline=2 parallel.virtual_pipeline=3"),
         (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=8"),

@@ -103,7 +103,6 @@ def test_every_check(method):
     ("given", "message"),
     [
         ({"method": "mhc", "method_settings": {"streams": 2}}, "model.mhc has no setting streams: mHC has num_streams"),
-        ({"method": "vanilla", "num_loops": 2, "fp8": "hybrid"}, "num_loops is 2 with fp8='hybrid'"),
         ({"method": "dense"}, "method is 'dense'; the methods are ['depth_attention', 'vanilla', 'denseformer',"),
         (
             {"method": "denseformer", "method_settings": {"period": 0}},

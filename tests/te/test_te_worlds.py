@@ -1,0 +1,137 @@
+"""Worlds of several ranks on TransformerEngine's layers compute what one process computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from tests.parallel import cases
+from tests.parallel.cases import LAYOUTS, MODEL
+from tests.parallel.compare import BOUND, violations, worst_gradient_error, worst_loss_error
+from tests.parallel.launch import run_jobs
+from tests.te import stand_in
+from tests.te.world_cases import CONTROLS, DELAYED, OVERLAPPED, PARITY, ROUNDED, ROUNDED_CONTROLS, Job, needs
+
+pytestmark = pytest.mark.timeout(1800)
+PRELOADED = ("tests.te.stand_in:use_transformer_engine", "tests.te.worlds")
+ROUNDING = 1.1
+"""Farther from fp32 than one process, in the mean error of a parameter's gradient: other sums, other roundings."""
+
+
+def by_name(jobs: list[Job]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("job", jobs, ids=[job.name for job in jobs])
+
+
+class Worlds:
+    """Results of the jobs that the selected tests ask for, and of those they are compared with."""
+
+    def __init__(self, folder: Path, wanted: list[Job]) -> None:
+        self._folder = folder
+        everything = list(dict.fromkeys(one for job in wanted for one in (*needs(job), job)))
+        everything.sort(key=lambda job: list(LAYOUTS).index(job.layout))
+        alone = [job for job in everything if job.layout == "single"]
+        alone.sort(key=lambda job: job.spec == "te")  # the local ones write weights and gradients
+        self._rounds = [alone, [job for job in everything if job.layout != "single"]]
+
+    def result(self, job: Job) -> dict[str, Any]:
+        while self._rounds and not self._file(job, "json").exists():
+            jobs = self._rounds.pop(0)
+            ranks = LAYOUTS[jobs[0].layout].world_size if jobs else 1
+            run_jobs(self._folder, ranks, jobs, "tests.te.worlds", PRELOADED)
+        if (error := self._file(job, "error")).exists():
+            pytest.fail(f"{job.name} failed:\n{error.read_text()}", pytrace=False)
+        return json.loads(self._file(job, "json").read_text())
+
+    def _file(self, job: Job, kind: str) -> Path:
+        return self._folder / f"{job.name}.{kind}"
+
+
+@pytest.fixture(scope="session")
+def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    if not (stand_in.FOLDER / "transformer_engine").is_dir():
+        pytest.skip(f"no TransformerEngine in {stand_in.FOLDER}: run make install, or set DEPTHATTN_TE")
+    asking = [item for item in request.session.items if "worlds" in getattr(item, "fixturenames", ())]
+    wanted = [item.callspec.params["job"] for item in asking if hasattr(item, "callspec")]
+    return Worlds(tmp_path_factory.mktemp("te-worlds"), wanted)
+
+
+@by_name(PARITY)
+def test_losses_and_gradients_are_those_of_one_process(worlds, job):
+    """On local layers, in fp32."""
+    assert not violations(worlds.result(job), worlds.result(job.reference))
+
+
+@by_name(CONTROLS)
+def test_control_a_mistake_violates_the_bounds(worlds, job):
+    assert worst_gradient_error(worlds.result(job)) > 1e3 * BOUND
+    assert violations(worlds.result(job), worlds.result(job.reference))
+
+
+def error(result: dict[str, Any]) -> float:
+    """Mean over parameters of the gradient's distance from one process on local layers in fp32."""
+    return mean(result["gradient_errors"].values())
+
+
+@by_name(ROUNDED)
+def test_no_farther_from_fp32_than_one_process(worlds, job):
+    result, alone = worlds.result(job), worlds.result(job.alone)
+    assert worst_loss_error(result["losses"], alone["losses"]) < 3e-3
+    assert error(result) < ROUNDING * error(alone)
+    if job.layout in ("single", "pp2") and job.recompute != "uniform2":  # nothing is summed in another order
+        assert result["gradient_errors"] == alone["gradient_errors"]
+
+
+@by_name([job for job in ROUNDED if job.recipe == DELAYED])
+def test_scales_are_those_of_one_process_on_every_rank(worlds, job):
+    """Weights' to the last bit; those of inputs and gradients follow from the largest entry of any rank."""
+    everyones, alone = worlds.result(job)["scales"], worlds.result(job.alone)["scales"][0]
+    assert set().union(*everyones) == alone.keys()
+    for layer, scales in ((layer, scales) for mine in everyones for layer, scales in mine.items()):
+        assert all(mine.get(layer, scales) == scales for mine in everyones), layer
+        assert scales == pytest.approx(alone[layer], rel=0.3), layer
+        assert scales[1] == alone[layer][1] or job.steps > 1, layer
+        assert 1.0 not in (scales[0], scales[2]), "nothing was scaled"
+
+
+@by_name(ROUNDED_CONTROLS)
+def test_control_scales_of_ones_own(worlds, job):
+    result = worlds.result(job)
+    if job.recipe == DELAYED:
+        first, second = result["scales"]
+        assert first.keys() == second.keys() and all(first[layer] != second[layer] for layer in first)
+    else:
+        assert error(result) > 1.5 * ROUNDING * error(worlds.result(job.alone))
+
+
+@by_name([job for job in ROUNDED if job.recipe == DELAYED])
+def test_histories_are_rolled_as_documented(worlds, job):
+    """In a microbatch, on every rank: see docs/precision.md."""
+    pipeline = LAYOUTS[job.layout].parallel.pipeline
+    chunks, layers = LAYOUTS[job.layout].parallel.virtual_pipeline, MODEL.num_layers // pipeline
+    for stage, rolls in enumerate(worlds.result(job)["rolls"]):
+        if size := cases.RECOMPUTE[job.recompute].num_layers:
+            is_last = stage == len(worlds.result(job)["rolls"]) - 1
+            assert rolls == [chunks + layers // size, 2 * (layers // size) + is_last]
+        else:
+            assert rolls == [chunks, chunks]
+
+
+@by_name([job for job in ROUNDED if job.save])
+def test_a_resumed_run_is_the_one_that_was_not_stopped(worlds, job):
+    """To the last bit, with weights of other layers and scaling state of every use of them."""
+    result = worlds.result(job)
+    assert result["resumed"] == {"losses": result["losses"][-1:], "grad_norms": result["grad_norms"][-1:]}
+
+
+@by_name(OVERLAPPED)
+def test_overlapped_communication_changes_no_weight(worlds, job):
+    """Neither does what the local layers are tried with: evaluations, a step left out, a save."""
+    result = worlds.result(job)
+    assert result["buckets"] > 4
+    assert result["different"] == {"overlapped": 0, "resumed": 0}
+    assert result["overlapped"]["losses"] == result["plain"]["losses"]
+    assert result["resumed"]["losses"] == result["plain"]["losses"][-1:]
