@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -55,20 +56,23 @@ def measure(given: argparse.Namespace) -> Result:
 
 
 class SavedTensors:
-    """What was saved within `saved_tensors`, without the parameters of the model.
+    """What was saved within `saved_tensors`, without the parameters of the model and their FP8 copies.
 
     Only what goes through autograd or a micro-batch's state is seen: not what a module or a closure holds on to (on a
     GPU the allocator reports that too), and of what is recomputed only the inputs of the recomputation.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._model = model
         self.all: list[Tensor] = []  # holds them, so that no address is used twice
 
     @property
     def tensors(self) -> list[Tensor]:
         """Each one once, however often it was saved."""
-        others = (t for t in self.all if t.untyped_storage().data_ptr() not in self._own)
+        copies = (copy for m in self._model.modules() for copy in getattr(m, "_fp8_workspaces", {}).values())
+        weights = (part for weight in chain(self._model.parameters(), copies) for part in _parts(weight))
+        own = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        others = (t for t in self.all if t.untyped_storage().data_ptr() not in own)
         return [*{(t.data_ptr(), t.dtype, tuple(t.shape), t.stride()): t for t in others}.values()]
 
     @property
@@ -76,6 +80,12 @@ class SavedTensors:
         """Bytes of the distinct storages: a saved view keeps all of what it is a view of."""
         storages = (t.untyped_storage() for t in self.tensors)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _parts(weight: Any) -> list[Tensor]:
+    """An FP8 weight's bytes, by row and by column."""
+    is_fp8 = hasattr(weight, "get_data_tensors")
+    return [part for part in weight.get_data_tensors() if part is not None] if is_fp8 else [weight]
 
 
 @contextmanager

@@ -505,8 +505,9 @@ PRECISION = checks(
     "precision.fp8_params=true with precision.fp8=mxfp8: Megatron-Core gathers such weights through the gradient "
     "buffer while the forward pass runs, which this stack does not do; set precision.fp8_params=false",
     (
-        "precision.fp8_attention=true with {precision.fp8=} (not delayed or tensorwise): Megatron-Core 0.16 leaves "
-        "core attention in bf16 there; set precision.fp8_attention=false, or precision.fp8=delayed",
+        "precision.fp8_attention=true with {precision.fp8=} (not delayed or tensorwise): Megatron-Core has no such "
+        "switch for blockwise, and for mxfp8 as of 0.19 only, so core attention may stay in bf16; set "
+        "precision.fp8_attention=false, or precision.fp8=delayed",
         lambda c, _: c.precision.fp8_attention and not RECIPES[c.precision.fp8].attention_gpus,
     ),
     "precision.fp8_attention=true with recompute.granularity=selective: Megatron-Core would compute core attention "

@@ -63,8 +63,9 @@ def rank_memory(config: RunConfig, world_size: int, *, pipeline_rank: int, on_gp
         raise ValueError(f"pipeline_rank is {pipeline_rank}, but parallel.pipeline={stages}: give 0 to {stages - 1}.")
     weights = rank_weights(config, pipeline_rank)
     states = _model_states(config, weights.total, sizes.data_parallel_size * config.parallel.context)
-    if config.precision.fp8:  # a copy to multiply with forward and one backward; FP8 weights replace the bf16 ones
-        copies = 2 - (element_bytes(config) if config.precision.fp8_params else 0)
+    if config.precision.fp8:  # copies to multiply with forward and backward, of every loop's own
+        loops = config.model.num_loops
+        copies = 2 - element_bytes(config) if config.precision.fp8_params else 2 * loops  # or they are the weights
         states = states._replace(weights=states.weights + copies * weights.linear)
     own = [chunk_memory(config, chunk, on_gpu=on_gpu) for chunk in chunks_of_stage(config, pipeline_rank)]
     alive = in_flight(

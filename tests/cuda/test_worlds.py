@@ -20,7 +20,7 @@ from tests.cuda.messages import Message, differences
 from tests.cuda.worker import Fault
 from tests.e2e.commands import must_succeed
 from tests.e2e.small_run import MODEL
-from tests.forked import REPOSITORY, forked
+from tests.forked import PRELOADED, REPOSITORY, forked
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: nothing to rehearse"),
@@ -162,7 +162,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ran]:
         records: list[dict[str, Any]] = [{"runs": {}} for _ in range(max(1, ranks))]
         # A world that was left cannot be joined again; a process alone can train again.
         for world in [[one] for one in asked] if ranks else [asked]:
-            options = {"first": "tests.cuda.eight_gpus"} if is_rehearsed else {}
+            options = {"preloaded": ("tests.cuda.eight_gpus", *PRELOADED)} if is_rehearsed else {}
             result = forked(ranks, "tests.cuda.worker", own, json.dumps(world), **options)
             output = f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
             if result.returncode:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_depthattn.config import load_config
 from megatron_depthattn.config.hardware_checks import Accelerator, recipe_unsupported_on
+from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
 from tests.te.small import FUSED_NORMS, assert_equal, restarted, small_config, under_te
 
@@ -267,6 +268,14 @@ def test_a_recipe_is_rejected_where_transformer_engine_rejects_it(te):
     }
     assert rejected - STRICTER_HERE == {key for key, runs in te.support.items() if not runs}
     assert {key[0] for key in te.support.keys() - rejected} == {"delayed", "tensorwise", "blockwise", "mxfp8"}
+
+
+def test_fp8_attention_is_rejected_where_megatron_has_no_switch_for_it(te):
+    """And for mxfp8, for which Megatron-Core has one as of 0.19 only."""
+    has_switch = {name for name, passed in vars(te)["fp8 attention"].items() if passed}
+    newer = tuple(map(int, te.versions["megatron-core"].split(".")[:2])) >= (0, 19)
+    assert has_switch == {"delayed", "tensorwise"} | ({"mxfp8"} if newer else set())
+    assert {name for name, recipe in RECIPES.items() if recipe.attention_gpus} == {"delayed", "tensorwise"}
 
 
 def test_userbuffers_are_of_the_size_of_a_microbatch(te):

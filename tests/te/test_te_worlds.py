@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
 
+from megatron_depthattn.estimate.activations import chunk_memory
+from megatron_depthattn.estimate.memory import rank_memory
 from tests.parallel import cases
 from tests.parallel.cases import LAYOUTS, MODEL
 from tests.parallel.compare import BOUND, violations, worst_gradient_error, worst_loss_error
 from tests.parallel.launch import run_jobs
 from tests.te import stand_in
-from tests.te.world_cases import CONTROLS, DELAYED, OVERLAPPED, PARITY, ROUNDED, ROUNDED_CONTROLS, Job, needs
+from tests.te.world_cases import (
+    BF16,
+    CONTROLS,
+    DELAYED,
+    INFINITE,
+    MEMORY,
+    OVERLAPPED,
+    PARITY,
+    ROUNDED,
+    ROUNDED_CONTROLS,
+    Job,
+    needs,
+)
 
 pytestmark = pytest.mark.timeout(1800)
 PRELOADED = ("tests.te.stand_in:use_transformer_engine", "tests.te.worlds")
@@ -97,10 +112,19 @@ def test_scales_are_those_of_one_process_on_every_rank(worlds, job):
         assert 1.0 not in (scales[0], scales[2]), "nothing was scaled"
 
 
-@by_name(ROUNDED_CONTROLS)
-def test_control_scales_of_ones_own(worlds, job):
+@by_name(INFINITE)
+def test_an_infinite_attention_is_a_finite_step_in_fp8(worlds, job):
+    """As docs/precision.md says: the cast into the next layer's FP8 input saturates. In bf16 the step is left out."""
     result = worlds.result(job)
-    if job.recipe == DELAYED:
+    assert (result["skipped"] == 0) == all(map(math.isfinite, result["losses"])) == (job.precision != BF16)
+
+
+@by_name(ROUNDED_CONTROLS)
+def test_control_a_mistake_shows_in_scales_or_errors(worlds, job):
+    result = worlds.result(job)
+    if job.sabotage == "dtypes_gathered_together":  # after the first step
+        assert worst_loss_error(result["losses"], worlds.result(job.alone)["losses"]) > 0.01
+    elif job.recipe == DELAYED:
         first, second = result["scales"]
         assert first.keys() == second.keys() and all(first[layer] != second[layer] for layer in first)
     else:
@@ -124,7 +148,8 @@ def test_histories_are_rolled_as_documented(worlds, job):
 def test_a_resumed_run_is_the_one_that_was_not_stopped(worlds, job):
     """To the last bit, with weights of other layers and scaling state of every use of them."""
     result = worlds.result(job)
-    assert result["resumed"] == {"losses": result["losses"][-1:], "grad_norms": result["grad_norms"][-1:]}
+    last = {name: result[name][-1:] for name in ("losses", "grad_norms")}
+    assert result["resumed"] == last | {"skipped": 0}
 
 
 @by_name(OVERLAPPED)
@@ -135,3 +160,19 @@ def test_overlapped_communication_changes_no_weight(worlds, job):
     assert result["different"] == {"overlapped": 0, "resumed": 0}
     assert result["overlapped"]["losses"] == result["plain"]["losses"]
     assert result["resumed"]["losses"] == result["plain"]["losses"][-1:]
+
+
+@by_name(MEMORY)
+def test_fp8_copies_are_those_that_the_estimate_counts(worlds, job):
+    """Of weights to the byte; of what is kept for the backward pass above bf16, but for the scales."""
+    plain = job.in_bf16
+    config, above = job.config(), rank_memory(plain.config(), 1, pipeline_rank=0).weights
+    assert worlds.result(job)["copies"] == rank_memory(config, 1, pipeline_rank=0).weights - above
+    measured = worlds.result(job)["saved"] - worlds.result(plain)["saved"]
+    estimated = chunk_memory(config, 0).activations - chunk_memory(plain.config(), 0).activations
+    if job.recipe == DELAYED:  # attention as it runs here leaves its output to the projection, which keeps a copy alone
+        model = config.model
+        tokens = config.data.sequence_length * config.train.micro_batch_size
+        estimated -= 2 * tokens * model.num_attention_heads * model.kv_channels * model.num_layers * model.num_loops
+    assert measured == pytest.approx(estimated, rel=0.07)
+    assert estimated < -50_000

@@ -37,7 +37,8 @@ def main(folder: Path) -> None:
     initialize_distributed(launch_environment())
     initialize_model_parallel()
     results = {"versions": versions, "conversion": conversion.results(folder)}
-    results |= {"support": support.results(), "methods": methods.results(folder), "local_layers": local_layers()}
+    results |= {"support": support.results(), "fp8 attention": support.attention()}
+    results |= {"methods": methods.results(folder), "local_layers": local_layers()}
     shut_down()
     for spec in layouts.SPECS:
         results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}

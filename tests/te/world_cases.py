@@ -27,10 +27,14 @@ class Job(cases.Job):
     precision: str = FP32
     """fp32, bf16, or a recipe; ``recipe+params`` keeps weights in FP8."""
     steps: int = 2
+    fused: bool = False
+    """Layers add to their weights' gradients."""
+    memory: bool = False
+    """Only count what one microbatch keeps for the backward pass, and the FP8 copies of weights."""
 
     @property
     def name(self) -> str:
-        return f"{super().name}-{self.spec}-{self.precision}"
+        return f"{super().name}-{self.spec}-{self.precision}" + "-fused" * self.fused + "-memory" * self.memory
 
     @property
     def reference(self) -> Job:
@@ -41,6 +45,10 @@ class Job(cases.Job):
     def alone(self) -> Job:
         """The same in one process, without recompute."""
         return dataclasses.replace(self, layout="single", recompute="none", save=False, sabotage="")
+
+    @property
+    def in_bf16(self) -> Job:
+        return dataclasses.replace(self, precision=BF16)
 
     @property
     def recipe(self) -> str | None:
@@ -54,7 +62,9 @@ class Job(cases.Job):
         depth = dataclasses.replace(model.depth_attention, op="lean")  # tensors lie on the CPU
         return dataclasses.replace(
             config,
-            model=dataclasses.replace(model, spec=self.spec, depth_attention=depth),
+            model=dataclasses.replace(
+                model, spec=self.spec, depth_attention=depth, fused_gradient_accumulation=self.fused
+            ),
             precision=dataclasses.replace(config.precision, **precision),
         )
 
@@ -62,7 +72,8 @@ class Job(cases.Job):
 METHODS = ("depth_attention", "vanilla", *cases.METHODS)
 LAYOUTS = ("dp2", "tp2", "tp2+sp", "pp2", "pp2xvpp2")
 PARITY = [
-    *(Job(layout=layout) for layout in ("single", "dp2", "tp2+sp", "pp2xvpp2")),
+    *(Job(layout=layout) for layout in ("single", "tp2+sp", "pp2xvpp2")),
+    Job(layout="dp2", fused=True),
     *(Job(layout=layout, steps=1) for layout in ("tp2", "pp2")),
     *(Job(layout=layout, recompute="uniform1", steps=1) for layout in ("single", "pp2xvpp2")),
     Job(layout="pp2xvpp2", loops=2),
@@ -84,6 +95,11 @@ ROUNDED = [
     Job(layout="dp2", loops=2, precision=f"{DELAYED}+params", save=True),
 ]
 OVERLAPPED = [Job(layout="dp2", precision=precision, overlap=True) for precision in (DELAYED, *[FP32] * FULL)]
+MEMORY = [
+    Job(layout="single", precision=precision, loops=loops, memory=True)
+    for precision in (DELAYED, TENSORWISE, BLOCKWISE, f"{TENSORWISE}+params")
+    for loops in (1, 2)
+]
 CONTROLS = [
     Job(layout="pp2", steps=1, sabotage="payload_gradient_dropped"),
     Job(layout="pp2xvpp2", steps=1, recompute="uniform1", sabotage="shared_gradient_dropped"),
@@ -93,7 +109,9 @@ CONTROLS = [
 ROUNDED_CONTROLS = [
     Job(layout="tp2+sp", precision=TENSORWISE, steps=1, sabotage="amax_of_own_positions"),
     Job(layout="dp2", precision=DELAYED, steps=1, sabotage="amax_not_reduced"),
+    Job(layout="dp2", precision=f"{TENSORWISE}+params", sabotage="dtypes_gathered_together"),
 ]
+INFINITE = [Job(layout="single", precision=one, sabotage="infinite_attention") for one in (BF16, DELAYED, TENSORWISE)]
 if FULL:
     modes = ("none", "uniform1")
     more = [Job(layout=layout, method=m, recompute=r, steps=1) for layout in LAYOUTS for m in METHODS for r in modes]
@@ -105,4 +123,6 @@ if FULL:
 def needs(job: Job) -> list[Job]:
     """The job that this one is compared with, and the one that writes the weights that all begin with."""
     weights = Job(layout="single", spec="local", method=job.method if job.method in cases.METHODS else "vanilla")
+    if job.memory:
+        return [job.in_bf16]
     return [] if job.overlap else [weights, job.reference, job.alone]

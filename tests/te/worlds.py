@@ -18,12 +18,15 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads, param_and_grad_buffer
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.utils import unwrap_model
 from transformer_engine.pytorch.module import layernorm_linear
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+from megatron_depthattn.benchmarks import memory
 from megatron_depthattn.config import validate
 from megatron_depthattn.parallel.cpu_runtime import enter_cpu_runtime
+from megatron_depthattn.train import build as train_build
 from megatron_depthattn.train.build import Chunks, Fp8State, build_model, build_optimizer
 from megatron_depthattn.train.step import run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress
@@ -47,6 +50,8 @@ def _do(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     if job.overlap:  # with what waits for several collectives at once, as `computing` has it only for FP8 weights
         with patch.object(param_and_grad_buffer, "_coalescing_manager", COALESCING):
             return overlap.compare(job, folder, device, worker.microbatches)
+    if job.memory:
+        return _memory(job, device)
     with (worker.SABOTAGES | SABOTAGES).get(job.sabotage, contextlib.nullcontext)():
         return _work(job, folder, device)
 
@@ -68,6 +73,9 @@ def _work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     result: dict[str, Any] = {"losses": [loss], "grad_norms": [], "scales": _scales(chunks), "rolls": _gathered(mine)}
     if whole := worker.gather_gradients(chunks):
         result |= worker.compare_gradients(job, folder, *map(_local_names, whole))
+    if job.fused:
+        added = [p.grad_added_to_main_grad for c in chunks for n, p in c.named_parameters() if ".linear_" in n]
+        assert any(added)
     run = _Run(chunks, optimizer, scheduler, Fp8State(chunks))
     for step in range(job.steps if job.steps > 1 else 0):
         run.step(step, result)
@@ -81,6 +89,15 @@ def _work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     return result
 
 
+def _memory(job: Job, device: torch.device) -> dict[str, Any]:
+    models: list[Any] = []
+    build = train_build.build_chunk
+    with patch.object(train_build, "build_chunk", lambda *args: models.append(build(*args)) or models[0]):
+        saved = memory.kept(job.config(), device).saved
+    copies = [copy for m in models[0].modules() for copy in getattr(m, "_fp8_workspaces", {}).values()]
+    return {"saved": saved, "copies": sum(part.nbytes for copy in copies for part in memory._parts(copy))}
+
+
 class _Run(NamedTuple):
     chunks: Chunks
     optimizer: Any
@@ -92,6 +109,7 @@ class _Run(NamedTuple):
         done = train_step(self.chunks, self.optimizer, worker.microbatches(index), worker.SHAPE, self.fp8)
         result["losses"].append(done.loss)
         result["grad_norms"].append(done.grad_norm)
+        result["skipped"] = result.get("skipped", 0) + done.skipped
         return result
 
 
@@ -158,7 +176,27 @@ def _amax_of_own_positions() -> Any:
     return patch.object(layernorm_linear, "set_quantizer_amax_reduction_group", lambda *_: None)
 
 
+def _dtypes_gathered_together() -> Any:
+    """Weights in FP8 and in bf16 by one call, as NCCL does: gloo gives them out under each other's bytes."""
+    return patch.object(param_and_grad_buffer, "_coalescing_manager", COALESCING)
+
+
+def _infinite_attention() -> Any:
+    """An entry of what every core attention hands on, and nothing in what its backward pass computes."""
+    own = TEDotProductAttention.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = own(self, *args, **kwargs)
+        first = torch.zeros_like(output, dtype=torch.bool)
+        first[0, 0, 0] = True
+        return output.masked_fill(first, float("inf"))
+
+    return patch.object(TEDotProductAttention, "forward", forward)
+
+
 SABOTAGES = {
+    "dtypes_gathered_together": _dtypes_gathered_together,
+    "infinite_attention": _infinite_attention,
     "amax_not_reduced": _amax_not_reduced,
     "amax_of_own_positions": _amax_of_own_positions,
     "norms_not_reduced": _norms_not_reduced,

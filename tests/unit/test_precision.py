@@ -52,7 +52,7 @@ CASES = [
         "precision.fp8=blockwise precision.fp8_attention=true",
         "set precision.fp8_attention=false, or precision.fp8=delayed",
     ),
-    ("precision.fp8=mxfp8 precision.fp8_attention=true", "Megatron-Core 0.16 leaves core attention in bf16 there"),
+    ("precision.fp8=mxfp8 precision.fp8_attention=true", "for mxfp8 as of 0.19 only, so core attention may"),
     (
         "precision.fp8=delayed precision.fp8_attention=true recompute.granularity=selective",
         "set recompute.granularity=full or null, or precision.fp8_attention=false",
