@@ -6,7 +6,6 @@ A fake process group gives this process any rank of a world whose other ranks do
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +23,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformer_engine.pytorch.ops.basic import rmsnorm as te_rmsnorm
 
 from megatron_depthattn.config import load_config
-from megatron_depthattn.model.attention import DepthSelfAttention
-from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.parallel.groups import shut_down
 from megatron_depthattn.train.build import build_chunk, transformer_config
 from megatron_depthattn.train.megatron_state import sharded_models
@@ -74,7 +71,6 @@ WORLDS = {
 INDIVISIBLE = Layout("1.5b", tensor=8)
 VANILLA = stages("410m", 2, 4, depth_attention=False)
 CONTEXT = stages("410m", 2, 1, context=2)
-SMALL_RANKS = (0, 1)
 LAYOUTS = [*itertools.chain(*WORLDS.values()), *VANILLA, *CONTEXT]
 
 
@@ -95,61 +91,11 @@ def describe(layout: Layout, spec: str) -> dict[str, Any]:
         }
 
 
-def share(spec: str, *, rank: int, method: str = "depth_attention") -> dict[str, Any]:
-    """One of two tensor ranks of the small model, with real weights: each parameter's first values and marks."""
-    layout = Layout("small", tensor=2)
-    with _world(layout, rank=rank), _a_gpu(torch.device("cpu")):
-        config = small_config(spec, method=method, tensor=2, sequence=True)
-        model = build_chunk(config, transformer_config(config))
-        initialize_weights(model, seed=5, init_std=0.1)
-        marks = {"tensor_model_parallel": False, "partition_dim": -1, "sequence_parallel": False}  # and their defaults
-        return {
-            "parameters": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
-            "marks": {
-                name: [
-                    getattr(parameter, mark, default) for mark, default in zip(marks, (False, -1, False), strict=True)
-                ]
-                for name, parameter in model.named_parameters()
-            },
-            "weights": _weights(model)["weights"],
-            "classes": _modules(model)["classes"],
-            "keeps projection": method == "depth_attention"
-            and _keeps_projection(model.decoder.layers[0].self_attention),
-        }
-
-
-def loops() -> dict[str, Any]:
-    """Of the small model run twice: its weights, and whether later layers compute with the first loop's."""
-    with _world(Layout("small")), _a_gpu(torch.device("cpu")):
-        config = small_config("te")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_loops=2))
-        model = build_chunk(config, transformer_config(config))
-        layers, half = model.decoder.layers, config.model.num_layers
-        used = {
-            (number, path): [id(weight) for weight in _used_weights(module)]
-            for number, layer in enumerate(layers)
-            for path, module in layer.named_modules()
-        }
-        return {
-            "parameters": [name for name, _ in model.named_parameters()],
-            "modules": {path: len(weights) for (_, path), weights in used.items() if weights},
-            "shared": all(used[number, path] == used[number % half, path] for number, path in used),
-            "apart": len({tuple(used[number, "mlp.linear_fc2"]) for number in range(half)}) == half,
-        }
-
-
-def _used_weights(module: Any) -> list[Tensor]:
-    """What TransformerEngine's forward asks its linear layers and its norms for."""
-    if hasattr(module, "weight_names"):
-        return [
-            *module._get_weight_tensors(),
-            *([module.layer_norm_weight] if "LayerNorm" in str(type(module)) else []),
-        ]
-    return [module.weight] if isinstance(getattr(module, "weight", None), Tensor) else []
-
-
-def _keeps_projection(attention: DepthSelfAttention) -> tuple[bool, bool]:
+def keeps_projection(spec: str) -> tuple[bool, bool]:
     """Whether the norm of k keeps the projection that k is a view of: as attention has it, and as torch sees it."""
+    with _world(Layout("small")), _a_gpu(torch.device("cpu")):
+        config = small_config(spec)
+        attention = build_chunk(config, transformer_config(config)).decoder.layers[0].self_attention
     norm, size = copy.deepcopy(attention.k_layernorm).float(), attention.hidden_size_per_attention_head
     projection = torch.randn(3, 2, 2 * size, requires_grad=True) * 1
     key, value = projection.chunk(2, dim=-1)
@@ -209,9 +155,9 @@ def _modules(model: GPTModel) -> dict[str, Any]:
 
 
 @contextmanager
-def _world(layout: Layout, rank: int | None = None) -> Iterator[None]:
+def _world(layout: Layout) -> Iterator[None]:
     ranks = layout.tensor * layout.context
-    rank = layout.stage * ranks + ranks - 1 if rank is None else rank
+    rank = layout.stage * ranks + ranks - 1
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks * layout.pipeline)
     try:
         parallel_state.initialize_model_parallel(

@@ -1,11 +1,10 @@
-"""DenseFormer, Attention Residuals and mHC under the TransformerEngine spec: weights, their shares, checkpoints."""
+"""DenseFormer, Attention Residuals and mHC under the TransformerEngine spec: weights and checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tests.te import layouts
 from tests.te.conversion import start_te
 from tests.te.small import METHODS
 
@@ -26,14 +25,3 @@ def _checkpoints(folder: Path, method: str) -> dict[str, Any]:
     fp8.load(folder / method)
     found["loaded under FP8"] = fp8.parameters()
     return found
-
-
-def shares() -> dict[str, Any]:
-    """By method and spec: what each of two tensor ranks holds."""
-    return {
-        method: {
-            spec: [layouts.share(spec, rank=rank, method=method) for rank in layouts.SMALL_RANKS]
-            for spec in layouts.SPECS
-        }
-        for method in METHODS
-    }

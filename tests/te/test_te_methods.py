@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_depthattn.config import to_dict
-from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
 from megatron_depthattn.methods.definitions import method_of
 from tests.te.small import METHODS, assert_equal, restarted, small_config, under_te
 
@@ -23,35 +22,6 @@ def added_parameters(method: str) -> set[str]:
     last = definition.num_layers - 1
     layers = {f"decoder.layers.{i}.{name}" for i in range(last + 1) for name in definition.layer_parameters(i)}
     return layers | {f"decoder.layers.{last}.{name}" for name in definition.final_parameters()}
-
-
-@every_method
-def test_names_and_shapes_are_the_converters(te, method):
-    """Of the whole model, from one of two tensor ranks; both specs place the rank's parts alike."""
-    expected = {
-        group.megatron: list(group.megatron_shape)
-        for group in weight_groups(ModelShape.from_model_section(model_section(method)))
-    }
-    shares = te.method_shares[method]
-    for local, ours in zip(shares["local"], shares["te"], strict=True):
-        assert {name: weight["shape"] for name, weight in ours["weights"].items()} == expected
-        assert ours["weights"] == local["weights"]
-    assert ours["classes"]["decoder.layers.0.mlp.linear_fc1"].endswith("TELayerNormColumnParallelLinear"), "control"
-    assert ours["classes"]["decoder.layers.0"] == local["classes"]["decoder.layers.0"]
-
-
-@every_method
-def test_tensor_ranks_hold_the_same_shares_with_the_same_marks(te, method):
-    """The method's parameters are whole on both ranks, in bf16, and marked for the sum over tensor ranks."""
-    added = added_parameters(method)
-    shares = te.method_shares[method]
-    for local, ours in zip(shares["local"], shares["te"], strict=True):
-        assert_equal(ours["parameters"], under_te(local["parameters"]))
-        assert ours["marks"] == under_te(local["marks"])
-        assert added <= ours["parameters"].keys()
-        for name in added:
-            assert ours["marks"][name] == [False, -1, True]
-            assert ours["parameters"][name].dtype == torch.bfloat16
 
 
 @every_method

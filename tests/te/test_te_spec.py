@@ -54,8 +54,7 @@ def test_depth_attention_adds_no_weight(te):
 
 def test_control_the_specs_name_and_store_things_differently(te):
     """Parameters, and FP8 state of norms: what the checkpoint's names hide."""
-    local, ours = (te.local["shares"][0], te.te["shares"][0])
-    differing = {name for name in ours["parameters"].keys() ^ local["parameters"].keys() if ".0." in name}
+    differing = {name for name in te.conversion["initial"].keys() ^ te.initial.keys() if ".0." in name}
     assert differing == {f"decoder.layers.0.{name}" for name in (*FUSED_NORMS, *FUSED_NORMS.values())}
     name = "3b-tp1-cp1-pp1-stage0"
     assert set(te.te[name]["objects"]) > set(te.local[name]["objects"])
@@ -139,20 +138,10 @@ def test_the_same_seed_gives_the_same_weights(te):
     assert_equal(te.conversion["initial"], under_te(te.initial))
 
 
-def test_tensor_ranks_hold_the_same_shares_with_the_same_marks(te):
-    """Marks: tensor_model_parallel, partition_dim, sequence_parallel; Megatron's gradient sums go by them."""
-    for local, ours in zip(te.local["shares"], te.te["shares"], strict=True):
-        assert_equal(ours["parameters"], under_te(local["parameters"]))
-        assert ours["marks"] == under_te(local["marks"])
-    first, second = (share["parameters"] for share in te.te["shares"])
-    is_split = {name: marks[0] for name, marks in te.te["shares"][0]["marks"].items()}
-    assert {name: not torch.equal(first[name], second[name]) for name in first} == is_split, "control: other shares"
-
-
 def test_the_value_is_copied_where_the_norm_of_k_does_not_keep_the_projection(te):
     """(what attention goes by, what autograd saves) in fp32."""
-    assert te.local["shares"][0]["keeps projection"] == (True, True)
-    assert te.te["shares"][0]["keeps projection"] == (False, False)
+    assert te.local["keeps projection"] == (True, True)
+    assert te.te["keeps projection"] == (False, False)
 
 
 def test_weight_decay_spares_the_norms(te):
@@ -230,15 +219,6 @@ def test_control_a_missing_weight_is_an_error_under_both_specs(te):
         set_weights(models, {"model0": loaded})
 
 
-# ---- loops
-
-
-def test_later_loops_compute_with_the_first_loops_weights(te):
-    found = te.loops
-    assert found["shared"] and found["apart"]
-    linear = {"self_attention.linear_qkv": 2, "self_attention.linear_proj": 1, "mlp.linear_fc1": 2, "mlp.linear_fc2": 1}
-    assert found["modules"] == linear | {f"self_attention.{name}_layernorm": 1 for name in "qk"}
-    assert {*found["parameters"]} == under_te(te.initial).keys()
 
 
 def test_the_local_spec_computes_the_same_where_transformer_engine_is_there(te):

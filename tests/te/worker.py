@@ -42,9 +42,9 @@ def main(folder: Path) -> None:
     shut_down()
     for spec in layouts.SPECS:
         results[spec] = {layout.name: layouts.describe(layout, spec) for layout in layouts.LAYOUTS}
-        results[spec]["shares"] = [layouts.share(spec, rank=rank) for rank in layouts.SMALL_RANKS]
+        results[spec]["keeps projection"] = layouts.keeps_projection(spec)
         results[spec]["error"] = layouts.error_of(layouts.INDIVISIBLE, spec)
-    results |= {"loops": layouts.loops(), "method_shares": methods.shares(), "userbuffers": switches.userbuffers()}
+    results["userbuffers"] = switches.userbuffers()
     torch.save(results, folder / RESULTS)
 
 

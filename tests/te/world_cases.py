@@ -78,10 +78,9 @@ PARITY = [
     *(Job(layout=layout, recompute="uniform1", steps=1) for layout in ("single", "pp2xvpp2")),
     Job(layout="pp2xvpp2", loops=2),
     Job(layout="tp2+sp", loops=2, recompute="uniform1", steps=1),
-    Job(layout="tp2+sp", method="vanilla", steps=1),
+    *(Job(layout="tp2+sp", method=method, steps=1) for method in ("vanilla", *cases.METHODS)),
     Job(layout="pp2xvpp2", method="denseformer", recompute="uniform1", steps=1),
     Job(layout="pp2", method="attnres", steps=1),
-    Job(layout="tp2+sp", method="mhc", steps=1),
 ]
 ROUNDED = [
     *(Job(layout=layout, precision=BF16, steps=1) for layout in ("tp2+sp", "pp2")),
