@@ -54,9 +54,8 @@ class MegatronState:
         finish_param_gather(self._chunks)
         state = sharded_models(self._models)
         wholes = {id(part.data): part for part in nested_values(state) if isinstance(part.data, torch.nn.Parameter)}
-        if not is_loading:  # Megatron does it by itself where it loads
-            # A checkpoint holds weights in a plain dtype. Only now: the optimizer knows its weights by identity.
-            force_all_tensors_to_non_fp8(state)
+        # A checkpoint holds weights in a plain dtype. Only now: the optimizer knows its weights by identity.
+        force_all_tensors_to_non_fp8(state)
         if self._optimizer is None:
             return state
         _allocate_state(self._optimizer)
@@ -85,7 +84,9 @@ class MegatronState:
 
     def sharded_weights(self) -> dict[str, Any]:
         finish_param_gather(self._chunks)
-        return sharded_models(self._models)
+        state = sharded_models(self._models)
+        force_all_tensors_to_non_fp8(state)  # Megatron-Core 0.19 would round halves of an FP8 weight by themselves
+        return state
 
     def take(self, loaded: dict[str, Any]) -> None:
         set_weights(self._models, loaded)
