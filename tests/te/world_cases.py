@@ -44,7 +44,7 @@ class Job(cases.Job):
     @property
     def alone(self) -> Job:
         """The same in one process, without recompute."""
-        return dataclasses.replace(self, layout="single", recompute="none", save=False, sabotage="")
+        return dataclasses.replace(self, layout="single", recompute="none", steps=2, save=False, sabotage="")
 
     @property
     def in_bf16(self) -> Job:
@@ -84,20 +84,20 @@ PARITY = [
 ]
 ROUNDED = [
     *(Job(layout=layout, precision=BF16, steps=1) for layout in ("tp2+sp", "pp2")),
-    *(Job(layout="tp2+sp", precision=recipe, steps=1) for recipe in (DELAYED, TENSORWISE, BLOCKWISE)),
+    *(Job(layout="tp2+sp", precision=recipe, steps=1) for recipe in (DELAYED, TENSORWISE, *[BLOCKWISE] * FULL)),
     *(Job(layout=layout, precision=DELAYED) for layout in ("dp2", "pp2xvpp2")),
     *(Job(layout="single", precision=DELAYED, recompute=groups, steps=1) for groups in ("uniform1", "uniform2")),
     Job(layout="pp2xvpp2", precision=DELAYED, recompute="uniform1", steps=1),
     Job(layout="pp2", precision=TENSORWISE, method="mhc", steps=1),
     Job(layout="dp2", precision=f"{TENSORWISE}+params", save=True),
-    *(Job(layout="pp2xvpp2", loops=2, precision=one, save=True) for one in (DELAYED, f"{TENSORWISE}+params")),
+    Job(layout="pp2xvpp2", loops=2, precision=DELAYED, save=True),
     Job(layout="dp2", loops=2, precision=f"{DELAYED}+params", save=True),
 ]
 OVERLAPPED = [Job(layout="dp2", precision=precision, overlap=True) for precision in (DELAYED, *[FP32] * FULL)]
 MEMORY = [
     Job(layout="single", precision=precision, loops=loops, memory=True)
     for precision in (DELAYED, TENSORWISE, BLOCKWISE, f"{TENSORWISE}+params")
-    for loops in (1, 2)
+    for loops in ((1, 2) if FULL else (2,))
 ]
 CONTROLS = [
     Job(layout="pp2", steps=1, sabotage="payload_gradient_dropped"),
@@ -110,7 +110,7 @@ ROUNDED_CONTROLS = [
     Job(layout="dp2", precision=DELAYED, steps=1, sabotage="amax_not_reduced"),
     Job(layout="dp2", precision=f"{TENSORWISE}+params", sabotage="dtypes_gathered_together"),
 ]
-INFINITE = [Job(layout="single", precision=one, sabotage="infinite_attention") for one in (BF16, DELAYED, TENSORWISE)]
+INFINITE = [Job(layout="single", precision=one, sabotage="infinite_attention") for one in (BF16, DELAYED)]
 if FULL:
     modes = ("none", "uniform1")
     more = [Job(layout=layout, method=m, recompute=r, steps=1) for layout in LAYOUTS for m in METHODS for r in modes]
@@ -124,4 +124,4 @@ def needs(job: Job) -> list[Job]:
     weights = Job(layout="single", spec="local", method=job.method if job.method in cases.METHODS else "vanilla")
     if job.memory:
         return [job.in_bf16]
-    return [] if job.overlap else [weights, job.reference, job.alone]
+    return [] if job.overlap else [weights, job.reference, *[job.alone] * (job.precision != FP32)]
