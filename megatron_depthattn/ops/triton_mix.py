@@ -45,6 +45,8 @@ TILE = 2048
 NUM_WARPS = 4
 """Numbers in a tile of a program, and its warps: 16 numbers a thread. Chosen so that ptxas for sm_90 spills nothing (at
 most 128 registers with up to `MAX_IN_ARGUMENTS` candidates in bf16); not tuned on a GPU."""
+_TABLES_OF_GRAPHS: list[Tensor] = []
+"""Every replay of a CUDA graph copies its tables again from where they were when it was captured."""
 
 
 def depth_mix_triton(
@@ -227,7 +229,10 @@ def _table(entries: Sequence[int], device: torch.device) -> Tensor:
     """The entries in the device's memory once the current stream gets there; does not wait for it."""
     if device.type == "cpu":
         return torch.tensor(entries, dtype=torch.int64)
-    return torch.tensor(entries, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    table = torch.tensor(entries, dtype=torch.int64, pin_memory=True)
+    if torch.cuda.is_current_stream_capturing():
+        _TABLES_OF_GRAPHS.append(table)
+    return table.to(device, non_blocking=True)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ def of_gpu(names: tuple[str, ...]) -> list[str]:
 
 
 RUNS = {
-    "extension": ("9.0", ["tests/te/statements.py", "tests/te/faults.py"]),
+    "extension": ("9.0", [f"tests/te/{name}.py" for name in ("statements", "faults", "captured")]),
     "hopper": ("9.0", of_gpu(HOPPER)),
     "engine": ("9.0", of_gpu(ENGINE)),
     "blackwell": ("10.0", of_gpu(BLACKWELL)),
