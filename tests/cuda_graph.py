@@ -193,10 +193,13 @@ def _line() -> str:
 class CapturedStep:
     """Forward and backward over a global batch as one graph, in the place of `step._losses`."""
 
-    def __init__(self, chunks: Chunks, like: Sequence[step.Microbatch], shape: tuple[int, int]) -> None:
+    def __init__(
+        self, chunks: Chunks, like: Sequence[step.Microbatch], shape: tuple[int, int], graph: Any = None
+    ) -> None:
         """``like``: microbatches of the shapes that replays are given; the weights' gradients are zero and change."""
         self._inputs = [{name: tensor.clone() for name, tensor in one.items()} for one in like]
-        self.graph = Graph()
+        self.graph = graph or Graph()
+        self._chunks = chunks
         with Fp8State(chunks).untouched(), self.graph.capture():  # a GPU records and does not compute
             self._reported = run_schedule(
                 step.forward_step,
@@ -206,12 +209,14 @@ class CapturedStep:
                 sequence_length=shape[1],
                 forward_only=False,
             )
+
+    def reads(self) -> set[str]:
+        """Lines that read what is neither weight, gradient nor input: it must stay where it is."""
         own: list[Tensor] = [tensor for one in self._inputs for tensor in one.values()]
-        for chunk in chunks:
+        for chunk in self._chunks:
             own += [*chunk.parameters(), *(buffer.grad_data for buffer in chunk.buffers)]
         addresses = {_address(tensor) for tensor in own}
-        self.reads = {line for address, (_, line) in self.graph.reads.items() if address not in addresses}
-        """Lines that read what is neither weight, gradient nor input: it must stay where it is."""
+        return {line for address, (_, line) in self.graph.reads.items() if address not in addresses}
 
     def replay(self, microbatches: Sequence[step.Microbatch]) -> list[step.LossSum]:
         for mine, given in zip(self._inputs, microbatches, strict=True):
@@ -226,14 +231,15 @@ def train(
     optimizer: Any,
     batches: Iterable[Sequence[step.Microbatch]],
     shape: tuple[int, int],
-    fp8: Any = None,
+    fp8: Fp8State | None = None,
+    graph: Any = None,
 ) -> tuple[list[step.StepResult], CapturedStep]:
     """Training steps of which all but the first are replays of a graph that is captured after it."""
     first, *others = batches
     results = [step.train_step(chunks, optimizer, first, shape, fp8)]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    captured = CapturedStep(chunks, first, shape)
+    captured = CapturedStep(chunks, first, shape, graph)
 
     def replayed(_: Chunks, batch: Sequence[step.Microbatch], __: Any, forward_only: bool) -> list[step.LossSum]:
         assert not forward_only

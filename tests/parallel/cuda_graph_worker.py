@@ -43,7 +43,7 @@ def run(parallel: ParallelConfig, recompute: RecomputeConfig) -> dict[str, Any]:
         schedule.step(1)
         if is_replayed:
             results, captured = train(chunks, optimizer, batches, SHAPE)
-            found |= {"stops": sorted(captured.graph.stops), "reads": sorted(captured.reads)}
+            found |= {"stops": sorted(captured.graph.stops), "reads": sorted(captured.reads())}
             found["communication"] = sorted({o.name for o in captured.graph.operations if o.name.startswith("c10d")})
         else:
             results = [train_step(chunks, optimizer, batch, SHAPE) for batch in batches]

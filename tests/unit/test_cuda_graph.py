@@ -10,7 +10,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.model.cross_layer import CrossLayerLayer
-from megatron_depthattn.ops import triton_mix
+from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS, triton_mix
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.train import step
 from megatron_depthattn.train.build import build_model, build_optimizer
@@ -64,7 +64,7 @@ def test_an_iteration_is_a_graph(method, settings, stops):
     is_equal, captured = eager_and_replayed(method, *settings)
     assert is_equal
     assert set(captured.graph.stops) - LOOKS == stops
-    assert captured.reads <= PERSISTENT
+    assert captured.reads() <= PERSISTENT
 
 
 def test_controls():
@@ -90,7 +90,7 @@ def test_controls():
     assert stop.startswith("local_scalar_dense in ") and stop.endswith("test_cuda_graph.py:through_python")
     with patch.object(CrossLayerLayer, "_source", of_an_earlier_microbatch):
         _, captured = eager_and_replayed("depth_attention")
-    (read,) = captured.reads - PERSISTENT
+    (read,) = captured.reads() - PERSISTENT
     assert read.endswith("test_cuda_graph.py:of_an_earlier_microbatch")
 
 
@@ -132,6 +132,36 @@ def test_a_layer_is_a_graph_of_tensors(method):
     assert not graph.stops
     given = {tensor.untyped_storage().data_ptr() for tensor in (*static, *layer.parameters())}
     assert {line for address, (_, line) in graph.reads.items() if address not in given} <= PERSISTENT
+
+
+class _AsOne(torch.autograd.Function):
+    """A mix of one operation each way, as the Triton kernels are; what it computes is nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, *candidates: Tensor) -> Tensor:
+        ctx.save_for_backward(q, *candidates)
+        return torch.zeros_like(candidates[-1])
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return (*torch._foreach_neg(ctx.saved_tensors),)
+
+
+def test_what_depth_adds_to_the_launches_of_a_step():
+    """Two sums of gradients for each source that a layer reads, four operations for each layer that mixes, and one."""
+    counts = {}
+    layers = 8
+    for method in ("depth_attention", "denseformer", "attnres", "mhc", "vanilla"):
+        run = Run(method, f"model.num_layers={layers}", "model.depth_attention.mixes=value")
+        with patch.dict(DEPTH_MIX_IMPLEMENTATIONS, lean=lambda q, ks, vs, k, v, _: _AsOne.apply(q, *ks, k, *vs, v)):
+            captured = CapturedStep(run.chunks, batches(1)[0][:1], SHAPE)
+        counts[method] = len(captured.graph.operations)
+        if method == "depth_attention":
+            (model,) = unwrap_model(run.chunks)
+            reads = [len(layer.reads) for layer in model.decoder.layers]
+    mixing = sum(map(bool, reads))
+    print(f"{layers} layers, {sum(reads)} sources read: {counts}")
+    assert counts["depth_attention"] - counts["vanilla"] == 2 * sum(reads) + 4 * mixing + 1
 
 
 def test_a_table_of_addresses_outlives_the_capture():
