@@ -45,8 +45,8 @@ def test_the_mix_in_a_graph(num_sources):
             for mine, other in zip(leaves, others.named.values(), strict=True):
                 other.mul_(1.5)
                 mine.copy_(other)
-        for _ in range(64):  # other uses of host memory that was given back
-            torch.full((4096,), -1).pin_memory()
+        for size in (64, 96, 128, 256) * 16:  # other uses of host memory that was given back
+            torch.full((size,), -1).pin_memory()
         graph.replay()
         expected = both(others)
     torch.cuda.synchronize()
