@@ -105,7 +105,7 @@ class ModelConfig:
     """Layer backend: local (PyTorch, CPU or GPU) or te (TransformerEngine, GPU); auto: te where it can be imported and
     supports the config, else local, once for all ranks at the start of a run (config/resolve.py)."""
     compile: bool = False
-    """Compute the norms of the local layers, and SwiGLU, in kernels that torch.compile builds at first use."""
+    """Compute local layers' norms, SwiGLU and mHC's connectors in kernels that torch.compile builds at first use."""
     fused_swiglu: bool | None = None
     """Compute SwiGLU, and its gradient, in one kernel that torch.compile builds at first use; null: on GPUs, and where
     model.compile is true."""

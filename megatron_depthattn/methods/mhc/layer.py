@@ -28,6 +28,8 @@ STAY = 0.99
 class Connector(torch.nn.Module):
     """Between streams ``[s, b, n * h]`` and a sublayer ``[s, b, h]``."""
 
+    connect, write_back = staticmethod(connect), staticmethod(write_back)  # a model may have compiled ones
+
     def __init__(self, config: DepthAttentionConfig, shapes: Parameters) -> None:
         super().__init__()
         (n,) = shapes["pre_bias"]
@@ -54,13 +56,13 @@ class Connector(torch.nn.Module):
 
         def run(streams: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
             own = dict(zip(names, weights, strict=True))
-            return connect(streams, own, eps=self.config.layernorm_epsilon, iterations=SINKHORN_ITERATIONS)
+            return self.connect(streams, own, eps=self.config.layernorm_epsilon, iterations=SINKHORN_ITERATIONS)
 
         return recomputed(self.config, run, streams, *weights)  # type: ignore[return-value]
 
     def write(self, streams: Tensor, output: Tensor, write: Tensor, mix: Tensor) -> Tensor:
         """The next streams ``[s, b, n * h]``, of a sublayer's output ``[s, b, h]``."""
-        return recomputed(self.config, write_back, streams, output, write, mix)  # type: ignore[return-value]
+        return recomputed(self.config, self.write_back, streams, output, write, mix)  # type: ignore[return-value]
 
 
 class StreamReadout(torch.nn.Module):
