@@ -1,4 +1,5 @@
-"""What a checkpoint costs: the loop's wait, the time until it is on disk, and host memory, of two ways to write it."""
+"""What a checkpoint costs: the loop's wait, the time until it is on disk, loading it, and host memory, of two ways to
+write it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import ctypes
 import gc
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_depthattn.benchmarks.models import Model
-from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.models import SHAPES, Model
+from megatron_depthattn.benchmarks.result import Result, progress
 from megatron_depthattn.benchmarks.timing import taking_turns
 from megatron_depthattn.benchmarks.world import run_world
-from megatron_depthattn.config import from_dict, validate
+from megatron_depthattn.config import from_dict, load_config, to_dict, validate
 from megatron_depthattn.paths import user_path
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 LAYOUTS = {"single": (1, 1), "dp2": (2, 1), "dp4": (4, 1), "tp2xdp2": (4, 2)}
 """Processes and tensor ranks."""
 WAYS = {"gathered": "Megatron's gather on one rank", "shares": "every rank its share"}
-MODEL = {
-    **{"hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 64},
-    **{"ffn_hidden_size": 1536, "vocab_size": 8192, "max_position_embeddings": 128},
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
-    parser.add_argument("--layers", type=int, default=24, metavar="N", help="of hidden size 512 (default 24: 84 M)")
+    parser.add_argument("--shape", choices=SHAPES, default="84m", help="default: 84m, 24 layers of hidden size 512")
+    parser.add_argument("--layers", type=int, metavar="N", help="cut the depth to N layers")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="other keys of the config"
+    )
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="saves of each way, taking turns (default 5)")
     parser.add_argument("--directory", type=user_path, help="where to save; default: a temporary folder")
 
@@ -48,22 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(given: argparse.Namespace) -> Result:
     """Every layout in a world of its own, where both ways save the same state in turns, asynchronously."""
     result = Result(
-        title=f"a checkpoint of {given.layers} layers in fp32, medians of {given.runs} saves (least to most)",
+        title=f"A checkpoint: {given.shape}{f' in {given.layers} layers' if given.layers else ''}, medians of "
+        f"{given.runs} saves (least to most)",
         columns=[
             *("layout", "written by", "GB", "the loop waits, s", "until it is on disk, s"),
-            *("host memory added, busiest rank, GB", "all ranks, GB"),
+            *("loading, s", "host memory added, busiest rank, GB", "all ranks, GB"),
         ],
         notes=["Host memory: most that a process held during its first save, above what it held before."],
     )
     for layout in given.layouts:
         processes, tensor = LAYOUTS[layout]
-        settings = {
-            "model": MODEL | {"num_layers": given.layers},
-            "parallel": {"tensor": tensor},
-            "data": {"sequence_length": 128},
-            "train": {"micro_batch_size": 1, "global_batch_size": processes // tensor},
-        }
-        print(f"{layout} ...", file=sys.stderr, flush=True)
+        keys = [f"model.num_layers={given.layers}"] if given.layers else []
+        keys += [f"parallel.tensor={tensor}", "train.micro_batch_size=1"]
+        keys += [f"train.global_batch_size={processes // tensor}"]
+        settings = to_dict(load_config(SHAPES[given.shape], [*keys, *given.set]))
+        progress(given, f"{layout} ...", lambda: result)
         with tempfile.TemporaryDirectory(dir=given.directory) as folder:
             share = {"settings": settings, "runs": given.runs, "folder": folder}
             found = result.figures[layout] = run_world("checkpoint", processes, {"tensor": tensor}, share)
@@ -74,23 +73,27 @@ def measure(given: argparse.Namespace) -> Result:
                 f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
                 for seconds in (one["waits"], one["durable"])
             ]
-            result.rows.append([layout, text, gigabytes[0], *times, *gigabytes[1:]])
+            loading = f"{found['loading']:.2f}" if way == "shares" else ""
+            result.rows.append([layout, text, gigabytes[0], *times, loading, *gigabytes[1:]])
     return result
 
 
 def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: str) -> dict[str, Any]:
     """Seconds and bytes of both ways, on one rank of the world; the times are the slowest rank's."""
+    from megatron_depthattn.train.checkpoint import checkpoint_state, load_checkpoint
+    from megatron_depthattn.train.hardware import for_this_machine
     from megatron_depthattn.train.megatron_state import MegatronState
     from megatron_depthattn.train.save import CheckpointSaver
-    from megatron_depthattn.train.step_folders import Progress
+    from megatron_depthattn.train.step_folders import Progress, complete_folders
 
-    config = from_dict(settings, "the benchmark")
-    validate(config, dist.get_world_size(), needs_data=False)
+    given = from_dict(settings, "the benchmark")
+    config = for_this_machine(given, validate(given, dist.get_world_size(), needs_data=False)).config
     model = Model(config, device)
     model.update()
+    state = MegatronState(model.chunks, model.optimizer)
     ways: dict[str, Callable[[], dict[str, Any]]] = {
-        "gathered": lambda: gathered_state(model.chunks, model.optimizer),
-        "shares": lambda: MegatronState(model.chunks, model.optimizer).sharded(is_loading=False),
+        "gathered": lambda: gathered_state(model.chunks, model.optimizer) | {"config": {}},
+        "shares": lambda: checkpoint_state(state, model.schedule, config=to_dict(config)),
     }
     savers = {way: CheckpointSaver(Path(folder) / way, keep=1, is_async=True) for way in ways}
     found: dict[str, Any] = {way: {"waits": [], "durable": []} for way in ways}
@@ -102,7 +105,7 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
             before = _memory("VmRSS")
             dist.barrier()
             begun = time.perf_counter()
-            savers[way].save(Progress(step=1), ways[way]() | {"config": {}})
+            savers[way].save(Progress(step=1), ways[way]())
             waited = time.perf_counter() - begun
             savers[way].wait()
             durable = time.perf_counter() - begun
@@ -113,7 +116,13 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
             else:
                 found[way]["waits"].append(max(_all(waited)))
                 found[way]["durable"].append(max(_all(durable)))
-    return found
+    (saved,) = complete_folders(Path(folder) / "shares")
+    dist.barrier()
+    begun = time.perf_counter()
+    load_checkpoint(saved, state, model.schedule, config=to_dict(config))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return found | {"loading": max(_all(time.perf_counter() - begun))}
 
 
 def gathered_state(chunks: Chunks, optimizer: MegatronOptimizer) -> dict[str, Any]:

@@ -15,13 +15,12 @@ benchmark checkpoint  what saving costs in time and host memory, against Megatro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib import import_module
 
-from megatron_depthattn.benchmarks.result import Result, machine_facts, machine_line, markdown, table
+from megatron_depthattn.benchmarks.result import Result, machine_facts, machine_line, markdown, table, write_json
 from megatron_depthattn.cli.common import new_parser, run
 from megatron_depthattn.paths import user_path
 
@@ -31,8 +30,11 @@ VERBS = ("op", "step", "generate", "memory", "hop", "data", "layouts", "precisio
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     """The command line with the options of the verb ``wanted``, or of all; what is parsed has ``measure``."""
     parser = new_parser("benchmark", __doc__)
-    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument(
+        "--json", type=user_path, metavar="FILE", help="also write the figures to FILE, as far as there are any"
+    )
     parser.add_argument("--markdown", type=user_path, metavar="FILE", help="also write the table to FILE")
+    parser.add_argument("--traceback", action="store_true", help="an error is printed with its traceback")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for verb in VERBS:
         one = verbs.add_parser(verb)
@@ -49,15 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = build_parser(next((word for word in words if word in VERBS), "")).parse_args(words)
 
     def measure(_: argparse.Namespace) -> int:
-        result: Result = given.measure(given)
+        try:
+            result: Result = given.measure(given)
+            result.until = ""
+        except Exception:
+            if given.traceback:
+                traceback.print_exc()
+            raise
         facts, notes = machine_facts(), "".join(f"{note}\n" for note in result.notes)
         print(f"{result.title}\n\n{table(result.columns, result.rows)}\n{notes}{machine_line(facts)}")
         if given.json:
-            given.json.write_text(json.dumps(asdict(result) | {"machine": facts}, indent=2) + "\n")
+            write_json(given.json, result)
         if given.markdown:
             given.markdown.write_text(markdown(result, facts, ["depthattn", "benchmark", *words]))
         if result.is_over:
-            print("error: over its bounds, see the last column of the table", file=sys.stderr)
+            print("error: over its bounds, see the table and its notes", file=sys.stderr)
         return int(result.is_over)
 
     return run(measure, given, ModuleNotFoundError)

@@ -7,14 +7,13 @@ vanilla has too. `generate` decodes greedily with its own cache; when the first 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_depthattn.benchmarks.models import cuts_text, free_bytes, single_config
-from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.result import Result, progress
 from megatron_depthattn.benchmarks.timing import bootstrap_interval, device_clock, spread, taking_turns
 from megatron_depthattn.cli.common import check, find_config
 from megatron_depthattn.config import RunConfig, load_config
@@ -28,7 +27,9 @@ PAPER = {"vanilla": ("526.6", "30.6"), "Depth-Attention": ("532.8 (+1.18 %)", "3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", default="3b", metavar="CONFIG", help="YAML file or shipped name (3b)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="other keys of the config"
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences (default 64, the paper's)")
     parser.add_argument("--prompt-length", type=int, default=2048, metavar="N", help="tokens (default 2048)")
     parser.add_argument("--new-tokens", type=int, default=2048, metavar="N", help="of each sequence (default 2048)")
@@ -57,16 +58,20 @@ def measure(given: argparse.Namespace) -> Result:
     prompt = torch.randint(config.model.vocab_size, size, generator=generator).to(device)
     peaks = {title: prefill_peak(model, prompt) for title, model in models.items()}
     runs: dict[str, list[tuple[float, float]]] = {title: [] for title in models}
+
+    def result() -> Result:
+        found = _result(config, runs, peaks, given)
+        if cuts := cuts_text(config, load_config(path)):
+            found.notes.append(f"cut from {given.config}: {cuts}")
+        return found
+
     for turn in range(-1, given.rounds):  # the first round is not counted
         for title in taking_turns([*models], turn):
             _, *seconds = generate(models[title], prompt, given.new_tokens)
             if turn >= 0:
                 runs[title].append((seconds[0], seconds[1]))
-        print(f"round {turn + 1} of {given.rounds}", file=sys.stderr, flush=True)
-    result = _result(config, runs, peaks, given)
-    if cuts := cuts_text(config, load_config(path)):
-        result.notes.append(f"cut from {given.config}: {cuts}")
-    return result
+        progress(given, f"round {turn + 1} of {given.rounds}", result if turn >= 0 else None)
+    return result()
 
 
 def random_model(config: RunConfig, device: torch.device) -> Any:

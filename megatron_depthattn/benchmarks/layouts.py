@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="?", type=user_path, default=CONFIG, metavar="YAML", help="default: a small one for CPUs"
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="other keys of the config"
+    )
     parser.add_argument("--world", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument("--gpu", default="H100", metavar="NAME", help="what the planner ranks for (default H100)")
     parser.add_argument("--limit", type=int, default=5, metavar="N", help="layouts (default 5)")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_depthattn.benchmarks.models import add_model_arguments, mixing_configs, run_config, shape_text
-from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.result import Result, failed, progress
 from megatron_depthattn.benchmarks.world import joined_world
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.estimate.activations import chunk_memory
@@ -49,9 +49,16 @@ def measure(given: argparse.Namespace) -> Result:
         for mode in given.recompute:
             keys = {f"recompute.{key}": value for key, value in RECOMPUTE[mode].items()}
             configs = mixing_configs(given, device.type, ["auto"], keys)
-            vanilla = kept(configs.pop("vanilla"), device)
-            for name, config in configs.items():
-                _add_row(result, name, mode, config, kept(config, device), vanilla)
+            try:
+                vanilla = kept(configs.pop("vanilla"), device)
+                for name, config in configs.items():
+                    _add_row(result, name, mode, config, kept(config, device), vanilla)
+            except Exception as error:  # out of memory without recompute, for one, and the next mode may fit
+                failure = failed(error)
+                result.failures[mode] = failure.traceback
+                result.rows.append(["all", mode, failure.said, *[""] * (len(result.columns) - 3)])
+            torch.cuda.empty_cache()
+            progress(given, f"recompute {mode} done", lambda: result)
     return result
 
 

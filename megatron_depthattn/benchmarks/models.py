@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_depthattn.train.step import Microbatch, StepResult
 
 SHAPES = {
-    "cpu": Path(__file__).parent / "cpu.yaml",
+    **{name: Path(__file__).parent / f"{name}.yaml" for name in ("cpu", "84m")},
     **{name: shipped_folder("configs") / f"{name}.yaml" for name in ("410m", "360m", "500m", "710m", "1.5b", "3b")},
 }
 
@@ -38,7 +38,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a step; default: the shape's")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the shape's")
     parser.add_argument("--strides", nargs="+", type=int, metavar="N", help="default: half the layers, and 1")
-    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="other keys of the config"
+    )
 
 
 def run_config(given: argparse.Namespace, kind: str, keys: Mapping[str, Any] | None = None) -> RunConfig:
@@ -181,7 +183,7 @@ class Model:
         self.config, self.device = config, device
         self.chunks = build_model(config, device)
         built: tuple[Any, Any] = build_optimizer(config, self.chunks) if has_optimizer else (None, None)
-        self.optimizer, self._schedule = built
+        self.optimizer, self.schedule = built
         self.shape = (config.train.micro_batch_size, config.data.sequence_length)
         self._batches = [random_microbatch(config, device)]
 
@@ -189,7 +191,7 @@ class Model:
         """A whole training step."""
         from megatron_depthattn.train.step import train_step
 
-        self._schedule.step(increment=1)
+        self.schedule.step(increment=1)
         return train_step(self.chunks, self.optimizer, batches or self._batches, self.shape)
 
     def gradients(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_depthattn.benchmarks.models import SHAPES, implementations_on
-from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.result import Result, failed, progress
 from megatron_depthattn.benchmarks.timing import spread, taking_turns
 from megatron_depthattn.config import load_config
 from megatron_depthattn.ops import DEPTH_MIX_IMPLEMENTATIONS, depth_mix_reference
@@ -161,7 +160,7 @@ def _measure_shape(
                 calls.mix(mixes[label])
             timed[label] = partial(calls.mix, mixes[label])
         except Exception as error:  # whatever a compiler or a kernel says on this machine: the row says so
-            failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            failures[label], result.failures[f"{title}, {shape.sources} sources: {label}"] = failed(error)
     seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in timed}
     calls.copy()
     for turn in range(given.runs):
@@ -183,4 +182,4 @@ def _measure_shape(
         result.rows.append([name, sources, *cells, f"{both:.2f}"])
     result.rows += [[f"{LABELS.get(label, label)}: {why}", sources, *[""] * 5] for label, why in failures.items()]
     result.figures[f"{title}, {sources} sources"] = figures
-    print(f"{title}: {sources} sources done", file=sys.stderr, flush=True)
+    progress(given, f"{title}: {sources} sources done", lambda: result)

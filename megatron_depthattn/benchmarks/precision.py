@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_depthattn.benchmarks import precision_compare as pairs
 from megatron_depthattn.benchmarks.models import Model
-from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.result import Result, failed, progress
 from megatron_depthattn.benchmarks.world import joined_world
 from megatron_depthattn.cli.common import check
 from megatron_depthattn.config import RunConfig, load_config, validate
@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=user_path, metavar="YAML", help="default: precision-{cuda,cpu}.yaml beside the code"
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="other keys of the config, of all runs")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="other keys of the config, of all runs"
+    )
     parser.add_argument("--tolerance", type=float, default=0.01, metavar="X", help="relative, of losses (default 0.01)")
     parser.add_argument("--least-cosine", type=float, default=0.9, metavar="X", help="of gradients (default 0.9)")
 
@@ -76,6 +78,28 @@ def measure(given: argparse.Namespace) -> Result:
     configs, unsupported = choose(given, kind)
     base, stream = next(iter(configs)), ByteStream()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
+
+    def result() -> Result:
+        """Of the seeds that all settings ran, or of the settings that have run so far."""
+        seeds = min(map(len, runs.values())) or 1
+        result = judged(given, {n: own[:seeds] for n, own in runs.items() if own}, unsupported)
+        config = configs[base]
+        model, train, length = config.model, config.train, config.data.sequence_length
+        heads = f"{model.num_attention_heads} heads, {model.num_query_groups} KV heads of {model.kv_channels}"
+        held_out = f"{train.eval_batches * train.global_batch_size * length:,}"
+        result.title = (
+            f"Training against {base}: {model.num_layers} layers, hidden {model.hidden_size}, {heads}, {given.steps} "
+            f"steps of {train.global_batch_size} x {length} bytes, {given.seeds} seed{'s' if given.seeds > 1 else ''}"
+        )
+        result.notes.insert(
+            0,
+            f"every run of a seed starts from the same weights and reads the same batches in the same order; layers: "
+            f"{model.spec}; highest learning rate {config.optimizer.lr:g}; bytes of the Python standard library "
+            f"(sha256 {stream.digest}), every {HELD_OUT_EVERY}th file ({held_out} bytes of them) held out; losses in "
+            "nats per byte",
+        )
+        return result
+
     with joined_world() as device:
         for seed in range(given.seeds):
             gradient: dict[str, Tensor] = {}
@@ -85,23 +109,8 @@ def measure(given: argparse.Namespace) -> Result:
                 runs[name].append(one)
                 why = f"the base {base} did not run, so there is nothing to compare with: {one['failure']}"
                 check((name == base and one["failure"] is not None, why))
-                print(f"seed {seed}, {name}: {one['failure'] or one['losses'][-1]}", file=sys.stderr, flush=True)
-    result = judged(given, runs, unsupported)
-    config = configs[base]
-    model, train, length = config.model, config.train, config.data.sequence_length
-    result.title = (
-        f"Training against {base}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} "
-        f"heads, {model.num_query_groups} KV heads of {model.kv_channels}, {given.steps} steps of "
-        f"{train.global_batch_size} x {length} bytes, {given.seeds} seed{'s' if given.seeds > 1 else ''}"
-    )
-    result.notes.insert(
-        0,
-        f"every run of a seed starts from the same weights and reads the same batches in the same order; layers: "
-        f"{model.spec}; highest learning rate {config.optimizer.lr:g}; bytes of the Python standard library (sha256 "
-        f"{stream.digest}), every {HELD_OUT_EVERY}th file ({train.eval_batches * train.global_batch_size * length:,} "
-        "bytes of them) held out; losses in nats per byte",
-    )
-    return result
+                progress(given, f"seed {seed}, {name}: {one['failure'] or one['losses'][-1]}", result)
+    return result()
 
 
 # ---- settings
@@ -132,7 +141,7 @@ def choose(given: argparse.Namespace, kind: str) -> tuple[dict[str, RunConfig], 
     The layers are all of one spec, so that two settings differ in precision alone.
     """
     from megatron_depthattn.config.hardware_checks import unsupported_on
-    from megatron_depthattn.train.hardware import this_machine
+    from megatron_depthattn.train.hardware import for_this_machine, this_machine
 
     settings = {name: parse_setting(name) for name in given.precisions or DEFAULTS[kind]}
     path = given.config or Path(__file__).parent / f"precision-{kind}.yaml"
@@ -151,7 +160,10 @@ def choose(given: argparse.Namespace, kind: str) -> tuple[dict[str, RunConfig], 
     if next(iter(settings)) not in left or len(left) < 2:
         why = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items()) or "a base alone was given"
         raise ValueError(f"--precisions {' '.join(settings)}: no two settings with their base to compare ({why})")
-    return load(left, "te" if {*left} & {*fp8} else "local"), unsupported
+    configs = load(left, "te" if {*left} & {*fp8} else "local")
+    return {
+        name: for_this_machine(config, validate(config, 1, needs_data=False)).config for name, config in configs.items()
+    }, unsupported
 
 
 # ---- runs
@@ -216,8 +228,8 @@ def _run(
                 base_gradient |= {} if base_gradient else gradient
                 found["cosine"] = pairs.gradient_cosine(gradient, base_gradient)._asdict()
         found |= _held_out(model, stream.held_out(config, device))
-    except (RuntimeError, ValueError, ImportError, AssertionError, ArithmeticError) as error:  # such as out of memory
-        found["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    except Exception as error:  # such as out of memory
+        found["failure"], found["traceback"] = failed(error)
     return found
 
 
@@ -265,6 +277,8 @@ def judged(given: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], uns
         ],
     )
     for name, own in runs.items():
+        for one in own:
+            result.failures |= {name: one["traceback"]} if one["failure"] else {}
         cells, found = _row(own, runs[base], bounds, is_base=name == base)
         result.rows.append([name, *cells, "; ".join(found) or ("base" if name == base else "yes")])
         if found:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_depthattn.durable import write_durably
 from megatron_depthattn.preflight import machine
 
 
@@ -26,6 +31,10 @@ class Result:
     notes: list[str] = field(default_factory=list)
     is_over: bool = False
     """Whether something measured is over a bound that was stated: the exit code says so."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Tracebacks of what did not run, by its name in the table."""
+    until: str = ""
+    """How far the measurement was when this was written; empty: it is whole."""
 
 
 def machine_facts() -> dict[str, Any]:
@@ -38,6 +47,34 @@ def machine_facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         **machine.versions(),
     }
+
+
+def write_json(file: Path, result: Result) -> None:
+    """The result with the facts of this machine; a reader sees the file before or after, never a part."""
+    write_durably(file, json.dumps(asdict(result) | {"machine": machine_facts()}, indent=2) + "\n")
+
+
+def progress(given: argparse.Namespace, said: str, so_far: Callable[[], Result] | None = None) -> None:
+    """Print how far a measurement is, and write what there is so far where ``--json`` says."""
+    print(said, file=sys.stderr, flush=True)
+    if so_far is not None and given.json:
+        result = so_far()
+        result.until = said
+        write_json(given.json, result)
+
+
+class Failure(NamedTuple):
+    """Of an error: type and message in at most some 100 characters, and the traceback."""
+
+    said: str
+    traceback: str
+
+
+def failed(error: Exception) -> Failure:
+    """The traceback is also printed: on the machine at hand nobody may have seen this error before."""
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr, flush=True)
+    return Failure(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}", text)
 
 
 def gpu_name() -> str | None:
@@ -68,4 +105,5 @@ def markdown(result: Result, facts: dict[str, Any], command: Sequence[str]) -> s
     """Title, table, notes, and how and where it was measured."""
     notes = "".join(f"- {note}\n" for note in result.notes) + ("\n" if result.notes else "")
     line = f"`{shlex.join(command)}`\n{facts['date']}; {machine_line(facts)}\n"
-    return f"### {result.title}\n\n{table(result.columns, result.rows)}\n{notes}{line}"
+    title = result.title + (f" (so far: {result.until})" if result.until else "")
+    return f"### {title}\n\n{table(result.columns, result.rows)}\n{notes}{line}"

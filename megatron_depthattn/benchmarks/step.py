@@ -1,20 +1,22 @@
 """A training step with Depth-Attention over one without, or of all over their exports in transformers, in turns.
 
-With ``--methods`` the five models of table 3 of arXiv:2606.05014, with the paper's figures beside ours.
+With ``--peers`` each also stands beside its export in transformers: vanilla's is Qwen3, and Depth-Attention's is its
+authors' formulation in plain torch. With ``--methods`` the five models of table 3 of arXiv:2606.05014, with the paper's
+figures beside ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from megatron_depthattn.benchmarks import models
 from megatron_depthattn.benchmarks.models import Model, mixing_configs, shape_text
-from megatron_depthattn.benchmarks.peers import IN_TRANSFORMERS, Peer, require_agreement
-from megatron_depthattn.benchmarks.result import Result
+from megatron_depthattn.benchmarks.peers import IN_TRANSFORMERS, Peer, check_has_peer, compare, runs_in_flash_alone
+from megatron_depthattn.benchmarks.result import Failure, Result, failed, progress
 from megatron_depthattn.benchmarks.timing import bootstrap_interval, device_clock, spread, taking_turns
 from megatron_depthattn.benchmarks.world import joined_world
 from megatron_depthattn.cli.common import check
@@ -47,8 +49,7 @@ def measure(given: argparse.Namespace) -> Result:
     """Ratios are those of a step to the first model's of the same round: median, quartiles, interval of the median.
 
     Raises:
-        ValueError: the first model does not run; with ``--peers`` also: two models of the same weights do not have the
-            same loss and gradient.
+        ValueError: the first model does not run.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     ops = given.ops or (["auto"] if given.peers else models.implementations_on(kind))
@@ -60,16 +61,32 @@ def measure(given: argparse.Namespace) -> Result:
         configs = models.method_configs(given, kind)
     else:
         configs = dict(map(_named_config, given.models)) if given.models else mixing_configs(given, kind, ops)
+    for config in configs.values() if given.peers else ():
+        check_has_peer(config)
     with joined_world() as device:
         ours, failures = _build(configs, device, given)
         base = next(iter(configs))
         if base in failures:
-            raise ValueError(f"{base} did not run, so there is nothing to compare with: {failures[base]}")
-        pairs = {name: (model, Peer(model)) for name, model in ours.items()} if given.peers else {}
-        agreement = require_agreement(pairs)
+            raise ValueError(f"{base} did not run, so there is nothing to compare with: {failures[base].said}")
+        pairs = _peers(ours, failures, given) if given.peers else {}
+        agreement, over = compare(pairs)
         peers = {f"{name}{IN_TRANSFORMERS}": peer for name, (_, peer) in pairs.items()}
-        seconds = _time({**peers, **ours}, given, device)
-    return _result(configs, seconds, failures, agreement, given)
+        timed: dict[str, Model | Peer] = {**peers, **ours}
+        seconds: dict[str, list[float]] = {name: [] for name in timed}
+
+        def result() -> Result:
+            known = {name: model.config for name, model in timed.items()}
+            return _result(known, seconds, failures, agreement, over, given)
+
+        now = device_clock(device)
+        for turn in range(-given.warm_up, given.rounds):
+            for name in taking_turns([*timed], turn):
+                started = now()
+                timed[name].gradients() if given.no_optimizer else timed[name].update()
+                if turn >= 0:
+                    seconds[name].append(now() - started)
+            progress(given, f"round {turn + 1} of {given.rounds}", result if turn >= 0 else None)
+        return result()
 
 
 def _named_config(text: str) -> tuple[str, RunConfig]:
@@ -82,54 +99,66 @@ def _named_config(text: str) -> tuple[str, RunConfig]:
 
 def _build(
     configs: dict[str, RunConfig], device: torch.device, given: argparse.Namespace
-) -> tuple[dict[str, Model], dict[str, str]]:
+) -> tuple[dict[str, Model], dict[str, Failure]]:
     """The models that fit and run here, with the same initial weights; and why the others do not."""
     built: dict[str, Model] = {}
-    failures: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     for name, config in configs.items():
         model: Model | None = None
         try:
             model = Model(config, device, has_optimizer=not given.no_optimizer)
             model.gradients() if given.no_optimizer else model.update()
             built[name] = model
-        except (RuntimeError, ValueError, ImportError) as error:  # out of memory, or an op that does not run here
-            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        except Exception as error:  # out of memory, an op that does not run here, a kernel that does not compile
+            failures[name] = failed(error)
         model = None  # not bound while the next is built
         torch.cuda.empty_cache()  # after the handler: its error holds what the failed step allocated
-        print(f"{name}: {failures.get(name, 'ready')}", file=sys.stderr, flush=True)
+        progress(given, f"{name}: {'failed' if name in failures else 'ready'}")
     return built, failures
 
 
-def _time(timed: dict[str, Any], given: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every model's steps, by `device_clock`."""
-    now = device_clock(device)
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for turn in range(-given.warm_up, given.rounds):
-        for name in taking_turns([*timed], turn):
-            started = now()
-            timed[name].gradients() if given.no_optimizer else timed[name].update()
-            if turn >= 0:
-                seconds[name].append(now() - started)
-        print(f"round {turn + 1} of {given.rounds}", file=sys.stderr, flush=True)
-    return seconds
+def _peers(
+    ours: dict[str, Model], failures: dict[str, Failure], given: argparse.Namespace
+) -> dict[str, tuple[Model, Peer]]:
+    """Of each model, but for those that differ from an earlier one in the op alone, and its export."""
+    pairs: dict[str, tuple[Model, Peer]] = {}
+    seen = []
+    for name, model in ours.items():
+        shape = replace(model.config.model, depth_attention=replace(model.config.model.depth_attention, op="auto"))
+        if shape in seen:
+            continue
+        seen.append(shape)
+        label = name.removesuffix(f", {model.config.model.depth_attention.op}")
+        try:
+            peer = Peer(model)
+            peer.gradients()
+            pairs[label] = model, peer
+        except Exception as error:  # as above, or an export that does not load
+            failures[label + IN_TRANSFORMERS] = failed(error)
+        torch.cuda.empty_cache()
+        progress(given, f"{label}{IN_TRANSFORMERS}: {'ready' if label in pairs else 'failed'}")
+    return pairs
 
 
 def _result(
     configs: dict[str, RunConfig],
     seconds: dict[str, list[float]],
-    failures: dict[str, str],
+    failures: dict[str, Failure],
     agreement: dict[str, dict[str, float]],
+    over: Sequence[str],
     given: argparse.Namespace,
 ) -> Result:
     from megatron_depthattn.estimate.counts import forward_flops
     from megatron_depthattn.train.metrics import peak_tflops
 
     first, base = next(iter(configs.values())), next(iter(seconds))
+    others = [name for name in seconds if name != base and _is_base(name)] if given.peers else []
     result = Result(
         title=f"A {'forward and backward pass' if given.no_optimizer else 'training step'}: "
         f"{shape_text(first, given)}, {given.rounds} rounds",
         columns=[
             *("model", "ms: median (quartiles)", f"over {base}: median (quartiles)", "95 % of the median"),
+            *(f"over {other}: median (95 %)" for other in others),
             *("tokens/s", "MFU"),
         ],
         notes=[
@@ -140,10 +169,13 @@ def _result(
     )
     if given.peers:
         result.notes.append(
-            "in transformers: the exported model (vanilla's is Qwen3) in fp32 with sdpa, is_causal, no cache, torch's "
-            "AdamW(fused=True), the same clipping and schedule; before anything is timed, loss and gradient norm of "
-            "each pair agree"
+            f"in transformers: the exported model (vanilla's is Qwen3, Depth-Attention's mixes in plain torch as its "
+            f"authors' does), weights and AdamW(fused=True) in {first.precision.dtype}, the same clipping and "
+            "schedule, attention by sdpa with is_causal and no cache"
+            + (", in flash attention's kernels alone" if runs_in_flash_alone(first) else "")
         )
+        result.notes.append("; ".join(over) or "loss and gradient norm of each pair agreed before anything was timed")
+        result.is_over = bool(over)
     if given.methods:
         result.notes[0] = result.notes[0].replace("the same weights", "the same weights of what they share")
         result.columns[1:4] = ["s a step: median (quartiles)", "over vanilla, %: median (quartiles)", "95 %, %"]
@@ -154,22 +186,36 @@ def _result(
     elif peak_tflops(first):
         result.notes.append("MFU: of the device's dense bf16 peak, FP8 or not")
     for name, times in seconds.items():
-        config = configs[name.removesuffix(IN_TRANSFORMERS)]
+        config, over_others = configs[name], {other: _ratio(times, seconds[other]) for other in others}
         ratios = [own / other for own, other in zip(times, seconds[base], strict=True)]
         low, high = bootstrap_interval(ratios)
         speed = config.train.micro_batch_size * config.data.sequence_length / spread(times).median
         peak = peak_tflops(config)
         mfu = 3 * forward_flops(config).total * speed / 1e12 / peak if peak else None
-        over = ["1", ""] if name == base else [spread(ratios).text(1, 3), f"{low:.3f} to {high:.3f}"]
-        cells = [spread(times).text(1e-3, 1), *over, f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""]
+        first_ratio = ["1", ""] if name == base else [spread(ratios).text(1, 3), f"{low:.3f} to {high:.3f}"]
+        cells = [spread(times).text(1e-3, 1), *first_ratio]
+        for other, (median, *ends) in over_others.items():
+            cells.append("1" if other == name else f"{median:.3f} ({ends[0]:.3f} to {ends[1]:.3f})")
+        cells += [f"{speed:,.0f}", f"{mfu:.1%}" if mfu else ""]
         if given.methods:
             more = [spread([100 * (ratio - 1) for ratio in ratios]).text(1, 1)]
             more += [f"{100 * (low - 1):.1f} to {100 * (high - 1):.1f}"]
             cells = [spread(times).text(1, 3), *(["", ""] if name == base else more), *PAPER[name]]
         result.rows.append([name, *cells])
         found = {"seconds": times, "ratio": spread(ratios).median, "interval": [low, high], "mfu": mfu}
-        result.figures[name] = found | {"tokens_per_second": speed} | agreement.get(name, {})
+        result.figures[name] = found | {"tokens_per_second": speed, "over": over_others} | agreement.get(name, {})
     for name, why in failures.items():
-        result.rows.append([name, why, "", "", "", ""])
-        result.figures[name] = {"failure": why}
+        result.rows.append([name, why.said, *[""] * (len(result.columns) - 2)])
+        result.figures[name], result.failures[name] = {"failure": why.said}, why.traceback
     return result
+
+
+def _is_base(name: str) -> bool:
+    """What others are compared with beside the first: vanilla, and the authors' formulation of Depth-Attention."""
+    return name == "vanilla" or name.endswith((IN_TRANSFORMERS, ", reference"))
+
+
+def _ratio(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Median of the ratios of two steps of one round, and its interval."""
+    ratios = [a / b for a, b in zip(own, other, strict=True)]
+    return spread(ratios).median, *bootstrap_interval(ratios)

@@ -1,63 +1,90 @@
-"""`make gpu` on a machine without a GPU: everything is skipped, for a reason that is reported and counted."""
+"""The parts of `make gpu`: what each asks for, and what is made of what its process leaves. The driver: tests/e2e."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_depthattn.benchmarks import command as benchmark
-from megatron_depthattn.benchmarks.result import machine_facts
+from megatron_depthattn.benchmarks import precision
+from megatron_depthattn.benchmarks.models import mixing_configs, run_config, single_config
+from megatron_depthattn.benchmarks.result import Result, machine_facts, write_json
+from megatron_depthattn.config.hardware_checks import Accelerator
+from megatron_depthattn.switches import Kernels
+from megatron_depthattn.train import hardware
 from tools import gpu
 
 ROOT = Path(__file__).parents[2]
+BY_NAME = {part.name: part for part in gpu.PARTS}
+
+
+def test_kernels_come_first_and_every_part_fits_into_a_call():
+    names = [part.name for part in gpu.PARTS]
+    assert len({*names}) == len(names)
+    assert [*names[:3], *names[3:12]] == [
+        *("smoke-mix", "smoke-te", "smoke-fp8", "step-360m", "step-410m", "step-410m-fp8", "step-3b", "step-3b-fp8"),
+        *("step-3b-delayed", "memory", "memory-fp8", "checkpoint"),
+    ]
+    assert gpu.MINUTES <= 9 and max(part.seconds for part in gpu.PARTS) < 60 * gpu.MINUTES / 2
 
 
 def test_reasons_to_skip():
     part = gpu.Part("step", ("torch", "megatron.core"), ("step",), 60)
-    here = {"gpu": "NVIDIA H100", "seconds_left": 100.0, "is_installed": lambda module: True}
+    here = {"gpu": "NVIDIA H100", "seconds_left": 21.0, "is_installed": lambda module: True}
     assert gpu.reason_to_skip(part, **here) is None
     assert gpu.reason_to_skip(part, **here | {"gpu": None}) == "torch sees no NVIDIA GPU"
     missing = here | {"is_installed": lambda module: module != "megatron.core"}
     assert gpu.reason_to_skip(part, **missing) == "not installed: megatron.core"
     assert gpu.reason_to_skip(part, **missing | {"gpu": None}).count(";") == 1
-    assert gpu.reason_to_skip(part, **here | {"seconds_left": 3.2}) == "3 s left of 530"
+    assert gpu.reason_to_skip(part, **here | {"seconds_left": 3.2}) == "3 s left, and it may take 60"
+    installed = ["torch.nn", "no_such_package", "no_such_package.core"]
+    assert [*map(gpu.is_installed, installed)] == [True, False, False]
 
 
-def test_what_is_installed():
-    assert gpu.is_installed("torch.nn")
-    assert not gpu.is_installed("no_such_package")
-    assert not gpu.is_installed("no_such_package.core")
+@pytest.fixture
+def h200(monkeypatch):
+    """What a config is checked against: the GPU, TransformerEngine and compilers of the machine that will run."""
+    machine = Accelerator("NVIDIA H200", (9, 0), "13.0", "2.20.2")
+    monkeypatch.setattr(hardware, "this_machine", lambda: machine)
+    monkeypatch.setattr(hardware, "these_kernels", lambda: Kernels(True, None, True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
 
 
-def test_limits_are_within_nine_minutes_and_names_are_unique():
-    assert gpu.TOTAL_SECONDS <= 540 - 10  # what is written at the end takes some seconds
-    assert all(part.seconds <= 150 for part in gpu.PARTS)
-    assert len({part.name for part in gpu.PARTS}) == len(gpu.PARTS)
+def test_on_an_h200_every_benchmark_has_the_configs_that_its_name_says(h200):
+    seen = set()
+    for part in gpu.PARTS:
+        if part.is_tests:
+            continue
+        given = benchmark.build_parser().parse_args(part.arguments)
+        verb = given.measure.__module__.rpartition(".")[2]
+        seen.add(verb)
+        if (verb == "step" and not given.methods) or verb == "memory":
+            configs = [*mixing_configs(given, "cuda", getattr(given, "ops", None) or ["auto"]).values()]
+        elif verb == "step":
+            configs = [run_config(given, "cuda", {"model.method": "mhc"})]
+        elif verb == "generate":
+            configs = [single_config("configs/3b.yaml", given.set)]
+        elif verb == "precision":
+            chosen, unsupported = precision.choose(given, "cuda")
+            assert [*chosen] == ["bf16", "bf16+reference", "delayed", "tensorwise", "blockwise"]
+            assert [*unsupported] == ["mxfp8"]
+            configs = [*chosen.values()]
+        else:
+            continue
+        assert all(config.model.spec == ("local" if "local" in str(part.arguments) else "te") for config in configs)
+        if verb in ("step", "memory"):
+            fp8 = {"fp8": "tensorwise", "delayed": "delayed"}.get(part.name.rpartition("-")[2])
+            assert {config.precision.fp8 for config in configs} == {fp8}, part.name
+            assert not any(key.startswith("recompute.") for key in given.set) or verb == "step"
+        ops = {config.model.depth_attention.op for config in configs if config.model.depth_attention.enabled}
+        assert verb == "generate" or "triton" in ops, part.name
+        assert {config.model.fused_swiglu for config in configs} == {True}, part.name
+    assert seen == {"op", "step", "generate", "memory", "precision", "checkpoint"}
 
 
-def test_every_benchmark_part_is_a_command():
-    parser = benchmark.build_parser()
-    verbs = {parser.parse_args(part.arguments).measure.__module__ for part in gpu.PARTS if not part.is_tests}
-    assert {verb.rpartition(".")[2] for verb in verbs} == {"op", "step", "generate", "memory", "precision"}
-
-
-def test_a_part_that_runs_fails_or_takes_too_long(tmp_path):
-    sizes = ("--tokens", "8", "--sources", "1", "--runs", "1", "--implementations", "lean")
-    op = gpu.run_part(gpu.Part("op", (), ("op", "--shape", "cpu", *sizes), 120), 120, tmp_path)
-    assert (op.state, op.said) == ("ran", "see below")
-    rejected = gpu.run_part(gpu.Part("layouts", (), ("layouts", "/no/such/file.yaml"), 120), 120, tmp_path)
-    assert rejected.state == "failed"
-    assert rejected.said.startswith("exit code 1: error: ")
-    late = gpu.run_part(gpu.Part("op", (), ("op",), 0.2), 0.2, tmp_path)
-    assert (late.state, late.said) == ("failed", "not done after 0 s")
-    page = gpu.page([op, rejected, late], machine_facts())
-    assert "1 ran, 2 failed, 0 skipped" in page
-    assert "### Depth mix on" in page
-
+# ---- what a part leaves
 
 TESTS = """
 import pytest
@@ -68,66 +95,95 @@ def test_fails():
 @pytest.mark.parametrize("n", [1, 2])
 def test_skips(n):
     pytest.skip("no such recipe")
+def test_hangs():
+    import os; os._exit(9)
 """
 
 
-def test_a_part_of_tests_tells_what_was_found_and_what_was_skipped(tmp_path):
+def test_a_part_of_tests_that_dies_leaves_what_was_found_and_where_it_was(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     part = gpu.Part("some", (), (str(tmp_path / "test_some.py"),), 60, is_tests=True)
-    outcome = gpu.run_part(part, 60, tmp_path)
-    assert outcome.state == "failed"
+    kept = []
+    outcome = gpu.run_part(part, 60, tmp_path, kept.append)
+    assert (outcome.state, outcome.said.partition(":")[0]) == ("failed", "exit code 9")
+    assert kept[0].state == "cut" and kept[-1].figures == outcome.figures
     assert outcome.figures["found"] == {"test_passes": {"error": 0.01234}}
     assert outcome.figures["skipped"] == {"no such recipe": 2}
     assert "### some: 1 passed, 1 failed, 2 skipped" in outcome.page
     assert "| test_passes |  error | 0.0123 |" in outcome.page
-    assert "- failed: test_fails: AssertionError: not equal" in outcome.page
-    assert "- skipped (2): no such recipe" in outcome.page
+    assert "failed: test_fails\n\n```text\n" in outcome.page and "AssertionError: not equal" in outcome.page
+    assert "- skipped (2): no such recipe" in outcome.page and "- running when it ended: test_hangs" in outcome.page
+    assert str(tmp_path) not in outcome.page.replace(str(part.arguments[0]), "")
 
 
-def test_a_part_that_is_over_its_bound_fails_and_keeps_its_table(tmp_path, monkeypatch):
-    def over(*_, **__) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "precision.json").write_text('{"is_over": true}')
-        (tmp_path / "precision.md").write_text("the table")
-        return subprocess.CompletedProcess([], 1, "", "done")
+def test_a_benchmark_says_what_was_over_did_not_run_or_was_not_reached(tmp_path):
+    part = gpu.Part("step", (), ("step",), 60)
 
-    monkeypatch.setattr(gpu.subprocess, "run", over)
-    outcome = gpu.run_part(gpu.Part("precision", (), ("precision",), 60), 60, tmp_path)
-    assert (outcome.state, outcome.said, outcome.page) == ("failed", "over a bound, see below", "the table")
+    def outcome(exit_code=0, **fields):
+        write_json(tmp_path / "step.json", Result("A step", ["model"], [["vanilla"]], **fields))
+        return gpu.outcome_of(part, tmp_path / "step", exit_code, 9.0)
+
+    assert (outcome().state, outcome().said) == ("ran", "see below")
+    over = outcome(1, is_over=True)
+    assert (over.state, over.said) == ("failed", "over a bound, see below") and "### A step" in over.page
+    lines = [f'  File "{ROOT}/tools/x.py", line {i}' for i in range(40)]
+    why = "\n".join([*lines, "in /opt/v/lib/python3.12/site-packages/torch/nn.py and /root/.triton/k.ptx"])
+    failed = outcome(failures={"stride 1, triton": why, "stride 2, triton": why})
+    assert (failed.state, failed.said) == ("failed", "see below; did not run: stride 1, triton, stride 2, triton")
+    assert failed.page.count("```text") == 1 and failed.page.count('File "tools/x.py"') == gpu.TRACEBACK_LINES - 1
+    assert "in torch/nn.py and k.ptx" in failed.page
+    (tmp_path / "step.log").write_text("Traceback ...\nCUDA error: an illegal memory access\n")
+    died = outcome(1, until="round 3 of 12")
+    assert (died.state, died.said) == ("failed", "exit code 1: CUDA error: an illegal memory access")
+    assert "A step (so far: round 3 of 12)" in died.page and "the end of its output" in died.page
+    assert outcome(None, until="round 3 of 12").said == "not done after 9 s: round 3 of 12"
 
 
-def test_a_second_call_on_the_same_machine_keeps_what_the_first_ran():
-    machine = {"gpu": "NVIDIA H100", "torch": "2.11.0", "date": "today"}
-    first = [
-        gpu.Outcome("op", "ran", "see below", 9.0, date="morning"),
-        gpu.Outcome("memory-3b", "skipped", "3 s left"),
+def test_what_is_kept_and_what_runs_next(tmp_path, monkeypatch):
+    """On the same GPU with the same versions; the processor may be another."""
+    parts = [BY_NAME[name] for name in ("smoke-mix", "step-360m", "memory", "op", "tests-te")]
+    facts = machine_facts() | {"gpu": "NVIDIA H100"}
+    pages = gpu.Pages(tmp_path, "h100", facts)
+
+    def keep(pages, name, state, said, code=None):
+        code = code or gpu.code_digest(BY_NAME[name])
+        pages.keep(gpu.Outcome(name, state, said, 9.0, code=code))
+
+    keep(pages, "op", "ran", "first", code="other")
+    keep(pages, "smoke-mix", "ran", "first")
+    pages = gpu.Pages(tmp_path, "h100", facts)
+    keep(pages, "step-360m", "cut", "round 2")
+    keep(pages, "memory", "failed", "out of memory", code="other")
+    keep(pages, "op", "cut", "round 1")
+    keep(pages, "smoke-mix", "skipped", "3 s left")
+    keep(pages, "tests-te", "cut", "not done after 0 s")
+    keep(pages, "tests-te", "skipped", "every test was skipped")
+    again = gpu.Pages(tmp_path, "h100", facts | {"cpu": "another", "date": "tomorrow"})
+    assert [(o.part, o.said) for o in again.outcomes.values()] == [
+        *(("smoke-mix", "first"), ("step-360m", "round 2"), ("memory", "out of memory")),
+        *(("tests-te", "every test was skipped"), ("op", "first")),
     ]
-    earlier = {"machine": machine, "parts": [asdict(outcome) for outcome in first]}
-    second = [gpu.Outcome("memory-3b", "ran", "see below"), gpu.Outcome("tests", "ran", "9 passed")]
-    merged = gpu.merge(earlier, second, machine | {"date": "tomorrow"})
-    assert [(one.part, one.state) for one in merged] == [("tests", "ran"), ("op", "ran"), ("memory-3b", "ran")]
-    assert merged[1].date == "morning"
-    skipped = [gpu.Outcome("op", "skipped", "3 s left"), gpu.Outcome("memory-3b", "skipped", "1 s left")]
-    assert [outcome.said for outcome in gpu.merge(earlier, skipped, machine)] == ["see below", "1 s left"]
-    other_packages = {"machine": machine | {"pyarrow": "26.0.1"}, "parts": earlier["parts"]}
-    assert len(gpu.merge(other_packages, second, machine | {"deepspeed": None})) == 3
-    assert gpu.merge(earlier, second, machine | {"torch": "2.15.0"}) == [second[1], second[0]]
-    assert gpu.merge(None, second, machine) == [second[1], second[0]]
+    ordered = [part.name for part in again.to_run(parts, again=False)]
+    assert ordered == [
+        "step-360m",
+        "memory",
+        "tests-te",
+        "op",
+    ]  # not run, failed under other code; ran under other code
+    assert again.to_run(parts, again=True) == parts
+    keep(again, "memory", "failed", "out of memory")
+    assert BY_NAME["memory"] not in again.to_run(parts, again=False)  # it would fail again
+    text = again.document.read_text()
+    assert "2 ran, 1 failed, 1 cut, 1 skipped" in text and not list(tmp_path.glob(".*"))
+    assert gpu.Pages(tmp_path, "h100", facts | {"torch": "2.0"}).outcomes == {}
+    more = {name: asdict(outcome) for name, outcome in again.outcomes.items()}
+    older = {"machine": {"gpu": "NVIDIA H100", "gone": "1"}, "parts": [*more.values()]}
+    (tmp_path / "h100.json").write_text(json.dumps(older))
+    assert len(gpu.Pages(tmp_path, "h100", facts).outcomes) == 5
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: make gpu would measure for minutes")
-def test_without_a_gpu_everything_is_skipped_and_the_page_is_written(tmp_path):
-    command = ["make", "-s", "gpu", f"PYTHON={sys.executable}", f"GPU_ARGS=--output {tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "no-gpu.json").read_text())
-    assert [part["part"] for part in results["parts"]] == [part.name for part in gpu.PARTS]
-    assert all("torch sees no NVIDIA GPU" in part["said"] for part in results["parts"])
-    page = (tmp_path / "no-gpu.md").read_text()
-    assert f"0 ran, 0 failed, {len(gpu.PARTS)} skipped" in page
-
-
-def test_what_is_set_does_not_undo_the_recompute_modes():
-    parser = benchmark.build_parser()
-    memory = [parser.parse_args(part.arguments) for part in gpu.PARTS if part.arguments[0] == "memory"]
-    assert len(memory) == 4
-    assert not [key for given in memory for key in given.set if key.startswith("recompute.")]
+def test_the_digest_is_of_code_and_arguments():
+    part = BY_NAME["op"]
+    assert gpu.code_digest(part) == gpu.code_digest(part) != gpu.code_digest(BY_NAME["memory"])
+    assert gpu.code_digest(gpu.Part("op", (), (*part.arguments, "--runs", "3"), 9)) != gpu.code_digest(part)
+    assert sys.executable in gpu.command_of(part, Path("x"))
