@@ -28,7 +28,7 @@ help:
 	@echo "make parity-full  every parity case of both engines for ten steps (about an hour on two cores)"
 	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
-	@echo "make gpu          GPU tests and benchmarks on one NVIDIA GPU, in under 9 minutes (PYTHON=... instead of $(VENV); GPU_ARGS=...)"
+	@echo "make gpu          GPU tests and benchmarks on one NVIDIA GPU, in calls of 9 minutes that continue (GPU_ARGS=..., see docs/gpu; PYTHON=...)"
 	@echo "make launch-full  every launch test: Slurm's real time limit, lost nodes, DeepSpeed in whole runs (root, Slurm installed; about 15 minutes)"
 	@echo "make test-compiled  kernels that torch.compile builds against plain operations (a minute; needs g++ or a GPU)"
 	@echo "make prepare-200mb  prepare corpora with a single document of 200 MB (a few minutes)"

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from traceback import format_exc
 from typing import Any
@@ -127,14 +127,8 @@ PARTS = (
 )
 
 _TINY_MODEL = (
-    *(
-        "--set",
-        "model.hidden_size=64",
-        "model.num_attention_heads=4",
-        "model.num_query_groups=2",
-        "model.kv_channels=16",
-    ),
-    *("model.ffn_hidden_size=128", "model.vocab_size=256", "model.spec=local", "precision.fp8=null"),
+    *("--set", "model.hidden_size=128", "model.num_attention_heads=4", "model.num_query_groups=2"),
+    *("model.kv_channels=32", "model.ffn_hidden_size=256", "model.vocab_size=256"),
 )
 _TINY_STEP = ("--layers", "2", "--sequence-length", "32", "--micro-batch", "1", "--strides", "1", *_TINY_MODEL)
 TINY = {
@@ -142,7 +136,7 @@ TINY = {
     "memory": _TINY_STEP,
     "generate": ("--batch-size", "2", "--prompt-length", "8", "--new-tokens", "4", *_TINY_MODEL, "model.num_layers=2"),
     "precision": (
-        *("--steps", "2", "--precisions", "bf16", "bf16+reference", *_TINY_MODEL, "model.num_layers=2"),
+        *("--steps", "2", *_TINY_MODEL, "model.num_layers=2"),
         *("train.micro_batch_size=2", "train.global_batch_size=2", "train.eval_batches=1", "data.sequence_length=16"),
     ),
     "op": (
@@ -154,12 +148,19 @@ TINY = {
 """What follows a benchmark's arguments where it is rehearsed on a CPU."""
 
 
-def tiny(part: Part) -> Part:
-    """The part with its own command line at a size that a CPU runs in seconds: local layers, no FP8, no Triton."""
+def tiny(part: Part, *, has_te: bool = False) -> Part:
+    """The part with its own command line at a size that a CPU runs in seconds: no Triton; with ``has_te`` its own
+    layers and FP8, else local layers and neither."""
     if part.is_tests:
-        return part
-    ops = ("--ops", "reference", "lean") if "--ops" in part.arguments else ()
-    return Part(part.name, (), (*part.arguments, *ops, *TINY[part.arguments[0]]), part.seconds)
+        return replace(part, needs=())  # they are skipped, if they are found
+    verb = part.arguments[0]
+    more = [*TINY[verb], *(("--ops", "reference", "lean") if "--ops" in part.arguments else ())]
+    if verb == "precision":
+        more += ["--precisions", "bf16", *(("delayed", "tensorwise", "blockwise") if has_te else ("bf16+reference",))]
+        more += ["--tolerance", "1", "--least-cosine", "-1"]
+    elif verb != "op" and not has_te:
+        more += ["--set", "model.spec=local", "precision.fp8=null"]
+    return replace(part, needs=(), arguments=(*part.arguments, *more))
 
 
 @dataclass

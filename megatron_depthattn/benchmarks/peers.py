@@ -5,7 +5,6 @@ Vanilla's export is Qwen3. That of Depth-Attention mixes in plain torch operatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -93,24 +92,22 @@ class Peer:
         return {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
 
 
-def compare(pairs: Mapping[str, tuple[Model, Peer]]) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Loss and gradient norm of every model and of its twin (``... in transformers``), and in words what is over its
-    bound: two models that do not compute the same."""
+def compare(name: str, ours: Model, label: str, peer: Peer) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Loss and gradient norm of a model and of its twin, by these names, and in words what is over its bound."""
+    precision = ours.config.precision
+    if precision.fp8:  # scales of the first pass are not yet those of its tensors
+        ours.gradients()
     found: dict[str, dict[str, float]] = {}
+    twins: dict[str, Model | Peer] = {name: ours, label: peer}
+    for each, model in twins.items():
+        found[each] = {"loss": model.gradients()}
+        found[each]["gradient norm"] = float(torch.nn.utils.get_total_norm([*model.gradient().values()]))
     over = []
-    for name, (ours, peer) in pairs.items():
-        precision = ours.config.precision
-        if precision.fp8:  # scales of the first pass are not yet those of its tensors
-            ours.gradients()
-        twins: dict[str, Model | Peer] = {name: ours, name + IN_TRANSFORMERS: peer}
-        for label, model in twins.items():
-            found[label] = {"loss": model.gradients()}
-            found[label]["gradient norm"] = float(torch.nn.utils.get_total_norm([*model.gradient().values()]))
-        for what, bound in BOUNDS["FP8" if precision.fp8 else precision.dtype].items():
-            own, other = found[name][what], found[name + IN_TRANSFORMERS][what]
-            if not abs(own / other - 1) <= bound:
-                over.append(
-                    f"{what} of {name} is {own:.9g}, {other:.9g} in transformers with the same weights: they do not "
-                    "compute the same"
-                )
+    for what, bound in BOUNDS["FP8" if precision.fp8 else precision.dtype].items():
+        own, other = found[name][what], found[label][what]
+        if not abs(own / other - 1) <= bound:
+            over.append(
+                f"{what} of {name} is {own:.9g}, {other:.9g} of {label} with the same weights: they do not compute the "
+                "same"
+            )
     return found, over

@@ -278,7 +278,7 @@ def judged(given: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], uns
     )
     for name, own in runs.items():
         for one in own:
-            result.failures |= {name: one["traceback"]} if one["failure"] else {}
+            result.failures |= {name: one.get("traceback", one["failure"])} if one["failure"] else {}
         cells, found = _row(own, runs[base], bounds, is_base=name == base)
         result.rows.append([name, *cells, "; ".join(found) or ("base" if name == base else "yes")])
         if found:

@@ -68,9 +68,7 @@ def measure(given: argparse.Namespace) -> Result:
         base = next(iter(configs))
         if base in failures:
             raise ValueError(f"{base} did not run, so there is nothing to compare with: {failures[base].said}")
-        pairs = _peers(ours, failures, given) if given.peers else {}
-        agreement, over = compare(pairs)
-        peers = {f"{name}{IN_TRANSFORMERS}": peer for name, (_, peer) in pairs.items()}
+        peers, agreement, over = _peers(ours, failures, given) if given.peers else ({}, {}, [])
         timed: dict[str, Model | Peer] = {**peers, **ours}
         seconds: dict[str, list[float]] = {name: [] for name in timed}
 
@@ -119,25 +117,29 @@ def _build(
 
 def _peers(
     ours: dict[str, Model], failures: dict[str, Failure], given: argparse.Namespace
-) -> dict[str, tuple[Model, Peer]]:
-    """Of each model, but for those that differ from an earlier one in the op alone, and its export."""
-    pairs: dict[str, tuple[Model, Peer]] = {}
+) -> tuple[dict[str, Peer], dict[str, dict[str, float]], list[str]]:
+    """The exports, one of models that differ in the op alone, and what `compare` says of each and its model."""
+    peers: dict[str, Peer] = {}
+    agreement: dict[str, dict[str, float]] = {}
+    over: list[str] = []
     seen = []
     for name, model in ours.items():
         shape = replace(model.config.model, depth_attention=replace(model.config.model.depth_attention, op="auto"))
         if shape in seen:
             continue
         seen.append(shape)
-        label = name.removesuffix(f", {model.config.model.depth_attention.op}")
+        label = name.removesuffix(f", {model.config.model.depth_attention.op}") + IN_TRANSFORMERS
         try:
             peer = Peer(model)
-            peer.gradients()
-            pairs[label] = model, peer
+            found, apart = compare(name, model, label, peer)
+            agreement |= found
+            over += apart
+            peers[label] = peer
         except Exception as error:  # as above, or an export that does not load
-            failures[label + IN_TRANSFORMERS] = failed(error)
+            failures[label] = failed(error)
         torch.cuda.empty_cache()
-        progress(given, f"{label}{IN_TRANSFORMERS}: {'ready' if label in pairs else 'failed'}")
-    return pairs
+        progress(given, f"{label}: {'failed' if label in failures else 'ready'}")
+    return peers, agreement, over
 
 
 def _result(

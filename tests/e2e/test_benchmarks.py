@@ -1,6 +1,7 @@
 """The benchmark tools: what is pure, by hand; every verb once, tiny; and no figure while the op's tests are red."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_op(tmp_path, monkeypatch):
     assert "broken: ZeroDivisionError" in page
 
 
-def test_step(tmp_path, world):
+def test_step(tmp_path, world, monkeypatch):
     more = ("--rounds", "3", "--warm-up", "1", "--no-optimizer")
     figures, page = run(tmp_path, "step", *TINY, "--ops", "lean", *more)
     assert sorted(figures) == ["stride 1, lean", "vanilla"]
@@ -153,6 +154,18 @@ def test_step(tmp_path, world):
     assert own["interval"][0] <= own["ratio"] <= own["interval"][1]
     assert own["tokens_per_second"] == pytest.approx(16 / sorted(own["seconds"])[1])
     assert own["mfu"] is None and "cut in depth" in page
+
+    calls, real = [], Model.gradients
+
+    def cut(self):
+        calls.append(self)
+        return real(self) if len(calls) <= 6 else sys.exit(9)  # both once when they are built, then by rounds
+
+    monkeypatch.setattr(Model, "gradients", cut)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "step", *TINY, "--ops", "lean", *more)
+    partial = json.loads((tmp_path / "figures.json").read_text())
+    assert partial["until"] == "round 1 of 3" and [len(of["seconds"]) for of in partial["figures"].values()] == [1, 1]
 
 
 def test_step_of_the_papers_methods(tmp_path, world, monkeypatch, capsys):
@@ -257,18 +270,16 @@ def test_peers_of_other_weights_are_reported(dtype, world, tmp_path, monkeypatch
     ours = Model(run_config(given, "cpu", {"model.depth_attention.stride": 1}), CPU)
     peer = Peer(ours)
     for _ in range(2):  # the same after a step, too: the clipped gradient, AdamW and its schedule are the same
-        found, over = compare({"ours": (ours, peer)})
-        assert not over and [*found] == ["ours", "ours, in transformers"]
+        found, over = compare("ours", ours, "theirs", peer)
+        assert not over and [*found] == ["ours", "theirs"]
         assert ours.update().loss == pytest.approx(peer.update(), rel=BOUNDS[dtype]["loss"])
         assert ours.gradients() != pytest.approx(found["ours"]["loss"], rel=1e-4)
     with torch.no_grad():
         named = ours.chunks[0].named_parameters()
         norm = next(p for name, p in named if name.endswith("decoder.layers.1.self_attention.k_layernorm.weight"))
         norm *= 1.01 if dtype == "fp32" else 3
-    _, over = compare({"ours": (ours, peer)})
-    assert (
-        " of ours is " in over[0] and "in transformers with the same weights: they do not compute the same" in over[0]
-    )
+    _, over = compare("ours", ours, "theirs", peer)
+    assert " of ours is " in over[0] and " of theirs with the same weights: they do not" in over[0]
 
 
 def test_what_does_not_run_has_its_traceback_and_the_others_are_timed(world, tmp_path, monkeypatch, capsys):
@@ -309,8 +320,8 @@ GPU_PARTS = [part for part in gpu.PARTS if not part.is_tests and part.name != "c
 
 @pytest.mark.parametrize("part", GPU_PARTS, ids=lambda part: part.name)
 def test_a_part_of_make_gpu(part, tmp_path, world):
-    """Its own command line, at a size of seconds."""
-    base, own = tmp_path / part.name, gpu.tiny(part)
+    """Its own command line, at a size of seconds; where TransformerEngine can be imported with its layers and FP8."""
+    base, own = tmp_path / part.name, gpu.tiny(part, has_te=gpu.is_installed("transformer_engine"))
     exit_code = benchmark.main(["--traceback", "--json", f"{base}.json", *own.arguments])
     outcome = gpu.outcome_of(own, base, exit_code, 1.0)
     assert outcome.state == "ran", outcome.page
