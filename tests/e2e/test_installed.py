@@ -72,6 +72,8 @@ def test_configs_and_launch_scripts_are_in_the_wheel(environment: Path, tmp_path
     resolved = depthattn(environment, tmp_path, "config", "3b", "layouts/tp8-sp")
     (package,) = (environment / "lib").glob("python*/site-packages/megatron_depthattn")
     assert f"# {package}/configs/3b.yaml" in resolved and f"# {package}/configs/layouts/tp8-sp.yaml" in resolved
+    shapes = sorted((REPOSITORY / "megatron_depthattn/benchmarks").glob("*.yaml"))
+    assert [path.name for path in shapes] == sorted(path.name for path in package.glob("benchmarks/*.yaml"))
     for folder, shipped in (("configs", "configs"), ("launch", "launch/scripts")):
         there = {path.relative_to(REPOSITORY / folder) for path in (REPOSITORY / folder).rglob("*") if path.is_file()}
         there = {path for path in there if path.suffix not in (".py", ".pyc")}
