@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
-from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -32,12 +30,6 @@ from megatron_depthattn.train.build import Chunks, Fp8State
 WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 """Operations for whose result the host waits."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
-LOOKS = (
-    set()
-    if Version(megatron.core.__version__) >= Version("0.19")
-    else {"local_scalar_dense in megatron/core/distributed/finalize_model_grads.py:finalize_model_grads"}
-)
-"""megatron-core 0.16 looks at the number of tokens before it scales by it."""
 GENERATORS = {
     f"_{way}_cuda_rng_state in megatron/core/tensor_parallel/random.py:_{way}_all_rng_states" for way in ("get", "set")
 }

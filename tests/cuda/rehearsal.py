@@ -9,8 +9,8 @@ wait is counted by the line that does it. Real gloo processes stand in for NCCL.
     nccl.py        collectives
     ledger.py      counters, objections, host memory that a device may still be at
 
-It cannot see kernels, TransformerEngine, Triton, memory, streams that overtake each other, or the order of NCCL's
-messages: docs/gpu/rehearsal.md.
+It cannot see kernels, TransformerEngine, Triton, memory, or streams that overtake each other: docs/gpu/rehearsal.md.
+The order of messages within a group is compared between ranks by messages.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_depthattn.train.build import Fp8State
 from megatron_depthattn.train.step import train_step
-from tests.cuda_graph import LOOKS, train
+from tests.cuda_graph import train
 from tests.te.small import start
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -25,7 +25,7 @@ def microbatch(seed: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"fp8": "delayed"}, {"fp8": "tensorwise"}, {"num_loops": 2}], ids=str)
 def test_an_iteration_is_a_graph(options: dict[str, Any]) -> None:
-    """Scales and histories move inside the graph as well. What a GPU would stop at is Megatron's, see LOOKS."""
+    """Scales and histories move inside the graph as well."""
     batches = [[microbatch(2 * number), microbatch(2 * number + 1)] for number in range(3)]
     found = []
     for is_replayed in (False, True):
@@ -35,7 +35,7 @@ def test_an_iteration_is_a_graph(options: dict[str, Any]) -> None:
         fp8 = Fp8State(run.chunks)
         if is_replayed:
             steps, captured = train(run.chunks, run.optimizer, batches, SHAPE, fp8)
-            assert {*captured.graph.stops} <= LOOKS
+            assert not captured.graph.stops
         else:
             steps = [train_step(run.chunks, run.optimizer, batch, SHAPE, fp8) for batch in batches]
         found.append([[step.loss, step.grad_norm] for step in steps])

@@ -219,8 +219,6 @@ def test_control_a_missing_weight_is_an_error_under_both_specs(te):
         set_weights(models, {"model0": loaded})
 
 
-
-
 def test_the_local_spec_computes_the_same_where_transformer_engine_is_there(te):
     """Megatron-Core takes some of its functions then, in local layers too."""
     from tests.unit.test_recompute import build, loss_and_gradients
