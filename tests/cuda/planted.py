@@ -60,7 +60,7 @@ FAULTS = {
     "CUDA tensor to a gloo group": Planted(
         f"{METRICS}:DepthRecord.collect",
         "dist.all_reduce(totals)",
-        "dist.all_reduce(totals, group=parallel_state.get_data_parallel_group_gloo())",
+        'dist.all_reduce(totals, group=dist.new_group(backend="gloo"))',
         "given to a gloo group",
     ),
     "message that is not contiguous": Planted(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.attention.bias import CausalBias
 from torch.nn.utils import clip_grad
 from torch.optim import optimizer
 from torch.utils import _device as device_context
@@ -482,6 +483,8 @@ def _attention(own: Any) -> Any:
         is_causal: bool = False,
         **more: Any,
     ) -> torch.Tensor:
+        if isinstance(attn_mask, CausalBias):  # asks whether torch calls it for `own`
+            return attn_mask._dispatch(query, key, value, attn_mask, dropout_p, is_causal, **more)
         if type(query) is not CudaTensor or attn_mask is not None:
             return own(query, key, value, attn_mask, dropout_p, is_causal, **more)
         return flash(query, key, value, dropout_p, is_causal, scale=more.get("scale"))[0]
