@@ -18,6 +18,7 @@ from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
 from megatron_depthattn.train.metrics import depth_curves
+from megatron_depthattn.train.start import broadcast_from_rank0
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
 if TYPE_CHECKING:
@@ -145,12 +146,14 @@ class SampleLog:
         folder = run_dir / "samples"
         self._path = folder / f"rank_{dist.get_rank():05d}.jsonl" if is_on else None
         self._file: AppendFile | None = None
+
+        def prepare() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.glob("rank_*.jsonl"):
+                drop_steps_after(file, first_step)
+
         if is_on:
-            if dist.get_rank() == 0:  # for all ranks: the run may have had more of them before
-                folder.mkdir(parents=True, exist_ok=True)
-                for file in folder.glob("rank_*.jsonl"):
-                    drop_steps_after(file, first_step)
-            dist.barrier()
+            broadcast_from_rank0(prepare)  # for all ranks: the run may have had more of them before
 
     def write(self, step: int, batches: list[Microbatch]) -> None:
         """Add a step; a rank that read nothing writes nothing."""
