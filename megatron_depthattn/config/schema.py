@@ -276,7 +276,8 @@ class PreflightConfig:
     on_problem: Literal["stop", "warn"] = "stop"
     """What to do where ranks differ, or something is missing: stop, or log a warning and continue."""
     timeout: float = 45.0
-    """Seconds that a rank may stay silent before the others give up and name it; more where imports are slower."""
+    """Seconds that a rank may stay silent before the others give up and name it; more where imports are slower. With
+    0.1 s for each rank of the world also the limit of each stage of joining."""
 
 
 @dataclass(kw_only=True, frozen=True)

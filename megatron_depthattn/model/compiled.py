@@ -17,7 +17,11 @@ from megatron_depthattn.methods.mhc.layer import HyperConnectionsLayer
 
 
 def compile_layers(model: GPTModel) -> None:
-    """Compile the regions of ``model``'s layers in place; modules and parameters keep their names."""
+    """Compile the regions of ``model``'s layers in place; modules and parameters keep their names.
+
+    Torch stops at eight compilations of a function. Norms take six of them in a run with evaluations: give the model
+    one number of sequences and one length.
+    """
     # A function of the weight: a module's own forward is compiled again where a later loop borrows its weight. As one
     # graph: torch then raises where it would run without compiling.
     compiled = torch.compile(_rms_norm, dynamic=False, fullgraph=True)

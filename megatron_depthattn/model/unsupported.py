@@ -24,7 +24,7 @@ def unsupported_by(config: TransformerConfig, method: str) -> str | None:
     return None
 
 
-_CAPTURED = "a captured layer neither receives nor returns the sources; no whole iteration was captured on a GPU yet"
+_CAPTURED = "a captured layer neither receives nor returns the sources"
 FIELDS = {
     MIX: {
         "fused_single_qkv_rope": "the fused kernel never shows q, k and v apart, so there is no value to mix",

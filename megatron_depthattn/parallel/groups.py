@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -74,6 +74,7 @@ def initialize_distributed(
     set_defaults(
         TORCH_FR_BUFFER_SIZE="2000",  # so many collectives the flight recorder keeps
         TORCH_NCCL_DUMP_ON_TIMEOUT="1",
+        TORCH_NCCL_USE_COMM_NONBLOCKING="0",  # torch 2.6 and 2.7 take it for a world with a device, and NCCL 2.26 hangs
         # By default torch's thread that looks after NCCL's ends a process after 8 minutes, before the watchdog reports.
         TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=str(int(timeout.total_seconds())),
     )
@@ -88,7 +89,7 @@ def initialize_distributed(
             device_id=None if on_cpu else device,  # connects now, and on the right GPU
         )
     # For as long as the world is bound to a device, each later group is split off it by all ranks, be it used or not,
-    # and messages between stages queue up with a group's collectives.
+    # and messages between stages queue up with that group's collectives. The world's own connection stays as it is.
     dist.distributed_c10d._get_default_group().bound_device_id = None
     return device
 
@@ -101,8 +102,13 @@ def initialize_model_parallel(
     context: int = 1,
     seed: int = 1234,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
+    create_gloo_process_groups: bool = True,
 ) -> None:
-    """Build Megatron's groups for this layout over the world that was joined, and seed its random number trackers."""
+    """Build Megatron's groups for this layout over the world that was joined, and seed its random number trackers.
+
+    ``create_gloo_process_groups``: Megatron's optimizers ask for them, unless they get
+    ``use_gloo_process_groups=False`` as those of a run do: a connection of each rank to each, three times.
+    """
     with announced(f"rank {dist.get_rank()}", lambda: "the ranks of its groups", timeout.total_seconds()):
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
@@ -110,45 +116,66 @@ def initialize_model_parallel(
             virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
             context_parallel_size=context,
             distributed_timeout_minutes=round(timeout.total_seconds() / 60),
-            create_gloo_process_groups=False,  # a connection of each rank to each, three times, for what is not used
+            create_gloo_process_groups=create_gloo_process_groups,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def connect_groups(device: torch.device, on_stage: Callable[[str], None] = lambda _: None) -> None:
+def connect_groups(
+    device: torch.device, on_stage: Callable[[str], None] = lambda _: None, *, sums_fp8_scales: bool = False
+) -> None:
     """Use each group of a step once, as NCCL connects at first use; of Megatron's groups a dozen more are never used.
 
-    All ranks take theirs in the same order, so that none waits for one that waits for it.
+    All ranks take theirs in the same order, so that none waits for one that waits for it. TransformerEngine's context
+    parallel connects its neighbours itself, in the first step.
 
     Args:
         on_stage: called before each, with the group's name and ranks.
+        sums_fp8_scales: ``precision.fp8=delayed``, whose largest entries have a group of their own.
 
     Raises:
-        RuntimeError: a sum over a group is wrong.
+        ConnectionError: names the group that does not connect, or over which a sum is wrong.
     """
+    stage = ""
+
+    def enter(name: str, ranks: Sequence[int]) -> None:
+        nonlocal stage
+        stage = f"connecting {name}, {rank_spans(ranks)}"
+        on_stage(stage)
+
+    try:
+        _use_groups(device, enter, sums_fp8_scales)
+    except RuntimeError as error:  # torch's DistBackendError among them
+        raise ConnectionError(f"{stage}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _use_groups(device: torch.device, enter: Callable[[str, Sequence[int]], None], sums_fp8_scales: bool) -> None:
     groups = [
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_context_parallel_group(),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
         parallel_state.get_pipeline_model_parallel_group(),
     ]
-    if parallel_state.is_rank_in_embedding_group(ignore_virtual=True):
-        groups.append(parallel_state.get_embedding_group())
+    groups += filter(None, [parallel_state.get_embedding_group(check_initialized=False)])  # the first and last stages'
+    if sums_fp8_scales:
+        groups.append(parallel_state.get_amax_reduction_group(with_context_parallel=True))
     for group in [each for each in groups if each.size() > 1]:
         name, ranks = group.group_desc, dist.get_process_group_ranks(group)
-        on_stage(f"connecting {name}, {rank_spans(ranks)}")
+        enter(name, ranks)
         total = torch.ones(1, device=device)
         dist.all_reduce(total, group=group)
         if total.item() != len(ranks):
-            raise RuntimeError(f"the sum of ones over {name}, {rank_spans(ranks)}, is {total.item():g}")
+            raise RuntimeError(f"the sum of ones is {total.item():g}")
         if name == "PIPELINE_MODEL_PARALLEL_GROUP" and parallel_state.get_virtual_pipeline_model_parallel_world_size():
-            # Interleaved schedules send one by one, for which NCCL connects each pair of neighbours by itself.
+            # Interleaved schedules send one by one, for which NCCL connects each pair of neighbours by itself; of two
+            # stages Megatron sends one way over the world.
+            ways = (group, dist.group.WORLD) if len(ranks) == 2 else (group,)
             for pair in {tuple(sorted(pair)): None for pair in itertools.pairwise([*ranks, ranks[0]])}:
                 if dist.get_rank() in pair:
-                    on_stage(f"connecting {name}, {rank_spans(pair)}")
+                    enter(name, pair)
                     first, second = pair
-                    is_first = dist.get_rank() == first
-                    dist.send(total, second, group) if is_first else dist.recv(total, first, group)
+                    for way in ways:
+                        dist.send(total, second, way) if dist.get_rank() == first else dist.recv(total, first, way)
                     total.item()  # it has arrived
 
 

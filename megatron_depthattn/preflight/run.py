@@ -69,6 +69,7 @@ def enter_world(
     Raises:
         ValueError: on all ranks, if they do not fit together or lack something that the run needs.
         TimeoutError: on all ranks that answer, if one does not.
+        ConnectionError: names the group that does not connect.
     """
     config, parallel = resolved.config, resolved.config.parallel
     patience = timedelta(seconds=config.preflight.timeout) if config.preflight.enabled else timeout
@@ -91,8 +92,9 @@ def enter_world(
             context=parallel.context,
             seed=config.run.seed,
             timeout=timeout,
+            create_gloo_process_groups=False,
         )
-        connect_groups(device, on_stage)
+        connect_groups(device, on_stage, sums_fp8_scales=config.precision.fp8 == "delayed")
     return device, [*lines, *resolved.lines]
 
 

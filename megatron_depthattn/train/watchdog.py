@@ -166,13 +166,14 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         collectives = self.folder / f"{self._name}_collectives"
         if self.rank == min(answers):
             lines += _groups(answers)
-            lines.append(f"each rank's last collectives are written to {collectives} (docs/fault-tolerance.md)")
         for line in lines:
             _say(line)
         if lines:
             self._try(lambda: (self.folder / f"{stamp}_hang_{self.rank}.txt").write_text("\n".join(lines) + "\n"))
         stacks.join()
         self._try(lambda: write_collectives(collectives, self.rank))
+        if self.rank == min(answers) and collectives.exists():
+            _say(f"each rank's last collectives are in {collectives} (docs/fault-tolerance.md)")
 
     def _try(self, part: Callable[[], Any]) -> None:
         try:
