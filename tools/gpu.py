@@ -322,15 +322,16 @@ def outcome_of(part: Part, base: Path, exit_code: int | None, took: float) -> Ou
 
 def code_digest(part: Part) -> str:
     """Of the files that decide what the part computes, and of its arguments."""
-    return hashlib.sha256("\0".join((files_digest(), *part.arguments)).encode()).hexdigest()[:8]
+    digest = files_digest("tests/**/*.py" if part.is_tests else "tools/benchmark.py")
+    return hashlib.sha256("\0".join((digest, *part.arguments)).encode()).hexdigest()[:8]
 
 
 @functools.cache
-def files_digest() -> str:
+def files_digest(starts: str) -> str:
+    """Of the package, the configs, and what starts the part: files of this pattern."""
     digest = hashlib.sha256()
-    folders = {"megatron_depthattn": (".py", ".yaml"), "configs": (".yaml",), "tests/gpu": (".py",)}
-    for folder, suffixes in folders.items():
-        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes):
+    for pattern in ("megatron_depthattn/**/*.py", "megatron_depthattn/**/*.yaml", "configs/**/*.yaml", starts):
+        for path in sorted(ROOT.glob(pattern)):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

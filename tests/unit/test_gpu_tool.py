@@ -3,6 +3,8 @@
 import json
 import sys
 from dataclasses import asdict
+from itertools import pairwise
+from operator import ne
 from pathlib import Path
 
 import pytest
@@ -182,8 +184,21 @@ def test_what_is_kept_and_what_runs_next(tmp_path, monkeypatch):
     assert len(gpu.Pages(tmp_path, "h100", facts).outcomes) == 5
 
 
-def test_the_digest_is_of_code_and_arguments():
+def test_the_digest_is_of_code_and_arguments(tmp_path, monkeypatch):
+    """A fix anywhere below tests/ renews the parts of tests, which import of each other; one of the package all."""
     part = BY_NAME["op"]
     assert gpu.code_digest(part) == gpu.code_digest(part) != gpu.code_digest(BY_NAME["memory"])
     assert gpu.code_digest(gpu.Part("op", (), (*part.arguments, "--runs", "3"), 9)) != gpu.code_digest(part)
     assert sys.executable in gpu.command_of(part, Path("x"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    gpu.files_digest.cache_clear()
+    parts = [part, BY_NAME["tests-te"]]
+    digests = [[*map(gpu.code_digest, parts)]]
+    for name in ("tests/te/small.py", "tools/benchmark.py", "megatron_depthattn/ops/mix.py", "configs/3b.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("fixed")
+        gpu.files_digest.cache_clear()
+        digests.append([*map(gpu.code_digest, parts)])
+    gpu.files_digest.cache_clear()
+    is_new = [[*map(ne, *pair)] for pair in pairwise(digests)]
+    assert is_new == [[False, True], [True, False], [True, True], [True, True]]
