@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 LAYOUTS = {"single": (1, 1), "dp2": (2, 1), "dp4": (4, 1), "tp2xdp2": (4, 2)}
 """Processes and tensor ranks."""
 WAYS = {"gathered": "Megatron's gather on one rank", "shares": "every rank its share"}
+CLEAR_REFS = Path("/proc/self/clear_refs")
+"""Linux counts the most that a process holds, VmHWM, anew when 5 is written here. Some sandboxes have no such file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,6 @@ def measure(given: argparse.Namespace) -> Result:
             *("layout", "written by", "GB", "the loop waits, s", "until it is on disk, s"),
             *("loading, s", "host memory added, busiest rank, GB", "all ranks, GB"),
         ],
-        notes=["Host memory: most that a process held during its first save, above what it held before."],
     )
     for layout in given.layouts:
         processes, tensor = LAYOUTS[layout]
@@ -68,13 +69,16 @@ def measure(given: argparse.Namespace) -> Result:
             found = result.figures[layout] = run_world("checkpoint", processes, {"tensor": tensor}, share)
         for way, text in WAYS.items():
             one = found[way]
-            gigabytes = [f"{size / 1e9:.2f}" for size in (one["bytes"], max(one["memory"]), sum(one["memory"]))]
+            is_known = None not in one["memory"]
+            held = [f"{size / 1e9:.2f}" for size in (max(one["memory"]), sum(one["memory"]))] if is_known else ["", ""]
+            how = "most that a process held during its first save, above what it held before"
+            result.notes = [f"Host memory: {how if is_known else f'not measured, {CLEAR_REFS} cannot be written'}."]
             times = [
                 f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
                 for seconds in (one["waits"], one["durable"])
             ]
             loading = f"{found['loading']:.2f}" if way == "shares" else ""
-            result.rows.append([layout, text, gigabytes[0], *times, loading, *gigabytes[1:]])
+            result.rows.append([layout, text, f"{one['bytes'] / 1e9:.2f}", *times, loading, *held])
     return result
 
 
@@ -101,8 +105,7 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
         for way in taking_turns(tuple(ways), run):
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what is freed is given back
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most that is held, is counted from here
-            before = _memory("VmRSS")
+            before = _memory("VmRSS") if _counts_most_memory() else None
             dist.barrier()
             begun = time.perf_counter()
             savers[way].save(Progress(step=1), ways[way]())
@@ -112,7 +115,8 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
             outcome = savers[way].take_outcome()
             assert outcome is not None and outcome.error is None, outcome
             if run == 0:  # it also allocates the buffers that are kept
-                found[way] |= {"memory": _all(_memory("VmHWM") - before), "bytes": outcome.num_bytes}
+                added = None if before is None else _memory("VmHWM") - before
+                found[way] |= {"memory": _all(added), "bytes": outcome.num_bytes}
             else:
                 found[way]["waits"].append(max(_all(waited)))
                 found[way]["durable"].append(max(_all(durable)))
@@ -145,13 +149,22 @@ def gathered_state(chunks: Chunks, optimizer: MegatronOptimizer) -> dict[str, An
     return state | {"optimizer": optimizer.sharded_state_dict(dict(state), metadata=metadata)}
 
 
+def _counts_most_memory() -> bool:
+    """Whether VmHWM is counted from here."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _memory(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
-def _all(value: float) -> list[Any]:
+def _all(value: float | None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

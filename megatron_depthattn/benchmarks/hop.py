@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_depthattn.benchmarks.models import random_microbatch
 from megatron_depthattn.benchmarks.result import Result
 from megatron_depthattn.benchmarks.world import run_world
-from megatron_depthattn.config import from_dict
+from megatron_depthattn.config import RunConfig, from_dict, validate
 from megatron_depthattn.estimate.traffic import CrossLayer, hop_sizes
 
 LAYOUTS = {"pp2": (2, 1), "pp4": (4, 1), "pp2xvpp2": (2, 2), "pp4xvpp2": (4, 2)}
@@ -67,7 +67,8 @@ def measure(given: argparse.Namespace) -> Result:
     for layout in given.layouts:
         pipeline, virtual = LAYOUTS[layout]
         parallel = {"pipeline": pipeline, "virtual_pipeline": virtual}
-        rest = {"data": {"sequence_length": given.sequence_length}, "train": {"micro_batch_size": 1}}
+        train = {"micro_batch_size": 1, "global_batch_size": given.microbatches}
+        rest = {"data": {"sequence_length": given.sequence_length}, "train": train}
         settings = [{"model": shape | keys, "parallel": parallel, **rest} for keys in variants.values()]
         found = run_world("hop", pipeline, parallel, {"settings": settings, "microbatches": given.microbatches})
         for name, one in zip(variants, found, strict=True):
@@ -83,13 +84,17 @@ def work(device: torch.device, *, settings: list[dict[str, Any]], microbatches: 
     from megatron.core import parallel_state
 
     from megatron_depthattn.train.build import build_model
+    from megatron_depthattn.train.hardware import for_this_machine
     from megatron_depthattn.train.step import run_microbatches
+
+    def resolved(keys: dict[str, Any]) -> RunConfig:
+        config = from_dict(keys, "the benchmark")
+        return for_this_machine(config, validate(config, dist.get_world_size(), needs_data=False)).config
 
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     found = []
     for keys in settings:
-        config = from_dict(keys, "the benchmark")
-        vanilla = from_dict(keys | {"model": keys["model"] | {"method": "vanilla"}}, "the benchmark")
+        config, vanilla = resolved(keys), resolved(keys | {"model": keys["model"] | {"method": "vanilla"}})
         chunks, batch = build_model(config, device), random_microbatch(config, device)
         with recorded_sends() as sent:
             run_microbatches(chunks, [batch] * microbatches, (1, config.data.sequence_length), forward_only=False)
@@ -103,6 +108,7 @@ def work(device: torch.device, *, settings: list[dict[str, Any]], microbatches: 
                 "vanilla_sent": both_ways * sum(vanilla_edges),
                 "messages": between["messages"],
                 "least_messages": both_ways * len(edges),
+                "layers": config.model.spec,
             }
         )
     return found
