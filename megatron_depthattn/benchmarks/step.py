@@ -129,14 +129,18 @@ def _peers(
             continue
         seen.append(shape)
         label = name.removesuffix(f", {model.config.model.depth_attention.op}") + IN_TRANSFORMERS
+        peer: Peer | None = None
         try:
             peer = Peer(model)
             found, apart = compare(name, model, label, peer)
             agreement |= found
             over += apart
+            if not given.no_optimizer:  # the first step makes the optimizer's state
+                peer.update()
             peers[label] = peer
         except Exception as error:  # as above, or an export that does not load
             failures[label] = failed(error)
+        peer = None  # not bound while the next is built
         torch.cuda.empty_cache()
         progress(given, f"{label}: {'failed' if label in failures else 'ready'}")
     return peers, agreement, over

@@ -1,11 +1,15 @@
 """The benchmark tools: what is pure, by hand; every verb once, tiny; and no figure while the op's tests are red."""
 
 import json
+import re
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_depthattn.benchmarks import checkpoint
 from megatron_depthattn.benchmarks import command as benchmark
 from megatron_depthattn.benchmarks.generate import generate, prefill_peak, random_model
 from megatron_depthattn.benchmarks.memory import saved_tensors
@@ -291,8 +295,16 @@ def test_what_does_not_run_has_its_traceback_and_the_others_are_timed(world, tmp
     def broken(*_, **__):
         raise CompilationError("at 3:4")
 
+    held, build = [], Peer.__init__
+
+    def build_alone(peer, ours):
+        assert not any(other() for other in held), "what failed before still takes memory"
+        build(peer, ours)
+        held.append(weakref.ref(peer))
+
     monkeypatch.setitem(DEPTH_MIX_IMPLEMENTATIONS, "reference", broken)
-    monkeypatch.setattr("megatron_depthattn.benchmarks.step.Peer.gradients", broken)
+    monkeypatch.setattr(Peer, "__init__", build_alone)
+    monkeypatch.setattr(Peer, "update", broken)  # its optimizer's state, for which there may be no memory
     file, rounds = tmp_path / "x.json", ("--rounds", "2", "--warm-up", "0", "--strides", "1")
     given = ("step", "--peers", *PEERS, "--ops", "reference", "lean", *rounds)
     assert benchmark.main(["--json", str(file), *given]) == 0
@@ -300,7 +312,9 @@ def test_what_does_not_run_has_its_traceback_and_the_others_are_timed(world, tmp
     timed = [name for name, of in result["figures"].items() if "seconds" in of]
     assert timed == ["vanilla", "stride 1, lean"] and not result["until"]
     assert [*result["failures"]] == ["stride 1, reference", "vanilla, in transformers", "stride 1, in transformers"]
-    assert all("in broken\n" in why and "CompilationError: at 3:4" in why for why in result["failures"].values())
+    assert len(held) == 2 and all(
+        "in broken\n" in why and "CompilationError: at 3:4" in why for why in result["failures"].values()
+    )
     monkeypatch.setattr("megatron_depthattn.benchmarks.step.Model", broken)
     assert benchmark.main(["--traceback", *given]) == 1
     assert (
@@ -315,13 +329,16 @@ def test_peers_need_a_counterpart(world, capsys):
     assert "--set model.num_layers: the benchmark sets it by other options" in capsys.readouterr().err
 
 
-GPU_PARTS = [part for part in gpu.PARTS if not part.is_tests and part.name != "checkpoint"]
+HAS_TE = gpu.is_installed("transformer_engine")  # in tests/te/test_inside.py
+GPU_PARTS = [p for p in gpu.PARTS if not p.is_tests and p.name != "checkpoint"]
 
 
-@pytest.mark.parametrize("part", GPU_PARTS, ids=lambda part: part.name)
+@pytest.mark.parametrize(
+    "part", [p for p in GPU_PARTS if HAS_TE or "precision.fp8=" not in str(p.arguments)], ids=lambda part: part.name
+)
 def test_a_part_of_make_gpu(part, tmp_path, world):
     """Its own command line, at a size of seconds; where TransformerEngine can be imported with its layers and FP8."""
-    base, own = tmp_path / part.name, gpu.tiny(part, has_te=gpu.is_installed("transformer_engine"))
+    base, own = tmp_path / part.name, gpu.tiny(part, has_te=HAS_TE)
     exit_code = benchmark.main(["--traceback", "--json", f"{base}.json", *own.arguments])
     outcome = gpu.outcome_of(own, base, exit_code, 1.0)
     assert outcome.state == "ran", outcome.page
@@ -329,6 +346,26 @@ def test_a_part_of_make_gpu(part, tmp_path, world):
     if "--peers" in own.arguments:
         names = ["vanilla, in transformers", "stride 1, in transformers", "vanilla"]
         assert [*outcome.figures["figures"]][:3] == names
+    if fp8 := re.search(r"precision.fp8=(\w+)", str(part.arguments)):
+        assert f"FP8 {fp8[1]}" in outcome.page and "layers: te" in outcome.page
+
+
+def test_the_checkpoint_of_make_gpu(tmp_path, world, monkeypatch):
+    """Its process of its own is this one; what goes there and back is JSON. Not every machine shows the most memory."""
+
+    def run_world(verb, processes, parallel, work):
+        assert (verb, processes, parallel) == ("checkpoint", 1, {"tensor": 1})
+        return json.loads(json.dumps(checkpoint.work(CPU, **json.loads(json.dumps(work)))))
+
+    monkeypatch.setattr(checkpoint, "run_world", run_world)
+    (part,) = (gpu.tiny(part) for part in gpu.PARTS if part.name == "checkpoint")
+    for where in (checkpoint.CLEAR_REFS, Path("/proc/no-such-file")):
+        monkeypatch.setattr(checkpoint, "CLEAR_REFS", where)
+        assert benchmark.main(["--json", str(tmp_path / "x.json"), *part.arguments, "--runs", "1"]) == 0
+        found = json.loads((tmp_path / "x.json").read_text())
+        assert [row[1] for row in found["rows"]] == [*checkpoint.WAYS.values()] and float(found["rows"][1][5]) > 0
+        assert all(bool(cell) == where.exists() for row in found["rows"] for cell in row[-2:])
+        assert ("not measured" in found["notes"][0]) != where.exists()
 
 
 def test_memory(tmp_path, world):
@@ -383,6 +420,7 @@ def test_hop_of_methods(tmp_path):
     methods = ("vanilla", "depth_attention", "denseformer", "mhc")
     figures, page = run(tmp_path, "hop", "--layouts", "pp2", "--methods", *methods, *sizes)
     assert all(of["sent"] == of["bound"] > 0 and of["messages"] == of["least_messages"] for of in figures.values())
+    assert {of["layers"] for of in figures.values()} == {"local"}  # what this machine takes for auto
     ratios = [of["sent"] / of["vanilla_sent"] for of in figures.values()]
     assert ratios == [1, 3, 3, 4]  # one head, so a source of Depth-Attention is two hidden states here
     assert "4 of 4" in page

@@ -30,6 +30,12 @@ BLACKWELL = (
 )
 
 
+PARTS = [
+    f"tests/e2e/test_benchmarks.py::test_a_part_of_make_gpu[{part}]"
+    for part in ("step-3b-delayed", "memory-fp8", "precision")
+]
+
+
 def of_gpu(names: tuple[str, ...]) -> list[str]:
     return [f"tests/gpu/test_te.py::{name}" for name in names]
 
@@ -39,6 +45,7 @@ RUNS = {
     "hopper": ("9.0", of_gpu(HOPPER)),
     "engine": ("9.0", of_gpu(ENGINE)),
     "blackwell": ("10.0", of_gpu(BLACKWELL)),
+    "parts": ("9.0", PARTS),
 }
 
 
