@@ -82,7 +82,7 @@ def differences(messages: Iterable[Message]) -> list[str]:
     for what, ranks in streams.items():
         for number, now in enumerate(zip_longest(*ranks.values(), fillvalue=("nothing", ""))):
             if len({said for said, _ in now}) > 1:
-                told = (f"rank {rank}: {said} ({where})" for rank, (said, where) in zip(ranks, now, strict=True))
-                found.append(f"{what}, operation {number}: {'; '.join(told)}")
+                ranks_said = (f"rank {rank}: {said} ({where})" for rank, (said, where) in zip(ranks, now, strict=True))
+                found.append(f"{what}, operation {number}: {'; '.join(ranks_said)}")
                 break
     return found

@@ -8,28 +8,33 @@ from __future__ import annotations
 import contextlib
 import inspect
 import pkgutil
-import textwrap
 from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
 from typing import NamedTuple
+
+from tests.forked import REPOSITORY
 
 STEP, DATA, SAVE = ("megatron_depthattn.train." + name for name in ("step", "data", "save"))
 METRICS, CHECKPOINT = "megatron_depthattn.train.metrics", "megatron_depthattn.train.checkpoint"
 
 
 class Planted(NamedTuple):
-    """A fault: in ``function``, ``old`` becomes ``new``."""
+    """A fault: in ``function``, ``old`` becomes ``new``, on the same line."""
 
     function: str
-    """``module:name``."""
+    """``module:qualified.name``."""
     old: str
+    """What is once in the function."""
     new: str
-    found: str
+    found: str = ""
     """What the rehearsal says of it, a pattern; for `counted` ones the kind."""
     counted: bool = False
-    """Whether it is right, but makes the host wait: it is counted at a line of the function's file."""
-    overrides: tuple[str, ...] = ()
+    """Whether it is right, but makes the host wait: that is counted at its line."""
     resumes: bool = False
     """Whether the run begins from a checkpoint."""
+    rank: int = -1
+    """Whose fault it is; -1: all ranks'."""
 
 
 FAULTS = {
@@ -65,8 +70,8 @@ FAULTS = {
     ),
     "message that is not contiguous": Planted(
         f"{METRICS}:DepthRecord.collect",
-        "dist.all_reduce(totals)",
-        "dist.all_reduce(totals.transpose(0, 1))",
+        "all_reduce(totals",
+        "all_reduce(totals.transpose(0, 1)",
         "tensors must be contiguous",
     ),
     "tensor on another rank's device": Planted(
@@ -91,33 +96,73 @@ FAULTS = {
         f"{CHECKPOINT}:restore_generators", 'state["cuda"])', 'state["cuda"].to(_device()))', "ByteTensor", resumes=True
     ),
     "mask in the step": Planted(
-        f"{STEP}:sum_of_losses", "losses.float().sum()", "losses[losses > 0].sum()", "index with a mask", counted=True
-    ),
-    "item in a layer": Planted(
-        "megatron_depthattn.model.attention:DepthSelfAttention._norm_keeps_projection",
-        "return ",
-        "assert value.sum().item() < 1e9; return ",
-        "item",
+        f"{STEP}:sum_of_losses",
+        "losses.float().sum()",
+        "losses.float().sum() + 0 * losses.detach()[losses > 0].sum()",
+        "index with a mask",
         counted=True,
     ),
     "number made on the device": Planted(
         f"{STEP}:sum_of_losses", "torch.full((), losses", "torch.tensor(losses", "copy pageable to device", counted=True
     ),
+    "item in a layer": Planted(
+        "megatron_depthattn.model.attention:DepthSelfAttention.get_query_key_value_tensors",
+        'own["mixed_key"], own["value"]',
+        'own["mixed_key"], own["value"] + 0 * key.sum().item()',
+        "item",
+        counted=True,
+    ),
+    "item in the schedule": Planted(
+        "megatron_depthattn.parallel.schedule:run_schedule",
+        "return reported  #",
+        "return [reported, reported[0].total.item()][0]  #",
+        "item",
+        counted=True,
+    ),
+    "item in the optimizer's step": Planted(
+        f"{STEP}:clip",
+        "factor = clip_factor(grad_norm, largest)",
+        "factor = clip_factor(grad_norm, largest) + 0 * gradients[0].sum().item()",
+        "item",
+        counted=True,
+    ),
 }
+"""In this order they can be planted together."""
+COUNTED = [fault for fault in FAULTS.values() if fault.counted]
+
+
+def place(fault: Planted) -> str:
+    """The ``path:line`` that `Planted.old` is at."""
+    function = inspect.unwrap(pkgutil.resolve_name(fault.function))
+    lines, first = inspect.getsourcelines(function)
+    found = [number for number, line in enumerate(lines, first) if fault.old in line]
+    assert len(found) == 1, f"{fault.function} has {fault.old!r} on {len(found)} lines: plant the fault elsewhere"
+    return f"{Path(inspect.getsourcefile(function)).relative_to(REPOSITORY)}:{found[0]}"
 
 
 @contextlib.contextmanager
-def planted(fault: Planted) -> Iterator[None]:
-    """The fault is in the function, wherever that has been imported to."""
-    function = inspect.unwrap(pkgutil.resolve_name(fault.function))
-    lines, first = inspect.getsourcelines(function)
-    source = textwrap.dedent("".join(lines))
-    assert fault.old in source, f"{fault.function} has no {fault.old!r} any more: plant the fault elsewhere"
-    text, file = "\n" * (first - 1) + source.replace(fault.old, fault.new), inspect.getsourcefile(function)
-    made = dict(function.__globals__)
-    exec(compile(text, file, "exec", annotations.compiler_flag), made)
-    own, function.__code__ = function.__code__, inspect.unwrap(made[function.__name__]).__code__
-    try:
+def planted(*faults: Planted) -> Iterator[None]:
+    """The faults are in their functions, wherever those have been imported to."""
+    files: dict[str, list[str]] = {}
+    for fault in faults:
+        path, _, number = place(fault).partition(":")
+        lines, index = files.setdefault(path, (REPOSITORY / path).read_text().split("\n")), int(number) - 1
+        assert fault.old in lines[index], f"another fault is planted over {fault.old!r}"
+        lines[index] = lines[index].replace(fault.old, fault.new)
+    functions = {inspect.unwrap(pkgutil.resolve_name(fault.function)) for fault in faults}
+    with contextlib.ExitStack() as restored:
+        for path, lines in files.items():
+            file = str(REPOSITORY / path)
+            codes = {code.co_qualname: code for code in _codes(compile("\n".join(lines), file, "exec"))}
+            for function in functions:
+                if inspect.getsourcefile(function) == file:
+                    restored.callback(setattr, function, "__code__", function.__code__)
+                    function.__code__ = codes[function.__qualname__]
         yield
-    finally:
-        function.__code__ = own
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.cuda import rehearsal
+from tests.cuda.budget import Step, count_steps, line
 from tests.cuda.harness_checks import CHECKS
-from tests.cuda.planted import FAULTS, SAVE, Planted, planted
+from tests.cuda.planted import COUNTED, FAULTS, SAVE, Planted, place, planted
 
 MODEL = {
     **{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8},
@@ -54,7 +57,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "model.depth_attention.weights=uniform",
         "model.depth_attention.mixes=key_value",
     ),
-    "not finite, bf16, full": (*NOT_FINITE, "train.steps=3", BF16, *FULL),
+    "not finite, bf16, full": (*NOT_FINITE, "train.stop_after=3", BF16, *FULL),
 }
 """Overrides by name; `half` and `resumed` are one run."""
 
@@ -64,7 +67,8 @@ def write_config(folder: Path, corpus: Path) -> Path:
     config = {
         "model": MODEL,
         "data": {"path": str(corpus), "sequence_length": 32, "num_workers": 0},
-        "train": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2, "eval_batches": 1, "log_interval": 1},
+        "train": {"steps": 3, "stop_after": 2, "log_interval": 1}  # the second is a step like most
+        | {"global_batch_size": 4, "micro_batch_size": 2, "eval_batches": 1},
     }
     path = folder / "run.yaml"
     path.write_text(json.dumps(config))
@@ -103,11 +107,11 @@ def output(file: Path) -> Iterator[None]:
 
 
 class Results:
-    """What each run came to; of those that are named in ``only``, if any are."""
+    """What each run came to, and what its ``steps`` waited for; of those that are named in ``only``, if any are."""
 
-    def __init__(self, only: tuple[str, ...]) -> None:
+    def __init__(self, only: tuple[str, ...], steps: list[Step]) -> None:
         self.found: dict[str, dict[str, Any]] = {}
-        self._only = only
+        self._only, self._steps = only, steps
 
     def add(self, name: str, function: Callable[[], Any]) -> None:
         """``function``'s result, or what it raised; and what the rehearsal objected to."""
@@ -115,17 +119,17 @@ class Results:
             return
         rehearsal.FAULTS.clear()
         started, error, value = time.perf_counter(), None, None
-        with rehearsal.counted() as counts:
-            try:
-                value = function()
-            except BaseException as problem:
-                error = "".join(traceback.format_exception(problem))
+        self._steps.clear()
+        try:
+            value = function()
+        except BaseException as problem:
+            error = "".join(traceback.format_exception(problem))
         seconds = round(time.perf_counter() - started, 1)
         self.found[name] = {
             "value": value,
             "error": error,
             "faults": [*rehearsal.FAULTS],
-            "syncs": sorted(map(list, counts.syncs)),
+            "steps": [*self._steps],
             "seconds": seconds,
         }
         print(f"{name}: {seconds} s {(error or '')[-300:]}", file=sys.stderr, flush=True)
@@ -231,29 +235,31 @@ def resolved(config: Path) -> list[str]:
 
 
 def run_planted(results: Results, config: Path, folder: Path) -> None:
-    """One step with each fault, and first one with none."""
+    """A step with each fault that stops one, and with all that are counted; on the CPU with all of them."""
     pkgutil.resolve_name(SAVE).PAUSE_SECONDS = 0  # before the last checkpoint is tried again
-    one_step = ("train.steps=1", "train.depth_interval=1")
     latest = f"checkpoint.load={folder / 'half' / 'checkpoints' / 'step_00000004'}"
-    results.add("no fault", lambda: train(config, folder / "no fault", *one_step))
-    for name, fault in FAULTS.items():
-        resumed = (*RESUMED[2:3], latest, "train.steps=5") if fault.resumes else one_step
 
-        def one(name: str = name, fault: Planted = fault, overrides: tuple[str, ...] = resumed) -> Any:
-            with planted(fault):
-                return train(config, folder / name, *overrides)
+    alone = {name: [fault] for name, fault in FAULTS.items() if not fault.counted}
+    on_gpu = alone | {"counted faults": COUNTED}
+    for name, faults in on_gpu.items() if torch.cuda.is_available() else [("all faults", [*FAULTS.values()])]:
+
+        def one(name: str = name, faults: list[Planted] = faults) -> int:
+            begins = (latest, "train.steps=5") if any(fault.resumes for fault in faults) else ("train.steps=1",)
+            with planted(*faults):
+                return train(config, folder / name, *begins, "train.depth_interval=1", "optimizer.grad_clip=0.1")
 
         results.add(name, one)
+    results.add("places", lambda: [line(fault.found, place(fault)) for fault in COUNTED])
 
 
 def main(device: str, corpus: str, out: str, *only: str) -> None:
     if device == "cuda":
-        rehearsal.start(count=2)
+        import tests.cuda.eight_gpus  # noqa: F401  # the rehearsal begins, unless it has
     import warnings
 
     warnings.simplefilter("ignore")
     folder = Path(out)
-    results = Results(only)
+    results = Results(only, count_steps() if device == "cuda" else [])
     with output(folder / "output.txt"):
         config = write_config(folder, Path(corpus))
         if device == "cuda":

@@ -1,7 +1,7 @@
 """Tensors that say "cuda" and hide a CPU tensor, and what every operation of torch does with them.
 
 Operations run on the hidden tensors, so numbers are real; what a GPU would reject is rejected before. Private API of
-torch that this leans on is named where it is used; test_harness.py says what to look at when torch changes.
+torch that this leans on is named where it is used; harness_checks.py says what to look at when torch changes.
 """
 
 from __future__ import annotations
