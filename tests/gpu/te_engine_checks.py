@@ -137,7 +137,8 @@ def check_no_trace(place: Place, bound: float, *settings: str) -> dict[str, floa
     same losses, scales and histories.
 
     Args:
-        bound: largest relative difference of a loss; where it is 0, scales and histories are bit-equal too.
+        bound: largest relative difference of a loss; where it is 0, scales and histories are bit-equal too, elsewhere
+            as near as rounding leaves them.
     """
     settings = (BF16, "precision.fp8=delayed", *settings)
 
@@ -150,16 +151,21 @@ def check_no_trace(place: Place, bound: float, *settings: str) -> dict[str, floa
         return losses, scaling_state(*engine._chunks)
 
     losses, state = losses_and_state()
+
+    def moved(its_state: list[Tensor]) -> float:
+        return max(relative_error(mine, expected) for mine, expected in zip(its_state, state, strict=True))
+
     found = {}
     for name, before in {"again": lambda *_: None, "evaluated": evaluate, "skipped": skip}.items():
         other, its_state = losses_and_state(before)
         found[name] = relative_error(other, losses)
         assert found[name] <= bound, found
-        assert bound or all(torch.equal(x, y) for x, y in zip(its_state, state, strict=True)), name
+        found[f"{name}, scales"] = moved(its_state)
+        assert found[f"{name}, scales"] <= (0.05 if bound else 0), found
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fp8State, "restore", lambda self: None)
-        found["control, not restored"] = relative_error(losses_and_state(evaluate)[0], losses)
-    assert found["control, not restored"] > bound, found
+        found["control, not restored"] = moved(losses_and_state(evaluate)[1])
+    assert found["control, not restored"] > 0.1, found  # a line of a history is another pass's
     return found
 
 

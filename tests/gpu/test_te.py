@@ -131,7 +131,9 @@ def test_the_optimizers_weights_are_those_drawn(recipe, record_property):
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.attention_gpus])
-def test_fp8_attention(name, record_property):
+def test_fp8_attention(name, monkeypatch, record_property):
+    """Below cuDNN 9.19 TransformerEngine trains no FP8 attention with `deterministic_attention`."""
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     skip_where_unsupported(name, *te_checks.FP8_ATTENTION)
     record_property("found", te_checks.check_fp8_attention(PLACE, name))
 
@@ -141,9 +143,8 @@ def test_fp8_attention(name, record_property):
 def test_save_and_resume(recipe, params, tmp_path, record_property):
     if params and recipe in (None, "mxfp8"):
         pytest.skip("this recipe keeps no weights in FP8")
-    # Weights in FP8 are saved as bf16 and rounded once more when they are loaded.
-    settings, bound = (("precision.fp8_params=true",), 2e-3) if params else ((), REPEATED / 10)
-    record_property("found", te_engine_checks.check_resume(PLACE, tmp_path, recipe, bound, *settings))
+    settings = ("precision.fp8_params=true",) if params else ()
+    record_property("found", te_engine_checks.check_resume(PLACE, tmp_path, recipe, REPEATED / 10, *settings))
 
 
 def test_what_local_layers_saved_is_resumed(tmp_path, record_property):
