@@ -5,6 +5,7 @@ Runs in inside.py, where the same checks pass without the fault.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -92,24 +93,46 @@ def resumed(tmp_path: Any) -> None:
     te_engine_checks.check_resume(PLACE, tmp_path, "delayed", 0.0)
 
 
-FAULTS: dict[str, tuple[Plant, Callable[[Any], object]]] = {
-    "stale copy": (stale_copy_by_column, lambda _: te_checks.check_weights_are_cast_anew(PLACE, "tensorwise", 0.0)),
-    "no scales": (scales_not_updated, lambda _: te_checks.check_recipe(PLACE, "delayed")),
-    "columns' scales": (scales_of_rows_for_columns, lambda _: te_checks.check_recipe(PLACE, "blockwise")),
-    "FP8 masters": (optimizer_begins_with_fp8_weights, lambda _: te_engine_checks.check_masters(PLACE, "tensorwise")),
-    "RoPE": (positions_turned_on_backward, lambda _: te_checks.check_bf16_parity(PLACE, "stride 3")),
+FAULTS: dict[str, tuple[Plant, str, Callable[[Any], object]]] = {
+    "stale copy": (
+        stale_copy_by_column,
+        "{'first microbatch': ",
+        lambda _: te_checks.check_weights_are_cast_anew(PLACE, "tensorwise", 0.0),
+    ),
+    "no scales": (scales_not_updated, "a scale is not updated", lambda _: te_checks.check_recipe(PLACE, "delayed")),
+    "columns' scales": (
+        scales_of_rows_for_columns,
+        "'cosine': ",
+        lambda _: te_checks.check_recipe(PLACE, "blockwise"),
+    ),
+    "FP8 masters": (
+        optimizer_begins_with_fp8_weights,
+        "{'master': ",
+        lambda _: te_engine_checks.check_masters(PLACE, "tensorwise"),
+    ),
+    "RoPE": (
+        positions_turned_on_backward,
+        "'own cosine': ",
+        lambda _: te_checks.check_bf16_parity(PLACE, "stride 3"),
+    ),
     "borders": (
         documents_cut_in_wrong_places,
+        "'control, no borders': ",
         lambda _: te_checks.check_packed(PLACE, [48, 64, 16], te_checks.BF16_LOGITS, BF16),
     ),
-    "sums": (second_microbatch_replaces_the_first, lambda _: te_engine_checks.check_fused_gradients(PLACE)),
-    "history lost": (history_not_in_the_checkpoint, resumed),
+    "sums": (
+        second_microbatch_replaces_the_first,
+        "linear_qkv.weight': ",
+        lambda _: te_engine_checks.check_fused_gradients(PLACE),
+    ),
+    "history lost": (history_not_in_the_checkpoint, "scaling state is not what was saved", resumed),
 }
+"""What each breaks, what the check then says, and the check."""
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_fails_its_check(name, monkeypatch, tmp_path):
-    plant, check = FAULTS[name]
+    plant, says, check = FAULTS[name]
     plant(monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=re.escape(says)):
         check(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
@@ -176,6 +177,42 @@ def test_copies_are_made_kept_and_dropped_as_the_quantizer_says():
         casts.quantize(x, current(rowwise=False))
 
 
+def test_other_ways_to_a_cast():
+    """An empty output that is written later, a transpose of bytes, a bias's gradient beside the cast."""
+    x = ROWS.bfloat16()
+    expected = casts.quantize(x, current())
+    empty = casts.create_empty_quantized_tensor(current(), x.shape, x.dtype, torch.device("cpu"))
+    assert (empty._data == casts.NOT_WRITTEN).all() and empty.dtype is x.dtype
+    assert torch.equal(casts.quantize(x, current(), empty)._data, expected._data)
+    bytes_of_rows = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
+    turned = casts.fp8_transpose(bytes_of_rows, E4M3)
+    assert turned.tolist() == [[[j * 12 + i * 4 + k for i in range(3)] for j in range(2)] for k in range(4)]
+    out = torch.zeros(4, 2, 3, dtype=torch.uint8)
+    assert casts.fp8_transpose(bytes_of_rows, E4M3, out) is out and torch.equal(out, turned)
+    bias, data = casts.bgrad_quantize(x.view(2, 128, 384), current())
+    torch.testing.assert_close(bias.double(), x.double().sum(0), rtol=2**-8, atol=2**-8)
+    assert bias.dtype is x.dtype and torch.equal(data._data.view(x.shape), expected._data)
+
+
+@pytest.mark.usefixtures("megatron_world_of_one")
+def test_current_scaling_takes_the_largest_entry_of_a_group(monkeypatch):
+    """Another rank's is 8, in E4M3 56 of it; nobody is asked without a group."""
+    asked = []
+
+    def all_reduce(amax: Tensor, op: Any, group: Any) -> None:
+        asked.append((float(amax), op, group))
+        amax.clamp_(min=8.0)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    x, amax, group = torch.tensor([[1.0, -3.5] * 8] * 16), torch.zeros(1), dist.group.WORLD
+    casts.compute_amax(x, amax)
+    assert float(amax) == 3.5
+    assert float(casts.quantize(x, current())._scale_inv) == pytest.approx(3.5 / 448, rel=1e-6) and not asked
+    quantizer = Float8CurrentScalingQuantizer(E4M3, "cpu", with_amax_reduction=True, amax_reduction_group=group)
+    assert float(casts.quantize(x, quantizer)._scale_inv) == pytest.approx(8 / 448, rel=1e-6)
+    assert asked == [(3.5, dist.ReduceOp.MAX, group)]
+
+
 def gemm(a: Any, b: Any, layout: str, **more: Any) -> Tensor:
     out, accumulate = more.get("out"), more.get("accumulate", False)
     given = (
@@ -317,9 +354,10 @@ def test_norm_and_scale_note_what_is_not_finite():
     noop = torch.zeros(1)
     norm, each = optimizer.multi_tensor_l2norm(0, noop, [[torch.full((4,), 3.0), torch.full((4,), 4.0)]], True)
     assert float(norm) == 10 and each.tolist() == [6, 8] and not noop
-    target = torch.zeros(2)
-    optimizer.multi_tensor_scale(0, noop, [[torch.tensor([1.0, inf])], [target]], 2.0)
-    assert target.tolist() == [2, inf] and noop
+    for scale, by in ((optimizer.multi_tensor_scale, 2.0), (optimizer.multi_tensor_scale_tensor, torch.tensor([2.0]))):
+        noop, target = torch.zeros(1), torch.zeros(2)
+        scale(0, noop, [[torch.tensor([1.0, inf])], [target]], by)
+        assert target.tolist() == [2, inf] and noop
 
 
 @pytest.mark.parametrize("split", [1000, 128 * 384])

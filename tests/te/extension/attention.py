@@ -43,7 +43,7 @@ scaled_masked_softmax_backward = scaled_softmax_backward
 
 
 def convert_thd_to_bshd(tensor: Tensor, borders: Tensor, batch: int, length: int) -> Tensor:
-    """``common/fused_attn/context_parallel.cu`` and ``csrc/extensions/attention.cpp``: documents ``[t, ...]`` as rows
+    """``common/fused_attn/kv_cache.cu`` and ``csrc/extensions/attention.cpp``: documents ``[t, ...]`` as rows
     ``[b, s, ...]``, zero behind their ends."""
     parts = tensor.detach()[: int(borders[-1])].split(borders.diff().tolist())
     out = tensor.new_zeros(batch, int(length), *tensor.shape[1:])

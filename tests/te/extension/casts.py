@@ -59,11 +59,10 @@ def value(data: Tensor, dtype: int) -> Tensor:
 def amax_of(x: Tensor, *dims: int) -> Tensor:
     """Largest magnitude; NaN is passed over and inf is not, as ``fmaxf`` does
     (``common/recipe/current_scaling.cu amax_kernel``)."""
-    magnitudes = x.detach().float().abs()
+    magnitudes = x.detach().float().abs().nan_to_num(0.0, torch.inf)
     if not magnitudes.numel():
         return magnitudes.new_zeros(())
-    found = magnitudes.amax(dims)
-    return torch.where(magnitudes.isnan(), 0.0, magnitudes).amax(dims) if found.isnan().any() else found
+    return magnitudes.amax(dims)
 
 
 def scale_of(amax: Tensor, dtype: int, *, epsilon: float, power_of_two: bool, for_inf: float = LARGEST_FP32) -> Tensor:
@@ -200,9 +199,7 @@ def _fill(x: Tensor, quantizer: Any, output: Any) -> None:
     (``common/transpose/cast_transpose.cu``); current scaling with this tensor's, agreed upon by a group
     (``csrc/quantizer.cpp Float8CurrentScalingQuantizer::quantize_impl``)."""
     if output._data is None:
-        raise NotImplementedError(
-            "per-tensor FP8 by column alone: check_per_tensor_fp8_quantize_output refuses it, too"
-        )
+        raise NotImplementedError("per-tensor FP8 by column alone: TransformerEngine's own kernels reject it, too")
     wide = x.float()
     if hasattr(quantizer, "scale"):
         scale = quantizer.scale.reshape(1).clone()
