@@ -24,7 +24,7 @@ help:
 	@echo "make test         install, lint, the whole test suite (PYTEST_ARGS=... goes to pytest)"
 	@echo "make test-fast    install, lint, the unit tests (under 3 minutes)"
 	@echo "make test-core    install, lint, the unit tests and one case of each kind of the rest (for a second Python: VENV=... PYTHON=...)"
-	@echo "make test-te      every check of tests/gpu/test_te.py on a CPU, TransformerEngine over kernels in plain torch (about 6 minutes)"
+	@echo "make test-te      every check of tests/gpu/test_te.py on a CPU, TransformerEngine over kernels in plain torch, and every world of it (about 20 minutes)"
 	@echo "make parity-full  every parity case of both engines for ten steps (about an hour on two cores)"
 	@echo "make convert-3b   export, import and copy of a 3B checkpoint: peak memory and time (about 5 minutes, 17 GB of disk)"
 	@echo "make faults       strike a training run over 40 times, compare with an undisturbed one (about half an hour)"
@@ -71,10 +71,11 @@ test-fast: lint
 test-core: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m core $(PYTEST_ARGS)
 
-# As on a Hopper GPU, then what is another on a Blackwell GPU.
+# As on a Hopper GPU, then what is another on a Blackwell GPU; then every method and precision in every layout.
 test-te: install
-	$(BIN)/python -W ignore -m tests.te.inside tests/te/statements.py tests/te/faults.py tests/gpu/test_te.py
+	$(BIN)/python -W ignore -m tests.te.inside $(addprefix tests/te/,statements.py faults.py captured.py) tests/gpu/test_te.py
 	$(BIN)/python -W ignore -m tests.te.inside --capability 10.0 -k "mxfp8 or tensorwise" tests/gpu/test_te.py
+	DEPTHATTN_TE_TESTS=full $(BIN)/python -m pytest -s tests/te/test_te_worlds.py
 
 parity-full: install
 	DEPTHATTN_PARITY=full $(BIN)/python -m pytest -s tests/parallel

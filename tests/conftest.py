@@ -7,11 +7,12 @@ import pytest
 
 TOGETHER = {
     **dict.fromkeys(("tests/parallel/test_parity.py", "tests/parallel/test_depth_record.py"), "campaign"),
+    **dict.fromkeys(("tests/te/test_te_spec.py", "tests/te/test_te_methods.py"), "te"),
     **dict.fromkeys(
         ("tests/launch/test_local.py", "tests/launch/test_two_nodes.py", "tests/launch/test_slurm.py"), "launch"
     ),
 }
-"""Files whose tests share worlds that take a minute to run: with several pytest processes, one makes them once."""
+"""Files whose tests share what takes up to a minute to make: with several pytest processes, one makes it once."""
 
 CORE = (
     "tests/unit/",

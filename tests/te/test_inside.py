@@ -11,22 +11,19 @@ from tests.te import stand_in
 
 HOPPER = (
     *("test_bf16_parity", "test_recipe[delayed-stride 3]", "test_recipe[tensorwise-stride 1]"),
-    *("test_recipe[blockwise-stride 3]", "test_recompute[delayed]", "test_recompute_in_groups[delayed-uniform-2]"),
-    *(f"test_recipe_of_other_methods[delayed-{method}]" for method in ("denseformer", "attnres", "mhc")),
-    *("test_recompute_of_other_methods[delayed-attnres]", "test_recompute_of_a_looped_model"),
-    *("test_weights_are_cast_anew[tensorwise]", "test_first_and_last_layers_in_bf16[tensorwise]"),
+    *("test_recipe[blockwise-stride 3]", "test_recompute[delayed]", "test_recompute_of_a_looped_model"),
+    *("test_recipe_of_other_methods[delayed-denseformer]", "test_weights_are_cast_anew[tensorwise]"),
+    "test_first_and_last_layers_in_bf16[tensorwise]",
     *(f"test_the_optimizers_weights_are_those_drawn[{recipe}]" for recipe in ("None", "delayed", "blockwise")),
-    *("test_fp8_attention[delayed]", "test_memory[delayed-False]", "test_memory[None-True]", "test_packed_documents"),
-)
-ENGINE = (
-    *("test_save_and_resume[delayed-False]", "test_save_and_resume[tensorwise-True]"),
+    *("test_fp8_attention[delayed]", "test_memory[delayed-False]", "test_memory[None-True]"),
+    *("test_packed_documents[None]", "test_save_and_resume[delayed-False]"),
     "test_what_is_no_step_leaves_no_trace_in_the_scales[delayed-True]",
     *("test_what_local_layers_saved_is_resumed", "test_products_add_to_the_gradient"),
 )
 BLACKWELL = (
     *("test_recipe[mxfp8-stride 3]", "test_recipe_of_other_methods[mxfp8-mhc]", "test_recompute[mxfp8]"),
     *("test_weights_are_cast_anew[mxfp8]", "test_first_and_last_layers_in_bf16[mxfp8]"),
-    "test_fp8_attention[tensorwise]",
+    *("test_fp8_attention[tensorwise]", "test_save_and_resume[tensorwise-True]"),
 )
 
 
@@ -41,9 +38,7 @@ def of_gpu(names: tuple[str, ...]) -> list[str]:
 
 
 RUNS = {
-    "extension": ("9.0", [f"tests/te/{name}.py" for name in ("statements", "faults", "captured")]),
-    "hopper": ("9.0", of_gpu(HOPPER)),
-    "engine": ("9.0", of_gpu(ENGINE)),
+    "hopper": ("9.0", [*(f"tests/te/{name}.py" for name in ("statements", "faults", "captured")), *of_gpu(HOPPER)]),
     "blackwell": ("10.0", of_gpu(BLACKWELL)),
     "parts": ("9.0", PARTS),
 }
