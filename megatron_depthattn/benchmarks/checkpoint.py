@@ -142,10 +142,8 @@ def gathered_state(chunks: Chunks, optimizer: MegatronOptimizer) -> dict[str, An
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    ranks = dist.get_process_group_ranks(metadata["dp_cp_group"])
-    gloo = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    for part in optimizer.chained_optimizers:
-        part.data_parallel_group_gloo = gloo
+    for part in optimizer.chained_optimizers:  # those of a run do without
+        part.data_parallel_group_gloo = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
     return state | {"optimizer": optimizer.sharded_state_dict(dict(state), metadata=metadata)}
 
 
