@@ -99,7 +99,9 @@ class MegatronState:
     def take_weights(self, loaded: dict[str, Any]) -> None:
         set_weights(self._models, loaded)
         if self._optimizer is not None:
-            self._optimizer.reload_model_params()
+            # Its fp32 weights begin as they were loaded: the model's, if they are FP8, are rounded already.
+            is_fp8 = get_model_config(self._models[0]).fp8_param
+            self._optimizer.reload_model_params(loaded if is_fp8 else None)
 
 
 def sharded_models(models: Sequence[torch.nn.Module]) -> dict[str, Any]:

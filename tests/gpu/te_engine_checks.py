@@ -195,7 +195,8 @@ def check_fused_gradients(place: Place) -> dict[str, float]:
 
 
 def check_masters(place: Place, recipe: str | None) -> dict[str, float]:
-    """The optimizer's fp32 weights begin as they were drawn, to bf16's rounding, though the model's may be FP8."""
+    """The optimizer's fp32 weights begin as they were drawn, to bf16's rounding, though the model's may be FP8; and as
+    they were loaded, in a run that begins with the weights of another."""
     drawn = dict(unwrap_model(engine_of(place.local, FP32)._chunks)[0].named_parameters())
     fp8 = (f"precision.fp8={recipe}", "precision.fp8_params=true") if recipe else ()
     engine = engine_of(place, BF16, *fp8)
@@ -211,6 +212,12 @@ def check_masters(place: Place, recipe: str | None) -> dict[str, float]:
             found["weight"] = min(found["weight"], relative_error(weight.detach().float(), exact))
     assert found["master"] <= 2**-8, found
     assert found["weight"] > 2**-6 or not recipe, f"control: an FP8 weight is rounded far more, {found}"
+    (other,) = unwrap_model(engine_of(place, BF16)._chunks)
+    given = {name: 1.5 * x for name, x in other.state_dict().items() if not name.endswith("_extra_state")}
+    engine._state.take_weights({"model0": given})
+    for name, module in unwrap_model([chunk])[0].named_modules():
+        if any(module is each for linears in linear_layers(chunk) for each in linears):
+            assert torch.equal(module.weight.main_param, given[f"{name}.weight"].float().flatten()), name
     before = decoder_layers(chunk)[0].mlp.linear_fc2.weight.main_param.clone()
     assert train(engine, place, [1, 2, 3]).isfinite().all()
     assert not torch.equal(decoder_layers(chunk)[0].mlp.linear_fc2.weight.main_param, before)
