@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -137,19 +137,16 @@ def connect_groups(
         ConnectionError: names the group that does not connect, or over which a sum is wrong.
     """
     stage = ""
-
-    def enter(name: str, ranks: Sequence[int]) -> None:
-        nonlocal stage
-        stage = f"connecting {name}, {rank_spans(ranks)}"
-        on_stage(stage)
-
     try:
-        _use_groups(device, enter, sums_fp8_scales)
+        for name, ranks in _use_groups(device, sums_fp8_scales):
+            stage = f"connecting {name}, {rank_spans(ranks)}"
+            on_stage(stage)
     except RuntimeError as error:  # torch's DistBackendError among them
         raise ConnectionError(f"{stage}: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _use_groups(device: torch.device, enter: Callable[[str, Sequence[int]], None], sums_fp8_scales: bool) -> None:
+def _use_groups(device: torch.device, sums_fp8_scales: bool) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield each group's name and ranks, and then use it."""
     groups = [
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_context_parallel_group(),
@@ -161,7 +158,7 @@ def _use_groups(device: torch.device, enter: Callable[[str, Sequence[int]], None
         groups.append(parallel_state.get_amax_reduction_group(with_context_parallel=True))
     for group in [each for each in groups if each.size() > 1]:
         name, ranks = group.group_desc, dist.get_process_group_ranks(group)
-        enter(name, ranks)
+        yield name, ranks
         total = torch.ones(1, device=device)
         dist.all_reduce(total, group=group)
         if total.item() != len(ranks):
@@ -172,7 +169,7 @@ def _use_groups(device: torch.device, enter: Callable[[str, Sequence[int]], None
             ways = (group, dist.group.WORLD) if len(ranks) == 2 else (group,)
             for pair in {tuple(sorted(pair)): None for pair in itertools.pairwise([*ranks, ranks[0]])}:
                 if dist.get_rank() in pair:
-                    enter(name, pair)
+                    yield name, pair
                     first, second = pair
                     for way in ways:
                         dist.send(total, second, way) if dist.get_rank() == first else dist.recv(total, first, way)
