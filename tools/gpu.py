@@ -11,7 +11,6 @@ code ran. A failure stops nothing; the end of its traceback is on the page.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -35,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from megatron_depthattn.benchmarks.result import Result, gpu_name, machine_facts, machine_line, markdown, table
 from megatron_depthattn.durable import write_durably
+from megatron_depthattn.parallel.launch_env import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.5
@@ -344,12 +344,6 @@ def command_of(part: Part, base: Path) -> list[str]:
     return [sys.executable, "tools/benchmark.py", "--traceback", "--json", f"{base}.json", *part.arguments]
 
 
-def end_with_parent() -> None:
-    """In the part's process: SIGTERM when this one is killed, so that nothing is left on the GPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def end(process: subprocess.Popen[bytes]) -> None:
     """The part's processes, first kindly."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
@@ -374,7 +368,7 @@ def run_part(part: Part, seconds: float, work: Path, keep: Keep, environment: di
         process = subprocess.Popen(
             command_of(part, base), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}), process_group=0,
-            preexec_fn=end_with_parent,
+            preexec_fn=end_with_parent,  # nothing is left on the GPU when this process is killed
         )  # fmt: skip
         try:
             while process.poll() is None and (left := started + seconds - time.perf_counter()) > 0:

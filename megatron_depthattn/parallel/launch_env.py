@@ -160,8 +160,13 @@ def pickled_fp8_scales_allowed() -> AbstractContextManager[None]:
 def end_with_launcher() -> None:
     """Let the kernel send SIGTERM to this process when torchrun, which started it, has been killed."""
     if os.environ.get("TORCHELASTIC_RUN_ID") is not None:
-        with contextlib.suppress(OSError, AttributeError):  # not on Linux
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when the one that started it has ended."""
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def job_environment(jobs: int) -> dict[str, str]:
