@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_depthattn.config.check import Check, Condition, checks
 from megatron_depthattn.config.precision import RECIPES
+from megatron_depthattn.config.schedule import SCHEDULES
 from megatron_depthattn.config.schema import ModelConfig, RunConfig
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
 from megatron_depthattn.switches import OVERLAPS
@@ -85,6 +86,7 @@ RANGES = (
         "train.hang_timeout preflight.timeout", lambda x: 0 < x <= 31 * 86400, "set seconds above 0, up to 2678400"
     ),
     *_ranges("optimizer.min_lr_ratio optimizer.warmup_ratio", lambda x: 0 <= x <= 1, "set a number from 0 to 1"),
+    *_ranges("optimizer.decay_ratio", lambda x: 0 < x <= 1, "set a number above 0, up to 1"),
     *_ranges("optimizer.beta1 optimizer.beta2", lambda x: 0 <= x < 1, "set a number from 0 to 1, 1 excluded"),
 )
 
@@ -527,4 +529,4 @@ PRECISION = checks(
     ),
 )
 
-CHECKS = (*RANGES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *MODEL, *LAYOUT, *RECOMPUTE, *PRECISION)
+CHECKS = (*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *MODEL, *LAYOUT, *RECOMPUTE, *PRECISION)

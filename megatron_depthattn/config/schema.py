@@ -209,7 +209,7 @@ class DataConfig:
 @dataclass(kw_only=True, frozen=True)
 class TrainConfig:
     steps: int = 200
-    """Optimizer steps of the whole run; the learning rate's schedule ends here."""
+    """Optimizer steps of the whole run; the learning rate's schedule is laid out over them."""
     global_batch_size: int = 16
     """Sequences of one optimizer step, over all ranks."""
     micro_batch_size: int = 4
@@ -238,11 +238,20 @@ class TrainConfig:
 @dataclass(kw_only=True, frozen=True)
 class OptimizerConfig:
     lr: float = 1e-3
-    """Highest learning rate, reached at the end of the warmup."""
+    """Highest learning rate, reached at the end of the warm-up."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end of the cosine, as a fraction of lr."""
+    """Lowest learning rate after the warm-up, as a fraction of lr: that of the last step, and inverse_sqrt's floor;
+    constant does not read it."""
     warmup_ratio: float = 0.02
-    """Fraction of train.steps over which the learning rate rises from 0."""
+    """Fraction of train.steps over which the learning rate rises from 0 to lr, under every schedule."""
+    schedule: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """The learning rate after the warm-up (docs/schedules.md): a cosine or a line down to the last step; wsd, constant
+    and then a decay; constant; or lr * sqrt(warm-up / step)."""
+    decay_ratio: float = 0.2
+    """With wsd: the last fraction of train.steps, over which the learning rate falls; 1: from the first step on."""
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """With wsd: how it falls, from 1 to 0 of what is above min_lr_ratio, over the share x of the decay: 1 - x,
+    (1 + cos(pi x)) / 2, 2^(1 - x) - 1, or 1 - sqrt(x)."""
     weight_decay: float = 0.1
     """AdamW's decoupled decay; norm weights are excluded."""
     beta1: float = 0.9

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.config.precision import data_parallel_fields, optimizer_fields, transformer_fields
 from megatron_depthattn.config.resolve import GPU, resolve
+from megatron_depthattn.config.schedule import schedule_of
 from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.compiled import compile_layers
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
@@ -203,7 +204,7 @@ def finish_param_gather(chunks: Chunks) -> None:
 
 
 def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over all chunks (Megatron's distributed optimizer) and its cosine schedule, counted in steps."""
+    """AdamW over all chunks (Megatron's distributed optimizer) and its schedule."""
     settings = config.optimizer
     bf16 = config.precision.dtype == "bf16"
     optimizer = get_megatron_optimizer(
@@ -239,19 +240,21 @@ def torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer | torch.optim.Optimizer) -> OptimizerParamScheduler:
-    """Megatron's cosine schedule over the parameter groups of ``optimizer``, counted in steps."""
-    settings, steps = config.optimizer, config.train.steps
+    """Megatron's schedule over the parameter groups of ``optimizer``, counted as `schedule_of` says."""
+    settings, parts = config.optimizer, schedule_of(config)
     return OptimizerParamScheduler(
         optimizer,  # it touches nothing but the parameter groups
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
-        lr_warmup_steps=min(round(settings.warmup_ratio * steps), steps - 1),
-        lr_decay_steps=steps,
-        lr_decay_style="cosine",
+        lr_warmup_steps=parts.warmup,
+        lr_decay_steps=parts.length,
+        lr_decay_style={"wsd": "WSD", "inverse_sqrt": "inverse-square-root"}.get(settings.schedule, settings.schedule),
+        wsd_decay_steps=parts.decay,
+        lr_wsd_decay_style=settings.decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=steps,
+        wd_incr_steps=parts.length,
         wd_incr_style="constant",
         # A resumed run follows its own config, not that of the run that saved the checkpoint.
         override_opt_param_scheduler=True,

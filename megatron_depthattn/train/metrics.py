@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import RunConfig, TrainConfig
+from megatron_depthattn.config.schedule import schedule_line
 from megatron_depthattn.estimate.counts import PEAK_TFLOPS_BF16, decoder_shape, forward_flops
 from megatron_depthattn.model.depth_weights import COLUMNS_BEFORE_WEIGHTS, DepthRecorder
 from megatron_depthattn.model.flops import ForwardFlops
@@ -134,7 +135,7 @@ class Meter:
 
 
 def opening_lines(config: RunConfig, megatron: DepthAttentionConfig, world_size: int, start: str) -> list[str]:
-    """The model, the layout, what every transfer between stages costs, and where the run starts."""
+    """The model, the layout, what every transfer between stages costs, the schedule, and where the run starts."""
     model, parallel = config.model, config.parallel
     loops = f" run {model.num_loops} times" if model.num_loops > 1 else ""
     rule = f"; loop_sources {model.depth_attention.loop_sources}" if loops and megatron.attends_over_depth else ""
@@ -147,6 +148,7 @@ def opening_lines(config: RunConfig, megatron: DepthAttentionConfig, world_size:
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
         f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage)",
         *_transfer_lines(config, megatron),
+        schedule_line(config),
         f"start: {start}",
     ]
 

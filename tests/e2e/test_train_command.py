@@ -1,7 +1,6 @@
 """``python -m megatron_depthattn.train`` as a user runs it: record, resume, other layouts, errors."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -18,7 +17,7 @@ METRICS = {
     *("checkpoint_seconds", "skipped_steps", "depth"),
 }
 OWN_LINE = re.compile(
-    r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|start|stream \d+|engine|step|"
+    r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|schedule|start|stream \d+|engine|step|"
     r"saved|trained|held-out loss|goodput|record|what to try next|vocabulary|switches|data|parallel)[ :=]"
 )
 """The forms of line that a run prints."""
@@ -72,15 +71,18 @@ def test_run_directory(undisturbed: Path):
 
 
 def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
-    """More steps, another learning rate, decay and op than the run that saved: the closing lines advise the first."""
+    """More steps, another lr, schedule and op than the run that saved: the closing lines advise the first."""
     command = (config_file, f"run.dir={tmp_path}", "checkpoint.load=latest")
     must_succeed(train(*command, "train.stop_after=4"))
-    must_succeed(train(*command, "train.steps=24", "train.stop_after=2", "optimizer.lr=1e-3", OP))
+    schedule = ("optimizer.schedule=wsd", "optimizer.decay_ratio=0.875", "optimizer.decay_style=exponential")
+    must_succeed(train(*command, "train.steps=24", "train.stop_after=2", "optimizer.lr=1e-3", *schedule, OP))
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["depth_attention"]["op"] == "reference"
     resumed = records(tmp_path)[-1]
     assert resumed["step"] == 6
-    # No warm-up step at 2 % of 24; cosine from 1e-3 to 1e-4 over 24 steps.
-    assert resumed["lr"] == pytest.approx(1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * 6 / 24)), rel=1e-6)
+    # No warm-up step at 2 % of 24; constant to step 3, and from there down to 1e-4 over 21 steps.
+    assert resumed["lr"] == pytest.approx(1e-4 + 9e-4 * (2 * 0.5 ** (3 / 21) - 1), rel=1e-12)
+    line = "schedule: wsd, lr 0.001 after 0 of 24 steps, exponential decay over the last 21 to 0.0001"
+    assert line in (tmp_path / "log.txt").read_text()
 
 
 # tests/parallel resumes under many more; this is the command's way there.

@@ -79,8 +79,11 @@ class Job:
             precision=PrecisionConfig(dtype=self.dtype),
             recompute=RECOMPUTE[self.recompute] if self.recompute != "none" else RecomputeConfig(),
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
-            train=dataclasses.replace(TRAIN, micro_batch_size=self.rows),
-            optimizer=dataclasses.replace(OPTIMIZER, grad_clip=CLIP),
+            train=dataclasses.replace(TRAIN, micro_batch_size=self.rows, steps=STEPS),
+            # a warm-up to the step that is saved, as steep as the parity campaign's, then a decay
+            optimizer=dataclasses.replace(
+                OPTIMIZER, lr=1e-4 * SAVE_AFTER, schedule="wsd", decay_ratio=0.5, grad_clip=CLIP
+            ),
         )
 
 

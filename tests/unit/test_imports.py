@@ -26,9 +26,10 @@ PURE = {
     "config/hardware_checks.py": {
         f"{PACKAGE}.{name}" for name in ("config.check", "config.precision", "config.schema", "switches")
     },
+    "config/schedule.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/checks.py": {
-        f"{PACKAGE}.{name}"
-        for name in (*("config.check", "config.precision", "config.schema", "switches", "methods", "vocabulary"),)
+        *(f"{PACKAGE}.config.{name}" for name in ("check", "precision", "schedule", "schema")),
+        *(f"{PACKAGE}.{name}" for name in ("switches", "methods", "vocabulary")),
     },
     "config/load.py": {"omegaconf", "yaml", *(f"{PACKAGE}.{n}" for n in ("config.check", "config.schema", "durable"))},
     "config/describe.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.load"},
