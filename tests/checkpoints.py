@@ -138,12 +138,14 @@ def load_checkpoint(
     scheduler: Any = None,
     *,
     config: dict[str, Any] | None = None,
+    is_parent: bool = False,
 ) -> Any:
     """`train.checkpoint.load_checkpoint` into the parts of a Megatron engine."""
     from megatron_depthattn.train import checkpoint
     from megatron_depthattn.train.megatron_state import MegatronState
 
-    return checkpoint.load_checkpoint(folder, MegatronState(chunks, optimizer), scheduler, config=config)
+    state = MegatronState(chunks, optimizer)
+    return checkpoint.load_checkpoint(folder, state, scheduler, config=config, is_parent=is_parent)
 
 
 def save_checkpoint(

@@ -75,6 +75,7 @@ RANGES = (
     ),
     *_ranges("engine.zero_stage", lambda n: 0 <= n <= 3, "set one of DeepSpeed's stages: 0, 1, 2, 3"),
     *_ranges("data.num_workers", lambda n: 0 <= n <= 1024, "set 0 to 1024"),
+    *_ranges("data.skip_samples", lambda n: 0 <= n <= 10**15, "set 0 to 10^15"),
     *_ranges(
         "run.seed model.depth_attention.recent_window model.init_std precision.bf16_first_layers "
         "precision.bf16_last_layers optimizer.lr optimizer.weight_decay optimizer.grad_clip",
@@ -220,6 +221,25 @@ DATA = checks(
     (
         "run.dir is not set: the run has nowhere to write; set a folder, such as run.dir=runs/first",
         lambda c, _: not c.run.dir,
+    ),
+)
+
+# ---- checkpoints
+
+CHECKPOINT = checks(
+    "checkpoint",
+    (
+        "{checkpoint.load=|a step folder} with {checkpoint.start_from=}: the first resumes a run, the second begins "
+        "one; set checkpoint.load=latest or null, or checkpoint.start_from=null",
+        lambda c, _: c.checkpoint.start_from and c.checkpoint.load not in (None, "latest"),
+    ),
+    "checkpoint.start_optimizer=true with checkpoint.start_from=null: there is nothing to take the optimizer's state "
+    "from; set checkpoint.start_from to a step folder, or checkpoint.start_optimizer=false",
+    (
+        "checkpoint.keep_steps holds {step}; set steps from 1 to {train.steps=}",
+        lambda c, _: next(
+            ({"step": step} for step in c.checkpoint.keep_steps or [] if not 1 <= step <= c.train.steps), {}
+        ),
     ),
 )
 
@@ -529,4 +549,7 @@ PRECISION = checks(
     ),
 )
 
-CHECKS = (*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *MODEL, *LAYOUT, *RECOMPUTE, *PRECISION)
+CHECKS = (
+    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *CHECKPOINT, *MODEL, *LAYOUT, *RECOMPUTE),
+    *PRECISION,
+)

@@ -197,6 +197,9 @@ class DataConfig:
     """Visit the samples in an order drawn from run.seed; false: in the order they are stored."""
     num_workers: int = 1
     """Loader processes of each rank that reads data; 0: read in the training process."""
+    skip_samples: int = 0
+    """Samples of the shuffled order that are passed over at the start: those that a run which this one starts from has
+    read. metrics.jsonl counts what this run itself has read."""
     log_samples: bool = False
     """Write the ids of the samples of every step to <run.dir>/samples/."""
 
@@ -272,8 +275,15 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int | None = 2
     """Newest complete checkpoints kept, at least 2 if a damaged one is to have one to fall back to; null: all."""
+    keep_steps: list[int] | None = None
+    """Steps whose checkpoints are saved beside those of interval and stay, whatever keep says; null: none."""
     load: str | None = None
     """null: start fresh; latest: the run's newest complete one, fresh if there is none; or a step folder."""
+    start_from: str | None = None
+    """Begin a new run, at step 0, with the weights of a step folder, or of the newest one of a run's folder. Whoever
+    starts it again resumes its own checkpoint, as if it had begun from initial weights. null: initial weights."""
+    start_optimizer: bool = False
+    """Take the optimizer's state (fp32 weights, moments, Adam's count of steps) from there as well."""
     async_save: bool = False
     """Write in the background while training continues; needs host memory for a copy of what the rank writes."""
 

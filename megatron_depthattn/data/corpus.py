@@ -54,6 +54,8 @@ class Corpus(Dataset[torch.Tensor]):
                     f"{stream.path} was tokenised with another tokenizer (sha256 {str(digest)[:12]}) than "
                     f"{self.streams[0].path} ({str(hashes[0])[:12]}): prepare all streams with one --tokenizer"
                 )
+        self.tokenizer_digest: str | None = hashes[0]
+        """Of the one tokenizer of all streams, as their manifests name it; None: they do not."""
         self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
 
     @property

@@ -25,6 +25,7 @@ from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.megatron_state import set_weights, sharded_models
+from megatron_depthattn.train.parent import Parent, parent_of, takeover_lines
 from megatron_depthattn.train.step_folders import GENERATION, Progress
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
@@ -67,7 +68,7 @@ class EngineState(Protocol):
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint says about the run that saved it."""
+    """What a checkpoint says about the run that saved it, or about the one that begins with it."""
 
     progress: Progress
     corpus: str | None = None
@@ -75,7 +76,11 @@ class Loaded(NamedTuple):
     generation: dict[str, Any] | None = None
     """Generation config of the imported model that it started from."""
     notes: Sequence[str] = ()
-    """How this run mixes otherwise than the model whose weights it starts from, one line a setting."""
+    """What a new run takes over, what it begins anew, and how it mixes otherwise than the model that it starts from."""
+    parent: Parent | None = None
+    """What the run has begun with, if not with initial weights."""
+    common: dict[str, Any] | None = None
+    """All that the parent says, where a new run begins."""
 
 
 def load_checkpoint(
@@ -84,27 +89,38 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler | None = None,
     *,
     config: dict[str, Any] | None = None,
+    is_parent: bool = False,
 ) -> Loaded:
     """Load a step folder that was saved under any layout, by any engine, into this one's weights and optimizer.
 
-    A folder without optimizer state (an imported model) gives its weights to a new run, which starts at step 0; that
-    run may choose its own data, seed and Depth-Attention.
+    A parent, or a folder without optimizer state (an imported model), gives its weights to a new run, which starts at
+    step 0; that run may choose its own data, seed and Depth-Attention.
 
     Args:
         config: this run's config, to be compared with the one that saved: the weights of two models that compute
             different functions can have the same names and shapes.
+        is_parent: begin a new run, with the optimizer's state as ``checkpoint.start_optimizer`` says.
 
     Raises:
-        ValueError: the checkpoint is of another model or of other data.
+        ValueError: the checkpoint is of another model or of other data, or has no optimizer's state to be taken.
         CheckpointException: torch's, which is no `Exception`: a weight is missing or has another shape; it is named.
     """
     common = read_common(folder)
     if not isinstance(common.get("config"), dict):
         raise ValueError(f"{folder} does not say which model it holds: it was not written by this package")
     has_run = "scheduler" in common
+    resumes = has_run and not is_parent
+    takes_optimizer = resumes or (is_parent and config is not None and config["checkpoint"]["start_optimizer"])
+    if takes_optimizer and not has_run:
+        raise ValueError(
+            f"checkpoint.start_optimizer=true, but {folder} holds weights alone (it was imported or averaged): set "
+            "checkpoint.start_optimizer=false"
+        )
     if config is not None:
-        settings = _fixed_in_a_run if has_run else _fixed_by_weights
+        settings = _fixed_in_a_run if resumes else _fixed_by_weights
         before, now = settings(common["config"]), settings(config)
+        if is_parent and takes_optimizer:
+            before, now = (fixed | _optimizer(of) for fixed, of in ((before, common["config"]), (now, config)))
         changed = [
             f"{key} (was {before.get(key)}, is {value})"
             for key, value in now.items()
@@ -113,21 +129,33 @@ def load_checkpoint(
         if changed:
             mixing = [key for key in _MIXING if key in before and before[key] != now.get(key)]
             again = f" ({' '.join(f'{key}={before[key]}'.lower() for key in mixing)})" if mixing else ""
+            other = "checkpoint.start_from=null" if is_parent else "another run.dir with checkpoint.load=null"
             raise ValueError(
                 f"{folder} belongs to a run with other settings: {', '.join(changed)}. Set them as they were{again}, "
-                "or start a new run: another run.dir with checkpoint.load=null."
+                f"or start a new run: {other}."
             )
-    generation = common.get(GENERATION)
-    if not has_run:
+    loaded: dict[str, Any] = {}
+    if takes_optimizer:
+        generators = {RNG: sharded_rng_state()} if resumes else {}
+        loaded = _load(folder, state.sharded(is_loading=True) | generators)
+        state.take(loaded)
+    else:
         state.take_weights(_load(folder, state.sharded_weights()))
-        return Loaded(Progress(), None, generation, changed_function(common["config"], config) if config else ())
-    loaded = _load(folder, state.sharded(is_loading=True) | {RNG: sharded_rng_state()})
-    state.take(loaded)
+    generation = common.get(GENERATION)
+    if not resumes:
+        if config is None:
+            return Loaded(Progress(), None, generation)
+        parent = parent_of(folder, common, config, takes_optimizer=takes_optimizer)
+        lines = takeover_lines(parent, common, config) + changed_function(common["config"], config)
+        return Loaded(Progress(), None, generation, lines, parent, common)
     if RNG in loaded:  # saved under these tensor and pipeline sizes
         restore_generators(loaded[RNG])
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
-    return Loaded(Progress(**common["progress"]), common.get("corpus"), generation)
+    known = common.get("parent")
+    return Loaded(
+        Progress(**common["progress"]), common.get("corpus"), generation, parent=Parent(**known) if known else None
+    )
 
 
 def changed_function(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -176,6 +204,11 @@ def _fixed_by_weights(config: dict[str, Any]) -> dict[str, Any]:
     return fixed | {"model.method": shared} | settings
 
 
+def _optimizer(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides which state an optimizer has; the only one was AdamW before there was a key."""
+    return {"optimizer.name": config["optimizer"].get("name", "adamw")}
+
+
 def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a resumed run may not change, by their keys; how things are computed may change."""
     model, depth = config["model"], config["model"]["depth_attention"]
@@ -191,6 +224,7 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
         fixed |= {f"model.depth_attention.{key}": value for key, value in mixing.items()}
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]
+    fixed["data.skip_samples"] = config["data"].get("skip_samples", 0)
     streams = config["data"].get("streams") or []
     fixed["data.streams' proportions"] = [stream["proportion"] for stream in streams]
     return fixed

@@ -38,7 +38,7 @@ class GlobalBatches:
         vocab_size: of the model: no token may be beyond it.
         seed: of the order of the samples.
         split: ``train``, or ``val``: in the order it is stored, and the same for every seed.
-        consumed_samples: samples of the split that were used before.
+        consumed_samples: samples of the split that the run has used before; those of ``data.skip_samples`` not counted.
 
     Raises:
         ValueError: the data cannot be opened, or does not fit the config or what other ranks opened.
@@ -58,6 +58,7 @@ class GlobalBatches:
         self._data, self._train, self._device, self._vocab_size = data, train, device, vocab_size
         self._is_training = split == "train"
         self._seed = seed if self._is_training else 0
+        self._first = data.skip_samples if self._is_training else 0
         self.corpus = _open_on_all_ranks(data, vocab_size, split)
         self._loader: TokenLoader | None = None
         self._reader: _Reader | None = None
@@ -67,7 +68,10 @@ class GlobalBatches:
 
     def describe(self, consumed_samples: int, last_sample: int) -> list[str]:
         """One line a stream for people: its share, its samples, its epochs after so many samples and at the end."""
-        lines = self.corpus.describe(consumed_samples, last_sample, seed=self._seed)
+        begin, end = self._first + consumed_samples, self._first + last_sample
+        lines = self.corpus.describe(begin, end, seed=self._seed)
+        if self._first:
+            lines.append(f"data: the first {self._first:,} samples of the order are passed over (data.skip_samples)")
         given = self._vocab_size
         used = max((stream.manifest or {}).get("vocab_size", given) for stream in self.corpus.streams)
         if used <= given * MUCH_SMALLER:
@@ -78,7 +82,7 @@ class GlobalBatches:
         return lines
 
     def seek(self, consumed_samples: int) -> None:
-        """Resume from this many samples since the start of the split."""
+        """Resume from this many samples since the run's first one."""
         self.close()
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         if parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
@@ -86,7 +90,7 @@ class GlobalBatches:
         self._loader = TokenLoader(
             self.corpus,
             self.corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training),
-            consumed_samples=consumed_samples,
+            consumed_samples=self._first + consumed_samples,
             vocab_size=self._vocab_size,
             global_batch_size=self._train.global_batch_size,
             micro_batch_size=self._train.micro_batch_size,

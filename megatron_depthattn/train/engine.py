@@ -54,9 +54,9 @@ class Engine(ABC):
         """What `CheckpointSaver.save` writes; ``more`` as in `checkpoint.checkpoint_state`."""
         return checkpoint_state(self._state, self._scheduler, config=to_dict(self._config), **more)
 
-    def load(self, folder: Path) -> Loaded:
-        """Resume from a step folder of any engine and layout; see `checkpoint.load_checkpoint`."""
-        return load_checkpoint(folder, self._state, self._scheduler, config=to_dict(self._config))
+    def load(self, folder: Path, *, is_parent: bool = False) -> Loaded:
+        """Resume, or begin, from a step folder of any engine and layout; see `checkpoint.load_checkpoint`."""
+        return load_checkpoint(folder, self._state, self._scheduler, config=to_dict(self._config), is_parent=is_parent)
 
 
 class MegatronEngine(Engine):
@@ -81,6 +81,6 @@ class MegatronEngine(Engine):
     def loss(self, microbatches: Sequence[Microbatch]) -> float:
         return run_microbatches(self._chunks, microbatches, self._shape, forward_only=True)
 
-    def load(self, folder: Path) -> Loaded:
+    def load(self, folder: Path, *, is_parent: bool = False) -> Loaded:
         self._fp8.reset()  # of the initial weights; a checkpoint of a run in FP8 brings its own
-        return super().load(folder)
+        return super().load(folder, is_parent=is_parent)

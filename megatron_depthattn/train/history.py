@@ -104,7 +104,7 @@ class RunHistory:
             return False
         return any(record["event"] == "start" and record.get("load", ...) == load for record in self._records)
 
-    def start(self, step: int, version: str, world_size: int, load: str | None) -> None:
+    def start(self, step: int, version: str, world_size: int, load: str | None, **more: Any) -> None:
         """Record that training begins after ``step`` steps, as ``checkpoint.load`` says."""
         machine = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
@@ -112,7 +112,7 @@ class RunHistory:
         self._append(
             {"event": "start", "step": step, "run_id": self.run_id, "version": version}
             | {"host": platform.node(), "world_size": world_size, "load": load}
-            | {"commit": code_commit(), "machine": machine}
+            | {"commit": code_commit(), "machine": machine, **more}
         )
 
     def end(self, step: int, outcome: EndReason, **more: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_depthattn.config import RunConfig, config_digest, save_config, validate
+from megatron_depthattn.config import RunConfig, config_digest, save_config, to_dict, validate
 from megatron_depthattn.ops.triton_mix import triton_unsupported
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, check_same_on_all_ranks, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
@@ -30,6 +30,7 @@ from megatron_depthattn.train.engine import Engine, MegatronEngine
 from megatron_depthattn.train.hardware import for_this_machine
 from megatron_depthattn.train.history import EndReason, RunHistory, package_digest
 from megatron_depthattn.train.metrics import DepthRecord, Meter, opening_lines, peak_memory_gb
+from megatron_depthattn.train.parent import check_parent, data_notes
 from megatron_depthattn.train.reporter import Reporter, SampleLog
 from megatron_depthattn.train.save import RunCheckpoints
 from megatron_depthattn.train.start import (
@@ -92,11 +93,15 @@ class Training:
         if megatron.shares_over_layers:
             check_same_on_all_ranks("source plans", megatron.source_plan.digest())
         self.start_id = broadcast_from_rank0(self._lock)
-        start = find_start(config.checkpoint.load, self.run_dir, self.checkpoint_dir)
+        start = find_start(config.checkpoint.load, self.run_dir, self.checkpoint_dir, config.checkpoint.start_from)
 
         self.engine = build_engine(config, device, environment)
-        loaded = self.engine.load(start.folder) if start.folder else Loaded(Progress())
-        self.progress, self.generation = loaded.progress, loaded.generation
+        loaded = Loaded(Progress())
+        if start.folder:
+            loaded = self.engine.load(start.folder, is_parent=start.is_parent)
+            if is_own_checkpoint(start.folder, self.checkpoint_dir):
+                broadcast_from_rank0(lambda: check_parent(config.checkpoint.start_from, loaded.parent, self.run_dir))
+        self.progress, self.generation, self.parent = loaded.progress, loaded.generation, loaded.parent
         self.last_step = max(config.train.steps, self.progress.step)
         if config.train.stop_after is not None:
             self.last_step = min(config.train.steps, self.progress.step + config.train.stop_after)
@@ -131,6 +136,10 @@ class Training:
         self.report.lines(self.engine.describe())
         self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
         self.report.lines(loaded.notes)
+        if loaded.parent and loaded.common:
+            corpus = self.batches.corpus
+            digests = corpus.digest, corpus.tokenizer_digest
+            self.report.warn(data_notes(loaded.parent, loaded.common, to_dict(config), *digests))
         self.report.warn(start.warnings)
         gc.collect()
         gc.freeze()  # what has been built stays: no later collection looks at it again
@@ -177,11 +186,15 @@ class Training:
     def _save_if_due(self) -> None:
         if self.progress.step == self.last_step:
             self.checkpoints.save_last(self.progress)
-        elif _is_due(self.progress.step, self.config.checkpoint.interval):
+        elif self._is_save_due():
             self.checkpoints.save(self.progress)
             self.agreement.ask_again()
         self.checkpoints.log_outcome()
         self._heartbeat("step")
+
+    def _is_save_due(self) -> bool:
+        checkpoint, step = self.config.checkpoint, self.progress.step
+        return _is_due(step, checkpoint.interval) or step in (checkpoint.keep_steps or ())
 
     def _step(self) -> bool:
         """One optimizer step, on record; false if there was none, because some rank was asked to stop.
@@ -254,7 +267,9 @@ class Training:
             self.watchdog.heartbeat(self.progress.step, phase)
 
     def _state(self) -> dict[str, Any]:
-        run = {"run_id": self.run_id, "corpus": self.batches.corpus.digest, GENERATION: self.generation}
+        corpus = self.batches.corpus
+        run = {"run_id": self.run_id, "corpus": corpus.digest, "tokenizer": corpus.tokenizer_digest}
+        run |= {GENERATION: self.generation, "parent": self.parent and self.parent._asdict()}
         return self.engine.checkpoint_state(**run)
 
     def _lock(self) -> str:
@@ -276,7 +291,8 @@ class Training:
             left = quarantine_after(self.checkpoint_dir, step)
             start.warnings.extend(f"{path} is beyond step {step}, where this run resumes" for path in left)
         save_config(self.config, self.run_dir / "config.yaml")
-        history.start(step, version, self.world_size, self.config.checkpoint.load)
+        parent = {"parent": self.parent._asdict()} if self.parent else {}
+        history.start(step, version, self.world_size, self.config.checkpoint.load, **parent)
         self.history = history
         return history.run_id
 

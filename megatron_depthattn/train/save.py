@@ -17,7 +17,7 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -87,14 +87,22 @@ class CheckpointSaver:
     Args:
         directory: the run's checkpoint folder, shared by all ranks.
         keep: complete checkpoints to leave in the folder; None: all.
+        keep_steps: steps whose checkpoints are left there beside those.
         is_async: return from `save` as soon as the copy is made.
         on_progress: called in the loop while a save gets on, also while it waits for the writers.
     """
 
     def __init__(
-        self, directory: Path, *, keep: int | None = None, is_async: bool = False, on_progress: Notify = lambda: None
+        self,
+        directory: Path,
+        *,
+        keep: int | None = None,
+        keep_steps: Sequence[int] = (),
+        is_async: bool = False,
+        on_progress: Notify = lambda: None,
     ) -> None:
-        self._directory, self._keep, self._is_async, self._on_progress = directory, keep, is_async, on_progress
+        self._directory, self._is_async, self._on_progress = directory, is_async, on_progress
+        self._keep, self._keep_steps = keep, keep_steps
         self._written = _Written()
         self._group: Any = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self._strategy = _CopyToHost(on_progress)
@@ -188,7 +196,7 @@ class CheckpointSaver:
                 if error := error or self._publish(final, staging, digests):
                     remove(staging)
                 else:
-                    warning = update_latest_and_rotate(final, self._keep)
+                    warning = update_latest_and_rotate(final, self._keep, self._keep_steps)
             error = self._agree(error)
         except Exception as problem:  # another rank is gone: the loop will meet that itself
             error = _reason(problem, staging)
@@ -259,7 +267,13 @@ class RunCheckpoints:
         on_progress: Notify,
     ) -> None:
         self._directory = directory
-        self._saver = CheckpointSaver(directory, keep=config.keep, is_async=config.async_save, on_progress=on_progress)
+        self._saver = CheckpointSaver(
+            directory,
+            keep=config.keep,
+            keep_steps=config.keep_steps or (),
+            is_async=config.async_save,
+            on_progress=on_progress,
+        )
         self._state, self._report, self._on_progress = state, report, on_progress
         self._last = SaveOutcome(-1, directory, 0, 0.0)
         self.blocking_seconds = 0.0

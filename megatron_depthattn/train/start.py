@@ -27,6 +27,7 @@ from megatron_depthattn.train.step_folders import (
     clean_up,
     complete_folders,
     find_damage,
+    newest_checkpoint,
     quarantine,
     resolve_checkpoint,
 )
@@ -43,26 +44,32 @@ class Start(NamedTuple):
     """The checkpoint to load; None: initial weights."""
     warnings: list[str]
     """Damaged checkpoints that were passed over."""
+    is_parent: bool = False
+    """Whether a new run begins with it, by ``checkpoint.start_from``."""
 
 
-def find_start(load: str | None, run_dir: Path, checkpoints: Path) -> Start:
-    """The checkpoint that ``checkpoint.load`` means, every file of it read and compared with its manifest.
+def find_start(load: str | None, run_dir: Path, checkpoints: Path, start_from: str | None = None) -> Start:
+    """The checkpoint that ``checkpoint.load`` means, every file of it read and compared with its manifest; where there
+    is none, the one that ``checkpoint.start_from`` means.
 
-    With ``latest`` a damaged checkpoint is quarantined (renamed, not removed) and the one before it is taken. Call on
-    all ranks: they share the reading, and all of them start from what rank 0 sees in the folder.
+    With ``latest`` a damaged checkpoint is quarantined (renamed, not removed) and the one before it is taken. Another
+    run's folder is only read. Call on all ranks: they share the reading, and all of them start from what rank 0 sees
+    in the folder.
 
     Raises:
         ValueError: on all ranks, if there is no such checkpoint, if a named one or all of them are damaged, or if the
             run would overwrite the checkpoints of another.
     """
-    candidates, warnings = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints))
+    candidates, warnings = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints, start_from))
+    is_parent = start_from is not None and bool(candidates) and not is_own_checkpoint(candidates[0], checkpoints)
     for folder in candidates:
         damage = _damage(folder)
         if not damage:
-            return Start(folder, warnings)
+            return Start(folder, warnings, is_parent)
         reason = damage[0] + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
-        if load != LATEST and not warnings:
-            raise ValueError(f"checkpoint.load={load} is damaged: {reason}. Name another one.")
+        if is_parent or (load != LATEST and not warnings):
+            given = f"checkpoint.start_from={start_from}" if is_parent else f"checkpoint.load={load}"
+            raise ValueError(f"{given} is damaged: {reason}. Name another one.")
         quarantined = broadcast_from_rank0(lambda folder=folder: quarantine(folder, "damaged"))  # type: ignore[misc]
         warnings.append(f"DAMAGED CHECKPOINT: {reason}. It is now {quarantined.name}.")
     if candidates:
@@ -93,7 +100,9 @@ def broadcast_from_rank0(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def _candidates(load: str | None, run_dir: Path, checkpoints: Path) -> tuple[list[Path], list[str]]:
+def _candidates(
+    load: str | None, run_dir: Path, checkpoints: Path, start_from: str | None
+) -> tuple[list[Path], list[str]]:
     """The folders to try, the first one first, and what to say about them."""
     if checkpoints.is_dir():
         clean_up(checkpoints)
@@ -106,7 +115,7 @@ def _candidates(load: str | None, run_dir: Path, checkpoints: Path) -> tuple[lis
             f"{checkpoints} holds the checkpoints of a run that would be overwritten: set checkpoint.load=latest to "
             "continue it, or another run.dir."
         )
-    return folders, []
+    return folders or ([newest_checkpoint(Path(start_from))] if start_from else []), []
 
 
 def _damage(folder: Path) -> list[str]:

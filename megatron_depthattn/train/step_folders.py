@@ -95,11 +95,16 @@ def read_latest(directory: Path) -> str | None:
     return name if _NAME.fullmatch(name) else None
 
 
-def update_latest_and_rotate(final: Path, keep: int | None) -> str | None:
-    """Let ``latest`` name a published folder, then drop all but the newest ``keep``; returns what went wrong, if so."""
+def update_latest_and_rotate(final: Path, keep: int | None, keep_steps: Iterable[int] = ()) -> str | None:
+    """Let ``latest`` name a published folder, then drop all but the newest ``keep`` and those of ``keep_steps``.
+
+    Returns what went wrong, if so.
+    """
+    stay = {step_folder(final.parent, step) for step in keep_steps}
     try:
         write_durably(final.with_name(LATEST), final.name + "\n")
-        for folder in complete_folders(final.parent)[: -keep if keep is not None else 0]:
+        passing = [folder for folder in complete_folders(final.parent) if folder not in stay]
+        for folder in passing[: -keep if keep is not None else 0]:
             doomed = folder.with_name(f".{folder.name}.removed")  # half removed, it must not look like a checkpoint
             remove(doomed)
             folder.rename(doomed)
@@ -132,6 +137,23 @@ def quarantine_after(directory: Path, step: int) -> list[Path]:
     """Rename the checkpoints beyond ``step``, where the run resumes: it will write others in their place."""
     later = [folder for folder in complete_folders(directory) if folder.name > step_folder(directory, step).name]
     return [quarantine(folder, "abandoned") for folder in later]
+
+
+def newest_checkpoint(place: Path) -> Path:
+    """The step folder that a path stands for: itself, or the newest complete one of a run or of its checkpoints.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (place / MANIFEST).is_file():
+        return place
+    folders = complete_folders(place / "checkpoints") or complete_folders(place)
+    if not folders:
+        raise ValueError(
+            f"checkpoint.start_from={place} holds no complete checkpoint (no folder with a {MANIFEST}). Name a step "
+            "folder (step_00000100), a run's folder or its checkpoints; or set checkpoint.start_from=null."
+        )
+    return folders[-1]
 
 
 def resolve_checkpoint(load: str | None, directory: Path) -> list[Path]:

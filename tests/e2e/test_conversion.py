@@ -167,7 +167,7 @@ def test_an_import_trains_under_another_layout_from_the_same_bits(exported, conf
     depth = {"enabled": True, "stride": 2, "recent_window": 2, "loop_sources": "same_layer"}
     assert model["depth_attention"] == depth | {"weights": "softmax", "mixes": "value"}
     settings = ["parallel.pipeline=2", "precision.dtype=bf16", "optimizer.lr=1e-30", f"run.dir={tmp_path / 'run'}"]
-    train = ("megatron_depthattn.train", config_file, imported / "model.yaml", f"checkpoint.load={imported}")
+    train = ("megatron_depthattn.train", config_file, imported / "model.yaml", f"checkpoint.start_from={imported}")
     output = must_succeed(forked(2, *train, *settings, "train.steps=1", "train.eval_interval=null", "run.seed=8"))
     assert f"start: {imported}, at step 0" in output.stdout
     before, after = MegatronCheckpoint(made.step), MegatronCheckpoint(tmp_path / "run/checkpoints")
@@ -187,6 +187,9 @@ def test_an_import_of_another_shape_is_rejected(exported, config_file: Path, tmp
     with pytest.raises(ValueError, match=r"rotary_base \(was 10000.0, is 77.0\)") as error:
         load_checkpoint(imported, [], config=other)
     assert "model.vocab_size (was 391, is 384)" in str(error.value)
+    other["checkpoint"] |= {"start_from": str(imported), "start_optimizer": True}
+    with pytest.raises(ValueError, match=r"holds weights alone .* set checkpoint\.start_optimizer=false"):
+        load_checkpoint(imported, [], config=other, is_parent=True)
 
 
 @pytest.mark.parametrize(

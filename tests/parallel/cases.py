@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_depthattn.config import (
     AttnResConfig,
+    CheckpointConfig,
     DataConfig,
     DepthConfig,
     ModelConfig,
@@ -132,6 +133,8 @@ class Job:
     """Save weights, optimizer and schedule after SAVE_AFTER steps."""
     resume: str = ""
     """Layout of the saving job to continue from, in place of the common weights."""
+    branch: bool = False
+    """Continue as a run of its own, with the optimizer and a schedule that has been advanced as far."""
     overlap: bool = False
     """Run twice, without and with overlapped data-parallel communication, see overlap.py."""
     grad_clip: float = 0.0
@@ -150,6 +153,7 @@ class Job:
         parts += [f"loops{self.loops}"] * (self.loops > 1) + ["unrolled"] * self.unrolled
         parts += [f"overlap-clip{self.grad_clip:g}"] * self.overlap
         parts += [f"from-{self.resume}"] * bool(self.resume) + ["gathered"] * self.gathered
+        parts += ["branch"] * self.branch
         return "-".join(parts)
 
     @property
@@ -182,6 +186,9 @@ class Job:
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
             train=TRAIN,
             optimizer=OPTIMIZER,
+            checkpoint=CheckpointConfig(
+                start_from=self.checkpoint if self.branch else None, start_optimizer=self.branch
+            ),
         )
 
 
@@ -330,6 +337,7 @@ RESUMES = [
     }.items()
     for to in targets
 ]
+RESUMES += [Job(layout=to, resume="tp2xpp2+sp", branch=True) for to in ("tp2xpp2+sp", "pp2xvpp2", "dp2", "tp2+sp")]
 RESUMES += [Job(layout=to, resume="dp2xtp2", gathered=True) for to in ("dp2xtp2", "pp2")]
 RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in (METHODS if FULL else ("attnres",))]
 if FULL:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_depthattn.config import (
+    CheckpointConfig,
     DataConfig,
     EngineConfig,
     ParallelConfig,
@@ -53,6 +54,8 @@ class Job:
     """Save after SAVE_AFTER steps."""
     resume: str = ""
     """Name of the saving job to continue from."""
+    branch: bool = False
+    """As a run of its own, with the optimizer and a schedule that has been advanced as far."""
 
     @property
     def name(self) -> str:
@@ -61,7 +64,7 @@ class Job:
         parts += [f"rows{self.rows}", self.dtype]
         parts += ["offload"] * self.offload + [self.recompute] * (self.recompute != "none") + ["tied"] * self.tied
         parts += [self.sabotage] * bool(self.sabotage) + ["poison"] * self.poison + ["save"] * self.save
-        return "-".join(parts + [f"from-{self.resume}"] * bool(self.resume))
+        return "-".join(parts + [f"from-{self.resume}"] * bool(self.resume) + ["branch"] * self.branch)
 
     @property
     def reference(self) -> Job:
@@ -84,6 +87,7 @@ class Job:
             optimizer=dataclasses.replace(
                 OPTIMIZER, lr=1e-4 * SAVE_AFTER, schedule="wsd", decay_ratio=0.5, grad_clip=CLIP
             ),
+            checkpoint=CheckpointConfig(start_from=self.resume if self.branch else None, start_optimizer=self.branch),
         )
 
 
@@ -123,6 +127,9 @@ _MEGATRON, _Z3, *_ = (job.name for job in SAVES)
 RESUMES = [
     Job(layout="dp2", stage=3, resume=_MEGATRON),
     *(Job(layout="single", engine="megatron", rows=2, resume=job.name) for job in SAVES[1:]),
+    Job(layout="dp2", stage=3, resume=_MEGATRON, branch=True),
+    Job(layout="dp2", stage=3, resume=_Z3, branch=True),
+    Job(layout="single", engine="megatron", rows=2, resume=_Z3, branch=True),
 ]
 
 if FULL:

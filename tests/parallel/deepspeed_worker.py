@@ -58,8 +58,11 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     depth = DepthRecord(config.train, transformer_config(config), config.data.sequence_length)
     first = 0
     if job.resume:
-        first = engine.load(step_folder(folder / job.resume, SAVE_AFTER)).progress.step
-        assert first == SAVE_AFTER
+        step = engine.load(step_folder(folder / job.resume, SAVE_AFTER), is_parent=job.branch).progress.step
+        assert step == (0 if job.branch else SAVE_AFTER)
+        first = SAVE_AFTER
+        for _ in range(first - step):
+            engine.advance_schedule()
     elif job.engine == "deepspeed":
         result |= compare_gradients(job, folder, engine)
     for step in range(first, STEPS):

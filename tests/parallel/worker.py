@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megatron_depthattn.benchmarks.checkpoint import gathered_state
 from megatron_depthattn.benchmarks.hop import recorded_sends, sent_between_stages
-from megatron_depthattn.config import validate
+from megatron_depthattn.config import to_dict, validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.methods.parameters import method_parameters
 from megatron_depthattn.model import gpt
@@ -121,9 +121,11 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     first = 0
     if job.resume:
         saved = step_folder(folder / job.checkpoint, SAVE_AFTER)
-        progress = load_checkpoint(saved, chunks, optimizer, scheduler).progress
-        assert progress == progress_after(SAVE_AFTER)
-        first = progress.step
+        more = {"config": to_dict(config), "is_parent": True} if job.branch else {}
+        progress = load_checkpoint(saved, chunks, optimizer, scheduler, **more).progress
+        assert progress == (Progress() if job.branch else progress_after(SAVE_AFTER))
+        first = SAVE_AFTER
+        scheduler.step(first - progress.step)
     else:
         load_checkpoint(common_weights(folder / (job.method if job.method in METHODS else "vanilla"), chunks), chunks)
         depth = DepthRecord(config.train, get_model_config(chunks[0]), config.data.sequence_length)
@@ -153,9 +155,8 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         result["losses"].append(done.loss)
         result["grad_norms"].append(done.grad_norm)
         if job.save and step + 1 == SAVE_AFTER:
-            save_checkpoint(
-                folder / job.checkpoint, progress_after(SAVE_AFTER), chunks, optimizer, scheduler, config={}
-            )
+            parts = progress_after(SAVE_AFTER), chunks, optimizer, scheduler
+            save_checkpoint(folder / job.checkpoint, *parts, config=to_dict(config))
             save_gathered(folder / dataclasses.replace(job, gathered=True).checkpoint, chunks, optimizer, scheduler)
     return result
 

@@ -57,6 +57,10 @@ def test_retention_keeps_the_newest(tmp_path):
         publish(tmp_path, step, keep=2)
     assert steps(tmp_path) == [200, 300]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000200", "step_00000300"]
+    for step in (400, 500, 600):
+        publish_folder(fill(staging_folder(tmp_path, step)), step_folder(tmp_path, step))
+        assert update_latest_and_rotate(step_folder(tmp_path, step), 2, [300, 400]) is None
+    assert steps(tmp_path) == [300, 400, 500, 600], "beside those of keep_steps"
 
 
 def test_the_same_step_again_replaces_it(tmp_path):

@@ -84,6 +84,7 @@ KEYS = [
     "data.shuffle",
     "data.num_workers",
     "data.log_samples",
+    "data.skip_samples",
     "data.streams",
     "train.steps",
     "train.global_batch_size",
@@ -111,7 +112,10 @@ KEYS = [
     "checkpoint.dir",
     "checkpoint.interval",
     "checkpoint.keep",
+    "checkpoint.keep_steps",
     "checkpoint.load",
+    "checkpoint.start_from",
+    "checkpoint.start_optimizer",
     "checkpoint.async_save",
     "preflight.enabled",
     "preflight.on_problem",
@@ -244,7 +248,7 @@ def test_what_omegaconf_would_take(tmp_path, base, key, text):
             load_config(base, [given])
 
 
-STRING_KEYS = ("run.dir", "checkpoint.dir", "checkpoint.load", "data.path", "data.cache")
+STRING_KEYS = ("run.dir", "checkpoint.dir", "checkpoint.load", "checkpoint.start_from", "data.path", "data.cache")
 
 
 @pytest.mark.parametrize("key", STRING_KEYS)
@@ -414,6 +418,10 @@ UNSUPPORTED = [
     (1, "model.num_layers=1000000000", "model.num_layers is 1000000000; set 1 to 65536"),
     (1, "model.hidden_size=4294967296", "model.hidden_size is 4294967296; set 1 to 2147483647"),
     (1, "data.num_workers=100000", "data.num_workers is 100000; set 0 to 1024"),
+    (1, "data.skip_samples=-1", "data.skip_samples is -1; set 0 to 10^15"),
+    (1, "checkpoint.load=a/step_00000001 checkpoint.start_from=b", "set checkpoint.load=latest or null, or"),
+    (1, "checkpoint.load=latest checkpoint.start_optimizer=true", "set checkpoint.start_from to a step folder, or ch"),
+    (1, "checkpoint.keep_steps=[7,201]", "checkpoint.keep_steps holds 201; set steps from 1 to train.steps=200"),
     (3, "parallel.tensor=3 model.num_query_groups=3 model.ffn_hidden_size=513",
      "set model.vocab_size=4224, or parallel.tensor to what this model allows: 1"),
     (1, "optimizer.beta2=1", "optimizer.beta2 is 1.0; set a number from 0 to 1, 1 excluded"),

@@ -188,8 +188,15 @@ def test_a_run_that_continues_keeps_what_it_computes(loops, depth, message, tmp_
     optimizer.step()
     folder = save_checkpoint(tmp_path, Progress(1, 8, 8), chunks, optimizer, scheduler, config=to_dict(saved))
     chunks = build_model(now, torch.device("cpu"))
+    parts, given = (chunks, *build_optimizer(now, chunks)), to_dict(now)
     with pytest.raises(ValueError, match=message) if message else nullcontext():
-        load_checkpoint(folder, chunks, *build_optimizer(now, chunks), config=to_dict(now))
+        load_checkpoint(folder, *parts, config=given)
+    given["checkpoint"] |= {"start_from": str(folder), "start_optimizer": True}
+    notes = load_checkpoint(folder, *parts, config=given, is_parent=True).notes
+    assert any(note.startswith("note: model.") for note in notes) is bool(message), "a branch may, and is said to"
+    given["optimizer"]["name"] = "another"
+    with pytest.raises(ValueError, match=r"optimizer\.name \(was adamw, is another\).*checkpoint\.start_from=null"):
+        load_checkpoint(folder, *parts, config=given, is_parent=True)
 
 
 def test_a_run_older_than_the_rule_resumes_unrolled_or_not_at_all(tmp_path):

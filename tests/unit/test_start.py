@@ -20,6 +20,7 @@ from megatron_depthattn.train import start as starting
 from megatron_depthattn.train import step_folders
 from megatron_depthattn.train.history import RunHistory
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
+from megatron_depthattn.train.parent import check_parent, parent_of
 from megatron_depthattn.train.step_folders import OWNER, clean_up, quarantine_after
 from tests.unit.test_checkpoint_folders import flip, publish, steps
 
@@ -31,10 +32,10 @@ def run_dir(megatron_world_of_one, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(run_dir: Path, load: str | None = "latest"):
+def start(run_dir: Path, load: str | None = "latest", start_from: Path | None = None):
     from megatron_depthattn.train.start import find_start
 
-    return find_start(load, run_dir, run_dir / "checkpoints")
+    return find_start(load, run_dir, run_dir / "checkpoints", start_from and str(start_from))
 
 
 def names(run_dir: Path) -> list[str]:
@@ -86,6 +87,38 @@ def test_an_interrupted_run_continues_from_its_newest_checkpoint(run_dir, tmp_pa
         found = start(run_dir, load)
         assert found.folder == run_dir / "checkpoints/step_00000200"
         assert "was interrupted: it resumes from" in found.warnings[0]
+
+
+@pytest.mark.parametrize("load", [None, "latest"])
+def test_a_branch_begins_with_its_parent_and_resumes_its_own(run_dir, tmp_path, load):
+    branch, newest = tmp_path / "branch", run_dir / "checkpoints/step_00000200"
+    for given in (newest, run_dir / "checkpoints", run_dir):
+        assert start(branch, load, given) == (newest, [], True)
+    RunHistory(branch).start(0, "v", 1, load)
+    own = publish(branch / "checkpoints", 7)
+    assert (found := start(branch, load, run_dir)).folder == own and not found.is_parent
+    flip(newest / "b.distcp", 3)
+    before = {path: path.stat() for path in (run_dir / "checkpoints").rglob("*")}
+    with pytest.raises(ValueError, match=rf"^checkpoint\.start_from={run_dir} is damaged: .*b\.distcp.* Name another"):
+        start(tmp_path / "second", load, run_dir)
+    with pytest.raises(ValueError, match=r"start_from=.*nowhere holds no complete checkpoint"):
+        start(tmp_path / "second", load, tmp_path / "nowhere")
+    assert {path: path.stat() for path in (run_dir / "checkpoints").rglob("*")} == before, "the parent is only read"
+
+
+def test_a_branch_keeps_its_parent(run_dir, tmp_path):
+    folder = run_dir / "checkpoints/step_00000100"
+    config = {"checkpoint": {"start_from": str(folder)}}
+    common = {"run_id": "abc", "config": {}, "progress": {"step": 100, "consumed_samples": 9}}
+    parent = parent_of(folder, common, config, takes_optimizer=True)
+    assert (parent.run_id, parent.step, parent.position) == ("abc", 100, 9)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    for given in (None, str(folder), os.path.relpath(folder), str(moved)):
+        check_parent(given, parent, run_dir)
+    publish(run_dir / "checkpoints", 300, content=b"others")
+    for given, known in ((folder, None), (run_dir, parent), (tmp_path / "gone", parent)):
+        with pytest.raises(ValueError, match=r"has begun with .* checkpoint\.start_from=null to resume this one"):
+            check_parent(str(given), known, run_dir)
 
 
 def test_errors_of_rank_0_reach_every_rank(megatron_world_of_one):
