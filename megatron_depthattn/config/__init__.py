@@ -10,6 +10,7 @@ from megatron_depthattn.config.schema import (
     DataConfig,
     DepthConfig,
     EngineConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -18,4 +19,5 @@ from megatron_depthattn.config.schema import (
     RunConfig,
     StreamConfig,
     TrainConfig,
+    WandbConfig,
 )

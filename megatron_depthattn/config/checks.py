@@ -243,6 +243,17 @@ CHECKPOINT = checks(
     ),
 )
 
+# ---- Weights & Biases
+
+LOG = checks(
+    "log",
+    (
+        "{log.wandb.project is|empty or has one of / \\ # ? % :}; set a name without these characters, or null for no "
+        "Weights & Biases",
+        lambda c, _: (name := c.log.wandb.project) is not None and (not name or set(name) & set("/\\#?%:")),
+    ),
+)
+
 # ---- model and layout
 
 
@@ -550,6 +561,6 @@ PRECISION = checks(
 )
 
 CHECKS = (
-    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *CHECKPOINT, *MODEL, *LAYOUT, *RECOMPUTE),
+    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *CHECKPOINT, *LOG, *MODEL, *LAYOUT, *RECOMPUTE),
     *PRECISION,
 )

@@ -300,6 +300,24 @@ class PreflightConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class WandbConfig:
+    project: str | None = None
+    """Weights & Biases project that gets the run's curves, config and evaluations; null: none. Needs the extra
+    `[wandb]`."""
+    name: str | None = None
+    """Name of the run there; null: WANDB_NAME, or that of run.dir."""
+    entity: str | None = None
+    """User or team; null: WANDB_ENTITY, or the account's default."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """offline: write below run.dir only, for `wandb sync`; disabled: none at all; null: WANDB_MODE, or online."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class LogConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(kw_only=True, frozen=True)
 class RunConfig:
     """All settings of a run. Frozen: derive a variant with `dataclasses.replace`."""
 
@@ -314,6 +332,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
     def checkpoint_dir(self) -> str:

@@ -229,11 +229,11 @@ def depth_plots(study: ReportData) -> list[Plot]:
         if last:
             title = f"{rung}, {method}, mean of {len(last)} seed{'s' if len(last) > 1 else ''}"
             with _panel(plots, f"depth-{rung}-{method}", title, height=1.5 + 0.26 * len(last[0])) as axes:
-                _draw_weights(axes, last)
+                draw_weights(axes, last)
     return plots
 
 
-def _draw_weights(axes: Any, last: list[dict[int, tuple[list[int], list[float]]]]) -> None:
+def draw_weights(axes: Any, last: list[dict[int, tuple[list[int], list[float]]]]) -> None:
     """Layer by layer (sources, weights) of each run, the last weight that on itself."""
     layers = list(last[0])
     sources = sorted({source for seen, _ in last[0].values() for source in seen})

@@ -15,8 +15,6 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 import megatron_depthattn
 from megatron_depthattn.train.line_files import NUMBER, append_durably, read_records
 
@@ -106,6 +104,8 @@ class RunHistory:
 
     def start(self, step: int, version: str, world_size: int, load: str | None, **more: Any) -> None:
         """Record that training begins after ``step`` steps, as ``checkpoint.load`` says."""
+        import torch  # not needed by those who read a history
+
         machine = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
         )

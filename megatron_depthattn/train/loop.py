@@ -25,6 +25,7 @@ from megatron_depthattn.parallel.launch_env import LaunchEnvironment
 from megatron_depthattn.preflight.run import enter_world
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
+from megatron_depthattn.train.curves import check_wandb
 from megatron_depthattn.train.data import GlobalBatches, StopAgreement
 from megatron_depthattn.train.engine import Engine, MegatronEngine
 from megatron_depthattn.train.hardware import for_this_machine
@@ -122,6 +123,7 @@ class Training:
             log_interval=config.train.log_interval,
             first_step=self.progress.step,
             last_step=self.last_step,
+            wandb=config.log.wandb,
         )
         self.checkpoints = RunCheckpoints(
             config.checkpoint, self.checkpoint_dir, self._state, self.report, lambda: self._heartbeat("checkpoint")
@@ -274,6 +276,7 @@ class Training:
 
     def _lock(self) -> str:
         """Take the run's folders for this start, until this process ends; returns a name that no other start has."""
+        check_wandb(self.config.log.wandb)
         self.lock = lock_run(self.run_dir)
         self.claim = claim_checkpoints(self.checkpoint_dir, self.run_dir)
         return uuid.uuid4().hex

@@ -279,14 +279,3 @@ class DepthRecord:
         # Ranks that share a key/value head have seen the same tokens.
         copies = max(1, size // self._num_heads)
         return {"tokens": round(float(totals[:, 0, 0].max())) // copies, "layers": layers}
-
-
-def depth_curves(depth: dict[str, Any] | None) -> dict[str, float]:
-    """A record's numbers by the names of their curves."""
-    curves: dict[str, float] = {}
-    for layer, layer_record in (depth or {"layers": {}})["layers"].items():
-        folder = f"depth/layer_{int(layer):03d}"
-        names = [*(f"source_{source:03d}" for source in layer_record["sources"]), "self"]
-        curves |= {f"{folder}/{name}": weight for name, weight in zip(names, layer_record["weights"], strict=True)}
-        curves |= {f"{folder}/{name}": layer_record[name] for name in ("entropy", "collapsed")}
-    return curves

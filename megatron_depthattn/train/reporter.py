@@ -1,4 +1,4 @@
-"""What a run reports: log.txt and the console for people, metrics.jsonl as the record, TensorBoard, samples."""
+"""What a run reports: log.txt and the console for people, metrics.jsonl as the record, curves, samples."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_depthattn.config import WandbConfig
 from megatron_depthattn.terminal import printable
+from megatron_depthattn.train.curves import TensorBoard, WandbMirror, is_mirrored
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
-from megatron_depthattn.train.metrics import depth_curves
 from megatron_depthattn.train.start import broadcast_from_rank0
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Reporter:
@@ -33,17 +31,28 @@ class Reporter:
         log_interval: steps between lines on the console.
         first_step: steps already done; what the files say about later ones (of a run that was cut off) is dropped.
         last_step: the step at which the run ends, for the ETA.
+        wandb: whether and where Weights & Biases gets the curves.
     """
 
-    def __init__(self, run_dir: Path, *, log_interval: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        log_interval: int,
+        first_step: int,
+        last_step: int,
+        wandb: WandbConfig = WandbConfig(),  # noqa: B008 - frozen
+    ) -> None:
         self.is_writer, self.last_step, self.log_interval = dist.get_rank() == 0, last_step, log_interval
         if not self.is_writer:
             return
         self._path = run_dir / METRICS
         drop_steps_after(self._path, first_step)
         self._metrics, self._log = AppendFile(self._path), AppendFile(run_dir / "log.txt")
-        self._curves = run_dir / "tensorboard"
-        self._tensorboard: SummaryWriter | None = _curve_writer(self._curves, purge_step=first_step + 1)
+        self._curves: list[TensorBoard | WandbMirror] = [
+            TensorBoard(run_dir / "tensorboard", purge_step=first_step + 1),
+            *([WandbMirror(run_dir, self)] if is_mirrored(wandb) else []),
+        ]
         self._is_waiting = False
         self._started, self._first_step = time.monotonic(), first_step
 
@@ -89,7 +98,7 @@ class Reporter:
         with contextlib.suppress(OSError):
             drop_steps_after(self._path, step - 1, newest | {"eval_loss": loss})
         self._metrics = AppendFile(self._path)
-        self._draw({"step": step, "depth": None, "eval_loss": loss})
+        self._draw({"step": step, "eval_loss": loss})
         self.lines([f"step {step}/{self.last_step} | held-out {loss:.4f}"])
 
     def force_to_disk(self) -> None:
@@ -100,22 +109,16 @@ class Reporter:
     def close(self) -> None:
         """Flush and close everything."""
         if self.is_writer:
-            if self._tensorboard:
-                with contextlib.suppress(OSError):
-                    self._tensorboard.close()
             self._metrics.close()
+            for curves in self._curves:
+                curves.close()
             self._log.close()
             if self._metrics.problem:
                 _print(f"the last lines of {METRICS} are lost: {self._metrics.problem}", sys.stderr)
 
     def _draw(self, metrics: dict[str, Any]) -> None:
-        try:
-            self._tensorboard = self._tensorboard or _curve_writer(self._curves)
-            for name, value in (metrics | depth_curves(metrics["depth"])).items():
-                if name not in ("step", "depth") and value is not None:
-                    self._tensorboard.add_scalar(name, value, metrics["step"])
-        except OSError:  # a full disk ends the writer's thread: the next step opens another file
-            self._tensorboard = None
+        for curves in self._curves:
+            curves.draw(metrics)
 
     def _text(self, metrics: dict[str, Any]) -> str:
         step = metrics["step"]
@@ -180,9 +183,3 @@ def _print(text: str, stream: TextIO) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
-
-
-def _curve_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=purge_step)

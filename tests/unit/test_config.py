@@ -120,6 +120,10 @@ KEYS = [
     "preflight.enabled",
     "preflight.on_problem",
     "preflight.timeout",
+    "log.wandb.project",
+    "log.wandb.name",
+    "log.wandb.entity",
+    "log.wandb.mode",
 ]
 
 

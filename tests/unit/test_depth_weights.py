@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_depthattn.config import RunConfig, TrainConfig
 from megatron_depthattn.model.depth_weights import DepthRecorder, recorder
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
-from megatron_depthattn.train.metrics import DepthRecord, depth_curves
+from megatron_depthattn.train.curves import depth_curves
+from megatron_depthattn.train.metrics import DepthRecord
 from tests.megatron_weights import load, to_megatron
 from tests.reference_decoder import decoder_logits, random_weights
 

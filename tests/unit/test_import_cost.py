@@ -5,7 +5,7 @@ import sys
 
 HEAVY = (
     *("streaming", "transformers", "sklearn", "torchvision", "tensorboard", "deepspeed", "matplotlib", "scipy"),
-    *("pandas", "datasets", "pyarrow", "rich", "jinja2", "accelerate", "PIL"),
+    *("pandas", "datasets", "pyarrow", "rich", "jinja2", "accelerate", "PIL", "wandb"),
 )
 SCRIPT = """
 import sys

@@ -1,0 +1,220 @@
+"""Weights & Biases through its own client, offline: what its files hold is the run's record, whatever happens to it."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_depthattn.config import WandbConfig, load_config, save_config
+from megatron_depthattn.train import curves
+from megatron_depthattn.train.curves import WandbMirror, check_wandb, log_evaluation, run_curves
+from megatron_depthattn.train.line_files import append_durably, drop_steps_after
+from tests.wandb_files import history, records, run_record
+
+RUN_ID = "0123456789ab"
+IMAGE = "depth/weights"
+
+
+class Report:
+    """What a run's log would have."""
+
+    def __init__(self):
+        self.said, self.warned = [], []
+
+    def lines(self, texts):
+        self.said += texts
+
+    def warn(self, texts):
+        self.warned += texts
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    """A run that logs offline and has not trained."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    folder = tmp_path / "first"
+    settings = [f"run.dir={folder}", "log.wandb.project=ladder", "log.wandb.mode=offline", "log.wandb.entity=team"]
+    save_config(load_config("configs/quickstart.yaml", settings), folder / "config.yaml")
+    append_durably(folder / "history.jsonl", {"event": "start", "run_id": RUN_ID})
+    return folder
+
+
+def train(run_dir, steps, loss):
+    """Add these steps to the record."""
+    depth = {"tokens": 8, "layers": {"1": {"sources": [0], "weights": [0.4, 0.6], "entropy": 0.67, "collapsed": 0.0}}}
+    for step in steps:
+        held_out = {"eval_loss": loss + 1 / step, "held_out": {"code": loss + 2 / step}} if step % 5 == 0 else {}
+        record = {"step": step, "loss": loss / step, "mfu": None, "eval_loss": None, "held_out": None} | held_out
+        append_durably(run_dir / "metrics.jsonl", record | {"depth": depth if step % 4 == 1 else None})
+
+
+def file_of(run_dir):
+    """The only file of the client in the run's folder."""
+    (file,) = (path for path in run_dir.glob("wandb/offline-run-*/*.wandb"))
+    return file
+
+
+def rows(run_dir, axis="step"):
+    """What the file has by steps, values of several rows together."""
+    merged = {}
+    for row in history(file_of(run_dir)):
+        own = {name: value for name, value in row.items() if not name.startswith("_") and name != axis}
+        if axis in row:
+            merged[row[axis]] = merged.get(row[axis], {}) | own
+    return merged
+
+
+def on_record(run_dir):
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: run_curves(record) for record in lines}
+
+
+def without_images(found):
+    return {step: {name: x for name, x in row.items() if not name.startswith(IMAGE)} for step, row in found.items()}
+
+
+def processes():
+    return {each.name(): each for each in psutil.Process().children(recursive=True)}
+
+
+def wait_for(condition, seconds=20.0):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+def test_each_start_brings_the_record_as_it_is_now(run_dir):
+    """A crash after step 15, a restart from step 10 that trains otherwise, a held-out loss that comes late."""
+    train(run_dir, range(1, 16), loss=8.0)
+    report = Report()
+    mirror = WandbMirror(run_dir, report)
+    wait_for(lambda: list(run_dir.glob("wandb/offline-run-*/*.wandb")))
+    mirror._process.stdin.close()  # the training process was killed
+    assert mirror._process.wait(20) == 0 and not processes()
+    assert without_images(rows(run_dir)) == on_record(run_dir)
+    assert [record.exit.exit_code for record in records(file_of(run_dir)) if record.HasField("exit")] == [1]
+    before = rows(run_dir)
+
+    drop_steps_after(run_dir / "metrics.jsonl", 10)
+    append_durably(run_dir / "evaluations.jsonl", {"step": 10, "tasks": {"arc_easy": {"acc": 0.5}}, "model": "hf"})
+    mirror = WandbMirror(run_dir, report)
+    wait_for(lambda: len(report.said) + len(list(run_dir.glob("wandb/offline-run-*"))) > 1)
+    train(run_dir, range(11, 14), loss=7.0)
+    mirror.draw({})
+    *_, newest = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    time.sleep(2.5)  # the mirror has sent step 13
+    drop_steps_after(run_dir / "metrics.jsonl", 12, newest | {"eval_loss": 6.5})
+    mirror.close()
+    found, expected = rows(run_dir), on_record(run_dir)
+    assert without_images(found) == expected and expected[13]["eval_loss"] == 6.5
+    assert found[11]["loss"] != before[11]["loss"] and 14 not in found, "the cut-off attempt is gone"
+    assert [step for step, row in found.items() if f"{IMAGE}/path" in row] == [1, 5, 9, 13]
+    steps = [row["step"] for row in history(file_of(run_dir)) if "step" in row]
+    assert steps == [*range(1, 14), 13], "once each, and the late loss"
+    tasks = {"evaluation/tasks/arc_easy/acc": 0.5, "evaluation/count": 1}
+    assert rows(run_dir, "evaluation/step") == {10: tasks}
+    own = run_record(file_of(run_dir))
+    assert (own.run_id, own.display_name, own.project, own.entity) == (RUN_ID, "first", "ladder", "team")
+    config = {entry.key: json.loads(entry.value_json) for entry in own.config.update}
+    assert config["model"]["num_layers"] == 8 and config["log"]["wandb"]["mode"] == "offline"
+    axes = {record.metric.name: record.metric.step_metric for record in records(file_of(run_dir))}
+    assert axes["loss"] == axes["eval_loss/code"] == "step"
+    assert axes["evaluation/tasks/arc_easy/acc"] == "evaluation/step"
+    assert not processes() and not report.warned
+    assert [line.split(":")[0] for line in report.said] == ["Weights & Biases"]
+
+
+@pytest.mark.parametrize("kind", ["kill", "suspend"])
+def test_a_lost_service_is_one_warning(run_dir, monkeypatch, kind):
+    monkeypatch.setattr(curves, "FINISH_SECONDS", 3.0)
+    train(run_dir, range(1, 4), loss=8.0)
+    report = Report()
+    mirror = WandbMirror(run_dir, report)
+    service = wait_for(lambda: processes().get("wandb-core"))
+    wait_for(lambda: mirror._pass_on())
+    getattr(service, kind)()
+    train(run_dir, range(4, 7), loss=8.0)
+    if kind == "kill":
+        wait_for(lambda: mirror.draw({}) or report.warned)
+    started = time.monotonic()
+    mirror.draw({})
+    assert time.monotonic() - started < 1, "no step waits"
+    mirror.close()
+    assert len(report.warned) == 1 and "the run is not affected" in report.warned[0], report.warned
+    assert not processes()
+    monkeypatch.undo()
+    WandbMirror(run_dir, report).close()
+    assert without_images(rows(run_dir)) == on_record(run_dir) and len(report.warned) == 1
+
+
+def test_a_network_that_is_down_is_one_warning(run_dir, monkeypatch):
+    monkeypatch.setattr(curves, "FINISH_SECONDS", 3.0)
+    for name, value in (("MODE", "online"), ("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "0" * 40)):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    config = load_config(run_dir / "config.yaml", ["log.wandb.mode=null"])
+    save_config(config, run_dir / "config.yaml")
+    train(run_dir, range(1, 4), loss=8.0)
+    report = Report()
+    mirror = WandbMirror(run_dir, report)
+    time.sleep(2)
+    mirror.close()
+    assert len(report.warned) == 1 and "not all was sent within 3 s" in report.warned[0], report.warned
+    assert not processes()
+
+
+def test_the_environment_is_heard_where_the_config_is_silent(run_dir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_NAME", "by hand")
+    monkeypatch.setenv("WANDB_ENTITY", "nobody")
+    save_config(load_config(run_dir / "config.yaml", ["log.wandb.mode=null"]), run_dir / "config.yaml")
+    train(run_dir, [1], loss=8.0)
+    WandbMirror(run_dir, Report()).close()
+    own = run_record(file_of(run_dir))
+    assert (own.display_name, own.entity) == ("by hand", "team")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    report = Report()
+    WandbMirror(run_dir, report).close()
+    assert not report.warned and not report.said
+
+
+def test_an_evaluation_joins_the_curves_at_any_time(run_dir):
+    train(run_dir, range(1, 9), loss=8.0)
+    report = Report()
+    mirror = WandbMirror(run_dir, report)
+    wait_for(lambda: mirror._pass_on())
+    for step in (4, 8):
+        line = {"step": step, "arc_easy": {"acc": step / 10}}
+        append_durably(run_dir / "evaluations.jsonl", line)
+        started = time.monotonic()
+        log_evaluation(run_dir, step, line)
+        if step == 4:  # while the run trains its own mirror sends it
+            assert len(list(run_dir.glob("wandb/offline-run-*"))) == 1
+            mirror.close()
+    assert time.monotonic() - started < 60
+    found = rows(run_dir, "evaluation/step")
+    assert {step: row["evaluation/arc_easy/acc"] for step, row in found.items()} == {4: 0.4, 8: 0.8}
+    assert without_images(rows(run_dir)) == on_record(run_dir)
+    events = EventAccumulator(str(run_dir / "tensorboard" / "evaluations")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("evaluation/arc_easy/acc")] == [
+        (4, pytest.approx(0.4)),
+        (8, pytest.approx(0.8)),
+    ]
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    """A folder `wandb` in the way, as an earlier run of something else leaves it, is no package."""
+    asked = WandbConfig(project="ladder")
+    check_wandb(asked)
+    with monkeypatch.context() as patch:
+        (tmp_path / "wandb").mkdir()
+        patch.delitem(sys.modules, "wandb", raising=False)
+        patch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if not Path(path, "wandb").is_dir())])
+        with pytest.raises(ValueError, match="wandb and matplotlib cannot be imported: pip install"):
+            check_wandb(asked)
+        check_wandb(WandbConfig())
