@@ -40,18 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # Megatron takes seconds and half a gigabyte to import, and exporting needs none of it.
 def _to_hf(given: argparse.Namespace) -> None:
-    from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+    from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint, find_step_folder
     from megatron_depthattn.convert.to_hf import export
+    from megatron_depthattn.train.lease import lease
 
-    checkpoint = MegatronCheckpoint(given.checkpoint)
-    notes = export(checkpoint, given.output, tokenizer=given.tokenizer, overwrite=given.overwrite)
+    folder = find_step_folder(given.checkpoint)
+    with lease(folder):
+        checkpoint = MegatronCheckpoint(folder)
+        notes = export(checkpoint, given.output, tokenizer=given.tokenizer, overwrite=given.overwrite)
     _wrote(given.output, notes)
     size = sum(file.stat().st_size for file in given.output.iterdir())
     names = ", ".join(sorted(file.name for file in given.output.iterdir()))
     print(f"  {checkpoint.folder.name} of {checkpoint.folder.parent}, {size / 1e6:,.1f} MB in {names}")
-    folder = shlex.quote(str(given.output))
-    print(f"next: depthattn generate --model {folder} --prompt TEXT")
-    print(f"      depthattn convert verify --checkpoint {shlex.quote(str(given.checkpoint))} --model {folder}")
+    made = shlex.quote(str(given.output))
+    print(f"next: depthattn generate --model {made} --prompt TEXT")
+    print(f"      depthattn convert verify --checkpoint {shlex.quote(str(given.checkpoint))} --model {made}")
 
 
 def _from_hf(given: argparse.Namespace) -> None:

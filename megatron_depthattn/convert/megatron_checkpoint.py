@@ -43,13 +43,7 @@ class MegatronCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        if (folder / LATEST).is_file():
-            name = read_latest(folder)
-            if name is None:
-                raise ValueError(f"{folder / LATEST} names no step folder: give one, such as {folder}/step_00000100")
-            folder = folder / name
-        if not (folder / METADATA).is_file():
-            raise ValueError(f"{folder} is {_kind(folder)}")
+        folder = find_step_folder(folder)
         if (folder / MANIFEST).is_file() and (damage := find_damage(folder)):
             raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")
         self.folder = folder
@@ -88,6 +82,22 @@ class MegatronCheckpoint:
                 "damaged: take another step folder"
             ) from error
         return tensor
+
+
+def find_step_folder(folder: Path) -> Path:
+    """The folder itself, or the latest of a folder of checkpoints.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (folder / LATEST).is_file():
+        name = read_latest(folder)
+        if name is None:
+            raise ValueError(f"{folder / LATEST} names no step folder: give one, such as {folder}/step_00000100")
+        folder = folder / name
+    if not (folder / METADATA).is_file():
+        raise ValueError(f"{folder} is {_kind(folder)}")
+    return folder
 
 
 def _kind(folder: Path) -> str:

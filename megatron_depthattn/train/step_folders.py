@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from megatron_depthattn.durable import fsync_path, naming, recover_folder, remove, write_durably
+from megatron_depthattn.train.lease import is_leased
 
 MANIFEST = "manifest.json"
 HASH = "xxh3_128"
@@ -98,17 +99,24 @@ def read_latest(directory: Path) -> str | None:
 def update_latest_and_rotate(final: Path, keep: int | None, keep_steps: Iterable[int] = ()) -> str | None:
     """Let ``latest`` name a published folder, then drop all but the newest ``keep`` and those of ``keep_steps``.
 
-    Returns what went wrong, if so.
+    A folder on which somebody holds a lease stays until a later call. Returns what went wrong, if so.
     """
+    latest = final.with_name(LATEST)
     stay = {step_folder(final.parent, step) for step in keep_steps}
     try:
-        write_durably(final.with_name(LATEST), final.name + "\n")
+        write_durably(latest, final.name + "\n")
+        now = latest.stat().st_mtime  # by the clock that leases are touched by
         passing = [folder for folder in complete_folders(final.parent) if folder not in stay]
         for folder in passing[: -keep if keep is not None else 0]:
+            if is_leased(folder, now):
+                continue
             doomed = folder.with_name(f".{folder.name}.removed")  # half removed, it must not look like a checkpoint
             remove(doomed)
             folder.rename(doomed)
-            remove(doomed)
+            if is_leased(doomed, now):  # since it was looked at
+                doomed.rename(folder)
+            else:
+                remove(doomed)
     except OSError as error:
         return f"{final} is complete, but '{LATEST}' or older checkpoints could not be changed: {error}"
     return None

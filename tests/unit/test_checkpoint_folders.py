@@ -1,13 +1,18 @@
 """What a checkpoint folder goes through: manifest, publication, `latest`, retention, damage, quarantine."""
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.durable import publish_folder, recover_folder, write_durably
+from megatron_depthattn.train.lease import EXPIRY_SECONDS, lease
+from megatron_depthattn.train.lease import _host as lease_host
 from megatron_depthattn.train.step_folders import (
     MANIFEST,
     clean_up,
@@ -61,6 +66,56 @@ def test_retention_keeps_the_newest(tmp_path):
         publish_folder(fill(staging_folder(tmp_path, step)), step_folder(tmp_path, step))
         assert update_latest_and_rotate(step_folder(tmp_path, step), 2, [300, 400]) is None
     assert steps(tmp_path) == [300, 400, 500, 600], "beside those of keep_steps"
+
+
+def test_a_lease_holds_back_the_rotation_which_catches_up(tmp_path):
+    """What is held is no damage. A step without a lease, or with a file that nobody holds, is removed as ever."""
+    with lease(publish(tmp_path, 100)):
+        publish(tmp_path, 200)
+        (tmp_path / "step_00000200/.lease-x").write_text(lease_host())
+        publish(tmp_path, 300, keep=1)
+        assert steps(tmp_path) == [100, 300]
+        assert find_damage(tmp_path / "step_00000100") == []
+        assert len(list((tmp_path / "step_00000100").glob(".lease-*"))) == 1
+    publish(tmp_path, 400, keep=1)
+    assert steps(tmp_path) == [400] and not list(tmp_path.glob("*/.lease-*"))
+
+
+def test_a_lease_that_comes_while_a_folder_is_removed_brings_it_back(tmp_path, monkeypatch):
+    rename, held = Path.rename, contextlib.ExitStack()
+
+    def late(self, target):
+        if self.name == "step_00000100":
+            held.enter_context(lease(self))
+        return rename(self, target)
+
+    publish(tmp_path, 100)
+    with monkeypatch.context() as patched, held:
+        patched.setattr(Path, "rename", late)
+        publish(tmp_path, 200, keep=1)
+        assert steps(tmp_path) == [100, 200]
+    with pytest.raises(FileNotFoundError), lease(tmp_path / "step_00000050"):
+        pass
+
+
+def test_a_dead_holder_holds_nothing(tmp_path):
+    """Of this host at once, by its lock; of another one, whose locks may not be seen here, after a while."""
+    code = "import sys, pathlib, time\nfrom megatron_depthattn.train.lease import lease\n"
+    code += "with lease(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    own, other = publish(tmp_path, 100), publish(tmp_path, 200)
+    with subprocess.Popen([sys.executable, "-c", code, own], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        (other / ".lease-elsewhere").write_text("another host")
+        publish(tmp_path, 300, keep=1)
+        assert steps(tmp_path) == [100, 200, 300]
+        holder.kill()
+    publish(tmp_path, 400, keep=1)
+    assert steps(tmp_path) == [200, 400]
+    for age in (EXPIRY_SECONDS - 60, EXPIRY_SECONDS + 60):
+        now = (tmp_path / "latest").stat().st_mtime
+        os.utime(other / ".lease-elsewhere", (now - age, now - age))
+        publish(tmp_path, 500, keep=1)
+        assert steps(tmp_path) == ([200, 500] if age < EXPIRY_SECONDS else [500])
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
