@@ -270,7 +270,7 @@ class Training:
 
     def _state(self) -> dict[str, Any]:
         corpus = self.batches.corpus
-        run = {"run_id": self.run_id, "corpus": corpus.digest, "tokenizer": corpus.tokenizer_digest}
+        run: dict[str, Any] = {"run_id": self.run_id, "corpus": corpus.digest, "tokenizer": corpus.tokenizer_digest}
         run |= {GENERATION: self.generation, "parent": self.parent and self.parent._asdict()}
         return self.engine.checkpoint_state(**run)
 
