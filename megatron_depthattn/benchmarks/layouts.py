@@ -63,7 +63,8 @@ def measure(given: argparse.Namespace) -> Result:
 
 def _steps(given: argparse.Namespace, keys: list[str], run_dir: Path) -> list[float]:
     """Seconds of every counted step of one run."""
-    settings = [*given.set, *keys, f"run.dir={run_dir}", "data.num_workers=0", f"train.stop_after={given.steps}"]
+    settings = [*given.set, *keys, f"run.dir={run_dir}", "data.num_workers=0", "train.batch_ramp=null"]
+    settings += [f"train.stop_after={given.steps}"]
     run_torchrun("megatron_depthattn.train", [str(given.config), *settings], given.world)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(run_dir)

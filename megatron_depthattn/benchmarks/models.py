@@ -53,7 +53,8 @@ def run_config(given: argparse.Namespace, kind: str, keys: Mapping[str, Any] | N
 
     path = shape_path(given, kind)
     batch = given.micro_batch or load_config(path).train.micro_batch_size
-    values = {"train.micro_batch_size": batch, "train.global_batch_size": batch, **(keys or {})}
+    values = {"train.micro_batch_size": batch, "train.global_batch_size": batch}
+    values |= {"train.batch_ramp": None, **(keys or {})}
     values |= {"model.num_layers": given.layers} if given.layers else {}
     if length := given.sequence_length:
         values |= {"data.sequence_length": length, "model.max_position_embeddings": length}
@@ -93,7 +94,8 @@ def single_config(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
     config = load_config(path, settings)
     if config.model.num_layers != whole.model.num_layers and not any(".stride=" in text for text in settings):
         settings.append("model.depth_attention.stride=null")
-    config = load_config(path, [*settings, f"train.global_batch_size={config.train.micro_batch_size}"])
+    batch = [f"train.global_batch_size={config.train.micro_batch_size}", "train.batch_ramp=null"]
+    config = load_config(path, [*settings, *batch])
     return for_this_machine(config, validate(config, 1, needs_data=False)).config
 
 

@@ -147,7 +147,7 @@ def choose(given: argparse.Namespace, kind: str) -> tuple[dict[str, RunConfig], 
     path = given.config or Path(__file__).parent / f"precision-{kind}.yaml"
 
     def load(names: Sequence[str], spec: str) -> dict[str, RunConfig]:
-        common = [f"model.spec={spec}", f"train.steps={given.steps}", *given.set]
+        common = [f"model.spec={spec}", f"train.steps={given.steps}", "train.batch_ramp=null", *given.set]
         configs = {name: load_config(path, [*common, *settings[name]]) for name in names}
         for config in configs.values():
             validate(config, 1, needs_data=False)

@@ -26,7 +26,7 @@ class Sizes:
     data_parallel_size: int
     """Model replicas."""
     num_microbatches: int
-    """Forward passes of one replica in one optimizer step."""
+    """Forward passes of one replica in one optimizer step, of the full batch."""
     layers_per_chunk: int
     """Layers of one pipeline chunk; a stage holds parallel.virtual_pipeline chunks."""
 
@@ -322,6 +322,16 @@ def _groups(config: RunConfig, ranks: int) -> Any:
     return config.parallel.virtual_pipeline > 1 and _unless_multiple(batch, group, microbatches=batch // at_once)
 
 
+def _ramp_unsplit(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """What every batch size of a ramp must be a multiple of, where one is not, and starts that are."""
+    unit = _samples_at_once(config, ranks) * (config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1)
+    if not config.train.batch_ramp or config.train.batch_sizes.divisor % unit == 0:
+        return {}
+    starts = list(map(str, range(unit, config.train.global_batch_size, unit)))
+    several = [*starts[:3], "...", starts[-1]] if len(starts) > 5 else starts
+    return {"unit": unit, "replicas": ranks // _model_ranks(config), "starts": ", ".join(several) or "none"}
+
+
 def _pieces(config: RunConfig) -> int:
     """Equal pieces of a sequence: two for each context-parallel rank, so that causal work is even."""
     return 2 * config.parallel.context if config.parallel.context > 1 else 1
@@ -421,6 +431,12 @@ LAYOUT = checks(
         "{parallel.virtual_pipeline=}: the interleaved schedule takes them in groups of one per stage; set "
         "train.global_batch_size={multiples} or parallel.virtual_pipeline=1",
         _groups,
+    ),
+    (
+        "{train.batch_ramp is}, of which a batch size is not a multiple of {unit} ({train.micro_batch_size=} times "
+        "{replicas} data-parallel replicas, with {parallel.virtual_pipeline=|above 1} times {parallel.pipeline=}): "
+        "every step is split as the full batch is; set a start of {starts}, and an increment of a multiple of {unit}",
+        _ramp_unsplit,
     ),
 )
 RECOMPUTE = checks(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_depthattn.config.batch_sizes import BatchSizes
 from megatron_depthattn.methods.definitions import effective_method
 
 
@@ -214,7 +215,11 @@ class TrainConfig:
     steps: int = 200
     """Optimizer steps of the whole run; the learning rate's schedule is laid out over them."""
     global_batch_size: int = 16
-    """Sequences of one optimizer step, over all ranks."""
+    """Sequences of one optimizer step, over all ranks; with batch_ramp at its end, and of a batch of an evaluation."""
+    batch_ramp: list[int] | None = None
+    """[start, increment, samples]: the first steps have start sequences, and over this many samples it becomes
+    global_batch_size, increment by increment (docs/schedules.md). The learning rate's schedule then counts samples;
+    null: every step has global_batch_size."""
     micro_batch_size: int = 4
     """Sequences of one forward pass of one model replica."""
     stop_after: int | None = None
@@ -237,6 +242,11 @@ class TrainConfig:
     max_restarts_without_progress: int | None = 5
     """Starts from one step with the same config and code, after which the next one fails; null: no limit."""
 
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of each step."""
+        return BatchSizes.of(self.global_batch_size, self.batch_ramp)
+
 
 @dataclass(kw_only=True, frozen=True)
 class OptimizerConfig:
@@ -246,12 +256,14 @@ class OptimizerConfig:
     """Lowest learning rate after the warm-up, as a fraction of lr: that of the last step, and inverse_sqrt's floor;
     constant does not read it."""
     warmup_ratio: float = 0.02
-    """Fraction of train.steps over which the learning rate rises from 0 to lr, under every schedule."""
+    """Fraction of train.steps (with train.batch_ramp of all samples) over which the learning rate rises from 0 to lr,
+    under every schedule."""
     schedule: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
     """The learning rate after the warm-up (docs/schedules.md): a cosine or a line down to the last step; wsd, constant
     and then a decay; constant; or lr * sqrt(warm-up / step)."""
     decay_ratio: float = 0.2
-    """With wsd: the last fraction of train.steps, over which the learning rate falls; 1: from the first step on."""
+    """With wsd: the last fraction of train.steps (with train.batch_ramp of all samples), over which the learning rate
+    falls; 1: from the first step on."""
     decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     """With wsd: how it falls, from 1 to 0 of what is above min_lr_ratio, over the share x of the decay: 1 - x,
     (1 + cos(pi x)) / 2, 2^(1 - x) - 1, or 1 - sqrt(x)."""

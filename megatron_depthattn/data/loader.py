@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -40,7 +40,8 @@ class _Steps(Dataset[str | None]):
     """Reads the samples of a step into a slot; this is what the loader's processes run.
 
     Args:
-        slots: int32 [number of slots, num_micro_batches, mbs, N + 1], shared with forked processes.
+        slots: int32 [number of slots, num_micro_batches, mbs, N + 1], shared with forked processes; a
+            smaller step fills the first micro-batches of its slot.
         vocab_size: what a token must be below; None: not checked.
     """
 
@@ -50,12 +51,13 @@ class _Steps(Dataset[str | None]):
     def __getitem__(self, item: tuple[int, Ids]) -> str | None:
         """Fill a slot with the samples of these ids; returns what is wrong with the data, or None."""
         slot, ids = item
+        rows = self.slots[slot, : len(ids)]
         try:
-            for row, sample in zip(self.slots[slot].flatten(0, 1), ids.ravel().tolist(), strict=True):
+            for row, sample in zip(rows.flatten(0, 1), ids.ravel().tolist(), strict=True):
                 row.copy_(self.samples[sample])
         except (ValueError, OSError) as error:
             return str(error)  # raised in a worker, it would come out as pages of traceback
-        low, high = (int(token) for token in self.slots[slot].aminmax())
+        low, high = (int(token) for token in rows.aminmax())
         if self.vocab_size is not None and not 0 <= low <= high < self.vocab_size:
             # The embedding would crash a GPU, or look up nothing where tensor ranks share it.
             return (
@@ -102,6 +104,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
         vocab_size: what a token must be below; None: not checked.
         pin_memory: into page-locked memory, from which a copy to a GPU need not be waited for.
+        batch_sizes: of each step, none above ``global_batch_size``; None: always that.
         layout: the keyword arguments of `batch_positions`.
 
     Yields:
@@ -121,11 +124,12 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         num_workers: int = 0,
         vocab_size: int | None = None,
         pin_memory: bool = False,
+        batch_sizes: Iterable[int] | None = None,
         **layout: int,
     ) -> None:
         sizes = {name: size for name, size in layout.items() if name != "data_parallel_rank"}
         step = num_micro_batches(**sizes), layout["micro_batch_size"], samples.sequence_length + 1
-        ids = steps(sequence, consumed_samples, **layout)
+        ids = steps(sequence, consumed_samples, batch_sizes, **layout)
         # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
         # copied from its slot a moment later. Hence one slot more.
         shape = num_workers * STEPS_AHEAD + 1, *step
@@ -172,7 +176,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         """
         error = self._wait()
         slot, ids = self._asked.popleft()
-        rows = self._slots[slot].long()  # a copy: the slot is filled again
+        rows = self._slots[slot, : len(ids)].long()  # a copy: the slot is filled again
         if error is not None:
             raise ValueError(error)
         both = rows[..., :-1].contiguous(), rows[..., 1:].contiguous()

@@ -8,7 +8,7 @@ A stream of samples is one endless sequence of positions 0, 1, 2, ...; position 
 
 for micro-batch `m` of the step, data-parallel rank `r` and row `k` of the micro-batch. Tensor, pipeline and context
 ranks of one replica share `r` and therefore read the same rows. `c` is the whole state: a resumed run needs nothing
-else, and may use another layout or another global batch size.
+else, and may use another layout or another global batch size; with a ramp of the batch size each step has its own.
 
 An epoch's order is a function of seed, stream, epoch and position. The shards come in random order, which makes a line
 of all samples; then every sample moves to a random place on that line, at most half a window away, and the samples are
@@ -26,7 +26,8 @@ samples.
 Draws are raw words of PCG64: NumPy promises that stream for ever, and does not promise `Generator`'s methods.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Protocol
 
 import numpy as np
@@ -259,15 +260,18 @@ def batch_positions(
     return consumed_samples + grid[:, data_parallel_rank]
 
 
-def steps(sequence: SampleIds, consumed_samples: int, **layout: int) -> Iterator[Ids]:
+def steps(
+    sequence: SampleIds, consumed_samples: int, batch_sizes: Iterable[int] | None = None, **layout: int
+) -> Iterator[Ids]:
     """Endless steps of one data-parallel rank, from `consumed_samples` on, epoch after epoch.
 
     Args:
+        batch_sizes: of each step; None: always the layout's.
         layout: the keyword arguments of `batch_positions`.
 
     Yields:
         int64 [num_micro_batches, micro_batch_size], sample ids.
     """
-    while True:
-        yield sequence.sample_ids(batch_positions(consumed_samples, **layout))
-        consumed_samples += layout["global_batch_size"]
+    for size in batch_sizes or repeat(layout["global_batch_size"]):
+        yield sequence.sample_ids(batch_positions(consumed_samples, **(layout | {"global_batch_size": size})))
+        consumed_samples += size

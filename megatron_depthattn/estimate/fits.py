@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_depthattn.config import RunConfig, validate
 from megatron_depthattn.estimate.hardware import find_gpu, resolve_for
 from megatron_depthattn.estimate.layouts import MEMORY_RESERVE, RECOMPUTE, Layout, fullest_rank
-from megatron_depthattn.estimate.step_time import step_time
+from megatron_depthattn.estimate.step_time import run_seconds, step_time
 from megatron_depthattn.estimate.traffic import CrossLayer
 
 
@@ -25,7 +25,7 @@ class Fit:
     """Memory of one GPU less what the framework and fragmentation take."""
     step_seconds: float
     run_hours: float
-    """Of all train.steps; checkpoints, evaluation and restarts not counted."""
+    """Of all train.steps, those of a batch ramp shorter; checkpoints, evaluation and restarts not counted."""
 
     @property
     def fits(self) -> bool:
@@ -60,7 +60,7 @@ def check_fit(config: RunConfig, world_size: int, gpu: str = "H100") -> tuple[Fi
         needed_gb=fullest_rank(layout, world_size).total / 1e9,
         room_gb=hardware.memory_gb * (1 - MEMORY_RESERVE),
         step_seconds=seconds,
-        run_hours=config.train.steps * seconds / 3600,
+        run_hours=run_seconds(config, layout.shared, sizes, hardware) / 3600,
     )
     if fit.fits:
         return fit, None

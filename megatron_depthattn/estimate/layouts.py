@@ -16,7 +16,7 @@ from megatron_depthattn.config import RunConfig, Sizes, validate
 from megatron_depthattn.estimate.counts import forward_flops
 from megatron_depthattn.estimate.hardware import Hardware, resolve_for
 from megatron_depthattn.estimate.memory import RankMemory, rank_memory
-from megatron_depthattn.estimate.step_time import StepTime, step_time
+from megatron_depthattn.estimate.step_time import StepTime, run_seconds, step_time
 from megatron_depthattn.estimate.traffic import CrossLayer
 
 MEMORY_RESERVE = 0.08
@@ -64,7 +64,7 @@ class LayoutEstimate:
     mfu: float
     """The model's arithmetic (recompute not counted) over the peak."""
     run_hours: float
-    """Of train.steps such steps; checkpoints, evaluation and restarts not counted."""
+    """Of train.steps steps, those of a batch ramp shorter; checkpoints, evaluation and restarts not counted."""
     memory: RankMemory
     """Of the fullest rank."""
     breakdown: StepTime
@@ -99,9 +99,10 @@ def candidate_layouts(config: RunConfig, world_size: int, hardware: Hardware) ->
         for mode in RECOMPUTE.values():
             recompute, sizes = dataclasses.replace(config.recompute, **mode), None
             for micro in _divisors(batch, LARGEST_MICRO_BATCH):
-                passes, rest = divmod(batch, micro * replicas)
-                if rest or (parallel.virtual_pipeline > 1 and passes % parallel.pipeline):
+                unit = micro * replicas * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+                if config.train.batch_sizes.divisor % unit:
                     continue
+                passes = batch // (micro * replicas)
                 train = dataclasses.replace(config.train, micro_batch_size=micro)
                 candidate = dataclasses.replace(config, parallel=parallel, recompute=recompute, train=train)
                 if sizes is None:  # the size of a micro-batch is of no consequence for the other checks
@@ -213,7 +214,7 @@ def estimate(layout: Layout, time: StepTime, memory: RankMemory, world_size: int
         overrides=layout.overrides,
         step_seconds=time.total,
         tokens_per_second=tokens / time.total,
-        run_hours=config.train.steps * time.total / 3600,
+        run_hours=run_seconds(config, layout.shared, layout.sizes, hardware) / 3600,
         mfu=arithmetic / time.total / (peak * 1e12),
         memory=memory,
         breakdown=time,

@@ -17,7 +17,7 @@ efficiency at odd shapes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_depthattn.config import RunConfig, Sizes
@@ -98,6 +98,15 @@ def step_time(config: RunConfig, shared: CrossLayer, sizes: Sizes, hardware: Har
     parts = {part: m * seconds for part, seconds in vars(slowest).items()}
     parts["data"] += data
     return StepTime(**parts, bubble=others / config.parallel.virtual_pipeline, optimizer=optimizer)
+
+
+def run_seconds(config: RunConfig, shared: CrossLayer, sizes: Sizes, hardware: Hardware) -> float:
+    """What all train.steps cost, each with its own batch size."""
+    at_once = config.train.global_batch_size // sizes.num_microbatches
+    return sum(
+        count * step_time(config, shared, replace(sizes, num_microbatches=size // at_once), hardware).total
+        for size, count in config.train.batch_sizes.stretches(config.train.steps)
+    )
 
 
 def _stage_time(

@@ -147,11 +147,13 @@ def _points(study: Study, rung: str, size: int, layers: list[Layer], method: str
             f"{rung}: eval_sequences is {study.eval_sequences} and the global batch {batch}: every size has to be "
             f"evaluated on the same sequences; set eval_sequences to a multiple of {batch}"
         )
-    per_step = batch * config.data.sequence_length
+    sizes, length = config.train.batch_sizes, config.data.sequence_length
     budgets = arm.tokens_per_parameter or study.tokens_per_parameter_at.get(rung) or study.tokens_per_parameter
-    courses = [(budget, math.ceil(budget * size / per_step)) for budget in budgets or []]
+    courses = [(budget, sizes.steps_to(budget * size, length)) for budget in budgets or []]
     points = []
-    for multiple, steps in courses or [(config.train.steps * per_step / size, config.train.steps)]:
+    whole = sizes.consumed_after(config.train.steps) * length / size, config.train.steps
+    for multiple, steps in courses or [whole]:
+        tokens = sizes.consumed_after(steps) * length
         interval, batches = math.ceil(steps / study.evaluations), study.eval_sequences // batch
         train = dataclasses.replace(config.train, steps=steps, eval_interval=interval, eval_batches=batches)
         for seed in study.seeds:
@@ -174,9 +176,9 @@ def _points(study: Study, rung: str, size: int, layers: list[Layer], method: str
                     seed=seed,
                     size=size,
                     parameters=decoder_shape(run).parameters,
-                    tokens=steps * per_step,
+                    tokens=tokens,
                     steps=steps,
-                    flops=3.0 * forward_flops(run).total * steps * per_step,
+                    flops=3.0 * forward_flops(run).total * tokens,
                     world=devices,
                     layout=layout,
                     predicted_step_seconds=seconds,

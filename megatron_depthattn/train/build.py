@@ -240,7 +240,7 @@ def torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer | torch.optim.Optimizer) -> OptimizerParamScheduler:
-    """Megatron's schedule over the parameter groups of ``optimizer``, counted as `schedule_of` says."""
+    """Megatron's schedule over the parameter groups of ``optimizer``, which counts what `schedule_of` says."""
     settings, parts = config.optimizer, schedule_of(config)
     return OptimizerParamScheduler(
         optimizer,  # it touches nothing but the parameter groups

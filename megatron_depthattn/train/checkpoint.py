@@ -225,6 +225,10 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]
     fixed["data.skip_samples"] = config["data"].get("skip_samples", 0)
+    train = config.get("train", {})
+    fixed["train.batch_ramp"] = train.get("batch_ramp")
+    if fixed["train.batch_ramp"]:  # a schedule of samples, all of whose batch sizes must stay as they were
+        fixed["train.global_batch_size"] = train["global_batch_size"]
     streams = config["data"].get("streams") or []
     fixed["data.streams' proportions"] = [stream["proportion"] for stream in streams]
     return fixed

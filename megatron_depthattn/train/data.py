@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import DataConfig, TrainConfig
+from megatron_depthattn.config.batch_sizes import BatchSizes
 from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader
 from megatron_depthattn.parallel.groups import check_same_on_all_ranks
@@ -84,6 +85,8 @@ class GlobalBatches:
     def seek(self, consumed_samples: int) -> None:
         """Resume from this many samples since the run's first one."""
         self.close()
+        full, ramp = self._train.global_batch_size, self._train.batch_ramp if self._is_training else None
+        self._batch_sizes = BatchSizes.of(full, ramp).each(consumed_samples)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         if parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
             return
@@ -92,7 +95,8 @@ class GlobalBatches:
             self.corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training),
             consumed_samples=self._first + consumed_samples,
             vocab_size=self._vocab_size,
-            global_batch_size=self._train.global_batch_size,
+            global_batch_size=full,
+            batch_sizes=self._batch_sizes,
             micro_batch_size=self._train.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
@@ -125,7 +129,7 @@ class GlobalBatches:
         """
         if self._reader is None:
             of_all = self._train.micro_batch_size * parallel_state.get_data_parallel_world_size()
-            return [{}] * (self._train.global_batch_size // of_all)
+            return [{}] * (next(self._batch_sizes) // of_all)
         started = time.perf_counter()
         step = self._reader.take()
         self.data_seconds += time.perf_counter() - started

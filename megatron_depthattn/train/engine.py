@@ -29,9 +29,9 @@ class Engine(ABC):
         """Lines for the log."""
         return []
 
-    def advance_schedule(self) -> None:
-        """Set the learning rate of the next step."""
-        self._scheduler.step(increment=1)
+    def advance_schedule(self, batch_size: int) -> None:
+        """Set the learning rate of the next step, which has so many samples."""
+        self._scheduler.step(increment=batch_size if self._config.train.batch_ramp else 1)
 
     @property
     def learning_rate(self) -> float:

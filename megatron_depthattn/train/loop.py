@@ -118,12 +118,14 @@ class Training:
         self.run_id = broadcast_from_rank0(lambda: self._enter_history(start, config_digest(given)))
         self.sample_log = SampleLog(self.run_dir, is_on=config.data.log_samples, first_step=self.progress.step)
         self.meter = Meter(config, self.world_size)
+        remaining = partial(config.train.batch_sizes.consumed_after, consumed=self.progress.consumed_samples)
         self.report = Reporter(
             self.run_dir,
             log_interval=config.train.log_interval,
             first_step=self.progress.step,
             last_step=self.last_step,
             wandb=config.log.wandb,
+            samples=(self.progress.consumed_samples, remaining(self.last_step - self.progress.step)),
         )
         self.checkpoints = RunCheckpoints(
             config.checkpoint, self.checkpoint_dir, self._state, self.report, lambda: self._heartbeat("checkpoint")
@@ -132,7 +134,7 @@ class Training:
         self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
         self.watchdog: Watchdog | None = None
         begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
-        last_sample = config.train.steps * config.train.global_batch_size
+        last_sample = remaining(max(0, config.train.steps - self.progress.step))
         self.report.lines(preflight)
         self.report.lines(opening_lines(config, megatron, self.world_size, begins))
         self.report.lines(self.engine.describe())
@@ -209,7 +211,8 @@ class Training:
         if not self.agreement.may_continue(self.batches):
             return False
         self.signals.nothing_to_save = False
-        self.engine.advance_schedule()
+        batch_size = self.config.train.batch_sizes.at(self.progress.consumed_samples)
+        self.engine.advance_schedule(batch_size)
         microbatches = self.batches.next()
         waited = self.batches.data_seconds - waited
         with self.depth.recording(step):
@@ -222,13 +225,16 @@ class Training:
         if result.skipped:
             self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
         self.skipped.record(step, result)
-        self.progress = self.progress.after_step(
-            self.config.train.global_batch_size, self.config.data.sequence_length, skipped=result.skipped
-        )
+        self.progress = self.progress.after_step(batch_size, self.config.data.sequence_length, skipped=result.skipped)
         self._heartbeat("step")
         blocked = self.checkpoints.blocking_seconds
         record = self.meter.record(
-            self.progress, result, lr=self.engine.learning_rate, seconds=seconds, blocked_seconds=blocked
+            self.progress,
+            result,
+            samples=batch_size,
+            lr=self.engine.learning_rate,
+            seconds=seconds,
+            blocked_seconds=blocked,
         )
         record["depth"] = self.depth.collect()
         if step == self.last_step or self._is_evaluation_due():

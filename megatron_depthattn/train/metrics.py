@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import RunConfig, TrainConfig
-from megatron_depthattn.config.schedule import schedule_line
+from megatron_depthattn.config.schedule import schedule_lines
 from megatron_depthattn.estimate.counts import PEAK_TFLOPS_BF16, decoder_shape, forward_flops
 from megatron_depthattn.model.depth_weights import COLUMNS_BEFORE_WEIGHTS, DepthRecorder
 from megatron_depthattn.model.flops import ForwardFlops
@@ -52,28 +52,37 @@ class Meter:
 
     def __init__(self, config: RunConfig, world_size: int) -> None:
         self._config, self._world_size = config, world_size
-        self._tokens = config.train.global_batch_size * config.data.sequence_length
         self._peak = peak_tflops(config)
-        # Of a step: backward counts as two more forward passes.
-        self._tflops_per_device = 3 * forward_flops(config).total * self._tokens / world_size / 1e12
-        self._started, self._steps = time.monotonic(), 0
+        # Of a token: backward counts as two more forward passes.
+        self._tflops_per_device = 3 * forward_flops(config).total / world_size / 1e12
+        self._started, self._steps, self._tokens = time.monotonic(), 0, 0
         self._step_seconds = self._blocked_seconds = 0.0
         self._held_out: list[tuple[int, float]] = []
 
     def record(
-        self, progress: Progress, result: StepResult, *, lr: float, seconds: float, blocked_seconds: float = 0.0
+        self,
+        progress: Progress,
+        result: StepResult,
+        *,
+        samples: int,
+        lr: float,
+        seconds: float,
+        blocked_seconds: float = 0.0,
     ) -> dict[str, Any]:
         """One line of metrics.jsonl; the loop fills in ``eval_loss`` and ``depth``.
 
         Memory is that of the rank that holds most of it. Loss and gradient norm are null where they are not finite.
 
         Args:
+            progress: after the step.
+            samples: of the step.
             blocked_seconds: how long the loop has waited for checkpoints since the process began.
         """
-        self._steps += 1
+        tokens = samples * self._config.data.sequence_length
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
         self._step_seconds += seconds
         before, self._blocked_seconds = self._blocked_seconds, blocked_seconds
-        tflops = self._tflops_per_device / seconds
+        tflops = self._tflops_per_device * tokens / seconds
         ranks = [RankStatus(*status) for status in result.statuses]
         waits = [rank.data_seconds for rank in ranks]
         return {
@@ -87,7 +96,7 @@ class Meter:
             "data_seconds": max(waits),
             "data_seconds_min": min(waits),
             "data_slowest_rank": waits.index(max(waits)),
-            "tokens_per_second": self._tokens / seconds,
+            "tokens_per_second": tokens / seconds,
             "tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
             "memory_gb": max(rank.memory_gb for rank in ranks),
@@ -109,11 +118,10 @@ class Meter:
         stopped = f"stopped by {end.get('signal')} at step {progress.step}"
         if not self._steps and end["outcome"] == "signal":
             return [f"{stopped}, nothing new to save: start the same command again"]
-        tokens = self._steps * self._tokens
         lines = [
-            f"trained {_counted(self._steps, 'step')} to step {progress.step}: {tokens / 1e6:.2f} M tokens on "
+            f"trained {_counted(self._steps, 'step')} to step {progress.step}: {self._tokens / 1e6:.2f} M tokens on "
             f"{_counted(self._world_size, 'rank')} in {time.monotonic() - self._started:.0f} s "
-            f"({tokens / max(self._step_seconds, 1e-9):,.0f} tokens/s in steps), "
+            f"({self._tokens / max(self._step_seconds, 1e-9):,.0f} tokens/s in steps), "
             f"peak memory {peak_memory_gb():.2f} GB on rank 0"
         ]
         if self._held_out:
@@ -148,7 +156,7 @@ def opening_lines(config: RunConfig, megatron: DepthAttentionConfig, world_size:
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
         f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage)",
         *_transfer_lines(config, megatron),
-        schedule_line(config),
+        *schedule_lines(config),
         f"start: {start}",
     ]
 

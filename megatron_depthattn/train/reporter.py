@@ -30,7 +30,8 @@ class Reporter:
         run_dir: the run's folder.
         log_interval: steps between lines on the console.
         first_step: steps already done; what the files say about later ones (of a run that was cut off) is dropped.
-        last_step: the step at which the run ends, for the ETA.
+        last_step: the step at which the run ends.
+        samples: consumed before, and at that end, for the ETA.
         wandb: whether and where Weights & Biases gets the curves.
     """
 
@@ -41,6 +42,7 @@ class Reporter:
         log_interval: int,
         first_step: int,
         last_step: int,
+        samples: tuple[int, int],
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 - frozen
     ) -> None:
         self.is_writer, self.last_step, self.log_interval = dist.get_rank() == 0, last_step, log_interval
@@ -54,7 +56,7 @@ class Reporter:
             *([WandbMirror(run_dir, self)] if is_mirrored(wandb) else []),
         ]
         self._is_waiting = False
-        self._started, self._first_step = time.monotonic(), first_step
+        self._started, (self._first_sample, self._last_sample) = time.monotonic(), samples
 
     def lines(self, texts: Iterable[str]) -> None:
         """Lines for people, on the console and in log.txt."""
@@ -122,8 +124,8 @@ class Reporter:
 
     def _text(self, metrics: dict[str, Any]) -> str:
         step = metrics["step"]
-        seconds_per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
-        remaining = round(seconds_per_step * (self.last_step - step))
+        seconds_per_sample = (time.monotonic() - self._started) / max(1, metrics["samples"] - self._first_sample)
+        remaining = round(seconds_per_sample * (self._last_sample - metrics["samples"]))
         held_out = "" if metrics["eval_loss"] is None else f"held-out {metrics['eval_loss']:.4f} | "
         return (
             f"step {step}/{self.last_step} | loss {_number(metrics['loss'], '.4f')} | {held_out}"

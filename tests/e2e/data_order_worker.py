@@ -1,7 +1,7 @@
 """One rank of a world: read segments of runs as a training loop does, with the run's record of samples, and no model.
 
-The argument is a JSON file: a list of segments, each with the config's overrides, the first step, the number of steps,
-and the count of consumed samples to resume from.
+The argument is a JSON file: a list of segments, each with the config's overrides, the first step, the samples of every
+step, and the count of consumed samples to resume from.
 """
 
 import json
@@ -40,8 +40,11 @@ def main() -> None:
             consumed_samples=segment["consumed_samples"],
         )
         log = SampleLog(Path(config.run.dir), is_on=config.data.log_samples, first_step=segment["first_step"])
-        for step in range(segment["first_step"], segment["first_step"] + segment["num_steps"]):
+        at_once = config.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        for step, batch_size in enumerate(segment["batch_sizes"], segment["first_step"]):
             microbatches = batches.next()
+            # on a rank that reads nothing as well; a run that forgot where it was reads steps of another size
+            assert not segment["consumed_samples"] or len(microbatches) * at_once == batch_size
             for batch in filter(None, microbatches):
                 # The corpora of this test hold in every token of a sample the sample's own id.
                 assert (batch["tokens"] == batch["sample_ids"][:, None]).all()

@@ -1,8 +1,9 @@
 """The record of samples is the same under every layout, interrupted or not, in real worlds over real shards.
 
 Five runs over more than three epochs, each interrupted twice in the middle of an epoch and resumed under another
-layout, for one stream and for two with proportions. An interrupted run is three steps ahead of what it resumes from,
-as one is that was killed between checkpoints. Compared, sample for sample, with the documented order written out.
+layout, for one stream, and for two with proportions while the batch size rises. An interrupted run is three steps ahead
+of what it resumes from, as one is that was killed between checkpoints. Compared, sample for sample, with the documented
+order written out.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from tests.e2e.commands import must_succeed
 from tests.forked import forked
 
 LENGTH, GLOBAL_BATCH, MICRO_BATCH, SEED = 8, 16, 2, 21
-STOPS, NUM_STEPS, LOST_STEPS = (23, 51), 80, 3  # of 16 samples; neither stop is at the end of an epoch
+STOPS, NUM_STEPS, LOST_STEPS = (23, 51), 80, 3  # neither stop is at the end of an epoch, or of the ramp
 SAMPLES = {"large": 301, "small": 97}
 LAYOUTS = {
     "dp1": (1, []),
@@ -30,16 +31,20 @@ LAYOUTS = {
     "dp4": (4, []),
     "dp2 tp2": (4, ["parallel.tensor=2"]),
     "tp2 pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "pp4": (4, ["parallel.pipeline=4"]),  # two stages that read nothing
 }
 RUNS = {  # name of the run (its first layout), and the layouts after each interruption
     "dp1": ("dp1", "dp2", "dp4"),
     "dp2": ("dp2", "dp4", "tp2 pp2"),
     "dp4": ("dp4", "dp2 tp2", "tp2 pp2"),
-    "tp2": ("tp2", "pp2", "dp4"),
+    "tp2": ("tp2", "pp2", "pp4"),
     "pp2": ("pp2", "tp2", "dp2 tp2"),
     "forgetful": ("dp1", "dp2", "tp2"),  # control: resumes from sample 0
 }
 WORLDS = (1, 2, 4)  # in this order: each does what the runs need next
+RAMP = ["train.global_batch_size=32", "train.batch_ramp=[8,8,900]"]
+BATCHES = {"one": [GLOBAL_BATCH] * NUM_STEPS, "two": [8] * 38 + [16] * 19 + [24] * 13 + [32] * 10}
+"""Samples of each step: 38 steps of 8 are the first over 300, 19 of 16 then the first over 600, and so on."""
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +71,10 @@ def runs(corpora: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("runs")
     large, small = corpora
     data = {
-        "one": [f"data.path={large}"],
+        "one": [f"data.path={large}", "data.num_workers=0"],
         "two": [
             f"data.streams=[{{path: {large}, proportion: 0.75}}, {{path: {small}, proportion: 0.25}}]",
-            "data.num_workers=0",
+            *RAMP,
         ],
     }
     settings = {
@@ -86,13 +91,13 @@ def runs(corpora: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
             for kind, name in sorted(ready, key=lambda key: todo[key][0][1]):  # groups are made anew for each layout
                 part, layout = todo[kind, name].pop(0)
                 first_step, last_step = (0, *STOPS)[part], (*STOPS, NUM_STEPS)[part]
-                is_interrupted = last_step != NUM_STEPS
+                ahead = LOST_STEPS if last_step != NUM_STEPS else 0
                 segments.append(
                     {
                         "overrides": [f"run.dir={folder / kind / name}", *data[kind], *LAYOUTS[layout][1]],
                         "first_step": first_step,
-                        "num_steps": last_step - first_step + (LOST_STEPS if is_interrupted else 0),
-                        "consumed_samples": 0 if name == "forgetful" else first_step * GLOBAL_BATCH,
+                        "batch_sizes": BATCHES[kind][first_step : last_step + ahead],
+                        "consumed_samples": 0 if name == "forgetful" else sum(BATCHES[kind][:first_step]),
                     }
                 )
         listed = folder / f"{number}.json"
@@ -106,7 +111,7 @@ def expected(corpora: dict[str, list[int]], kind: str, seed: int = SEED) -> list
     """Ids of all samples of a run, in the order of their positions."""
     large, small = corpora.values()
     order = stream_order(large, seed) if kind == "one" else mixed_order([large, small], [750, 250], seed)
-    return list(itertools.islice(order, NUM_STEPS * GLOBAL_BATCH))
+    return list(itertools.islice(order, sum(BATCHES[kind])))
 
 
 def recorded(run: Path) -> dict[int, dict[int, list[list[list[int]]]]]:
@@ -126,16 +131,19 @@ def positions_in_order(replicas: dict[int, list]) -> list[int]:
     return [i for row in zip(*(replicas[rank][0] for rank in sorted(replicas)), strict=True) for m in row for i in m]
 
 
-def all_ids(run: Path) -> list[int]:
+def all_ids(run: Path, kind: str) -> list[int]:
     steps = recorded(run)
     assert sorted(steps) == list(range(1, NUM_STEPS + 1))
-    return [i for step in sorted(steps) for i in positions_in_order(steps[step])]
+    of_steps = [positions_in_order(steps[step]) for step in sorted(steps)]
+    if run.name != "forgetful":
+        assert list(map(len, of_steps)) == BATCHES[kind]
+    return [*itertools.chain.from_iterable(of_steps)]
 
 
 @pytest.mark.parametrize("kind", ["one", "two"])
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "forgetful"])
 def test_interrupted_and_resumed_elsewhere_every_run_reads_the_documented_samples(runs, corpora, kind, name):
-    assert all_ids(runs / kind / name) == expected(corpora, kind)
+    assert all_ids(runs / kind / name, kind) == expected(corpora, kind)
 
 
 @pytest.mark.parametrize("kind", ["one", "two"])
@@ -145,18 +153,19 @@ def test_ranks_of_one_replica_read_the_same_microbatches(runs, kind, name):
     bounds = (0, *STOPS, NUM_STEPS)
     for (low, high), layout in zip(itertools.pairwise(bounds), RUNS[name], strict=True):
         world_size, overrides = LAYOUTS[layout]
-        replica = 2 ** len(overrides)
+        readers = 2 ** len(overrides)
+        replica = 4 if layout == "pp4" else readers
         for step in range(low + 1, high + 1):
             assert sorted(steps[step]) == list(range(world_size // replica))
             for copies in steps[step].values():
-                assert len(copies) == replica
+                assert len(copies) == readers
                 assert all(copy == copies[0] for copy in copies)
                 assert np.array(copies[0]).shape[1] == MICRO_BATCH
 
 
 @pytest.mark.parametrize("kind", ["one", "two"])
 def test_the_runs_go_past_three_epochs_of_every_stream(runs, corpora, kind):
-    counts = np.bincount(all_ids(runs / kind / "dp1"), minlength=sum(SAMPLES.values()))
+    counts = np.bincount(all_ids(runs / kind / "dp1", kind), minlength=sum(SAMPLES.values()))
     large, small = counts[: SAMPLES["large"]], counts[SAMPLES["large"] :]
     assert large.min() >= 3 and np.ptp(large) == 1  # every epoch whole, the last one begun
     assert (small.min() >= 3 and np.ptp(small) == 1) if kind == "two" else not small.any()
@@ -165,6 +174,6 @@ def test_the_runs_go_past_three_epochs_of_every_stream(runs, corpora, kind):
 @pytest.mark.parametrize("kind", ["one", "two"])
 def test_control_another_seed_and_a_forgotten_position_are_noticed(runs, corpora, kind):
     assert expected(corpora, kind, seed=SEED + 1) != expected(corpora, kind)
-    forgotten = all_ids(runs / kind / "forgetful")
-    assert forgotten[: STOPS[0] * GLOBAL_BATCH] == expected(corpora, kind)[: STOPS[0] * GLOBAL_BATCH]
+    forgotten, first = all_ids(runs / kind / "forgetful", kind), sum(BATCHES[kind][: STOPS[0]])
+    assert forgotten[:first] == expected(corpora, kind)[:first]
     assert forgotten != expected(corpora, kind)

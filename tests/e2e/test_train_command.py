@@ -17,8 +17,8 @@ METRICS = {
     *("checkpoint_seconds", "skipped_steps", "depth"),
 }
 OWN_LINE = re.compile(
-    r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|schedule|start|stream \d+|engine|step|"
-    r"saved|trained|held-out loss|goodput|record|what to try next|vocabulary|switches|data|parallel)[ :=]"
+    r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|schedule|batch ramp|start|stream \d+|"
+    r"engine|step|saved|trained|held-out loss|goodput|record|what to try next|vocabulary|switches|data|parallel)[ :=]"
 )
 """The forms of line that a run prints."""
 OP = "model.depth_attention.op=reference"
@@ -86,15 +86,41 @@ def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
 
 
 # tests/parallel resumes under many more; this is the command's way there.
-def test_resume_under_another_layout(undisturbed: Path, config_file: Path, tmp_path: Path):
-    """Two processes continue what one process began; the record is that of one process, the console only the run's."""
-    command = (config_file, f"run.dir={tmp_path / 'run'}", "checkpoint.load=latest")
-    must_succeed(train(*command, "train.stop_after=4"))
+def test_resume_under_another_layout_while_the_batch_size_rises(config_file: Path, tmp_path: Path):
+    """Two processes continue what one process began; the record is that of one process, the console only the run's.
+
+    The ramp: 3 steps of 4 samples, 2 of 8, then 12.
+    """
+    ramp = ("train.batch_ramp=[4,4,24]", "train.global_batch_size=12")
+    ramp += ("optimizer.schedule=wsd", "optimizer.warmup_ratio=0.25", "optimizer.decay_ratio=0.5", "optimizer.lr=1e-3")
+    undisturbed = tmp_path / "undisturbed"
+    must_succeed(train(config_file, f"run.dir={undisturbed}", *ramp))
+    command = (config_file, f"run.dir={tmp_path / 'run'}", *ramp, "checkpoint.load=latest")
+    must_succeed(train(*command, "train.stop_after=2"))
+    must_succeed(train(*command, "train.stop_after=2"))
+    begun = [record[:-1] for record in trajectory(tmp_path / "run")]  # without held-out losses: a stop brings one
+    assert begun == [record[:-1] for record in trajectory(undisturbed)[:4]], "resumed in the ramp, to the bit"
+    failed = train(*command, "train.batch_ramp=null")
+    assert failed.returncode == 1 and "train.batch_ramp (was [4, 4, 24], is None)" in failed.stderr
+    must_succeed(train(*command, "train.stop_after=2", ranks=2))
     result = must_succeed(train(*command, "parallel.pipeline=2", "parallel.virtual_pipeline=2", ranks=2))
     assert "hop 0 -> 1:" in result.stdout
+    log = (undisturbed / "log.txt").read_text()
+    assert "lr 0.001 after 28 of 112 samples, minus_sqrt decay over the last 56 to 0.0001 (with train.batch_ramp" in log
+    assert "batch ramp: 4 sequences a step, 4 more at a time over 24 samples, 12 from step 6 on" in log
+    consumed = [4, 8, 12, 20, 28, *range(40, 113, 12)]
+    for run_dir in (undisturbed, tmp_path / "run"):
+        steps = records(run_dir)
+        assert [step["samples"] for step in steps] == consumed
+        assert [step["tokens"] for step in steps] == [32 * samples for samples in consumed]
+        for step, samples in zip(steps, consumed, strict=True):
+            x = max(0, samples - 56) / 56
+            falling = 1e-4 + 9e-4 * (1 - x**0.5)
+            assert step["lr"] == pytest.approx(min(1e-3 * samples / 28, falling), rel=1e-12)
     foreign = [line for line in result.stdout.splitlines() + result.stderr.splitlines() if not OWN_LINE.match(line)]
     assert not foreign
     for ours, theirs in zip(records(tmp_path / "run"), records(undisturbed), strict=True):
+        assert theirs["eval_loss"] is None or ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 

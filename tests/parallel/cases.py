@@ -47,6 +47,8 @@ MODEL = ModelConfig(
 )
 # Micro-batches of two rows: with one row a mixed-up order of positions and rows would go unnoticed.
 TRAIN = TrainConfig(steps=20, global_batch_size=8, micro_batch_size=2)
+RAMP = (4, 4, 4, 8, 8, 12, 12, 12, 12, 12)
+"""Sequences of each step of the jobs with a batch ramp: from 4, 4 more after every 12 samples."""
 # Adam's first steps are nearly lr * sign(gradient), also where the gradient is nothing but rounding. With eps near
 # the size of a small gradient and a warm-up, what ten steps add to the rounding of one stays below the bound.
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_ratio=0.5, eps=1e-5)
@@ -141,6 +143,8 @@ class Job:
     """Of these two runs."""
     gathered: bool = False
     """Continue from its other checkpoint, which Megatron has gathered: one writer of whole tensors."""
+    ramp: bool = False
+    """With batches of `RAMP`."""
     agreement: bool = False
     """Only call ``check_same_on_all_ranks``."""
 
@@ -152,6 +156,7 @@ class Job:
         parts += [self.sabotage] * bool(self.sabotage) + ["save"] * self.save + ["agreement"] * self.agreement
         parts += [f"loops{self.loops}"] * (self.loops > 1) + ["unrolled"] * self.unrolled
         parts += [f"overlap-clip{self.grad_clip:g}"] * self.overlap
+        parts += ["ramp"] * self.ramp
         parts += [f"from-{self.resume}"] * bool(self.resume) + ["gathered"] * self.gathered
         parts += ["branch"] * self.branch
         return "-".join(parts)
@@ -159,6 +164,8 @@ class Job:
     @property
     def reference(self) -> Job:
         """The single-process job whose losses and gradients are the truth."""
+        if self.ramp:
+            return RAMPED_REFERENCE
         if self.method in METHODS:
             return Job(layout="single", method=self.method)
         if self.loops > 1:
@@ -169,7 +176,8 @@ class Job:
     @property
     def checkpoint(self) -> str:
         """The folder of the checkpoint that this job saves or continues from."""
-        return f"checkpoint-{self.resume or self.layout}-{self.method}-loops{self.loops}" + self.gathered * "-gathered"
+        kind = f"{self.method}-loops{self.loops}" + self.ramp * "-ramp" + self.gathered * "-gathered"
+        return f"checkpoint-{self.resume or self.layout}-{kind}"
 
     def config(self) -> RunConfig:
         rule: Any = "unrolled" if self.unrolled else "same_layer"
@@ -184,7 +192,7 @@ class Job:
             parallel=LAYOUTS[self.layout].parallel,
             recompute=RECOMPUTE[self.recompute],
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
-            train=TRAIN,
+            train=dataclasses.replace(TRAIN, global_batch_size=RAMP[-1], batch_ramp=[4, 4, 24]) if self.ramp else TRAIN,
             optimizer=OPTIMIZER,
             checkpoint=CheckpointConfig(
                 start_from=self.checkpoint if self.branch else None, start_optimizer=self.branch
@@ -208,6 +216,7 @@ LOOPED_REFERENCES = {
         Job(layout="single", loops=2, steps=3, method="vanilla"),
     )
 }
+RAMPED_REFERENCE = Job(layout="single", ramp=True, save=True)
 ABLATED = [
     Job(layout="single", steps=STEPS if FULL else 1, **ablation)
     for ablation in ({"mixes": "key_value"}, {"weights": "uniform"})
@@ -281,6 +290,7 @@ LOOPED = [
     Job(layout="pp4xvpp2", loops=2, steps=STEPS if FULL else 1),
 ]
 PARITY += LOOPED
+PARITY += [Job(layout=layout, ramp=True, steps=STEPS if FULL else 6) for layout in ("dp2", "pp2", "pp2xvpp2", "tp2+sp")]
 VANILLA_LOOPED = [
     Job(layout="pp2xvpp4", loops=2, method="vanilla", steps=3),
     Job(layout="tp2+sp", loops=2, method="vanilla", steps=1),
@@ -325,7 +335,7 @@ OVERLAP_CONTROLS = [
 AGREEMENT = Job(layout="tp4", agreement=True)
 
 # Saved with the optimizer under one layout, continued under others; and under the same one, bit for bit.
-SAVES = [job for job in (*REFERENCES.values(), *LOOPED_REFERENCES.values(), *PARITY) if job.save]
+SAVES = [job for job in (*REFERENCES.values(), *LOOPED_REFERENCES.values(), RAMPED_REFERENCE, *PARITY) if job.save]
 RESUMES = [
     Job(layout=to, resume=saved)
     for saved, targets in {
@@ -338,6 +348,7 @@ RESUMES = [
     for to in targets
 ]
 RESUMES += [Job(layout=to, resume="tp2xpp2+sp", branch=True) for to in ("tp2xpp2+sp", "pp2xvpp2", "dp2", "tp2+sp")]
+RESUMES += [Job(layout=to, resume="single", ramp=True) for to in ("single", "dp2")]
 RESUMES += [Job(layout=to, resume="dp2xtp2", gathered=True) for to in ("dp2xtp2", "pp2")]
 RESUMES += [Job(layout="tp2+sp", method=method, resume="pp2") for method in (METHODS if FULL else ("attnres",))]
 if FULL:
@@ -350,5 +361,6 @@ def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
     if job.agreement or job.overlap:
         return []
-    saver = [save for save in SAVES if (save.layout, save.method, save.loops) == (job.resume, job.method, job.loops)]
+    like = (job.resume, job.method, job.loops, job.ramp)
+    saver = [save for save in SAVES if (save.layout, save.method, save.loops, save.ramp) == like]
     return [job.reference] * (job != job.reference) + saver

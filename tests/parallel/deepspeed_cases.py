@@ -14,7 +14,7 @@ from megatron_depthattn.config import (
     RecomputeConfig,
     RunConfig,
 )
-from tests.parallel.cases import FULL, METHODS, MODEL, OPTIMIZER, RECOMPUTE, SEQUENCE_LENGTH, TRAIN, Layout
+from tests.parallel.cases import FULL, METHODS, MODEL, OPTIMIZER, RAMP, RECOMPUTE, SEQUENCE_LENGTH, TRAIN, Layout
 
 LAYOUTS = {
     "single": Layout(1, ParallelConfig()),
@@ -48,6 +48,8 @@ class Job:
     tied: bool = False
     sabotage: str = ""
     """A deliberate mistake (see deepspeed_worker.py); the result must violate the bounds."""
+    ramp: bool = False
+    """With batches of `RAMP`."""
     poison: bool = False
     """Make one step in the middle not finite, in addition to the others."""
     save: bool = False
@@ -64,12 +66,21 @@ class Job:
         parts += [f"rows{self.rows}", self.dtype]
         parts += ["offload"] * self.offload + [self.recompute] * (self.recompute != "none") + ["tied"] * self.tied
         parts += [self.sabotage] * bool(self.sabotage) + ["poison"] * self.poison + ["save"] * self.save
+        parts += ["ramp"] * self.ramp
         return "-".join(parts + [f"from-{self.resume}"] * bool(self.resume) + ["branch"] * self.branch)
 
     @property
     def reference(self) -> Job:
         """The Megatron engine in one process: the truth."""
-        return Job(layout="single", engine="megatron", method=self.method, rows=2, dtype=self.dtype, tied=self.tied)
+        return Job(
+            layout="single",
+            engine="megatron",
+            method=self.method,
+            rows=2,
+            dtype=self.dtype,
+            tied=self.tied,
+            ramp=self.ramp,
+        )
 
     def config(self) -> RunConfig:
         depth = dataclasses.replace(MODEL.depth_attention, stride=2, recent_window=1)
@@ -82,7 +93,12 @@ class Job:
             precision=PrecisionConfig(dtype=self.dtype),
             recompute=RECOMPUTE[self.recompute] if self.recompute != "none" else RecomputeConfig(),
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
-            train=dataclasses.replace(TRAIN, micro_batch_size=self.rows, steps=STEPS),
+            train=dataclasses.replace(
+                TRAIN,
+                micro_batch_size=self.rows,
+                steps=STEPS,
+                **({"global_batch_size": RAMP[-1], "batch_ramp": [4, 4, 24]} if self.ramp else {}),
+            ),
             # a warm-up to the step that is saved, as steep as the parity campaign's, then a decay
             optimizer=dataclasses.replace(
                 OPTIMIZER, lr=1e-4 * SAVE_AFTER, schedule="wsd", decay_ratio=0.5, grad_clip=CLIP
@@ -102,6 +118,7 @@ BRIEF = [Job(layout="dp2", stage=1), Job(layout="tp2+sp", stage=0)]
 PARITY = [
     *(PRODUCT if FULL else BRIEF),
     Job(layout="dp2", stage=3, recompute="uniform1"),
+    Job(layout="dp2", stage=2, rows=2, ramp=True),
     *([Job(layout="dp2", stage=2, offload=True)] if FULL else []),
 ]
 # A layout and a stage for each method: its parameters reduced over tensor ranks, cut in pieces, gathered for a module.

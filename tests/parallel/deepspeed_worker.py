@@ -31,7 +31,7 @@ from megatron_depthattn.train.step import Microbatch, finish_attempt, run_microb
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.checkpoints import save_checkpoint
 from tests.megatron_weights import leave_initial_values
-from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SEQUENCE_LENGTH, TRAIN
+from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, RAMP, SEQUENCE_LENGTH, TRAIN
 from tests.parallel.compare import relative_errors
 from tests.parallel.deepspeed_cases import SAVE_AFTER, STEPS, Job
 from tests.parallel.worker import gather_gradients, progress_after, whole, work_off
@@ -66,11 +66,12 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     elif job.engine == "deepspeed":
         result |= compare_gradients(job, folder, engine)
     for step in range(first, STEPS):
-        engine.advance_schedule()
+        batch_size = RAMP[step] if job.ramp else TRAIN.global_batch_size
+        engine.advance_schedule(batch_size)
         if job.poison and step == SAVE_AFTER:
             result |= poisoned_step(engine, job)
         with depth.recording(step + 1):
-            done = engine.train_step(microbatches(step, job.rows))
+            done = engine.train_step(microbatches(step, job.rows, batch_size))
         assert not done.skipped
         result["depth"] = result.get("depth") or depth.collect()
         result["losses"].append(done.loss)
@@ -86,19 +87,18 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     return result
 
 
-def microbatches(step: int, rows: int) -> list[Microbatch]:
-    """This data-parallel rank's rows of a global batch that is a function of the step alone."""
+def microbatches(step: int, rows: int, batch_size: int = TRAIN.global_batch_size) -> list[Microbatch]:
+    """This data-parallel rank's rows of a global batch that is a function of the step and its size alone."""
     generator = torch.Generator().manual_seed(step)
-    size = (TRAIN.global_batch_size, SEQUENCE_LENGTH + 1)
-    tokens = torch.randint(0, MODEL.vocab_size, size, generator=generator)
+    tokens = torch.randint(0, MODEL.vocab_size, (batch_size, SEQUENCE_LENGTH + 1), generator=generator)
     positions = batch_positions(
-        step * TRAIN.global_batch_size,
-        global_batch_size=TRAIN.global_batch_size,
+        0,
+        global_batch_size=batch_size,
         micro_batch_size=rows,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    mine = [tokens[torch.from_numpy(row - step * TRAIN.global_batch_size)] for row in positions]
+    mine = [tokens[torch.from_numpy(row)] for row in positions]
     return [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in mine]
 
 

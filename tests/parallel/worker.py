@@ -60,7 +60,7 @@ from megatron_depthattn.train.step import Microbatch, run_microbatches, train_st
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.parallel import overlap
-from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
+from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, RAMP, SAVE_AFTER, SEQUENCE_LENGTH, TRAIN, Job, group_sizes
 from tests.parallel.compare import relative_errors
 
 SHAPE = (TRAIN.micro_batch_size, SEQUENCE_LENGTH)
@@ -118,7 +118,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     chunks = build_model(config, device)
     optimizer, scheduler = build_optimizer(config, chunks)
     result: dict[str, Any] = {}
-    first = 0
+    first, batches = 0, RAMP if job.ramp else [TRAIN.global_batch_size] * job.steps
     if job.resume:
         saved = step_folder(folder / job.checkpoint, SAVE_AFTER)
         more = {"config": to_dict(config), "is_parent": True} if job.branch else {}
@@ -130,15 +130,15 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         load_checkpoint(common_weights(folder / (job.method if job.method in METHODS else "vanilla"), chunks), chunks)
         depth = DepthRecord(config.train, get_model_config(chunks[0]), config.data.sequence_length)
         with recorded_sends() as sent, depth.recording(1):
-            first_loss = run_microbatches(chunks, microbatches(0), SHAPE, forward_only=False)
+            first_loss = run_microbatches(chunks, microbatches(0, batches[0]), SHAPE, forward_only=False)
         result |= {"first_loss": first_loss, "depth": depth.collect()}
         if job == job.reference:  # what the second of two data-parallel ranks begins with
             with depth.recording(1), torch.no_grad():
-                run_microbatches(chunks, microbatches(0)[1:], SHAPE, forward_only=True)
+                run_microbatches(chunks, microbatches(0, batches[0])[1:], SHAPE, forward_only=True)
             result["depth_of_second"] = depth.collect()
         stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         result["sent"] = sent_between_stages(sent, stages)
-        result["microbatches"] = len(microbatches(0))
+        result["microbatches"] = len(microbatches(0, batches[0]))
         whole_gradients = gather_gradients(chunks)
         if whole_gradients is not None:
             result |= compare_gradients(job, folder, *whole_gradients)
@@ -146,9 +146,9 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
             return result | {"losses": [first_loss], "grad_norms": []}
     result["losses"], result["grad_norms"] = [], []
     for step in range(first, job.steps):
-        scheduler.step(1)
+        scheduler.step(batches[step] if job.ramp else 1)
         last = max((entry["record_id"] for entry in recorded()), default=-1)
-        done = train_step(chunks, optimizer, microbatches(step), SHAPE)
+        done = train_step(chunks, optimizer, microbatches(step, batches[step]), SHAPE)
         sizes = {name: group.size() for group, name in dist.distributed_c10d._world.pg_names.items()}
         used = {tuple(each["process_group"]) for each in recorded() if each["record_id"] > last}
         result["groups"] = sorted(description for name, description in used if sizes[name] > 1)
@@ -195,19 +195,18 @@ def common_weights(folder: Path, chunks: Chunks) -> Path:
     return weights
 
 
-def microbatches(step: int) -> list[Microbatch]:
-    """This data-parallel rank's rows of a global batch that is a function of the step alone."""
+def microbatches(step: int, batch_size: int = TRAIN.global_batch_size) -> list[Microbatch]:
+    """This data-parallel rank's rows of a global batch that is a function of the step and its size alone."""
     generator = torch.Generator().manual_seed(step)
-    size = (TRAIN.global_batch_size, SEQUENCE_LENGTH + 1)
-    rows = torch.randint(0, MODEL.vocab_size, size, generator=generator)
+    rows = torch.randint(0, MODEL.vocab_size, (batch_size, SEQUENCE_LENGTH + 1), generator=generator)
     positions = batch_positions(
-        step * TRAIN.global_batch_size,
-        global_batch_size=TRAIN.global_batch_size,
+        0,
+        global_batch_size=batch_size,
         micro_batch_size=TRAIN.micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    mine = [rows[torch.from_numpy(row - step * TRAIN.global_batch_size)] for row in positions]
+    mine = [rows[torch.from_numpy(row)] for row in positions]
     return [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in mine]
 
 

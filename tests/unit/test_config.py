@@ -88,6 +88,7 @@ KEYS = [
     "data.streams",
     "train.steps",
     "train.global_batch_size",
+    "train.batch_ramp",
     "train.micro_batch_size",
     "train.stop_after",
     "train.eval_interval",
@@ -436,6 +437,20 @@ UNSUPPORTED = [
     (1, "optimizer.schedule=inverse_sqrt optimizer.warmup_ratio=0.002",
      "warmup_ratio=0.002 of train.steps=200: the learning rate is lr * sqrt(warm-up / step), so it would fall from the "
      "first step on; set a larger optimizer.warmup_ratio, or another optimizer.schedule"),
+    *((1, f"train.batch_ramp={ramp}", "; set [start, increment, samples], three integers from 1 to 2147483647, or null")
+      for ramp in ("[]", "[4,4]", "[4,4,64,1]", "[0,4,64]", "[4,4,0]", "[4,0,64]", "[4,-4,64]", "[4,4,2147483648]")),
+    (1, "train.batch_ramp=[16,4,64]", "train.batch_ramp is [16, 4, 64], which does not lead to "
+     "train.global_batch_size=16: the increment is added to the start until the batch is full; set a start below it, "
+     "and an increment that divides the difference (0)"),
+    (1, "train.batch_ramp=[4,8,64]", "an increment that divides the difference (12)"),
+    (2, "train.batch_ramp=[4,4,64]", "train.batch_ramp is [4, 4, 64], of which a batch size is not a multiple of 8 "
+     "(train.micro_batch_size=4 times 2 data-parallel replicas, with parallel.virtual_pipeline=1 times "
+     "parallel.pipeline=1): every step is split as the full batch is; set a start of 8, and an increment of a multiple "
+     "of 8"),
+    (1, "train.batch_ramp=[8,2,64] train.micro_batch_size=4 train.global_batch_size=64",
+     "set a start of 4, 8, 12, ..., 60, and an increment of a multiple of 4"),
+    (2, "train.batch_ramp=[4,4,64] parallel.pipeline=2 parallel.virtual_pipeline=2", "set a start of 8, and an incr"),
+    (4, "train.batch_ramp=[4,4,64]", "set a start of none, and an increment of a multiple of 16"),
     (1, "engine.zero_stage=1", "set engine.zero_stage=0 (its optimizer's state"),
     (1, "engine.offload_optimizer=true", "engine.name=megatron: its optimizer stays on its device; set"),
     (1, "engine.name=deepspeed engine.zero_stage=4", "engine.zero_stage is 4; set one of"),

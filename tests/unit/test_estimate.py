@@ -193,10 +193,12 @@ def test_more_work_takes_longer_and_a_slower_link_never_less():
     assert seconds(with_layout(SMALL, tensor=2), 2, across).total > base
 
 
-@pytest.mark.parametrize(("num_loops", "chunks"), [(1, {1, 2}), (2, {2, 4})])
-def test_candidates_are_all_that_validate_accepts(num_loops, chunks):
+@pytest.mark.parametrize(
+    ("num_loops", "chunks", "ramp"), [(1, {1, 2}, None), (1, {1, 2}, [4, 4, 64]), (2, {2, 4}, None)]
+)
+def test_candidates_are_all_that_validate_accepts(num_loops, chunks, ramp):
     """Brute force over every combination of integers up to the world's size; ``chunks`` are a stage's of two."""
-    world, small = 4, replace(SMALL, train=replace(SMALL.train, global_batch_size=8))
+    world, small = 4, replace(SMALL, train=replace(SMALL.train, global_batch_size=8, batch_ramp=ramp))
     small = replace(small, model=replace(small.model, num_loops=num_loops))
     found = {tuple(sorted(each.overrides.items(), key=str)) for each in candidate_layouts(small, world, H100)}
     expected = set()
@@ -312,6 +314,18 @@ def test_what_does_not_fit_is_known_before_it_is_queued():
     large = replace(config, train=replace(config.train, micro_batch_size=32))
     fit, problem = check_fit(large, 32)
     assert not fit.fits and f"needs {fit.needed_gb:.1f} GB" in problem and "recompute.granularity=full" in problem
+
+
+def test_steps_of_a_batch_ramp_take_as_long_as_such_steps_do():
+    """Two steps of 64 sequences, one of 128 and the rest of 192, each as a run of that batch size has them."""
+    config = load_config(ROOT / "configs/410m.yaml", ["train.micro_batch_size=2", "train.steps=10"])
+
+    def hours(size: int, **train) -> float:
+        return check_fit(replace(config, train=replace(config.train, global_batch_size=size, **train)), 16)[0].run_hours
+
+    ramped = hours(192, batch_ramp=[64, 64, 256])
+    assert ramped == pytest.approx((2 * hours(64) + hours(128) + 7 * hours(192)) / 10)
+    assert ramped < hours(192)
 
 
 def test_the_check_imports_no_torch():

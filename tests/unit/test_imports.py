@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 # each may import besides the standard library; names inside the package are full module names.
 PURE = {
     # one direction: schema, check <- precision, switches, resolve <- checks, hardware_checks; load <- describe
-    "config/schema.py": {f"{PACKAGE}.methods"},
+    "config/schema.py": {f"{PACKAGE}.methods", f"{PACKAGE}.config.batch_sizes"},
     "config/check.py": set(),
     "config/precision.py": {f"{PACKAGE}.config.schema"},
     "switches.py": {f"{PACKAGE}.config.schema"},
@@ -26,6 +26,7 @@ PURE = {
     "config/hardware_checks.py": {
         f"{PACKAGE}.{name}" for name in ("config.check", "config.precision", "config.schema", "switches")
     },
+    "config/batch_sizes.py": set(),
     "config/schedule.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/checks.py": {
         *(f"{PACKAGE}.config.{name}" for name in ("check", "precision", "schedule", "schema")),

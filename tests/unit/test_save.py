@@ -261,6 +261,7 @@ def test_the_record_waits_for_room_and_says_so(megatron_world_of_one, tmp_path, 
     from megatron_depthattn.train.reporter import Reporter
 
     record = dict.fromkeys(("eval_loss", "depth")) | {
+        "samples": 1,
         "loss": 1.0,
         "grad_norm": 1.0,
         "lr": 1.0,
@@ -269,7 +270,7 @@ def test_the_record_waits_for_room_and_says_so(megatron_world_of_one, tmp_path, 
 
     def report(*sizes: int) -> list[int]:
         """The steps on record, one written under each limit."""
-        reporter = Reporter(tmp_path, log_interval=10, first_step=0, last_step=99)
+        reporter = Reporter(tmp_path, log_interval=10, first_step=0, last_step=99, samples=(0, 99))
         for step, size in enumerate(sizes, start=1):
             no_room(size)
             reporter.step(record | {"step": step})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_depthattn.config import RunConfig, from_dict, to_dict, validate
 from tests.unit.test_save import SETTINGS
@@ -47,6 +48,11 @@ CASES = {
         f"wsd, {style}": (f"schedule=wsd warmup_ratio=0.25 decay_ratio=0.5 decay_style={style}", 3, wsd(6, shape))
         for style, shape in SHAPES.items()
     },
+    "batch ramp": (  # the schedule counts samples, 62 of them
+        "schedule=wsd warmup_ratio=0.25 decay_ratio=0.5 decay_style=linear batch_ramp=[2,2,8]",
+        16,
+        wsd(31, SHAPES["linear"], steps=62),
+    ),
     "wsd by default": ("schedule=wsd warmup_ratio=0.25", 3, wsd(2, SHAPES["minus_sqrt"])),
     "wsd that only decays": ("schedule=wsd warmup_ratio=0 decay_ratio=1", 0, wsd(12, SHAPES["minus_sqrt"])),
     "wsd without a plateau": ("schedule=wsd warmup_ratio=0.3 decay_ratio=0.7", 4, wsd(8, SHAPES["minus_sqrt"])),
@@ -56,15 +62,18 @@ CASES = {
         wsd(3, SHAPES["minus_sqrt"], steps=5),
     ),
 }
+SAMPLES = [2, 4, 8, *range(14, 63, 6)]
+"""With the ramp, after each step: 2, 2, 4 and 6, 6, ... of them."""
 SAVED = (2, 9)
 """Steps: in the middle of the warm-up, and of every decay but the default's."""
 
 
 def config_of(keys: str) -> RunConfig:
-    given = dict(key.split("=") for key in keys.split())
-    steps = int(given.pop("steps", 12))
-    optimizer = {key: value if value.isalpha() or "_" in value else float(value) for key, value in given.items()}
-    settings = SETTINGS | {"optimizer": {"lr": LR} | optimizer, "train": SETTINGS["train"] | {"steps": steps}}
+    given = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in keys.split())}
+    train = SETTINGS["train"] | {"steps": given.pop("steps", 12)}
+    if ramp := given.pop("batch_ramp", None):
+        train |= {"batch_ramp": ramp, "global_batch_size": 6}
+    settings = SETTINGS | {"optimizer": {"lr": LR} | given, "train": train}
     config = from_dict(settings, "a test")
     validate(config, 1, needs_data=False)
     return config
@@ -83,9 +92,10 @@ class Run:
     def take(self, first: int, last: int) -> "Run":
         """Steps ``first`` to ``last``: their learning rates and losses."""
         for number in range(first, last + 1):
-            rows = torch.randint(128, (2, 17), generator=torch.Generator().manual_seed(number))
-            self.engine.advance_schedule()
-            done = self.engine.train_step([{"tokens": rows[:, :-1], "labels": rows[:, 1:]}])
+            size = SAMPLES[number - 1] - ([0, *SAMPLES])[number - 1] if self.config.train.batch_ramp else 2
+            rows = torch.randint(128, (size, 17), generator=torch.Generator().manual_seed(number)).split(2)
+            self.engine.advance_schedule(size)
+            done = self.engine.train_step([{"tokens": two[:, :-1], "labels": two[:, 1:]} for two in rows])
             self.steps[number] = self.engine.learning_rate, done.loss
         return self
 
@@ -100,7 +110,8 @@ class Run:
 
 def expected(name: str, steps: int) -> list[float]:
     _, warmup, after = CASES[name]
-    return [LR * n / warmup if n <= warmup else after(n) for n in range(1, steps + 1)]
+    counted = SAMPLES if name == "batch ramp" else range(1, steps + 1)
+    return [LR * n / warmup if n <= warmup else after(n) for n in counted]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -150,7 +161,7 @@ def test_control_a_schedule_that_was_not_loaded_is_seen(tmp_path):
 
 
 def test_the_log_names_the_schedule():
-    from megatron_depthattn.config.schedule import schedule_line
+    from megatron_depthattn.config.schedule import schedule_lines
 
     inverse = "inverse_sqrt, lr 0.01 after 6 of 12 steps, then down to 0.001 at the least"
     lines = {
@@ -159,4 +170,14 @@ def test_the_log_names_the_schedule():
         "schedule=wsd": "wsd, lr 0.01 after 0 of 12 steps, minus_sqrt decay over the last 2 to 0.001",
         "schedule=inverse_sqrt warmup_ratio=0.5": inverse,
     }
-    assert {keys: schedule_line(config_of(keys)) for keys in lines} == {k: f"schedule: {v}" for k, v in lines.items()}
+    for keys, line in lines.items():
+        assert schedule_lines(config_of(keys)) == [f"schedule: {line}"]
+    counted = "schedule: constant, lr 0.01 after {} samples (with train.batch_ramp it counts samples)"
+    ramp = "batch ramp: 2 sequences a step, 2 more at a time over 8 samples, {} on"
+    for steps, *found in (
+        (12, "16 of 62", "6 from step 4"),
+        (3, "2 of 8", "4 from step 3"),
+    ):
+        config = config_of(f"schedule=constant warmup_ratio=0.25 batch_ramp=[2,2,8] steps={steps}")
+        early = " (the run ends before 6)" * (steps == 3)
+        assert schedule_lines(config) == [counted.format(found[0]), ramp.format(found[1]) + early]

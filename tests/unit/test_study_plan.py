@@ -98,6 +98,20 @@ def test_a_plan_has_every_point_once_with_its_whole_config(small):
         assert config.checkpoint.load == "latest" and config.run.seed == point.seed
 
 
+def test_a_batch_ramp_reaches_the_budget_in_more_steps(small, tmp_path):
+    """Of one sequence for 100 samples, then of the rung's; the tokens are those that the steps read."""
+    batch = small[1]["rungs"][0]["global_batch_size"]
+    ramp = {"train.batch_ramp": [1, batch - 1, 100], "train.micro_batch_size": 1}
+    study = study_of(tmp_path, **SHORT, methods={"vanilla": {"settings": ramp}})
+    make_plan(study, tmp_path, tmp_path / "out")
+    (point,), plain = read_points(tmp_path / "out"), read_points(small[0])[0]
+    length = load_config(tmp_path / "out" / point.config).data.sequence_length
+    assert point.tokens == (100 + (point.steps - 100) * batch) * length
+    assert plain.steps < 100 < point.steps
+    assert point.tokens - batch * length < point.tokens_per_parameter * point.size <= point.tokens
+    assert point.flops / point.tokens == pytest.approx(plain.flops / plain.tokens)
+
+
 def test_methods_of_a_pair_differ_in_the_method_and_their_folders_alone(small):
     output, _ = small
     one, other = (

@@ -29,7 +29,7 @@ def test_hints_name_the_run_s_own_folders():
 
 def test_one_held_out_loss_is_said_once():
     meter = Meter(load_config("configs/quickstart.yaml", []), 1)
-    meter.record(Progress(step=1), StepResult(7.0, 1.0, statuses=[(0, 0, 0, 1)]), lr=0.1, seconds=1.0)
+    meter.record(Progress(step=1), StepResult(7.0, 1.0, statuses=[(0, 0, 0, 1)]), samples=16, lr=0.1, seconds=1.0)
     meter.add_held_out(0, 7.6534)
     lines = meter.closing_lines(Progress(step=1), {"outcome": "stop_after", "goodput": GOODPUT})
     assert "held-out loss in nats per token: 7.6534 at step 0" in lines

@@ -76,9 +76,6 @@ class DeepSpeedEngine(Engine):
         self.shards = STAGES[config.engine.zero_stage](named, self._optimizer, self._engine)
         self._state = DeepSpeedState(template, self.shards, named, self._optimizer.param_groups)
         self._scheduler = build_schedule(config, self._optimizer)
-        # DeepSpeed averages over data-parallel ranks, the loss is a sum over the tokens of them all.
-        tokens = config.train.global_batch_size * config.data.sequence_length
-        self._loss_scale = parallel_state.get_data_parallel_world_size(with_context_parallel=True) / tokens
         self._has_gradients = False
 
     def describe(self) -> list[str]:
@@ -92,13 +89,15 @@ class DeepSpeedEngine(Engine):
     def attempt(self, microbatches: Sequence[Microbatch], status: Status = tuple) -> Attempt:
         """Forward and backward from nothing, up to what the optimizer steps with; gradients are left in `shards`."""
         self._discard_gradients()
-        losses = []
+        # DeepSpeed averages over data- and context-parallel ranks, the loss is a sum over the tokens of them all.
+        tokens = len(microbatches) * self._config.train.micro_batch_size * self._config.data.sequence_length
+        loss_scale, losses = self._config.parallel.context / tokens, []
         for index, microbatch in enumerate(microbatches):
             # Not DeepSpeed's own count: it ends an accumulation, or overwrites it, where its config says.
             self._engine.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
             total, _, report = self._forward(microbatch)
             losses.append(report)
-            self._engine.backward(total * self._loss_scale)
+            self._engine.backward(total * loss_scale)
         self._has_gradients = True
         if self._config.engine.offload_optimizer and self._device.type == "cuda":
             torch.cuda.synchronize()  # DeepSpeed's copies to the host memory that is read now may be under way
