@@ -36,6 +36,7 @@ MODULES = {name: name for name in _SAME_NAME.split()} | {
     "mosaicml-streaming": "streaming",
     "pyyaml": "yaml",
     "lm-eval": "lm_eval",
+    "emerging-optimizers": "emerging_optimizers",
 }
 """Distributions that a feature needs, and the module that shows whether they work."""
 TRAINING = ("torch", "megatron-core", "mosaicml-streaming", "omegaconf", "pyyaml", "rich")
@@ -44,6 +45,7 @@ ASKED_FOR = {
     "TransformerEngine layers": ("model.spec", "te"),
     "Triton kernels": ("model.depth_attention.op", "triton"),
     "DeepSpeed engine": ("engine.name", "deepspeed"),
+    "Muon": ("optimizer.name", "muon"),
     **{f"FP8 {recipe}": ("precision.fp8", recipe) for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")},
 }
 """Features and the setting by which a config asks for each."""
@@ -214,6 +216,8 @@ def features(packages: Mapping[str, Package], host: Host) -> list[Feature]:
     capability = ".".join(map(str, host.capability)) or "none"
     wanted = requirements().get("python", "")
     python = "" if is_in_range(host.python, wanted) else f"install Python {wanted}"
+    newer = is_in_range(host.python, ">=3.12") and is_in_range(packages["megatron-core"].version, ">=0.19")
+    muon = "" if newer else "Python 3.12 or later with Megatron-Core 0.19 or later; or set optimizer.name=adamw"
     bf16 = "set precision.dtype=fp32" if () < host.capability < (8, 0) else ""
     slurm = f"a login node of a Slurm cluster ({host.slurm_error})" if host.slurm_error else ""
     network = f"{host.address or 'no address'}; {', '.join(host.interfaces) or 'no interfaces'}"
@@ -229,6 +233,7 @@ def features(packages: Mapping[str, Package], host: Host) -> list[Feature]:
         ),
         row("Triton kernels", ["triton"], triton),
         row("DeepSpeed engine", ["deepspeed"]),
+        row("Muon", [] if muon else ["emerging-optimizers"], muon, f"python {host.python}"),
         row("multi-node torchrun", problem=_multi_node(host), here=network),
         row("Slurm", problem=slurm),
         row("S3 streaming", ["boto3", "mosaicml-streaming"]),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 TOGETHER = {
-    **dict.fromkeys(("tests/parallel/test_parity.py", "tests/parallel/test_depth_record.py"), "campaign"),
+    **dict.fromkeys((f"tests/parallel/test_{name}.py" for name in ("parity", "depth_record", "muon")), "campaign"),
     **dict.fromkeys(("tests/te/test_te_spec.py", "tests/te/test_te_methods.py"), "te"),
     **dict.fromkeys(
         ("tests/launch/test_local.py", "tests/launch/test_two_nodes.py", "tests/launch/test_slurm.py"), "launch"
@@ -18,6 +18,7 @@ CORE = (
     "tests/unit/",
     "tests/parallel/test_parity.py::test_losses_and_gradients_are_those_of_one_process[LAYOUT-stride2-window1-none]",
     "tests/parallel/test_parity.py::test_a_resumed_run",
+    "tests/parallel/test_muon.py",
     "tests/e2e/test_data_order.py",
     "tests/e2e/test_conversion.py",
     "tests/e2e/test_quickstart.py",

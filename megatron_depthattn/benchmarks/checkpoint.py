@@ -21,6 +21,7 @@ from megatron_depthattn.benchmarks.models import SHAPES, Model
 from megatron_depthattn.benchmarks.result import Result, progress
 from megatron_depthattn.benchmarks.timing import taking_turns
 from megatron_depthattn.benchmarks.world import run_world
+from megatron_depthattn.cli.common import check
 from megatron_depthattn.config import from_dict, load_config, to_dict, validate
 from megatron_depthattn.paths import user_path
 
@@ -63,6 +64,8 @@ def measure(given: argparse.Namespace) -> Result:
         keys += [f"parallel.tensor={tensor}", "train.micro_batch_size=1"]
         keys += [f"train.global_batch_size={processes // tensor}"]
         settings = to_dict(load_config(SHAPES[given.shape], [*keys, *given.set]))
+        is_muon = settings["optimizer"]["name"] == "muon"
+        check((is_muon, "optimizer.name=muon: Megatron gathers AdamW's state alone; set optimizer.name=adamw"))
         progress(given, f"{layout} ...", lambda: result)
         with tempfile.TemporaryDirectory(dir=given.directory) as folder:
             share = {"settings": settings, "runs": given.runs, "folder": folder}

@@ -82,13 +82,22 @@ RANGES = (
         lambda x: 0 <= x < math.inf,
         "set a number of 0 or more",
     ),
-    *_ranges("model.rotary_base model.norm_epsilon optimizer.eps", lambda x: 0 < x < math.inf, "set a number above 0"),
+    *_ranges(
+        "model.rotary_base model.norm_epsilon optimizer.eps optimizer.muon.extra_scale_factor",
+        lambda x: 0 < x < math.inf,
+        "set a number above 0",
+    ),
     *_ranges(
         "train.hang_timeout preflight.timeout", lambda x: 0 < x <= 31 * 86400, "set seconds above 0, up to 2678400"
     ),
     *_ranges("optimizer.min_lr_ratio optimizer.warmup_ratio", lambda x: 0 <= x <= 1, "set a number from 0 to 1"),
     *_ranges("optimizer.decay_ratio", lambda x: 0 < x <= 1, "set a number above 0, up to 1"),
-    *_ranges("optimizer.beta1 optimizer.beta2", lambda x: 0 <= x < 1, "set a number from 0 to 1, 1 excluded"),
+    *_ranges("optimizer.muon.ns_steps", lambda n: 1 <= n <= 100, "set 1 to 100"),
+    *_ranges(
+        "optimizer.beta1 optimizer.beta2 optimizer.muon.momentum",
+        lambda x: 0 <= x < 1,
+        "set a number from 0 to 1, 1 excluded",
+    ),
 )
 
 # ---- looped models and the engine
@@ -126,6 +135,20 @@ ENGINE = checks(
     "or more, or engine.offload_optimizer=false",
     "precision.dtype=bf16 with engine.name=deepspeed and engine.zero_stage=0: DeepSpeed would sum gradients in bf16; "
     "set engine.zero_stage=1 or more (they sum in fp32), or engine.name=megatron",
+)
+
+MUON = checks(
+    "optimizer",
+    "optimizer.name=muon with engine.name=deepspeed: it steps shares of flattened weights and Muon steps whole "
+    "matrices; set optimizer.name=adamw, or engine.name=megatron",
+    "optimizer.name=muon with precision.fp8_params=true: Megatron-Core's Muon steps weights that are bf16 or fp32; set "
+    "precision.fp8_params=false, or optimizer.name=adamw",
+    (
+        "optimizer.name=muon with {parallel.tensor=} and {model.num_query_groups=|smaller}: ranks share a key/value "
+        "head, and Megatron-Core would orthogonalize query, key and value as one matrix; set "
+        "parallel.tensor={model.num_query_groups} or less, or optimizer.name=adamw",
+        lambda c, _: c.optimizer.name == "muon" and c.parallel.tensor > c.model.num_query_groups,
+    ),
 )
 
 # ---- Megatron's switches for speed
@@ -577,6 +600,6 @@ PRECISION = checks(
 )
 
 CHECKS = (
-    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *SWITCHES, *DATA, *CHECKPOINT, *LOG, *MODEL, *LAYOUT, *RECOMPUTE),
+    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *MUON, *SWITCHES, *DATA, *CHECKPOINT, *LOG, *MODEL, *LAYOUT, *RECOMPUTE),
     *PRECISION,
 )

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
 from typing import Any
 
 from megatron_depthattn.config.check import Condition, checks, first_unsupported
@@ -10,6 +12,8 @@ from megatron_depthattn.config.precision import NO_LIMIT, RECIPES, Recipe, Versi
 from megatron_depthattn.config.schema import PrecisionConfig, RunConfig
 from megatron_depthattn.switches import COMPILED, Kernels, adds_gradients
 
+MUON_NEEDS = {"megatron-core": ((0, 19), (1,)), "emerging-optimizers": ((0, 3), (0, 4))}
+"""Versions from ... to below ... that have the Muon which this package builds; both need Python 3.12."""
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 
 
@@ -42,6 +46,20 @@ def recipe_unsupported_on(fp8: str, accelerator: Accelerator) -> str | None:
 def unsupported_kernels(config: RunConfig, kernels: Kernels) -> str | None:
     """What the switches ask for and this machine lacks, and what to set; None: it has everything."""
     return first_unsupported(KERNEL_CHECKS, config, kernels)
+
+
+def muon_lacks() -> str:
+    """What Muon needs and this Python does not have, with the versions that it has; empty: nothing."""
+    found = [f"Python {python_version()}"] if _version(python_version()) < (3, 12) else []
+    for name, (least, above) in MUON_NEEDS.items():
+        try:
+            has = version(name)
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+        else:
+            if not least <= _version(has) < above:
+                found.append(f"{name} {has}")
+    return ", ".join(found)
 
 
 def _lacks(recipe: Recipe, accelerator: Accelerator) -> dict[str, str]:
@@ -131,6 +149,14 @@ ACCELERATOR_CHECKS = checks(
             and machine.capability < (10, 0)
             and _values(machine)
         ),
+    ),
+)
+PACKAGE_CHECKS = checks(
+    "machine",
+    (
+        "optimizer.name=muon needs Python 3.12 or later, Megatron-Core 0.19 or later and emerging-optimizers 0.3, and "
+        "here is {lacks}; pip install 'megatron-depthattn[muon]' with such a Python, or set optimizer.name=adamw",
+        lambda c, _: c.optimizer.name == "muon" and (lacks := muon_lacks()) and {"lacks": lacks},
     ),
 )
 KERNEL_CHECKS = checks(

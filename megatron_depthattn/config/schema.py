@@ -249,7 +249,28 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class MuonConfig:
+    momentum: float = 0.95
+    """Decay of the mean of the gradients."""
+    nesterov: bool = True
+    """Update by the mean with the newest gradient counted once more."""
+    ns_steps: int = 5
+    """Newton-Schulz steps of an update."""
+    coefficients: Literal["quintic", "simple", "polar_express"] = "quintic"
+    """Of these steps' polynomials, by the names of the emerging-optimizers package: each of quintic's five steps has
+    its own, simple has one for all (Muon's first, and torch.optim.Muon's), polar_express is of arXiv 2505.16932."""
+    scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """An orthogonal update is multiplied by sqrt(max(rows, columns)) (spectral), sqrt(rows / columns) (unit_rms_norm)
+    or that, but at least 1 (shape_scaling); the last two need a learning rate of their own."""
+    extra_scale_factor: float = 0.2
+    """And by this; 0.2 with spectral matches AdamW's updates, so that its learning rate and decay carry over."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers and AdamW for the rest, see docs/optimizers.md; needs Python 3.12,
+    Megatron-Core 0.19 and the emerging-optimizers package."""
     lr: float = 1e-3
     """Highest learning rate, reached at the end of the warm-up."""
     min_lr_ratio: float = 0.1
@@ -268,7 +289,7 @@ class OptimizerConfig:
     """With wsd: how it falls, from 1 to 0 of what is above min_lr_ratio, over the share x of the decay: 1 - x,
     (1 + cos(pi x)) / 2, 2^(1 - x) - 1, or 1 - sqrt(x)."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay; norm weights are excluded."""
+    """Decoupled decay, Muon's as well; norm weights are excluded."""
     beta1: float = 0.9
     """AdamW's decay of the mean of the gradients."""
     beta2: float = 0.95
@@ -277,6 +298,7 @@ class OptimizerConfig:
     """AdamW's addend to the denominator."""
     grad_clip: float = 1.0
     """Largest L2 norm of the whole gradient; 0: no clipping."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
 
 @dataclass(kw_only=True, frozen=True)

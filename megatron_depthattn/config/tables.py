@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_depthattn.config.check import Check
 from megatron_depthattn.config.checks import CHECKS, validate
-from megatron_depthattn.config.hardware_checks import ACCELERATOR_CHECKS, KERNEL_CHECKS
+from megatron_depthattn.config.hardware_checks import ACCELERATOR_CHECKS, KERNEL_CHECKS, PACKAGE_CHECKS
 from megatron_depthattn.config.load import load_config
 from megatron_depthattn.config.resolve import AUTO_CHECKS
 from megatron_depthattn.config.schema import RunConfig
@@ -23,7 +23,7 @@ def tables() -> str:
     """Every check as a row of Markdown: those of a run's config, and those of the layer specs alone."""
     from megatron_depthattn.model.unsupported import MEGATRON_CHECKS  # imports Megatron-Core
 
-    of_runs = (*CHECKS, *ACCELERATOR_CHECKS, *KERNEL_CHECKS, *AUTO_CHECKS)
+    of_runs = (*CHECKS, *ACCELERATOR_CHECKS, *KERNEL_CHECKS, *PACKAGE_CHECKS, *AUTO_CHECKS)
     return (
         f"## Layouts of the shipped sizes\n\n{_layouts()}\n\n"
         f"## Unsupported in a run's config\n\n{_table(of_runs)}\n\n"

@@ -134,8 +134,9 @@ def element_bytes(config: RunConfig) -> int:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of a checkpoint: weights in their own type, and of each an fp32 copy and Adam's two averages."""
-    return decoder_shape(config).parameters * (element_bytes(config) + 12)
+    """Bytes of a checkpoint: weights in their own type, and of each an fp32 copy and Adam's two averages, or Muon's."""
+    one_state_less = 4 * _weights(config.model, 1, 1, 0, ()).linear if config.optimizer.name == "muon" else 0
+    return decoder_shape(config).parameters * (element_bytes(config) + 12) - one_state_less
 
 
 def rows(config: RunConfig) -> int:

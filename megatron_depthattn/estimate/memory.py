@@ -1,8 +1,8 @@
 """Memory of one rank, by part, from the run's config. Imports no torch, builds nothing.
 
 Weights, gradients and optimizer follow Megatron's distributed optimizer or DeepSpeed 0.19's stages, without the padding
-of flat buffers; activations are those of activations.py. The sum is what tensors need at the peak of a step; the
-allocator's own losses, CUDA's context and NCCL's buffers come on top.
+of flat buffers but for that of Muon's matrices; activations are those of activations.py. The sum is what tensors need
+at the peak of a step; the allocator's own losses, CUDA's context and NCCL's buffers come on top.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from megatron_depthattn.config import RunConfig, validate
 from megatron_depthattn.estimate.activations import ChunkMemory, chunk_memory
-from megatron_depthattn.estimate.counts import chunks_of_stage, element_bytes, rank_weights
+from megatron_depthattn.estimate.counts import RankWeights, chunks_of_stage, element_bytes, rank_weights
+from megatron_depthattn.estimate.muon import shares
 
 REDUCE_BUCKET = 50_000_000
 """Elements, as in train/deepspeed_engine/engine.py."""
@@ -21,6 +22,8 @@ LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of ``stage3_max_live_parameters``: elements that stay gathered from forward to backward."""
 MOMENTS = 8
 """Bytes of Adam's two moments of one element."""
+MOMENTUM = 4
+"""Of Muon's one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class RankMemory:
     gradients: int
     """Sums over micro-batches, fp32."""
     optimizer: int
-    """fp32 copies of the weights and two moments."""
+    """fp32 copies of the weights, and two moments (of a matrix that Muon steps, one)."""
     activations: int
     """What layers keep for backward, of all micro-batches in flight."""
     sources: int
@@ -62,7 +65,7 @@ def rank_memory(config: RunConfig, world_size: int, *, pipeline_rank: int, on_gp
     if not 0 <= pipeline_rank < stages:
         raise ValueError(f"pipeline_rank is {pipeline_rank}, but parallel.pipeline={stages}: give 0 to {stages - 1}.")
     weights = rank_weights(config, pipeline_rank)
-    states = _model_states(config, weights.total, sizes.data_parallel_size * config.parallel.context)
+    states = _model_states(config, weights, sizes.data_parallel_size * config.parallel.context)
     if config.precision.fp8:  # copies to multiply with forward and backward, of every loop's own
         loops = config.model.num_loops
         copies = 2 - element_bytes(config) if config.precision.fp8_params else 2 * loops  # or they are the weights
@@ -92,13 +95,15 @@ class ModelStates(NamedTuple):
     optimizer: int
 
 
-def _model_states(config: RunConfig, elements: int, ranks: int) -> ModelStates:
+def _model_states(config: RunConfig, of_rank: RankWeights, ranks: int) -> ModelStates:
     """Weights, gradients and optimizer, which ``ranks`` data- and context-parallel ranks share."""
     element, stage = element_bytes(config), config.engine.zero_stage
-    share = -(-elements // ranks)
+    elements, share = of_rank.total, -(-of_rank.total // ranks)
     copy = 0 if element == 4 else 4
     if config.engine.name == "megatron":
-        return ModelStates(element * elements, 4 * elements, (MOMENTS + copy) * share)
+        own = shares(config, of_rank, ranks)
+        states = (MOMENTS + copy) * own.adamw + (MOMENTUM + copy) * own.muon
+        return ModelStates(element * own.buffers, 4 * own.buffers, states)
     if stage == 0:
         return ModelStates(element * elements, 4 * elements, MOMENTS * elements)
     gathered = min(elements, LIVE_PARAMETERS) if stage == 3 else 0

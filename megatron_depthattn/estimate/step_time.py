@@ -23,6 +23,7 @@ from typing import Any
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.estimate.counts import element_bytes, hidden_rows, rank_weights, rows, stage_layers
 from megatron_depthattn.estimate.hardware import Hardware
+from megatron_depthattn.estimate.muon import newton_schulz, shares
 from megatron_depthattn.estimate.traffic import FP32, CrossLayer, Transfer, recomputed_layers, traffic
 from megatron_depthattn.vocabulary import LOSS_CHUNK, padded_vocab_size
 
@@ -133,7 +134,8 @@ def _stage_time(
     if config.recompute.granularity == "selective":
         recompute = count * (attention + attention_passes)
     end_products, end_passes = _ends(config, hardware, stage)
-    weights = rank_weights(config, stage).total
+    of_rank, ranks = rank_weights(config, stage), sizes.data_parallel_size * config.parallel.context
+    weights = of_rank.total
     accumulate = hardware.elementwise.seconds(weights * (2 * FP32 + element_bytes(config)))
     time = StageTime(
         products=3 * count * (products + attention) + end_products,
@@ -147,10 +149,15 @@ def _stage_time(
         hops=sending("pipeline") if config.parallel.virtual_pipeline == 1 else 0.0,
     )
     sharded = config.engine.name == "megatron" or config.engine.zero_stage > 0
-    own = weights / (sizes.data_parallel_size * config.parallel.context) if sharded else weights
+    own = weights / ranks if sharded else weights
     whole = weights * FP32 * 3  # zeroed, scaled by the number of tokens
     shard = own * (ADAMW_BYTES[config.model.spec] + 3 * FP32 + FP32 + element_bytes(config))  # norm, clip, copy
     optimizer = hardware.elementwise.seconds(whole) + hardware.elementwise.seconds(shard)
+    if muon := shares(config, of_rank, ranks).muon:
+        flops, calls = newton_schulz(config)
+        share = count / config.model.num_loops * muon / of_rank.linear  # of the stage's layers
+        cost = hardware.products[config.precision.dtype]
+        optimizer += share * (calls * cost.start + flops / cost.rate)
     return time, (sum(sending(axis, at_end=True) for axis in ("data", "tensor", "pipeline")), optimizer)
 
 

@@ -3,7 +3,8 @@
 A `Transfer` has the whole tensor of a collective (`size`: what is reduced, the gathered result, or what is scattered)
 and the bytes that a rank sends if the ring algorithm does it; libraries may choose another that sends more.
 
-Megatron's engine reduces fp32 gradients and gathers the new weights once a step (distributed optimizer). DeepSpeed's
+Megatron's engine reduces fp32 gradients and gathers the new weights once a step (distributed optimizer); with Muon
+tensor ranks gather the momentum of the matrices that they step. DeepSpeed's
 (docs/deepspeed.md): ZeRO 0 all-reduces gradients once a step, 1 and 2 reduce them to the ranks that step with them
 (2 after every micro-batch) and gather weights once, 3 gathers weights in every forward and backward. Context ranks
 hold the same weights: they count as data-parallel ranks there.
@@ -29,6 +30,7 @@ from megatron_depthattn.estimate.counts import (
     source_plan,
     stage_layers,
 )
+from megatron_depthattn.estimate.muon import shares
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.model.source_plan import hop_bytes
 from megatron_depthattn.vocabulary import padded_vocab_size
@@ -114,6 +116,7 @@ def traffic(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: 
         *_tensor(config, shared, sizes, pipeline_rank),
         *_context(config, sizes, pipeline_rank),
         *_data(config, sizes, rank_weights(config, pipeline_rank)),
+        *_muon(config, sizes, rank_weights(config, pipeline_rank)),
     ]
     return [transfer for transfer in found if transfer.size and transfer.count and transfer.ranks > 1]
 
@@ -193,7 +196,8 @@ def _context(config: RunConfig, sizes: Sizes, pipeline_rank: int) -> Iterator[Tr
 
 def _data(config: RunConfig, sizes: Sizes, weights: RankWeights) -> Iterator[Transfer]:
     ranks, stage, m = sizes.data_parallel_size * config.parallel.context, config.engine.zero_stage, 1
-    gradients, values = FP32 * weights.total, element_bytes(config) * weights.total
+    elements = shares(config, weights, ranks).buffers if config.engine.name == "megatron" else weights.total
+    gradients, values = FP32 * elements, element_bytes(config) * elements
     if config.engine.name == "deepspeed" and stage == 0:
         yield Transfer("data", "gradients", "all_reduce", "step", gradients, ranks, 1)
         return
@@ -205,6 +209,12 @@ def _data(config: RunConfig, sizes: Sizes, weights: RankWeights) -> Iterator[Tra
         yield Transfer("data", "weights", "all_gather", "backward", values, ranks, sizes.num_microbatches)
     else:
         yield Transfer("data", "weights", "all_gather", "step", values, ranks, 1)
+
+
+def _muon(config: RunConfig, sizes: Sizes, weights: RankWeights) -> Iterator[Transfer]:
+    own = shares(config, weights, sizes.data_parallel_size * config.parallel.context).muon
+    tensor = config.parallel.tensor
+    yield Transfer("tensor", "momentum of matrices", "all_gather", "step", FP32 * own * tensor, tensor, 1)
 
 
 def recomputed_layers(config: RunConfig, layers: int) -> int:

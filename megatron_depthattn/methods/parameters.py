@@ -32,6 +32,7 @@ def method_parameters(
     for name, shape in shapes.items():
         parameter = made[name] = Parameter(torch.empty(shape, dtype=config.params_dtype))
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]  # no matrix of Muon's
         if name in initial:
             parameter.initial = initial[name]  # type: ignore[attr-defined]
     return made

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from megatron_depthattn.preflight.report import Device, Folder
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "mosaicml-streaming", "deepspeed")
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "triton", "transformers", "mosaicml-streaming", "deepspeed"),
+    "emerging-optimizers",
+)
 """Distributions whose version matters to the numbers or to the wire."""
 _MODULES = {"megatron-core": "megatron.core", "mosaicml-streaming": "streaming"}
 """Those whose module has another name."""

@@ -30,6 +30,7 @@ from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
 from megatron_depthattn.train.hardware import adds_gradients, resolve_here
+from megatron_depthattn.train.muon import layout, muon_fields
 
 Chunks = list[DistributedDataParallel]
 SAME_NAME = ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
@@ -101,7 +102,7 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
     if megatron.tp_comm_overlap:
         initialize_userbuffers(config)
     num_chunks = config.parallel.virtual_pipeline
-    overlap_gather = bool(config.parallel.overlap_param_gather)
+    overlap_gather, is_muon = bool(config.parallel.overlap_param_gather), config.optimizer.name == "muon"
     rank, stages = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -127,7 +128,10 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
         if config.model.compile:
             compile_layers(model)
         half = Float16Module(megatron, model) if megatron.bf16 else model
-        chunks.append(DistributedDataParallel(megatron, ddp, half, disable_bucketing=index > 0))
+        # Of a later chunk Megatron makes one group of all buckets, which Muon and AdamW would both gather or neither.
+        in_one_group = index > 0 and not is_muon
+        layouts = {"full_param_layout": layout(half, ddp, one_bucket=rank + index > 0)} if is_muon else {}
+        chunks.append(DistributedDataParallel(megatron, ddp, half, disable_bucketing=in_one_group, **layouts))
     hooks = get_model_config(chunks[0])
     assert all(get_model_config(chunk) is hooks for chunk in chunks), (
         "every chunk must share the config that holds the hooks"
@@ -204,12 +208,14 @@ def finish_param_gather(chunks: Chunks) -> None:
 
 
 def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over all chunks (Megatron's distributed optimizer) and its schedule."""
+    """AdamW over all chunks (Megatron's distributed optimizer), or Muon with it, and the schedule of both."""
     settings = config.optimizer
     bf16 = config.precision.dtype == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    kind = muon_fields(settings, dtype) if settings.name == "muon" else {"optimizer": "adam", "bf16": bf16}
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            **kind,
             lr=settings.lr,
             min_lr=settings.lr * settings.min_lr_ratio,
             weight_decay=settings.weight_decay,
@@ -217,8 +223,7 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
             adam_beta2=settings.beta2,
             adam_eps=settings.eps,
             clip_grad=settings.grad_clip,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            params_dtype=dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=bool(config.parallel.overlap_param_gather),
             **optimizer_fields(config.precision),

@@ -9,7 +9,13 @@ import torch
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.config.check import first_unsupported
 from megatron_depthattn.config.checks import SWITCHES
-from megatron_depthattn.config.hardware_checks import INSTALL, Accelerator, unsupported_kernels, unsupported_on
+from megatron_depthattn.config.hardware_checks import (
+    INSTALL,
+    PACKAGE_CHECKS,
+    Accelerator,
+    unsupported_kernels,
+    unsupported_on,
+)
 from megatron_depthattn.config.resolve import AUTO, CPU, Available, Resolved, resolve
 from megatron_depthattn.ops.triton_mix import triton_unsupported
 from megatron_depthattn.parallel.launch_env import finds_compiler
@@ -50,7 +56,9 @@ def for_this_machine(config: RunConfig, sizes: Sizes) -> Resolved:
         ValueError: this machine has not what the config's layers, precision or switches need.
     """
     resolved, kernels = require_hardware(config), these_kernels()
-    if message := first_unsupported(SWITCHES, resolved.config) or unsupported_kernels(resolved.config, kernels):
+    if message := first_unsupported((*SWITCHES, *PACKAGE_CHECKS), resolved.config) or unsupported_kernels(
+        resolved.config, kernels
+    ):
         raise ValueError("; ".join([message, *resolved.lines]))
     same_weights = sizes.data_parallel_size * config.parallel.context
     return resolved._replace(config=resolved_switches(resolved.config, same_weights, kernels))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_depthattn.parallel.launch_env import pickled_fp8_scales_allowed
 from megatron_depthattn.train.build import Chunks, finish_param_gather, torch_adams
+from megatron_depthattn.train.muon import MOMENTUM, distributed_parts, matrix_states
 from megatron_depthattn.train.step_folders import SAVED_METADATA
 from megatron_depthattn.train.step_reader import check_fp8_state
 
@@ -77,7 +78,8 @@ class MegatronState:
             for model, parts in state.items()
         }
         kind = {"param_state_sharding_type": SAVED_METADATA["distrib_optim_sharding_type"]}
-        progress = self._optimizer.state_dict()
+        (adamw,) = distributed_parts(self._optimizer)  # Muon has nothing to count
+        progress = adamw.state_dict()
         for group in progress["optimizer"]["param_groups"]:
             group.setdefault("step", 0)  # TransformerEngine's Adam before its first step
         return shares | {"optimizer": progress | kind | {"param_state": states}}
@@ -133,7 +135,7 @@ def _allocate_state(optimizer: MegatronOptimizer) -> None:
     for adam in torch_adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
             adam.state[parameter] = fresh_adam_state(parameter)
-    for part in optimizer.chained_optimizers:
+    for part in distributed_parts(optimizer):
         if not part.optimizer.state:  # TransformerEngine's Adam: Megatron knows how, but leaves the moments unset
             part.load_state_dict(part.state_dict())
             for state in part.optimizer.state.values():
@@ -148,11 +150,13 @@ def fresh_adam_state(parameter: Tensor) -> dict[str, Tensor]:
 
 def _ranges(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, Tensor]]]:
     """What this data-parallel rank steps: a parameter, the first of its flattened elements, and their flat states."""
-    for part in optimizer.chained_optimizers:
+    for part in distributed_parts(optimizer):
         for parameter in part.model_param_gbuf_map:
             start = part._get_model_param_range_map(parameter)["param"].start
             tensors = part._get_main_param_and_optimizer_states(parameter)
             yield parameter, start, {name: tensors[name] for name in STATES}
+    for weight, master, momentum in matrix_states(optimizer):
+        yield weight, 0, {MASTER: master.view(-1), MOMENTUM: momentum.view(-1)}
 
 
 def _set_progress(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -160,16 +164,17 @@ def _set_progress(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
 
     Megatron keeps the step in the parameter groups, and torch's Adam beside each moment.
     """
+    (adamw,) = distributed_parts(optimizer)
     settings = {
         group["wd_mult"]: {key: value for key, value in group.items() if key not in ("params", "step")}
-        for group in optimizer.param_groups
+        for group in adamw.param_groups
     }
     # Before the load: megatron-core 0.19 finds a parameter group by its learning rates, among other settings.
     for group in state["optimizer"]["param_groups"]:
         group.update(settings[group["wd_mult"]])
         if group.get("step") is not None:  # torch's Adam saves a float, TransformerEngine's takes an integer only
             group["step"] = int(group["step"])
-    optimizer.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
+    adamw.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
     for adam in torch_adams(optimizer):
         for parameter, parameter_state in adam.state.items():
             parameter_state["step"] = torch.full((), float(adam.param_groups[0]["step"]), device=parameter.device)

@@ -21,6 +21,7 @@ from megatron_depthattn.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PrecisionConfig,
     RecomputeConfig,
     RunConfig,
     TrainConfig,
@@ -147,6 +148,8 @@ class Job:
     """With batches of `RAMP`."""
     agreement: bool = False
     """Only call ``check_same_on_all_ranks``."""
+    optimizer: str = "adamw"
+    dtype: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -158,6 +161,7 @@ class Job:
         parts += [f"overlap-clip{self.grad_clip:g}"] * self.overlap
         parts += ["ramp"] * self.ramp
         parts += [f"from-{self.resume}"] * bool(self.resume) + ["gathered"] * self.gathered
+        parts += [self.optimizer] * (self.optimizer != "adamw") + [self.dtype] * (self.dtype != "fp32")
         parts += ["branch"] * self.branch
         return "-".join(parts)
 
@@ -166,6 +170,12 @@ class Job:
         """The single-process job whose losses and gradients are the truth."""
         if self.ramp:
             return RAMPED_REFERENCE
+        if self.optimizer != "adamw":
+            return next(
+                job
+                for job in MUON
+                if job.layout == "single" and all(getattr(job, key) == getattr(self, key) for key in SAME_NUMBERS)
+            )
         if self.method in METHODS:
             return Job(layout="single", method=self.method)
         if self.loops > 1:
@@ -176,8 +186,9 @@ class Job:
     @property
     def checkpoint(self) -> str:
         """The folder of the checkpoint that this job saves or continues from."""
-        kind = f"{self.method}-loops{self.loops}" + self.ramp * "-ramp" + self.gathered * "-gathered"
-        return f"checkpoint-{self.resume or self.layout}-{kind}"
+        parts = ["checkpoint", self.resume or self.layout, self.method, f"loops{self.loops}", self.optimizer]
+        parts += ["ramp"] * self.ramp + ["gathered"] * self.gathered
+        return "-".join(parts)
 
     def config(self) -> RunConfig:
         rule: Any = "unrolled" if self.unrolled else "same_layer"
@@ -193,7 +204,8 @@ class Job:
             recompute=RECOMPUTE[self.recompute],
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
             train=dataclasses.replace(TRAIN, global_batch_size=RAMP[-1], batch_ramp=[4, 4, 24]) if self.ramp else TRAIN,
-            optimizer=OPTIMIZER,
+            optimizer=dataclasses.replace(OPTIMIZER, name=self.optimizer),
+            precision=PrecisionConfig(dtype=self.dtype),
             checkpoint=CheckpointConfig(
                 start_from=self.checkpoint if self.branch else None, start_optimizer=self.branch
             ),
@@ -315,6 +327,23 @@ CONTROLS = [
     Job(layout="tp2+sp", loops=2, steps=1, sabotage="another_rule_on_one_rank"),
 ]
 
+SAME_NUMBERS = ("method", "loops", "optimizer", "dtype")
+MUON = [
+    Job(layout="single", optimizer="muon", save=True),
+    Job(layout="dp2", optimizer="muon", save=True),
+    *(Job(layout=layout, optimizer="muon") for layout in ("tp2", "tp2+sp", "cp2", "pp2", "pp2xvpp2", "dp2xpp2xvpp2")),
+    Job(layout="single", optimizer="muon", steps=3, loops=2),
+    Job(layout="pp2xvpp2", optimizer="muon", steps=3, loops=2),
+    Job(layout="single", optimizer="muon", steps=3, method="mhc"),
+    Job(layout="tp2+sp", optimizer="muon", steps=3, method="mhc", recompute="uniform1"),
+    *(Job(layout=layout, optimizer="muon", steps=5, dtype="bf16") for layout in ("single", "dp2", "tp2+sp")),
+]
+MUON_CONTROLS = [
+    Job(layout="tp2", optimizer="muon", sabotage="blockwise"),
+    Job(layout="pp2", optimizer="muon", sabotage="unsplit_qkv"),
+    Job(layout="dp2xpp2xvpp2", optimizer="muon", sabotage="matrices_and_norms_in_one_group"),
+]
+
 CHATTY = Job(layout="pp2xvpp2", steps=1, sabotage="shapes_exchanged")
 """Right numbers, but more is sent than has to be."""
 
@@ -335,6 +364,10 @@ OVERLAP_CONTROLS = [
 AGREEMENT = Job(layout="tp4", agreement=True)
 
 # Saved with the optimizer under one layout, continued under others; and under the same one, bit for bit.
+MUON_OVERLAPPED = [
+    Job(layout=layout, optimizer="muon", overlap=True, grad_clip=clip)
+    for layout, clip in (("dp2", 0.0), ("dp2xpp2xvpp2", 0.05))
+]
 SAVES = [job for job in (*REFERENCES.values(), *LOOPED_REFERENCES.values(), RAMPED_REFERENCE, *PARITY) if job.save]
 RESUMES = [
     Job(layout=to, resume=saved)
@@ -355,12 +388,20 @@ if FULL:
     RESUMES += [Job(layout="pp2xvpp2", method=method, resume="tp2xpp2+sp") for method in METHODS]
     RESUMES += [Job(layout="single", method=method, resume="pp4xvpp2") for method in METHODS]
 RESUMES += [Job(layout="pp2xvpp4", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
+MUON_RESUMES = [
+    Job(layout=to, resume=saved, optimizer="muon")
+    for saved, to in (("dp2", "dp2"), ("single", "dp2"), ("dp2", "tp2+sp"), ("dp2", "pp2xvpp2"), ("dp2", "single"))
+]
 
 
 def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
     if job.agreement or job.overlap:
         return []
-    like = (job.resume, job.method, job.loops, job.ramp)
-    saver = [save for save in SAVES if (save.layout, save.method, save.loops, save.ramp) == like]
+    same = ("method", "loops", "optimizer", "ramp")
+    saver = [
+        save
+        for save in (*SAVES, *MUON)
+        if save.save and save.layout == job.resume and all(getattr(save, key) == getattr(job, key) for key in same)
+    ]
     return [job.reference] * (job != job.reference) + saver

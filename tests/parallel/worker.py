@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import distributed_data_parallel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
@@ -52,9 +54,11 @@ from megatron_depthattn.parallel.groups import (
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.schedule import PlannedCommunicator
+from megatron_depthattn.train import build
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import RNG, sharded_rng_state
 from megatron_depthattn.train.metrics import DepthRecord
+from megatron_depthattn.train.muon import muon_fields
 from megatron_depthattn.train.save import CheckpointSaver
 from megatron_depthattn.train.step import Microbatch, run_microbatches, train_step
 from megatron_depthattn.train.step_folders import Progress, step_folder
@@ -157,7 +161,9 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         if job.save and step + 1 == SAVE_AFTER:
             parts = progress_after(SAVE_AFTER), chunks, optimizer, scheduler
             save_checkpoint(folder / job.checkpoint, *parts, config=to_dict(config))
-            save_gathered(folder / dataclasses.replace(job, gathered=True).checkpoint, chunks, optimizer, scheduler)
+            if job.optimizer == "adamw":
+                gathered = dataclasses.replace(job, gathered=True)
+                save_gathered(folder / gathered.checkpoint, chunks, optimizer, scheduler)
     return result
 
 
@@ -416,7 +422,25 @@ def _another_rule_on_one_rank() -> Any:
     return mistake
 
 
+def _muon(**fields: Any) -> Any:
+    """Megatron's optimizer is built with other settings."""
+    return mock.patch.object(build, "muon_fields", lambda *args: muon_fields(*args) | fields)
+
+
+def _matrices_and_norms_in_one_group() -> Any:
+    """As Megatron gathers a later chunk's buckets; TransformerEngine's layers name a matrix first."""
+    partition = distributed_data_parallel.partition_buckets
+
+    def together(buffers: list[Any], **settings: Any) -> Any:
+        return partition(buffers[::-1], **settings | {"force_single_bucket_group": True})
+
+    return mock.patch.object(distributed_data_parallel, "partition_buckets", together)
+
+
 SABOTAGES = {
+    "blockwise": functools.partial(_muon, muon_tp_mode="blockwise"),
+    "unsplit_qkv": functools.partial(_muon, muon_split_qkv=False),
+    "matrices_and_norms_in_one_group": _matrices_and_norms_in_one_group,
     "another_rule_on_one_rank": _another_rule_on_one_rank,
     "later_loop_gradient_dropped": _later_loop_gradient_dropped,
     "payload_gradient_dropped": _payload_gradient_dropped,

@@ -62,7 +62,7 @@ def without(name: str, **change):
 
 
 def test_on_a_healthy_hopper_node_all_is_ready_but_what_needs_a_newer_gpu():
-    found = rows()
+    found = rows(python="3.12.3")
     assert [name for name, row in found.items() if row.fix] == ["FP8 mxfp8"]
     assert "2 x H100; driver 570.86, torch for CUDA 13.0" in found["GPU training"].here
 
@@ -77,6 +77,12 @@ CASES = [
         "(transformer-engine: ImportError: undefined symbol)",
     ),
     ({"packages": without("transformer-engine")}, "FP8 delayed", "pip install --no-build-isolation"),
+    (
+        {"python": "3.11.7"},
+        "Muon",
+        "Python 3.12 or later with Megatron-Core 0.19 or later; or set optimizer.name=adamw",
+    ),
+    ({"packages": without("emerging-optimizers"), "python": "3.12.3"}, "Muon", "pip install 'emerging-optimizers'"),
     ({"packages": without("deepspeed")}, "DeepSpeed engine", "pip install 'deepspeed'"),
     ({"packages": without("lm-eval")}, "lm-eval", "pip install 'megatron-depthattn[eval]'"),
     ({"packages": without("boto3")}, "S3 streaming", "pip install 'boto3'"),
@@ -248,7 +254,7 @@ def test_this_machine_is_ready(tmp_path: Path):
     command = ["quickstart", *settings, "--json", tmp_path / "report.json"]
     result = doctor(*command, PYTHONPATH=str(tmp_path / "broken"))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "checked 16 of 16: " in result.stderr
+    assert f"checked {len(MODULES)} of {len(MODULES)}: " in result.stderr
     assert result.stdout.splitlines()[-1].startswith("ready for quickstart on 1 ranks, as far as")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["to_fix"] == []
