@@ -5,7 +5,8 @@ stop, slow down or change a run. It reads what the run writes: config.yaml, metr
 start can bring whatever Weights & Biases has not got, however the last one ended:
 
 - Online, the run there is resumed (its id is that of the run's history), and what is later than its newest step
-  follows. Steps that a crash has undone and that are trained again are there from the first attempt, and stay.
+  follows, also what was lost on the way. Steps that a crash has undone and that are trained again are there from the
+  first attempt, and stay.
 - Offline, nothing can be resumed: each start writes the whole record anew, without what a crash has undone, and
   removes the folders of the starts before. `wandb sync` of the one that is left gives the whole run.
 
@@ -118,9 +119,10 @@ class Mirror:
             step, row = record["step"], run_curves(record)
             if step < self._newest.get("step", 0):
                 continue
-            if step == self._newest.get("step"):  # a held-out loss may have been added
-                row = {name: value for name, value in row.items() if self._newest.get(name) != value}
-            if row and record.get("depth"):
+            if step == self._newest.get("step"):  # it is there, but for a held-out loss that came late
+                late = [name for name in row if name.startswith("eval_loss") and self._newest.get(name) != row[name]]
+                row = {name: row[name] for name in late}
+            elif record.get("depth"):
                 row |= {"depth/weights": self._image(depth_figure(record["depth"]), caption=f"step {step}")}
             sent |= self._log("step", step, row)
         for number, record in self._evaluations.new():

@@ -3,6 +3,7 @@
 import os
 import string
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,7 @@ def test_any_text_of_a_string_key(tmp_path, key, text):
         return
     config = outcome(tmp_path / "base.yaml", [f"{key}={text}"])
     assert config is not None
-    section, _, name = key.partition(".")
-    assert getattr(getattr(config, section), name) == text
+    assert reduce(getattr, key.split("."), config) == text
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 

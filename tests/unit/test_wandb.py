@@ -14,6 +14,7 @@ from megatron_depthattn.train import curves
 from megatron_depthattn.train.curves import WandbMirror, check_wandb, log_evaluation, run_curves
 from megatron_depthattn.train.line_files import append_durably, drop_steps_after
 from tests.wandb_files import history, records, run_record
+from tests.wandb_server import serving
 
 RUN_ID = "0123456789ab"
 IMAGE = "depth/weights"
@@ -153,12 +154,46 @@ def test_a_lost_service_is_one_warning(run_dir, monkeypatch, kind):
     assert without_images(rows(run_dir)) == on_record(run_dir) and len(report.warned) == 1
 
 
-def test_a_network_that_is_down_is_one_warning(run_dir, monkeypatch):
+@pytest.fixture
+def online(run_dir, monkeypatch):
+    """A server; the config leaves the mode to the environment."""
+    save_config(load_config(run_dir / "config.yaml", ["log.wandb.mode=null"]), run_dir / "config.yaml")
+    with serving() as server:
+        for name, value in (("MODE", "online"), ("BASE_URL", server.url), ("API_KEY", "0" * 40)):
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        yield server
+
+
+def test_a_run_that_is_resumed_online_gets_what_it_lacks(run_dir, online):
+    """Rows that a crash has kept from it, and nothing twice; of steps that are trained again the first stay."""
+    train(run_dir, range(1, 13), loss=8.0)
+    append_durably(run_dir / "evaluations.jsonl", {"step": 10, "acc": 0.5})
+    first = on_record(run_dir)
+    report = Report()
+    mirror = WandbMirror(run_dir, report)
+    wait_for(lambda: len(online.rows) == 13 and "wandb-summary.json" in online.files)
+    curves.end_tree(psutil.Process(mirror._process.pid))
+    drop_steps_after(run_dir / "metrics.jsonl", 10)
+    train(run_dir, range(11, 18), loss=7.0)
+    WandbMirror(run_dir, report).close()
+    *_, newest = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    drop_steps_after(run_dir / "metrics.jsonl", 16, newest | {"eval_loss": 6.5})
+    append_durably(run_dir / "evaluations.jsonl", {"step": 15, "acc": 0.6})
+    WandbMirror(run_dir, report).close()
+    steps = [row for row in online.rows if "step" in row]
+    assert [row["step"] for row in steps] == [*range(1, 18), 17] and steps[-1]["eval_loss"] == 6.5
+    again = on_record(run_dir)
+    assert [row["loss"] for row in steps[:17]] == [(first if s < 13 else again)[s]["loss"] for s in range(1, 18)]
+    tasks = [row for row in online.rows if "evaluation/step" in row]
+    assert [(row["evaluation/step"], row["evaluation/acc"]) for row in tasks] == [(10, 0.5), (15, 0.6)]
+    assert online.bucket["name"] == RUN_ID and online.bucket["displayName"] == "first"
+    assert len(report.said) == 2 and f"{online.url}/team/ladder/runs/{RUN_ID}" in report.said[0]
+    assert not report.warned and not processes()
+
+
+def test_a_network_that_is_down_is_one_warning(run_dir, online, monkeypatch):
     monkeypatch.setattr(curves, "FINISH_SECONDS", 3.0)
-    for name, value in (("MODE", "online"), ("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "0" * 40)):
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    config = load_config(run_dir / "config.yaml", ["log.wandb.mode=null"])
-    save_config(config, run_dir / "config.yaml")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     train(run_dir, range(1, 4), loss=8.0)
     report = Report()
     mirror = WandbMirror(run_dir, report)
