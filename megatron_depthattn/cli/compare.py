@@ -2,7 +2,7 @@
 
 The first run is what the others are compared with. Time is that of the steps alone: no evaluation, no checkpoints, no
 start. The training loss is the mean since the row above. Between two evaluations the held-out loss at a time is read
-off a straight line.
+off a straight line. Held-out splits by name (`data.held_out`) follow in a table of their own.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Curves:
     """Step -> loss."""
     held_out: Mapping[int, float]
     """Step -> held-out loss."""
+    splits: Mapping[int, Mapping[str, float]]
+    """Step -> held-out loss by the name of its split, where there is any; the own val split has the name ''."""
     seconds: Mapping[int, float]
     """Step -> seconds of all steps up to it."""
 
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 1 with one line on stderr."""
     parser = new_parser("compare", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=user_path, help="run folder, with its metrics.jsonl")
+    split = "which split of data.held_out to compare by (default: the val split of the run's own data)"
+    parser.add_argument("--held-out", default="", metavar="NAME", help=split)
     figure = "plot the losses against steps and seconds; .png, .svg, .pdf (needs matplotlib)"
     parser.add_argument("--figure", type=user_path, metavar="FILE", help=figure)
     return run(_compare, parser.parse_args(arguments))
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(given: argparse.Namespace) -> None:
     check((len(given.runs) < 2, f"only {given.runs[0]} is given: name two runs or more"))
-    curves = [read_curves(folder, given.runs) for folder in given.runs]
+    curves = [read_curves(folder, given.runs, given.held_out) for folder in given.runs]
     names = [each.name for each in curves]
     settings = [(key, *(str(each.settings.get(key)) for each in curves)) for key in curves[0].settings]
     differing = [row for row in settings if row[0] != "run.dir" and len(set(row[1:])) > 1]
@@ -65,6 +69,10 @@ def _compare(given: argparse.Namespace) -> None:
         losses = [fmean(loss for at, loss in each.train.items() if before < at <= step) for each in curves]
         rows.append((f"{step:,}", *_cells([each.held_out[step] for each in curves]), *_cells(losses)))
     print_table(("step", *_columns("held-out", names), *_columns("train", names)), rows, title="at equal steps")
+    shared = {step: set.intersection(*(set(each.splits.get(step, ())) for each in curves)) for step in steps}
+    if found := sorted(shared[steps[-1]] - {""}):
+        rows = [(name, *_cells([each.splits[steps[-1]][name] for each in curves])) for name in found]
+        print_table(("split", *_columns("held-out", names)), rows, title=f"at step {steps[-1]:,}")
     first = max(each.seconds[min(each.held_out)] for each in curves)
     last = min(each.seconds[max(each.held_out)] for each in curves)
     times = [*(time for step in curves[0].held_out if first < (time := curves[0].seconds[step]) < last), last]
@@ -78,21 +86,28 @@ def _compare(given: argparse.Namespace) -> None:
         print(f"wrote {given.figure}")
 
 
-def read_curves(folder: Path, others: Sequence[Path] = ()) -> Curves:
-    """The losses of one run.
+def read_curves(folder: Path, others: Sequence[Path] = (), split: str = "") -> Curves:
+    """The losses of one run; ``split``: see `Curves.splits`.
 
     Raises:
         ValueError: the folder is no run, or the run has not come to an evaluation.
     """
     from megatron_depthattn.config import to_dict
     from megatron_depthattn.config.load import flatten, load_record
-    from megatron_depthattn.train.line_files import NUMBER, read_records
+    from megatron_depthattn.train.line_files import NUMBER, held_out_losses, read_records
 
     records = list(read_records(folder / "metrics.jsonl", step=int, loss=NUMBER, step_seconds=NUMBER))
-    held_out = {record["step"]: record["eval_loss"] for record in records if record.get("eval_loss") is not None}
+    splits = {record["step"]: losses for record in records if (losses := held_out_losses(record))}
+    held_out = {step: losses[split] for step, losses in splits.items() if split in losses}
+    others_named = sorted({name for losses in splits.values() for name in losses} - {split, ""})
+    way = f", or give --held-out with one of {', '.join(others_named)}" if others_named else ""
     check(
         (not records, f"{folder} has no metrics.jsonl with steps: give the folder of a run"),
-        (len(held_out) < 2, f"{folder} has {len(held_out)} held-out losses: train on, with train.eval_interval set"),
+        (
+            len(held_out) < 2,
+            f"{folder} has {len(held_out)} held-out losses{f' of {split}' if split else ''}: train on, with "
+            f"train.eval_interval set{way}",
+        ),
     )
     config = folder / "config.yaml"
     settings = flatten(to_dict(load_record(config))) if config.is_file() else {}
@@ -100,7 +115,7 @@ def read_curves(folder: Path, others: Sequence[Path] = ()) -> Curves:
     seconds = dict(zip(steps, accumulate(record["step_seconds"] for record in records), strict=True))
     is_unique = [other.name for other in others].count(folder.name) < 2
     train = {record["step"]: record["loss"] for record in records}
-    return Curves(folder.name if is_unique else str(folder), settings, train, held_out, seconds)
+    return Curves(folder.name if is_unique else str(folder), settings, train, held_out, splits, seconds)
 
 
 def _columns(kind: str, names: Sequence[str]) -> list[str]:

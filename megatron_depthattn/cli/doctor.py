@@ -89,10 +89,10 @@ def check_config(
         return [], [f"{path} cannot be read: {error}; make install"], world
     except ValueError as error:
         return [], [str(error)], world
-    settings, parallel, sources = flatten(to_dict(config)), config.parallel, config.data.sources
+    settings, parallel, paths = flatten(to_dict(config)), config.parallel, config.data.paths.values()
     ranks = world or len(host.devices) or parallel.tensor * parallel.pipeline * parallel.context
     asked = [feature for feature, (key, value) in doctor.ASKED_FOR.items() if settings[key] == value]
-    asked += ["S3 streaming"] * any("://" in source.path for source in sources)
+    asked += ["S3 streaming"] * any("://" in path for path in paths)
     asked += ["multi-node torchrun"] * (ranks > len(host.devices) > 0)
     no_te, no_triton = (doctor.install([name], packages) for name in ("transformer-engine", "triton"))
     try:
@@ -108,9 +108,9 @@ def check_config(
         problem = str(error)
     problems = [f"{ranks} ranks: {problem}"] if problem else []
     problems += [
-        f"{source.path} is not there: prepare it with depthattn prepare, or set data.path"
-        for source in sources
-        if "://" not in source.path and not Path(source.path).is_dir()
+        f"{path} is not there: prepare it with depthattn prepare, or set data.path"
+        for path in paths
+        if "://" not in path and not Path(path).is_dir()
     ]
     return asked, [*problems, *check_data(config), *_check_folders(config, checkpoint_bytes(config))], ranks
 

@@ -5,6 +5,7 @@ from the list (`tables.py`).
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -204,14 +205,22 @@ SWITCHES = checks(
 # ---- data
 
 
-def _stream(is_wrong: Callable[[Any, RunConfig], bool]) -> Condition:
-    def applies(config: RunConfig, _: int) -> dict[str, Any]:
-        for number, stream in enumerate(config.data.sources):
-            if is_wrong(stream, config):
-                return {"stream": f"data.streams[{number}]" if config.data.streams else "data", **vars(stream)}
-        return {}
+def _corpus(is_wrong: Callable[[str, RunConfig], bool]) -> Condition:
+    def applies(config: RunConfig, _: int) -> dict[str, str]:
+        return next(({"corpus": key, "path": p} for key, p in config.data.paths.items() if is_wrong(p, config)), {})
 
     return applies
+
+
+def _unweighted_stream(config: RunConfig, _: int) -> dict[str, Any]:
+    for number, stream in enumerate(config.data.streams or []):
+        if not 0 < stream.proportion < math.inf:
+            return {"stream": f"data.streams[{number}]", "proportion": stream.proportion}
+    return {}
+
+
+def _bad_name(config: RunConfig, _: int) -> dict[str, str]:
+    return next(({"name": repr(n)} for n in config.data.held_out or {} if not re.fullmatch(r"[\w.-]{1,64}", n)), {})
 
 
 DATA = checks(
@@ -231,15 +240,22 @@ DATA = checks(
         lambda c, _: c.data.streams == [],
     ),
     ("data.cache is empty; set a local folder, or null for none", lambda c, _: c.data.cache == ""),
-    ("{stream}.path is empty; set the folder or URL of a prepared corpus", _stream(lambda stream, c: not stream.path)),
+    ("{corpus} is empty; set the folder or URL of a prepared corpus", _corpus(lambda path, _: not path)),
+    ("{stream}.proportion is {proportion}; set a number above 0", _unweighted_stream),
     (
-        "{stream}.proportion is {proportion}; set a number above 0",
-        _stream(lambda stream, c: not 0 < stream.proportion < math.inf),
+        "{corpus} is the remote {path} and data.cache is null: shards have nowhere to go; set data.cache to a local "
+        "folder of each node",
+        _corpus(lambda path, c: "://" in path and c.data.cache is None),
     ),
     (
-        "{stream}.path is the remote {path} and data.cache is null: shards have nowhere to go; set data.cache to a "
-        "local folder of each node",
-        _stream(lambda stream, c: "://" in stream.path and c.data.cache is None),
+        "data.held_out has a split named {name}: it becomes part of a curve's name; give 1 to 64 letters, digits, "
+        "dots, dashes and underscores",
+        _bad_name,
+    ),
+    (
+        "data.held_out with train.eval_interval=null: nothing is ever evaluated; set train.eval_interval, or "
+        "data.held_out=null",
+        lambda c, _: c.data.held_out and c.train.eval_interval is None,
     ),
     (
         "run.dir is not set: the run has nowhere to write; set a folder, such as run.dir=runs/first",

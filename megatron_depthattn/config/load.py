@@ -242,6 +242,10 @@ def _set(config: DictConfig, key: str, value: Any, leaves: Mapping[str, Any], so
     try:
         if type(value) not in chain(*map(_accepted, _options(leaves[key]))):  # OmegaConf would take `1` for true
             raise TypeError
+        if isinstance(value, dict):
+            if not all(isinstance(text, str) for text in chain(*value.items())):  # OmegaConf would make it text
+                raise TypeError
+            node[name] = None  # it replaces what weaker layers say, as a list does
         node.merge_with({name: _mapped(value, lambda text: _literal(text, key, source))})
     except ConfigKeyError as error:
         known = [field.name for field in dataclasses.fields(typing.cast(Any, error.object_type))]
@@ -284,10 +288,11 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def flatten(tree: Mapping[Any, Any], leaves: Mapping[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value of nested sections, down to the keys of `leaves` (null: as far as there are sections)."""
+    """Dotted key to value of nested sections, down to the keys of `leaves` (null: those of a run's config)."""
     flat: dict[str, Any] = {}
+    leaves = leaf_types(RunConfig) if leaves is None else leaves
     for name, value in tree.items():
-        if isinstance(value, Mapping) and value and f"{prefix}{name}" not in (leaves or ()):
+        if isinstance(value, Mapping) and value and f"{prefix}{name}" not in leaves:
             flat |= flatten(value, leaves, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -316,6 +321,8 @@ def type_name(annotation: Any) -> str:
         elif origin is list:
             inside = _TYPES.get(items[0]) or f"{{{', '.join(leaf_types(items[0]))}}}"
             names.append(f"a list, each entry {inside}")
+        elif origin is dict:
+            names.append(f"{{name: {_TYPES[items[1]]}}}")
         else:
             names.append(_TYPES.get(option, "a section"))
     return " or ".join(names)

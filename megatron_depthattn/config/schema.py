@@ -190,6 +190,9 @@ class DataConfig:
     """Folder with train/ and val/ MDS shards, local or a remote URL. This or streams is required to train."""
     streams: list[StreamConfig] | None = None
     """Several such folders, mixed: a list of {path, proportion}; null: data.path alone."""
+    held_out: dict[str, str] | None = None
+    """Further held-out text by name, {name: folder or URL}: its val/ split (train/ where it has no other) is evaluated
+    whenever the val split of data.path is."""
     cache: str | None = None
     """Local folder of each node for downloaded and expanded shards; null: none, for local paths."""
     sequence_length: int = 256
@@ -208,6 +211,13 @@ class DataConfig:
     def sources(self) -> list[StreamConfig]:
         """The streams to read, or data.path as the only one."""
         return self.streams or [StreamConfig(path=self.path, proportion=1.0)]
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Every corpus that a run reads, by its key."""
+        streams = {f"data.streams[{number}].path": stream.path for number, stream in enumerate(self.streams or [])}
+        held_out = {f"data.held_out.{name}": path for name, path in (self.held_out or {}).items()}
+        return (streams or {"data.path": self.path}) | held_out
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -42,20 +42,13 @@ class Corpus(Dataset[torch.Tensor]):
             self.streams.append(TokenDataset(path, split, sequence_length=sequence_length, cache=cache))
             sequence_length = self.streams[0].sequence_length
         self.sequence_length = self.streams[0].sequence_length
-        hashes = [(stream.manifest or {}).get("tokenizer_sha256") for stream in self.streams]
-        for stream, digest in zip(self.streams, hashes, strict=True):
-            if len(hashes) > 1 and digest is None:
+        for stream in self.streams:
+            if len(paths) > 1 and stream.tokenizer is None:
                 raise ValueError(
                     f"{stream.path} has no {MANIFEST_NAME} that names its tokenizer, so it cannot be mixed with other "
                     "streams: prepare it with depthattn prepare"
                 )
-            if digest != hashes[0]:
-                raise ValueError(
-                    f"{stream.path} was tokenised with another tokenizer (sha256 {str(digest)[:12]}) than "
-                    f"{self.streams[0].path} ({str(hashes[0])[:12]}): prepare all streams with one --tokenizer"
-                )
-        self.tokenizer_digest: str | None = hashes[0]
-        """Of the one tokenizer of all streams, as their manifests name it; None: they do not."""
+            check_same_tokenizer(stream, self.streams[0])
         self.offsets = (0, *accumulate(stream.num_samples for stream in self.streams))
 
     @property
@@ -93,3 +86,12 @@ class Corpus(Dataset[torch.Tensor]):
             f"{end[number]:.2f}"
             for number, (stream, slots, offset) in enumerate(zip(self.streams, self.slots, self.offsets, strict=False))
         ]
+
+
+def check_same_tokenizer(stream: TokenDataset, other: TokenDataset) -> None:
+    """Raise ValueError if the manifests of two corpora name two tokenizers."""
+    if None not in (stream.tokenizer, other.tokenizer) and stream.tokenizer != other.tokenizer:
+        raise ValueError(
+            f"{stream.path} was tokenised with another tokenizer (sha256 {str(stream.tokenizer)[:12]}) than "
+            f"{other.path} ({str(other.tokenizer)[:12]}): prepare all with one --tokenizer"
+        )

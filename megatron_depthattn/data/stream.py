@@ -84,6 +84,14 @@ def _check_manifest(manifest: Any) -> None:
         raise ValueError(f"tokenizer_sha256 is {reprlib.repr(digest)}, not a hash")
 
 
+def has_split(path: str, split: str) -> bool:
+    """Whether a corpus has a split: by its folder, or by the manifest of a remote one; by default it has."""
+    if not is_remote(path):
+        return Path(path, split, INDEX_NAME).exists()
+    splits = (_read_manifest(path) or {}).get("splits", {split: {"samples": 1}})
+    return bool(splits.get(split, {}).get("samples"))
+
+
 class TokenDataset(Dataset[torch.Tensor]):
     """One split of a prepared corpus, read by sample number; a shard is fetched and checked on first use.
 
@@ -137,6 +145,8 @@ class TokenDataset(Dataset[torch.Tensor]):
         self.num_samples = int(self._ends[-1])
         self._checked: set[int] = set()
         self.manifest = _read_manifest(self.path)
+        self.tokenizer: str | None = (self.manifest or {}).get("tokenizer_sha256")
+        """SHA-256 of the tokenizer that made the tokens, where the manifest names it."""
         self.sequence_length = self._index.tokens_per_sample - 1
         if sequence_length is not None and sequence_length != self.sequence_length:
             raise ValueError(

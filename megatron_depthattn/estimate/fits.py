@@ -79,9 +79,9 @@ def check_fit(config: RunConfig, world_size: int, gpu: str = "H100") -> tuple[Fi
 def check_data(config: RunConfig) -> list[str]:
     """Where local data was prepared for another sequence length or a larger vocabulary, with what to set."""
     problems = []
-    for source in config.data.sources:
-        manifest = Path(source.path, "manifest.json")
-        if "://" in source.path or not manifest.is_file():
+    for path in config.data.paths.values():
+        manifest = Path(path, "manifest.json")
+        if "://" in path or not manifest.is_file():
             continue
         try:
             stored = json.loads(manifest.read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def check_data(config: RunConfig) -> list[str]:
             problems.append(f"{manifest} is no manifest of a corpus ({error}): copy or prepare the corpus again")
             continue
         if length not in (None, wanted):
-            problems.append(f"data.sequence_length is {wanted} and {source.path} has samples of {length}: set {length}")
+            problems.append(f"data.sequence_length is {wanted} and {path} has samples of {length}: set {length}")
         if vocabulary > rows:
-            problems.append(f"model.vocab_size is {rows} and the tokenizer of {source.path} has {vocabulary}: set more")
+            problems.append(f"model.vocab_size is {rows} and the tokenizer of {path} has {vocabulary}: set more")
     return problems

@@ -29,7 +29,7 @@ START_SECONDS = 10.0
 _DECIDES = ("model", "data", "optimizer", "precision")
 """Sections of the config that decide what a run computes; layout, checkpoints and the like do not."""
 _DECIDES_ELSEWHERE = ("run.seed", "train.steps", "train.global_batch_size", "train.batch_ramp", "train.eval_batches")
-_IGNORED = ("data.path", "data.cache", "data.num_workers", *(f"model.{key}" for key in MODEL_SWITCHES))
+_IGNORED = ("data.path", "data.held_out", "data.cache", "data.num_workers", *(f"model.{key}" for key in MODEL_SWITCHES))
 
 
 class Progress(NamedTuple):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from queue import SimpleQueue
 
 import torch
@@ -14,8 +15,9 @@ from megatron.core import parallel_state
 
 from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.config.batch_sizes import BatchSizes
-from megatron_depthattn.data.corpus import Corpus
+from megatron_depthattn.data.corpus import Corpus, check_same_tokenizer
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader
+from megatron_depthattn.data.stream import has_split
 from megatron_depthattn.parallel.groups import check_same_on_all_ranks
 from megatron_depthattn.train.errors import OtherRankError
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch, RankStatus, exchange
@@ -38,7 +40,9 @@ class GlobalBatches:
         data, train: the run's sections; of ``train`` the batch sizes.
         vocab_size: of the model: no token may be beyond it.
         seed: of the order of the samples.
-        split: ``train``, or ``val``: in the order it is stored, and the same for every seed.
+        split: the folder below those of the corpora.
+        trained_on: None: this is what the run trains on. Else that, for what it is evaluated on: in the order it is
+            stored, the same for every seed, and of the same tokenizer.
         consumed_samples: samples of the split that the run has used before; those of ``data.skip_samples`` not counted.
 
     Raises:
@@ -53,14 +57,15 @@ class GlobalBatches:
         *,
         vocab_size: int,
         seed: int,
-        split: str,
+        split: str = "train",
+        trained_on: Corpus | None = None,
         consumed_samples: int = 0,
     ) -> None:
         self._data, self._train, self._device, self._vocab_size = data, train, device, vocab_size
-        self._is_training = split == "train"
+        self._is_training = trained_on is None
         self._seed = seed if self._is_training else 0
         self._first = data.skip_samples if self._is_training else 0
-        self.corpus = _open_on_all_ranks(data, vocab_size, split)
+        self.corpus = _open_on_all_ranks(data, vocab_size, split, trained_on)
         self._loader: TokenLoader | None = None
         self._reader: _Reader | None = None
         self.data_seconds = 0.0
@@ -225,7 +230,16 @@ class _Reader:
                 request.set_exception(error)
 
 
-def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
+def held_out_splits(data: DataConfig) -> dict[str, tuple[DataConfig, str]]:
+    """What a run is evaluated on, by name: the corpora and the split. Its own val split, which may only be absent where
+    ``data.held_out`` names others, has the name ''."""
+    named = {name: replace(data, path=path, streams=None) for name, path in (data.held_out or {}).items()}
+    has_own = not named or all(has_split(source.path, "val") for source in data.sources)
+    found = {name: (corpus, "val" if has_split(corpus.path, "val") else "train") for name, corpus in named.items()}
+    return ({"": (data, "val")} if has_own else {}) | found
+
+
+def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str, trained_on: Corpus | None) -> Corpus:
     """Open the data on every rank and compare: all ranks continue with the same data, or all of them stop.
 
     Raises:
@@ -236,6 +250,7 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str) -> Corpus:
     try:
         corpus = Corpus(paths, shares, split, sequence_length=data.sequence_length, cache=data.cache)
         for stream in corpus.streams:
+            check_same_tokenizer(stream, (trained_on or corpus).streams[0])
             stored = (stream.manifest or {}).get("vocab_size")
             if stored is not None and stored > vocab_size:
                 raise ValueError(

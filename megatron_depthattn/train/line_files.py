@@ -70,6 +70,12 @@ def read_records(path: Path, **kinds: type | tuple[type, ...]) -> Iterator[dict[
                     yield record
 
 
+def held_out_losses(record: dict[str, Any]) -> dict[str, float]:
+    """The held-out losses of a step's record by the names of their splits; the run's own val split has the name ''."""
+    own = record.get("eval_loss")
+    return ({} if own is None else {"": own}) | (record.get("held_out") or {})
+
+
 def drop_steps_after(path: Path, step: int, *instead: dict[str, Any]) -> None:
     """Keep the lines up to ``step``, whole ones: a run that resumes there writes the later ones again.
 

@@ -26,7 +26,7 @@ from megatron_depthattn.preflight.run import enter_world
 from megatron_depthattn.train.build import transformer_config
 from megatron_depthattn.train.checkpoint import Loaded
 from megatron_depthattn.train.curves import check_wandb
-from megatron_depthattn.train.data import GlobalBatches, StopAgreement
+from megatron_depthattn.train.data import GlobalBatches, StopAgreement, held_out_splits
 from megatron_depthattn.train.engine import Engine, MegatronEngine
 from megatron_depthattn.train.hardware import for_this_machine
 from megatron_depthattn.train.history import EndReason, RunHistory, package_digest
@@ -106,11 +106,14 @@ class Training:
         self.last_step = max(config.train.steps, self.progress.step)
         if config.train.stop_after is not None:
             self.last_step = min(config.train.steps, self.progress.step + config.train.stop_after)
-        open_data = partial(
-            GlobalBatches, config.data, config.train, device, vocab_size=config.model.vocab_size, seed=config.run.seed
-        )
-        self.batches = open_data(split="train", consumed_samples=self.progress.consumed_samples)
-        self.held_out = open_data(split="val") if config.train.eval_interval else None
+        vocab_size, seed = config.model.vocab_size, config.run.seed
+        open_data = partial(GlobalBatches, train=config.train, device=device, vocab_size=vocab_size, seed=seed)
+        self.batches = open_data(config.data, consumed_samples=self.progress.consumed_samples)
+        splits = broadcast_from_rank0(lambda: held_out_splits(config.data)) if config.train.eval_interval else {}
+        self.held_out = {
+            name: open_data(data, split=split, trained_on=self.batches.corpus) for name, (data, split) in splits.items()
+        }
+        """What the run is evaluated on, by name; the val split of its own corpora has the name ''."""
         _check_corpus(start, loaded, self.batches)
         self.signals, self.agreement = signals, StopAgreement(signals)
         signals.only_note()
@@ -139,10 +142,11 @@ class Training:
         self.report.lines(opening_lines(config, megatron, self.world_size, begins))
         self.report.lines(self.engine.describe())
         self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
+        self.report.lines(f"held-out {name}: {data.path}/{split}" for name, (data, split) in splits.items() if name)
         self.report.lines(loaded.notes)
         if loaded.parent and loaded.common:
             corpus = self.batches.corpus
-            digests = corpus.digest, corpus.tokenizer_digest
+            digests = corpus.digest, corpus.streams[0].tokenizer
             self.report.warn(data_notes(loaded.parent, loaded.common, to_dict(config), *digests))
         self.report.warn(start.warnings)
         gc.collect()
@@ -174,9 +178,8 @@ class Training:
 
     def close(self) -> None:
         """Leave the world."""
-        for part in (self.batches, self.held_out, self.sample_log, self.report):
-            if part:
-                part.close()
+        for part in (self.batches, *self.held_out.values(), self.sample_log, self.report):
+            part.close()
         shut_down()
 
     def _evaluate_first(self) -> None:
@@ -184,8 +187,8 @@ class Training:
         step = self.progress.step
         if step == 0:
             self._evaluate()
-        elif self._is_evaluation_due() and broadcast_from_rank0(lambda: self.report.lacks_held_out(step)):
-            self.report.add_held_out(step, self._evaluate())
+        elif self._is_evaluation_due() and broadcast_from_rank0(lambda: self.report.lacks(step, self.held_out)):
+            self.report.add_evaluation(step, self._evaluate())
 
     def _save_if_due(self) -> None:
         if self.progress.step == self.last_step:
@@ -238,7 +241,7 @@ class Training:
         )
         record["depth"] = self.depth.collect()
         if step == self.last_step or self._is_evaluation_due():
-            record["eval_loss"] = self._evaluate()
+            record |= self._evaluate()
         self.report.step(record)
         return True
 
@@ -246,27 +249,35 @@ class Training:
         train, step = self.config.train, self.progress.step
         return step == train.steps or _is_due(step, train.eval_interval)
 
-    def _evaluate(self) -> float | None:
-        """Mean held-out loss in nats per token over the first ``train.eval_batches`` global batches of the val split.
+    def _evaluate(self) -> dict[str, Any]:
+        """Mean loss in nats per token over the first ``train.eval_batches`` global batches of each held-out split.
 
-        None without an evaluation, or if it was dropped because some rank was asked to stop.
+        Returns:
+            What goes on record; nothing without an evaluation, or if it was dropped because some rank was asked to
+            stop.
         """
-        held_out, train = self.held_out, self.config.train
-        if held_out is None:
-            return None
-        num_batches = max(1, min(train.eval_batches, len(held_out.corpus) // train.global_batch_size))
-        held_out.seek(0)
+        losses = {}
+        with self.engine.evaluating() if self.held_out else nullcontext():
+            for name, batches in self.held_out.items():
+                if (loss := self._held_out_loss(batches)) is None:
+                    return {}
+                losses[name] = loss
+        self.meter.add_held_out(self.progress.step, losses)
+        return {"eval_loss": losses.pop("", None), "held_out": losses or None}
+
+    def _held_out_loss(self, batches: GlobalBatches) -> float | None:
+        train = self.config.train
+        num_batches = max(1, min(train.eval_batches, len(batches.corpus) // train.global_batch_size))
+        batches.seek(0)
         losses = []
-        with self.engine.evaluating():
-            for _ in range(num_batches):
-                self._heartbeat("evaluation")
-                if not self.agreement.may_continue(held_out):
-                    return None
-                losses.append(self.engine.loss(held_out.next()))
+        for _ in range(num_batches):
+            self._heartbeat("evaluation")
+            if not self.agreement.may_continue(batches):
+                return None
+            losses.append(self.engine.loss(batches.next()))
         loss = sum(losses) / num_batches
         if not math.isfinite(loss):
             raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")
-        self.meter.add_held_out(self.progress.step, loss)
         return loss
 
     def _heartbeat(self, phase: str) -> None:
@@ -276,7 +287,7 @@ class Training:
 
     def _state(self) -> dict[str, Any]:
         corpus = self.batches.corpus
-        run: dict[str, Any] = {"run_id": self.run_id, "corpus": corpus.digest, "tokenizer": corpus.tokenizer_digest}
+        run: dict[str, Any] = {"run_id": self.run_id, "corpus": corpus.digest, "tokenizer": corpus.streams[0].tokenizer}
         run |= {GENERATION: self.generation, "parent": self.parent and self.parent._asdict()}
         return self.engine.checkpoint_state(**run)
 

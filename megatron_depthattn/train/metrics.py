@@ -57,7 +57,7 @@ class Meter:
         self._tflops_per_device = 3 * forward_flops(config).total / world_size / 1e12
         self._started, self._steps, self._tokens = time.monotonic(), 0, 0
         self._step_seconds = self._blocked_seconds = 0.0
-        self._held_out: list[tuple[int, float]] = []
+        self._held_out: dict[str, list[tuple[int, float]]] = {}
 
     def record(
         self,
@@ -69,7 +69,7 @@ class Meter:
         seconds: float,
         blocked_seconds: float = 0.0,
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; the loop fills in ``eval_loss`` and ``depth``.
+        """One line of metrics.jsonl; the loop fills in ``eval_loss``, ``held_out`` and ``depth``.
 
         Memory is that of the rank that holds most of it. Loss and gradient norm are null where they are not finite.
 
@@ -103,12 +103,14 @@ class Meter:
             "checkpoint_seconds": blocked_seconds - before,
             "skipped_steps": progress.skipped_steps,
             "eval_loss": None,
+            "held_out": None,
             "depth": None,
         }
 
-    def add_held_out(self, step: int, loss: float) -> None:
-        """Remember a held-out loss, in nats per token."""
-        self._held_out.append((step, loss))
+    def add_held_out(self, step: int, losses: Mapping[str, float]) -> None:
+        """Remember held-out losses, in nats per token, by the names of their splits."""
+        for name, loss in losses.items():
+            self._held_out.setdefault(name, []).append((step, loss))
 
     def closing_lines(self, progress: Progress, end: Mapping[str, Any]) -> list[str]:
         """What was trained, what it cost, what it brought and what to do next; ``end``: see `RunHistory.end`."""
@@ -124,10 +126,11 @@ class Meter:
             f"({self._tokens / max(self._step_seconds, 1e-9):,.0f} tokens/s in steps), "
             f"peak memory {peak_memory_gb():.2f} GB on rank 0"
         ]
-        if self._held_out:
-            (first, before), (last, after) = self._held_out[0], self._held_out[-1]
+        for name, losses in self._held_out.items():
+            (first, before), (last, after) = losses[0], losses[-1]
             end_loss = f", {after:.4f} at step {last} (down {before - after:.2f})" if last != first else ""
-            lines.append(f"held-out loss in nats per token: {before:.4f} at step {first}{end_loss}")
+            of = f" of {name}" if name else ""
+            lines.append(f"held-out loss{of} in nats per token: {before:.4f} at step {first}{end_loss}")
         goodput = end["goodput"]
         lines.append(
             f"goodput: {100 * goodput['goodput']:.1f} % ({goodput['useful_seconds']:.0f} s in steps that count, of "

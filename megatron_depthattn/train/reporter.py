@@ -18,7 +18,7 @@ from megatron_depthattn.config import WandbConfig
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.curves import TensorBoard, WandbMirror, is_mirrored
 from megatron_depthattn.train.history import METRICS
-from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, read_records
+from megatron_depthattn.train.line_files import AppendFile, drop_steps_after, held_out_losses, read_records
 from megatron_depthattn.train.start import broadcast_from_rank0
 from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch
 
@@ -83,25 +83,25 @@ class Reporter:
             self.warn([f"{METRICS} cannot be written: {self._metrics.problem}; its lines wait in memory"])
         self._is_waiting = self._metrics.problem is not None
         self._draw(metrics)
-        if step % self.log_interval == 0 or step == self.last_step or metrics["eval_loss"] is not None:
+        if step % self.log_interval == 0 or step == self.last_step or held_out_losses(metrics):
             self.lines([self._text(metrics)])
 
-    def lacks_held_out(self, step: int) -> bool:
-        """Whether the record has this step without a held-out loss; on the rank that writes."""
-        records = read_records(self._path, step=int)
-        return any(record["step"] == step and record.get("eval_loss") is None for record in records)
+    def lacks(self, step: int, names: Iterable[str]) -> bool:
+        """Whether the record has this step without the loss of one of these held-out splits; where it is written."""
+        records = (record for record in read_records(self._path, step=int) if record["step"] == step)
+        return any(not set(names) <= held_out_losses(record).keys() for record in records)
 
-    def add_held_out(self, step: int, loss: float | None) -> None:
-        """Complete the newest step of the record, which an earlier start wrote; not if ``loss`` is None."""
-        if not self.is_writer or loss is None:
+    def add_evaluation(self, step: int, found: dict[str, Any]) -> None:
+        """Complete the newest step of the record, which an earlier start wrote; not if nothing was found."""
+        if not self.is_writer or not found:
             return
         *_, newest = (record for record in read_records(self._path, step=int) if record["step"] == step)
         self._metrics.close()
         with contextlib.suppress(OSError):
-            drop_steps_after(self._path, step - 1, newest | {"eval_loss": loss})
+            drop_steps_after(self._path, step - 1, newest | found)
         self._metrics = AppendFile(self._path)
-        self._draw({"step": step, "eval_loss": loss})
-        self.lines([f"step {step}/{self.last_step} | held-out {loss:.4f}"])
+        self._draw({"step": step, **found})
+        self.lines([f"step {step}/{self.last_step} | {_held_out_text(found)}"])
 
     def force_to_disk(self) -> None:
         """Before a checkpoint: the record must not end before it, whatever happens then."""
@@ -126,7 +126,7 @@ class Reporter:
         step = metrics["step"]
         seconds_per_sample = (time.monotonic() - self._started) / max(1, metrics["samples"] - self._first_sample)
         remaining = round(seconds_per_sample * (self._last_sample - metrics["samples"]))
-        held_out = "" if metrics["eval_loss"] is None else f"held-out {metrics['eval_loss']:.4f} | "
+        held_out = f"{text} | " if (text := _held_out_text(metrics)) else ""
         return (
             f"step {step}/{self.last_step} | loss {_number(metrics['loss'], '.4f')} | {held_out}"
             f"grad norm {_number(metrics['grad_norm'], '.3f')} | lr {metrics['lr']:.2e} | "
@@ -181,6 +181,12 @@ class SampleLog:
 def _print(text: str, stream: TextIO) -> None:
     with contextlib.suppress(OSError):
         print(printable(text), file=stream, flush=True)
+
+
+def _held_out_text(record: dict[str, Any]) -> str:
+    return ", ".join(
+        f"held-out {name}{' ' if name else ''}{loss:.4f}" for name, loss in held_out_losses(record).items()
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -61,7 +61,7 @@ def count_steps() -> list[Step]:
         is_noted = number in (1, train.steps) or loop._is_due(number, train.depth_interval)
         is_evaluated = number == self.last_step or self._is_evaluation_due()
         did = {"asked": is_asked, "depth": is_noted and self.depth._plan is not None}
-        did["eval"] = is_evaluated and self.held_out is not None
+        did["eval"] = is_evaluated and bool(self.held_out)
         steps.append(Step(number, [what for what, holds in did.items() if holds], *map(_listed, counts)))
         return may_continue
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_depthattn.config import load_config
 from megatron_depthattn.data.stream import TokenDataset
 from megatron_depthattn.train import __main__ as command
 from megatron_depthattn.train import loop, save
@@ -44,6 +45,8 @@ class Case:
     ranks: int = 1
     exits: bool = False
     """Whether a rank ends as the command does, with exit handlers, which takes longer."""
+    splits: bool = False
+    """Whether a second held-out split, the same as the first one, is evaluated after it."""
     again: bool = False
     """Whether the run is started once more, undisturbed and in one process."""
 
@@ -143,7 +146,7 @@ CASES = {
     "step": Case(in_a_step, again=True),
     "first evaluation": Case(in_an_evaluation(BATCHES)),
     "evaluation": Case(in_an_evaluation(BATCHES + 2), PIPELINE, ranks=2, again=True),
-    "last evaluation": Case(in_an_evaluation(2 * BATCHES + 1), again=True),
+    "last evaluation": Case(in_an_evaluation(5 * BATCHES + 1), splits=True, again=True),
     "data": Case(in_the_data, ("train.eval_interval=null",), ranks=2, exits=True),
     "record": Case(after_an_exchange, ("train.eval_interval=null", "checkpoint.interval=100"), ranks=2),
     "save": Case(in_a_save, ("checkpoint.async_save=false",)),
@@ -157,6 +160,7 @@ def main(work: Path, config: str) -> None:
         folder = work / name
         folder.mkdir()
         arguments = [config, f"run.dir={folder / 'run'}", *SETTINGS]
+        arguments += [f"data.held_out={{same: {load_config(config).data.path}}}"] if case.splits else []
         results = [start_and_wait(folder, [*arguments, *case.settings], case)]
         shutil.copy(folder / "run/metrics.jsonl", folder) if (folder / "run/metrics.jsonl").exists() else None
         if case.again:

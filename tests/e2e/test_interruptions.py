@@ -101,13 +101,16 @@ def test_the_same_command_continues_as_if_nothing_had_happened(stopped: Path, na
         for key in (*SAME, "eval_loss"):
             value = theirs[key] if is_exact or theirs[key] is None else pytest.approx(theirs[key], rel=1e-4)
             assert ours[key] == value, (ours["step"], key)
+    if name == "last evaluation":  # which ended in the second split, of the same text
+        *_, last = records(stopped / name / "run")
+        assert last["held_out"] == {"same": last["eval_loss"]}
     begins = [record for record in history(stopped / name / "run") if record["event"] == "start"]
     assert len({start["run_id"] for start in begins}) == 1
     assert 0 < history(stopped / name / "run")[-1]["goodput"]["goodput"] < 1
     assert ("nothing to do" in again["output"][0]) is (name == "last evaluation")
 
 
-@pytest.mark.parametrize(("name", "batch"), [("first evaluation", 2), ("evaluation", 4), ("last evaluation", 5)])
+@pytest.mark.parametrize(("name", "batch"), [("first evaluation", 2), ("evaluation", 4), ("last evaluation", 11)])
 def test_an_evaluation_ends_after_the_batch_with_the_signal(stopped: Path, name: str, batch: int):
     assert {len(file.read_text()) for file in (stopped / name).glob("batches_*")} == {batch}
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from tests.e2e.small_run import train
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "samples", "step_seconds", "data_seconds", "tokens_per_second"),
     *("tflops_per_device", "mfu", "memory_gb", "eval_loss", "data_seconds_min", "data_slowest_rank"),
-    *("checkpoint_seconds", "skipped_steps", "depth"),
+    *("checkpoint_seconds", "skipped_steps", "depth", "held_out"),
 }
 OWN_LINE = re.compile(
     r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|schedule|batch ramp|start|stream \d+|"
-    r"engine|step|saved|trained|held-out loss|goodput|record|what to try next|vocabulary|switches|data|parallel)[ :=]"
+    r"engine|step|saved|trained|held-out|held-out [\w ]+|goodput|record|what to try next|vocabulary|switches|data|"
+    r"parallel)[ :=]"
 )
 """The forms of line that a run prints."""
 OP = "model.depth_attention.op=reference"
@@ -86,10 +88,11 @@ def test_resumed_run_obeys_its_own_config(config_file: Path, tmp_path: Path):
 
 
 # tests/parallel resumes under many more; this is the command's way there.
-def test_resume_under_another_layout_while_the_batch_size_rises(config_file: Path, tmp_path: Path):
+def test_resume_under_another_layout_while_the_batch_size_rises(config_file: Path, corpus: Path, tmp_path: Path):
     """Two processes continue what one process began; the record is that of one process, the console only the run's.
 
-    The ramp: 3 steps of 4 samples, 2 of 8, then 12.
+    At the end they are evaluated on splits by name alone: the loss of the one that is the first process's val split is
+    that one's. The ramp: 3 steps of 4 samples, 2 of 8, then 12.
     """
     ramp = ("train.batch_ramp=[4,4,24]", "train.global_batch_size=12")
     ramp += ("optimizer.schedule=wsd", "optimizer.warmup_ratio=0.25", "optimizer.decay_ratio=0.5", "optimizer.lr=1e-3")
@@ -103,7 +106,12 @@ def test_resume_under_another_layout_while_the_batch_size_rises(config_file: Pat
     failed = train(*command, "train.batch_ramp=null")
     assert failed.returncode == 1 and "train.batch_ramp (was [4, 4, 24], is None)" in failed.stderr
     must_succeed(train(*command, "train.stop_after=2", ranks=2))
-    result = must_succeed(train(*command, "parallel.pipeline=2", "parallel.virtual_pipeline=2", ranks=2))
+    bare = tmp_path / "bare"  # a corpus without a val split
+    bare.mkdir()
+    shutil.copy(corpus / "manifest.json", bare)
+    (bare / "train").symlink_to(corpus / "train")
+    splits = (f"data.path={bare}", f"data.held_out={{code: {corpus}, seen: {bare}}}")
+    result = must_succeed(train(*command, *splits, "parallel.pipeline=2", "parallel.virtual_pipeline=2", ranks=2))
     assert "hop 0 -> 1:" in result.stdout
     log = (undisturbed / "log.txt").read_text()
     assert "lr 0.001 after 28 of 112 samples, minus_sqrt decay over the last 56 to 0.0001 (with train.batch_ramp" in log
@@ -120,9 +128,21 @@ def test_resume_under_another_layout_while_the_batch_size_rises(config_file: Pat
     foreign = [line for line in result.stdout.splitlines() + result.stderr.splitlines() if not OWN_LINE.match(line)]
     assert not foreign
     for ours, theirs in zip(records(tmp_path / "run"), records(undisturbed), strict=True):
-        assert theirs["eval_loss"] is None or ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        if theirs["eval_loss"] is None:
+            assert ours["held_out"] is None
+        elif ours["held_out"] is None:
+            assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+        else:
+            assert ours["eval_loss"] is None and [*ours["held_out"]] == ["code", "seen"]
+            assert ours["held_out"]["code"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+            assert abs(ours["held_out"]["seen"] - theirs["eval_loss"]) > 1e-3, "of other text"
+    assert f"held-out code: {corpus}/val" in result.stdout and f"held-out seen: {bare}/train" in result.stdout
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("eval_loss/seen")]
+    seen = {line["step"]: line["held_out"]["seen"] for line in records(tmp_path / "run") if line["held_out"]}
+    assert curve == [(step, pytest.approx(loss)) for step, loss in seen.items()]
 
 
 def test_vanilla_is_one_key_away(undisturbed: Path, config_file: Path, tmp_path: Path):
@@ -158,6 +178,7 @@ REFUSED = [
     (["parallel.pipeline=2"], "start 2 ranks"),
     (["data.path=nowhere"], "nowhere"),
     (["data.sequence_length=16"], "sequence_length"),
+    (["data.held_out={code: nowhere}"], "nowhere/train has no index.json"),
     (["model.vocab_size=256"], "model.vocab_size=384"),
     (["checkpoint.load=nowhere/step_00000001"], "holds no complete checkpoint"),
     (["precision.fp8=delayed", "precision.dtype=bf16"], "auto cannot take them here: no GPU; change that, or set"),

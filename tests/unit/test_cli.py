@@ -102,6 +102,7 @@ def write_run(folder: Path, seconds: float, gain: float, steps: int = 8) -> Path
             "loss": 9.5 - gain * step,
             "step_seconds": seconds,
             "eval_loss": None if step % 2 else 9 - gain * step,
+            "held_out": None if step % 2 else {"code": 5 - gain * step, str(gain): 1.0},
         }
         for step in range(1, steps + 1)
     ]
@@ -120,6 +121,9 @@ def test_runs_are_compared_at_equal_steps_and_at_equal_time(tmp_path, capsys):
     assert ["optimizer.lr", "0.1", "0.2"] in rows
     assert ["8", "8.2000", "7.4000", "-0.8000", "8.7500", "8.0000", "-0.7500"] in rows
     assert ["6.0", "8.4000", "8.4000", "+0.0000"] in rows and ["8.0", "8.2000", "8.2000", "+0.0000"] in rows
+    assert ["code", "4.2000", "3.4000", "-0.8000"] in rows and not any(row[0] == "0.1" for row in rows)
+    assert main(["compare", str(one), str(two), "--held-out", "code"]) == 0
+    assert "│ 6.0     │ 4.4000       │ 4.4000       │ +0.0000    │" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "f.svg").read_text()
     curves = compare.read_curves(one)
     assert curves.held_out_at(3.0) == pytest.approx(8.7)
@@ -132,3 +136,5 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     assert main(["compare", str(run), str(tmp_path)]) == 1 and "has no metrics.jsonl" in capsys.readouterr().err
     short = write_run(tmp_path / "short", 1.0, 0.1, steps=3)
     assert main(["compare", str(run), str(short)]) == 1 and "has 1 held-out losses" in capsys.readouterr().err
+    assert main(["compare", str(run), str(run), "--held-out", "web"]) == 1
+    assert "has 0 held-out losses of web: " in (error := capsys.readouterr().err) and "one of 0.1, code" in error

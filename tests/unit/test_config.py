@@ -86,6 +86,7 @@ KEYS = [
     "data.log_samples",
     "data.skip_samples",
     "data.streams",
+    "data.held_out",
     "train.steps",
     "train.global_batch_size",
     "train.batch_ramp",
@@ -186,6 +187,17 @@ def test_later_layers_win(tmp_path):
 def test_command_line_wins_over_an_overlay_named_after_it(tmp_path, base):
     overlay = write(tmp_path / "c.yaml", "train: {steps: 3}")
     assert load_config(base, ["train.steps=9", str(overlay)]).train.steps == 9
+
+
+def test_splits_by_name_are_replaced_and_not_merged(tmp_path, base):
+    write(tmp_path / "a.yaml", "base: base.yaml\ndata: {held_out: {code: ~/code, math: y}}\n")
+    config = load_config(tmp_path / "a.yaml")
+    assert config.data.held_out == {"code": str(Path("~/code").expanduser()), "math": "y"}
+    assert {"data.path": "shards", "data.held_out.math": "y"}.items() <= config.data.paths.items()
+    save_config(config, tmp_path / "b.yaml")
+    assert load_config(tmp_path / "b.yaml") == config
+    assert load_config(tmp_path / "a.yaml", ["data.held_out={web: z}"]).data.held_out == {"web": "z"}
+    assert load_config(tmp_path / "a.yaml", ["data.held_out=null"]).data.held_out is None
 
 
 def test_a_single_base_is_a_plain_path(tmp_path, base):
@@ -385,6 +397,9 @@ def test_malformed_arguments_are_rejected(base, argument):
         ("data.streams=[{pth: a}]", "unknown key 'data.streams.pth' in the command line; the nearest valid key is "
          "'data.streams.path'"),
         ("data.streams=[{path: a}]", "data.streams[0].proportion is missing (in the command line); set it"),
+        ("data.held_out=x", "data.held_out is string 'x' (from the command line); expected {name: a string} or null"),
+        ("data.held_out={a: [x]}", "data.held_out is section {'a': ['x']} (from the command line); expected "
+         "{name: a string} or null"),
         ("run.dir=a\nb", "run.dir is 'a\\nb' (from the command line), which has a control character or is not UTF-8; "
          "leave it out"),
         ("run.dir=a\udcff", "run.dir is 'a\\udcff' (from the command line), which has a control character or is not "
@@ -503,6 +518,12 @@ UNSUPPORTED = [
     (1, "data.path=", "data.path is not set: the run has nothing to read"),
     (1, "run.dir=", "run.dir is not set: the run has nowhere to write"),
     (1, "data.path=s3://bucket/shards", "set data.cache to a local folder of each node"),
+    (1, 'data.held_out={"code":"s3://bucket/code"} train.eval_interval=5',
+     "data.held_out.code is the remote s3://bucket/code and data.cache is null"),
+    (1, 'data.held_out={"code":"x"}', "nothing is ever evaluated; set train.eval_interval, or data.held_out=null"),
+    (1, 'data.held_out={"a/b":"x"} train.eval_interval=5', "data.held_out has a split named 'a/b'"),
+    (1, 'data.held_out={"a":""} train.eval_interval=5', "data.held_out.a is empty; set the folder or URL"),
+    (1, "log.wandb.project=a/b", "log.wandb.project is a/b; set a name without these characters"),
     (1, "model.num_query_groups=4", "set num_query_groups to one of 1, 2, 3, 6"),
     (1, "model.kv_channels=33", "model.kv_channels is 33: RoPE turns pairs of channels; set an even number"),
     (3, "parallel.tensor=3", "share one evenly; set parallel.tensor to what this model allows: 1, 2"),

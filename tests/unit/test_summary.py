@@ -30,10 +30,11 @@ def test_hints_name_the_run_s_own_folders():
 def test_one_held_out_loss_is_said_once():
     meter = Meter(load_config("configs/quickstart.yaml", []), 1)
     meter.record(Progress(step=1), StepResult(7.0, 1.0, statuses=[(0, 0, 0, 1)]), samples=16, lr=0.1, seconds=1.0)
-    meter.add_held_out(0, 7.6534)
+    meter.add_held_out(0, {"": 7.6534, "code": 5.0})
     lines = meter.closing_lines(Progress(step=1), {"outcome": "stop_after", "goodput": GOODPUT})
     assert "held-out loss in nats per token: 7.6534 at step 0" in lines
     assert lines[0].startswith("trained 1 step to step 1:") and " on 1 rank in " in lines[0]
-    meter.add_held_out(1, 7.0)
+    meter.add_held_out(1, {"": 7.0})
     lines = meter.closing_lines(Progress(step=1), {"outcome": "stop_after", "goodput": GOODPUT})
     assert "held-out loss in nats per token: 7.6534 at step 0, 7.0000 at step 1 (down 0.65)" in lines
+    assert "held-out loss of code in nats per token: 5.0000 at step 0" in lines
