@@ -6,6 +6,10 @@ global batches, the first train.eval_batches x train.global_batch_size samples o
 --suite paper is table 1 of arXiv:2606.05014: eight tasks, zero- and five-shot, beside the paper's figures. It reads
 data sets from the disk alone; --download fetches them from the Hugging Face Hub first, or only that without --model.
 Below each model stand the paper's figures for its method and size.
+
+--follow RUN_DIR scores each new checkpoint of a run beside it, also of one that has not started, and appends the
+figures to RUN_DIR/evaluations.jsonl. It ends when the run has finished; started again, it continues. It computes on the
+CPU unless CUDA_VISIBLE_DEVICES or --device names a GPU: those that it sees may be the run's.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ import argparse
 import hashlib
 import json
 import shlex
+import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +35,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from megatron_depthattn.evaluation import Split
+    from megatron_depthattn.follow import Figures, Measure
     from megatron_depthattn.suite import Suite
 
 _HASHED = (".json", ".safetensors")
+_FOLLOWING = ("every", "once", "keep_exports", "output", "tokenizer")
+"""Options of --follow alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 with one line on stderr when it cannot be done, 130 on Ctrl-C."""
+    """Exit code: 0, 1 with one line on stderr when it cannot be done, 130 on Ctrl-C; 75 when --follow was stopped."""
+    return run(_evaluate, new_evaluate_parser().parse_args(arguments), RuntimeError)  # torch's, such as out of memory
+
+
+def new_evaluate_parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = new_parser("evaluate", __doc__)
     add, data = parser.add_argument, "a folder written by depthattn prepare, or one of its splits"
     add("--model", type=user_path, nargs="+", metavar="HF_DIR", default=[], help="Hugging Face model folders")
@@ -44,13 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", metavar="auto|N", default="auto", help="samples at a time (default auto: as memory allows)")
     add("--max-samples", type=int, metavar="N", help="perplexity of the first N samples alone")
     add("--suite", metavar="NAME|FILE.yaml", help="tasks to run: paper, offline (generated, for trying it), or a file")
-    add("--tasks", nargs="+", metavar="NAME", help="only these tasks of the suite")
+    add("--tasks", nargs="+", metavar="NAME", help="only these tasks of the suite; without one: tasks of lm_eval")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--download", action="store_true", help="fetch the suite's data sets first")
     add_device(parser)
     add("--json", type=user_path, metavar="FILE", help="also write the figures here")
     add("--markdown", type=user_path, metavar="FILE", help="also write the suite's tables here")
-    return run(_evaluate, parser.parse_args(arguments), RuntimeError)  # torch's, such as out of memory
+    add("--follow", type=user_path, metavar="RUN_DIR", help="score each new checkpoint of this run")
+    add("--every", type=int, metavar="N", help="of --follow: steps divisible by N, and the last one (default: all)")
+    add("--once", action="store_true", help="of --follow: score what is there, and end")
+    add("--output", type=user_path, metavar="DIR", help="of --follow: exports lie here (default RUN_DIR/exports)")
+    add("--keep-exports", action="store_true", help="of --follow: leave the Hugging Face folders there")
+    add("--tokenizer", type=user_path, metavar="DIR", help="of --follow: default the one of the run's data")
+    return parser
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -60,27 +80,50 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto: the type in config.json")
 
 
-def _evaluate(given: argparse.Namespace) -> None:
+def check_evaluate(given: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not fit together."""
     size = given.batch_size
-    counts = {"max-samples": given.max_samples, "limit": given.limit}
-    of_suite, of_data = (
+    counts = {"max-samples": given.max_samples, "limit": given.limit, "every": given.every}
+    of_suite, of_data, of_follow, of_models = (
         [f"--{name.replace('_', '-')}" for name in names if getattr(given, name)]
-        for names in (("tasks", "limit", "download", "markdown"), ("split", "max_samples"))
+        for names in (
+            *(("limit", "download", "markdown"), ("split", "max_samples")),
+            *(_FOLLOWING, ("model", "download", "json", "markdown")),
+        )
     )
+    follows, has_suite = bool(given.follow), bool(given.suite or given.tasks)
     check(
         (size != "auto" and not (size.isdecimal() and int(size)), f"--batch-size {size}: set at least 1, or auto"),
         *((n is not None and n < 1, f"--{name} {n}: set at least 1, or leave it out") for name, n in counts.items()),
         lacks_folder("--json", given.json),
         lacks_folder("--markdown", given.markdown),
-        (not given.suite and bool(of_suite), f"{', '.join(of_suite)}: only with a suite, such as --suite paper"),
-        (not given.model and not given.download, "no --model: name one or more Hugging Face model folders"),
-        (not given.suite and not given.data, "no --data: name a folder written by depthattn prepare, or a --suite"),
+        (not has_suite and bool(of_suite), f"{', '.join(of_suite)}: only with a suite, such as --suite paper"),
+        (not follows and bool(of_follow), f"{', '.join(of_follow)}: only with --follow, the run to score"),
+        (follows and bool(of_models), f"{', '.join(of_models)}: not with --follow, which scores a run's checkpoints"),
+        (
+            not follows and not given.model and not given.download,
+            "no --model: name one or more Hugging Face model folders",
+        ),
+        (
+            not has_suite and not given.data,
+            "no --data: name a folder written by depthattn prepare, or a --suite" + " or --tasks" * follows,
+        ),
         (not given.data and bool(of_data), f"{', '.join(of_data)}: only with --data, the data to score"),
+        (
+            follows and given.once and not (given.follow / "config.yaml").is_file(),
+            f"--follow {given.follow} --once: there is no run (no config.yaml); without --once it is waited for",
+        ),
     )
-    given.batch_size = None if size == "auto" else int(size)
-    if given.suite:
+
+
+def _evaluate(given: argparse.Namespace) -> int | None:
+    check_evaluate(given)
+    given.batch_size = None if given.batch_size == "auto" else int(given.batch_size)
+    if given.follow:
+        return _follow(given)
+    if given.suite or given.tasks:
         _evaluate_suite(given)
-        return
+        return None
     from megatron_depthattn.evaluation import open_split
     from megatron_depthattn.hf.loading import pick_device
 
@@ -90,6 +133,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         found = [_measure(folder, split, device, given) for folder in given.model]
     if given.json is not None:
         given.json.write_text(json.dumps(found if len(found) > 1 else found[0], indent=2) + "\n")
+    return None
 
 
 def _check_models(folders: Sequence[Path], split: Split | None) -> None:
@@ -130,24 +174,42 @@ def _perplexity(model: PreTrainedModel, folder: Path, split: Split, given: argpa
     return about | {"seconds": time.perf_counter() - start} | result
 
 
+def _load_suite(given: argparse.Namespace) -> tuple[Suite, dict[str, Any], Path | None]:
+    """The suite, its tasks as the harness's objects, and its file; --tasks alone: lm_eval's own, zero-shot."""
+    check((find_spec("lm_eval") is None, "--suite and --tasks need lm-eval: pip install 'megatron-depthattn[eval]'"))
+    from megatron_depthattn import suite as suites
+
+    shipped = shipped_folder("configs") / "lm_eval"
+    named = ["--tasks", *given.tasks] if given.tasks else []
+    file: Path | None = None
+    if given.suite:
+        file = shipped / f"{given.suite}.yaml"
+        file = file if file.is_file() else user_path(given.suite)
+        suite, named = suites.load_suite(file, given.tasks), ["--suite", given.suite, *named]
+    else:
+        suite = suites.Suite(title="tasks", tasks={name: {"column": name} for name in given.tasks}, shots=[0])
+        for known in (shipped / "offline.yaml", shipped / "paper.yaml"):  # all of lm_eval takes seconds to look through
+            with suppress(ValueError):
+                found = suites.load_suite(known, given.tasks)
+                suite = replace(suite, tasks=found.tasks, include_path=found.include_path)
+    fetch = shlex.join(["depthattn", "evaluate", *named, "--download"])
+    return suite, suites.load_tasks(suite, download=given.download, fetch=fetch), file
+
+
 def _evaluate_suite(given: argparse.Namespace) -> None:
-    check((find_spec("lm_eval") is None, "--suite needs lm-eval: pip install 'megatron-depthattn[eval]'"))
+    suite, tasks, file = _load_suite(given)
     from megatron_depthattn import suite as suites
     from megatron_depthattn.evaluation import open_split
     from megatron_depthattn.hf.loading import pick_device
     from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 
-    shipped = shipped_folder("configs") / "lm_eval" / f"{given.suite}.yaml"
-    file = shipped if shipped.is_file() else user_path(given.suite)
-    suite = suites.load_suite(file, given.tasks)
-    fetch = ["depthattn", "evaluate", "--suite", given.suite, *(("--tasks", *given.tasks) if given.tasks else ())]
-    tasks = suites.load_tasks(suite, download=given.download, fetch=shlex.join([*fetch, "--download"]))
     if not given.model:
         print(f"on disk: the data of {', '.join(tasks)}")
         return
     device, about = pick_device(given.device), suites.about_tasks(suite, tasks)
     found: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"suite": str(file), "suite_sha256": _sha256(file), "versions": suites.versions()}
+    report: dict[str, Any] = {"suite": str(file), "suite_sha256": _sha256(file)} if file else {}
+    report |= {"versions": suites.versions()}
     report |= {"tasks": about, "limit": given.limit, "fewshot_seed": suites.FEWSHOT_SEED, "models": found}
     with open_split(given.data, given.split) if given.data else nullcontext() as split:
         _check_models(given.model, split)
@@ -197,6 +259,77 @@ def _measure_tasks(
         "means": suites.means(suite, results),
         "published": suites.comparable(suite, parameters, method),
     }
+
+
+# ---- --follow
+
+
+def _follow(given: argparse.Namespace) -> int:
+    """Score a run's checkpoints; 0, or 75 after a signal: the same command continues."""
+    from megatron_depthattn.evaluation import open_split
+    from megatron_depthattn.follow import Follower, Stopped, stopped_by_signals
+    from megatron_depthattn.hf.loading import pick_device
+    from megatron_depthattn.launch import EXIT_REQUEUE
+    from megatron_depthattn.parallel.launch_env import variable
+
+    try:
+        with stopped_by_signals(), ExitStack() as stack:
+            measures: list[Measure] = []
+            if given.data:
+                measures.append(_data_measure(stack.enter_context(open_split(given.data, given.split)), given))
+            if given.suite or given.tasks:
+                measures += _task_measures(given)
+            is_cpu = given.device == "auto" and not variable("CUDA_VISIBLE_DEVICES")
+            device = pick_device("cpu" if is_cpu else given.device)
+            Follower(
+                given.follow,
+                measures,
+                lambda folder: _load(folder, device, given),
+                output=given.output or given.follow / "exports",
+                every=given.every or 1,
+                keep_exports=given.keep_exports,
+                tokenizer=given.tokenizer,
+            ).run(once=given.once)
+    except Stopped as stop:
+        print(f"stopped by {stop}: the same command continues", file=sys.stderr)
+        return EXIT_REQUEUE
+    return 0
+
+
+def _data_measure(split: Split, given: argparse.Namespace) -> Measure:
+    from megatron_depthattn.follow import Figures, Measure
+
+    def score(model: PreTrainedModel, folder: Path) -> Figures:
+        _check_models([folder], split)
+        found = _perplexity(model, folder, split, given)
+        values = {name: found[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        return Figures(values, found["samples"], {"tokens": found["tokens"]})
+
+    what = {"task": split.name, "data": str(given.data.absolute()), "limit": given.max_samples}
+    return Measure(what=what, name=split.name, score=score)
+
+
+def _task_measures(given: argparse.Namespace) -> list[Measure]:
+    """One for each task and number of examples: what one has scored is not lost with the next."""
+    suite, tasks, _ = _load_suite(given)
+    from megatron_depthattn import suite as suites
+    from megatron_depthattn.follow import Figures, Measure
+    from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
+
+    about = suites.about_tasks(suite, tasks)
+
+    def measure(name: str, shots: int) -> Measure:
+        def score(model: PreTrainedModel, folder: Path) -> Figures:
+            alone, tokenizer = replace(suite, shots=[shots]), load_fast_tokenizer(folder)
+            found = suites.run_tasks(model, tokenizer, alone, {name: tasks[name]}, given.batch_size, given.limit)
+            figures = found[shots][name]
+            values = {key: figures[key] for key in ("acc", "acc_stderr")}
+            return Figures(values, figures["questions"], {"version": about[name]["version"], "cut": figures["cut"]})
+
+        what = {"task": name, "shots": shots, "limit": given.limit}
+        return Measure(what=what, name=f"{name}/{shots}-shot", score=score)
+
+    return [measure(name, shots) for shots in suite.shots for name in tasks]
 
 
 def _sha256(path: Path) -> str:

@@ -323,7 +323,11 @@ GOLD: dict[str, Callable[[dict[str, Any]], int]] = {
         (["--suite", "nowhere"], "nowhere is no suite"),
         (["--suite", "python_brackets"], "python_brackets.yaml is no suite"),
         (["--suite", "offline", "--tasks", "piqa"], "--tasks piqa: the suite"),
-        (["--tasks", "piqa", "--data", "x"], "--tasks: only with a suite, such as --suite paper"),
+        (
+            ["--tasks", "piqa"],
+            "lacks the data of piqa (baber/piqa): fetch it where there is a network: depthattn evaluate --tasks",
+        ),
+        (["--limit", "3", "--data", "x"], "--limit: only with a suite, such as --suite paper"),
         (["--suite", "offline", "--limit", "0"], "--limit 0: set at least 1"),
         (["--suite", "offline", "--split", "val"], "--split: only with --data"),
         (["--suite", "offline", "--split", "val", "--max-samples", "9"], "--split, --max-samples: only with --data"),

@@ -1,0 +1,293 @@
+"""Score a run's checkpoints while it trains: each is exported to a temporary Hugging Face folder and scored beside it.
+
+``<run.dir>/evaluations.jsonl`` has one object for each step and measure. It is the only state: what is on record for a
+checkpoint, by the digest of its manifest, is not scored again. The name of an export has step and digest, so that a
+process that was killed while it scored needs the checkpoint no more.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import yaml
+from filelock import FileLock, Timeout
+from transformers import PreTrainedModel
+
+from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_depthattn.convert.to_hf import export
+from megatron_depthattn.durable import remove
+from megatron_depthattn.launch import heeded_signals
+from megatron_depthattn.suite import VERSIONS
+from megatron_depthattn.terminal import printable
+from megatron_depthattn.train.history import HISTORY
+from megatron_depthattn.train.lease import lease
+from megatron_depthattn.train.line_files import append_durably, read_records
+from megatron_depthattn.train.step_folders import MANIFEST, complete_folders, file_hash
+
+EVALUATIONS = "evaluations.jsonl"
+LOOK_SECONDS = 2.0
+LOCK_SECONDS = 10.0
+"""A process that was just killed may take a moment to release its lock."""
+_EXPORT = re.compile(r"\.?step_(\d{8})-([0-9a-f]{16})", re.ASCII)
+_LEFT = re.compile(r"\.\.?step_\d{8}-[0-9a-f]{16}\.(part|old)", re.ASCII)
+_SHOWN = 4
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks this process to end, which the same command continues; it has the signal's name."""
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Within the block a scheduler's signals raise `Stopped`, once; Ctrl-C stays Python's."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    before = {each: signal.signal(each, stop) for each in heeded_signals() if each != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+class Figures(NamedTuple):
+    """What a model scored."""
+
+    values: dict[str, float | None]
+    samples: int
+    more: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Something to score every checkpoint by."""
+
+    what: Mapping[str, Any]
+    """``task``, and ``shots``, ``data``, ``limit`` as they apply: what is on record with the same is done."""
+    name: str
+    """For people, and for curves."""
+    score: Callable[[PreTrainedModel, Path], Figures]
+    """Of a loaded model and its folder; ValueError: it cannot be scored."""
+
+
+class Work(NamedTuple):
+    """A checkpoint to score."""
+
+    step: int
+    digest: str
+    folder: Path
+    """The step folder, or an export of it."""
+
+
+class Follower:
+    """Scores the checkpoints of one run, the oldest first.
+
+    Args:
+        run_dir: the run's folder; the run need not have started.
+        load: makes a model of an exported folder, where it is to compute.
+        every: score steps that are divisible by it, and the last one.
+        output: where exports lie.
+        keep_exports: leave them there.
+        tokenizer: for the exports; None: the one of the run's data.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        measures: Sequence[Measure],
+        load: Callable[[Path], PreTrainedModel],
+        *,
+        output: Path,
+        every: int = 1,
+        keep_exports: bool = False,
+        tokenizer: Path | None = None,
+    ) -> None:
+        self._run_dir, self._measures, self._load, self._every = run_dir, measures, load, every
+        self._output, self._keeps, self._tokenizer = output, keep_exports, tokenizer
+        self._done: set[tuple[int, str, str]] = set()
+        self._failed: dict[tuple[int, str], str] = {}
+        self._num_scored = self._seen = 0
+
+    def run(self, *, once: bool = False) -> None:
+        """Score until the run has finished and nothing is left; ``once``: what is there now.
+
+        Raises:
+            ValueError: another process scores this run, or no checkpoint at all could be scored.
+            RuntimeError: torch's, such as out of memory; or a score could not be put on record.
+        """
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._run_dir / ".evaluate.lock", timeout=LOCK_SECONDS)
+        try:
+            with suppress(NotImplementedError):  # a file system without locks
+                lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"another process scores the checkpoints of {self._run_dir} (the lock is {lock.lock_file}): wait for "
+                "it, or end it"
+            ) from error
+        try:
+            self._follow(once)
+        finally:
+            lock.release()
+        if self._failed and not self._num_scored:
+            *_, reason = self._failed.values()
+            raise ValueError(f"none of {len(self._failed)} checkpoints could be scored: {reason}")
+
+    def _follow(self, once: bool) -> None:
+        """Look and score; the lock is held."""
+        records = read_records(self._run_dir / EVALUATIONS, step=int, task=str, checkpoint=str)
+        self._done = {(record["step"], record["checkpoint"], _key(record)) for record in records}
+        self._clean_up()
+        is_waiting = False
+        while True:
+            ends = once or _has_finished(self._run_dir)  # before the look: what it saved is there then
+            if work := next(iter(self._pending(ends)), None):
+                self._score(work)
+                is_waiting = False
+            elif ends:
+                return
+            else:
+                if not is_waiting:
+                    _say(f"waiting for checkpoints of {self._run_dir}")
+                is_waiting = True
+                time.sleep(LOOK_SECONDS)
+
+    def _pending(self, ends: bool) -> list[Work]:
+        """What is to be scored, the oldest first; ``ends``: the newest checkpoint is the last one."""
+        found: dict[tuple[int, str], Work] = {}
+        config = _checkpoint_config(self._run_dir)
+        folders = complete_folders(Path(config.get("dir") or self._run_dir / "checkpoints"))
+        last = int(folders[-1].name.removeprefix("step_")) if folders else 0
+        for folder in folders:
+            step = int(folder.name.removeprefix("step_"))
+            if step % self._every == 0 or (ends and step == last):
+                with suppress(FileNotFoundError):  # it was rotated away just now
+                    digest = file_hash(folder / MANIFEST)[:16]
+                    found[step, digest] = Work(step, digest, folder)
+        for step, digest, folder in self._exports():
+            if folder.name.startswith(".") or step % self._every == 0 or (step, digest) in found:  # begun, or kept
+                found[step, digest] = Work(step, digest, folder)
+        self._report_lost(config, {step for step, *_ in (*found, *self._done)}, last)
+        return sorted(work for work in found.values() if self._missing(work) and work[:2] not in self._failed)
+
+    def _report_lost(self, config: Mapping[str, Any], known: set[int], last: int) -> None:
+        """Warn of steps that were to be scored and are not there any more."""
+        interval, since, self._seen = config.get("interval"), self._seen, max(self._seen, last)
+        if not isinstance(interval, int) or interval < 1:
+            return
+        lost = [s for s in range(interval, last, interval) if s > since and s % self._every == 0 and s not in known]
+        if lost:
+            more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+            _warn(
+                f"no checkpoint is left of step {', '.join(map(str, lost[:_SHOWN]))}{more}: set checkpoint.keep "
+                f"({config.get('keep')}) larger, or a larger --every, if they are to be scored"
+            )
+
+    def _missing(self, work: Work) -> list[Measure]:
+        return [each for each in self._measures if (work.step, work.digest, _key(each.what)) not in self._done]
+
+    def _score(self, work: Work) -> None:
+        """Score a checkpoint by what it lacks; one that cannot be scored is a warning."""
+        folder = self._output / f"{'' if self._keeps else '.'}step_{work.step:08d}-{work.digest}"
+        try:
+            if _EXPORT.fullmatch(work.folder.name):
+                folder = work.folder
+            else:
+                with lease(work.folder):
+                    export(MegatronCheckpoint(work.folder), folder, tokenizer=self._tokenizer, overwrite=True)
+            self._measure(work, folder)
+            self._num_scored += 1
+        except (ValueError, OSError) as error:
+            self._failed[work.step, work.digest] = reason = " ".join(str(error).split())
+            _warn(f"step {work.step} is not scored: {reason}")
+        gc.collect()  # the model, before the next is loaded
+        if folder.name.startswith("."):
+            remove(folder)
+
+    def _measure(self, work: Work, folder: Path) -> None:
+        model = self._load(folder)
+        for measure in self._missing(work):
+            started = time.monotonic()
+            figures = measure.score(model, folder)
+            about = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+            self._record(work, measure, figures, about | {"seconds": round(time.monotonic() - started, 3)})
+
+    def _record(self, work: Work, measure: Measure, figures: Figures, about: Mapping[str, Any]) -> None:
+        record = {
+            "step": work.step,
+            "name": measure.name,
+            **measure.what,
+            "values": figures.values,
+            "samples": figures.samples,
+        }
+        record |= {"checkpoint": work.digest, "time": time.time(), **figures.more, **about, "versions": _versions()}
+        try:
+            append_durably(self._run_dir / EVALUATIONS, record)
+        except OSError as error:
+            raise RuntimeError(f"the scores of step {work.step} are not on record: {error}") from error
+        self._done.add((work.step, work.digest, _key(measure.what)))
+        values = [f"{name} {value:.4f}" for name, value in figures.values.items() if value is not None]
+        _say(f"step {work.step} | {measure.name}, {figures.samples} samples on {record['device']}: {', '.join(values)}")
+
+    def _exports(self) -> list[tuple[int, str, Path]]:
+        paths = sorted(self._output.iterdir()) if self._output.is_dir() else []
+        return [(int(match[1]), match[2], path) for path in paths if (match := _EXPORT.fullmatch(path.name))]
+
+    def _clean_up(self) -> None:
+        """Remove what a process that was killed has left, but for the export that it was scoring."""
+        for path in self._output.iterdir() if self._output.is_dir() else ():
+            if _LEFT.fullmatch(path.name):
+                remove(path)
+        for step, digest, path in self._exports():
+            if path.name.startswith(".") and not self._missing(Work(step, digest, path)):
+                remove(path)
+
+
+def _key(what: Mapping[str, Any]) -> str:
+    """What identifies a measure, of itself or of its record."""
+    return str([what.get(key) for key in ("task", "shots", "data", "limit")])
+
+
+def _has_finished(run_dir: Path) -> bool:
+    """Whether the run's history ends with its last step."""
+    *_, last = [{}, *read_records(run_dir / HISTORY, event=str)]
+    return last.get("outcome") == "finished"
+
+
+def _checkpoint_config(run_dir: Path) -> dict[str, Any]:
+    """The section ``checkpoint`` of the run's config; empty before its start."""
+    with suppress(OSError, yaml.YAMLError, AttributeError):
+        return dict(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")).get("checkpoint", {}))
+    return {}
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that figures depend on, as far as they are there."""
+    found = {}
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _say(text: str) -> None:
+    print(printable(text), flush=True)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
