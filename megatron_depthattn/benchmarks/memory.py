@@ -122,12 +122,11 @@ class Kept(NamedTuple):
 
 def kept(config: RunConfig, device: torch.device) -> Kept:
     """Build one model, run it forward and backward on random tokens."""
-    from megatron_depthattn.model.initialization import initialize_weights
-    from megatron_depthattn.train.build import build_chunk, transformer_config
+    from megatron_depthattn.train.build import build_chunk, initialize, transformer_config
 
     megatron = transformer_config(config)
     model = build_chunk(config, megatron).to(device)
-    initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
+    initialize(model, config)
     model = (model.bfloat16() if megatron.bf16 else model).train()
     shape = (config.train.micro_batch_size, config.data.sequence_length)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)

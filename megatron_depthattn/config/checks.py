@@ -70,7 +70,7 @@ RANGES = (
         "data.sequence_length parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context "
         "train.global_batch_size train.micro_batch_size train.stop_after train.eval_interval train.eval_batches "
         "train.log_interval train.depth_interval train.max_skipped_in_a_row train.max_restarts_without_progress "
-        "checkpoint.interval checkpoint.keep",
+        "checkpoint.interval checkpoint.keep optimizer.mup",
         lambda n: 1 <= n < 1 << 31,
         "set 1 to 2147483647",
     ),
@@ -144,6 +144,11 @@ MUON = checks(
     "matrices; set optimizer.name=adamw, or engine.name=megatron",
     "optimizer.name=muon with precision.fp8_params=true: Megatron-Core's Muon steps weights that are bf16 or fp32; set "
     "precision.fp8_params=false, or optimizer.name=adamw",
+    (
+        "{optimizer.mup=} with optimizer.name=muon: its rules are AdamW's; Muon's updates keep their size at every width "
+        "by optimizer.muon.scale_mode; set optimizer.mup=null, or optimizer.name=adamw",
+        lambda c, _: c.optimizer.mup and c.optimizer.name == "muon",
+    ),
     (
         "optimizer.name=muon with {parallel.tensor=} and {model.num_query_groups=|smaller}: ranks share a key/value "
         "head, and Megatron-Core would orthogonalize query, key and value as one matrix; set "

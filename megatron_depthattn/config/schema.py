@@ -308,6 +308,8 @@ class OptimizerConfig:
     """AdamW's addend to the denominator."""
     grad_clip: float = 1.0
     """Largest L2 norm of the whole gradient; 0: no clipping."""
+    mup: int | None = None
+    """muP's base width, the model.hidden_size at which lr and model.init_std were tuned; null: no muP."""
     muon: MuonConfig = field(default_factory=MuonConfig)
 
 
@@ -377,6 +379,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def width_multiplier(self) -> float:
+        """Width over muP's base width; 1 without muP."""
+        return self.model.hidden_size / (self.optimizer.mup or self.model.hidden_size)
 
     @property
     def checkpoint_dir(self) -> str:

@@ -6,7 +6,8 @@ rank draws the whole tensor and keeps its share. The same seed is the same model
 virtual pipeline layout.
 
 The rule is that of the released models: normal with one standard deviation for every matrix, no scaling with depth,
-norms at one. Parameters that a method adds and that are no matrices begin at the values that it defines.
+norms at one; muP scales some (mup.py). Parameters that a method adds and that are no matrices begin at the values that
+it defines.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+
+from megatron_depthattn.model.mup import initial_factor
 
 
 def globally_named_parameters(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
@@ -35,13 +38,14 @@ def global_name(model: GPTModel, path: str) -> str:
 
 
 @torch.no_grad()
-def initialize_weights(model: GPTModel, *, seed: int, init_std: float) -> None:
+def initialize_weights(model: GPTModel, *, seed: int, init_std: float, width_multiplier: float = 1.0) -> None:
     """Fill a chunk's parameters in place.
 
     Args:
         model: a pipeline chunk, before it is wrapped for data parallel.
         seed: the run's seed.
-        init_std: standard deviation of every matrix.
+        init_std: standard deviation of every matrix, at muP's base width.
+        width_multiplier: width over that base width.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -49,8 +53,9 @@ def initialize_weights(model: GPTModel, *, seed: int, init_std: float) -> None:
         if (initial := getattr(parameter, "initial", None)) is not None:  # a method's own, see methods/parameters.py
             parameter.copy_(initial(tuple(parameter.shape)))
             continue
+        factor = initial_factor(name, parameter, width_multiplier)
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(factor)
             continue
         if model.share_embeddings_and_output_weights and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
@@ -59,7 +64,7 @@ def initialize_weights(model: GPTModel, *, seed: int, init_std: float) -> None:
         if split >= 0:
             shape[split] *= size
         generator = torch.Generator(device=parameter.device).manual_seed(_seed_of(name, seed))
-        whole = torch.empty(shape, device=parameter.device).normal_(0.0, init_std, generator=generator)
+        whole = torch.empty(shape, device=parameter.device).normal_(0.0, init_std * factor, generator=generator)
         share = _share(whole, name, split, rank, size)
         parameter.copy_(share)
         if hasattr(parameter, "get_high_precision_init_val"):  # kept in FP8: the optimizer begins with these instead

@@ -13,7 +13,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config, unwrap_model
@@ -27,6 +34,7 @@ from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.compiled import compile_layers
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
+from megatron_depthattn.model.mup import has_scaled_rate
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.schedule import INTERLEAVED_WAITS_FOR_SENDS
 from megatron_depthattn.train.hardware import adds_gradients, resolve_here
@@ -124,7 +132,7 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
             earlier_chunks=unwrap_model(chunks),
         ).to(device)
         Fp8State([model]).reset()  # else the weights that are replaced now would stay in the histories
-        initialize_weights(model, seed=config.run.seed, init_std=config.model.init_std)
+        initialize(model, config)
         if config.model.compile:
             compile_layers(model)
         half = Float16Module(megatron, model) if megatron.bf16 else model
@@ -145,6 +153,13 @@ def build_model(config: RunConfig, device: torch.device, *, bucket_size: int | N
         for chunk in chunks:
             _fuse_gradient_accumulation(chunk)
     return chunks
+
+
+def initialize(model: GPTModel, config: RunConfig) -> None:
+    """Give a chunk the initial weights of the config's seed."""
+    initialize_weights(
+        model, seed=config.run.seed, init_std=config.model.init_std, width_multiplier=config.width_multiplier
+    )
 
 
 def finalize_gradients(chunks: Chunks, num_tokens: Tensor | None, **settings: Any) -> None:
@@ -213,29 +228,44 @@ def build_optimizer(config: RunConfig, chunks: Chunks) -> tuple[MegatronOptimize
     bf16 = config.precision.dtype == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     kind = muon_fields(settings, dtype) if settings.name == "muon" else {"optimizer": "adam", "bf16": bf16}
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            **kind,
-            lr=settings.lr,
-            min_lr=settings.lr * settings.min_lr_ratio,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.eps,
-            clip_grad=settings.grad_clip,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-            overlap_param_gather=bool(config.parallel.overlap_param_gather),
-            **optimizer_fields(config.precision),
-        ),
-        chunks,  # Megatron's default overrides keep weight decay off one-dimensional parameters: the norms
-        use_gloo_process_groups=False,
+    megatron = OptimizerConfig(
+        **kind,
+        lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.grad_clip,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=bool(config.parallel.overlap_param_gather),
+        **optimizer_fields(config.precision),
     )
+    # Megatron's own keep weight decay off one-dimensional parameters: the norms.
+    overrides: dict[ParamKey, Any] = get_standard_config_overrides(megatron)
+    if settings.mup:
+        scaled = ParamWithNamePredicate("mup", lambda parameter, name: has_scaled_rate(name, parameter))
+        overrides[ParamKey(with_name_predicate=scaled)] = mup_settings(config)
+    optimizer = get_megatron_optimizer(megatron, chunks, overrides, use_gloo_process_groups=False)
     for adam in torch_adams(optimizer):
         for group in adam.param_groups:
             group["fused"] = True  # one pass over weights and moments in place of ten; Megatron has no setting for it
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     return optimizer, build_schedule(config, optimizer)
+
+
+def mup_settings(config: RunConfig) -> dict[str, float]:
+    """What the parameter groups with muP's learning rate have in place of the others' settings."""
+    settings, width = config.optimizer, config.width_multiplier
+    rate = settings.lr / width
+    # Schedules read the two rates; by the multiplier Megatron tells the groups of a checkpoint apart.
+    return {
+        "max_lr": rate,
+        "min_lr": rate * settings.min_lr_ratio,
+        "lr_mult": 1.0 / width,
+        "eps": settings.eps / width,
+    }
 
 
 def torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:

@@ -229,6 +229,7 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
     fixed["train.batch_ramp"] = train.get("batch_ramp")
     if fixed["train.batch_ramp"]:  # a schedule of samples, all of whose batch sizes must stay as they were
         fixed["train.global_batch_size"] = train["global_batch_size"]
+    fixed["optimizer.mup"] = config.get("optimizer", {}).get("mup")
     streams = config["data"].get("streams") or []
     fixed["optimizer.name"] = config.get("optimizer", {}).get("name", "adamw")
     fixed["data.streams' proportions"] = [stream["proportion"] for stream in streams]

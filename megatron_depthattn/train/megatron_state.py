@@ -165,15 +165,13 @@ def _set_progress(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     Megatron keeps the step in the parameter groups, and torch's Adam beside each moment.
     """
     (adamw,) = distributed_parts(optimizer)
-    settings = {
-        group["wd_mult"]: {key: value for key, value in group.items() if key not in ("params", "step")}
+    saved = [group["step"] for group in state["optimizer"]["param_groups"] if group.get("step") is not None]
+    step = {"step": int(saved[0])} if saved else {}  # torch's Adam saves a float, TransformerEngine's takes an integer
+    # This run's groups, before the load: Megatron finds a parameter group by its settings.
+    state["optimizer"]["param_groups"] = [
+        {key: value for key, value in group.items() if key not in ("params", "step")} | step
         for group in adamw.param_groups
-    }
-    # Before the load: megatron-core 0.19 finds a parameter group by its learning rates, among other settings.
-    for group in state["optimizer"]["param_groups"]:
-        group.update(settings[group["wd_mult"]])
-        if group.get("step") is not None:  # torch's Adam saves a float, TransformerEngine's takes an integer only
-            group["step"] = int(group["step"])
+    ]
     adamw.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
     for adam in torch_adams(optimizer):
         for parameter, parameter_state in adam.state.items():

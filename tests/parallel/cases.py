@@ -31,6 +31,8 @@ STEPS, SAVE_AFTER = 10, 5
 SEQUENCE_LENGTH = 32
 SUBLAYERS_A_SNAPSHOT = 4
 METHODS = ("denseformer", "attnres", "mhc")
+MUP = {"attnres": 16}
+"""muP's base width, by the methods whose jobs train with it: four groups of parameters, and a fourth of most rates."""
 FULL = os.environ.get("DEPTHATTN_PARITY") == "full"
 
 # Two key/value heads, so that four tensor ranks have to share them; heads times head size is not the hidden size.
@@ -204,7 +206,7 @@ class Job:
             recompute=RECOMPUTE[self.recompute],
             data=DataConfig(sequence_length=SEQUENCE_LENGTH),
             train=dataclasses.replace(TRAIN, global_batch_size=RAMP[-1], batch_ramp=[4, 4, 24]) if self.ramp else TRAIN,
-            optimizer=dataclasses.replace(OPTIMIZER, name=self.optimizer),
+            optimizer=dataclasses.replace(OPTIMIZER, name=self.optimizer, mup=MUP.get(self.method)),
             precision=PrecisionConfig(dtype=self.dtype),
             checkpoint=CheckpointConfig(
                 start_from=self.checkpoint if self.branch else None, start_optimizer=self.branch

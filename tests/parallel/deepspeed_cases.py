@@ -14,7 +14,7 @@ from megatron_depthattn.config import (
     RecomputeConfig,
     RunConfig,
 )
-from tests.parallel.cases import FULL, METHODS, MODEL, OPTIMIZER, RAMP, RECOMPUTE, SEQUENCE_LENGTH, TRAIN, Layout
+from tests.parallel.cases import FULL, METHODS, MODEL, MUP, OPTIMIZER, RAMP, RECOMPUTE, SEQUENCE_LENGTH, TRAIN, Layout
 
 LAYOUTS = {
     "single": Layout(1, ParallelConfig()),
@@ -28,7 +28,7 @@ LAYOUTS = {
     "tp2xcp2+sp": Layout(4, ParallelConfig(tensor=2, context=2, sequence=True)),
 }
 STEPS, SAVE_AFTER = (10, 5) if FULL else (4, 2)
-CLIP = 0.7
+CLIP = 0.3
 """Below every gradient norm of the reference, so that each step is clipped."""
 
 
@@ -101,7 +101,12 @@ class Job:
             ),
             # a warm-up to the step that is saved, as steep as the parity campaign's, then a decay
             optimizer=dataclasses.replace(
-                OPTIMIZER, lr=1e-4 * SAVE_AFTER, schedule="wsd", decay_ratio=0.5, grad_clip=CLIP
+                OPTIMIZER,
+                lr=1e-4 * SAVE_AFTER,
+                schedule="wsd",
+                decay_ratio=0.5,
+                grad_clip=CLIP,
+                mup=MUP.get(self.method),
             ),
             checkpoint=CheckpointConfig(start_from=self.resume if self.branch else None, start_optimizer=self.branch),
         )

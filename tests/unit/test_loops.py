@@ -129,9 +129,12 @@ def test_control_a_mistake_in_sharing_is_noticed(mistake):
     assert worst_error(gradients, sums) > 1e-2
 
 
-def run_config(**model):
+DEPTH = "model.depth_attention"
+
+
+def run_config(more=None, /, **model):
     values = {"model": MODEL | model, "data": {"path": "unused"}, "precision": {"dtype": "bf16"}}
-    return from_dict(values, "a test")
+    return from_dict(values | (more or {}), "a test")
 
 
 def test_every_weight_is_met_once():
@@ -172,17 +175,19 @@ def test_weights_alone_start_a_run_with_another_number_of_loops(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loops", "depth", "message"),
+    ("changed", "message"),
     [
-        (2, {}, r"other settings: model\.num_loops \(was 1, is 2\)\. Set"),  # and no key that had no meaning before
-        (1, {"weights": "uniform"}, r"attention\.weights \(was softmax, is uniform\)\. Set them as they were"),
-        (1, {"mixes": "key"}, r"Set them as they were \(model.depth_attention.mixes=value\), or start"),
-        (1, {"loop_sources": "unrolled"}, ""),  # of one loop it says nothing
+        # and no key that had no meaning before
+        ({"model.num_loops": 2}, r"other settings: model\.num_loops \(was 1, is 2\)\. Set"),
+        ({f"{DEPTH}.weights": "uniform"}, r"attention\.weights \(was softmax, is uniform\)\. Set them as they were"),
+        ({f"{DEPTH}.mixes": "key"}, r"Set them as they were \(model.depth_attention.mixes=value\), or start"),
+        ({f"{DEPTH}.loop_sources": "unrolled"}, ""),  # of one loop it says nothing
+        ({"optimizer.mup": 32}, r"optimizer\.mup \(was None, is 32\)\. Set them as they were, or start"),
     ],
 )
-def test_a_run_that_continues_keeps_what_it_computes(loops, depth, message, tmp_path):
+def test_a_run_that_continues_keeps_what_it_computes(changed, message, tmp_path):
     """The weights are the same, by name and shape."""
-    saved, now = run_config(), run_config(num_loops=loops, depth_attention=MODEL["depth_attention"] | depth)
+    saved, now = run_config(), run_config(changed)
     chunks = build_model(saved, torch.device("cpu"))
     optimizer, scheduler = build_optimizer(saved, chunks)
     optimizer.step()

@@ -21,9 +21,9 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_depthattn.config import RunConfig
-from megatron_depthattn.model.initialization import initialize_weights
+from megatron_depthattn.model.mup import has_scaled_rate
 from megatron_depthattn.parallel.schedule import Work
-from megatron_depthattn.train.build import build_chunk, build_schedule, transformer_config
+from megatron_depthattn.train.build import build_chunk, build_schedule, initialize, mup_settings, transformer_config
 from megatron_depthattn.train.deepspeed_engine.shards import (
     STAGES,
     DeepSpeedState,
@@ -60,7 +60,7 @@ class DeepSpeedEngine(Engine):
         self._config, self._device = config, device
         megatron = transformer_config(config)
         self.model = build_chunk(config, megatron).to(device)
-        initialize_weights(self.model, seed=config.run.seed, init_std=config.model.init_std)
+        initialize(self.model, config)
         self._module = Float16Module(megatron, self.model) if megatron.bf16 else self.model
         template, named = Template(self.model), dict(self.model.named_parameters())
         self._optimizer = build_optimizer(config, self.model)
@@ -154,21 +154,25 @@ class HeldAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(config: RunConfig, model: GPTModel) -> HeldAdamW:
-    """AdamW over Megatron's two parameter groups: norms are not decayed."""
+    """AdamW over Megatron's parameter groups: norms are not decayed, and muP has learning rates of its own."""
     settings = config.optimizer
     common = {
         "lr_mult": 1.0,
         "is_expert_parallel": False,
         "is_decoupled_lr": False,
-        "default_config": True,
         "max_lr": settings.lr,
         "min_lr": settings.lr * settings.min_lr_ratio,
     }
-    groups: list[list[Any]] = [[], []]
-    for parameter in model.parameters():
-        groups[parameter.dim() > 1].append(parameter)
+    groups: dict[tuple[bool, bool], list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        is_scaled = settings.mup is not None and has_scaled_rate(name, parameter)
+        groups.setdefault((parameter.dim() > 1, is_scaled), []).append(parameter)
     return HeldAdamW(
-        [{"params": groups[decays], "wd_mult": float(decays), **common} for decays in (True, False)],
+        [
+            {"params": groups[decays, is_scaled], "wd_mult": float(decays), "default_config": not is_scaled}
+            | (common | mup_settings(config) if is_scaled else common)
+            for decays, is_scaled in sorted(groups, reverse=True)
+        ],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
