@@ -145,8 +145,8 @@ MUON = checks(
     "optimizer.name=muon with precision.fp8_params=true: Megatron-Core's Muon steps weights that are bf16 or fp32; set "
     "precision.fp8_params=false, or optimizer.name=adamw",
     (
-        "{optimizer.mup=} with optimizer.name=muon: its rules are AdamW's; Muon's updates keep their size at every width "
-        "by optimizer.muon.scale_mode; set optimizer.mup=null, or optimizer.name=adamw",
+        "{optimizer.mup=} with optimizer.name=muon: its rules are AdamW's; Muon's updates keep their size at every "
+        "width by optimizer.muon.scale_mode; set optimizer.mup=null, or optimizer.name=adamw",
         lambda c, _: c.optimizer.mup and c.optimizer.name == "muon",
     ),
     (
