@@ -78,6 +78,6 @@ SCHEDULES = checks(
         "optimizer.schedule=inverse_sqrt with {optimizer.warmup_ratio=} of {train.steps=|that is no whole step}: the "
         "learning rate is lr * sqrt(warm-up / step), so it would fall from the first step on; set a larger "
         "optimizer.warmup_ratio, or another optimizer.schedule",
-        lambda c, _: c.optimizer.schedule == "inverse_sqrt" and schedule_of(c).warmup == 0,
+        lambda c, _: c.optimizer.schedule == "inverse_sqrt" and schedule_of(c).warmup < (c.train.batch_ramp or [1])[0],
     ),
 )

@@ -225,7 +225,8 @@ class TrainConfig:
     steps: int = 200
     """Optimizer steps of the whole run; the learning rate's schedule is laid out over them."""
     global_batch_size: int = 16
-    """Sequences of one optimizer step, over all ranks; with batch_ramp at its end, and of a batch of an evaluation."""
+    """Sequences of one optimizer step, over all ranks, and of one batch of an evaluation; with batch_ramp, of the steps
+    at its end."""
     batch_ramp: list[int] | None = None
     """[start, increment, samples]: the first steps have start sequences, and over this many samples it becomes
     global_batch_size, increment by increment (docs/schedules.md). The learning rate's schedule then counts samples;

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator as calculators
 
 from megatron_depthattn.config import from_dict, to_dict
 from megatron_depthattn.config.batch_sizes import BatchSizes
@@ -21,10 +21,22 @@ RAMPS = [  # the full batch, and start, increment, samples
 ]
 
 
+def calculator(full: int, start: int, increment: int, samples: int):
+    """Megatron's; as of 0.19 it has ramps no more, and is given where each size begins."""
+    if ramp := getattr(calculators, "RampupBatchsizeNumMicroBatchesCalculator", None):
+        return ramp(full, 1, 1, False, 1, start, increment, samples)
+    last, bounds = (full - start) // increment, {0: start}
+    for k in range(1, last + 1):
+        bounds[next(n for n in itertools.count(k * samples // last) if n / (samples / last) >= k)] = (
+            start + k * increment
+        )
+    schedule = " ".join(f"{bound}:{size}" for bound, size in bounds.items())
+    return calculators.StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, schedule)
+
+
 @pytest.mark.parametrize(("full", "ramp"), RAMPS)
 def test_sizes_are_megatrons(full, ramp):
-    start, increment, samples = ramp
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(full, 1, 1, False, 1, start, increment, samples)
+    samples, theirs = ramp[2], calculator(full, *ramp)
     consumed, each = 0, BatchSizes.of(full, ramp).each(0)
     while consumed < samples + 2 * full:
         size = next(each)
