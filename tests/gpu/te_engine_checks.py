@@ -108,7 +108,7 @@ def check_resume(place: Place, folder: Path, recipe: str | None, bound: float, *
     found["control, not loaded"] = relative_error(train(engine_of(place, *settings), place, STEPS_AFTER), after)
     assert found["control, not loaded"] > max(5 * bound, 1e-3), found
 
-    local = engine_of(place.local, BF16)
+    local = engine_of(place.local, BF16, *(setting for setting in more if setting.startswith("optimizer.")))
     local.load(saved)
     found["local layers"] = evaluate(local, place) - evaluated
     assert abs(found["local layers"]) <= (FP8_LOSS if recipe else 3e-3), found

@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_depthattn.config.hardware_checks import unsupported_on
+from megatron_depthattn.config.hardware_checks import muon_lacks, unsupported_on
 from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.train import hardware
 from tests.gpu import te_checks, te_engine_checks
@@ -145,6 +145,13 @@ def test_save_and_resume(recipe, params, tmp_path, record_property):
         pytest.skip("this recipe keeps no weights in FP8")
     settings = ("precision.fp8_params=true",) if params else ()
     record_property("found", te_engine_checks.check_resume(PLACE, tmp_path, recipe, REPEATED / 10, *settings))
+
+
+@pytest.mark.skipif(bool(muon_lacks()), reason=f"Muon needs what is missing here: {muon_lacks()}")
+@each(None, "tensorwise")
+def test_muon(recipe, tmp_path, record_property):
+    bound = REPEATED / 10
+    record_property("found", te_engine_checks.check_resume(PLACE, tmp_path, recipe, bound, "optimizer.name=muon"))
 
 
 def test_what_local_layers_saved_is_resumed(tmp_path, record_property):

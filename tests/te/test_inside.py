@@ -24,6 +24,7 @@ BLACKWELL = (
     *("test_recipe[mxfp8-stride 3]", "test_recipe_of_other_methods[mxfp8-mhc]", "test_recompute[mxfp8]"),
     *("test_weights_are_cast_anew[mxfp8]", "test_first_and_last_layers_in_bf16[mxfp8]"),
     *("test_fp8_attention[tensorwise]", "test_save_and_resume[tensorwise-True]"),
+    "test_muon[tensorwise]",
 )
 
 
