@@ -27,6 +27,12 @@ SIMPLE = [(3.4445, -4.7750, 2.0315)]
 QUINTIC = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046)]
 QUINTIC += [(2.8366, -3.0525, 1.2012)]
 
+# The first three of arXiv 2505.16932, each with the paper's factor of safety of 1.01
+POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933)]
+POLAR += [(4.107059111542203, -2.9478499167379106, 0.5448431082926601)]
+POLAR += [(3.9486908534822946, -2.908902115962949, 0.5518191394370137)]
+POLAR_EXPRESS = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR]
+
 
 def config_of(*settings: str) -> RunConfig:
     given = ["optimizer.name=muon", "model.num_layers=2", "optimizer.warmup_ratio=0.02", *settings]
@@ -156,6 +162,7 @@ def followed(config: RunConfig, **oracle) -> tuple[Run, float]:
         ("optimizer.muon.coefficients=simple optimizer.muon.scale_mode=unit_rms_norm optimizer.grad_clip=0", SIMPLE),
         ("optimizer.muon.scale_mode=shape_scaling optimizer.muon.momentum=0.5 optimizer.weight_decay=0", QUINTIC),
         ("model.method=mhc optimizer.muon.extra_scale_factor=1", QUINTIC),
+        ("optimizer.muon.coefficients=polar_express optimizer.muon.ns_steps=3", POLAR_EXPRESS),
     ],
 )
 def test_steps_are_the_definitions(settings, coefficients):
