@@ -29,8 +29,9 @@ from megatron_depthattn.preflight import machine
 from megatron_depthattn.terminal import printable
 
 ROOT = Path(__file__).resolve().parents[1]
-_SAME_NAME = "torch triton transformers tokenizers safetensors omegaconf rich pyarrow zstandard boto3 deepspeed"
+_SAME_NAME = "torch triton transformers tokenizers safetensors omegaconf rich pyarrow zstandard boto3 deepspeed wandb"
 MODULES = {name: name for name in _SAME_NAME.split()} | {
+    "matplotlib": "matplotlib",
     "megatron-core": "megatron.core.parallel_state",
     "transformer-engine": "transformer_engine.pytorch",
     "mosaicml-streaming": "streaming",
@@ -239,6 +240,7 @@ def features(packages: Mapping[str, Package], host: Host) -> list[Feature]:
         row("S3 streaming", ["boto3", "mosaicml-streaming"]),
         row("corpora: parquet, zstd", ["pyarrow", "zstandard"]),
         row("Hugging Face export", ["transformers", "tokenizers", "safetensors"]),
+        row("Weights & Biases", ["wandb", "matplotlib"], extra="'megatron-depthattn[wandb]'"),
         row("lm-eval", ["lm-eval", "transformers"], extra="'megatron-depthattn[eval]'"),
     ]
 

@@ -93,6 +93,7 @@ def check_config(
     ranks = world or len(host.devices) or parallel.tensor * parallel.pipeline * parallel.context
     asked = [feature for feature, (key, value) in doctor.ASKED_FOR.items() if settings[key] == value]
     asked += ["S3 streaming"] * any("://" in path for path in paths)
+    asked += ["Weights & Biases"] * (config.log.wandb.project is not None)
     asked += ["multi-node torchrun"] * (ranks > len(host.devices) > 0)
     no_te, no_triton = (doctor.install([name], packages) for name in ("transformer-engine", "triton"))
     try:

@@ -45,8 +45,8 @@ class Case:
     ranks: int = 1
     exits: bool = False
     """Whether a rank ends as the command does, with exit handlers, which takes longer."""
-    splits: bool = False
-    """Whether a second held-out split, the same as the first one, is evaluated after it."""
+    kept: tuple[str, ...] = ()
+    """Settings of all its starts; CORPUS stands for the run's data."""
     again: bool = False
     """Whether the run is started once more, undisturbed and in one process."""
 
@@ -143,10 +143,10 @@ SETTINGS += ("train.micro_batch_size=4", "data.num_workers=1")
 SETTINGS += ("train.steps=4", "train.eval_interval=2", f"train.eval_batches={BATCHES}")
 CASES = {
     "undisturbed": Case(),
-    "step": Case(in_a_step, again=True),
+    "step": Case(in_a_step, kept=("log.wandb.project=stops", "log.wandb.mode=offline"), again=True),
     "first evaluation": Case(in_an_evaluation(BATCHES)),
     "evaluation": Case(in_an_evaluation(BATCHES + 2), PIPELINE, ranks=2, again=True),
-    "last evaluation": Case(in_an_evaluation(5 * BATCHES + 1), splits=True, again=True),
+    "last evaluation": Case(in_an_evaluation(5 * BATCHES + 1), kept=("data.held_out={same: CORPUS}",), again=True),
     "data": Case(in_the_data, ("train.eval_interval=null",), ranks=2, exits=True),
     "record": Case(after_an_exchange, ("train.eval_interval=null", "checkpoint.interval=100"), ranks=2),
     "save": Case(in_a_save, ("checkpoint.async_save=false",)),
@@ -159,8 +159,8 @@ def main(work: Path, config: str) -> None:
     for name, case in CASES.items():
         folder = work / name
         folder.mkdir()
-        arguments = [config, f"run.dir={folder / 'run'}", *SETTINGS]
-        arguments += [f"data.held_out={{same: {load_config(config).data.path}}}"] if case.splits else []
+        kept = [text.replace("CORPUS", load_config(config).data.path) for text in case.kept]
+        arguments = [config, f"run.dir={folder / 'run'}", *SETTINGS, *kept]
         results = [start_and_wait(folder, [*arguments, *case.settings], case)]
         shutil.copy(folder / "run/metrics.jsonl", folder) if (folder / "run/metrics.jsonl").exists() else None
         if case.again:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.commands import must_succeed, python
 from tests.e2e.small_run import train
+from tests.wandb_files import history as wandb_history
 
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
 
@@ -101,6 +102,10 @@ def test_the_same_command_continues_as_if_nothing_had_happened(stopped: Path, na
         for key in (*SAME, "eval_loss"):
             value = theirs[key] if is_exact or theirs[key] is None else pytest.approx(theirs[key], rel=1e-4)
             assert ours[key] == value, (ours["step"], key)
+    if name == "step":  # Weights & Biases was there, and has the run as a whole
+        (file,) = (stopped / name).glob("run/wandb/offline-run-*/*.wandb")
+        rows = [(row["step"], row["loss"], row.get("eval_loss")) for row in wandb_history(file)]
+        assert rows == [(record["step"], record["loss"], record["eval_loss"]) for record in expected]
     if name == "last evaluation":  # which ended in the second split, of the same text
         *_, last = records(stopped / name / "run")
         assert last["held_out"] == {"same": last["eval_loss"]}

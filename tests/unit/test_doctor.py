@@ -85,6 +85,7 @@ CASES = [
     ({"packages": without("emerging-optimizers"), "python": "3.12.3"}, "Muon", "pip install 'emerging-optimizers'"),
     ({"packages": without("deepspeed")}, "DeepSpeed engine", "pip install 'deepspeed'"),
     ({"packages": without("lm-eval")}, "lm-eval", "pip install 'megatron-depthattn[eval]'"),
+    ({"packages": without("wandb")}, "Weights & Biases", "pip install 'megatron-depthattn[wandb]'"),
     ({"packages": without("boto3")}, "S3 streaming", "pip install 'boto3'"),
     ({"packages": without("zstandard")}, "corpora: parquet, zstd", "pip install 'zstandard'"),
     ({"packages": without("safetensors")}, "Hugging Face export", "pip install 'safetensors'"),
