@@ -17,6 +17,8 @@ from megatron_depthattn.train.step_folders import COMMON, LATEST, MANIFEST, find
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
 METADATA = "metadata.json"
+MASTERS = "optimizer.state.param."
+"""What the names of the fp32 weights that the optimizer steps begin with."""
 _VIA_HF = "export it to a Hugging Face folder with the program that made it, then use from-hf"
 _FOREIGN = f"a Megatron-Core checkpoint of another program, which does not say which model it holds; {_VIA_HF}"
 _OTHERS = f"of another program, such as Megatron-LM, DeepSpeed or torch's FSDP; {_VIA_HF}"
@@ -58,20 +60,20 @@ class MegatronCheckpoint:
             raise
         if "config" not in self.common:
             raise ValueError(f"{folder} is {_FOREIGN}: its {COMMON} has no 'config'")
-        self.weights: dict[str, TensorStorageMetadata] = {
-            name: entry
-            for name, entry in stored.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
-        }
+        tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self.weights = {name: entry for name, entry in tensors.items() if not name.startswith("optimizer.")}
         """Shape and dtype of every weight, by Megatron's name. Optimizer state and FP8 scaling state are no weights."""
+        self.masters = {name: tensors[MASTERS + name] for name in self.weights if MASTERS + name in tensors}
+        """The same of the fp32 weights that the optimizer steps, by the weight's name, as far as they are there."""
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, gathered from the shards that were saved.
+    def read(self, name: str, *, master: bool = False) -> Tensor:
+        """The whole tensor, gathered from the shards that were saved; ``master``: the optimizer's of this weight.
 
         Raises:
             ValueError: the file that holds it is missing, truncated or damaged.
         """
-        entry = self.weights[name]
+        entry = self.masters[name] if master else self.weights[name]
+        name = MASTERS + name if master else name
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
             dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)

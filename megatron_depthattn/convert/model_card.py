@@ -123,6 +123,10 @@ def _training(checkpoint: MegatronCheckpoint, run: Mapping[str, Any]) -> dict[st
     facts: dict[str, Any] = {"steps": step, "tokens seen": progress.get("consumed_tokens", 0)}
     if "imported_from" in checkpoint.common:
         facts["imported from"] = checkpoint.common["imported_from"]
+    if "average" in checkpoint.common:
+        record = checkpoint.common["average"]
+        facts["weights"] = {each["step"]: each["weight"] for each in record["checkpoints"]}
+        facts["average"] = f"of these steps; {record['averaged']}; {record['formula']}"
     facts |= {key: data[key] for key in ("path", "streams", "sequence_length") if data.get(key)}
     for record in read_records(checkpoint.folder.parent.parent / "metrics.jsonl", step=int):
         for kind in ("loss", "eval_loss"):

@@ -15,7 +15,7 @@ from megatron_depthattn.config import load_config, to_dict
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.verify import megatron_logits
 from megatron_depthattn.hf.loading import load_causal_lm
-from tests.checkpoints import load_checkpoint
+from tests.checkpoints import load_checkpoint, stored
 from tests.e2e.commands import must_succeed
 from tests.forked import forked
 from tests.reference_decoder import decoder_logits
@@ -222,3 +222,40 @@ def test_model_card_tells_what_the_run_recorded(exported):
     assert f"\ntokens seen: {2 * 8 * 32}\n" in card
     parameters = sum(tensor.numel() for tensor in load_file(made.hf / "model.safetensors").values())
     assert f"\nparameters: {parameters}\n" in card
+
+
+def test_an_average_is_of_the_masters_whatever_layout_saved_them(config_file: Path, tmp_path: Path, capsys):
+    """Of a bf16 run in three starts under three layouts: numpy's in fp64. It exports, and a run starts from it."""
+    run_dir, made, hf = tmp_path / "run", tmp_path / "averages/step_00000009", tmp_path / "hf"
+    common = ("megatron_depthattn.train", config_file, f"run.dir={run_dir}", "checkpoint.load=latest")
+    common = (*common, "checkpoint.keep=null", "precision.dtype=bf16", "train.eval_interval=null", "train.stop_after=3")
+    pipeline = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    for layout in ((), pipeline, ("parallel.tensor=2", "parallel.sequence=true")):
+        must_succeed(forked(2, *common, *layout))
+    capsys.readouterr()
+    assert convert("average", "--checkpoints", run_dir, "--decay", "0.6", "--output", made) == 0
+    assert "note: averaged: the optimizer's fp32 weights; average = the first; then" in capsys.readouterr().err
+    steps = [stored(run_dir / f"checkpoints/step_{step:08d}") for step in (3, 6, 9)]
+    masters = [
+        {name: each[f"optimizer.state.param.{name}"].double().numpy() for name in stored(made)} for each in steps
+    ]
+    differs = False
+    for name, tensor in stored(made).items():
+        first, second, third = (each[name] for each in masters)
+        expected = 0.4 * third + 0.6 * (0.4 * second + 0.6 * first)
+        assert torch.equal(tensor, torch.from_numpy(expected).bfloat16()), name
+        plain = [each[name].double() for each in steps]
+        differs |= not torch.equal(tensor, (0.4 * plain[2] + 0.24 * plain[1] + 0.36 * plain[0]).bfloat16())
+    assert differs, "control: the bf16 weights have another average"
+    record = json.loads((made / "average.json").read_text())
+    assert [(each["step"], each["weight"]) for each in record["checkpoints"]] == [
+        (step, pytest.approx(weight)) for step, weight in ((3, 0.36), (6, 0.24), (9, 0.4))
+    ]
+    assert convert("to-hf", "--checkpoint", made, "--output", hf) == 0
+    assert convert("verify", "--checkpoint", made, "--model", hf) == 0
+    assert (
+        "average: 'of these steps; the optimizer''s fp32 weights; average = the first;"
+        in (hf / "README.md").read_text()
+    )
+    begun = must_succeed(forked(0, *common, f"run.dir={tmp_path / 'begun'}", f"checkpoint.load={made}"))
+    assert f"{made}, at step 0" in begun.stdout
