@@ -242,7 +242,7 @@ def _set(config: DictConfig, key: str, value: Any, leaves: Mapping[str, Any], so
     try:
         if type(value) not in chain(*map(_accepted, _options(leaves[key]))):  # OmegaConf would take `1` for true
             raise TypeError
-        if isinstance(value, dict):
+        if dict[str, str] in _options(leaves[key]) and isinstance(value, dict):
             if not all(isinstance(text, str) for text in chain(*value.items())):  # OmegaConf would make it text
                 raise TypeError
             node[name] = None  # it replaces what weaker layers say, as a list does
@@ -321,8 +321,8 @@ def type_name(annotation: Any) -> str:
         elif origin is list:
             inside = _TYPES.get(items[0]) or f"{{{', '.join(leaf_types(items[0]))}}}"
             names.append(f"a list, each entry {inside}")
-        elif origin is dict:
-            names.append(f"{{name: {_TYPES[items[1]]}}}")
+        elif option == dict[str, str]:
+            names.append(f"{{name: {_TYPES[str]}}}")
         else:
             names.append(_TYPES.get(option, "a section"))
     return " or ".join(names)
