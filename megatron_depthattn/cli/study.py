@@ -5,8 +5,8 @@
     fit STUDY      laws, paired differences and compute multipliers, with intervals, to fit.json
     report STUDY   one HTML page and a Markdown table
 
-STUDY is a YAML file or the name of a shipped one: smoke, own, cpu, paper, ablations, ablations-tiny. Each verb resumes
-where the last one stopped; all of them write below --output (default: runs/studies/<name>).
+STUDY is a YAML file or the name of a shipped one: smoke, own, cpu, schedules, paper, ablations, ablations-tiny. Each
+verb resumes where the last one stopped; all of them write below --output (default: runs/studies/<name>).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -71,11 +72,11 @@ def _run(given: argparse.Namespace) -> Any:
 
 def plan(given: argparse.Namespace, study: Study, output: Path) -> None:
     """Write the plan and print what it costs."""
-    from megatron_depthattn.study.plan import make_plan, read_points
+    from megatron_depthattn.study.plan import make_plan, read_points, with_trunks
     from megatron_depthattn.study.run import progress_of, training_command
 
     made = make_plan(study, given.study.parent, output)
-    points = read_points(output)
+    points = with_trunks(read_points(output), output)
     print(printable(made["title"]))
     columns = [key for key in made["rungs"][0] if key != "rung"]
     print_table(["rung", *columns], [[rung["rung"], *(f"{rung[key]:,}" for key in columns)] for rung in made["rungs"]])
@@ -95,7 +96,7 @@ def plan(given: argparse.Namespace, study: Study, output: Path) -> None:
 
 def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     """Train what is not finished, then time the methods where that has not been done."""
-    from megatron_depthattn.study.plan import make_plan, read_points
+    from megatron_depthattn.study.plan import make_plan, read_points, with_trunks
     from megatron_depthattn.study.results import collect_results
     from megatron_depthattn.study.run import run_points
 
@@ -108,7 +109,7 @@ def run(given: argparse.Namespace, study: Study, output: Path) -> int:
     make_plan(study, given.study.parent, output)
     points = read_points(output)
     _prepare(study, output / points[0].config)
-    wanted = [point for point in points if given.only in point.id]
+    wanted = with_trunks([point for point in points if given.only in point.id], output)
     if given.slurm is not None:
         return _submit(given, wanted, output)
     failed, is_stopped = run_points(wanted, output, given.jobs)
@@ -188,15 +189,31 @@ def check_held_out(study: Study, index: Path) -> None:
 
 
 def _submit(given: argparse.Namespace, points: list[Point], output: Path) -> int:
-    """The unfinished points as one Slurm array, through depthattn submit, which checks and freezes them."""
+    """The unfinished points as a Slurm array, through depthattn submit, which checks and freezes them.
+
+    Trunks are an array of their own, after which that of the branches begins.
+    """
     from megatron_depthattn.study.run import write_array
 
-    tasks, job = write_array(points, output)
-    if tasks is None:
+    trunks = {point.trunk for point in points} - {None}
+    check((bool(trunks) and "--dependency" in given.slurm, "branches wait for their trunks: give --after JOB instead"))
+    after, written = list[str](), 0
+    for group in ([run for run in points if run.id in trunks], [run for run in points if run.id not in trunks]):
+        tasks, job = write_array(group, output)
+        if tasks is None:
+            continue
+        written += 1
+        command = [*DEPTHATTN, "submit", str(output / group[0].config), f"run.dir={job}"]
+        command += ["--array", str(tasks.resolve()), *given.slurm, *after]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            return done.returncode
+        if number := re.search(r"^submitted (\w+)", done.stdout, re.MULTILINE):
+            after = ["--after", number[1]]  # branches, when all trunks have ended well
+    if not written:
         print("every point is finished: nothing to submit")
-        return 0
-    command = [*DEPTHATTN, "submit", str(output / points[0].config), f"run.dir={job}"]
-    return subprocess.run([*command, "--array", str(tasks.resolve()), *given.slurm], check=False).returncode
+    return 0
 
 
 def _time(study: Study, points: list[Point], output: Path, *, again: bool) -> None:
@@ -237,9 +254,14 @@ def _show_cost(points: list[Point], output: Path) -> None:
     rows = []
     for rung, method in (*dict.fromkeys((point.rung, point.method) for point in points), ("all", "")):
         of = [point for point in points if not method or (point.rung, point.method) == (rung, method)]
+        shares = [(point, point.own_share) for point in of]
         seconds = [point.predicted_step_seconds or timed.get((point.rung, point.method), math.nan) for point in of]
-        tokens, flops = sum(point.tokens for point in of) / 1e6, sum(point.flops for point in of) / 1e15
+        tokens = sum(point.tokens * share for point, share in shares) / 1e6
+        flops = sum(point.flops * share for point, share in shares) / 1e15
         hours = sum(point.steps * point.world * step for point, step in zip(of, seconds, strict=True)) / 3600
         figures = (f"{tokens:,.2f}", f"{flops:,.4g}", f"{seconds[0]:.3g}" if method else "", f"{hours:,.2f}")
         rows.append([rung, method, f"{len(of)}", *(text.replace("nan", "not timed yet") for text in figures)])
     print_table(("rung", "method", "runs", "tokens, M", "PFLOPs", "s a step", "device-hours"), rows, title="Cost")
+    if trunks := {point.trunk for point in points} - {None}:
+        separate = sum(point.flops for point in points if point.id not in trunks) / 1e15
+        print(f"{len(trunks)} of the runs are trunks that budgets share; each budget by a run: {separate:,.4g} PFLOPs")

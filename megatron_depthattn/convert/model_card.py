@@ -127,6 +127,8 @@ def _training(checkpoint: MegatronCheckpoint, run: Mapping[str, Any]) -> dict[st
         record = checkpoint.common["average"]
         facts["weights"] = {each["step"]: each["weight"] for each in record["checkpoints"]}
         facts["average"] = f"of these steps; {record['averaged']}; {record['formula']}"
+    if isinstance(parent := checkpoint.common.get("parent"), dict):  # its own tokens are not among those above
+        facts["begun with"] = {key: parent.get(key) for key in ("run_id", "step", "tokens")}
     facts |= {key: data[key] for key in ("path", "streams", "sequence_length") if data.get(key)}
     for record in read_records(checkpoint.folder.parent.parent / "metrics.jsonl", step=int):
         for kind in ("loss", "eval_loss"):

@@ -55,7 +55,7 @@ def write_report(output: Path, figures_dir: Path | None = None) -> tuple[Path, P
         "title": study.plan["title"],
         "question": study.plan["question"],
         "answers": [(method, *_answer(study.fit["multipliers"].get(method))) for method in study.methods[1:]],
-        "progress": f"{_finished(study.runs)} planned runs are finished.",
+        "progress": f"{_finished(study.runs)} planned runs are finished.{_compute(study)}",
         "study": study,
         "figures": figures,
         "differences": _differences(study),
@@ -119,12 +119,24 @@ def _differences(study: ReportData) -> list[list[str]]:
     return rows
 
 
+def _compute(study: ReportData) -> str:
+    """What trunks have spared; empty without them."""
+    if not (flops := study.results.get("flops")):
+        return ""
+    spent, separate = flops["spent"], flops["in_separate_runs"]
+    return (
+        f" Spent: {spent:.3g} FLOPs, those of {len(study.trunks)} trunks that budgets share included; the finished "
+        f"budgets as separate runs: {separate:.3g} ({separate / spent if spent else 0:.2f} times)."
+    )
+
+
 def _costs(study: ReportData) -> list[list[str]]:
     """A row of text for each rung and method: finished runs, device-hours of all its runs, time of a step."""
     rows = []
     for rung, method in ((rung, method) for rung in study.rungs for method in study.methods):
         if runs := study.of(rung=rung, method=method):
-            hours = sum(run["seconds"] * run["world"] for run in runs) / 3600
+            trunks = [trunk for trunk in study.trunks if (trunk["rung"], trunk["method"]) == (rung, method)]
+            hours = sum(run["seconds"] * run["world"] for run in (*runs, *trunks)) / 3600
             step = study.results["timing"].get(rung, {}).get(method)
             timed = [f"{step['seconds_per_step']:.4g}", f"{step['ratio']:.3f}{bounds(step, '.3f')}"] if step else []
             rows.append([rung, method, _finished(runs), f"{hours:.3g}", *(timed or ["not timed", ""])])

@@ -28,6 +28,7 @@ class ReportData:
     results: dict[str, Any]
     fit: dict[str, Any]
     runs: list[Run]
+    trunks: list[Run]
     rungs: list[str]
     methods: list[str]
     baseline: str
@@ -62,10 +63,9 @@ def read_report_data(output: Path) -> ReportData:
     plan, results, fit = (_read(output, name, verb) for name, verb in (("plan",) * 2, ("results", "run"), ("fit",) * 2))
     try:
         found = {result["id"]: result for result in results["results"]}
-        runs = [
-            point | UNKNOWN | found.get(point["id"], {}) | read_record(output / "runs" / point["id"] / "metrics.jsonl")
-            for point in plan["points"]
-        ]
+        runs = [point | UNKNOWN | found.get(point["id"], {}) | _whole_record(output, point) for point in plan["points"]]
+        done = {result["id"]: result for result in results.get("trunks", [])}
+        trunks = [trunk | UNKNOWN | done.get(trunk["id"], {}) for trunk in plan.get("trunks", [])]
         entries = [fit["held_out"], *fit["laws"].values(), *fit["multipliers"].values()]
         if any({"verdict", "refused"} & entry.keys() for entry in entries):
             raise ValueError("fit.json is of an earlier version: run `fit` again")
@@ -87,7 +87,7 @@ def read_report_data(output: Path) -> ReportData:
         rungs = [rung["rung"] for rung in plan["rungs"]]
     except KeyError as missing:
         raise ValueError(f"plan.json, results.json or fit.json lacks {missing}: run the study's verbs again") from None
-    return ReportData(plan, results, fit, runs, rungs, methods, plan["baseline"])
+    return ReportData(plan, results, fit, runs, trunks, rungs, methods, plan["baseline"])
 
 
 def _read(output: Path, name: str, verb: str) -> dict[str, Any]:
@@ -98,6 +98,20 @@ def _read(output: Path, name: str, verb: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{name}.json is not JSON ({error}): run `{verb}` again") from None
     return content
+
+
+def _whole_record(output: Path, point: dict[str, Any]) -> dict[str, Any]:
+    """The record of a point; of one that branches off a trunk, behind that part of the trunk's."""
+    own = read_record(output / "runs" / point["id"] / "metrics.jsonl")
+    if not point.get("trunk"):
+        return own
+    before = point["tokens"] * point["trunk_steps"] // (point["trunk_steps"] + point["steps"])
+    trunk = read_record(output / "runs" / point["trunk"] / "metrics.jsonl")
+    curves = {
+        kind: [each for each in trunk[kind] if each[0] <= before] + [(before + at, loss) for at, loss in own[kind]]
+        for kind in ("train_loss", "eval_loss")
+    }
+    return curves | {"depth": own["depth"] or trunk["depth"]}
 
 
 def read_record(path: Path) -> dict[str, Any]:

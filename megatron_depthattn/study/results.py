@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_depthattn.study.plan import Point
+from megatron_depthattn.study.plan import Point, read_points
 from megatron_depthattn.study.run import progress_of
 from megatron_depthattn.train.history import HISTORY, METRICS
 from megatron_depthattn.train.line_files import read_records
@@ -31,6 +31,12 @@ def collect_results(points: Sequence[Point], output: Path, *, baseline: str, own
         source = "the runs' own steps (median of each run; from the fastest to the slowest run)"
         timing = {"timing": _own_steps(points, output, baseline), "timing_source": source}
     results = {"results": [_result(point, output) for point in points]} | timing
+    if trunks := read_points(output, "trunks"):
+        results["trunks"] = [_result(trunk, output) for trunk in trunks]
+        done = zip((*points, *trunks), (*results["results"], *results["trunks"]), strict=True)
+        spent = sum(run.flops * run.own_share * min(1.0, of["step"] / run.steps) for run, of in done)
+        finished = [point for point, of in zip(points, results["results"], strict=True) if of["finished"]]
+        results["flops"] = {"spent": spent, "in_separate_runs": sum(point.flops for point in finished)}
     (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 

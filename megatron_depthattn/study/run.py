@@ -1,4 +1,7 @@
-"""Run a study's points: finished runs are left alone, cut ones resume, a failure does not stop the others."""
+"""Run a study's points: finished runs are left alone, cut ones resume, a failure does not stop the others.
+
+A point that branches off a trunk waits for that to be finished.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ ROUGH_RATE = 1.2e10
 START_SECONDS = 10.0
 _DECIDES = ("model", "data", "optimizer", "precision")
 """Sections of the config that decide what a run computes; layout, checkpoints and the like do not."""
-_DECIDES_ELSEWHERE = ("run.seed", "train.steps", "train.global_batch_size", "train.batch_ramp", "train.eval_batches")
+_DECIDES_ELSEWHERE = (
+    *("run.seed", "train.steps", "train.global_batch_size", "train.batch_ramp", "train.eval_batches"),
+    "checkpoint.start_optimizer",
+)
 _IGNORED = ("data.path", "data.held_out", "data.cache", "data.num_workers", *(f"model.{key}" for key in MODEL_SWITCHES))
 
 
@@ -98,12 +104,17 @@ def run_points(points: Sequence[Point], output: Path, jobs: int) -> tuple[list[P
                 is_stopped, number = True, signals.pop(0)
                 for _, process in running:
                     process.send_signal(number)
-            while waiting and not is_stopped and len(running) < jobs:
-                running.append((waiting[0], _start(waiting.pop(0), output, jobs)))
+            while not is_stopped and len(running) < jobs and (ready := _first_ready(waiting, running)):
+                waiting.remove(ready)
+                running.append((ready, _start(ready, output, jobs)))
             for point, process in [each for each in running if each[1].poll() is not None]:
                 running.remove((point, process))
                 if not _ended_well(point, process.returncode, is_stopped, output):
-                    failed.append(point)
+                    branches = [each for each in waiting if each.trunk == point.id]
+                    for each in branches:
+                        _log(f"{each.id}: not started, because {point.id} failed, which it branches off")
+                        waiting.remove(each)
+                    failed += [point, *branches]
             time.sleep(0.1)
     finally:
         for _, process in running:  # after an error here: each saves and ends
@@ -115,12 +126,18 @@ def run_points(points: Sequence[Point], output: Path, jobs: int) -> tuple[list[P
     return failed, is_stopped
 
 
+def _first_ready(waiting: Sequence[Point], running: Sequence[tuple[Point, object]]) -> Point | None:
+    """The first point whose trunk, if it has one, is neither still to run nor running."""
+    unfinished = {point.id for point in (*waiting, *(point for point, _ in running))}
+    return next((point for point in waiting if point.trunk not in unfinished), None)
+
+
 def describe_cost(waiting: Sequence[Point], points: Sequence[Point], output: Path, jobs: int) -> str:
     """What the waiting points will take, by the planner, else by the steps of this study so far, else roughly."""
-    flops = sum(point.flops for point in waiting)
+    flops = sum(point.flops * point.own_share for point in waiting)
     predicted = [point.steps * point.predicted_step_seconds for point in waiting if point.predicted_step_seconds]
     timed = [
-        (point.flops / point.steps, record["step_seconds"])
+        (point.flops * point.own_share / point.steps, record["step_seconds"])
         for point in points
         for record in read_records(output / point.run_dir / METRICS, step_seconds=float)
     ]

@@ -94,6 +94,11 @@ class Study:
     """Token budgets as multiples of a rung's size (ladder.py says which weights count); null: the config's steps."""
     tokens_per_parameter_at: dict[str, list[float]] = field(default_factory=dict)
     """Other budgets for a rung, by its name: the largest one is often trained once."""
+    schedule: str | None = None
+    """wsd: a rung, method and seed has one trunk, a run with a constant rate, and each budget is a decay that branches
+    off it (plan.py). null: every budget is a run of its own, with the config's schedule."""
+    decay_ratio: float = 0.2
+    """With wsd: the last fraction of a budget, over which the rate falls."""
     eval_sequences: int = 128
     """Held-out sequences of every evaluation, the same ones at every size."""
     evaluations: int = 8
@@ -147,6 +152,8 @@ def _checks(study: Study) -> Iterator[tuple[bool, str]]:
         )
     yield len({*names}) < len(names), f"the rungs {names} are not all different"
     yield not 0 < study.confidence < 1, f"confidence is {study.confidence}; set it between 0 and 1, such as 0.9"
+    yield study.schedule not in (None, "wsd"), f"schedule is {study.schedule!r}; set wsd, or null for the config's own"
+    yield not 0 < study.decay_ratio < 1, f"decay_ratio is {study.decay_ratio}; set it between 0 and 1, such as 0.2"
     yield min(study.evaluations, study.eval_sequences) < 1, "set evaluations and eval_sequences to 1 or more"
     budgets = [study.tokens_per_parameter, *study.tokens_per_parameter_at.values()]
     budgets += [arm.tokens_per_parameter for arm in arms.values()]

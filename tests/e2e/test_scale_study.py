@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.commands import REPOSITORY, wait_until
+from megatron_depthattn.study.report_data import read_report_data
+from megatron_depthattn.train.history import METRICS
+from megatron_depthattn.train.line_files import read_records
+from tests.e2e.commands import REPOSITORY, must_succeed, wait_until
+from tests.forked import forked
 from tools.scale_study import main
 
 STUDY = REPOSITORY / "configs/studies/smoke.yaml"
@@ -26,12 +30,13 @@ def study(verb: str, file: Path, output: Path, *more: str) -> str:
 
 @pytest.fixture
 def small_study(tmp_path: Path) -> Path:
-    """The shipped smoke study at its smaller size, with all its files in the test's folder."""
+    """The shipped smoke study at its smaller size and two budgets on a trunk, all its files in the test's folder."""
     content = yaml.safe_load(STUDY.read_text())
     content["config"] = str(REPOSITORY / "configs/quickstart.yaml")
     content["settings"]["data.path"] = str(tmp_path / "corpus")
     content["corpus"]["input"] = str(REPOSITORY / "megatron_depthattn/study")
     content["ladder"]["layers"] = [2]
+    content |= {"schedule": "wsd", "decay_ratio": 0.3, "seeds": [1], "tokens_per_parameter": [0.2, 0.4]}
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(content))
     return file
@@ -41,8 +46,10 @@ def small_study(tmp_path: Path) -> Path:
 def test_a_study_through_plan_run_fit_and_report(small_study: Path, tmp_path: Path):
     output = tmp_path / "study"
     planned = study("plan", small_study, output)
-    points = json.loads((output / "plan.json").read_text())["points"]
-    assert len(points) == 4 and "nothing was started" in planned and not (output / "runs").exists()
+    plan = json.loads((output / "plan.json").read_text())
+    points, num_runs = plan["points"], len(plan["points"] + plan["trunks"])
+    assert (len(points), num_runs) == (4, 6) and "nothing was started" in planned and not (output / "runs").exists()
+    assert "2 of the runs are trunks" in planned
 
     command = [sys.executable, "tools/scale_study.py", "run", str(small_study), "--output", str(output), "--jobs", "2"]
     log = tmp_path / "run.log"
@@ -52,13 +59,13 @@ def test_a_study_through_plan_run_fit_and_report(small_study: Path, tmp_path: Pa
         cut.send_signal(signal.SIGTERM)
         assert cut.wait(90) == 75, log.read_text()
     finished = log.read_text().count(": finished, held-out loss")
-    assert 1 <= finished < len(points)
+    assert 1 <= finished < num_runs
     assert log.read_text().index("cost: ") < log.read_text().index("; of step")
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*/*/*/history.jsonl")}
 
     printed = study("run", small_study, output, "--jobs", "2")
     assert printed.count("finished already") == finished and "by the steps so far" in printed
-    assert printed.count("finished, held-out loss") == len(points) - finished
+    assert printed.count("finished, held-out loss") == num_runs - finished
     untouched = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
     assert len(untouched) == finished, "what is finished is left alone"
     results = json.loads((output / "results.json").read_text())
@@ -67,14 +74,47 @@ def test_a_study_through_plan_run_fit_and_report(small_study: Path, tmp_path: Pa
 
     assert "depth_attention: " in study("fit", small_study, output)
     fitted = json.loads((output / "fit.json").read_text())
-    assert {len(difference["pairs"]) for difference in fitted["differences"]} == {2}
-    assert "reason" in fitted["laws"]["vanilla"], "one size and one budget do not make a law"
+    assert {len(difference["pairs"]) for difference in fitted["differences"]} == {1}
+    assert "reason" in fitted["laws"]["vanilla"], "one size does not make a law"
 
     study("report", small_study, output)
     page = (output / "report.html").read_text()
     assert all(point["id"] in page for point in points)
     assert str(tmp_path) not in page
     assert (output / "report.md").read_text().startswith("# ")
+    flops = results["flops"]
+    assert flops["in_separate_runs"] == sum(point["flops"] for point in points)
+    assert flops["spent"] == pytest.approx(sum(run["flops"] * run["steps"] / whole_steps(run) for run in runs_of(plan)))
+    assert f"({flops['in_separate_runs'] / flops['spent']:.2f} times)" in page
+
+    for run in read_report_data(output).runs:
+        curve = [tokens for tokens, _ in run["train_loss"]]
+        assert len(curve) == whole_steps(run) and curve == sorted(curve) and curve[-1] == run["tokens"], (
+            "with its trunk"
+        )
+
+    # A budget on the trunk is, to the last bit, a run of its own.
+    for point in (point for point in points if point["method"] == "depth_attention"):
+        config, steps = output / f"configs/{point['id']}.yaml", whole_steps(point)
+        largest = max(map(whole_steps, points))
+        warmup = round(0.1 * largest)
+        settings = [f"train.steps={steps}", f"optimizer.warmup_ratio={warmup / steps}", "optimizer.decay_ratio=0.3"]
+        settings += ["checkpoint.start_from=null", "checkpoint.start_optimizer=false", "data.skip_samples=0"]
+        settings += [f"run.dir={tmp_path / 'plain'}-{steps}", "train.eval_interval=null"]
+        must_succeed(forked(0, "megatron_depthattn.train", config, *settings))
+        trunk, branch, whole = (
+            [tuple(record[key] for key in ("loss", "grad_norm", "lr")) for record in read_records(folder / METRICS)]
+            for folder in (output / f"runs/{point['trunk']}", output / f"runs/{point['id']}", Path(settings[6][8:]))
+        )
+        assert trunk[: point["trunk_steps"]] + branch == whole and len(whole) == steps
+
+
+def whole_steps(run: dict) -> int:
+    return run["steps"] + run["trunk_steps"]
+
+
+def runs_of(plan: dict) -> list[dict]:
+    return [*plan["points"], *plan["trunks"]]
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

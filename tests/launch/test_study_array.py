@@ -1,6 +1,7 @@
-"""A scale study as a Slurm array: its points train as tasks, the next `run` finds them finished."""
+"""A scale study as Slurm arrays: trunks train as tasks, then the points; the next `run` finds them finished."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.timeout(1200)]
 
 
 def study_of(config: Path, folder: Path) -> Path:
-    """Two points on the small corpus: one rung, two methods, one seed."""
+    """Two points on the small corpus, each on a trunk: one rung, two methods, one seed."""
     study = {
         "title": "array",
         "config": str(config),
@@ -22,6 +23,7 @@ def study_of(config: Path, folder: Path) -> Path:
         "methods": {"vanilla": {}, "depth_attention": {}},
         "seeds": [1],
         "tokens_per_parameter": [0.1],
+        "schedule": "wsd",
         "eval_sequences": 8,
         "timing_rounds": 0,
     }
@@ -38,14 +40,14 @@ def test_the_unfinished_points_of_a_study_are_an_array(config: Path, tmp_path: P
     assert first.returncode == 0, first.stderr
     sent = run(*command, "--slurm", "--nodes", "1", "--processes-per-node", "1", "--time", "10", seconds=240)
     assert sent.returncode == 0, sent.stderr
-    tasks = (output / "jobs/1.tasks").read_text().split()
-    assert [Path(task).relative_to(output).as_posix() for task in tasks] == [
-        "configs/d2/depth_attention/x0.1/seed1.yaml"
+    tasks = [(output / f"jobs/{number}.tasks").read_text().split() for number in (1, 2)]
+    assert [[Path(task).relative_to(output).as_posix() for task in array] for array in tasks] == [
+        [f"configs/d2/depth_attention/{name}/seed1.yaml"] for name in ("trunk", "x0.1")
     ]
-    job = sent.stdout.partition("submitted ")[2].split()[0]
-    assert must_end(job, next(iter((output / "jobs/1/job").glob("slurm-*.out")), study)) == ["COMPLETED"]
+    for number, job in enumerate(re.findall(r"^submitted (\d+)", sent.stdout, re.MULTILINE), 1):
+        assert must_end(job, next(iter((output / f"jobs/{number}/job").glob("slurm-*.out")), study)) == ["COMPLETED"]
     again = run(*command, "--no-timing", seconds=120)
-    assert again.returncode == 0 and again.stdout.count("finished already") == 2, again.stdout
+    assert again.returncode == 0 and again.stdout.count("finished already") == 4, again.stdout
     results = json.loads((output / "results.json").read_text())
     assert [result["finished"] for result in results["results"]] == [True, True]
     assert results["timing"]["d2"]["depth_attention"]["ratio"] > 0, "from the runs' own steps"

@@ -174,6 +174,7 @@ def test_a_model_card_takes_no_string_for_markdown_or_html(tmp_path: Path):
         {
             "config": {"model": made.model, "run": {"dir": path}, "data": {"path": code, "sequence_length": 8}},
             "imported_from": path,
+            "parent": {"run_id": code, "step": 3, "tokens": 96, "folder": "/home/me"},
         },
         made.folder / "common.pt",
     )
@@ -182,6 +183,7 @@ def test_a_model_card_takes_no_string_for_markdown_or_html(tmp_path: Path):
     assert "\x1b" not in card
     rendered = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)  # all but blocks of code
     assert "<" not in rendered and "](" not in rendered and "img src=x" in card
+    assert "begun with:\n" in card and "tokens: 96\n" in card and "/home/me" not in card
 
 
 # -------------------------------------------------------------------------------------------------------- settings

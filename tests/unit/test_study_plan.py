@@ -1,6 +1,7 @@
 """Studies: the ladder's rules, what a plan holds, what cannot be planned; nothing is trained."""
 
 import json
+import os
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +13,12 @@ from streaming import MDSWriter
 
 from megatron_depthattn.cli.study import check_held_out, main
 from megatron_depthattn.config import load_config, to_dict, validate
+from megatron_depthattn.config.schedule import schedule_of
 from megatron_depthattn.launch.submit import sweep
 from megatron_depthattn.parallel.launch_env import job_environment
 from megatron_depthattn.study import run
 from megatron_depthattn.study.ladder import Ladder
-from megatron_depthattn.study.plan import make_plan, read_points
+from megatron_depthattn.study.plan import make_plan, read_points, with_trunks
 from megatron_depthattn.study.run import progress_of, training_command, write_array
 from megatron_depthattn.study.study import Study, load_study
 
@@ -131,6 +133,56 @@ def test_size_leaves_the_embedding_out_and_is_the_rungs_not_the_methods(tmp_path
     assert mhc["parameters"] > vanilla["parameters"]
 
 
+def test_budgets_that_share_a_trunk(tmp_path, monkeypatch, capsys):
+    """Branches begin where a run of wsd over their budget would begin to decay; what they cost is counted once."""
+    changes = {"schedule": "wsd", "decay_ratio": 0.25, "ladder": SHORT["ladder"], "seeds": [1]}
+    changes["methods"] = {"vanilla": {}, "depth_attention": {"tokens_per_parameter": [2]}}
+    output = tmp_path / "out"
+    plan = make_plan(study_of(tmp_path, **changes), tmp_path, output)
+    assert [trunk["id"] for trunk in plan["trunks"]] == ["d2/depth_attention/trunk/seed1", "d2/vanilla/trunk/seed1"]
+    short, other, long = read_points(output)
+    trunk = read_points(output, "trunks")[1]
+    assert (short.trunk, long.trunk, other.trunk) == (trunk.id, trunk.id, "d2/depth_attention/trunk/seed1")
+    warmup = round(0.1 * (long.steps + long.trunk_steps))
+    for point in (short, long, other):
+        budget, config = point.steps + point.trunk_steps, load_config(output / point.config)
+        batch = config.train.global_batch_size
+        assert point.steps == round(0.25 * budget) and config.data.skip_samples == point.trunk_steps * batch
+        assert point.tokens == budget * batch * config.data.sequence_length
+        assert point.tokens_per_parameter * point.size <= point.tokens < (point.tokens_per_parameter + 0.1) * point.size
+        optimizer, checkpoint = config.optimizer, config.checkpoint
+        assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.decay_ratio) == ("wsd", 0, 1)
+        begin = f"saved/{point.trunk}/step_{point.trunk_steps:08d}"
+        assert (checkpoint.start_from, checkpoint.start_optimizer) == (begin, True)
+        of_trunk = load_config(output / f"configs/{point.trunk}.yaml")
+        assert point.trunk_steps in of_trunk.checkpoint.keep_steps
+        assert of_trunk.optimizer.schedule == "constant" and schedule_of(of_trunk).warmup == warmup > 0
+    assert trunk.steps == long.trunk_steps
+    runs = with_trunks([long, short], output)
+    assert runs == [trunk, long, short]
+    spent = sum(run.tokens * run.own_share for run in runs)
+    assert spent == pytest.approx(long.tokens + short.tokens * short.own_share)
+
+    monkeypatch.setattr(run, "training_command", lambda config, _: ["false" if "trunk" in str(config) else "true"])
+    failed, _ = run.run_points(runs, output, jobs=3)
+    done = capsys.readouterr().out
+    assert failed == [trunk, long, short] and done.count("starts; of step") == 1
+    assert f"{short.id}: not started, because {trunk.id} failed, which it branches off" in done
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    script = f'#!/bin/sh\ngrep dependency "$2" >> {tmp_path}/after\necho 7; echo $2 >> {tmp_path}/sent'
+    (tmp_path / "sbatch").write_text(script)
+    (tmp_path / "sbatch").chmod(0o755)
+    options = ("--nodes", "1", "--processes-per-node", "1")
+    assert main(["run", str(tmp_path / "small.yaml"), "--output", str(output), "--slurm", *options]) == 0
+    assert len((tmp_path / "sent").read_text().splitlines()) == 2
+    assert (tmp_path / "after").read_text().strip() == '#SBATCH "--dependency=afterok:7"', "of the branches alone"
+    first, second = (sweep(str(output / f"jobs/{number}.tasks")) for number in (1, 2))
+    assert [len(first), len(second)] == [2, 3] and all("trunk" in task for (task,) in first)
+    assert main(["run", str(tmp_path / "small.yaml"), "--output", str(output), "--slurm", "--dependency", "x"]) == 1
+    assert "give --after JOB instead" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["smoke", "cpu"])
 def test_shipped_studies_can_be_planned(name, tmp_path):
     plan = make_plan(load_study(STUDIES / f"{name}.yaml"), STUDIES, tmp_path)
@@ -193,6 +245,7 @@ def test_the_ablations_are_the_papers_at_500m_and_in_small(name, settings, tmp_p
         ({"seed": [1]}, "unknown key 'seed' in .*nearest valid key is 'seeds'"),
         ({"ladder": SMALL["ladder"] | {"layer": [2]}}, "unknown key 'ladder.layer' in .*'ladder.layers'"),
         ({"seeds": "three"}, "seeds"),
+        ({"settings": [1]}, r"settings is list \[1\] .*; expected a section"),
         ({"ladder": None}, "as a ladder or as rungs"),
         ({"baseline": "plain"}, "baseline 'plain' is none of the methods"),
         ({"methods": {"vanilla": {}, "looped": {}}}, "methods.looped is no method"),
@@ -211,6 +264,12 @@ def test_the_ablations_are_the_papers_at_500m_and_in_small(name, settings, tmp_p
         ({"confidence": 90}, "between 0 and 1"),
         ({"ladder": SMALL["ladder"] | {"layers": [4, 2]}}, "ascending"),
         ({"eval_sequences": 100}, "multiple of"),
+        ({"schedule": "cosine"}, "schedule is 'cosine'; set wsd, or null"),
+        ({"schedule": "wsd", "decay_ratio": 1}, r"decay_ratio is 1\.0; set it between 0 and 1"),
+        (
+            {"schedule": "wsd", "tokens_per_parameter": [0.1, 40]},
+            r"d2, vanilla: .* warm-up of the largest budget has \d+ steps, and the decay of the smallest would begin",
+        ),
         ({"settings": SMALL["settings"] | {"model.layers": 3}}, "unknown key 'model.layers' in settings of the study"),
         ({"settings": SMALL["settings"] | {"parallel.tensor": 2}}, "d2/vanilla/x2/seed1: .*world"),
     ],
