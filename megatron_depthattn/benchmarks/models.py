@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_depthattn.cli.common import check, shipped_folder
 from megatron_depthattn.config import RunConfig, load_config, to_dict, validate
+from megatron_depthattn.config.pipeline import EVEN
 from megatron_depthattn.estimate.memory import rank_memory
 from megatron_depthattn.estimate.paper import TITLES
 from megatron_depthattn.model.source_plan import default_stride
@@ -90,7 +91,8 @@ def single_config(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
     from megatron_depthattn.train.hardware import for_this_machine
 
     alone = [f"parallel.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "context")]
-    settings, whole = [*alone, "parallel.sequence=false", *settings], load_config(path)
+    alone += ["parallel.sequence=false", *(f"parallel.{key}=null" for key in EVEN)]
+    settings, whole = [*alone, *settings], load_config(path)
     config = load_config(path, settings)
     if config.model.num_layers != whole.model.num_layers and not any(".stride=" in text for text in settings):
         settings.append("model.depth_attention.stride=null")

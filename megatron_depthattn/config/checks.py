@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Any
 
 from megatron_depthattn.config.check import Check, Condition, checks
+from megatron_depthattn.config.pipeline import PIPELINE, chunk_layers, is_even
 from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.config.schedule import SCHEDULES
 from megatron_depthattn.config.schema import ModelConfig, RunConfig
@@ -28,8 +29,8 @@ class Sizes:
     """Model replicas."""
     num_microbatches: int
     """Forward passes of one replica in one optimizer step, of the full batch."""
-    layers_per_chunk: int
-    """Layers of one pipeline chunk; a stage holds parallel.virtual_pipeline chunks."""
+    chunk_layers: tuple[int, ...]
+    """Effective layers of every pipeline chunk, in model order; chunk c runs on stage c % parallel.pipeline."""
 
 
 def validate(config: RunConfig, world_size: int, *, needs_data: bool = True) -> Sizes:
@@ -46,7 +47,7 @@ def validate(config: RunConfig, world_size: int, *, needs_data: bool = True) -> 
     return Sizes(
         data_parallel_size=world_size // _model_ranks(config),
         num_microbatches=config.train.global_batch_size // _samples_at_once(config, world_size),
-        layers_per_chunk=_layers_per_chunk(config),
+        chunk_layers=_chunk_layers(config),
     )
 
 
@@ -68,6 +69,7 @@ RANGES = (
         "model.hidden_size model.num_attention_heads model.num_query_groups model.kv_channels model.ffn_hidden_size "
         "model.vocab_size model.max_position_embeddings model.depth_attention.stride recompute.num_layers "
         "data.sequence_length parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context "
+        "parallel.first_stage_layers parallel.last_stage_layers "
         "train.global_batch_size train.micro_batch_size train.stop_after train.eval_interval train.eval_batches "
         "train.log_interval train.depth_interval train.max_skipped_in_a_row train.max_restarts_without_progress "
         "checkpoint.interval checkpoint.keep optimizer.mup",
@@ -350,10 +352,8 @@ def _samples_at_once(config: RunConfig, ranks: int) -> int:
     return config.train.micro_batch_size * (ranks // _model_ranks(config))
 
 
-def _layers_per_chunk(config: RunConfig) -> int:
-    """Layers of a chunk; those of all loops where there is no pipeline to cut them."""
-    num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
-    return config.model.num_layers * config.model.num_loops // num_chunks
+def _chunk_layers(config: RunConfig) -> tuple[int, ...]:
+    return chunk_layers(config.model, config.parallel)
 
 
 def _chunks_of_loop(config: RunConfig) -> int:
@@ -427,14 +427,17 @@ LAYOUT = checks(
         "{model.num_layers is}, which is not a multiple of {step} ({parallel.pipeline=} times "
         "{parallel.virtual_pipeline=} over {model.num_loops=|above 1}): every chunk of a loop holds the same number of "
         "layers; set model.num_layers={multiples}, or other stages",
-        lambda c, _: c.model.num_loops > 1 and _unless_multiple(c.model.num_layers, _chunks_of_loop(c)),
+        lambda c, _: (
+            c.model.num_loops > 1 and is_even(c.parallel) and _unless_multiple(c.model.num_layers, _chunks_of_loop(c))
+        ),
     ),
     (
         "{model.num_layers is}, which is not a multiple of {step} ({parallel.pipeline=} times "
         "{parallel.virtual_pipeline=}): every chunk holds the same number of layers; set model.num_layers={multiples}, "
-        "or other stages",
+        "or other stages, or parallel.first_stage_layers or parallel.last_stage_layers",
         lambda c, _: (
             c.model.num_loops == 1
+            and is_even(c.parallel)
             and _unless_multiple(c.model.num_layers, c.parallel.pipeline * c.parallel.virtual_pipeline)
         ),
     ),
@@ -496,21 +499,24 @@ RECOMPUTE = checks(
         lambda c, _: c.recompute.granularity == "full" and None in (c.recompute.method, c.recompute.num_layers),
     ),
     (
-        "{recompute.num_layers is}, but a pipeline chunk holds {layers} layers; set recompute.num_layers from 1 to "
-        "{layers}",
+        "{recompute.num_layers is}, but no pipeline chunk holds more than {layers} layers; set recompute.num_layers "
+        "from 1 to {layers}",
         lambda c, _: (
             c.recompute.granularity == "full"
-            and c.recompute.num_layers > (layers := _layers_per_chunk(c))
+            and c.recompute.num_layers > (layers := max(_chunk_layers(c)))
             and {"layers": layers}
         ),
     ),
     (
         "{recompute.num_layers is}, which does not divide the {layers} layers of a pipeline chunk, with "
-        "recompute.method=uniform: uniform recompute cuts a chunk into equal groups; set it to one of {divisors}",
+        "recompute.method=uniform: uniform recompute cuts every chunk into equal groups; set it to one of {divisors}",
         lambda c, _: (
             c.recompute.method == "uniform"
-            and (layers := _layers_per_chunk(c)) % c.recompute.num_layers
-            and {"layers": layers, "divisors": ", ".join(map(str, _divisors(layers)))}
+            and (common := math.gcd(*(sizes := _chunk_layers(c)))) % c.recompute.num_layers
+            and {
+                "layers": " or ".join(map(str, sorted({*sizes} - {0}))),
+                "divisors": ", ".join(map(str, _divisors(common))),
+            }
         ),
     ),
 )
@@ -590,7 +596,7 @@ PRECISION = checks(
     *(
         (
             f"{{precision.{key} is}}, but a pipeline stage holds {{layers}} layers: Megatron-Core takes no more than "
-            f"one stage; set precision.{key}={{layers}} or fewer, or fewer stages",
+            f"a stage of an even cut; set precision.{key}={{layers}} or fewer, or fewer stages",
             _more_than_a_stage(key),
         )
         for key in ("bf16_first_layers", "bf16_last_layers")
@@ -621,6 +627,6 @@ PRECISION = checks(
 )
 
 CHECKS = (
-    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *MUON, *SWITCHES, *DATA, *CHECKPOINT, *LOG, *MODEL, *LAYOUT, *RECOMPUTE),
-    *PRECISION,
+    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *MUON, *SWITCHES, *DATA, *CHECKPOINT, *LOG, *MODEL, *PIPELINE, *LAYOUT),
+    *(*RECOMPUTE, *PRECISION),
 )

@@ -135,6 +135,13 @@ class ParallelConfig:
     """Pipeline stages."""
     virtual_pipeline: int = 1
     """Chunks of layers held by each stage (interleaved schedule); 1: the plain 1F1B schedule."""
+    first_stage_layers: int | None = None
+    """Effective layers of the first stage, all its chunks together; null: as many as the stages between."""
+    last_stage_layers: int | None = None
+    """Those of the last stage; null: as many as the stages between."""
+    pipeline_layout: str | None = None
+    """What every chunk holds, in model order, as Megatron-Core writes it: E the embedding, t a layer, L the loss, |
+    between chunks, such as Et*3|(tt|)*2tL; null: the layers are cut evenly, but for the two keys above."""
     context: int = 1
     """Ranks that share each sequence."""
     sequence: bool = False

@@ -136,7 +136,7 @@ class _Layers:
 def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> ChunkMemory:
     """What one pipeline chunk, in model order, needs for one micro-batch."""
     sizes, recompute = _Layers(config, on_gpu), config.recompute
-    layers, num_layers = layers_of_chunk(config, chunk), config.model.num_layers * config.model.num_loops
+    layers, num_chunks = layers_of_chunk(config, chunk), config.parallel.pipeline * config.parallel.virtual_pipeline
     plan, method = source_plan(config), cross_layer_method(config.model)
     group = (recompute.num_layers or 1) if recompute.method == "uniform" else 1
     is_full = recompute.granularity == "full"
@@ -146,7 +146,7 @@ def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> Chunk
 
     whole, source = sizes.attention + sizes.mlp, sizes.hidden if method else len(plan.kinds if plan else ()) * sizes.key
     first = -(-len(again) // group) * sizes.hidden * streams
-    if again and chunk == 0:
+    if again and again[0] == 0:
         first -= sizes.hidden * (streams - 1)  # the embedding is one stream
     kept_layers = [layer for layer in layers if layer not in again]
     activations = first + len(kept_layers) * whole
@@ -156,27 +156,28 @@ def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> Chunk
     if plan:  # of recomputed layers, whose readers' backward runs apart
         made = [layer for layer in again if layer in plan.held(layer) or layer in plan.kept(chunk)]
         sources += sum(source for layer in made if not (method and (layer - again[0]) % group == 0))
-    if layers.stop == num_layers:
+    if chunk == num_chunks - 1:
         activations += sizes.end
 
-    working = 4 * sizes.inner
+    working = 4 * sizes.inner if layers else 0
     if is_full:
         working += (min(group, len(again)) * whole) + sum(
             _layer_sources(sizes, plan, method, layer) for layer in again[:group]
         )
-        working += len(plan.held(layers[-1]) if plan else ()) * source
+        working += len(plan.held(layers[-1]) if plan and layers else ()) * source
     elif recompute.granularity == "selective" and not sizes.is_te:
         working += sizes.core_attention - 2 * sizes.query - sizes.key
-    if method:
+    if method and layers:
         read = max(len(plan.sources(layer)) for layer in layers) if plan else 0
         working += sizes.rows * 4 * config.model.hidden_size * 2 * (streams + read)
-    if layers.stop == num_layers:
+    if chunk == num_chunks - 1:
         working = max(working, sizes.end_working())
 
     def message(into: int) -> int:
-        if not 0 < into * len(layers) < num_layers:
+        if not 0 < into < num_chunks:
             return 0
-        return sizes.hidden * streams + (len(plan.entering(into)) * source if plan else 0)
+        width = sizes.hidden * (streams if plan and plan.is_inside(into) else 1)
+        return width + (len(plan.entering(into)) * source if plan else 0)
 
     return ChunkMemory(activations, sources, message(chunk), message(chunk + 1), working)
 

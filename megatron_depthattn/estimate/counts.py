@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from math import prod
 
 from megatron_depthattn.config import ModelConfig, RunConfig
+from megatron_depthattn.config.pipeline import chunk_layers, chunk_starts
 from megatron_depthattn.methods.definition import CrossLayerMethod
 from megatron_depthattn.methods.definitions import method_of
 from megatron_depthattn.model.flops import DecoderShape, ForwardFlops
@@ -45,8 +46,7 @@ def cross_layer_method(model: ModelConfig) -> CrossLayerMethod | None:
 def source_plan(config: RunConfig) -> CrossLayerPlan | None:
     """The sources of every layer under the config's pipeline layout; None for vanilla."""
     depth, num_layers = config.model.depth_attention, config.model.num_layers * config.model.num_loops
-    num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
-    starts = tuple(range(0, num_layers, num_layers // num_chunks))
+    starts = chunk_starts(config.model, config.parallel)
     if method := cross_layer_method(config.model):
         return ListedPlan(tuple(map(method.sources, range(num_layers))), starts, config.parallel.pipeline)
     if config.model.effective_method == "vanilla":
@@ -66,9 +66,8 @@ def forward_flops(config: RunConfig) -> ForwardFlops:
 
 def layers_of_chunk(config: RunConfig, chunk: int) -> range:
     """Effective layers of a pipeline chunk, in model order."""
-    num_chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
-    size = config.model.num_layers * config.model.num_loops // num_chunks
-    return range(chunk * size, (chunk + 1) * size)
+    start = chunk_starts(config.model, config.parallel)[chunk]
+    return range(start, start + chunk_layers(config.model, config.parallel)[chunk])
 
 
 def chunks_of_stage(config: RunConfig, stage: int) -> range:
@@ -108,23 +107,24 @@ def rank_weights(config: RunConfig, stage: int) -> RankWeights:
 @functools.lru_cache(1024)
 def _weights(model: ModelConfig, tensor: int, stages: int, stage: int, own: tuple[int, ...]) -> RankWeights:
     query, key = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
-    layers = model.num_layers // stages
+    layers = len(own) // model.num_loops  # a stage has the same of every loop
     is_first, is_last = stage == 0, stage == stages - 1
     copies = is_first + is_last - (model.tie_embeddings and stages == 1)
     return RankWeights(
         linear=layers * (model.hidden_size * (2 * query + 2 * key + 3 * model.ffn_hidden_size) // tensor),
         norms=layers * 2 * (model.hidden_size + model.kv_channels)
         + is_last * model.hidden_size
-        + _method_weights(cross_layer_method(model), own, is_last),
+        + _method_weights(cross_layer_method(model), own),
         head_norms=layers * 2 * model.kv_channels,
         embeddings=copies * (padded_vocab_size(model.vocab_size) // tensor) * model.hidden_size,
     )
 
 
-def _method_weights(method: CrossLayerMethod | None, layers: Sequence[int], is_last: bool) -> int:
+def _method_weights(method: CrossLayerMethod | None, layers: Sequence[int]) -> int:
     if method is None:
         return 0
-    tables = [method.layer_parameters(layer) for layer in layers] + [method.final_parameters()] * is_last
+    tables = [method.layer_parameters(layer) for layer in layers]
+    tables += [method.final_parameters() for layer in layers if method.is_last(layer)]
     return sum(prod(shape) for table in tables for shape in table.values())
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_depthattn.config import RunConfig, Sizes, validate
+from megatron_depthattn.config.pipeline import EVEN, is_even
 from megatron_depthattn.estimate.counts import forward_flops
 from megatron_depthattn.estimate.hardware import Hardware, resolve_for
 from megatron_depthattn.estimate.memory import RankMemory, rank_memory
@@ -28,7 +29,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"granularity": "full", "method": "uniform", "num_layers": 1},
 }
 
-PARALLEL_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence")
+PARALLEL_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", *EVEN)
 """The keys of the section ``parallel`` that make a layout."""
 
 
@@ -82,7 +83,8 @@ def layout_name(config: RunConfig, sizes: Sizes) -> str:
         parts.append(f"cp{parallel.context}")
     if parallel.pipeline > 1:
         virtual = parallel.virtual_pipeline
-        parts.append(f"pp{parallel.pipeline}{f'xvpp{virtual}' if virtual > 1 else ''}")
+        uneven = "" if is_even(parallel) else " uneven"
+        parts.append(f"pp{parallel.pipeline}{f'xvpp{virtual}' if virtual > 1 else ''}{uneven}")
     mode = config.recompute.granularity or "none"
     return " ".join([*parts, f"mb{config.train.micro_batch_size}", f"recompute {mode}"])
 
@@ -146,7 +148,8 @@ def best_layouts(
         family = layout_name(dataclasses.replace(layout.config, train=config.train), layout.sizes)
         if micro >= too_large.get(family, micro + 1):
             continue
-        like = dataclasses.replace(layout.config, parallel=dataclasses.replace(parallel, virtual_pipeline=1))
+        chunks: dict[str, Any] = {"virtual_pipeline": 1} if is_even(parallel) else {}
+        like = dataclasses.replace(layout.config, parallel=dataclasses.replace(parallel, **chunks))
         line = layout_name(like, layout.sizes)
         if len(found) == limit and line not in found:
             break
@@ -226,21 +229,25 @@ def _divisors(number: int, largest: int | None = None) -> list[int]:
 
 
 def _parallel_settings(config: RunConfig, world_size: int, hardware: Hardware) -> Iterator[Any]:
-    depth = config.model.num_layers * config.model.num_loops
+    depth, given = config.model.num_layers * config.model.num_loops, config.parallel
     for tensor in _divisors(world_size):
         if tensor > hardware.devices_per_node:
             break
         for pipeline in _divisors(world_size // tensor):
             for context in _divisors(world_size // tensor // pipeline):
-                for virtual in _divisors(depth // pipeline) if depth >= pipeline > 1 else [1]:
+                even = _divisors(depth // pipeline) if depth >= pipeline > 1 else [1]
+                cuts = [EVEN | {"virtual_pipeline": virtual} for virtual in even]
+                if pipeline == given.pipeline and not is_even(given):
+                    cuts.append({})
+                for cut in cuts:
                     for sequence in (False, True) if tensor > 1 else (False,):
                         yield dataclasses.replace(
-                            config.parallel,
+                            given,
                             tensor=tensor,
                             pipeline=pipeline,
-                            virtual_pipeline=virtual,
                             context=context,
                             sequence=sequence,
+                            **cut,
                         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from megatron_depthattn.cli.common import print_table
 from megatron_depthattn.config import RunConfig
+from megatron_depthattn.config.pipeline import EVEN
 from megatron_depthattn.estimate.counts import (
     cross_layer_method,
     decoder_shape,
@@ -56,7 +57,9 @@ def with_method(config: RunConfig, method: str) -> RunConfig:
             f"model.num_loops is {model.num_loops}: the paper's methods run each layer once, set model.num_loops=1"
         )
     depth = dataclasses.replace(model.depth_attention, enabled=True)
-    alone = dataclasses.replace(config.parallel, tensor=1, pipeline=1, virtual_pipeline=1, context=1, sequence=False)
+    alone = dataclasses.replace(
+        config.parallel, **EVEN, tensor=1, pipeline=1, virtual_pipeline=1, context=1, sequence=False
+    )
     model = dataclasses.replace(model, method=method, depth_attention=depth)  # type: ignore[arg-type]
     return dataclasses.replace(config, model=model, parallel=alone)
 

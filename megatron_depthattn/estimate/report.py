@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_depthattn.cli.common import print_table
 from megatron_depthattn.config import RunConfig, validate
-from megatron_depthattn.estimate.counts import decoder_shape, forward_flops
+from megatron_depthattn.estimate.counts import decoder_shape, forward_flops, stage_layers
 from megatron_depthattn.estimate.hardware import ASSUMED, Hardware, resolve_for
 from megatron_depthattn.estimate.layouts import (
     MEMORY_RESERVE,
@@ -46,6 +46,8 @@ class Estimate:
     parameters: int
     flops: dict[str, int]
     """Of one token's forward pass, by line; a training step costs three times as much."""
+    layers: list[list[int]]
+    """Effective layers of every pipeline stage, chunk by chunk."""
     memory: list[RankMemory]
     """Of every pipeline stage."""
     memory_by_recompute: dict[str, RankMemory]
@@ -87,6 +89,7 @@ def estimate_config(config: RunConfig, world_size: int, hardware: Hardware) -> E
         num_microbatches=sizes.num_microbatches,
         parameters=decoder_shape(config).parameters,
         flops=asdict(flops) | {"total": flops.total},
+        layers=[stage_layers(config, stage) for stage in stages],
         memory=memory,
         memory_by_recompute=_by_recompute(layout, world_size),
         hops=hop_sizes(config, shared),
@@ -116,9 +119,12 @@ def show(config: RunConfig, found: Estimate, hardware: Hardware) -> None:
     shares = ", ".join(f"{line} {n / 1e6:,.2f} M ({100 * n / total:.3f} %)" for line, n in found.flops.items())
     print(f"FLOPs of a token, forward: {shares}; a training step: 3 x, {3 * total / 1e6:,.2f} M")
     parts = [part.replace("_", " ") for part in PARTS]
-    stages = [[f"stage {stage}", *_memory(memory)] for stage, memory in enumerate(found.memory)]
+    stages = [
+        [f"stage {stage}", ranges(layers), *_memory(memory)]
+        for stage, (layers, memory) in enumerate(zip(found.layers, found.memory, strict=True))
+    ]
     stages = stages if len(stages) <= 4 else [*stages[:2], ["..."], stages[-1]]
-    print_table(["pipeline stage", *parts], stages, title="memory of a rank")
+    print_table(["pipeline stage", "layers", *parts], stages, title="memory of a rank")
     modes = [[mode, *_memory(memory)] for mode, memory in found.memory_by_recompute.items()]
     print_table(["recompute", *parts], modes, title="the fullest rank under each recompute mode")
     print(MEMORY_LEGEND)
@@ -166,6 +172,12 @@ def show_layouts(layouts: Sequence[LayoutEstimate], hardware: Hardware) -> None:
 def show_assumptions() -> None:
     """Print where the time comes from."""
     print("\n".join([*(f"model: {line}" for line in MODEL), *(f"assumed, not measured: {line}" for line in ASSUMED)]))
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending numbers in a few letters: 0-2 8-10; none: -."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
 
 
 def _memory(memory: RankMemory) -> list[str]:

@@ -123,14 +123,14 @@ def _stage_time(
         return total if at_end else total / sizes.num_microbatches
 
     layers = stage_layers(config, stage)
-    count, again = len(layers), recomputed_layers(config, len(layers))
+    count, again = len(layers), recomputed_layers(config, stage)
     products, attention, attention_passes = _layer_products(config, hardware)
     passes = sum(hardware.elementwise.seconds(moved) for moved in _layer_passes(config))
     mix_forward, mix_backward = _mix_seconds(config, shared, hardware, layers)
     device = products + attention + passes + attention_passes
     forward = max(0.0, hardware.host_seconds[0] - device)  # what the device waits for its host
     backward = max(0.0, hardware.host_seconds[1] - 2 * device)
-    recompute = again * (device + forward) + mix_forward * again / count
+    recompute = again * (device + forward) + mix_forward * again / max(count, 1)
     if config.recompute.granularity == "selective":
         recompute = count * (attention + attention_passes)
     end_products, end_passes = _ends(config, hardware, stage)

@@ -22,9 +22,11 @@ from typing import Literal
 from megatron_depthattn.config import RunConfig, Sizes
 from megatron_depthattn.estimate.counts import (
     RankWeights,
+    chunks_of_stage,
     cross_layer_method,
     element_bytes,
     hidden_rows,
+    layers_of_chunk,
     rank_weights,
     rows,
     source_plan,
@@ -90,7 +92,8 @@ class CrossLayer:
         keys = max(1, model.num_query_groups // parallel.tensor) * model.kv_channels
         widths = hop_bytes(
             plan,
-            hidden_size=model.hidden_size * (method.num_streams if method else 1),
+            hidden_size=model.hidden_size,
+            num_streams=method.num_streams if method else 1,
             source_size=model.hidden_size if method else len(plan.kinds) * keys * spread,
             tokens=1,
             bytes_per_element=1,
@@ -136,8 +139,7 @@ def _pipeline(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank
 def _tensor(config: RunConfig, shared: CrossLayer, sizes: Sizes, pipeline_rank: int) -> Iterator[Transfer]:
     model, tensor, stages = config.model, config.parallel.tensor, config.parallel.pipeline
     sequence, m = config.parallel.sequence, sizes.num_microbatches
-    layers = len(stage_layers(config, pipeline_rank))
-    again = recomputed_layers(config, layers)
+    layers, again = len(stage_layers(config, pipeline_rank)), recomputed_layers(config, pipeline_rank)
     hidden = rows(config) * model.hidden_size * element_bytes(config)
 
     def each(what: str, kind: str, phase: Literal["forward", "backward"], count: int, size: int = hidden) -> Transfer:
@@ -186,7 +188,7 @@ def _context(config: RunConfig, sizes: Sizes, pipeline_rank: int) -> Iterator[Tr
     whole = ranks * rows(config) * width * element_bytes(config)
     count = 2 * sizes.num_microbatches  # of keys and of values
     ring = " (ring)" if model.spec == "te" else ""
-    again = layers if config.recompute.granularity == "selective" else recomputed_layers(config, layers)
+    again = layers if config.recompute.granularity == "selective" else recomputed_layers(config, pipeline_rank)
     yield Transfer("context", f"keys, values{ring}", "all_gather", "forward", whole, ranks, count * layers)
     yield Transfer("context", f"keys, values{ring}, recomputed", "all_gather", "backward", whole, ranks, count * again)
     if ring:
@@ -217,9 +219,10 @@ def _muon(config: RunConfig, sizes: Sizes, weights: RankWeights) -> Iterator[Tra
     yield Transfer("tensor", "momentum of matrices", "all_gather", "step", FP32 * own * tensor, tensor, 1)
 
 
-def recomputed_layers(config: RunConfig, layers: int) -> int:
-    """Of so many layers of a stage, those whose whole forward is run again in backward."""
-    recompute, chunks = config.recompute, config.parallel.virtual_pipeline
+def recomputed_layers(config: RunConfig, stage: int) -> int:
+    """How many of a stage's layers are those whose whole forward is run again in backward."""
+    recompute = config.recompute
     if recompute.granularity != "full":
         return 0
-    return layers if recompute.method == "uniform" else min(layers, chunks * (recompute.num_layers or 0))
+    sizes = [len(layers_of_chunk(config, chunk)) for chunk in chunks_of_stage(config, stage)]
+    return sum(sizes if recompute.method == "uniform" else (min(size, recompute.num_layers or 0) for size in sizes))

@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_depthattn.methods.attnres.layer import with_attention_residuals
 from megatron_depthattn.methods.denseformer.layer import with_denseformer
@@ -20,7 +20,7 @@ from megatron_depthattn.model.attention import DepthSelfAttention
 from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.layer import DepthAttentionLayer
 from megatron_depthattn.model.norm import RMSNorm
-from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from megatron_depthattn.model.transformer_config import DepthAttentionConfig, layers_of_chunk
 
 
 def depth_attention_block_spec(
@@ -34,8 +34,9 @@ def depth_attention_block_spec(
         pp_rank: the pipeline rank to build for; None: this process's, from Megatron's parallel state.
     """
     layer = depth_attention_layer_spec(config, backend)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_final_norm(backend))
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * layers_of_chunk(config, vp_stage, pp_rank), layer_norm=_final_norm(backend)
+    )
 
 
 def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "local") -> ModuleSpec:

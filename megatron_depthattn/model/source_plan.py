@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 
@@ -30,7 +31,8 @@ class CrossLayerPlan(ABC):
         num_layers: layers of the whole model.
         kinds: what a source leaves to later layers: names of one tensor each.
         chunk_starts: index of the first layer of every pipeline chunk, in model order; ``(0,)`` without pipelining.
-            With interleaving there is one entry per virtual stage.
+            With interleaving there is one entry per virtual stage. The first chunk may hold the embedding alone, and
+            the last the output layer alone: the chunk behind then starts at 0, and the last at ``num_layers``.
         num_ranks: pipeline ranks, which take turns at the chunks; None: every chunk has a rank of its own.
     """
 
@@ -45,14 +47,12 @@ class CrossLayerPlan(ABC):
 
     def __post_init__(self) -> None:
         starts = self.chunk_starts
-        if (
-            not starts
-            or starts[0] != 0
-            or any(b <= a for a, b in zip(starts, (*starts[1:], self.num_layers), strict=True))
-        ):
+        sizes = [end - start for start, end in pairwise((*starts, self.num_layers))]
+        if not starts or starts[0] != 0 or min(sizes) < 0 or 0 in sizes[1:-1]:
             raise ValueError(
                 f"the pipeline cuts {self.num_layers} layers at {list(starts)}: every chunk must hold at least "
-                "one layer; use fewer pipeline or virtual stages, or more layers."
+                "one layer, but for that of the embedding and that of the loss; use fewer pipeline or virtual stages, "
+                "or more layers."
             )
         if self.num_ranks is not None and (self.num_ranks < 1 or len(starts) % self.num_ranks):
             raise ValueError(
@@ -115,6 +115,10 @@ class CrossLayerPlan(ABC):
         """Sources that the rank of ``chunk`` keeps for its later chunks, ascending."""
         end = (*self.chunk_starts[1:], self.num_layers)[chunk]
         return self.held(end - 1)
+
+    def is_inside(self, chunk: int) -> bool:
+        """Whether ``chunk`` has layers before and behind its start; else the embedding or the model's output enters."""
+        return 0 < self.chunk_starts[chunk] < self.num_layers
 
     def enters_chunk(self, layer: int) -> bool:
         """Whether ``layer`` is the first of a chunk that receives from another."""
@@ -212,7 +216,13 @@ def default_stride(num_layers: int, num_loops: int = 1, loop_sources: str = "sam
 
 
 def hop_bytes(
-    plan: CrossLayerPlan, *, hidden_size: int, source_size: int, tokens: int, bytes_per_element: int
+    plan: CrossLayerPlan,
+    *,
+    hidden_size: int,
+    source_size: int,
+    tokens: int,
+    bytes_per_element: int,
+    num_streams: int = 1,
 ) -> Sequence[int]:
     """Bytes that one micro-batch sends forward over every pipeline edge (backward sends the same again).
 
@@ -222,5 +232,8 @@ def hop_bytes(
             value ``2 * kv_heads * head_size``.
         tokens: tokens of a micro-batch on one rank.
         bytes_per_element: 4 for fp32, 2 for bf16.
+        num_streams: hidden states that flow from layer to layer; the embedding and the model's output are one.
     """
-    return [tokens * bytes_per_element * (hidden_size + len(edge) * source_size) for edge in plan.edges()]
+    streams = (num_streams if plan.is_inside(chunk) else 1 for chunk in range(1, len(plan.chunk_starts)))
+    widths = (n * hidden_size + len(edge) * source_size for n, edge in zip(streams, plan.edges(), strict=True))
+    return [tokens * bytes_per_element * width for width in widths]

@@ -146,7 +146,7 @@ class DepthAttentionConfig(TransformerConfig):
         return cross_layer_payload(
             plan.entering(chunk),
             plan.kinds,
-            hidden_width=self.hidden_width,
+            hidden_width=self.hidden_width if plan.is_inside(chunk) else self.hidden_size,
             part_width=self.part_width * spread,
         )
 
@@ -166,15 +166,16 @@ class DepthAttentionConfig(TransformerConfig):
             return
         virtual = self.virtual_pipeline_model_parallel_size or 1
         starts = pipeline_chunk_starts(self)
-        is_even = [start * len(starts) for start in starts] == [layers * i for i in range(len(starts))]
-        if virtual % loops or not is_even:
+        a_loop = len(starts) // loops
+        are_alike = all(starts[i] == starts[i - a_loop] + layers // loops for i in range(a_loop, len(starts)))
+        if virtual % loops or not are_alike:
             step = stages * max(virtual // loops * loops, loops)
             raise ValueError(
                 f"num_loops is {loops} with pipeline_model_parallel_size={stages} and "
                 f"virtual_pipeline_model_parallel_size={virtual}, which cuts {layers} layers at {list(starts)}: a "
                 "rank shares weights among its own chunks, so it has to hold the same part of every loop. Set "
                 f"virtual_pipeline_model_parallel_size to {loops} or a multiple of it, num_layers to a multiple of "
-                f"{step}, and no uneven pipeline layout."
+                f"{step}, or an uneven layout that repeats itself with every loop."
             )
 
     def validate(self) -> None:
@@ -200,11 +201,12 @@ def pipeline_chunk_starts(config: TransformerConfig) -> tuple[int, ...]:
         return (0,)
     virtual = config.virtual_pipeline_model_parallel_size
     places = [(v, p) for v in (range(virtual) if virtual else [None]) for p in range(num_stages)]
-    return tuple(accumulate((_layers_of_chunk(config, *place) for place in places[:-1]), initial=0))
+    return tuple(accumulate((layers_of_chunk(config, *place) for place in places[:-1]), initial=0))
 
 
-def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> int:
+def layers_of_chunk(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None) -> int:
+    """Layers of a chunk; with ``pp_rank`` None of this process's, by Megatron's parallel state."""
     layout = config.pipeline_model_parallel_layout
-    if layout is not None:  # Megatron's own count answers for this process only, whatever rank it is asked about
+    if layout is not None and pp_rank is not None:  # Megatron's own count is that of this process, whatever the rank
         return layout.layout[pp_rank][vp_stage or 0].count(LayerType.decoder)
     return get_num_layers_to_build(config, vp_stage, pp_rank)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import RunConfig, TrainConfig
+from megatron_depthattn.config.pipeline import chunk_layers, is_even
 from megatron_depthattn.config.schedule import schedule_lines
 from megatron_depthattn.estimate.counts import PEAK_TFLOPS_BF16, decoder_shape, forward_flops
 from megatron_depthattn.model.depth_weights import COLUMNS_BEFORE_WEIGHTS, DepthRecorder
@@ -149,6 +150,8 @@ def opening_lines(config: RunConfig, megatron: DepthAttentionConfig, world_size:
     """The model, the layout, what every transfer between stages costs, the schedule, and where the run starts."""
     model, parallel = config.model, config.parallel
     loops = f" run {model.num_loops} times" if model.num_loops > 1 else ""
+    sizes = ", ".join(map(str, chunk_layers(model, parallel)))
+    layers = "" if is_even(parallel) else f"; layers of the chunks in model order {sizes}"
     rule = f"; loop_sources {model.depth_attention.loop_sources}" if loops and megatron.attends_over_depth else ""
     return [
         f"model: {decoder_shape(config).parameters / 1e6:.1f} M parameters, {model.num_layers} layers{loops} x "
@@ -157,7 +160,7 @@ def opening_lines(config: RunConfig, megatron: DepthAttentionConfig, world_size:
         _depth_line(megatron, forward_flops(config)) + rule,
         f"layout: {world_size} ranks = data {world_size // (parallel.tensor * parallel.pipeline * parallel.context)} x "
         f"tensor {parallel.tensor}{' (sequence parallel)' if parallel.sequence else ''} x context {parallel.context} x "
-        f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage)",
+        f"pipeline {parallel.pipeline} ({_counted(parallel.virtual_pipeline, 'chunk')} a stage{layers})",
         *_transfer_lines(config, megatron),
         *schedule_lines(config),
         f"start: {start}",

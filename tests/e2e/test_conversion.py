@@ -37,7 +37,7 @@ LAYOUTS = {
     "tp2-pp2-bf16": (
         4,
         [
-            *("parallel.tensor=2", "parallel.pipeline=2", "precision.dtype=bf16"),
+            *("parallel.tensor=2", "parallel.pipeline=2", "parallel.pipeline_layout=Et|t*3L", "precision.dtype=bf16"),
             *("model.vocab_size=397", "model.depth_attention.recent_window=2"),
         ],
     ),

@@ -9,6 +9,7 @@ every stride and window and every kind of recompute for one loss and gradient as
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,13 @@ class Layout:
 
     world_size: int
     parallel: ParallelConfig
+    cut: tuple[int, ...] = ()
+    """Of an uneven pipeline the layers of every chunk in model order, by hand."""
 
     @property
-    def layers_per_chunk(self) -> int:
-        return MODEL.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline)
+    def shared_divisor(self) -> int:
+        """The most layers that divide those of every chunk."""
+        return math.gcd(*self.cut) or MODEL.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline)
 
 
 def group_sizes(parallel: ParallelConfig) -> dict[str, int]:
@@ -74,8 +78,8 @@ def group_sizes(parallel: ParallelConfig) -> dict[str, int]:
     return {name: getattr(parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
 
 
-def _layout(world_size: int, **parallel: int | bool) -> Layout:
-    return Layout(world_size, ParallelConfig(**parallel))
+def _layout(world_size: int, cut: tuple[int, ...] = (), **parallel: Any) -> Layout:
+    return Layout(world_size, ParallelConfig(**parallel), cut)
 
 
 # The optimizer's state is sharded over the data-parallel ranks in all of them; there is no other mode.
@@ -99,9 +103,16 @@ LAYOUTS = {
     "dp2xtp2": _layout(4, tensor=2),
     "pp2xvpp4": _layout(2, pipeline=2, virtual_pipeline=4),
     "pp2xvpp3": _layout(2, pipeline=2, virtual_pipeline=3),
+    "pp2-first3": _layout(2, (3, 5), pipeline=2, first_stage_layers=3),
+    "pp2xvpp2-last2": _layout(2, (3, 1, 3, 1), pipeline=2, virtual_pipeline=2, last_stage_layers=2),
+    "pp2xvpp2-uneven": _layout(2, (2, 3, 1, 2), pipeline=2, virtual_pipeline=2, pipeline_layout="Ett|t*3,|t|ttL"),
+    "pp4-first1-last1": _layout(4, (1, 3, 3, 1), pipeline=4, first_stage_layers=1, last_stage_layers=1),
+    "pp4-alone": _layout(4, (0, 4, 4, 0), pipeline=4, pipeline_layout="E|(t*4|)*2L"),
 }
 LOOPS_ALONE = ("pp2xvpp4", "pp2xvpp3")
 """Layouts of looped models alone: two chunks of each loop, and three loops of two layers."""
+
+UNEVEN = tuple(name for name, layout in LAYOUTS.items() if layout.cut)
 
 # Where strides, windows and recompute meet the most code. What other layouts add is how the groups are laid out: two
 # cases show that.
@@ -215,7 +226,7 @@ class Job:
 
 
 SPACINGS = [(1, 0), *((stride, window) for stride in (2, MODEL.num_layers // 2) for window in (0, 1))]
-SAVED = ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2", "dp2xtp2")
+SAVED = ("single", "tp2xpp2+sp", "pp4xvpp2", "dp2", "dp2xtp2", "pp2xvpp2-uneven")
 """Layouts whose ten steps at stride 2 and window 1 are saved on the way, with the optimizer."""
 REFERENCES = {
     (stride, window): Job(layout="single", stride=stride, window=window, save=(stride, window) == (2, 1))
@@ -257,12 +268,14 @@ def _parity_of(layout: str) -> list[Job]:
             save = layout in SAVED and (stride, window) == (2, 1)
             jobs.append(Job(layout=layout, stride=stride, window=window, steps=steps, save=save))
     for name, recompute in RECOMPUTE.items():
-        if name != "none" and (recompute.num_layers or 0) <= LAYOUTS[layout].layers_per_chunk:
+        if name != "none" and LAYOUTS[layout].shared_divisor % (recompute.num_layers or 1) == 0:
             jobs.append(Job(layout=layout, recompute=name, steps=STEPS if FULL else 1))
     return jobs
 
 
-PARITY = [job for layout in LAYOUTS if layout not in ("dp2xpp2xvpp2", *LOOPS_ALONE) for job in _parity_of(layout)]
+OTHERWISE = ("dp2xpp2xvpp2", *LOOPS_ALONE, *(() if FULL else UNEVEN))
+"""Layouts whose jobs are not those of `_parity_of`."""
+PARITY = [job for layout in LAYOUTS if layout not in OTHERWISE for job in _parity_of(layout)]
 PARITY += [
     dataclasses.replace(reference, layout=layout, recompute=recompute, steps=STEPS if FULL else 1)
     for reference in ABLATED
@@ -288,6 +301,28 @@ def _parity_of_method(method: str) -> list[Job]:
 
 
 PARITY += [job for method in METHODS for job in _parity_of_method(method)]
+# Each way to cut unevenly; between them all kinds of spacings and recompute, and what the methods hand on.
+PARITY += (
+    []
+    if FULL
+    else [
+        Job(layout="pp2-first3", steps=3),
+        Job(layout="pp2-first3", stride=1, window=0, steps=1, recompute="uniform1"),
+        Job(layout="pp2xvpp2-last2", stride=4, window=0, steps=1),
+        Job(layout="pp2xvpp2-last2", stride=1, window=0, steps=1, recompute="block1"),
+        Job(layout="pp2xvpp2-uneven", save=True),
+        Job(layout="pp2xvpp2-uneven", stride=4, steps=1),
+        Job(layout="pp4-first1-last1", stride=1, window=0, steps=1),
+        Job(layout="pp4-first1-last1", stride=4, steps=1, recompute="block1"),
+        Job(layout="pp4-alone", steps=1),
+        Job(layout="pp4-alone", stride=1, window=0, steps=1, recompute="uniform2"),
+    ]
+)
+PARITY += [
+    Job(layout=layout, method=method, steps=1, recompute=recompute)
+    for layout, recompute in (("pp2xvpp2-uneven", "uniform1"), ("pp4-alone", "none"))
+    for method in METHODS
+]
 
 NO_GRADIENT = ("decoder.layers.0.attention_aggregator.",)
 """How names of parameters begin whose gradient is zero by definition: that aggregator's two candidates are equal."""
@@ -302,12 +337,14 @@ LOOPED = [
     Job(layout="dp2", loops=2, steps=STEPS if FULL else 1),
     Job(layout="cp2", loops=2, steps=STEPS if FULL else 1),
     Job(layout="pp4xvpp2", loops=2, steps=STEPS if FULL else 1),
+    Job(layout="pp2xvpp2-last2", loops=2, steps=1),
 ]
 PARITY += LOOPED
 PARITY += [Job(layout=layout, ramp=True, steps=STEPS if FULL else 6) for layout in ("dp2", "pp2", "pp2xvpp2", "tp2+sp")]
 VANILLA_LOOPED = [
     Job(layout="pp2xvpp4", loops=2, method="vanilla", steps=3),
     Job(layout="tp2+sp", loops=2, method="vanilla", steps=1),
+    Job(layout="pp2xvpp2-last2", loops=2, method="vanilla", steps=1),
 ]
 
 CONTROLS = [
@@ -374,7 +411,8 @@ SAVES = [job for job in (*REFERENCES.values(), *LOOPED_REFERENCES.values(), RAMP
 RESUMES = [
     Job(layout=to, resume=saved)
     for saved, targets in {
-        "single": ("single", "dp2", "pp4"),
+        "single": ("single", "dp2", "pp4", "pp4-alone"),
+        "pp2xvpp2-uneven": ("pp2xvpp2-uneven", "pp2xvpp2", "single"),
         "tp2xpp2+sp": ("tp2xpp2+sp", "single", "pp2xvpp2", *(("dp2", "cp2", "tp4", "pp4", "dp2xpp2") if FULL else ())),
         "pp4xvpp2": ("pp4xvpp2", "tp2xpp2+sp"),
         "dp2": ("dp2",),

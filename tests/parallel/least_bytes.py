@@ -6,6 +6,7 @@ Written from the method's definition and Megatron's placement of chunks alone; n
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 
 from tests.parallel.cases import MODEL, SEQUENCE_LENGTH, SUBLAYERS_A_SNAPSHOT, TRAIN, Job, Layout
 
@@ -18,7 +19,9 @@ def least_bytes(job: Job, layout: Layout, num_microbatches: int, *, earlier_selv
     parallel = layout.parallel
     stages, chunks = parallel.pipeline, parallel.pipeline * parallel.virtual_pipeline
     num_layers = MODEL.num_layers // job.loops * job.loops
-    stage_of = [layer // (num_layers // chunks) % stages for layer in range(num_layers)]
+    cut = layout.cut or (num_layers // chunks,) * chunks
+    stage_of = [chunk % stages for chunk, layers in enumerate(cut) for _ in range(layers)]
+    before = list(accumulate(cut))
     tokens = TRAIN.micro_batch_size * SEQUENCE_LENGTH // parallel.context
     # A tensor rank holds whole heads of every token; its hidden states are those of its share of the tokens.
     hidden = tokens * MODEL.hidden_size // (parallel.tensor if parallel.sequence else 1)
@@ -36,7 +39,8 @@ def least_bytes(job: Job, layout: Layout, num_microbatches: int, *, earlier_selv
         numbers[f"{there}>{stage}"] += count  # its gradient
 
     for chunk in range(chunks - 1):
-        cross(chunk % stages, 4 * hidden if job.method == "mhc" else hidden)
+        is_inside = 0 < before[chunk] < num_layers  # else the embedding crosses, or what the last layer has made
+        cross(chunk % stages, 4 * hidden if job.method == "mhc" and is_inside else hidden)
     for layer in range(num_layers):
         readers = [
             later for later in range(layer + 1, num_layers) if _reads(job, later, layer, num_layers, earlier_selves)

@@ -38,7 +38,7 @@ LAYER, MICROBATCH = 5, 1
 FULL_RECOMPUTE = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
 LAYOUTS = {
     "dp2xpp2": (ParallelConfig(pipeline=2), RecomputeConfig(), 1),
-    "pp4": (ParallelConfig(pipeline=4), RecomputeConfig(), 1),
+    "pp4": (ParallelConfig(pipeline=4, pipeline_layout="E|t*4|t*4|L"), RecomputeConfig(), 1),
     "dp2xpp2xvpp2+recompute": (ParallelConfig(pipeline=2, virtual_pipeline=2), FULL_RECOMPUTE, 1),
     "dp2xpp2xvpp2+loops": (ParallelConfig(pipeline=2, virtual_pipeline=2), RecomputeConfig(), 2),
     "tp2xpp2+sp": (ParallelConfig(tensor=2, pipeline=2, sequence=True), RecomputeConfig(), 1),

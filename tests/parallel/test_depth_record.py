@@ -15,6 +15,7 @@ pytestmark = pytest.mark.timeout(3600)  # whichever test comes first to a world 
 CASES = {
     *(("pp2", "none"), ("pp2xvpp2", "none"), ("pp2xvpp2", "uniform1"), ("tp2+sp", "none"), ("cp2", "none")),
     *(("tp4+sp", "none"), ("single", "uniform1"), ("single", "selective")),
+    *(("pp2xvpp2-uneven", "none"), ("pp4-alone", "none")),
 }
 SAME = [
     job

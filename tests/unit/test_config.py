@@ -64,6 +64,9 @@ KEYS = [
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
+    "parallel.first_stage_layers",
+    "parallel.last_stage_layers",
+    "parallel.pipeline_layout",
     "parallel.context",
     "parallel.sequence",
     "parallel.overlap_grad_reduce",
@@ -431,7 +434,7 @@ def test_sizes(base):
     config = load_config(base, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2",
                                 "train.global_batch_size=32"])  # fmt: skip
     sizes = validate(config, 8)
-    assert (sizes.data_parallel_size, sizes.num_microbatches, sizes.layers_per_chunk) == (2, 4, 2)
+    assert (sizes.data_parallel_size, sizes.num_microbatches, sizes.chunk_layers) == (2, 4, (2, 2, 2, 2))
 
 
 UNSUPPORTED = [
@@ -533,7 +536,36 @@ UNSUPPORTED = [
     (4, "parallel.tensor=4", "model.num_attention_heads is 6, which parallel.tensor=4 does not divide"),
     (2, "parallel.tensor=2 model.ffn_hidden_size=511", "equal share; set parallel.tensor to what this model allows: 1"),
     (1, "parallel.virtual_pipeline=2", "set parallel.virtual_pipeline=1 or parallel.pipeline=2 or more"),
-    (3, "parallel.pipeline=3", "set model.num_layers=6 or 9, or other stages"),
+    (3, "parallel.pipeline=3", "set model.num_layers=6 or 9, or other stages, or parallel.first_stage_layers"),
+    (2, "parallel.pipeline=2 parallel.first_stage_layers=0", "parallel.first_stage_layers is 0; set 1 to"),
+    (1, "parallel.last_stage_layers=2", "with parallel.pipeline=1: there is one stage, which holds all layers; set"),
+    (1, "parallel.pipeline_layout=Et*8L", "set parallel.pipeline_layout=null, or parallel.pipeline=2 or more"),
+    (4, "parallel.pipeline=4 parallel.first_stage_layers=3", "parallel.first_stage_layers to one that fits: 2 or 5"),
+    (4, "parallel.pipeline=4 parallel.last_stage_layers=8", "set parallel.last_stage_layers to one that fits: 5"),
+    (2, "parallel.pipeline=2 parallel.first_stage_layers=3 parallel.last_stage_layers=3",
+     "set parallel.first_stage_layers to one that fits: 5"),
+    (2, "parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.first_stage_layers=3", "that fits: 2 or 4"),
+    (2, "parallel.pipeline=2 parallel.virtual_pipeline=3 parallel.first_stage_layers=3",
+     "set parallel.first_stage_layers to one that fits: none does with the other settings"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=Et*4|t*4L parallel.first_stage_layers=4",
+     "a layout says the layers of every stage; set one of the two to null"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=Et*4|xt*4L", "Et*4|xt*4L has 'x'; set a layout of E (embedding)"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=Et*8|mL", "has 'm', a layer of multi-token prediction"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=((t*65536)*65536)*65536", "has '('; set a layout of"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=Et*4|t*2|t*2L", "set one of 2 parts, or parallel.pipeline_lay"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=E(tt|)*4L", "has 5 parts, and there are 2 chunks"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=E(tt|)*3ttL", "one of 2 parts, or parallel.virtual_pipeline=2"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=Et*4|t*3L", "has 7 layers (t), and the model 8; set one of 8"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=tE|t*7L", "does not begin with its one E and end with its one L"),
+    (2, "parallel.pipeline=2 parallel.pipeline_layout=Et*4L|t*4L", "set one like Ett|tt|ttL"),
+    (4, "parallel.pipeline=4 parallel.pipeline_layout=Et*4||t*2|t*2L", "leaves part 1 (from 0) empty, through which"),
+    (2, "parallel.pipeline=2 parallel.virtual_pipeline=2 model.num_loops=2 parallel.pipeline_layout=Et*8|t|t*4|t*3L",
+     "set one in which every 2 parts hold 8 layers as the first 2 do"),
+    (2, "parallel.pipeline=2 parallel.first_stage_layers=2 recompute.granularity=full recompute.method=uniform "
+     "recompute.num_layers=3", "does not divide the 2 or 6 layers of a pipeline chunk"),
+    (2, "parallel.pipeline=2 parallel.first_stage_layers=2 recompute.granularity=full recompute.method=block "
+     "recompute.num_layers=7", "set recompute.num_layers from 1 to 6"),
+    (2, "parallel.pipeline=2 parallel.first_stage_layers=2 engine.name=deepspeed", "set parallel.pipeline=1"),
     (1, "recompute.method=uniform", "these two belong to full recompute; set both to null"),
     (1, "recompute.granularity=selective recompute.num_layers=1", "recompute.granularity is selective with"),
     (1, "recompute.granularity=full", "set recompute.method=uniform recompute.num_layers=1"),
@@ -583,6 +615,15 @@ def test_errors_say_what_to_set(base, world_size, arguments, message):
         ),
         (1, "model.num_loops=3 recompute.granularity=full recompute.method=uniform recompute.num_layers=24"),
         (1, "model.num_loops=2 model.method=vanilla model.spec=te precision.dtype=bf16 precision.fp8=tensorwise"),
+        (4, "parallel.pipeline=4 parallel.first_stage_layers=1 parallel.last_stage_layers=1"),
+        (3, "parallel.pipeline=3 parallel.first_stage_layers=2 train.global_batch_size=12"),
+        (4, "parallel.pipeline=4 parallel.pipeline_layout=E|(t*4|)*2L"),
+        (2, "parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.first_stage_layers=6 model.num_loops=2"),
+        (
+            2,
+            "parallel.pipeline=2 parallel.pipeline_layout=Et*2|t*6L recompute.granularity=full "
+            "recompute.method=block recompute.num_layers=6",
+        ),
         # 4 layers a stage, 12 runs of them
         (2, "model.num_loops=3 parallel.pipeline=2 parallel.virtual_pipeline=3"),
         (2, "model.num_loops=2 parallel.pipeline=2 parallel.virtual_pipeline=8"),

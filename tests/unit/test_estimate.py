@@ -23,7 +23,8 @@ from megatron_depthattn.config import (
     load_config,
     validate,
 )
-from megatron_depthattn.estimate.counts import decoder_shape
+from megatron_depthattn.config.pipeline import EVEN
+from megatron_depthattn.estimate.counts import decoder_shape, rank_weights
 from megatron_depthattn.estimate.fits import check_fit
 from megatron_depthattn.estimate.hardware import GPUS as PRESETS
 from megatron_depthattn.estimate.hardware import Cost, find_gpu, resolve_for
@@ -92,8 +93,7 @@ def test_hops_are_the_least_bytes_that_runs_are_held_to(job):
     bound = least_bytes(job, where, sizes.num_microbatches)
     assert found == bound
     narrower = replace(config, model=replace(config.model, kv_channels=8))
-    changed = [each.size for each in traffic(narrower, shared_by(narrower), sizes, 0) if each.axis == "pipeline"]
-    unchanged = [each.size for each in traffic(config, shared_by(config), sizes, 0) if each.axis == "pipeline"]
+    changed, unchanged = (hop_sizes(each, shared_by(each)) for each in (narrower, config))
     assert (changed != unchanged) == (job.method == "depth_attention")
 
 
@@ -103,6 +103,25 @@ def test_hop_widths_are_the_messages(job):
     megatron = transformer_config(config)
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     assert list(CrossLayer.of(config).message_widths) == [megatron.message_into(c).width for c in range(1, chunks)]
+
+
+UNEVEN = [job for job in PIPELINES if LAYOUTS[job.layout].cut]
+
+
+@pytest.mark.parametrize("method", ["depth_attention", *METHODS])
+@pytest.mark.parametrize("job", UNEVEN, ids=lambda job: job.layout)
+def test_an_uneven_cut_moves_work_and_weights_between_stages(job, method):
+    """Together the stages hold and compute what one process does, each for its own layers."""
+    config = replace(job, method=method).config()
+    alone, even = with_layout(config), replace(config, parallel=replace(config.parallel, **EVEN))
+    stages, world = range(config.parallel.pipeline), config.parallel.pipeline
+    assert sum(rank_weights(config, stage).total for stage in stages) == rank_weights(alone, 0).total
+    found, as_even = estimate_config(config, world, H100), estimate_config(even, world, H100)
+    assert [len(layers) for layers in found.layers] == [sum(LAYOUTS[job.layout].cut[s::world]) for s in stages]
+    assert sorted(layer for layers in found.layers for layer in layers) == [*range(8)]
+    assert found.flops == as_even.flops and found.parameters == as_even.parameters
+    assert [each.activations for each in found.memory] != [each.activations for each in as_even.memory]
+    assert found.layout.step_seconds > as_even.layout.step_seconds
 
 
 def test_a_vanilla_hop_is_the_hidden_state():
@@ -217,7 +236,7 @@ def test_candidates_are_all_that_validate_accepts(num_loops, chunks, ramp):
         except ValueError:
             continue
         sizes_of = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence")
-        keys = {f"parallel.{k}": getattr(config.parallel, k) for k in sizes_of}
+        keys = {f"parallel.{k}": getattr(config.parallel, k) for k in (*sizes_of, *EVEN)}
         keys |= {f"recompute.{k}": v for k, v in dataclasses.asdict(config.recompute).items()}
         expected.add(tuple(sorted((keys | {"train.micro_batch_size": micro}).items(), key=str)))
     assert found == expected

@@ -28,8 +28,9 @@ PURE = {
     },
     "config/batch_sizes.py": set(),
     "config/schedule.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
+    "config/pipeline.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/checks.py": {
-        *(f"{PACKAGE}.config.{name}" for name in ("check", "precision", "schedule", "schema")),
+        *(f"{PACKAGE}.config.{name}" for name in ("check", "pipeline", "precision", "schedule", "schema")),
         *(f"{PACKAGE}.{name}" for name in ("switches", "methods", "vocabulary")),
     },
     "config/load.py": {"omegaconf", "yaml", *(f"{PACKAGE}.{n}" for n in ("config.check", "config.schema", "durable"))},

@@ -303,10 +303,9 @@ def test_the_opening_lines_tell_of_loops():
             {
                 "num_loops": 2,
                 "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-                "num_layers_in_first_pipeline_stage": 2,
+                "pipeline_model_parallel_layout": "Ett|tt|t|tttL",
             },
-            "no uneven pipeline layout",
+            "or an uneven layout that repeats itself with every loop",
         ),
     ],
 )

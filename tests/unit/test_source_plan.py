@@ -1,5 +1,6 @@
 """The source plan: against the definition transcribed, against brute force, and against numbers worked out by hand."""
 
+import bisect
 import dataclasses
 import itertools
 import re
@@ -8,10 +9,18 @@ from collections import Counter
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_depthattn.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, validate
+from megatron_depthattn.config.pipeline import chunk_starts, stages_of_layout
+from megatron_depthattn.estimate import counts
 from megatron_depthattn.model.gpt import qwen3_style_config
+from megatron_depthattn.model.layer_specs import depth_attention_block_spec
 from megatron_depthattn.model.source_plan import SourcePlan, default_stride, hop_bytes
+from megatron_depthattn.model.transformer_config import pipeline_chunk_starts
+from megatron_depthattn.train.build import transformer_config
 
 PLANS = [
     SourcePlan(num_layers, stride, window)
@@ -80,45 +89,61 @@ def sources_of_earlier_loops(plan: SourcePlan, num_layers: int) -> list[int]:
     return [i for c in range(1, len(starts)) for i in plan.entering(c) if i < starts[c] // num_layers * num_layers]
 
 
-def even_pipelines() -> list[SourcePlan]:
-    """Every plan above under every layout that cuts its layers evenly."""
-    return [
+def pipelines() -> list[SourcePlan]:
+    """Every plan above under every layout that cuts its layers evenly, and under some that do not."""
+    even = [
         dataclasses.replace(plan, chunk_starts=tuple(range(0, plan.num_layers, layers)), num_ranks=ranks)
         for plan, ranks in itertools.product(PLANS, (1, 2, 3, 4))
         for layers in (1, 2, 3)
         if plan.num_layers in (8, 12) and plan.recent_window < 3 and plan.num_layers % (layers * ranks) == 0
     ]
+    cuts = [(0, 0, 4, 8), (0, 2, 5, 6), (0, 3, 4, 7), (0, 0, 1, 3, 7, 8), (0, 1, 2, 3, 4, 8)]
+    uneven = [
+        dataclasses.replace(plan, chunk_starts=cut, num_ranks=ranks)
+        for plan, cut, ranks in itertools.product(PLANS, cuts, (2, 3, 4))
+        if plan.num_layers == 8 and plan.recent_window < 3 and len(cut) % ranks == 0
+    ]
+    return even + uneven
+
+
+def walk(plan: SourcePlan, starts: tuple[int, ...]) -> None:
+    """Run the layers as the model does where chunks begin at ``starts``, and take from ``plan`` what to do."""
+    ranks = plan.num_ranks or 1
+    rank_of = [(bisect.bisect_right(starts, layer) - 1) % ranks for layer in range(plan.num_layers)]
+    holds: list[set[int]] = [set() for _ in range(ranks)]
+    for layer, rank in enumerate(rank_of):
+        if plan.enters_chunk(layer):
+            assert layer in starts[1:], f"{plan}: nothing arrives before {layer}"
+            entering = plan.entering(plan.chunk_of(layer))
+            assert not holds[rank] & set(entering), f"{plan}: {entering} cross a boundary twice"
+            holds[rank] |= set(entering)
+        assert holds[rank] >= set(plan.sources(layer)), f"{plan}: a source was dropped too early or never came"
+        if plan.leaves_chunk(layer):
+            assert holds[rank] | {layer} >= set(plan.entering(plan.chunk_of(layer) + 1)), plan
+        assert set(plan.held(layer)) <= holds[rank] | {layer}
+        holds[rank] = set(plan.held(layer))
+        in_chunk = plan.chunk_of(layer) if not plan.leaves_chunk(layer) else None
+        for source in holds[rank]:
+            read_here = any(source in plan.sources(r) and rank_of[r] == rank for r in range(layer + 1, plan.num_layers))
+            assert read_here or (in_chunk is not None and source in plan.entering(in_chunk + 1)), f"{plan}: {source}"
+    assert not any(holds)
 
 
 def test_what_a_rank_holds_is_enough_and_nothing_more():
-    """Walk the layers as the model does: take what enters, read S(l), add l, send, keep held(l)."""
-    for plan in even_pipelines():
-        ranks = plan.num_ranks or 1
-        rank_of = [plan.chunk_of(layer) % ranks for layer in range(plan.num_layers)]
-        holds: list[set[int]] = [set() for _ in range(ranks)]
-        for layer, rank in enumerate(rank_of):
-            if plan.enters_chunk(layer):
-                entering = plan.entering(plan.chunk_of(layer))
-                assert not holds[rank] & set(entering), f"{plan}: {entering} cross a boundary twice"
-                holds[rank] |= set(entering)
-            assert holds[rank] >= set(plan.sources(layer)), f"{plan}: a source was dropped too early or never came"
-            if plan.leaves_chunk(layer):
-                assert holds[rank] | {layer} >= set(plan.entering(plan.chunk_of(layer) + 1)), plan
-            assert set(plan.held(layer)) <= holds[rank] | {layer}
-            holds[rank] = set(plan.held(layer))
-            in_chunk = plan.chunk_of(layer) if not plan.leaves_chunk(layer) else None
-            for source in holds[rank]:
-                read_here = any(
-                    source in plan.sources(r) and rank_of[r] == rank for r in range(layer + 1, plan.num_layers)
-                )
-                assert read_here or (in_chunk is not None and source in plan.entering(in_chunk + 1)), (
-                    f"{plan}: {source}"
-                )
-        assert not any(holds)
+    for plan in pipelines():
+        walk(plan, plan.chunk_starts)
+
+
+def test_control_the_plan_of_an_even_cut_does_not_do_for_another():
+    for plan in pipelines():
+        even = tuple(i * plan.num_layers // len(plan.chunk_starts) for i in range(len(plan.chunk_starts)))
+        if even != plan.chunk_starts and plan.num_ranks > 1:
+            with pytest.raises(AssertionError):
+                walk(dataclasses.replace(plan, chunk_starts=even), plan.chunk_starts)
 
 
 def test_a_source_crosses_the_boundaries_on_its_way_to_the_farthest_reader_and_no_other():
-    for plan in even_pipelines():
+    for plan in pipelines():
         ranks = plan.num_ranks or 1
         crossings = Counter(source for edge in plan.edges() for source in edge)
         for source in range(plan.num_layers):
@@ -176,7 +201,8 @@ def test_default_stride_is_half_the_layers(num_layers, stride):
         ({"chunk_starts": (1, 2)}, "cuts 4 layers at [1, 2]", "use fewer pipeline or virtual stages"),
         ({"chunk_starts": (0, 2, 2)}, "cuts 4 layers at [0, 2, 2]", "use fewer pipeline or virtual stages"),
         ({"chunk_starts": (0, 3, 2)}, "cuts 4 layers at [0, 3, 2]", "use fewer pipeline or virtual stages"),
-        ({"chunk_starts": (0, 4)}, "cuts 4 layers at [0, 4]", "use fewer pipeline or virtual stages"),
+        ({"chunk_starts": (0, 5)}, "cuts 4 layers at [0, 5]", "use fewer pipeline or virtual stages"),
+        ({"chunk_starts": (0, 0, 0, 2)}, "but for that of the embedding and that of the loss", "or more layers"),
         ({"chunk_starts": (0, 1, 2), "num_ranks": 2}, "2 pipeline ranks cannot take turns at 3", "the same number"),
     ],
 )
@@ -257,8 +283,12 @@ def test_chunk_starts_are_where_megatron_places_the_layers(layout, starts):
 
 @pytest.mark.parametrize(
     ("stages", "virtual", "layout", "starts"),
-    [(3, 1, "Ettt|tttt|tL", (0, 3, 7)), (2, 2, "Ett|t|t|ttttL", (0, 2, 3, 4))],
-    ids=["stages", "virtual"],
+    [
+        (3, 1, "Ettt|tttt|tL", (0, 3, 7)),
+        (2, 2, "Ett|t|t|ttttL", (0, 2, 3, 4)),
+        (2, 2, "E|(t*4,|)*2L", (0, 0, 4, 8)),
+    ],
+    ids=["stages", "virtual", "alone"],
 )
 def test_chunk_starts_of_an_explicit_layout(stages, virtual, layout, starts, megatron_world_of_one, monkeypatch):
     """The same on every rank: this process is stage 0 throughout."""
@@ -275,16 +305,47 @@ def test_chunk_starts_of_an_explicit_layout(stages, virtual, layout, starts, meg
     )
     assert (config.virtual_pipeline_model_parallel_size or 1) == virtual
     assert config.source_plan.chunk_starts == starts
+    interleaved = range(virtual) if virtual > 1 else [None]
+    for chunk, (v, rank) in enumerate(itertools.product(interleaved, range(stages))):
+        assert config.pipeline_model_parallel_layout.get_layer_offset(vp_stage=v, pp_rank=rank) == starts[chunk]
+        built = len(depth_attention_block_spec(config, vp_stage=v, pp_rank=rank).layer_specs)
+        assert built == (*starts[1:], 8)[chunk] - starts[chunk], "the layers of this process's stage"
+
+
+CUTS = [
+    {"pipeline": 4},
+    {"pipeline": 4, "virtual_pipeline": 3},
+    {"pipeline": 4, "first_stage_layers": 3},
+    {"pipeline": 4, "last_stage_layers": 6, "virtual_pipeline": 3},
+    {"pipeline": 4, "first_stage_layers": 4, "last_stage_layers": 4, "virtual_pipeline": 2},
+    {"pipeline": 2, "first_stage_layers": 5, "last_stage_layers": 19},
+    {"pipeline": 4, "pipeline_layout": "E|t*10,|t*14|L"},
+    {"pipeline": 2, "virtual_pipeline": 4, "pipeline_layout": "E(t*2,|t|)*3,t*7|t*8L"},
+    {"pipeline": 3, "virtual_pipeline": 2, "pipeline_layout": "Et|(t*3|t|)*2,t*15L"},
+]
+
+
+@pytest.mark.parametrize("parallel", CUTS, ids=str)
+def test_the_runs_cut_is_megatrons(parallel):
+    train = TrainConfig(global_batch_size=12, micro_batch_size=1)
+    config = RunConfig(model=ModelConfig(num_layers=24), parallel=ParallelConfig(**parallel), train=train)
+    validate(config, config.parallel.pipeline, needs_data=False)
+    megatron = transformer_config(config)
+    assert chunk_starts(config.model, config.parallel) == pipeline_chunk_starts(megatron)
+    ours = counts.source_plan(config)
+    theirs = megatron.source_plan
+    assert (ours.edges(), ours.chunk_starts) == (theirs.edges(), theirs.chunk_starts)
+    if layout := config.parallel.pipeline_layout:
+        letters = {LayerType.embedding: "E", LayerType.decoder: "t", LayerType.loss: "L"}
+        parts = PipelineParallelLayerLayout.parse_str_to_list(layout)
+        assert stages_of_layout(layout) == tuple("".join(letters[layer] for layer in part) for part in parts)
 
 
 def test_a_chunk_without_layers_is_rejected():
-    with pytest.raises(ValueError, match="every chunk must hold at least one layer") as error:
-        qwen3_style_config(
-            num_layers=2,
-            **SMALL,
-            pipeline_dtype=torch.float32,
-            pipeline_model_parallel_size=4,
-            account_for_embedding_in_pipeline_split=True,
-            account_for_loss_in_pipeline_split=True,
-        )
-    assert "cuts 2 layers at [0, 0, 1, 2]" in str(error.value)
+    """Unless it holds the embedding, or the output layer."""
+    fields = {"num_layers": 2, **SMALL, "pipeline_dtype": torch.float32}
+    accounted = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    config = qwen3_style_config(**fields, pipeline_model_parallel_size=4, **accounted)
+    assert config.source_plan.chunk_starts == (0, 0, 1, 2)
+    with pytest.raises(ValueError, match=r"cuts 2 layers at \[0, 1, 1\]: every chunk must hold at least one layer"):
+        qwen3_style_config(**fields, pipeline_model_parallel_size=3, pipeline_model_parallel_layout="Et||tL")
