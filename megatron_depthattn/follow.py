@@ -182,7 +182,7 @@ class Follower:
         for step, digest, folder in self._exports():
             if folder.name.startswith(".") or step % self._every == 0 or (step, digest) in found:  # begun, or kept
                 found[step, digest] = Work(step, digest, folder)
-        self._report_lost(config, {step for step, *_ in (*found, *self._done)}, last)
+        self._report_lost(config, {key[0] for key in found} | {key[0] for key in self._done}, last)
         return sorted(work for work in found.values() if self._missing(work) and work[:2] not in self._failed)
 
     def _report_lost(self, config: Mapping[str, Any], known: set[int], last: int) -> None:

@@ -178,7 +178,8 @@ class Training:
 
     def close(self) -> None:
         """Leave the world."""
-        for part in (self.batches, *self.held_out.values(), self.sample_log, self.report):
+        parts: list[Any] = [self.batches, *self.held_out.values(), self.sample_log, self.report]
+        for part in parts:
             part.close()
         shut_down()
 
