@@ -366,6 +366,9 @@ CONTROLS = [
     Job(layout="tp2+sp", loops=2, steps=1, sabotage="another_rule_on_one_rank"),
 ]
 
+EVEN_PLAN = Job(layout="pp2xvpp2-uneven", steps=1, sabotage="plan_of_an_even_cut")
+"""Fails: what is sent is not what is waited for."""
+
 SAME_NUMBERS = ("method", "loops", "optimizer", "dtype")
 MUON = [
     Job(layout="single", optimizer="muon", save=True),

@@ -17,6 +17,7 @@ from tests.parallel.cases import (
     AGREEMENT,
     CHATTY,
     CONTROLS,
+    EVEN_PLAN,
     LAYOUTS,
     LOOPED,
     OVERLAP_CONTROLS,
@@ -86,6 +87,12 @@ def test_control_exchanged_shapes_are_counted(campaign, job):
     least = least_bytes(job, LAYOUTS[job.layout], result["microbatches"])
     assert not violations(result, campaign.result(job.reference))
     assert all(result["sent"]["bytes"][edge] > size for edge, size in least.items())
+
+
+@by_name([EVEN_PLAN])
+def test_control_the_plan_of_an_even_cut_fails(campaign, job):
+    with pytest.raises(pytest.fail.Exception, match="failed"):
+        campaign.result(job)
 
 
 @by_name(CONTROLS)

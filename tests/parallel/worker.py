@@ -37,7 +37,7 @@ from megatron_depthattn.benchmarks.hop import recorded_sends, sent_between_stage
 from megatron_depthattn.config import to_dict, validate
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.methods.parameters import method_parameters
-from megatron_depthattn.model import gpt
+from megatron_depthattn.model import gpt, transformer_config
 from megatron_depthattn.model.attention import DepthSelfAttention
 from megatron_depthattn.model.cross_layer import CrossLayerLayer, SourceTensors
 from megatron_depthattn.model.initialization import globally_named_parameters
@@ -396,6 +396,11 @@ def _norms_not_reduced() -> Any:
     return mock.patch.object(RMSNorm, "__init__", wrong)
 
 
+def _plan_of_an_even_cut() -> Any:
+    starts = tuple(range(0, MODEL.num_layers, MODEL.num_layers // 4))
+    return mock.patch.object(transformer_config, "pipeline_chunk_starts", return_value=starts)
+
+
 def _shapes_exchanged() -> Any:
     return mock.patch.object(PlannedCommunicator, "_communicate_shapes", P2PCommunicator._communicate_shapes)
 
@@ -443,6 +448,7 @@ SABOTAGES = {
     "matrices_and_norms_in_one_group": _matrices_and_norms_in_one_group,
     "another_rule_on_one_rank": _another_rule_on_one_rank,
     "later_loop_gradient_dropped": _later_loop_gradient_dropped,
+    "plan_of_an_even_cut": _plan_of_an_even_cut,
     "payload_gradient_dropped": _payload_gradient_dropped,
     "shared_gradient_dropped": _shared_gradient_dropped,
     "shapes_exchanged": _shapes_exchanged,
