@@ -111,6 +111,11 @@ def set_variables(**values: str) -> None:
     os.environ.update(values)
 
 
+def unset_variable(name: str) -> None:
+    """For this process and those that it starts."""
+    os.environ.pop(name, None)
+
+
 def set_defaults(**values: str) -> None:
     """The same, where the user has set nothing."""
     for name, value in values.items():

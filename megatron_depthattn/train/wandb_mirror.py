@@ -36,6 +36,7 @@ from filelock import FileLock, Timeout
 
 from megatron_depthattn.config import to_dict
 from megatron_depthattn.config.load import load_record
+from megatron_depthattn.parallel.launch_env import unset_variable
 from megatron_depthattn.train.curves import (
     EVALUATION,
     EVALUATIONS,
@@ -189,9 +190,14 @@ def say(line: str) -> None:
 def leave(line: str) -> None:
     """End this process and the client's at once."""
     say(line)
+    end_client()
+    os._exit(1)
+
+
+def end_client() -> None:
+    """End the client's processes."""
     for child in psutil.Process().children():
         end_tree(child)
-    os._exit(1)
 
 
 def main() -> int:
@@ -200,6 +206,7 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--once", action="store_true", help="only if no other process does so")
     parser.add_argument("--finish-seconds", type=float, required=True, help="what it has from the end of stdin on")
+    parser.add_argument("--once-more", type=int, default=1, help="0: the client has been lost once already")
     given = parser.parse_args()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the training process obeys them, and ends this one
@@ -220,6 +227,15 @@ def main() -> int:
                 mirror.finish(parent.exit_code)
             # Who added an evaluation while the lock was held has left it to this process.
             has_more = any(True for _ in mirror._evaluations.new())
+    except ConnectionError as error:
+        # A scheduler signals all processes of a job, and SIGTERM ends the client's service, which cannot ignore it.
+        if not given.once_more:
+            leave(f"its service has ended again: {error}")
+        say("its service has ended and is started again")
+        end_client()
+        unset_variable("WANDB_SERVICE")  # which the client has set to the address of the lost one
+        words = ["-m", "megatron_depthattn.train.wandb_mirror", *sys.argv[1:], "--once-more=0"]
+        os.execv(sys.executable, [sys.executable, *words])
     except Timeout:
         if not given.once:
             leave(f"another process still sends this run after {LOCK_SECONDS:g} s")

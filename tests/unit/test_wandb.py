@@ -18,6 +18,7 @@ from tests.wandb_server import serving
 
 RUN_ID = "0123456789ab"
 IMAGE = "depth/weights"
+AGAIN = "its service has ended and is started again"
 
 
 class Report:
@@ -37,6 +38,7 @@ class Report:
 def run_dir(tmp_path, monkeypatch):
     """A run that logs offline and has not trained."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(curves, "FINISH_SECONDS", 120.0)  # on a busy machine
     folder = tmp_path / "first"
     settings = [f"run.dir={folder}", "log.wandb.project=ladder", "log.wandb.mode=offline", "log.wandb.entity=team"]
     save_config(load_config("configs/quickstart.yaml", settings), folder / "config.yaml")
@@ -82,7 +84,7 @@ def processes():
     return {each.name(): each for each in psutil.Process().children(recursive=True)}
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=60.0):
     until = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < until
@@ -97,7 +99,7 @@ def test_each_start_brings_the_record_as_it_is_now(run_dir):
     mirror = WandbMirror(run_dir, report)
     wait_for(lambda: list(run_dir.glob("wandb/offline-run-*/*.wandb")))
     mirror._process.stdin.close()  # the training process was killed
-    assert mirror._process.wait(20) == 0 and not processes()
+    assert mirror._process.wait(60) == 0 and not processes()
     assert without_images(rows(run_dir)) == on_record(run_dir)
     assert [record.exit.exit_code for record in records(file_of(run_dir)) if record.HasField("exit")] == [1]
     before = rows(run_dir)
@@ -105,10 +107,13 @@ def test_each_start_brings_the_record_as_it_is_now(run_dir):
     drop_steps_after(run_dir / "metrics.jsonl", 10)
     append_durably(run_dir / "evaluations.jsonl", {"step": 10, "tasks": {"arc_easy": {"acc": 0.5}}, "model": "hf"})
     mirror = WandbMirror(run_dir, report)
-    wait_for(lambda: len(report.said) + len(list(run_dir.glob("wandb/offline-run-*"))) > 1)
+    wait_for(lambda: mirror._pass_on())
     train(run_dir, range(11, 14), loss=7.0)
     mirror.draw({})
+    for each in processes().values():  # a scheduler signals all processes of a job
+        each.terminate()
     *_, newest = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    wait_for(lambda: mirror.draw({}) or len(report.said) == 3)
     time.sleep(2.5)  # the mirror has sent step 13
     drop_steps_after(run_dir / "metrics.jsonl", 12, newest | {"eval_loss": 6.5})
     mirror.close()
@@ -128,7 +133,7 @@ def test_each_start_brings_the_record_as_it_is_now(run_dir):
     assert axes["loss"] == axes["eval_loss/code"] == "step"
     assert axes["evaluation/tasks/arc_easy/acc"] == "evaluation/step"
     assert not processes() and not report.warned
-    assert [line.split(":")[0] for line in report.said] == ["Weights & Biases"]
+    assert [line.split(": ")[1].split(" 0")[0] for line in report.said] == ["run", AGAIN, "run"]
 
 
 @pytest.mark.parametrize("kind", ["kill", "suspend"])
@@ -142,6 +147,10 @@ def test_a_lost_service_is_one_warning(run_dir, monkeypatch, kind):
     getattr(service, kind)()
     train(run_dir, range(4, 7), loss=8.0)
     if kind == "kill":
+        wait_for(lambda: "started again" in mirror._pass_on())
+        wait_for(lambda: mirror._pass_on())  # it has another
+        assert not report.warned
+        processes()["wandb-core"].kill()
         wait_for(lambda: mirror.draw({}) or report.warned)
     started = time.monotonic()
     mirror.draw({})
@@ -149,7 +158,7 @@ def test_a_lost_service_is_one_warning(run_dir, monkeypatch, kind):
     mirror.close()
     assert len(report.warned) == 1 and "the run is not affected" in report.warned[0], report.warned
     assert not processes()
-    monkeypatch.undo()
+    monkeypatch.setattr(curves, "FINISH_SECONDS", 120.0)
     WandbMirror(run_dir, report).close()
     assert without_images(rows(run_dir)) == on_record(run_dir) and len(report.warned) == 1
 
@@ -226,12 +235,10 @@ def test_an_evaluation_joins_the_curves_at_any_time(run_dir):
     for step in (4, 8):
         line = {"step": step, "arc_easy": {"acc": step / 10}}
         append_durably(run_dir / "evaluations.jsonl", line)
-        started = time.monotonic()
         log_evaluation(run_dir, step, line)
         if step == 4:  # while the run trains its own mirror sends it
             assert len(list(run_dir.glob("wandb/offline-run-*"))) == 1
             mirror.close()
-    assert time.monotonic() - started < 60
     found = rows(run_dir, "evaluation/step")
     assert {step: row["evaluation/arc_easy/acc"] for step, row in found.items()} == {4: 0.4, 8: 0.8}
     assert without_images(rows(run_dir)) == on_record(run_dir)
