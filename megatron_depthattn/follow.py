@@ -11,6 +11,7 @@ import gc
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -49,17 +50,21 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Within the block a scheduler's signals raise `Stopped`, once; Ctrl-C stays Python's."""
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Within the block a scheduler's signals raise `Stopped`, once; SIGUSR2 sets the event; Ctrl-C stays Python's."""
+    no_more = threading.Event()
 
     def stop(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGUSR2:
+            no_more.set()
+            return
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
 
     before = {each: signal.signal(each, stop) for each in heeded_signals() if each != signal.SIGINT}
     try:
-        yield
+        yield no_more
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -123,8 +128,8 @@ class Follower:
         self._failed: dict[tuple[int, str], str] = {}
         self._num_scored = self._seen = 0
 
-    def run(self, *, once: bool = False) -> None:
-        """Score until the run has finished and nothing is left; ``once``: what is there now.
+    def run(self, no_more: threading.Event) -> None:
+        """Score until the run has finished, or ``no_more`` is set (no checkpoint will follow), and nothing is left.
 
         Raises:
             ValueError: another process scores this run, or no checkpoint at all could be scored.
@@ -141,21 +146,21 @@ class Follower:
                 "it, or end it"
             ) from error
         try:
-            self._follow(once)
+            self._follow(no_more)
         finally:
             lock.release()
         if self._failed and not self._num_scored:
             *_, reason = self._failed.values()
             raise ValueError(f"none of {len(self._failed)} checkpoints could be scored: {reason}")
 
-    def _follow(self, once: bool) -> None:
+    def _follow(self, no_more: threading.Event) -> None:
         """Look and score; the lock is held."""
         records = read_records(self._run_dir / EVALUATIONS, step=int, task=str, checkpoint=str)
         self._done = {(record["step"], record["checkpoint"], _key(record)) for record in records}
         self._clean_up()
         is_waiting = False
         while True:
-            ends = once or _has_finished(self._run_dir)  # before the look: what it saved is there then
+            ends = no_more.is_set() or _has_finished(self._run_dir)  # before the look: what it saved is there then
             if work := next(iter(self._pending(ends)), None):
                 self._score(work)
                 is_waiting = False

@@ -8,8 +8,9 @@ data sets from the disk alone; --download fetches them from the Hugging Face Hub
 Below each model stand the paper's figures for its method and size.
 
 --follow RUN_DIR scores each new checkpoint of a run beside it, also of one that has not started, and appends the
-figures to RUN_DIR/evaluations.jsonl. It ends when the run has finished; started again, it continues. It computes on the
-CPU unless CUDA_VISIBLE_DEVICES or --device names a GPU: those that it sees may be the run's.
+figures to RUN_DIR/evaluations.jsonl. It ends when the run has finished, or after SIGUSR2 (no checkpoint will follow),
+and everything is scored; started again, it continues. It computes on the CPU unless CUDA_VISIBLE_DEVICES or --device
+names a GPU: those that it sees may be the run's.
 """
 
 from __future__ import annotations
@@ -273,7 +274,9 @@ def _follow(given: argparse.Namespace) -> int:
     from megatron_depthattn.parallel.launch_env import variable
 
     try:
-        with stopped_by_signals(), ExitStack() as stack:
+        with stopped_by_signals() as no_more, ExitStack() as stack:
+            if given.once:
+                no_more.set()
             measures: list[Measure] = []
             if given.data:
                 measures.append(_data_measure(stack.enter_context(open_split(given.data, given.split)), given))
@@ -289,7 +292,7 @@ def _follow(given: argparse.Namespace) -> int:
                 every=given.every or 1,
                 keep_exports=given.keep_exports,
                 tokenizer=given.tokenizer,
-            ).run(once=given.once)
+            ).run(no_more)
     except Stopped as stop:
         print(f"stopped by {stop}: the same command continues", file=sys.stderr)
         return EXIT_REQUEUE

@@ -7,6 +7,7 @@ job script there and submits it. What is wrong is reported in one line (exit cod
     launch/submit configs/410m.yaml run.dir=runs/seeds data.path=/data/corpus --nodes 1 --gpus-per-node 8 \\
         --array run.seed=1,2,3
     launch/submit ... --chain 3          three jobs, each resumes where the one before it ended
+    launch/submit ... --evaluate 'piqa sciq' --evaluate-every 1000      and a job that scores its checkpoints meanwhile
     launch/submit ... --container image.sqsh --container-runtime pyxis --container-mounts /data
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import megatron_depthattn
 from megatron_depthattn.cli.common import check, find_config, new_parser, run
+from megatron_depthattn.cli.evaluate import check_evaluate, new_evaluate_parser
 from megatron_depthattn.config import RunConfig, load_config, validate
 from megatron_depthattn.config.resolve import CPU, GPU, resolve
 from megatron_depthattn.estimate.fits import check_data, check_fit
@@ -89,12 +91,16 @@ def submit(options: argparse.Namespace) -> None:
     for line in expected:
         print(printable(f"expected on the nodes: {line}"))
     print(printable(freeze(job, configs, root, replace=options.refreeze)))
-    script = job / "job.sbatch"
     template = (job / "code" / scripts().relative_to(root) / "slurm.sbatch").read_text(encoding="utf-8")
-    script.write_text(render(template, options, run_dir, len(configs), processes), encoding="utf-8")
-    print(f"job script: {script}")
+    script, follower = job / "job.sbatch", job / "evaluate.sbatch"
+    for path in (script, follower) if options.evaluate else (script,):
+        text = render(template, options, run_dir, len(configs), processes, follows=path == follower)
+        path.write_text(text, encoding="utf-8")
+        print(f"job script: {path}")
     if options.dry_run:
         print(f"nothing submitted (--dry-run); to do so: {shlex.join(['sbatch', str(script)])}")
+        if options.evaluate:
+            print(f"and then: {shlex.join(['sbatch', '--dependency=after:JOB', str(follower), 'JOB'])}")
         return
     ids: list[str] = []
     for _ in range(options.chain):
@@ -102,6 +108,9 @@ def submit(options: argparse.Namespace) -> None:
     log = job / ("slurm-<job>_<task>.out" if options.array else f"slurm-{ids[0]}.out")
     print(f"submitted {', '.join(ids)}")
     print(f"log: {log}; of the ranks: {run_dir}/{'task_*/' if options.array else ''}logs/<start>/")
+    if options.evaluate:
+        ids.append(_sbatch(f"--dependency=after:{ids[0]}", str(follower), ",".join(ids)))
+        print(f"{ids[-1]} scores the checkpoints; log: {job}/evaluate-{ids[-1]}{'_<task>' * bool(options.array)}.out")
     print(f"queue: squeue -j {','.join(ids)}; cancel: scancel {' '.join(ids)}")
 
 
@@ -111,18 +120,37 @@ def _load(options: argparse.Namespace, settings: Sequence[str] = ()) -> RunConfi
     return load_config(find_config(options.config), [*resumed, *map(find_config, options.overrides), *settings])
 
 
-def render(template: str, options: argparse.Namespace, run_dir: Path, num_configs: int, processes: int) -> str:
-    """The job script: `slurm.sbatch` with the choices as further #SBATCH lines and settings, which win."""
+def render(
+    template: str,
+    options: argparse.Namespace,
+    run_dir: Path,
+    num_configs: int,
+    processes: int,
+    *,
+    follows: bool = False,
+) -> str:
+    """The job script: `slurm.sbatch` with the choices as further #SBATCH lines and settings, which win.
+
+    Args:
+        follows: of the job that scores the checkpoints; it is given the jobs that it follows.
+    """
     job = run_dir / "job"
     flags = {"job-name": run_dir.name, "nodes": options.nodes, "gpus-per-node": options.gpus_per_node}
     flags |= {name: value for name in PASSED_ON if (value := getattr(options, name.replace("-", "_")))}
     flags["signal"] = f"B:USR1@{options.signal_lead}"
-    flags["output"] = str(job).replace("%", "%%") + ("/slurm-%A_%a.out" if options.array else "/slurm-%j.out")
+    if follows:
+        gpus = bool(options.gpus_per_node) if options.evaluate_gpus is None else options.evaluate_gpus
+        flags |= {"job-name": f"{flags['job-name']}-evaluate", "nodes": 1, "gpus-per-node": int(gpus), "mem": None}
+        flags |= {"cpus-per-task": options.evaluate_cpus, "time": options.evaluate_time or options.time}
+    log = ("/evaluate-" if follows else "/slurm-") + ("%A_%a.out" if options.array else "%j.out")
+    flags["output"] = str(job).replace("%", "%%") + log
     if options.array:
         flags["array"] = f"0-{num_configs - 1}" + (f"%{options.array_limit}" if options.array_limit else "")
-    flags["dependency"] = options.dependency or (options.after and f"afterok:{options.after}")
+    if not follows:
+        flags["dependency"] = options.dependency or (options.after and f"afterok:{options.after}")
     lines = [f"--{name}={value}" for name, value in flags.items() if value]
-    lines += ["--exclusive"] * options.exclusive + ["--no-requeue"] * (options.max_requeues == 0) + options.sbatch
+    lines += ["--exclusive"] * (options.exclusive and not follows) + ["--no-requeue"] * (options.max_requeues == 0)
+    lines += options.evaluate_sbatch if follows else options.sbatch
     config, own_dir = shlex.quote(f"{job}/config.yaml"), shlex.quote(str(run_dir))
     if options.array:  # only the number is the shell's to fill in
         config = shlex.quote(f"{job}/config_") + '"$SLURM_ARRAY_TASK_ID".yaml'
@@ -130,18 +158,28 @@ def render(template: str, options: argparse.Namespace, run_dir: Path, num_config
     settings = [
         f"CODE={shlex.quote(str(job / 'code'))}",
         f"PYTHON={shlex.quote(options.python)}",
-        f"ARGUMENTS=({config})",
-        f"RUN_DIR={own_dir}",
         f"MAX_REQUEUES={options.max_requeues}",
-        f"export NPROC_PER_NODE={processes}",
         *_container(options, run_dir),
     ]
+    if follows:
+        jobs = '"${1:+${1}_$SLURM_ARRAY_TASK_ID}"' if options.array else '"${1:-}"'
+        arguments = f"--follow {own_dir} {shlex.join(evaluate_words(options))}"
+        settings += ["SCRIPT=evaluate.sh", f"FOLLOWED={jobs}", f"ARGUMENTS=({arguments})"]
+    else:
+        settings += [f"ARGUMENTS=({config})", f"RUN_DIR={own_dir}", f"export NPROC_PER_NODE={processes}"]
     # Of an #SBATCH line Slurm makes words as a shell does, but for `$` and backquotes.
     quoted = [re.sub(r'["\\]', r"\\\g<0>", line) for line in lines]
     for mark, more in zip(MARKS, ([f'#SBATCH "{line}"' for line in quoted], settings), strict=True):
         before, after = template.split(mark)
         template = before + mark + "".join(f"{line}\n" for line in more) + after
     return template
+
+
+def evaluate_words(options: argparse.Namespace) -> list[str]:
+    """The options of `depthattn evaluate` in --evaluate, where tasks may come without their option."""
+    words = shlex.split(options.evaluate)
+    words = words if words[:1] and words[0].startswith("-") else ["--tasks", *words]
+    return [*words, "--every", str(options.evaluate_every)] if options.evaluate_every else words
 
 
 def _container(options: argparse.Namespace, run_dir: Path) -> list[str]:
@@ -198,12 +236,18 @@ def check_options(options: argparse.Namespace, run_dir: Path) -> None:
     """Raise ValueError for options that do not fit together, and for text that Slurm or bash would read otherwise:
     no quoting helps against a newline in an option."""
     lead, limit, here = options.signal_lead, seconds_of(options.time), Path.cwd()
+    of_evaluate = [
+        f"--{name.replace('_', '-')}" for name, value in vars(options).items() if "evaluate_" in name and value
+    ]
+    if options.evaluate is not None:
+        check_evaluate(new_evaluate_parser().parse_args(["--follow", str(run_dir), *evaluate_words(options)]))
     texts = {"run.dir": str(run_dir), "the current folder": str(here)}
     for name, value in vars(options).items():
         texts[f"--{name.replace('_', '-')}"] = " ".join(value) if isinstance(value, list) else str(value)
     # Of an option: its dashes and name, a value without quotes around it, no other option behind it.
-    odd = [each for each in options.sbatch if not re.fullmatch(r"--?[\w-]+(=(?!(['\"]).*\2$).*)?", each)]
-    odd += [each for each in options.sbatch if re.search(r"\s--?[a-zA-Z]", each)]
+    others = options.sbatch + options.evaluate_sbatch
+    odd = [each for each in others if not re.fullmatch(r"--?[\w-]+(=(?!(['\"]).*\2$).*)?", each)]
+    odd += [each for each in others if re.search(r"\s--?[a-zA-Z]", each)]
     check(
         *(
             (not text.isprintable(), f"{name} is {text!r}: a job script takes no control characters; set another")
@@ -215,6 +259,10 @@ def check_options(options: argparse.Namespace, run_dir: Path) -> None:
             limit is not None and 2 * lead > limit,
             f"--signal-lead {lead} with --time {options.time} ({limit} s): most of the job would be over before it "
             "began, as Slurm warns up to a minute early; set at most half of the limit, or a longer --time",
+        ),
+        (
+            options.evaluate is None and bool(of_evaluate),
+            f"{', '.join(of_evaluate)}: only with --evaluate, what to score",
         ),
         (options.chain < 1, f"--chain {options.chain}: set 1 or more jobs"),
         (options.chain > 1 and bool(options.array), "--chain and --array cannot be combined: give one of them"),
@@ -277,6 +325,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--after", metavar="JOB", help="begin when that job has ended well")
     add("--dependency", metavar="SPEC", help="another dependency, as sbatch takes it")
     add("--chain", type=int, default=1, metavar="N", help="jobs, each begins when the one before it has ended")
+    scores = "tasks, such as 'piqa sciq', or options of depthattn evaluate, such as '--suite paper --data data/pile'"
+    add("--evaluate", metavar="TASKS", help=f"a second job scores the checkpoints meanwhile: {scores}")
+    add("--evaluate-every", type=int, metavar="N", help="only steps divisible by N, and the last one")
+    add("--evaluate-gpus", type=int, metavar="N", help="of that job (default 1 where the run has GPUs)")
+    add("--evaluate-cpus", type=int, metavar="N", help="CPUs of that job")
+    add("--evaluate-time", metavar="LIMIT", help="of that job, which requeues itself (default: --time)")
+    add("--evaluate-sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch, for that job")
     add("--container", metavar="IMAGE", help="run each node's task in this image")
     add("--container-runtime", choices=["pyxis", "apptainer"], default="pyxis", help="default: pyxis")
     add("--container-mounts", default="", metavar="MOUNTS", help="mounts besides run.dir and the current folder")

@@ -79,8 +79,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait(30)
 
 
-def records(run_dir: Path) -> list[dict]:
-    path = run_dir / "metrics.jsonl"
+def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    path = run_dir / name
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -47,11 +47,16 @@ def must_end(job: str, log: Path, *, seconds: float = 400) -> list[str]:
 def test_a_job_that_is_warned_saves_requeues_and_resumes(config: Path, undisturbed: Path, tmp_path: Path):
     """Two nodes; the warning is sent as Slurm sends it before the time limit (`make launch-full` waits for that).
 
-    The run's folder has a name that a shell would obey: it, and every other value, reaches the job as it is.
+    The run's folder has a name that a shell would obey: it, and every other value, reaches the job as it is. Another
+    job scores the checkpoints meanwhile, and ends with the run.
     """
     run_dir, overlay = hostile_run_dir(tmp_path)
     comment = f"$(touch {tmp_path}/obeyed) #2"
-    job = submit(config, overlay, *TWO_NODES, "--time", "10", "--signal-lead", "60", f"--sbatch=--comment={comment}")
+    scores = ("--evaluate", scored(config), "--evaluate-every", "40", "checkpoint.keep=null", "--evaluate-time", "9")
+    more = ("--time", "10", "--signal-lead", "60", f"--sbatch=--comment={comment}")
+    job = submit(config, overlay, *TWO_NODES, *more, *scores)
+    follower = str(int(job) + 1)
+    assert f"Dependency=after:{job}" in slurm_says("scontrol", "show", "job", follower)
     shown = slurm_says("scontrol", "show", "job", job)
     assert f"JobName={run_dir.name}\n" in shown and f"Comment={comment} \n" in shown
     log = run_dir / f"job/slurm-{job}.out"
@@ -66,6 +71,9 @@ def test_a_job_that_is_warned_saves_requeues_and_resumes(config: Path, undisturb
     assert len(begins) == 2 and begins[1]["step"] >= 10
     assert len({record["run_id"] for record in begins}) == 1, "loggers see one run"
     assert not (tmp_path / "obeyed").exists(), "a value ran as a command"
+    log = run_dir / f"job/evaluate-{follower}.out"
+    assert must_end(follower, log) == ["COMPLETED"], log.read_text()
+    assert [line["step"] for line in records(run_dir, "evaluations.jsonl")] == [40, 80, 120]
     assert len(list(run_dir.glob("logs/*_node2"))) == 2, "each start has a folder of logs on each host"
     assert (run_dir / "job/code/megatron_depthattn/train/loop.py").exists()
 
@@ -133,8 +141,10 @@ def test_an_absent_node_is_named_by_all_that_wait(config: Path, tmp_path: Path):
 
 
 def test_scancel_ends_cleanly(config: Path, tmp_path: Path):
+    """The job that scores sees that there is no more to wait for, scores what was saved, and ends."""
     run_dir = tmp_path / "run"
-    job = submit(config, f"run.dir={run_dir}", "train.steps=100000", "checkpoint.interval=100000", *TWO_NODES)
+    settings = ("train.steps=100000", "checkpoint.interval=100000", "--evaluate", scored(config))
+    job = submit(config, f"run.dir={run_dir}", *settings, *TWO_NODES)
     log = run_dir / f"job/slurm-{job}.out"
     must_reach(run_dir, 5, log)
     mine = [process for process in psutil.process_iter() if _mentions(process, str(run_dir))]
@@ -147,6 +157,15 @@ def test_scancel_ends_cleanly(config: Path, tmp_path: Path):
     last = history(run_dir)[-1]
     assert (last["event"], last["outcome"]) == ("end", "signal"), "it had the seconds that saving takes"
     assert (run_dir / f"checkpoints/step_{last['step']:08d}").is_dir()
+    follower = str(int(job) + 1)
+    log = run_dir / f"job/evaluate-{follower}.out"
+    assert must_end(follower, log) == ["COMPLETED"], log.read_text()
+    assert [line["step"] for line in records(run_dir, "evaluations.jsonl")] == [last["step"]]
+
+
+def scored(config: Path) -> str:
+    """What to score, as --evaluate takes it: some held-out samples."""
+    return f"--data {yaml.safe_load(config.read_text())['data']['path']} --max-samples 4"
 
 
 def _mentions(process: psutil.Process, text: str) -> bool:

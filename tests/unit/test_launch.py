@@ -143,11 +143,11 @@ def test_error_records(error: Exception, retry: bool, consequence: bool, tmp_pat
 SUBMIT = ("config.yaml", "--nodes", "4", "--gpus-per-node", "8")
 
 
-def script(*options: str, num_configs: int = 1, run_dir: str = "/runs/my run") -> str:
+def script(*options: str, num_configs: int = 1, run_dir: str = "/runs/my run", **more: bool) -> str:
     """A rendered job script, after bash has read it."""
     parsed = _parser().parse_intermixed_args([*SUBMIT, *options])
     template = (REPOSITORY / "launch/slurm.sbatch").read_text()
-    text = render(template, parsed, Path(run_dir), num_configs, 8)
+    text = render(template, parsed, Path(run_dir), num_configs, 8, **more)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=30)
     return text
 
@@ -242,6 +242,24 @@ def test_the_jobs_of_a_chain_need_not_be_requeued():
     text = script("--max-requeues", "0", "--after", "17")
     assert flags(text).index("--no-requeue") > flags(text).index("--requeue"), "the last wins"
     assert "--dependency=afterok:17" in flags(text) and settings(text, "MAX_REQUEUES") == ["0"]
+
+
+def test_the_job_that_scores_has_its_own_size(monkeypatch: pytest.MonkeyPatch):
+    options = ("--evaluate", "piqa 'arc easy'", "--evaluate-every", "500", "--evaluate-cpus", "6", "--mem", "900G")
+    options = (*options, "--evaluate-sbatch=--mem=32G", "--time", "8:00:00", "--after", "17", "--sbatch=--nice=5")
+    text = script(*options, "--exclusive", "--partition", "gpu", follows=True)
+    wanted = {"--nodes=1", "--gpus-per-node=1", "--cpus-per-task=6", "--mem=32G", "--partition=gpu", "--time=8:00:00"}
+    assert wanted | {"--requeue", "--job-name=my run-evaluate"} <= set(flags(text))
+    others = ("--mem=900G", "--exclusive", "--nice=5", "--dependency=afterok:17")
+    assert not set(others) & set(flags(text)) and set(others) <= set(flags(script(*options, "--exclusive")))
+    shown = settings(text, "SCRIPT", "ARGUMENTS")
+    assert shown == ["evaluate.sh", "--follow", "/runs/my run", "--tasks", "piqa", "arc easy", "--every", "500"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    more = ("--array", "run.seed=1,2,3", "--evaluate", "--suite paper", "--evaluate-gpus", "0")
+    text = script(*more, num_configs=3, follows=True)
+    assert settings(text, "ARGUMENTS") == ["--follow", "/runs/my run/task_2", "--suite", "paper"]
+    assert "--array=0-2" in flags(text) and flags(text).count("--gpus-per-node=8") == 0
+    assert 'FOLLOWED="${1:+${1}_$SLURM_ARRAY_TASK_ID}"' in text
 
 
 def test_arrays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
