@@ -371,9 +371,9 @@ def _ramp_unsplit(config: RunConfig, ranks: int) -> dict[str, Any]:
     unit = _samples_at_once(config, ranks) * (config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1)
     if not config.train.batch_ramp or config.train.batch_sizes.divisor % unit == 0:
         return {}
-    starts = list(map(str, range(unit, config.train.global_batch_size, unit)))
+    starts = range(unit, config.train.global_batch_size, unit)
     several = [*starts[:3], "...", starts[-1]] if len(starts) > 5 else starts
-    return {"unit": unit, "replicas": ranks // _model_ranks(config), "starts": ", ".join(several) or "none"}
+    return {"unit": unit, "replicas": ranks // _model_ranks(config), "starts": ", ".join(map(str, several)) or "none"}
 
 
 def _pieces(config: RunConfig) -> int:

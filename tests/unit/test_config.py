@@ -475,8 +475,8 @@ UNSUPPORTED = [
      "(train.micro_batch_size=4 times 2 data-parallel replicas, with parallel.virtual_pipeline=1 times "
      "parallel.pipeline=1): every step is split as the full batch is; set a start of 8, and an increment of a multiple "
      "of 8"),
-    (1, "train.batch_ramp=[8,2,64] train.micro_batch_size=4 train.global_batch_size=64",
-     "set a start of 4, 8, 12, ..., 60, and an increment of a multiple of 4"),
+    (1, "train.batch_ramp=[1,1,64] train.micro_batch_size=2 train.global_batch_size=2147483646",
+     "set a start of 2, 4, 6, ..., 2147483644, and an increment of a multiple of 2"),
     (2, "train.batch_ramp=[4,4,64] parallel.pipeline=2 parallel.virtual_pipeline=2", "set a start of 8, and an incr"),
     (4, "train.batch_ramp=[4,4,64]", "set a start of none, and an increment of a multiple of 16"),
     (1, "engine.zero_stage=1", "set engine.zero_stage=0 (its optimizer's state"),
