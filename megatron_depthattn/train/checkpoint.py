@@ -120,7 +120,8 @@ def load_checkpoint(
         settings = _fixed_in_a_run if resumes else _fixed_by_weights
         before, now = settings(common["config"]), settings(config)
         if is_parent and takes_optimizer:
-            before, now = (fixed | _optimizer(of) for fixed, of in ((before, common["config"]), (now, config)))
+            name = "optimizer.name"  # it decides which state there is
+            before[name], now[name] = (_fixed_in_a_run(of)[name] for of in (common["config"], config))
         changed = [
             f"{key} (was {before.get(key)}, is {value})"
             for key, value in now.items()
@@ -202,11 +203,6 @@ def _fixed_by_weights(config: dict[str, Any]) -> dict[str, Any]:
         return fixed | {"model.method": "vanilla or depth_attention"}  # the same weights
     settings = {f"model.{shared}.{key}": value for key, value in config["model"][shared].items()}
     return fixed | {"model.method": shared} | settings
-
-
-def _optimizer(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides which state an optimizer has; the only one was AdamW before there was a key."""
-    return {"optimizer.name": config["optimizer"].get("name", "adamw")}
 
 
 def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
