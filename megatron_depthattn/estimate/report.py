@@ -15,9 +15,11 @@ from megatron_depthattn.estimate.hardware import ASSUMED, Hardware, resolve_for
 from megatron_depthattn.estimate.layouts import (
     MEMORY_RESERVE,
     RECOMPUTE,
+    Cut,
     Layout,
     LayoutEstimate,
     estimate,
+    faster_cut,
     fullest_rank,
 )
 from megatron_depthattn.estimate.memory import RankMemory, rank_memory
@@ -57,6 +59,8 @@ class Estimate:
     traffic: list[dict[str, Any]]
     """Of the busiest pipeline stage: each transfer with what is sent in a step and its predicted seconds."""
     fits: bool
+    faster_cut: Cut | None
+    """What the first and last stage should hold, if that makes a step shorter."""
 
 
 def estimate_config(config: RunConfig, world_size: int, hardware: Hardware) -> Estimate:
@@ -95,6 +99,7 @@ def estimate_config(config: RunConfig, world_size: int, hardware: Hardware) -> E
         hops=hop_sizes(config, shared),
         traffic=max(sent, key=lambda each: sum(line["bytes"] for line in each)),
         fits=fullest.total <= hardware.memory_gb * 1e9 * (1 - MEMORY_RESERVE),
+        faster_cut=faster_cut(layout, time.total, world_size, hardware),
     )
 
 
@@ -149,6 +154,12 @@ def show(config: RunConfig, found: Estimate, hardware: Hardware) -> None:
         f"{train.steps:,} steps: {layout.run_hours:,.1f} hours"
     )
     print(f"of which, in seconds: {seconds}\n{TIME_LEGEND}\n")
+    if cut := found.faster_cut:
+        print(
+            f"stages of more equal time: parallel.first_stage_layers={cut.first_stage_layers} "
+            f"parallel.last_stage_layers={cut.last_stage_layers}, predicted step {cut.step_seconds:.3f} s "
+            f"({cut.step_seconds / layout.step_seconds - 1:+.1%})\n"
+        )
 
 
 def show_layouts(layouts: Sequence[LayoutEstimate], hardware: Hardware) -> None:

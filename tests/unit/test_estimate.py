@@ -1,5 +1,6 @@
 """Traffic, step time and layouts: against closed forms, the bound that runs are held to, and brute force."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -122,6 +123,24 @@ def test_an_uneven_cut_moves_work_and_weights_between_stages(job, method):
     assert found.flops == as_even.flops and found.parameters == as_even.parameters
     assert [each.activations for each in found.memory] != [each.activations for each in as_even.memory]
     assert found.layout.step_seconds > as_even.layout.step_seconds
+
+
+@pytest.mark.parametrize(("name", "pipeline", "virtual"), [("410m", 4, 1), ("500m", 2, 2)])
+def test_a_faster_cut_is_the_fastest_of_all_first_and_last_stages(name, pipeline, virtual):
+    """Brute force over every pair of counts; where the vocabulary weighs nothing, none is proposed."""
+    layout = {"pipeline": pipeline, "virtual_pipeline": virtual}
+    config = with_layout(load_config(ROOT / f"configs/{name}.yaml"), **layout)
+    config = replace(config, train=replace(config.train, global_batch_size=96, micro_batch_size=2))
+    found, times = estimate_config(config, pipeline, H100), {}
+    for first, last in product(range(1, config.model.num_layers), repeat=2):
+        cut = with_layout(config, **layout, first_stage_layers=first, last_stage_layers=last)
+        with contextlib.suppress(ValueError):
+            times[first, last] = seconds(cut, pipeline).total
+    fastest = min(times.values())
+    assert found.faster_cut == (*found.faster_cut[:2], pytest.approx(fastest))
+    assert times[found.faster_cut[:2]] == pytest.approx(fastest) and fastest < 0.99 * found.layout.step_seconds
+    small = replace(config, model=replace(config.model, vocab_size=128, method="vanilla"))
+    assert estimate_config(small, pipeline, H100).faster_cut is None
 
 
 def test_a_vanilla_hop_is_the_hidden_state():
