@@ -1,7 +1,7 @@
 """What the parity campaign runs: the layouts, the jobs of each world, and the small model they share.
 
 A job is one thing a world of processes does and leaves one result for; the tests assert on results. By default
-every layout takes one, three or ten steps at one stride and window; the layouts in ``THOROUGH`` run
+every layout takes one, three or six steps at one stride and window; the layouts in ``THOROUGH`` run
 every stride and window and every kind of recompute for one loss and gradient as well, the others one more of each.
 ``DEPTHATTN_PARITY=full`` in the environment runs everything, ten steps everywhere.
 """
@@ -28,13 +28,13 @@ from megatron_depthattn.config import (
     TrainConfig,
 )
 
-STEPS, SAVE_AFTER = 10, 5
 SEQUENCE_LENGTH = 32
 SUBLAYERS_A_SNAPSHOT = 4
 METHODS = ("denseformer", "attnres", "mhc")
 MUP = {"attnres": 16}
 """muP's base width, by the methods whose jobs train with it: four groups of parameters, and a fourth of most rates."""
 FULL = os.environ.get("DEPTHATTN_PARITY") == "full"
+STEPS, SAVE_AFTER = (10, 5) if FULL else (6, 3)
 
 # Two key/value heads, so that four tensor ranks have to share them; heads times head size is not the hidden size.
 MODEL = ModelConfig(
