@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import REPOSITORY, must_succeed, run
+from tests.forked import forked
 
 
 def commands_of_quickstart() -> list[list[str]]:
@@ -38,8 +39,9 @@ def test_quickstart_learns_and_exports(tmp_path: Path):
     must_succeed(run(with_this_interpreter(prepare), seconds=240))
     assert "--nproc_per_node" in train
     assert "2" in train
-    # Fewer steps than the user's: enough to learn, and a shorter suite.
-    settings = [f"data.path={data}", f"run.dir={run_dir}", "train.steps=50", "train.eval_interval=25"]
+    # Fewer and smaller steps than the user's: enough to learn, and a shorter suite.
+    settings = [f"data.path={data}", f"run.dir={run_dir}", "train.steps=40", "train.eval_interval=20"]
+    settings += ["train.global_batch_size=8", "train.micro_batch_size=2"]
     output = must_succeed(run([*with_this_interpreter(train), *settings], seconds=900)).stdout
     assert "hop 0 -> 1:" in output
     assert "what to try next" in output
@@ -47,18 +49,19 @@ def test_quickstart_learns_and_exports(tmp_path: Path):
     first = float(output.split("held-out loss in nats per token: ")[1].split()[0])
     assert first - losses[-1] >= 1.2
 
-    export, verify, generate = (
-        [word.replace("runs/quickstart", str(run_dir)) for word in with_this_interpreter(command)]
-        for command in on_its_folder
-    )
-    must_succeed(run(export, seconds=120))
-    checks = must_succeed(run(verify, seconds=120)).stdout
-    assert checks.count(" ok ") == 6
+    def on_run(command: list[str]) -> str:
+        """A tool's output."""
+        _, tool, *arguments = (word.replace("runs/quickstart", str(run_dir)) for word in command)
+        return must_succeed(forked(0, tool.replace("/", ".").removesuffix(".py"), *arguments)).stdout
+
+    export, verify, generate = on_its_folder
+    on_run(export)
+    assert on_run(verify).count(" ok ") == 6
     prompt = generate[generate.index("--prompt") + 1]
-    text = must_succeed(run(generate, seconds=120)).stdout
+    text = on_run(generate)
     assert text.startswith(prompt)
     assert len(text.strip()) > len(prompt)
-    data_and_model = ["--model", run_dir / "hf", "--data", data, "--max-samples", "64", "--json", tmp_path / "e.json"]
-    must_succeed(run([sys.executable, "tools/evaluate.py", *data_and_model], seconds=240))
-    # the same samples as the run's own held-out loss: 4 global batches of 16
+    data_and_model = ["--model", run_dir / "hf", "--data", data, "--max-samples", "32", "--json", tmp_path / "e.json"]
+    on_run(["", "tools/evaluate.py", *map(str, data_and_model)])
+    # the same samples as the run's own held-out loss: 4 global batches of 8
     assert abs(json.loads((tmp_path / "e.json").read_text())["loss"] - losses[-1]) <= 1e-4
