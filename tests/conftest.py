@@ -1,6 +1,7 @@
 """What several tests need: one process with Megatron's groups."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return TOGETHER.get(file, file)
 
     return LoadFilesTogether(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real corpus for whole commands: this package's own source."""
+    from tests.e2e.small_run import prepare_small_corpus
+
+    folder = tmp_path_factory.mktemp("corpus") / "mds"
+    prepare_small_corpus(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -52,10 +52,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("recompute.granularity=full", "recompute.method=block", "recompute.num_layers=2"),
     ),
     "mhc bf16": ("model.method=mhc", BF16, *FULL),
-    "loops, tied": ("model.num_loops=2", "model.num_layers=2", "model.tie_embeddings=true"),
-    "mean weights of keys and values": (
-        "model.depth_attention.weights=uniform",
-        "model.depth_attention.mixes=key_value",
+    "loops, tied, mean weights of keys and values": (
+        *("model.num_loops=2", "model.num_layers=2", "model.tie_embeddings=true"),
+        *("model.depth_attention.weights=uniform", "model.depth_attention.mixes=key_value"),
     ),
     "not finite, bf16, full": (*NOT_FINITE, "train.stop_after=3", BF16, *FULL),
 }

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,24 +13,20 @@ from tests.cuda.budget import COPIES, beyond_budget, other_copies
 from tests.cuda.harness_checks import CHECKS
 from tests.cuda.planted import FAULTS
 from tests.cuda.runs import COMMANDS, RUNS
-from tests.e2e.commands import must_succeed
-from tests.forked import PRELOADED, REPOSITORY, forked
+from tests.forked import PRELOADED, forked
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: nothing to rehearse")
 MODULE = "tests.cuda.runs"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def found(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What every run came to, by device: one process each."""
     folder = tmp_path_factory.mktemp("rehearsed")
-    text = ("--input", REPOSITORY / "megatron_depthattn" / "train", "--output", folder / "corpus")
-    options = ("--tokenizer", "train-bpe:384", "--sequence-length", "32", "--validation-fraction", "0.2")
-    must_succeed(forked(0, "megatron_depthattn.cli", "prepare", *text, *options))
     for device in ("cpu", "cuda"):
         (folder / device).mkdir()
         options = {"preloaded": ("tests.cuda.eight_gpus", *PRELOADED)} if device == "cuda" else {}
-        done = forked(0, MODULE, device, folder / "corpus", folder / device, seconds=280, **options)
+        done = forked(0, MODULE, device, corpus, folder / device, seconds=280, **options)
         assert done.returncode == 0, done.stderr[-5000:]
     return {device: json.loads((folder / device / "results.json").read_text()) for device in ("cpu", "cuda")}
 

@@ -14,9 +14,8 @@ import torch
 from tests.cuda.budget import BUDGET, COPIES, beyond_budget, other_copies
 from tests.cuda.messages import Message, differences
 from tests.cuda.planted import Planted
-from tests.e2e.commands import must_succeed
 from tests.e2e.small_run import MODEL
-from tests.forked import PRELOADED, REPOSITORY, forked
+from tests.forked import PRELOADED, forked
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: nothing to rehearse"),
@@ -104,14 +103,11 @@ Start = Callable[[str], Ran]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Start:
+def ran(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Runs an entry of `WORLDS`, once."""
     folder = tmp_path_factory.mktemp("worlds")
-    prepare = ("prepare", "--input", REPOSITORY / "megatron_depthattn" / "train", "--output", folder / "corpus")
-    prepare += ("--tokenizer", "train-bpe:384", "--sequence-length", "32", "--validation-fraction", "0.2")
-    must_succeed(forked(0, "megatron_depthattn.cli", *prepare))
     config = folder / "run.yaml"
-    config.write_text(json.dumps(COMMON | {"data": COMMON["data"] | {"path": str(folder / "corpus")}}))
+    config.write_text(json.dumps(COMMON | {"data": COMMON["data"] | {"path": str(corpus)}}))
 
     @functools.cache
     def start(name: str) -> Ran:

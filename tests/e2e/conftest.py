@@ -1,18 +1,11 @@
-"""A small real corpus (this package's own source) and a small config, shared by the command tests."""
+"""A small config over the small corpus, shared by the command tests."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.small_run import MODEL, prepare_small_corpus
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus") / "mds"
-    prepare_small_corpus(folder)
-    return folder
+from tests.e2e.small_run import MODEL
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ def test_every_kind_of_fault_is_in_the_full_campaign():
 
 
 @pytest.mark.timeout(600)
-def test_a_struck_run_is_bit_equal_to_an_undisturbed_one(tmp_path: Path):
+def test_a_struck_run_is_bit_equal_to_an_undisturbed_one(corpus: Path, tmp_path: Path):
+    shutil.copytree(corpus, tmp_path / "corpus")
     campaign = Campaign(tmp_path, steps=40, rng=random.Random(0))
     left = campaign.struck_run(SHORT, asynchronous=True)
     assert left == [], "the run ended before it could be struck"

@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import must_succeed
-from tests.e2e.small_run import prepare_small_corpus, train
+from tests.e2e.small_run import train
 from tests.launch.jobs import STEPS, records, write_config
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launch")
-    prepare_small_corpus(folder / "mds")
-    return write_config(folder / "small.yaml", folder / "mds")
+def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("launch") / "small.yaml", corpus)
 
 
 @pytest.fixture(scope="session")
