@@ -19,9 +19,8 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.hf.loading import load_causal_lm
 from megatron_depthattn.hf.model_config import AUTO_MAP, METHOD_SETTINGS, to_hf_config, to_model_section
-from megatron_depthattn.hf.name_mapping import ModelShape, weight_groups
 from megatron_depthattn.hf.weights_folder import HFFolder
-from tests.checkpoints import METHODS, make, model_section, tensors_of, write_checkpoint
+from tests.checkpoints import METHODS, make, model_section, tensors_of
 from tests.reference_methods import method_logits
 
 TOKENS = torch.randint(301, (2, 12), generator=torch.Generator().manual_seed(2))
@@ -47,43 +46,6 @@ def reference(tensors: dict[str, Tensor], model: dict[str, Any], tokens: Tensor 
 
 
 @each
-def test_exported_model_computes_the_reference(tmp_path: Path, changes: dict):
-    made = make(tmp_path, **changes)
-    export(MegatronCheckpoint(made.folder), made.output)
-    with torch.no_grad():
-        logits = load_causal_lm(made.output, dtype=torch.float32)(TOKENS).logits
-    expected = reference(tensors_of(made.output), made.model)
-    assert (logits - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
-
-
-@each
-def test_every_megatron_name_stands_once_and_has_its_shape(tmp_path: Path, changes: dict):
-    model = model_section(**changes)
-    groups = weight_groups(ModelShape.from_model_section(model))
-    found = {name: tuple(weight.shape) for name, weight in make(tmp_path, **changes).weights.items()}
-    padded = {group.megatron: (384, *group.megatron_shape[1:]) for group in groups if group.has_vocabulary_rows}
-    assert len({group.megatron for group in groups}) == len(groups)
-    assert {group.megatron: group.megatron_shape for group in groups} | padded == found
-
-
-@pytest.mark.parametrize(
-    ("name", "megatron", "hf"),
-    [
-        ("denseformer", "decoder.layers.1.depth_average.weight", "model.layers.1.depth_average.weight"),
-        ("denseformer", "decoder.layers.2.final_depth_average.weight", "model.final_depth_average.weight"),
-        ("attnres", "decoder.layers.0.mlp_aggregator.query", "model.layers.0.mlp_aggregator.query"),
-        ("attnres", "decoder.layers.2.final_aggregator.recency_bias", "model.final_aggregator.recency_bias"),
-        ("mhc", "decoder.layers.1.attention_connector.projection", "model.layers.1.attention_connector.projection"),
-        ("mhc", "decoder.layers.2.stream_readout.weight", "model.stream_readout.weight"),
-    ],
-)
-def test_names(tmp_path: Path, name: str, megatron: str, hf: str):
-    made = make(tmp_path, **METHODS[name])
-    export(MegatronCheckpoint(made.folder), made.output)
-    assert torch.equal(tensors_of(made.output)[hf], made.weights[megatron])
-
-
-@each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, changes: dict):
     made = make(tmp_path, dtype, **changes)
@@ -97,20 +59,13 @@ def test_there_and_back_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, chan
         assert returned.dtype == dtype
         assert torch.equal(returned[:rows], weight[:rows]), name
     section, method = back.common["config"]["model"], changes["method"]
-    assert (section["method"], section[method]) == (method, changes[method])
+    expected = model_section(**changes)
+    del expected["spec"], expected["depth_attention"]
+    assert expected.items() <= section.items()
     assert section["depth_attention"]["op"] == "auto", "the other sections keep their defaults"
     assert f"method: {method}" in (tmp_path / "back" / MODEL_YAML).read_text()
     export(back, tmp_path / "again")
     assert (tmp_path / "again/config.json").read_bytes() == (made.output / "config.json").read_bytes()
-
-
-@each
-def test_config_survives_the_way_there_and_back(changes: dict):
-    section = model_section(**changes)
-    config = to_hf_config(section, dtype="bfloat16", special_tokens={"eos_token_id": 0})
-    assert config["model_type"] == changes["method"] and config["auto_map"] == AUTO_MAP[changes["method"]]
-    del section["spec"], section["depth_attention"]
-    assert to_model_section(config) == section
 
 
 @each_method
@@ -119,6 +74,8 @@ def test_the_folder_comes_with_its_own_code(tmp_path: Path, method: str):
     export(MegatronCheckpoint(made.folder), made.output)
     names = {f"{part}_{name}.py" for part in ("configuration", "modeling") for name in ("depthattn", "cross_layer")}
     assert {file.name for file in made.output.glob("*.py")} == names
+    config = json.loads((made.output / "config.json").read_text())
+    assert config["model_type"] == method and config["auto_map"] == AUTO_MAP[method]
     card = (made.output / "README.md").read_text()
     for key in METHOD_SETTINGS[method].values():
         assert f"\n{key}: " in card
@@ -151,40 +108,6 @@ def test_vanilla_by_name_is_the_vanilla_model(tmp_path: Path, num_loops: int):
     else:
         assert (config["model_type"], config["use_depth_attention"]) == ("depthattn", False)
     assert to_model_section(config)["depth_attention"]["enabled"] is False
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("denseformer", {"decoder.layers.2.final_depth_average.weight": None}, "final_depth_average.weight is missing"),
-        ("denseformer", {"decoder.layers.1.depth_average.weight": torch.ones(3)}, r"is \[3\] and should be \[2\]"),
-        (
-            "attnres",
-            {"decoder.layers.0.final_aggregator.query": torch.ones(32)},
-            "0.final_aggregator.query is left over",
-        ),
-        ("mhc", {"decoder.layers.1.mlp_connector.post_bias": None}, "1.mlp_connector.post_bias is missing"),
-        ("mhc", {"decoder.layers.0.mlp_connector.pre_scale": torch.full((1,), torch.nan)}, "not finite"),
-    ],
-)
-def test_export_rejects_other_weights(tmp_path: Path, name: str, change: dict, message: str):
-    made = make(tmp_path, **METHODS[name])
-    weights = {key: weight for key, weight in (made.weights | change).items() if weight is not None}
-    checkpoint = MegatronCheckpoint(write_checkpoint(tmp_path / "damaged", made.model, weights))
-    with pytest.raises(ValueError, match=message):
-        export(checkpoint, made.output)
-
-
-@each_method
-def test_weights_of_a_method_are_not_those_of_another(tmp_path: Path, method: str):
-    made = make(tmp_path, **METHODS[method])
-    vanilla = model_section(depth_attention={"enabled": False})
-    with pytest.raises(ValueError, match="is left over"):
-        export(MegatronCheckpoint(write_checkpoint(tmp_path / "vanilla", vanilla, made.weights)), made.output)
-    (tmp_path / "own").mkdir()
-    plain = make(tmp_path / "own").weights
-    with pytest.raises(ValueError, match="is missing"):
-        export(MegatronCheckpoint(write_checkpoint(tmp_path / "plain", made.model, plain)), made.output)
 
 
 @each_method
@@ -222,10 +145,10 @@ def test_import_and_loading_reject_a_folder_that_lacks_something(tmp_path: Path,
         import_checkpoint(HFFolder(made.output), tmp_path / "back")
 
 
-@each_method
-def test_verify_tells_the_model_from_another(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch):
-    """Megatron's logits are the reference's here: what is tested is all around them."""
-    made = make(tmp_path, **METHODS[method])
+@each
+def test_verify_tells_the_model_from_another(tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch):
+    """Megatron's logits are the reference's here: the exported model's are equal to them, in six checks."""
+    made, method = make(tmp_path, **changes), changes["method"]
     checkpoint = MegatronCheckpoint(made.folder)
     export(checkpoint, made.output)
     weights = tensors_of(made.output)
