@@ -373,7 +373,8 @@ SAME_NUMBERS = ("method", "loops", "optimizer", "dtype")
 MUON = [
     Job(layout="single", optimizer="muon", save=True),
     Job(layout="dp2", optimizer="muon", save=True),
-    *(Job(layout=layout, optimizer="muon") for layout in ("tp2", "tp2+sp", "cp2", "pp2", "pp2xvpp2", "dp2xpp2xvpp2")),
+    *(Job(layout=layout, optimizer="muon") for layout in ("tp2", "tp2+sp", "cp2", "pp2", "pp2xvpp2")),
+    Job(layout="dp2xpp2xvpp2", optimizer="muon", sabotage="matrices_first"),
     Job(layout="single", optimizer="muon", steps=3, loops=2),
     Job(layout="pp2xvpp2", optimizer="muon", steps=3, loops=2),
     Job(layout="single", optimizer="muon", steps=3, method="mhc"),

@@ -432,20 +432,21 @@ def _muon(**fields: Any) -> Any:
     return mock.patch.object(build, "muon_fields", lambda *args: muon_fields(*args) | fields)
 
 
-def _matrices_and_norms_in_one_group() -> Any:
-    """As Megatron gathers a later chunk's buckets; TransformerEngine's layers name a matrix first."""
+def _matrices_first(**more: bool) -> Any:
+    """No mistake: the order of TransformerEngine's layers, which name a matrix before a norm."""
     partition = distributed_data_parallel.partition_buckets
 
-    def together(buffers: list[Any], **settings: Any) -> Any:
-        return partition(buffers[::-1], **settings | {"force_single_bucket_group": True})
+    def reordered(buffers: list[Any], **settings: Any) -> Any:
+        return partition(buffers[::-1], **settings | more)
 
-    return mock.patch.object(distributed_data_parallel, "partition_buckets", together)
+    return mock.patch.object(distributed_data_parallel, "partition_buckets", reordered)
 
 
 SABOTAGES = {
     "blockwise": functools.partial(_muon, muon_tp_mode="blockwise"),
     "unsplit_qkv": functools.partial(_muon, muon_split_qkv=False),
-    "matrices_and_norms_in_one_group": _matrices_and_norms_in_one_group,
+    "matrices_first": _matrices_first,
+    "matrices_and_norms_in_one_group": functools.partial(_matrices_first, force_single_bucket_group=True),
     "another_rule_on_one_rank": _another_rule_on_one_rank,
     "later_loop_gradient_dropped": _later_loop_gradient_dropped,
     "plan_of_an_even_cut": _plan_of_an_even_cut,
