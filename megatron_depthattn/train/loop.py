@@ -178,9 +178,10 @@ class Training:
 
     def close(self) -> None:
         """Leave the world."""
-        parts: list[Any] = [self.batches, *self.held_out.values(), self.sample_log, self.report]
-        for part in parts:
-            part.close()
+        for batches in (self.batches, *self.held_out.values()):
+            batches.close()
+        self.sample_log.close()
+        self.report.close()
         shut_down()
 
     def _evaluate_first(self) -> None:

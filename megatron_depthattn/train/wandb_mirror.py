@@ -113,9 +113,8 @@ class Mirror:
             where = self._run.url if is_online else f"{folder} (wandb sync takes it)"
             say(f"run {run_id} of project {given.project}: {where}")
 
-    def send(self) -> bool:
-        """Bring what is new in the record; returns whether there was anything."""
-        sent = False
+    def send(self) -> None:
+        """Bring what is new in the record."""
         for _, record in self._steps.new():
             step, row = record["step"], run_curves(record)
             if step < self._newest.get("step", 0):
@@ -125,27 +124,29 @@ class Mirror:
                 row = {name: row[name] for name in late}
             elif record.get("depth"):
                 row |= {"depth/weights": self._image(depth_figure(record["depth"]), caption=f"step {step}")}
-            sent |= self._log("step", step, row)
+            self._log("step", step, row)
         for number, record in self._evaluations.new():
             if number > self._newest.get(COUNT, 0):
-                sent |= self._log(f"{EVALUATION}/step", record["step"], evaluation_curves(record) | {COUNT: number})
+                self._log(f"{EVALUATION}/step", record["step"], evaluation_curves(record) | {COUNT: number})
         while self._older:  # superseded
             shutil.rmtree(self._older.pop(), ignore_errors=True)
-        return sent
+
+    def has_more(self) -> bool:
+        """Whether an evaluation has come since."""
+        return any(True for _ in self._evaluations.new())
 
     def finish(self, exit_code: int) -> None:
         """Wait until all is on its way."""
         self._run.finish(exit_code=exit_code)
 
-    def _log(self, axis: str, step: int, row: Mapping[str, Any]) -> bool:
+    def _log(self, axis: str, step: int, row: Mapping[str, Any]) -> None:
         if not row:
-            return False
+            return
         for name in row.keys() - self._axes.keys():
             self._run.define_metric(name, step_metric=axis)
             self._axes[name] = axis
         self._run.log({axis: step, **row})
         self._newest |= {axis: step, **row}
-        return True
 
 
 def depth_figure(depth: Mapping[str, Any]) -> Any:
@@ -226,7 +227,7 @@ def main() -> int:
                 mirror.send()
                 mirror.finish(parent.exit_code)
             # Who added an evaluation while the lock was held has left it to this process.
-            has_more = any(True for _ in mirror._evaluations.new())
+            has_more = mirror.has_more()
     except ConnectionError as error:
         # A scheduler signals all processes of a job, and SIGTERM ends the client's service, which cannot ignore it.
         if not given.once_more:
