@@ -31,12 +31,12 @@ from megatron_depthattn.durable import remove
 from megatron_depthattn.launch import heeded_signals
 from megatron_depthattn.suite import VERSIONS
 from megatron_depthattn.terminal import printable
+from megatron_depthattn.train.curves import EVALUATIONS, log_evaluation
 from megatron_depthattn.train.history import HISTORY
 from megatron_depthattn.train.lease import lease
 from megatron_depthattn.train.line_files import append_durably, read_records
 from megatron_depthattn.train.step_folders import MANIFEST, complete_folders, file_hash
 
-EVALUATIONS = "evaluations.jsonl"
 LOOK_SECONDS = 2.0
 LOCK_SECONDS = 10.0
 """A process that was just killed may take a moment to release its lock."""
@@ -246,6 +246,7 @@ class Follower:
         except OSError as error:
             raise RuntimeError(f"the scores of step {work.step} are not on record: {error}") from error
         self._done.add((work.step, work.digest, _key(measure.what)))
+        log_evaluation(self._run_dir, work.step, record)
         values = [f"{name} {value:.4f}" for name, value in figures.values.items() if value is not None]
         _say(f"step {work.step} | {measure.name}, {figures.samples} samples on {record['device']}: {', '.join(values)}")
 

@@ -38,8 +38,8 @@ def run_curves(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_curves(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of evaluations.jsonl, however deep they lie in it, by the names of their curves."""
-    return dict(_numbers({key: value for key, value in record.items() if key != "step"}, f"{EVALUATION}/"))
+    """The figures of a line of evaluations.jsonl, its ``values``, by the names of their curves."""
+    return dict(_numbers(record.get("values", {}), f"{EVALUATION}/{record.get('name')}/"))
 
 
 def depth_curves(depth: Mapping[str, Any] | None) -> dict[str, float]:

@@ -20,7 +20,6 @@ from tests.e2e.small_run import train
 from tests.forked import start
 
 SCORED = ("--suite", "offline", "--limit", "6", "--max-samples", "12", "--batch-size", "4")
-CURVES = False
 TASKS = ("python_brackets", "last_word", "which_name")
 
 
@@ -66,7 +65,7 @@ def test_scores_are_those_of_the_same_export_by_hand(scored: Path, corpus: Path,
     assert convert(["to-hf", "--checkpoint", str(scored / "checkpoints"), "--output", str(hf)]) == 0
     assert main(["--model", str(hf), "--data", str(corpus), *SCORED, "--json", str(figures)]) == 0
     (by_hand,) = json.loads(figures.read_text())["models"]
-    events = EventAccumulator(str(scored / "tensorboard/evaluations")).Reload() if CURVES else None
+    events = EventAccumulator(str(scored / "tensorboard/evaluations")).Reload()
     for record in records(scored):
         values, shots, name = record["values"], str(record.get("shots")), record["task"]
         assert len(record["checkpoint"]) == 16 and record["seconds"] > 0 and record["versions"]["torch"]
@@ -74,7 +73,7 @@ def test_scores_are_those_of_the_same_export_by_hand(scored: Path, corpus: Path,
             expected = by_hand["results"][shots][name] if name != "val" else by_hand["data"]
             assert {key: expected[key] for key in values} == values
             assert record["samples"] == expected["samples" if name == "val" else "questions"]
-        for key, value in values.items() if CURVES else ():
+        for key, value in values.items():
             curve = f"evaluation/{name}/{key}" if name == "val" else f"evaluation/{name}/{shots}-shot/{key}"
             assert (record["step"], pytest.approx(value)) in [(e.step, e.value) for e in events.Scalars(curve)]
     losses = {record["step"]: record["values"]["loss"] for record in records(scored) if record["task"] == "val"}

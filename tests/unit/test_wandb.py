@@ -105,7 +105,7 @@ def test_each_start_brings_the_record_as_it_is_now(run_dir):
     before = rows(run_dir)
 
     drop_steps_after(run_dir / "metrics.jsonl", 10)
-    append_durably(run_dir / "evaluations.jsonl", {"step": 10, "tasks": {"arc_easy": {"acc": 0.5}}, "model": "hf"})
+    append_durably(run_dir / "evaluations.jsonl", {"step": 10, "name": "val", "values": {"acc": 0.5}, "seconds": 2})
     mirror = WandbMirror(run_dir, report)
     wait_for(lambda: mirror._pass_on())
     train(run_dir, range(11, 14), loss=7.0)
@@ -123,7 +123,7 @@ def test_each_start_brings_the_record_as_it_is_now(run_dir):
     assert [step for step, row in found.items() if f"{IMAGE}/path" in row] == [1, 5, 9, 13]
     steps = [row["step"] for row in history(file_of(run_dir)) if "step" in row]
     assert steps == [*range(1, 14), 13], "once each, and the late loss"
-    tasks = {"evaluation/tasks/arc_easy/acc": 0.5, "evaluation/count": 1}
+    tasks = {"evaluation/val/acc": 0.5, "evaluation/count": 1}
     assert rows(run_dir, "evaluation/step") == {10: tasks}
     own = run_record(file_of(run_dir))
     assert (own.run_id, own.display_name, own.project, own.entity) == (RUN_ID, "first", "ladder", "team")
@@ -131,7 +131,7 @@ def test_each_start_brings_the_record_as_it_is_now(run_dir):
     assert config["model"]["num_layers"] == 8 and config["log"]["wandb"]["mode"] == "offline"
     axes = {record.metric.name: record.metric.step_metric for record in records(file_of(run_dir))}
     assert axes["loss"] == axes["eval_loss/code"] == "step"
-    assert axes["evaluation/tasks/arc_easy/acc"] == "evaluation/step"
+    assert axes["evaluation/val/acc"] == "evaluation/step"
     assert not processes() and not report.warned
     assert [line.split(": ")[1].split(" 0")[0] for line in report.said] == ["run", AGAIN, "run"]
 
@@ -176,7 +176,7 @@ def online(run_dir, monkeypatch):
 def test_a_run_that_is_resumed_online_gets_what_it_lacks(run_dir, online):
     """Rows that a crash has kept from it, and nothing twice; of steps that are trained again the first stay."""
     train(run_dir, range(1, 13), loss=8.0)
-    append_durably(run_dir / "evaluations.jsonl", {"step": 10, "acc": 0.5})
+    append_durably(run_dir / "evaluations.jsonl", {"step": 10, "name": "val", "values": {"acc": 0.5}})
     first = on_record(run_dir)
     report = Report()
     mirror = WandbMirror(run_dir, report)
@@ -187,14 +187,14 @@ def test_a_run_that_is_resumed_online_gets_what_it_lacks(run_dir, online):
     WandbMirror(run_dir, report).close()
     *_, newest = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     drop_steps_after(run_dir / "metrics.jsonl", 16, newest | {"eval_loss": 6.5})
-    append_durably(run_dir / "evaluations.jsonl", {"step": 15, "acc": 0.6})
+    append_durably(run_dir / "evaluations.jsonl", {"step": 15, "name": "val", "values": {"acc": 0.6}})
     WandbMirror(run_dir, report).close()
     steps = [row for row in online.rows if "step" in row]
     assert [row["step"] for row in steps] == [*range(1, 18), 17] and steps[-1]["eval_loss"] == 6.5
     again = on_record(run_dir)
     assert [row["loss"] for row in steps[:17]] == [(first if s < 13 else again)[s]["loss"] for s in range(1, 18)]
     tasks = [row for row in online.rows if "evaluation/step" in row]
-    assert [(row["evaluation/step"], row["evaluation/acc"]) for row in tasks] == [(10, 0.5), (15, 0.6)]
+    assert [(row["evaluation/step"], row["evaluation/val/acc"]) for row in tasks] == [(10, 0.5), (15, 0.6)]
     assert online.bucket["name"] == RUN_ID and online.bucket["displayName"] == "first"
     assert len(report.said) == 2 and f"{online.url}/team/ladder/runs/{RUN_ID}" in report.said[0]
     assert not report.warned and not processes()
@@ -233,7 +233,7 @@ def test_an_evaluation_joins_the_curves_at_any_time(run_dir):
     mirror = WandbMirror(run_dir, report)
     wait_for(lambda: mirror._pass_on())
     for step in (4, 8):
-        line = {"step": step, "arc_easy": {"acc": step / 10}}
+        line = {"step": step, "name": "arc_easy", "values": {"acc": step / 10}}
         append_durably(run_dir / "evaluations.jsonl", line)
         log_evaluation(run_dir, step, line)
         if step == 4:  # while the run trains its own mirror sends it
