@@ -45,7 +45,8 @@ CASES = [
     ),
     (
         "precision.fp8=tensorwise precision.bf16_last_layers=5 parallel.pipeline=2",
-        "a pipeline stage holds 4 layers: Megatron-Core takes no more than a stage of an even cut; set precision.bf16_last_layers=4",
+        "a pipeline stage holds 4 layers: Megatron-Core takes no more than a stage of an even cut; set "
+        "precision.bf16_last_layers=4",
     ),
     ("precision.fp8=mxfp8 precision.fp8_params=true", "set precision.fp8_params=false"),
     (

@@ -258,6 +258,6 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         (tmp_path / "wandb").mkdir()
         patch.delitem(sys.modules, "wandb", raising=False)
         patch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if not Path(path, "wandb").is_dir())])
-        with pytest.raises(ValueError, match="wandb.* cannot be imported: pip install"):
+        with pytest.raises(ValueError, match=r"wandb.* cannot be imported: pip install"):
             check_wandb(asked)
         check_wandb(WandbConfig())
