@@ -147,7 +147,7 @@ MUON = checks(
     "optimizer.name=muon with precision.fp8_params=true: Megatron-Core's Muon steps weights that are bf16 or fp32; set "
     "precision.fp8_params=false, or optimizer.name=adamw",
     (
-        "{optimizer.mup=} with optimizer.name=muon: its rules are AdamW's; Muon's updates keep their size at every "
+        "{optimizer.mup=} with optimizer.name=muon: its rules are AdamW's, and Muon's updates keep their size at every "
         "width by optimizer.muon.scale_mode; set optimizer.mup=null, or optimizer.name=adamw",
         lambda c, _: c.optimizer.mup and c.optimizer.name == "muon",
     ),
@@ -274,6 +274,10 @@ DATA = checks(
 
 CHECKPOINT = checks(
     "checkpoint",
+    (
+        "checkpoint.start_from is empty; set a step folder, or null to begin with initial weights",
+        lambda c, _: c.checkpoint.start_from == "",
+    ),
     (
         "{checkpoint.load=|a step folder} with {checkpoint.start_from=}: the first resumes a run, the second begins "
         "one; set checkpoint.load=latest or null, or checkpoint.start_from=null",

@@ -135,8 +135,10 @@ def element_bytes(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of a checkpoint: weights in their own type, and of each an fp32 copy and Adam's two averages, or Muon's."""
-    one_state_less = 4 * _weights(config.model, 1, 1, 0, ()).linear if config.optimizer.name == "muon" else 0
-    return decoder_shape(config).parameters * (element_bytes(config) + 12) - one_state_less
+    model, states = config.model, decoder_shape(config).parameters * (element_bytes(config) + 12)
+    if config.optimizer.name == "adamw":
+        return states
+    return states - 4 * _weights(model, 1, 1, 0, tuple(range(model.num_layers * model.num_loops))).linear
 
 
 def rows(config: RunConfig) -> int:

@@ -262,7 +262,7 @@ def mup_settings(config: RunConfig) -> dict[str, float]:
     """What the parameter groups with muP's learning rate have in place of the others' settings."""
     settings, width = config.optimizer, config.width_multiplier
     rate = settings.lr / width
-    # Schedules read the two rates; by the multiplier Megatron tells the groups of a checkpoint apart.
+    # Schedules read the two rates; by the multiplier Megatron distinguishes the groups of a checkpoint.
     return {
         "max_lr": rate,
         "min_lr": rate * settings.min_lr_ratio,

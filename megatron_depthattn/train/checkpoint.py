@@ -131,6 +131,13 @@ def load_checkpoint(
             mixing = [key for key in _MIXING if key in before and before[key] != now.get(key)]
             again = f" ({' '.join(f'{key}={before[key]}'.lower() for key in mixing)})" if mixing else ""
             other = "checkpoint.start_from=null" if is_parent else "another run.dir with checkpoint.load=null"
+            if (
+                takes_optimizer
+                and is_parent
+                and len(changed) == 1
+                and before["optimizer.name"] != now["optimizer.name"]
+            ):
+                other = "checkpoint.start_optimizer=false, with the weights alone"
             raise ValueError(
                 f"{folder} belongs to a run with other settings: {', '.join(changed)}. Set them as they were{again}, "
                 f"or start a new run: {other}."

@@ -26,7 +26,7 @@ class Parent(NamedTuple):
     position: int
     """Samples of the shuffled order that were behind it: those it passed over, and those it had read."""
     tokens: int
-    """That it was trained on."""
+    """That its weights were trained on, by its own parents as well."""
     optimizer: bool
     """Whether the optimizer's state was taken over."""
     given: str
@@ -42,7 +42,7 @@ def parent_of(folder: Path, common: dict[str, Any], config: dict[str, Any], *, t
         str(folder.absolute()),
         _digest(folder),
         common["config"].get("data", {}).get("skip_samples", 0) + progress.get("consumed_samples", 0),
-        progress.get("consumed_tokens", 0),
+        progress.get("consumed_tokens", 0) + (common.get("parent") or {}).get("tokens", 0),
         takes_optimizer,
         os.path.abspath(config["checkpoint"]["start_from"] or folder),
     )

@@ -373,7 +373,7 @@ SAME_NUMBERS = ("method", "loops", "optimizer", "dtype")
 MUON = [
     Job(layout="single", optimizer="muon", save=True),
     Job(layout="dp2", optimizer="muon", save=True),
-    *(Job(layout=layout, optimizer="muon") for layout in ("tp2", "tp2+sp", "cp2", "pp2", "pp2xvpp2")),
+    *(Job(layout=layout, optimizer="muon") for layout in ("tp2", "tp2+sp", "cp2", "pp2-first3", "pp2xvpp2")),
     Job(layout="dp2xpp2xvpp2", optimizer="muon", sabotage="matrices_first"),
     Job(layout="single", optimizer="muon", steps=3, loops=2),
     Job(layout="pp2xvpp2", optimizer="muon", steps=3, loops=2),
@@ -434,7 +434,7 @@ if FULL:
 RESUMES += [Job(layout="pp2xvpp4", loops=2, resume="single"), Job(layout="single", loops=2, resume="pp2xvpp2")]
 MUON_RESUMES = [
     Job(layout=to, resume=saved, optimizer="muon")
-    for saved, to in (("dp2", "dp2"), ("single", "dp2"), ("dp2", "tp2+sp"), ("dp2", "pp2xvpp2"), ("dp2", "single"))
+    for saved, to in (("dp2", "dp2"), ("single", "dp2"), ("dp2", "tp2+sp"), ("dp2", "pp2xvpp2"), ("dp2", "pp4-alone"))
 ]
 
 

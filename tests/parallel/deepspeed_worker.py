@@ -62,7 +62,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         assert step == (0 if job.branch else SAVE_AFTER)
         first = SAVE_AFTER
         for _ in range(first - step):
-            engine.advance_schedule()
+            engine.advance_schedule(TRAIN.global_batch_size)
     elif job.engine == "deepspeed":
         result |= compare_gradients(job, folder, engine)
     for step in range(first, STEPS):

@@ -452,6 +452,7 @@ UNSUPPORTED = [
     (1, "model.hidden_size=4294967296", "model.hidden_size is 4294967296; set 1 to 2147483647"),
     (1, "data.num_workers=100000", "data.num_workers is 100000; set 0 to 1024"),
     (1, "data.skip_samples=-1", "data.skip_samples is -1; set 0 to 10^15"),
+    (1, "checkpoint.start_from=''", "checkpoint.start_from is empty; set a step folder, or null"),
     (1, "checkpoint.load=a/step_00000001 checkpoint.start_from=b", "set checkpoint.load=latest or null, or"),
     (1, "checkpoint.load=latest checkpoint.start_optimizer=true", "set checkpoint.start_from to a step folder, or ch"),
     (1, "checkpoint.keep_steps=[7,201]", "checkpoint.keep_steps holds 201; set steps from 1 to train.steps=200"),
