@@ -452,7 +452,6 @@ UNSUPPORTED = [
     (1, "model.hidden_size=4294967296", "model.hidden_size is 4294967296; set 1 to 2147483647"),
     (1, "data.num_workers=100000", "data.num_workers is 100000; set 0 to 1024"),
     (1, "data.skip_samples=-1", "data.skip_samples is -1; set 0 to 10^15"),
-    (1, "checkpoint.start_from=''", "checkpoint.start_from is empty; set a step folder, or null"),
     (1, "checkpoint.load=a/step_00000001 checkpoint.start_from=b", "set checkpoint.load=latest or null, or"),
     (1, "checkpoint.load=latest checkpoint.start_optimizer=true", "set checkpoint.start_from to a step folder, or ch"),
     (1, "checkpoint.keep_steps=[7,201]", "checkpoint.keep_steps holds 201; set steps from 1 to train.steps=200"),
@@ -596,6 +595,13 @@ def test_errors_say_what_to_set(base, world_size, arguments, message):
     with pytest.raises(ValueError) as raised:
         validate(config, world_size)
     assert message in str(raised.value)
+
+
+def test_an_empty_parent_is_no_fresh_start(base, tmp_path):
+    """As a template writes it whose variable is not set; on a command line an empty value is null."""
+    overlay = write(tmp_path / "branch.yaml", "checkpoint: {start_from: ''}\n")
+    with pytest.raises(ValueError, match=r"^checkpoint\.start_from is empty; set a step folder, or null"):
+        validate(load_config(base, [str(overlay)]), 1)
 
 
 @pytest.mark.parametrize(

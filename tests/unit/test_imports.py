@@ -30,8 +30,12 @@ PURE = {
     "config/schedule.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/pipeline.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/checks.py": {
-        *(f"{PACKAGE}.config.{name}" for name in ("check", "pipeline", "precision", "schedule", "schema")),
-        *(f"{PACKAGE}.{name}" for name in ("switches", "methods", "vocabulary")),
+        *(f"{PACKAGE}.config.{name}" for name in ("check", "layout_checks", "pipeline", "schedule", "schema")),
+        *(f"{PACKAGE}.{name}" for name in ("switches", "methods")),
+    },
+    "config/layout_checks.py": {
+        *(f"{PACKAGE}.config.{name}" for name in ("check", "pipeline", "precision", "schema")),
+        f"{PACKAGE}.vocabulary",
     },
     "config/load.py": {"omegaconf", "yaml", *(f"{PACKAGE}.{n}" for n in ("config.check", "config.schema", "durable"))},
     "config/describe.py": {f"{PACKAGE}.config.schema", f"{PACKAGE}.config.load"},
