@@ -66,7 +66,7 @@ def summary(output: Path, prepared: Prepared) -> str:
     lines += [f"  files      {read}", f"  skipped    {skipped}"]
     if not prepared.already_prepared:
         lines.append(f"  took       {prepared.seconds:.1f} s, {prepared.new_tokens / prepared.seconds:,.0f} tokens/s")
-    asked, train = manifest["settings"]["max_tokens"], manifest["splits"]["train"]["tokens"] - 1
+    asked, train = manifest["settings"].get("max_tokens"), manifest["splits"]["train"]["tokens"] - 1
     if asked and train < asked:
         lines.append(f"  train has {train:,} tokens to predict, --max-tokens asks for {asked:,}")
     return "\n".join(lines)

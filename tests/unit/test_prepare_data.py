@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_depthattn.cli.prepare import summary
 from megatron_depthattn.data import readers, shard_writer
 from megatron_depthattn.data.documents import corpus_files
 from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
@@ -133,7 +134,12 @@ def test_a_repeat_does_nothing_and_other_settings_or_files_are_an_error(tmp_path
     assert not prepare_corpus(settings(source, output)).already_prepared
     shard = output / "train" / "shard.00000.mds.zstd"
     stamp = shard.stat().st_mtime_ns
-    assert prepare_corpus(settings(source, output)).already_prepared
+    manifest = json.loads((output / "manifest.json").read_text())
+    for key in [key for key, value in manifest["settings"].items() if value is None]:
+        del manifest["settings"][key]  # as before there was such a setting
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    repeated = prepare_corpus(settings(source, output))
+    assert repeated.already_prepared and "already prepared" in summary(output, repeated)
     assert shard.stat().st_mtime_ns == stamp
     with pytest.raises(
         ValueError, match="sequence_length 16, not 32: use it, choose another folder or pass --overwrite"
