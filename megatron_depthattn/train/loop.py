@@ -9,7 +9,7 @@ import math
 import signal
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -94,14 +94,16 @@ class Training:
         if megatron.shares_over_layers:
             check_same_on_all_ranks("source plans", megatron.source_plan.digest())
         self.start_id = broadcast_from_rank0(self._lock)
-        start = find_start(config.checkpoint.load, self.run_dir, self.checkpoint_dir, config.checkpoint.start_from)
-
-        self.engine = build_engine(config, device, environment)
-        loaded = Loaded(Progress())
-        if start.folder:
-            loaded = self.engine.load(start.folder, is_parent=start.is_parent)
-            if is_own_checkpoint(start.folder, self.checkpoint_dir):
-                broadcast_from_rank0(lambda: check_parent(config.checkpoint.start_from, loaded.parent, self.run_dir))
+        load, start_from = config.checkpoint.load, config.checkpoint.start_from
+        with ExitStack() as held:
+            start = find_start(load, self.run_dir, self.checkpoint_dir, start_from, held)
+            self.engine = build_engine(config, device, environment)
+            loaded = Loaded(Progress())
+            if start.folder:
+                loaded = self.engine.load(start.folder, is_parent=start.is_parent)
+                dist.barrier()  # rank 0 holds the lease for all
+        if is_own_checkpoint(start.folder, self.checkpoint_dir):
+            broadcast_from_rank0(lambda: check_parent(start_from, loaded.parent, self.run_dir))
         self.progress, self.generation, self.parent = loaded.progress, loaded.generation, loaded.parent
         self.last_step = max(config.train.steps, self.progress.step)
         if config.train.stop_after is not None:

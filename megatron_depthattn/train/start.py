@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from megatron_depthattn.durable import create_durably, write_durably
 from megatron_depthattn.parallel.patience import announced
 from megatron_depthattn.train.history import RunHistory, recorded_run_id
+from megatron_depthattn.train.lease import lease
 from megatron_depthattn.train.step_folders import (
     LATEST,
     OWNER,
@@ -48,19 +49,19 @@ class Start(NamedTuple):
     """Whether a new run begins with it, by ``checkpoint.start_from``."""
 
 
-def find_start(load: str | None, run_dir: Path, checkpoints: Path, start_from: str | None = None) -> Start:
+def find_start(load: str | None, run_dir: Path, checkpoints: Path, start_from: str | None, held: ExitStack) -> Start:
     """The checkpoint that ``checkpoint.load`` means, every file of it read and compared with its manifest; where there
     is none, the one that ``checkpoint.start_from`` means.
 
     With ``latest`` a damaged checkpoint is quarantined (renamed, not removed) and the one before it is taken. Another
-    run's folder is only read. Call on all ranks: they share the reading, and all of them start from what rank 0 sees
-    in the folder.
+    run's folder is only read, with a lease that keeps that run from rotating it away until ``held`` is closed. Call on
+    all ranks: they share the reading, and all of them start from what rank 0 sees in the folder.
 
     Raises:
         ValueError: on all ranks, if there is no such checkpoint, if a named one or all of them are damaged, or if the
             run would overwrite the checkpoints of another.
     """
-    candidates, warnings = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints, start_from))
+    candidates, warnings = broadcast_from_rank0(lambda: _candidates(load, run_dir, checkpoints, start_from, held))
     is_parent = start_from is not None and bool(candidates) and not is_own_checkpoint(candidates[0], checkpoints)
     for folder in candidates:
         damage = _damage(folder)
@@ -101,7 +102,7 @@ def broadcast_from_rank0(function: Callable[[], T]) -> T:
 
 
 def _candidates(
-    load: str | None, run_dir: Path, checkpoints: Path, start_from: str | None
+    load: str | None, run_dir: Path, checkpoints: Path, start_from: str | None, held: ExitStack
 ) -> tuple[list[Path], list[str]]:
     """The folders to try, the first one first, and what to say about them."""
     if checkpoints.is_dir():
@@ -115,7 +116,20 @@ def _candidates(
             f"{checkpoints} holds the checkpoints of a run that would be overwritten: set checkpoint.load=latest to "
             "continue it, or another run.dir."
         )
-    return folders or ([newest_checkpoint(Path(start_from))] if start_from else []), []
+    if not folders and start_from:
+        return [_leased(lambda: newest_checkpoint(Path(start_from)), held)], []
+    if folders and not is_own_checkpoint(folders[0], checkpoints):
+        return [_leased(lambda: resolve_checkpoint(load, checkpoints)[0], held)], []
+    return folders, []
+
+
+def _leased(choose: Callable[[], Path], held: ExitStack) -> Path:
+    """The folder that ``choose`` finds, which raises ValueError where none is left, with a lease on it."""
+    while True:
+        folder = choose()
+        with suppress(FileNotFoundError):  # rotated away since: there may be a newer one
+            held.enter_context(lease(folder))
+            return folder
 
 
 def _damage(folder: Path) -> list[str]:

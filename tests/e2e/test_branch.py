@@ -1,10 +1,15 @@
 """A run that branches off another one, by the training command: it is that run, or differs where it should."""
 
 import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from megatron_depthattn.train.step_folders import step_folder, update_latest_and_rotate
 from tests.e2e.commands import must_succeed
 from tests.e2e.small_run import train
 
@@ -37,6 +42,27 @@ def trunk(request: pytest.FixtureRequest, config_file: Path, tmp_path_factory: p
     return run_dir
 
 
+@contextmanager
+def rotating(checkpoints: Path) -> Iterator[Path]:
+    """The folder of a run that, from when somebody reads one of its checkpoints, keeps no more than its newest."""
+    ended = threading.Event()
+
+    def rotate() -> None:
+        busy = False
+        while not ended.wait(0.02):
+            busy = busy or any(checkpoints.glob("*/.lease-*"))
+            if busy:
+                update_latest_and_rotate(step_folder(checkpoints, STEPS), 1)
+
+    thread = threading.Thread(target=rotate)
+    thread.start()
+    try:
+        yield checkpoints
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_a_branch_is_its_trunk(trunk: Path, config_file: Path, tmp_path: Path):
     """With optimizer and samples, bit for bit, also when it was stopped in the middle; without either it is not."""
     parent = trunk / f"checkpoints/step_{BEGUN:08d}"
@@ -67,6 +93,9 @@ def test_a_branch_is_its_trunk(trunk: Path, config_file: Path, tmp_path: Path):
         forgetful, again = tmp_path / "forgetful", tmp_path / "again"
         must_succeed(train(*command, behind, f"run.dir={forgetful}"))
         assert numbers(forgetful)[0][:2] == numbers(trunk)[BEGUN][:2] and numbers(forgetful)[1] != numbers(trunk)[6]
-        output = must_succeed(train(*command, optimizer, "train.stop_after=2", f"run.dir={again}")).stdout
+        with rotating(shutil.copytree(trunk / "checkpoints", tmp_path / "training")) as busy:
+            settings = ("train.stop_after=2", f"run.dir={again}", f"checkpoint.start_from={busy / parent.name}")
+            output = must_succeed(train(*command, optimizer, *settings)).stdout
+        assert not (busy / parent.name).exists(), "it stayed for as long as it was loaded"
         assert samples(again) == samples(trunk)[:2] and numbers(again)[0] != numbers(trunk)[BEGUN]
         assert "the parent has read 40: data.skip_samples=40 begins behind them" in output

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,10 +33,11 @@ def run_dir(megatron_world_of_one, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(run_dir: Path, load: str | None = "latest", start_from: Path | None = None):
+def start(run_dir: Path, load: str | None = "latest", start_from: Path | None = None, held: ExitStack | None = None):
     from megatron_depthattn.train.start import find_start
 
-    return find_start(load, run_dir, run_dir / "checkpoints", start_from and str(start_from))
+    with ExitStack() as own:
+        return find_start(load, run_dir, run_dir / "checkpoints", start_from and str(start_from), held or own)
 
 
 def names(run_dir: Path) -> list[str]:
@@ -100,7 +102,8 @@ def test_a_branch_begins_with_its_parent_and_resumes_its_own(run_dir, tmp_path, 
     flip(newest / "b.distcp", 3)
 
     def files():
-        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (run_dir / "checkpoints").rglob("*")}
+        found = (path for path in (run_dir / "checkpoints").rglob("*") if path.is_file())  # a lease comes and goes
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
     before = files()
     with pytest.raises(ValueError, match=rf"^checkpoint\.start_from={run_dir} is damaged: .*b\.distcp.* Name another"):
@@ -108,6 +111,41 @@ def test_a_branch_begins_with_its_parent_and_resumes_its_own(run_dir, tmp_path, 
     with pytest.raises(ValueError, match=r"start_from=.*nowhere holds no complete checkpoint"):
         start(tmp_path / "second", load, tmp_path / "nowhere")
     assert files() == before, "the parent is only read"
+
+
+@pytest.mark.parametrize("case", ["held", "late", "read-only", "planted"])
+@pytest.mark.parametrize("load", [False, True])
+def test_another_run_that_still_trains_does_not_rotate_away_what_is_loaded(run_dir, tmp_path, monkeypatch, case, load):
+    """Where a lease can be written. What is gone before the lease is there is not taken: a newer one is, if any."""
+    checkpoints, open_path, lease = run_dir / "checkpoints", Path.open, starting.lease
+    wanted = checkpoints / "step_00000200"
+
+    def late(folder: Path):
+        if folder == wanted:
+            publish(checkpoints, 300, keep=1)
+        return lease(folder)
+
+    def closed(path: Path, *given, **more):
+        if path.name.startswith(".lease-"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_path(path, *given, **more)
+
+    if case == "read-only":
+        monkeypatch.setattr(Path, "open", closed)
+    elif case != "held":
+        monkeypatch.setattr(starting, "lease", late if case == "late" else lambda folder: nullcontext())
+    given = (str(wanted), None) if load else (None, run_dir)
+    with ExitStack() as held:
+        if load and case == "late":
+            with pytest.raises(ValueError, match=r"^checkpoint\.load=.*holds no complete checkpoint"):
+                start(tmp_path / "branch", *given, held)
+            return
+        found = start(tmp_path / "branch", *given, held).folder
+        assert found == (checkpoints / "step_00000300" if case == "late" else wanted)
+        publish(checkpoints, 400, keep=1)
+        assert found.is_dir() == (case in ("held", "late"))
+    publish(checkpoints, 500, keep=1)
+    assert names(run_dir) == ["step_00000500"]
 
 
 def test_a_branch_keeps_its_parent(run_dir, tmp_path):
