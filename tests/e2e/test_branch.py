@@ -43,21 +43,21 @@ def trunk(request: pytest.FixtureRequest, config_file: Path, tmp_path_factory: p
 
 
 @contextmanager
-def rotating(checkpoints: Path) -> Iterator[Path]:
-    """The folder of a run that, from when somebody reads one of its checkpoints, keeps no more than its newest."""
+def rotating(folder: Path) -> Iterator[None]:
+    """From when somebody holds a lease on the checkpoint, its run tries to rotate it away, until it is gone."""
     ended = threading.Event()
 
     def rotate() -> None:
-        busy = False
-        while not ended.wait(0.02):
-            busy = busy or any(checkpoints.glob("*/.lease-*"))
-            if busy:
-                update_latest_and_rotate(step_folder(checkpoints, STEPS), 1)
+        seen = False
+        while folder.exists() and not ended.wait(0.005):
+            seen = seen or any(folder.glob(".lease-*"))
+            if seen:
+                update_latest_and_rotate(step_folder(folder.parent, STEPS), 1)
 
     thread = threading.Thread(target=rotate)
     thread.start()
     try:
-        yield checkpoints
+        yield
     finally:
         ended.set()
         thread.join()
@@ -93,9 +93,10 @@ def test_a_branch_is_its_trunk(trunk: Path, config_file: Path, tmp_path: Path):
         forgetful, again = tmp_path / "forgetful", tmp_path / "again"
         must_succeed(train(*command, behind, f"run.dir={forgetful}"))
         assert numbers(forgetful)[0][:2] == numbers(trunk)[BEGUN][:2] and numbers(forgetful)[1] != numbers(trunk)[6]
-        with rotating(shutil.copytree(trunk / "checkpoints", tmp_path / "training")) as busy:
-            settings = ("train.stop_after=2", f"run.dir={again}", f"checkpoint.start_from={busy / parent.name}")
+        busy = shutil.copytree(trunk / "checkpoints", tmp_path / "training") / parent.name
+        with rotating(busy):
+            settings = ("train.stop_after=2", f"run.dir={again}", f"checkpoint.start_from={busy}")
             output = must_succeed(train(*command, optimizer, *settings)).stdout
-        assert not (busy / parent.name).exists(), "it stayed for as long as it was loaded"
+        assert not busy.exists(), "gone once it was loaded"
         assert samples(again) == samples(trunk)[:2] and numbers(again)[0] != numbers(trunk)[BEGUN]
         assert "the parent has read 40: data.skip_samples=40 begins behind them" in output
