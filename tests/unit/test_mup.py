@@ -51,6 +51,8 @@ def growth(settings: tuple[str, ...], mup: str) -> dict[str, float]:
             train_step(chunks, optimizer, batch(step), SHAPE)
         for name, value in computed(chunks).items():
             changes.setdefault(name, []).append(float((value - before[name]).abs().mean()))
+    for name, sizes in changes.items():  # docs/optimizers.md has them, by `pytest -s`
+        print(f"\nmup={mup} {name}, {WIDTHS} wide:", *(f"{size:.4f}" for size in sizes))
     logs = torch.tensor(WIDTHS).log2()
     return {name: slope(logs, torch.tensor(sizes).log2()) for name, sizes in changes.items()}
 
