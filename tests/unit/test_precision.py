@@ -10,8 +10,8 @@ import torch
 
 from megatron_depthattn.config import ModelConfig, RunConfig, load_config, validate
 from megatron_depthattn.config.check import first_unsupported
-from megatron_depthattn.config.layout_checks import PRECISION
 from megatron_depthattn.config.hardware_checks import ACCELERATOR_CHECKS, Accelerator, unsupported_on
+from megatron_depthattn.config.layout_checks import PRECISION
 from megatron_depthattn.config.precision import RECIPES
 from megatron_depthattn.config.tables import PAGE, page
 
