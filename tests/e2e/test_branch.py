@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from megatron_depthattn.train.step_folders import step_folder, update_latest_and_rotate
 from tests.e2e.commands import must_succeed
 from tests.e2e.small_run import train
 
-# A constant rate; the branch begins after 5 of 12 steps of 8 samples.
-CONSTANT = ("optimizer.warmup_ratio=0", "optimizer.min_lr_ratio=1", "train.eval_interval=null", "data.log_samples=true")
+# A constant rate, in bf16: its fp32 weights are the optimizer's. The branch begins after 5 of 12 steps of 8 samples.
+CONSTANT = (
+    "precision.dtype=bf16",
+    "optimizer.warmup_ratio=0",
+    "optimizer.min_lr_ratio=1",
+    "train.eval_interval=null",
+    "data.log_samples=true",
+)
 BEGUN, STEPS, BATCH = 5, 12, 8
 SAME = ("loss", "grad_norm", "lr")
 
@@ -30,16 +34,6 @@ def numbers(run_dir: Path) -> list[tuple]:
 def samples(run_dir: Path) -> list[list]:
     lines = (run_dir / "samples/rank_00000.jsonl").read_text().splitlines()
     return [json.loads(line)["sample_ids"] for line in lines]
-
-
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
-def trunk(request: pytest.FixtureRequest, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("trunk") / request.param
-    kept = ("checkpoint.interval=4", "checkpoint.keep=1", f"checkpoint.keep_steps=[{BEGUN}]")
-    must_succeed(train(config_file, f"run.dir={run_dir}", f"precision.dtype={request.param}", *CONSTANT, *kept))
-    folders = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
-    assert folders == [f"step_{BEGUN:08d}", f"step_{STEPS:08d}"]
-    return run_dir
 
 
 @contextmanager
@@ -63,11 +57,16 @@ def rotating(folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def test_a_branch_is_its_trunk(trunk: Path, config_file: Path, tmp_path: Path):
+def test_a_branch_is_its_trunk(config_file: Path, tmp_path: Path):
     """With optimizer and samples, bit for bit, also when it was stopped in the middle; without either it is not."""
+    trunk = tmp_path / "trunk"
+    kept = ("checkpoint.interval=4", "checkpoint.keep=1", f"checkpoint.keep_steps=[{BEGUN}]")
+    must_succeed(train(config_file, f"run.dir={trunk}", *CONSTANT, *kept))
+    folders = sorted(path.name for path in (trunk / "checkpoints").glob("step_*"))
+    assert folders == [f"step_{BEGUN:08d}", f"step_{STEPS:08d}"]
+
     parent = trunk / f"checkpoints/step_{BEGUN:08d}"
-    command = (config_file, f"precision.dtype={trunk.name}", *CONSTANT, f"train.steps={STEPS - BEGUN}")
-    command += (f"checkpoint.start_from={parent}",)
+    command = (config_file, *CONSTANT, f"train.steps={STEPS - BEGUN}", f"checkpoint.start_from={parent}")
     optimizer, behind = "checkpoint.start_optimizer=true", f"data.skip_samples={BEGUN * BATCH}"
     whole = (*command, optimizer, behind, "checkpoint.load=latest", f"run.dir={tmp_path / 'branch'}")
     first = must_succeed(train(*whole, "train.stop_after=3"))
@@ -89,14 +88,15 @@ def test_a_branch_is_its_trunk(trunk: Path, config_file: Path, tmp_path: Path):
 
     another = train(*command, "checkpoint.load=latest", f"run.dir={trunk}")
     assert another.returncode == 1 and "has begun with initial weights" in another.stderr
-    if trunk.name == "fp32":  # controls
-        forgetful, again = tmp_path / "forgetful", tmp_path / "again"
-        must_succeed(train(*command, behind, f"run.dir={forgetful}"))
-        assert numbers(forgetful)[0][:2] == numbers(trunk)[BEGUN][:2] and numbers(forgetful)[1] != numbers(trunk)[6]
-        busy = shutil.copytree(trunk / "checkpoints", tmp_path / "training") / parent.name
-        with rotating(busy):
-            settings = ("train.stop_after=2", f"run.dir={again}", f"checkpoint.start_from={busy}")
-            output = must_succeed(train(*command, optimizer, *settings)).stdout
-        assert not busy.exists(), "gone once it was loaded"
-        assert samples(again) == samples(trunk)[:2] and numbers(again)[0] != numbers(trunk)[BEGUN]
-        assert "the parent has read 40: data.skip_samples=40 begins behind them" in output
+
+    # Controls: without the optimizer, and without its place in the samples (of a trunk that still trains).
+    forgetful, again = tmp_path / "forgetful", tmp_path / "again"
+    must_succeed(train(*command, behind, f"run.dir={forgetful}"))
+    assert numbers(forgetful)[0][:2] == numbers(trunk)[BEGUN][:2] and numbers(forgetful)[1] != numbers(trunk)[6]
+    busy = shutil.copytree(trunk / "checkpoints", tmp_path / "training") / parent.name
+    with rotating(busy):
+        settings = ("train.stop_after=2", f"run.dir={again}", f"checkpoint.start_from={busy}")
+        output = must_succeed(train(*command, optimizer, *settings)).stdout
+    assert not busy.exists(), "gone once it was loaded"
+    assert samples(again) == samples(trunk)[:2] and numbers(again)[0] != numbers(trunk)[BEGUN]
+    assert "the parent has read 40: data.skip_samples=40 begins behind them" in output
