@@ -193,16 +193,15 @@ def _submit(given: argparse.Namespace, points: list[Point], output: Path) -> int
 
     Trunks are an array of their own, after which that of the branches begins.
     """
-    from megatron_depthattn.study.run import write_array
+    from megatron_depthattn.study.run import left_to_run, write_array
 
     trunks = {point.trunk for point in points} - {None}
     check((bool(trunks) and "--dependency" in given.slurm, "branches wait for their trunks: give --after JOB instead"))
-    after, written = list[str](), 0
-    for group in ([run for run in points if run.id in trunks], [run for run in points if run.id not in trunks]):
-        tasks, job = write_array(group, output)
-        if tasks is None:
+    left, after = left_to_run(points, output), list[str]()
+    for group in ([run for run in left if run.id in trunks], [run for run in left if run.id not in trunks]):
+        if not group:
             continue
-        written += 1
+        tasks, job = write_array(group, output)
         command = [*DEPTHATTN, "submit", str(output / group[0].config), f"run.dir={job}"]
         command += ["--array", str(tasks.resolve()), *given.slurm, *after]
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
@@ -211,7 +210,7 @@ def _submit(given: argparse.Namespace, points: list[Point], output: Path) -> int
             return done.returncode
         if number := re.search(r"^submitted (\w+)", done.stdout, re.MULTILINE):
             after = ["--after", number[1]]  # branches, when all trunks have ended well
-    if not written:
+    if not left:
         print("every point is finished: nothing to submit")
     return 0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_depthattn.study.plan import Point, read_points
 from megatron_depthattn.study.run import progress_of
+from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.history import HISTORY, METRICS
 from megatron_depthattn.train.line_files import read_records
 
@@ -33,9 +34,17 @@ def collect_results(points: Sequence[Point], output: Path, *, baseline: str, own
     results = {"results": [_result(point, output) for point in points]} | timing
     if trunks := read_points(output, "trunks"):
         results["trunks"] = [_result(trunk, output) for trunk in trunks]
-        done = zip((*points, *trunks), (*results["results"], *results["trunks"]), strict=True)
-        spent = sum(run.flops * run.own_share * min(1.0, of["step"] / run.steps) for run, of in done)
         finished = [point for point, of in zip(points, results["results"], strict=True) if of["finished"]]
+        done = [*zip((*points, *trunks), (*results["results"], *results["trunks"]), strict=True)]
+        spent = 0.0
+        for run, of in done:  # a branch that is finished shows how far its trunk came, where the record of that is gone
+            step = max([of["step"], *(point.trunk_steps for point in finished if point.trunk == run.id)])
+            spent += run.flops * run.own_share * min(1.0, step / run.steps)
+            if step > of["step"]:
+                lacks = (
+                    "its FLOPs are counted, its device-hours and the beginning of its branches' curves are not there"
+                )
+                print(printable(f"warning: {run.id} has no record of {step} steps that were trained: {lacks}"))
         results["flops"] = {"spent": spent, "in_separate_runs": sum(point.flops for point in finished)}
     (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results

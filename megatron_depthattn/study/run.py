@@ -71,6 +71,13 @@ def progress_of(point: Point, output: Path) -> Progress:
     return Progress("finished" if is_finished else "cut", step)
 
 
+def left_to_run(points: Sequence[Point], output: Path) -> list[Point]:
+    """The points that are not finished; of trunks those alone that one of these branches off."""
+    left = [point for point in points if progress_of(point, output).state != "finished"]
+    spared = {point.trunk for point in points} - {point.trunk for point in left}
+    return [point for point in left if point.id not in spared]
+
+
 def _log(line: str) -> None:
     print(printable(line), flush=True)
 
@@ -83,12 +90,10 @@ def run_points(points: Sequence[Point], output: Path, jobs: int) -> tuple[list[P
     Returns:
         The points that failed, and whether a signal stopped the rest.
     """
-    waiting = []
+    waiting = left_to_run(points, output)
     for point in points:
-        if progress_of(point, output).state == "finished":
+        if point not in waiting:
             _log(f"{point.id}: finished already")
-        else:
-            waiting.append(point)
     _log(f"{len(points) - len(waiting)} of {len(points)} points are finished, {len(waiting)} to run, {jobs} at a time")
     if waiting:
         _log(describe_cost(waiting, points, output, jobs))
@@ -191,20 +196,17 @@ def training_command(config: Path, world: int) -> list[str]:
     return [sys.executable, *(torchrun if world > 1 else []), *train]
 
 
-def write_array(points: Sequence[Point], output: Path) -> tuple[Path | None, Path]:
-    """Write a task of a Slurm array for every unfinished point; the tasks' folders are links to the points' own.
+def write_array(points: Sequence[Point], output: Path) -> tuple[Path, Path]:
+    """Write a task of a Slurm array for every point; the tasks' folders are links to the points' own.
 
     Returns:
-        The file of tasks (None if every point is finished) and the folder to submit as ``run.dir``.
+        The file of tasks and the folder to submit as ``run.dir``.
     """
     job = output / "jobs" / f"{len(list((output / 'jobs').glob('*.tasks'))) + 1}"
-    waiting = [point for point in points if progress_of(point, output).state != "finished"]
-    if not waiting:
-        return None, job
     job.mkdir(parents=True, exist_ok=True)
-    for number, point in enumerate(waiting):
+    for number, point in enumerate(points):
         (output / point.run_dir).mkdir(parents=True, exist_ok=True)
         (job / f"task_{number}").symlink_to(Path("../..") / point.run_dir)
     tasks = job.with_suffix(".tasks")
-    tasks.write_text("".join(f"{shlex.quote(str(output / point.config))}\n" for point in waiting), encoding="utf-8")
+    tasks.write_text("".join(f"{shlex.quote(str(output / point.config))}\n" for point in points), encoding="utf-8")
     return tasks, job

@@ -19,7 +19,8 @@ from megatron_depthattn.parallel.launch_env import job_environment
 from megatron_depthattn.study import run
 from megatron_depthattn.study.ladder import Ladder
 from megatron_depthattn.study.plan import make_plan, read_points, with_trunks
-from megatron_depthattn.study.run import progress_of, training_command, write_array
+from megatron_depthattn.study.results import collect_results
+from megatron_depthattn.study.run import left_to_run, progress_of, training_command, write_array
 from megatron_depthattn.study.study import Study, load_study
 
 STUDIES = Path(__file__).parents[2] / "configs/studies"
@@ -182,6 +183,20 @@ def test_budgets_that_share_a_trunk(tmp_path, monkeypatch, capsys):
     assert main(["run", str(tmp_path / "small.yaml"), "--output", str(output), "--slurm", "--dependency", "x"]) == 1
     assert "give --after JOB instead" in capsys.readouterr().err
 
+    # A trunk that was removed after its branches: it stays paid, and is not trained again.
+    write_run(output, short, steps=short.steps, outcome="finished")
+    assert left_to_run(runs, output) == [trunk, long]
+    write_run(output, long, steps=long.steps, outcome="finished")
+    assert left_to_run(runs, output) == []
+    flops = collect_results(read_points(output), output, baseline="vanilla")["flops"]
+    assert flops["in_separate_runs"] == short.flops + long.flops
+    assert flops["spent"] == pytest.approx(sum(run.flops * run.own_share for run in runs))
+    lost = f"warning: {trunk.id} has no record of {trunk.steps} steps"
+    assert lost in capsys.readouterr().out
+    write_run(output, trunk, steps=trunk.steps, outcome="finished")
+    assert collect_results(read_points(output), output, baseline="vanilla")["flops"] == flops
+    assert "warning" not in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("name", ["smoke", "cpu"])
 def test_shipped_studies_can_be_planned(name, tmp_path):
@@ -288,14 +303,19 @@ def test_a_study_reads_no_environment(tmp_path):
 def write_run(output: Path, point, *, steps: int, outcome: str | None, **changes) -> None:
     """What a run of ``steps`` steps leaves."""
     folder = output / point.run_dir
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     text = (output / point.config).read_text()
     for old, new in changes.items():
         assert old in text
         text = text.replace(old, new)
     (folder / "config.yaml").write_text(text)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
-    history = [{"event": "start"}, *([{"event": "end", "outcome": outcome}] if outcome else [])]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n + 1, "step_seconds": 1.0}) + "\n" for n in range(steps))
+    )
+    history = [
+        {"event": "start", "version": "1-c0de", "time": 0},
+        *([{"event": "end", "outcome": outcome}] if outcome else []),
+    ]
     (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
 
 
@@ -310,11 +330,10 @@ def test_a_point_is_finished_when_its_run_says_so(small):
     assert progress_of(cut, output) == ("cut", 3)
     assert progress_of(killed, output).state == "cut", "its last checkpoint may not have been written"
     assert progress_of(new, output) == ("new", 0)
-    tasks, job = write_array([done, cut, new], output)
-    assert tasks is not None
+    assert left_to_run([done, cut, new], output) == [cut, new] and left_to_run([done], output) == []
+    tasks, job = write_array([cut, new], output)
     assert sweep(str(tasks)) == [[str(output / point.config)] for point in (cut, new)]
     assert (job / "task_0").resolve() == (output / cut.run_dir).resolve()
-    assert write_array([done], output)[0] is None
 
 
 def test_a_run_of_another_config_is_not_taken_for_the_points(small):
