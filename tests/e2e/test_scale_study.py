@@ -14,8 +14,7 @@ import yaml
 from megatron_depthattn.study.report_data import read_report_data
 from megatron_depthattn.train.history import METRICS
 from megatron_depthattn.train.line_files import read_records
-from tests.e2e.commands import REPOSITORY, must_succeed, wait_until
-from tests.forked import forked
+from tests.e2e.commands import REPOSITORY, wait_until
 from tools.scale_study import main
 
 STUDY = REPOSITORY / "configs/studies/smoke.yaml"
@@ -93,20 +92,33 @@ def test_a_study_through_plan_run_fit_and_report(small_study: Path, tmp_path: Pa
             "with its trunk"
         )
 
-    # A budget on the trunk is, to the last bit, a run of its own.
-    for point in (point for point in points if point["method"] == "depth_attention"):
-        config, steps = output / f"configs/{point['id']}.yaml", whole_steps(point)
-        largest = max(map(whole_steps, points))
-        warmup = round(0.1 * largest)
-        settings = [f"train.steps={steps}", f"optimizer.warmup_ratio={warmup / steps}", "optimizer.decay_ratio=0.3"]
-        settings += ["checkpoint.start_from=null", "checkpoint.start_optimizer=false", "data.skip_samples=0"]
-        settings += [f"run.dir={tmp_path / 'plain'}-{steps}", "train.eval_interval=null"]
-        must_succeed(forked(0, "megatron_depthattn.train", config, *settings))
+    # A budget on the trunk is, to the last bit, a run of its own: the study of such runs, without a trunk.
+    branches = [point for point in points if point["method"] == "depth_attention"]
+    content, warmup = yaml.safe_load(small_study.read_text()), round(0.1 * max(map(whole_steps, points)))
+    content |= {"schedule": None, "timing_rounds": 0, "methods": {}}
+    for point in branches:
+        wsd = {"schedule": "wsd", "decay_ratio": 0.3, "warmup_ratio": warmup / whole_steps(point)}
+        settings = {"model.method": "depth_attention"} | {f"optimizer.{key}": value for key, value in wsd.items()}
+        budget = point["tokens_per_parameter"]
+        content["methods"][f"to{budget}"] = {"settings": settings, "tokens_per_parameter": [budget]}
+    content["baseline"] = next(iter(content["methods"]))
+    small_study.write_text(yaml.safe_dump(content))
+    plain = tmp_path / "plain"
+    assert study("run", small_study, plain, "--jobs", "2").count("finished, held-out loss") == 2
+    results = json.loads((plain / "results.json").read_text())
+    assert [result["finished"] for result in results["results"]] == [True, True] and "trunks" not in results
+    for point in branches:
+        budget = point["tokens_per_parameter"]
+        runs = (
+            output / f"runs/{point['trunk']}",
+            output / f"runs/{point['id']}",
+            plain / f"runs/d2/to{budget}/x{budget}/seed1",
+        )
         trunk, branch, whole = (
             [tuple(record[key] for key in ("loss", "grad_norm", "lr")) for record in read_records(folder / METRICS)]
-            for folder in (output / f"runs/{point['trunk']}", output / f"runs/{point['id']}", Path(settings[6][8:]))
+            for folder in runs
         )
-        assert trunk[: point["trunk_steps"]] + branch == whole and len(whole) == steps
+        assert trunk[: point["trunk_steps"]] + branch == whole and len(whole) == whole_steps(point)
 
 
 def whole_steps(run: dict) -> int:
