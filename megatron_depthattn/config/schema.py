@@ -359,7 +359,7 @@ class WandbConfig:
     """Weights & Biases project that gets the run's curves, config and evaluations; null: none. Needs the extra
     `[wandb]`."""
     name: str | None = None
-    """Name of the run there; null: WANDB_NAME, or that of run.dir."""
+    """Name of the run there; null: WANDB_NAME, or that of run.dir; in a study its id, in an array with its task."""
     entity: str | None = None
     """User or team; null: WANDB_ENTITY, or the account's default."""
     mode: Literal["online", "offline", "disabled"] | None = None

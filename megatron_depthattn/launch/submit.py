@@ -207,11 +207,14 @@ def _configs(options: argparse.Namespace) -> dict[str, RunConfig]:
     uses = collections.Counter(task.checkpoint.dir for task in tasks)
     found = {}
     for number, task in enumerate(tasks):
-        run, checkpoint = task.run, task.checkpoint
+        run, checkpoint, wandb = task.run, task.checkpoint, task.log.wandb
         run = dataclasses.replace(run, dir=str(Path(config.run.dir) / f"task_{number}"))
         if checkpoint.dir and uses[checkpoint.dir] > 1:
             checkpoint = dataclasses.replace(checkpoint, dir=str(Path(checkpoint.dir) / f"task_{number}"))
-        found[f"config_{number}.yaml"] = dataclasses.replace(task, run=run, checkpoint=checkpoint)
+        if wandb.project:
+            wandb = dataclasses.replace(wandb, name=wandb.name or f"{Path(config.run.dir).name}/task_{number}")
+        log = dataclasses.replace(task.log, wandb=wandb)
+        found[f"config_{number}.yaml"] = dataclasses.replace(task, run=run, checkpoint=checkpoint, log=log)
     return found
 
 

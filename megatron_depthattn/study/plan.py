@@ -213,7 +213,9 @@ def _points(study: Study, rung: str, size: int, layers: list[Layer], method: str
         tokens = sizes.consumed_after(course.trunk_steps + course.steps) * length
         saved = config.checkpoint.dir and str(Path(config.checkpoint.dir) / point)
         checkpoint = dataclasses.replace(config.checkpoint, dir=saved, keep_steps=course.keep_steps)
-        data = config.data
+        data, wandb = config.data, config.log.wandb
+        if wandb.project:
+            wandb = dataclasses.replace(wandb, name=wandb.name or point)
         if course.trunk_steps:
             own = config.checkpoint.dir
             saves = Path(own, trunk) if own else output / "runs" / trunk / "checkpoints"
@@ -232,6 +234,7 @@ def _points(study: Study, rung: str, size: int, layers: list[Layer], method: str
             ),
             optimizer=dataclasses.replace(config.optimizer, **(course.optimizer or {})),
             checkpoint=checkpoint,
+            log=dataclasses.replace(config.log, wandb=wandb),
         )
         try:
             validate(run, devices)

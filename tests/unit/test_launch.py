@@ -224,15 +224,23 @@ def test_tasks_that_share_a_folder_of_checkpoints_get_their_own_in_it(tmp_path: 
     lines = tmp_path / "tasks.txt"
     lines.write_text("run.seed=1\nrun.seed=2\nrun.seed=3 checkpoint.dir=own\n")
 
-    def folders(*options: str) -> list[str | None]:
+    def configs(*options: str) -> list[RunConfig]:
         given = [str(tmp_path / "config.yaml"), "run.dir=runs/sweep", *SUBMIT[1:], *options]
-        return [config.checkpoint.dir for config in _configs(_parser().parse_intermixed_args(given)).values()]
+        return [*_configs(_parser().parse_intermixed_args(given)).values()]
+
+    def folders(*options: str) -> list[str | None]:
+        return [config.checkpoint.dir for config in configs(*options)]
+
+    def names(*options: str) -> list[str | None]:
+        return [config.log.wandb.name for config in configs("log.wandb.project=p", "--array", *options)]
 
     assert folders("checkpoint.dir=X", "--array", "optimizer.lr=0.1,0.2") == ["X/task_0", "X/task_1"]
     assert folders("checkpoint.dir=X", "--array", str(lines)) == ["X/task_0", "X/task_1", "own"]
     assert folders("--array", "checkpoint.dir=a,b") == ["a", "b"]
     assert folders("--array", "run.seed=1,2") == [None, None]
     assert folders("checkpoint.dir=X") == ["X"]
+    assert names("run.seed=1,2") == ["sweep/task_0", "sweep/task_1"]
+    assert names("log.wandb.name=a,b") == ["a", "b"]
     chain = [str(tmp_path / "config.yaml"), "run.dir=runs/chain", *SUBMIT[1:], "--chain", "2"]
     (config,) = _configs(_parser().parse_intermixed_args(chain)).values()
     assert config.checkpoint.load == "latest", "each job of a chain continues the one before it"

@@ -29,7 +29,7 @@ SMALL = {
     "config": str(STUDIES.parent / "quickstart.yaml"),
     "settings": {
         **{"parallel.pipeline": 1, "data.path": "data/none"},
-        **{"model.depth_attention.stride": None, "checkpoint.dir": "saved"},
+        **{"model.depth_attention.stride": None, "checkpoint.dir": "saved", "log.wandb.project": "ladder"},
     },
     "ladder": {"layers": [2, 4], "hidden_per_layer": 16, "head_size": 16, "ffn_multiple": 16, "reference_size": 1e5},
     "methods": {"vanilla": {}, "depth_attention": {}, "looped": {"settings": {"model.num_loops": 2}, "rungs": ["d2"]}},
@@ -122,6 +122,7 @@ def test_methods_of_a_pair_differ_in_the_method_and_their_folders_alone(small):
     )
     assert (one["model"].pop("method"), other["model"].pop("method")) == ("vanilla", "depth_attention")
     assert one["run"].pop("dir") != other["run"].pop("dir")
+    assert one["log"]["wandb"].pop("name") == "d4/vanilla/x2/seed1" != other["log"]["wandb"].pop("name")
     assert one["checkpoint"].pop("dir") == "saved/d4/vanilla/x2/seed1" != other["checkpoint"].pop("dir")
     assert one == other
 
