@@ -28,6 +28,8 @@ EVALUATION = "evaluation"
 """What the names of an evaluation's curves begin with."""
 FINISH_SECONDS = 30.0
 """How long what is still on its way to Weights & Biases is waited for at the end of a run."""
+STILL_SENDING = "much is still on its way; this process ends by itself"
+"""What the mirror says if that was not enough for a record of which nothing was there."""
 
 
 def run_curves(record: Mapping[str, Any]) -> dict[str, float]:
@@ -76,10 +78,14 @@ def log_evaluation(run_dir: Path, step: int, values: Mapping[str, Any]) -> None:
         board.draw({**values, "step": step})
         board.close()
         if is_mirrored(load_record(run_dir / "config.yaml").log.wandb):
-            command = [*_mirror(run_dir), "--once"]
-            subprocess.run(
-                command, input=b".", capture_output=True, timeout=10 * FINISH_SECONDS, start_new_session=True
+            process = subprocess.Popen(
+                [*_mirror(run_dir), "--once"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
+            process.communicate(b".", timeout=10 * FINISH_SECONDS)  # longer ones end alone
 
 
 class Report(Protocol):
@@ -178,7 +184,8 @@ class WandbMirror:
             self._end()
 
     def close(self) -> None:
-        """Let the process bring the rest and end, and wait for that, up to `FINISH_SECONDS`."""
+        """Let the process bring the rest and end, and wait for that, up to `FINISH_SECONDS`; if it is sending without
+        a pause it may end later, alone."""
         if self._process is None:
             return
         assert self._process.stdin
@@ -200,7 +207,7 @@ class WandbMirror:
     def _end(self) -> None:
         assert self._process
         self._pass_on()
-        if self._process.poll() is None:
+        if self._process.poll() is None and self._last != STILL_SENDING:
             end_tree(psutil.Process(self._process.pid))
             self._warn("its process hangs")
         elif self._process.returncode:

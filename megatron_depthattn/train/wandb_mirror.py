@@ -8,7 +8,8 @@ start can bring whatever Weights & Biases has not got, however the last one ende
   follows, also what was lost on the way. Steps that a crash has undone and that are trained again are there from the
   first attempt, and stay.
 - Offline, nothing can be resumed: each start writes the whole record anew, without what a crash has undone, and
-  removes the folders of the starts before. `wandb sync` of the one that is left gives the whole run.
+  then removes the folders of the starts before. `wandb sync` of the one that is left gives the whole run. A start that
+  has to leave before it has caught up removes its own.
 
 Every row has its training step under ``step``, the axis of all curves, because a row may come late: an evaluation of an
 earlier checkpoint, a held-out loss that a stop had cut off. Weights & Biases' own count of rows means nothing.
@@ -19,14 +20,16 @@ Lines for the run's log go to stdout. What is read from stdin, up to its end, sa
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,10 +39,11 @@ from filelock import FileLock, Timeout
 
 from megatron_depthattn.config import to_dict
 from megatron_depthattn.config.load import load_record
-from megatron_depthattn.parallel.launch_env import unset_variable
+from megatron_depthattn.parallel.launch_env import set_variables, unset_variable
 from megatron_depthattn.train.curves import (
     EVALUATION,
     EVALUATIONS,
+    STILL_SENDING,
     end_tree,
     evaluation_curves,
     run_curves,
@@ -48,9 +52,16 @@ from megatron_depthattn.train.history import METRICS, recorded_run_id
 from megatron_depthattn.train.stop_signals import STOP_SIGNALS
 
 POLL_SECONDS = 1.0
-LOCK_SECONDS = 120.0
+LOCK_SECONDS = 600.0
 COUNT = f"{EVALUATION}/count"
 """Lines of evaluations.jsonl so far."""
+PICTURES = 20
+"""How many are drawn at most of what is new at a time, evenly spaced up to the newest: each takes a quarter second."""
+ENDING = threading.RLock()
+"""Held by the thread that ends this process: the other sees the client's service die, and must not start another."""
+PASSING: set[Path] = set()
+"""Folders that are removed if this process leaves now: the client's temporary files, and an offline run that lacks
+what earlier ones have."""
 
 
 class Lines:
@@ -78,7 +89,7 @@ class Lines:
 class Mirror:
     """A run's record, and the run of Weights & Biases that it goes to."""
 
-    def __init__(self, run_dir: Path, *, is_once: bool) -> None:
+    def __init__(self, run_dir: Path, progress: Callable[[], None], *, is_once: bool) -> None:
         import wandb
 
         config = load_record(run_dir / "config.yaml")
@@ -99,7 +110,8 @@ class Mirror:
             settings=wandb.Settings(console="off", disable_git=True, disable_code=not known.save_code, **stats),
         )
         self.is_disabled: bool = self._run.disabled
-        self._image = wandb.Image
+        self._image, self._progress = wandb.Image, progress
+        progress()
         summary = dict(self._run.summary)
         self._newest = {name: value for name, value in summary.items() if isinstance(value, int | float)}
         self._axes: dict[str, str] = {}
@@ -109,25 +121,31 @@ class Mirror:
             return
         folder = Path(self._run.settings.sync_dir)
         self._older = [each for each in self._older if each.name != folder.name]
+        if not is_online:
+            PASSING.add(folder)
         if not is_once:
             where = self._run.url if is_online else f"{folder} (wandb sync takes it)"
             say(f"run {run_id} of project {given.project}: {where}")
 
     def send(self) -> None:
         """Bring what is new in the record."""
-        for _, record in self._steps.new():
+        records = [record for _, record in self._steps.new()]
+        weighed = [record["step"] for record in records if record.get("depth")]
+        drawn = {*weighed[:: -max(1, -(-len(weighed) // PICTURES))]}
+        for record in records:
             step, row = record["step"], run_curves(record)
             if step < self._newest.get("step", 0):
                 continue
             if step == self._newest.get("step"):  # it is there, but for a held-out loss that came late
                 late = [name for name in row if name.startswith("eval_loss") and self._newest.get(name) != row[name]]
                 row = {name: row[name] for name in late}
-            elif record.get("depth"):
+            elif step in drawn:
                 row |= {"depth/weights": self._image(depth_figure(record["depth"]), caption=f"step {step}")}
             self._log("step", step, row)
         for number, record in self._evaluations.new():
             if number > self._newest.get(COUNT, 0):
                 self._log(f"{EVALUATION}/step", record["step"], evaluation_curves(record) | {COUNT: number})
+        PASSING.discard(Path(self._run.settings.sync_dir))
         while self._older:  # superseded
             shutil.rmtree(self._older.pop(), ignore_errors=True)
 
@@ -147,6 +165,7 @@ class Mirror:
             self._axes[name] = axis
         self._run.log({axis: step, **row})
         self._newest |= {axis: step, **row}
+        self._progress()
 
 
 def depth_figure(depth: Mapping[str, Any]) -> Any:
@@ -166,20 +185,29 @@ def depth_figure(depth: Mapping[str, Any]) -> Any:
 
 
 class Parent(threading.Thread):
-    """Waits for the end of stdin; from then on this process has ``seconds`` left."""
+    """Waits for the end of stdin; from then on this process leaves once nothing was sent for ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(daemon=True)
         self._seconds = seconds
+        self._sent = time.monotonic()
         self.ended = threading.Event()
         self.exit_code = 1
+
+    def progress(self) -> None:
+        """Note that something was sent."""
+        self._sent = time.monotonic()
 
     def run(self) -> None:
         """Wait, then count down."""
         self.exit_code = 0 if sys.stdin.buffer.read() else 1
+        self._sent = time.monotonic()
         self.ended.set()
         time.sleep(self._seconds)
-        leave(f"not all was sent within {self._seconds:g} s")
+        while (left := self._sent + self._seconds - time.monotonic()) > 0:
+            say(STILL_SENDING)
+            time.sleep(left)
+        leave(f"not all was sent, and nothing more for {self._seconds:g} s")
 
 
 def say(line: str) -> None:
@@ -190,15 +218,18 @@ def say(line: str) -> None:
 
 def leave(line: str) -> None:
     """End this process and the client's at once."""
+    ENDING.acquire()
     say(line)
     end_client()
     os._exit(1)
 
 
 def end_client() -> None:
-    """End the client's processes."""
+    """End the client's processes, and remove what they leave behind."""
     for child in psutil.Process().children():
         end_tree(child)
+    for path in PASSING:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def main() -> int:
@@ -206,20 +237,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Bring a run's record to Weights & Biases.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--once", action="store_true", help="only if no other process does so")
-    parser.add_argument("--finish-seconds", type=float, required=True, help="what it has from the end of stdin on")
+    parser.add_argument(
+        "--finish-seconds", type=float, required=True, help="from the end of stdin on, without progress"
+    )
     parser.add_argument("--once-more", type=int, default=1, help="0: the client has been lost once already")
     given = parser.parse_args()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the training process obeys them, and ends this one
     parent = Parent(given.finish_seconds)
     parent.start()
+    tempfile.tempdir = tempfile.mkdtemp(prefix="wandb-")  # the client and its service leave folders and sockets behind
+    set_variables(TMPDIR=tempfile.tempdir)
+    PASSING.add(Path(tempfile.tempdir))
+    atexit.register(end_client)  # after the client's own, which are registered later
     folder: Path = given.run_dir / "wandb"
     folder.mkdir(exist_ok=True)
     try:
         has_more = True
         while has_more:
             with FileLock(folder / ".lock", timeout=0 if given.once else LOCK_SECONDS):
-                mirror = Mirror(given.run_dir, is_once=given.once)
+                mirror = Mirror(given.run_dir, parent.progress, is_once=given.once)
                 if mirror.is_disabled:
                     return 0
                 while not parent.ended.wait(POLL_SECONDS):
@@ -229,12 +266,14 @@ def main() -> int:
             # Who added an evaluation while the lock was held has left it to this process.
             has_more = mirror.has_more()
     except ConnectionError as error:
+        ENDING.acquire()
         # A scheduler signals all processes of a job, and SIGTERM ends the client's service, which cannot ignore it.
         if not given.once_more:
             leave(f"its service has ended again: {error}")
         say("its service has ended and is started again")
         end_client()
         unset_variable("WANDB_SERVICE")  # which the client has set to the address of the lost one
+        set_variables(TMPDIR=str(Path(tempfile.gettempdir()).parent))
         words = ["-m", "megatron_depthattn.train.wandb_mirror", *sys.argv[1:], "--once-more=0"]
         os.execv(sys.executable, [sys.executable, *words])
     except Timeout:

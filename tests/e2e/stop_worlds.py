@@ -26,6 +26,7 @@ from megatron_depthattn.config import load_config
 from megatron_depthattn.data.stream import TokenDataset
 from megatron_depthattn.train import __main__ as command
 from megatron_depthattn.train import loop, save
+from megatron_depthattn.train.curves import WandbMirror
 from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.engine import MegatronEngine
 from megatron_depthattn.train.reporter import SampleLog
@@ -95,6 +96,7 @@ def in_an_evaluation(batch: int) -> Callable[[int, int, Path], None]:
             return with_count(*arguments)
 
         MegatronEngine.loss = loss
+        at(WandbMirror, "__init__", 1, (run_dir.parent / f"client_{rank}").touch)
 
     return arrange
 
@@ -141,11 +143,12 @@ BATCHES = 2
 SETTINGS = ("checkpoint.load=latest", "preflight.enabled=false", "checkpoint.async_save=true", "checkpoint.interval=2")
 SETTINGS += ("train.micro_batch_size=4", "data.num_workers=1")
 SETTINGS += ("train.steps=4", "train.eval_interval=2", f"train.eval_batches={BATCHES}")
+WANDB = ("log.wandb.project=stops", "log.wandb.mode=offline")
 CASES = {
     "undisturbed": Case(),
-    "step": Case(in_a_step, kept=("log.wandb.project=stops", "log.wandb.mode=offline"), again=True),
+    "step": Case(in_a_step, again=True),
     "first evaluation": Case(in_an_evaluation(BATCHES)),
-    "evaluation": Case(in_an_evaluation(BATCHES + 2), PIPELINE, ranks=2, again=True),
+    "evaluation": Case(in_an_evaluation(BATCHES + 2), PIPELINE, ranks=2, again=True, kept=WANDB),
     "last evaluation": Case(in_an_evaluation(5 * BATCHES + 1), kept=("data.held_out={same: CORPUS}",), again=True),
     "data": Case(in_the_data, ("train.eval_interval=null",), ranks=2, exits=True),
     "record": Case(after_an_exchange, ("train.eval_interval=null", "checkpoint.interval=100"), ranks=2),
