@@ -76,7 +76,8 @@ def average(
         meta = {
             name: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for name, e in newest.weights.items()
         }
-        common = {key: newest.common[key] for key in ("config", GENERATION) if key in newest.common}
+        kept = ("config", GENERATION, "parent", "tokenizer", "corpus")
+        common = {key: newest.common[key] for key in kept if key in newest.common}
         common |= {"progress": newest.common.get("progress", dataclasses.asdict(Progress())), "average": record}
         num_bytes = sum(each.nbytes for each in meta.values())
         with complete_folder(
@@ -108,12 +109,16 @@ class _Averager:
         entry = self._checkpoints[-1].weights[name]
         total = torch.zeros(math.prod(entry.size), dtype=torch.float64)
         for checkpoint, share in zip(self._checkpoints, self._shares, strict=True):
-            values = checkpoint.read(name, master=name in self._masters).view(-1)
-            for part, more in zip(total.split(PART), values.split(PART), strict=True):
-                part.add_(more, alpha=share)
+            _add(total, checkpoint.read(name, master=name in self._masters).view(-1), share)
         if not torch.isfinite(total).all():
             raise ValueError(f"{name} has values that are not finite in one of the checkpoints")
         return total.to(entry.properties.dtype).view(entry.size)
+
+
+def _add(total: Tensor, values: Tensor, share: float) -> None:
+    """Add a share of a checkpoint's tensor, which nothing holds any more when the next one is read."""
+    for part, more in zip(total.split(PART), values.split(PART), strict=True):
+        part.add_(more, alpha=share)
 
 
 def _shares(count: int, decay: float | None) -> tuple[list[float], str]:
