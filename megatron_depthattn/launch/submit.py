@@ -102,16 +102,27 @@ def submit(options: argparse.Namespace) -> None:
         if options.evaluate:
             print(f"and then: {shlex.join(['sbatch', '--dependency=after:JOB', str(follower), 'JOB'])}")
         return
-    ids: list[str] = []
-    for _ in range(options.chain):
-        ids.append(_sbatch(*(f"--dependency=afterany:{last}" for last in ids[-1:]), str(script)))
+    ids, followers = queue(options, script, follower)
     log = job / ("slurm-<job>_<task>.out" if options.array else f"slurm-{ids[0]}.out")
     print(f"submitted {', '.join(ids)}")
     print(f"log: {log}; of the ranks: {run_dir}/{'task_*/' if options.array else ''}logs/<start>/")
-    if options.evaluate:
-        ids.append(_sbatch(f"--dependency=after:{ids[0]}", str(follower), ",".join(ids)))
-        print(f"{ids[-1]} scores the checkpoints; log: {job}/evaluate-{ids[-1]}{'_<task>' * bool(options.array)}.out")
+    for each in followers:
+        print(f"{each} scores the checkpoints; log: {job}/evaluate-{each}{'_<task>' * bool(options.array)}.out")
+    ids += followers
     print(f"queue: squeue -j {','.join(ids)}; cancel: scancel {' '.join(ids)}")
+
+
+def queue(options: argparse.Namespace, script: Path, follower: Path) -> tuple[list[str], list[str]]:
+    """Submit the jobs of the run, and those that score its checkpoints; returns their ids."""
+    ids: list[str] = []
+    for _ in range(options.chain):
+        ids.append(_sbatch(*(f"--dependency=afterany:{last}" for last in ids[-1:]), str(script)))
+    followers: list[str] = []
+    count = options.chain if options.max_requeues == 0 else 1  # who is not requeued is a chain as well
+    for _ in range(count if options.evaluate else 0):
+        after = f"afterany:{followers[-1]}" if followers else f"after:{ids[0]}"
+        followers.append(_sbatch(f"--dependency={after}", str(follower), ",".join(ids)))
+    return ids, followers
 
 
 def _load(options: argparse.Namespace, settings: Sequence[str] = ()) -> RunConfig:
@@ -238,7 +249,8 @@ def sweep(text: str) -> list[list[str]]:
 def check_options(options: argparse.Namespace, run_dir: Path) -> None:
     """Raise ValueError for options that do not fit together, and for text that Slurm or bash would read otherwise:
     no quoting helps against a newline in an option."""
-    lead, limit, here = options.signal_lead, seconds_of(options.time), Path.cwd()
+    lead, here = options.signal_lead, Path.cwd()
+    limits = {"--time": options.time, "--evaluate-time": options.evaluate_time}
     of_evaluate = [
         f"--{name.replace('_', '-')}" for name, value in vars(options).items() if "evaluate_" in name and value
     ]
@@ -258,10 +270,18 @@ def check_options(options: argparse.Namespace, run_dir: Path) -> None:
         ),
         ("\\" in str(run_dir), f"run.dir is {run_dir}: Slurm reads a backslash in a log's path otherwise; set another"),
         (lead < 1, f"--signal-lead {lead}: set the seconds that saving takes at most, 1 or more"),
+        *(
+            (
+                (limit := seconds_of(given)) is not None and 2 * lead > limit,
+                f"--signal-lead {lead} with {name} {given} ({limit} s): most of the job would be over before it "
+                f"began, as Slurm warns up to a minute early; set at most half of the limit, or a longer {name}",
+            )
+            for name, given in limits.items()
+        ),
+        ((options.evaluate_gpus or 0) < 0, f"--evaluate-gpus {options.evaluate_gpus}: set 0 or more"),
         (
-            limit is not None and 2 * lead > limit,
-            f"--signal-lead {lead} with --time {options.time} ({limit} s): most of the job would be over before it "
-            "began, as Slurm warns up to a minute early; set at most half of the limit, or a longer --time",
+            options.evaluate_cpus is not None and options.evaluate_cpus < 1,
+            f"--evaluate-cpus {options.evaluate_cpus}: set 1 or more, or leave it out",
         ),
         (
             options.evaluate is None and bool(of_evaluate),

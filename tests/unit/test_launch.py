@@ -24,7 +24,7 @@ from megatron_depthattn.config import RunConfig
 from megatron_depthattn.launch.failures import first_failure, record_death
 from megatron_depthattn.launch.freeze import CODE_FOLDERS, freeze
 from megatron_depthattn.launch.logs import main as show_logs
-from megatron_depthattn.launch.submit import _configs, _parser, check_options, render, seconds_of, submit, sweep
+from megatron_depthattn.launch.submit import _configs, _parser, check_options, queue, render, seconds_of, submit, sweep
 from megatron_depthattn.launch.torchrun import _defaults, only_the_head_has_gone
 from megatron_depthattn.parallel.launch_env import QUEUES, LaunchEnvironment
 from megatron_depthattn.terminal import printable
@@ -252,6 +252,24 @@ def test_the_jobs_of_a_chain_need_not_be_requeued():
     assert "--dependency=afterok:17" in flags(text) and settings(text, "MAX_REQUEUES") == ["0"]
 
 
+@pytest.mark.parametrize(
+    ("options", "followers"),
+    [
+        ((), ["--dependency=after:1 follow 1,2"]),
+        (("--max-requeues", "0"), ["--dependency=after:1 follow 1,2", "--dependency=afterany:3 follow 1,2"]),
+    ],
+)
+def test_who_scores_a_chain_is_one_where_it_cannot_be_requeued(options: tuple, followers: list, tmp_path, monkeypatch):
+    """By what sbatch is given."""
+    given = tmp_path / "given"
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\nshift; echo "$*" >>{given}; grep -c "" {given}\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    chosen = _parser().parse_intermixed_args([*SUBMIT, "--chain", "2", "--evaluate", "--data d", *options])
+    queue(chosen, Path("job"), Path("follow"))
+    assert given.read_text().splitlines() == ["job", "--dependency=afterany:1 job", *followers]
+
+
 def test_the_job_that_scores_has_its_own_size(monkeypatch: pytest.MonkeyPatch):
     options = ("--evaluate", "piqa 'arc easy'", "--evaluate-every", "500", "--evaluate-cpus", "6", "--mem", "900G")
     options = (*options, "--evaluate-sbatch=--mem=32G", "--time", "8:00:00", "--after", "17", "--sbatch=--nice=5")
@@ -314,6 +332,9 @@ def test_time_limits(limit: str | None, seconds: int | None):
     [
         (("--time", "5"), "--signal-lead 300 with --time 5 (300 s)"),
         (("--signal-lead", "0"), "--signal-lead 0"),
+        (("--evaluate", "--data d", "--evaluate-time", "5"), "--signal-lead 300 with --evaluate-time 5 (300 s)"),
+        (("--evaluate", "--data d", "--evaluate-gpus", "-1"), "--evaluate-gpus -1: set 0 or more"),
+        (("--evaluate", "--data d", "--evaluate-cpus", "0"), "--evaluate-cpus 0: set 1 or more"),
         (("--chain", "2", "--array", "run.seed=1"), "--chain and --array"),
         (("--after", "1", "--dependency", "singleton"), "--after and --dependency"),
         (("--container-mounts", "/data"), "--container-mounts without --container"),
