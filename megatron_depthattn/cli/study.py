@@ -5,8 +5,8 @@
     fit STUDY      laws, paired differences and compute multipliers, with intervals, to fit.json
     report STUDY   one HTML page and a Markdown table
 
-STUDY is a YAML file or the name of a shipped one: smoke, own, cpu, schedules, paper, ablations, ablations-tiny. Each
-verb resumes where the last one stopped; all of them write below --output (default: runs/studies/<name>).
+STUDY is a YAML file or the name of a shipped one (below). Each verb resumes where the last one stopped; all of them
+write below --output (default: runs/studies/<name>).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from megatron_depthattn.cli import prepare
-from megatron_depthattn.cli.common import check, find_config, new_parser, print_table
+from megatron_depthattn.cli.common import check, find_config, new_parser, print_table, shipped_folder
 from megatron_depthattn.cli.common import run as run_verb
 from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
@@ -40,7 +40,8 @@ DEPTHATTN = (sys.executable, "-m", "megatron_depthattn.cli")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 75 when a signal stopped it; 1 with one line on stderr for what cannot be done."""
-    parser = new_parser("study", __doc__)
+    shipped = ", ".join(sorted(file.stem for file in (shipped_folder("configs") / "studies").glob("*.yaml")))
+    parser = new_parser("study", f"{__doc__}\nshipped studies: {shipped}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for function in (plan, run, fit, report):
         verb = verbs.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
