@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_depthattn.cli.common import check, new_parser, print_table, run
 from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
-from megatron_depthattn.train.step_folders import complete_folders
+from megatron_depthattn.train.step_folders import checkpoints_of, complete_folders
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prove.add_argument("--checkpoint", type=user_path, required=True, metavar="STEP_DIR", help=step)
     prove.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="exported or imported folder")
     given = parser.parse_args(arguments)
-    if "checkpoint" in given and (given.checkpoint / "checkpoints").is_dir():
-        given.checkpoint /= "checkpoints"
     verbs_by_name = {"to-hf": _to_hf, "from-hf": _from_hf, "repackage": _repackage, "average": _average}
     return run((verbs_by_name | {"verify": _verify})[given.verb], given)
 
@@ -96,7 +94,7 @@ def _average(given: argparse.Namespace) -> None:
         (given.last is not None and given.last < 2, f"--last {given.last}: set 2 or more"),
     )
     if is_one:
-        directory = folders[0] / "checkpoints" if (folders[0] / "checkpoints").is_dir() else folders[0]
+        directory = checkpoints_of(folders[0])
         folders = complete_folders(directory)
         wanted = given.last or 2
         short = f"{directory} has {len(folders)} complete checkpoints, {wanted} are needed: set checkpoint.keep larger"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_depthattn.train.step_folders import COMMON, LATEST, MANIFEST, find_damage, read_latest
+from megatron_depthattn.train.step_folders import COMMON, LATEST, MANIFEST, checkpoints_of, find_damage, read_latest
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
 METADATA = "metadata.json"
@@ -87,11 +87,12 @@ class MegatronCheckpoint:
 
 
 def find_step_folder(folder: Path) -> Path:
-    """The folder itself, or the latest of a folder of checkpoints.
+    """The folder itself, or the latest of a run or of its checkpoints.
 
     Raises:
         ValueError: it is neither.
     """
+    folder = checkpoints_of(folder)
     if (folder / LATEST).is_file():
         name = read_latest(folder)
         if name is None:

@@ -69,6 +69,11 @@ def staging_folder(directory: Path, step: int) -> Path:
     return directory / f".{step_folder(directory, step).name}.part"
 
 
+def checkpoints_of(place: Path) -> Path:
+    """The checkpoints of a run by its folder; any other path is left as it is."""
+    return place / "checkpoints" if (place / "checkpoints").is_dir() else place
+
+
 def complete_folders(directory: Path) -> list[Path]:
     """The complete step folders, oldest first."""
     folders = [folder for folder in _named(directory, _STEP) if _NAME.fullmatch(folder.name)]
@@ -155,7 +160,7 @@ def newest_checkpoint(place: Path) -> Path:
     """
     if (place / MANIFEST).is_file():
         return place
-    folders = complete_folders(place / "checkpoints") or complete_folders(place)
+    folders = complete_folders(checkpoints_of(place))
     if not folders:
         raise ValueError(
             f"checkpoint.start_from={place} holds no complete checkpoint (no folder with a {MANIFEST}). Name a step "
