@@ -8,12 +8,13 @@ process that was killed while it scored needs the checkpoint no more.
 from __future__ import annotations
 
 import gc
+import hashlib
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,10 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import yaml
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
+from megatron_depthattn.config import CheckpointConfig
+from megatron_depthattn.config.load import load_record
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.durable import remove
@@ -32,7 +34,7 @@ from megatron_depthattn.launch import heeded_signals
 from megatron_depthattn.suite import VERSIONS
 from megatron_depthattn.terminal import printable
 from megatron_depthattn.train.curves import EVALUATIONS, log_evaluation
-from megatron_depthattn.train.history import HISTORY
+from megatron_depthattn.train.history import HISTORY, has_finished
 from megatron_depthattn.train.lease import lease
 from megatron_depthattn.train.line_files import append_durably, read_records
 from megatron_depthattn.train.step_folders import MANIFEST, complete_folders, file_hash
@@ -106,7 +108,7 @@ class Follower:
         run_dir: the run's folder; the run need not have started.
         load: makes a model of an exported folder, where it is to compute.
         every: score steps that are divisible by it, and the last one.
-        output: where exports lie.
+        output: exports lie in a folder here that is this run's alone; None: in the run's folder.
         keep_exports: leave them there.
         tokenizer: for the exports; None: the one of the run's data.
     """
@@ -117,16 +119,20 @@ class Follower:
         measures: Sequence[Measure],
         load: Callable[[Path], PreTrainedModel],
         *,
-        output: Path,
+        output: Path | None = None,
         every: int = 1,
         keep_exports: bool = False,
         tokenizer: Path | None = None,
     ) -> None:
         self._run_dir, self._measures, self._load, self._every = run_dir, measures, load, every
-        self._output, self._keeps, self._tokenizer = output, keep_exports, tokenizer
+        name = f"{run_dir.resolve().name}-{hashlib.sha256(bytes(run_dir.resolve())).hexdigest()[:8]}"
+        self._output = output / name if output else run_dir / "exports"
+        self._keeps, self._tokenizer = keep_exports, tokenizer
         self._done: set[tuple[int, str, str]] = set()
         self._failed: dict[tuple[int, str], str] = {}
+        self._waiting: Collection[int] = ()
         self._num_scored = self._seen = 0
+        self._has_warned_of_curves = False
 
     def run(self, no_more: threading.Event) -> None:
         """Score until the run has finished, or ``no_more`` is set (no checkpoint will follow), and nothing is left.
@@ -160,7 +166,7 @@ class Follower:
         self._clean_up()
         is_waiting = False
         while True:
-            ends = no_more.is_set() or _has_finished(self._run_dir)  # before the look: what it saved is there then
+            ends = no_more.is_set() or has_finished(self._run_dir)  # before the look: what it saved is there then
             if work := next(iter(self._pending(ends)), None):
                 self._score(work)
                 is_waiting = False
@@ -176,7 +182,7 @@ class Follower:
         """What is to be scored, the oldest first; ``ends``: the newest checkpoint is the last one."""
         found: dict[tuple[int, str], Work] = {}
         config = _checkpoint_config(self._run_dir)
-        folders = complete_folders(Path(config.get("dir") or self._run_dir / "checkpoints"))
+        folders = complete_folders(Path((config and config.dir) or self._run_dir / "checkpoints"))
         last = int(folders[-1].name.removeprefix("step_")) if folders else 0
         for folder in folders:
             step = int(folder.name.removeprefix("step_"))
@@ -187,20 +193,22 @@ class Follower:
         for step, digest, folder in self._exports():
             if folder.name.startswith(".") or step % self._every == 0 or (step, digest) in found:  # begun, or kept
                 found[step, digest] = Work(step, digest, folder)
-        self._report_lost(config, {key[0] for key in found} | {key[0] for key in self._done}, last)
-        return sorted(work for work in found.values() if self._missing(work) and work[:2] not in self._failed)
+        if config:
+            self._report_lost(config, {key[0] for key in (*found, *self._done, *self._failed)}, last)
+        pending = sorted(work for work in found.values() if self._missing(work) and work[:2] not in self._failed)
+        self._waiting = {work.step for work in pending}
+        return pending
 
-    def _report_lost(self, config: Mapping[str, Any], known: set[int], last: int) -> None:
-        """Warn of steps that were to be scored and are not there any more."""
-        interval, since, self._seen = config.get("interval"), self._seen, max(self._seen, last)
-        if not isinstance(interval, int) or interval < 1:
-            return
-        lost = [s for s in range(interval, last, interval) if s > since and s % self._every == 0 and s not in known]
-        if lost:
+    def _report_lost(self, config: CheckpointConfig, known: set[int], last: int) -> None:
+        """Warn of steps that were to be scored and are not there any more: of the last look, or saved since."""
+        starts = [each["step"] for each in read_records(self._run_dir / HISTORY, event=str, step=int)]
+        since, self._seen = max(self._seen, min(starts or known, default=0)), max(self._seen, last)
+        saved = [s for s in range(0, last, config.interval or last + 1) if s > since and s % self._every == 0]
+        if lost := sorted({*self._waiting, *saved} - known):
             more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
             _warn(
                 f"no checkpoint is left of step {', '.join(map(str, lost[:_SHOWN]))}{more}: set checkpoint.keep "
-                f"({config.get('keep')}) larger, or a larger --every, if they are to be scored"
+                f"({config.keep}) larger, or a larger --every, if they are to be scored"
             )
 
     def _missing(self, work: Work) -> list[Measure]:
@@ -246,7 +254,10 @@ class Follower:
         except OSError as error:
             raise RuntimeError(f"the scores of step {work.step} are not on record: {error}") from error
         self._done.add((work.step, work.digest, _key(measure.what)))
-        log_evaluation(self._run_dir, work.step, record)
+        problem = log_evaluation(self._run_dir, work.step, record)
+        if problem and not self._has_warned_of_curves:
+            self._has_warned_of_curves = True
+            _warn(f"step {work.step} is on record, but not in the curves: {problem}")
         values = [f"{name} {value:.4f}" for name, value in figures.values.items() if value is not None]
         _say(f"step {work.step} | {measure.name}, {figures.samples} samples on {record['device']}: {', '.join(values)}")
 
@@ -269,17 +280,11 @@ def _key(what: Mapping[str, Any]) -> str:
     return str([what.get(key) for key in ("task", "shots", "data", "limit")])
 
 
-def _has_finished(run_dir: Path) -> bool:
-    """Whether the run's history ends with its last step."""
-    *_, last = [{}, *read_records(run_dir / HISTORY, event=str)]
-    return last.get("outcome") == "finished"
-
-
-def _checkpoint_config(run_dir: Path) -> dict[str, Any]:
-    """The section ``checkpoint`` of the run's config; empty before its start."""
-    with suppress(OSError, yaml.YAMLError, AttributeError):
-        return dict(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")).get("checkpoint", {}))
-    return {}
+def _checkpoint_config(run_dir: Path) -> CheckpointConfig | None:
+    """The section ``checkpoint`` of the run's config; None before its start."""
+    with suppress(OSError, ValueError):
+        return load_record(run_dir / "config.yaml").checkpoint
+    return None
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,6 @@ names a GPU: those that it sees may be the run's.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -68,7 +67,7 @@ def new_evaluate_parser() -> argparse.ArgumentParser:
     add("--follow", type=user_path, metavar="RUN_DIR", help="score each new checkpoint of this run")
     add("--every", type=int, metavar="N", help="of --follow: steps divisible by N, and the last one (default: all)")
     add("--once", action="store_true", help="of --follow: score what is there, and end")
-    add("--output", type=user_path, metavar="DIR", help="of --follow: exports lie here (default RUN_DIR/exports)")
+    add("--output", type=user_path, metavar="DIR", help="of --follow: exports lie below it (default RUN_DIR/exports)")
     add("--keep-exports", action="store_true", help="of --follow: leave the Hugging Face folders there")
     add("--tokenizer", type=user_path, metavar="DIR", help="of --follow: default the one of the run's data")
     return parser
@@ -200,6 +199,7 @@ def _load_suite(given: argparse.Namespace) -> tuple[Suite, dict[str, Any], Path 
 def _evaluate_suite(given: argparse.Namespace) -> None:
     suite, tasks, file = _load_suite(given)
     from megatron_depthattn import suite as suites
+    from megatron_depthattn.data.tokenizer import file_sha256
     from megatron_depthattn.evaluation import open_split
     from megatron_depthattn.hf.loading import pick_device
     from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
@@ -209,7 +209,7 @@ def _evaluate_suite(given: argparse.Namespace) -> None:
         return
     device, about = pick_device(given.device), suites.about_tasks(suite, tasks)
     found: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"suite": str(file), "suite_sha256": _sha256(file)} if file else {}
+    report: dict[str, Any] = {"suite": str(file), "suite_sha256": file_sha256(file)} if file else {}
     report |= {"versions": suites.versions()}
     report |= {"tasks": about, "limit": given.limit, "fewshot_seed": suites.FEWSHOT_SEED, "models": found}
     with open_split(given.data, given.split) if given.data else nullcontext() as split:
@@ -239,6 +239,7 @@ def _measure_tasks(
 ) -> dict[str, Any]:
     """All about one model: what it is, its figures on the split and on the tasks, the published ones beside them."""
     from megatron_depthattn import suite as suites
+    from megatron_depthattn.data.tokenizer import file_sha256
     from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 
     model = _load(folder, device, given)
@@ -249,7 +250,7 @@ def _measure_tasks(
     return {
         "name": folder.absolute().name if names.count(folder.absolute().name) == 1 else str(folder),
         "path": str(folder.absolute()),
-        "sha256": {each.name: _sha256(each) for each in sorted(folder.iterdir()) if each.suffix in _HASHED},
+        "sha256": {each.name: file_sha256(each) for each in sorted(folder.iterdir()) if each.suffix in _HASHED},
         "method": method,
         "parameters": parameters,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -288,7 +289,7 @@ def _follow(given: argparse.Namespace) -> int:
                 given.follow,
                 measures,
                 lambda folder: _load(folder, device, given),
-                output=given.output or given.follow / "exports",
+                output=given.output,
                 every=given.every or 1,
                 keep_exports=given.keep_exports,
                 tokenizer=given.tokenizer,
@@ -309,7 +310,7 @@ def _data_measure(split: Split, given: argparse.Namespace) -> Measure:
         return Figures(values, found["samples"], {"tokens": found["tokens"]})
 
     what = {"task": split.name, "data": str(given.data.absolute()), "limit": given.max_samples}
-    return Measure(what=what, name=split.name, score=score)
+    return Measure(what=what, name=f"{split.tokenizer_folder.parent.name}/{split.name}", score=score)
 
 
 def _task_measures(given: argparse.Namespace) -> list[Measure]:
@@ -333,11 +334,6 @@ def _task_measures(given: argparse.Namespace) -> list[Measure]:
         return Measure(what=what, name=f"{name}/{shots}-shot", score=score)
 
     return [measure(name, shots) for shots in suite.shots for name in tasks]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _show(result: dict[str, Any], seconds: float, of: str) -> None:

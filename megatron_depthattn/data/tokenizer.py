@@ -88,7 +88,8 @@ def load_tokenizer(given: str) -> PreTrainedTokenizerFast:
 
 
 def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Encoder:

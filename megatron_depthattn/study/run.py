@@ -22,7 +22,7 @@ from megatron_depthattn.parallel.launch_env import job_environment
 from megatron_depthattn.study.plan import Point
 from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.terminal import printable
-from megatron_depthattn.train.history import HISTORY, METRICS
+from megatron_depthattn.train.history import METRICS, has_finished
 from megatron_depthattn.train.line_files import read_records
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE
 
@@ -66,9 +66,7 @@ def progress_of(point: Point, output: Path) -> Progress:
             "Give another --output, or move that folder away."
         )
     step = max((record["step"] for record in read_records(run_dir / METRICS, step=int)), default=0)
-    ends = [record for record in read_records(run_dir / HISTORY, event=str) if record["event"] == "end"]
-    is_finished = step >= point.steps and bool(ends) and ends[-1].get("outcome") == "finished"
-    return Progress("finished" if is_finished else "cut", step)
+    return Progress("finished" if step >= point.steps and has_finished(run_dir) else "cut", step)
 
 
 def left_to_run(points: Sequence[Point], output: Path) -> list[Point]:

@@ -63,7 +63,7 @@ def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield prefix + name, value
 
 
-def log_evaluation(run_dir: Path, step: int, values: Mapping[str, Any]) -> None:
+def log_evaluation(run_dir: Path, step: int, values: Mapping[str, Any]) -> str | None:
     """Add an evaluation to a run's curves, while it trains or afterwards, from any process; raises nothing.
 
     TensorBoard has it as the run `evaluations` beside the training's. Weights & Biases gets whatever line of
@@ -72,8 +72,11 @@ def log_evaluation(run_dir: Path, step: int, values: Mapping[str, Any]) -> None:
 
     Args:
         values: the line that was added to evaluations.jsonl before; its numbers are drawn.
+
+    Returns:
+        Why it is missing in one of them; None: it is not.
     """
-    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+    try:
         board = TensorBoard(run_dir / "tensorboard" / "evaluations", evaluation_curves)
         board.draw({**values, "step": step})
         board.close()
@@ -81,11 +84,17 @@ def log_evaluation(run_dir: Path, step: int, values: Mapping[str, Any]) -> None:
             process = subprocess.Popen(
                 [*_mirror(run_dir), "--once"],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            process.communicate(b".", timeout=10 * FINISH_SECONDS)  # longer ones end alone
+            said, _ = process.communicate(b".", timeout=10 * FINISH_SECONDS)  # longer ones end alone
+            if process.returncode:
+                lines = said.decode(errors="replace").strip().splitlines()
+                return f"Weights & Biases: exit code {process.returncode}, {lines[-1] if lines else 'no word'}"
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None
 
 
 class Report(Protocol):

@@ -55,6 +55,12 @@ def recorded_run_id(run_dir: Path) -> str | None:
     return next((record["run_id"] for record in read_records(run_dir / HISTORY, run_id=str)), None)
 
 
+def has_finished(run_dir: Path) -> bool:
+    """Whether the history of the run in ``run_dir`` ends with its last step."""
+    *_, last = [{}, *read_records(run_dir / HISTORY, event=str)]
+    return last.get("outcome") == "finished"
+
+
 class RunHistory:
     """Starts and ends of the run in ``run_dir``; on rank 0 only.
 

@@ -19,8 +19,8 @@ from tests.e2e.exported import error_of
 from tests.e2e.small_run import train
 from tests.forked import start
 
-SCORED = ("--suite", "offline", "--limit", "6", "--max-samples", "12", "--batch-size", "4")
-TASKS = ("python_brackets", "last_word", "which_name")
+TASKS = ("last_word", "which_name")
+SCORED = ("--suite", "offline", "--tasks", *TASKS, "--limit", "4", "--max-samples", "12", "--batch-size", "4")
 
 
 def records(run_dir: Path) -> list[dict]:
@@ -37,23 +37,22 @@ def steps(run_dir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def scored(config_file: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that keeps one checkpoint, in three starts: the follower scores steps 8 and 12, the second while it trains.
+    """A run in two starts: the follower scores steps 8 and 12, the second while it trains.
 
-    A lease on step 4 holds the rotation back meanwhile, which catches up with step 12.
+    It keeps one checkpoint in its second start, and the one that a lease holds.
     """
     run_dir = tmp_path_factory.mktemp("followed") / "run"
-    settings = (config_file, f"run.dir={run_dir}", "checkpoint.keep=1", "checkpoint.interval=4")
+    settings = (config_file, f"run.dir={run_dir}", "checkpoint.interval=4")
     settings = (*settings, "checkpoint.load=latest", "model.max_position_embeddings=512")
     command = ["--follow", str(run_dir), "--data", str(corpus), "--every", "8", *SCORED]
-    must_succeed(train(*settings, "train.stop_after=4"))
+    must_succeed(train(*settings, "train.stop_after=8"))
+    assert main([*command, "--once"]) == 0
+    rest = ("megatron_depthattn.train", *map(str, settings), "checkpoint.keep=1")
     with lease(run_dir / "checkpoints/step_00000004"):
-        must_succeed(train(*settings, "train.stop_after=4"))
-        assert steps(run_dir) == [4, 8]
-        assert main([*command, "--once"]) == 0
-    rest = start(0, "megatron_depthattn.train", *map(str, settings), logs=[run_dir / "out", run_dir / "err"])
-    assert main(command) == 0
-    assert rest.wait(60) and rest.codes == {0: 0}
-    assert steps(run_dir) == [12]
+        world = start(0, *rest, logs=[run_dir / "out", run_dir / "err"])
+        assert main(command) == 0
+        assert world.wait(60) and world.codes == {0: 0}
+    assert steps(run_dir) == [4, 12]
     return run_dir
 
 
@@ -74,7 +73,8 @@ def test_scores_are_those_of_the_same_export_by_hand(scored: Path, corpus: Path,
             assert {key: expected[key] for key in values} == values
             assert record["samples"] == expected["samples" if name == "val" else "questions"]
         for key, value in values.items():
-            curve = f"evaluation/{name}/{key}" if name == "val" else f"evaluation/{name}/{shots}-shot/{key}"
+            curve = f"{corpus.name}/val" if name == "val" else f"{name}/{shots}-shot"
+            curve = f"evaluation/{curve}/{key}"
             assert (record["step"], pytest.approx(value)) in [(e.step, e.value) for e in events.Scalars(curve)]
     losses = {record["step"]: record["values"]["loss"] for record in records(scored) if record["task"] == "val"}
     assert losses[12] < losses[8], "two checkpoints"
@@ -82,20 +82,27 @@ def test_scores_are_those_of_the_same_export_by_hand(scored: Path, corpus: Path,
 
 
 def test_a_killed_follower_continues_where_it_was(scored: Path, corpus: Path, tmp_path: Path, capsys, monkeypatch):
-    """Its checkpoint is rotated away, its last line cut off; another one is damaged; a second follower stays out."""
-    run_dir = shutil.copytree(scored, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations.jsonl"))
-    command = ["--follow", str(run_dir), "--data", str(corpus), *SCORED]
+    """Its checkpoint is rotated away, its last line cut off; another one is damaged; a second follower stays out.
+
+    That of another run, with the same --output and such a checkpoint, leaves its export alone.
+    """
+    left_out = shutil.ignore_patterns("evaluations.jsonl", "step_00000004")
+    run_dir, exports = shutil.copytree(scored, tmp_path / "run", ignore=left_out), tmp_path / "exports"
+    options = ["--data", str(corpus), *SCORED, "--output", str(exports)]
+    command = ["--follow", str(run_dir), *options]
     logs = [tmp_path / "out", tmp_path / "err"]
     world = start(0, "megatron_depthattn.cli", "evaluate", *command, logs=logs)
     record = run_dir / "evaluations.jsonl"
     assert wait_until(record.exists, 120, poll=0.01), logs[1].read_text()
+    os.kill(world.pids[0], signal.SIGSTOP)  # in the middle, and it has the lock
     with monkeypatch.context() as patched:
         patched.setattr(follow, "LOCK_SECONDS", 0.1)
         assert "another process scores the checkpoints of" in error_of(main, capsys, *command)
     os.kill(world.pids[0], signal.SIGKILL)
     assert world.wait(30) and world.codes == {0: -signal.SIGKILL}
     before = records(run_dir)
-    assert 0 < len(before) < 7, "killed in the middle"
+    assert 0 < len(before) < 5, "killed in the middle"
+    assert main(["--follow", str(scored), *options, "--every", "8", "--once"]) == 0
     step = run_dir / "checkpoints/step_00000012"
     (damaged,) = step.rename(step.with_name("step_00000004")).glob("__0_0.distcp")
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -106,21 +113,19 @@ def test_a_killed_follower_continues_where_it_was(scored: Path, corpus: Path, tm
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and warnings[0].startswith("warning: step 4 is not scored: ") and "damaged" in warnings[0]
     kept = [json.loads(line) for line in record.read_text().splitlines() if line.endswith("}")]
-    assert kept[: len(before)] == before and len({(each["task"], each.get("shots")) for each in kept}) == len(kept) == 7
-    ours, theirs = ({(r["task"], r.get("shots")): r["values"] for r in each} for each in (kept, records(scored)[7:]))
-    assert ours == theirs and not list((run_dir / "exports").iterdir())
+    assert kept[: len(before)] == before and len({(each["task"], each.get("shots")) for each in kept}) == len(kept) == 5
+    ours, theirs = ({(r["task"], r.get("shots")): r["values"] for r in each} for each in (kept, records(scored)[5:]))
+    assert ours == theirs and not list(exports.rglob("*step_*"))
 
 
 def test_it_waits_for_a_run_and_ends_by_a_signal(corpus: Path, tmp_path: Path, capsys):
-    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        logs = [tmp_path / f"{number}.out", tmp_path / f"{number}.err"]
-        command = ("evaluate", "--follow", str(tmp_path / "run"), "--data", str(corpus))
-        world = start(0, "megatron_depthattn.cli", *command, logs=logs)
-        waits = wait_until(lambda out=logs[0]: out.exists() and "waiting for" in out.read_text(), 60)
-        assert waits, logs[1].read_text()
-        os.kill(world.pids[0], number)
-        assert world.wait(30) and world.codes == {0: code}
-        assert len(logs[1].read_text().splitlines()) == 1
+    logs = [tmp_path / "out", tmp_path / "err"]
+    command = ("evaluate", "--follow", str(tmp_path / "run"), "--data", str(corpus))
+    world = start(0, "megatron_depthattn.cli", *command, logs=logs)
+    assert wait_until(lambda: logs[0].exists() and "waiting for" in logs[0].read_text(), 60), logs[1].read_text()
+    os.kill(world.pids[0], signal.SIGTERM)
+    assert world.wait(30) and world.codes == {0: 75}
+    assert len(logs[1].read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
