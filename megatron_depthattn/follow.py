@@ -194,7 +194,8 @@ class Follower:
             if folder.name.startswith(".") or step % self._every == 0 or (step, digest) in found:  # begun, or kept
                 found[step, digest] = Work(step, digest, folder)
         if config:
-            self._report_lost(config, {key[0] for key in (*found, *self._done, *self._failed)}, last)
+            known = {step for step, *_ in self._done} | {step for step, _ in (*found, *self._failed)}
+            self._report_lost(config, known, last)
         pending = sorted(work for work in found.values() if self._missing(work) and work[:2] not in self._failed)
         self._waiting = {work.step for work in pending}
         return pending

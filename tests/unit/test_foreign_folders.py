@@ -271,6 +271,7 @@ def test_a_megatron_checkpoint_of_another_program_is_named(tmp_path: Path):
     legacy.mkdir(parents=True)
     torch.save({"args": state["args"], "model": model.state_dict()}, legacy / "model_optim_rng.pt")
     Qwen3ForCausalLM(Qwen3Config(**QWEN, num_key_value_heads=2)).save_pretrained(tmp_path / "hf")
+    (tmp_path / "empty").mkdir()
     expected = {
         step: "a Megatron-Core checkpoint of another program",
         step.parent: "a folder of checkpoints of another program, such as Megatron-LM",
@@ -279,10 +280,12 @@ def test_a_megatron_checkpoint_of_another_program_is_named(tmp_path: Path):
         legacy / "model_optim_rng.pt": "a file: give a step folder",
         tmp_path / "hf": "a Hugging Face model folder: give it as --model, to from-hf or verify",
         tmp_path / "nowhere": "no complete checkpoint: it does not exist",
-        tmp_path: "no complete checkpoint: give a step folder",
+        tmp_path: "a folder of checkpoints of another program",
+        tmp_path / "empty": "no complete checkpoint: give a step folder",
     }
     for path, what in expected.items():
-        with pytest.raises(ValueError, match=re.escape(f"{path} is {what}")) as caught:
+        found = step.parent if path == tmp_path else path  # as of a run's folder
+        with pytest.raises(ValueError, match=re.escape(f"{found} is {what}")) as caught:
             MegatronCheckpoint(path)
         assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value).lower()
 
