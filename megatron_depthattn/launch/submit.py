@@ -100,9 +100,10 @@ def submit(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(f"nothing submitted (--dry-run); to do so: {shlex.join(['sbatch', str(script)])}")
         if options.evaluate:
-            print(f"and then: {shlex.join(['sbatch', '--dependency=after:JOB', str(follower), 'JOB'])}")
+            for begins in _followers("JOB", options, len(configs)):
+                print(f"and then: {shlex.join(['sbatch', *begins, str(follower), 'JOB'])}")
         return
-    ids, followers = queue(options, script, follower)
+    ids, followers = queue(options, script, follower, len(configs))
     log = job / ("slurm-<job>_<task>.out" if options.array else f"slurm-{ids[0]}.out")
     print(f"submitted {', '.join(ids)}")
     print(f"log: {log}; of the ranks: {run_dir}/{'task_*/' if options.array else ''}logs/<start>/")
@@ -112,17 +113,25 @@ def submit(options: argparse.Namespace) -> None:
     print(f"queue: squeue -j {','.join(ids)}; cancel: scancel {' '.join(ids)}")
 
 
-def queue(options: argparse.Namespace, script: Path, follower: Path) -> tuple[list[str], list[str]]:
+def queue(options: argparse.Namespace, script: Path, follower: Path, num_configs: int) -> tuple[list[str], list[str]]:
     """Submit the jobs of the run, and those that score its checkpoints; returns their ids."""
     ids: list[str] = []
     for _ in range(options.chain):
         ids.append(_sbatch(*(f"--dependency=afterany:{last}" for last in ids[-1:]), str(script)))
     followers: list[str] = []
-    count = options.chain if options.max_requeues == 0 else 1  # who is not requeued is a chain as well
-    for _ in range(count if options.evaluate else 0):
-        after = f"afterany:{followers[-1]}" if followers else f"after:{ids[0]}"
-        followers.append(_sbatch(f"--dependency={after}", str(follower), ",".join(ids)))
+    for *place, begins in _followers(ids[0], options, num_configs) if options.evaluate else ():
+        for _ in range(options.chain if options.max_requeues == 0 else 1):  # who is not requeued is a chain as well
+            followers.append(_sbatch(*place, begins, str(follower), ",".join(ids)))
+            begins = f"--dependency=afterany:{followers[-1]}"
     return ids, followers
+
+
+def _followers(job: str, options: argparse.Namespace, num_configs: int) -> list[list[str]]:
+    """How sbatch is given the job that scores; of an array one for each task, which begins when that task has begun:
+    ``after`` a whole array is after the begin of its last task."""
+    if not options.array:
+        return [[f"--dependency=after:{job}"]]
+    return [[f"--array={task}", f"--dependency=after:{job}_{task}"] for task in range(num_configs)]
 
 
 def _load(options: argparse.Namespace, settings: Sequence[str] = ()) -> RunConfig:

@@ -20,7 +20,7 @@ TWO_NODES = ("--nodes", "2", "--processes-per-node", "1")
 
 
 def submit(*arguments: str | Path, **variables: str) -> str:
-    """The id of the (last) job."""
+    """The id of the (last) job that trains."""
     done = run("launch/submit", *arguments, seconds=120, **variables)
     assert done.returncode == 0, done.stderr
     ids = re.search(r"^submitted (.*)$", done.stdout, flags=re.M)
@@ -35,6 +35,11 @@ def slurm_says(*command: str) -> str:
 def states(job: str) -> list[str]:
     """Of the job, or of each task of an array."""
     return re.findall(r"JobState=(\w+)", slurm_says("scontrol", "show", "job", job))
+
+
+def begin(shown: str) -> str:
+    """When the job that scontrol shows has begun."""
+    return re.findall(r"StartTime=(\S+)", shown)[0]
 
 
 def must_end(job: str, log: Path, *, seconds: float = 400) -> list[str]:
@@ -98,8 +103,16 @@ def test_a_job_at_its_real_time_limit(config: Path, tmp_path: Path):
 def test_an_array_of_three(config: Path, tmp_path: Path):
     run_dir, overlay = hostile_run_dir(tmp_path)
     settings = ("train.steps=6", "checkpoint.interval=6", "--nodes", "1", "--processes-per-node", "1")
-    job = submit(config, overlay, *settings, f"checkpoint.dir={tmp_path}/saved", "--array", "run.seed=1,2,1")
+    settings = (*settings, f"checkpoint.dir={tmp_path}/saved", "--evaluate", scored(config), "--evaluate-time", "9")
+    job = submit(config, overlay, *settings, "--array", "run.seed=1,2,1", "--array-limit", "1")
     assert must_end(job, run_dir / "job") == ["COMPLETED"] * 3
+    followers = [str(int(job) + task) for task in (1, 2, 3)]
+    for task, follower in enumerate(followers):
+        log = run_dir / f"job/evaluate-{follower}_{task}.out"
+        assert must_end(follower, log) == ["COMPLETED"], log.read_text()
+        assert [line["step"] for line in records(run_dir / f"task_{task}", "evaluations.jsonl")] == [6]
+    first, last = (slurm_says("scontrol", "show", "job", each) for each in (followers[0], f"{job}_2"))
+    assert begin(first) < begin(last), "it begins with its own task, not with the last one"
     losses = [[record["loss"] for record in records(run_dir / f"task_{task}")] for task in range(3)]
     assert [len(run) for run in losses] == [6, 6, 6]
     assert losses[0] == losses[2] != losses[1], "each task has its own seed, and nothing else"

@@ -24,7 +24,17 @@ from megatron_depthattn.config import RunConfig
 from megatron_depthattn.launch.failures import first_failure, record_death
 from megatron_depthattn.launch.freeze import CODE_FOLDERS, freeze
 from megatron_depthattn.launch.logs import main as show_logs
-from megatron_depthattn.launch.submit import _configs, _parser, check_options, queue, render, seconds_of, submit, sweep
+from megatron_depthattn.launch.submit import (
+    _configs,
+    _followers,
+    _parser,
+    check_options,
+    queue,
+    render,
+    seconds_of,
+    submit,
+    sweep,
+)
 from megatron_depthattn.launch.torchrun import _defaults, only_the_head_has_gone
 from megatron_depthattn.parallel.launch_env import QUEUES, LaunchEnvironment
 from megatron_depthattn.terminal import printable
@@ -266,7 +276,7 @@ def test_who_scores_a_chain_is_one_where_it_cannot_be_requeued(options: tuple, f
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     chosen = _parser().parse_intermixed_args([*SUBMIT, "--chain", "2", "--evaluate", "--data d", *options])
-    queue(chosen, Path("job"), Path("follow"))
+    queue(chosen, Path("job"), Path("follow"), 1)
     assert given.read_text().splitlines() == ["job", "--dependency=afterany:1 job", *followers]
 
 
@@ -286,6 +296,8 @@ def test_the_job_that_scores_has_its_own_size(monkeypatch: pytest.MonkeyPatch):
     assert settings(text, "ARGUMENTS") == ["--follow", "/runs/my run/task_2", "--suite", "paper"]
     assert "--array=0-2" in flags(text) and flags(text).count("--gpus-per-node=8") == 0
     assert 'FOLLOWED="${1:+${1}_$SLURM_ARRAY_TASK_ID}"' in text
+    of_tasks = _followers("17", _parser().parse_intermixed_args([*SUBMIT, *more]), 2)
+    assert of_tasks == [["--array=0", "--dependency=after:17_0"], ["--array=1", "--dependency=after:17_1"]]
 
 
 def test_arrays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
