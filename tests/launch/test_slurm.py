@@ -103,7 +103,7 @@ def test_a_job_at_its_real_time_limit(config: Path, tmp_path: Path):
 def test_an_array_of_three(config: Path, tmp_path: Path):
     run_dir, overlay = hostile_run_dir(tmp_path)
     settings = ("train.steps=6", "checkpoint.interval=6", "--nodes", "1", "--processes-per-node", "1")
-    settings = (*settings, f"checkpoint.dir={tmp_path}/saved", "--evaluate", scored(config), "--evaluate-time", "9")
+    settings = (*settings, f"checkpoint.dir={tmp_path}/saved", "--evaluate", scored(config), "--evaluate-time", "12")
     job = submit(config, overlay, *settings, "--array", "run.seed=1,2,1", "--array-limit", "1")
     assert must_end(job, run_dir / "job") == ["COMPLETED"] * 3
     followers = [str(int(job) + task) for task in (1, 2, 3)]
