@@ -22,7 +22,7 @@ SAME = [
     for job in PARITY
     if job.method == "depth_attention"
     and (job.layout, job.recompute) in CASES
-    and (job.stride, job.window, job.loops, job.weights, job.mixes) == (2, 1, 1, "softmax", "value")
+    and (job.stride, job.window, job.loops, job.weights, job.mixes, job.ramp) == (2, 1, 1, "softmax", "value", False)
 ]
 LOOPS = [job for job in LOOPED if job.layout in ("pp2xvpp2", "pp2xvpp4")]
 REPLICAS = next(job for job in PARITY if job.layout == "dp2" and (job.stride, job.method) == (2, "depth_attention"))
