@@ -77,8 +77,9 @@ class Campaign:
 
 @pytest.fixture(scope="session")
 def campaign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    """Runs, world by world, exactly the jobs of the selected tests."""
-    asking = [item for item in request.session.items if "campaign" in getattr(item, "fixturenames", ())]
+    """Runs, world by world, exactly the jobs of the selected tests that are not skipped."""
+    items = [item for item in request.session.items if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
+    asking = [item for item in items if "campaign" in getattr(item, "fixturenames", ())]
     wanted = [item.callspec.params["job"] for item in asking if hasattr(item, "callspec")]
     made = Campaign(tmp_path_factory.mktemp("parity"), wanted)
     request.config.stash[CAMPAIGN] = made
