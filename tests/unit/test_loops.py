@@ -201,7 +201,7 @@ def test_a_run_that_continues_keeps_what_it_computes(changed, message, tmp_path)
     mixes_otherwise = bool(message) and "optimizer.mup" not in changed
     assert any(note.startswith("note: model.") for note in notes) is mixes_otherwise, "a branch may, and is said to"
     given["optimizer"]["name"] = "another"
-    with pytest.raises(ValueError, match=r"optimizer\.name \(was adamw, is another\).*checkpoint\.start_optimizer=false"):
+    with pytest.raises(ValueError, match=r"optimizer\.name \(was adamw, is another\).*start_optimizer=false"):
         load_checkpoint(folder, *parts, config=given, is_parent=True)
 
 
