@@ -22,7 +22,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from megatron_depthattn.config import CheckpointConfig
@@ -37,6 +36,7 @@ from megatron_depthattn.train.curves import EVALUATIONS, log_evaluation
 from megatron_depthattn.train.history import HISTORY, has_finished
 from megatron_depthattn.train.lease import lease
 from megatron_depthattn.train.line_files import append_durably, read_records
+from megatron_depthattn.train.start import lock_file
 from megatron_depthattn.train.step_folders import MANIFEST, complete_folders, file_hash
 
 LOOK_SECONDS = 2.0
@@ -141,16 +141,11 @@ class Follower:
             ValueError: another process scores this run, or no checkpoint at all could be scored.
             RuntimeError: torch's, such as out of memory; or a score could not be put on record.
         """
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._run_dir / ".evaluate.lock", timeout=LOCK_SECONDS)
-        try:
-            with suppress(NotImplementedError):  # a file system without locks
-                lock.acquire()
-        except Timeout as error:
-            raise ValueError(
-                f"another process scores the checkpoints of {self._run_dir} (the lock is {lock.lock_file}): wait for "
-                "it, or end it"
-            ) from error
+        lock = lock_file(
+            self._run_dir / ".evaluate.lock",
+            f"another process scores the checkpoints of {self._run_dir}: wait for it, or end it",
+            LOCK_SECONDS,
+        )
         try:
             self._follow(no_more)
         finally:

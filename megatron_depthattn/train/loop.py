@@ -257,7 +257,7 @@ class Training:
         """Mean loss in nats per token over the first ``train.eval_batches`` global batches of each held-out split.
 
         Returns:
-            What goes on record; nothing without an evaluation, or if it was dropped because some rank was asked to
+            What is put on record; nothing without an evaluation, or if it was dropped because some rank was asked to
             stop.
         """
         losses = {}

@@ -183,7 +183,7 @@ def lock_run(run_dir: Path) -> FileLock:
     Raises:
         ValueError: another process has it. One that was just killed may take a moment to release it, so this waits.
     """
-    return _lock(
+    return lock_file(
         run_dir / ".lock",
         f"another process is training in {run_dir}: two would overwrite each other's checkpoints. Wait for it, end it, "
         "or set another run.dir",
@@ -215,7 +215,7 @@ def claim_checkpoints(directory: Path, run_dir: Path) -> Claim:
         with suppress(FileExistsError):  # another start was faster: it owns the folder, and is compared with this one
             create_durably(directory / OWNER, _record(run_id, run_dir, directory))
     _require_own(directory, run_dir, known)  # before the wait for its lock
-    lock = _lock(
+    lock = lock_file(
         directory / ".checkpoints.lock",  # checkpoint.dir may be run.dir
         f"another process saves to checkpoint.dir={directory}, perhaps on another host: two would overwrite each "
         "other's checkpoints. Wait for it, end it, or set another checkpoint.dir",
@@ -313,9 +313,10 @@ def _record(run_id: str, run_dir: Path, directory: Path) -> str:
     return json.dumps({"run_id": run_id, "run_dir": place}) + "\n"
 
 
-def _lock(path: Path, message: str) -> FileLock:
+def lock_file(path: Path, message: str, seconds: float = LOCK_SECONDS) -> FileLock:
+    """Take the lock at ``path`` until this process ends or releases it; ValueError with ``message``: another has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=LOCK_SECONDS)  # no mode of its own: the umask decides who else may continue the run
+    lock = FileLock(path, timeout=seconds)  # no mode of its own: the umask decides who else may continue the run
     try:
         with suppress(NotImplementedError):  # a file system without locks
             lock.acquire()
