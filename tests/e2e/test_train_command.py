@@ -137,7 +137,7 @@ def test_resume_under_another_layout_while_the_batch_size_rises(config_file: Pat
         else:
             assert ours["eval_loss"] is None and [*ours["held_out"]] == ["code", "seen"]
             assert ours["held_out"]["code"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
-            assert abs(ours["held_out"]["seen"] - theirs["eval_loss"]) > 2e-4, "of other text"
+            assert ours["held_out"]["seen"] != ours["held_out"]["code"], "of other text"
     assert f"held-out code: {corpus}/val" in result.stdout and f"held-out seen: {bare}/train" in result.stdout
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     curve = [(event.step, event.value) for event in events.Scalars("eval_loss/seen")]
