@@ -6,8 +6,8 @@ without further work.
 
 Scores are the same before and after RoPE, because query and key of one token are turned by the same rotation. In
 training RoPE is applied here, before the mix, so that the q and k kept for its backward are the very tensors that
-core attention keeps: no second copy of either. With an inference cache or packed sequences RoPE stays where Megatron
-has it, after the mix.
+core attention keeps: no second copy of either. With an inference cache or sequences packed as ``thd`` RoPE stays where
+Megatron has it, after the mix.
 
 Shape suffixes: S positions, B micro-batch, H query heads and G key/value heads of this rank, D head size, T tensor
 ranks.
@@ -124,10 +124,11 @@ class DepthSelfAttention(SelfAttention):
     ) -> bool:
         """Whether q and k are turned here: one rotation for every layer, position and token of the pass.
 
-        Not with a cache, which Megatron fills before RoPE; nor with layers that skip RoPE: their keys would be on
-        the other side.
+        Not with a cache, which Megatron fills before RoPE; nor with ``thd``, whose angles are a document's; nor with
+        layers that skip RoPE: their keys would be on the other side.
         """
-        is_plain = inference_context is None and inference_params is None and packed_seq_params is None
+        is_thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        is_plain = inference_context is None and inference_params is None and not is_thd
         return is_plain and isinstance(rotary_pos_emb, Tensor) and not self.config.no_rope_freq
 
     def group_queries(self, query_SBHD: Tensor) -> Tensor:

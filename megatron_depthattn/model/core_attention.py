@@ -7,6 +7,9 @@ on a CPU as well, so what a layer keeps for backward grows with the sequence and
 Queries that are the last positions of longer keys (with a cache, and under context parallel) go in blocks of rows, each
 with a mask.
 
+Documents that do not see each other (`model.documents`) take a call each on a CPU, and one for all of them on a GPU:
+torch's variable-length kernels, which line up the last query with the last key.
+
 Under context parallel keys and values are gathered and a rank attends with its own queries: simple and exact, but every
 rank holds keys and values of the whole sequence; TransformerEngine's ring attention is the fast path on GPUs. Megatron
 deals each rank ``r`` of ``c`` two of ``2c`` equal pieces of the sequence, ``r`` and ``2c-1-r``, so that causal work is
@@ -35,6 +38,10 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_depthattn.model.activation_memory import BLOCK_ROWS
+from megatron_depthattn.model.documents import Cut, as_documents
+
+_LOWER_RIGHT = 2
+"""The memory-efficient kernel's causal mask that lines up the last query with the last key."""
 
 
 def context_parallel_positions(sequence_length: int, rank: int, size: int) -> Tensor:
@@ -94,41 +101,102 @@ class SDPAttention(DotProductAttention):
         """Attend over the sequence.
 
         Args:
-            query: ``[S, B, H, D]``, this rank's positions.
+            query: ``[S, B, H, D]``, this rank's positions; with documents in Megatron's format ``[t, H, D]``.
             key, value: ``[S, B, G, D]``; as many positions, or more where ``query`` holds the last ones.
             attention_mask: True where a query must not see a key, broadcast to ``[B, H, S, S]``; None: causal.
             attn_mask_type: as Megatron's; causal unless a mask is given.
+            packed_seq_params: the documents that the positions belong to.
 
         Returns:
-            ``[S, B, H * D]``.
+            ``[S, B, H * D]``, or ``[t, H * D]``.
 
         Raises:
-            ValueError: packed sequences, a bias, or an attention mask under context parallel.
+            ValueError: a bias, or an attention mask under context parallel or with documents, or documents that are
+                not those of the positions.
         """
-        if packed_seq_params is not None:
-            raise ValueError(
-                "packed_seq_params was given: the local core attention knows no borders between documents and would "
-                "attend across them. Build the model with TransformerEngine's layers (backend='te'), or pass one "
-                "document a row."
-            )
         if attention_bias is not None:
             raise ValueError("attention_bias was given: the local core attention has none. Pass attention_bias=None.")
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        if size > 1 and attention_mask is not None:
+        if attention_mask is not None and (size > 1 or packed_seq_params is not None):
+            where = "under context parallel" if packed_seq_params is None else "beside packed_seq_params"
             raise ValueError(
-                "an attention mask was given under context parallel: the local backend knows the causal one only. Pass "
+                f"an attention mask was given {where}: the local backend knows the causal one only. Pass "
                 "attention_mask=None."
             )
+        cut = self._cut(query, packed_seq_params) if packed_seq_params is not None else None
         # As Megatron's: under sequence parallel every rank drops out by the same generator.
         forked = nullcontext() if self.config.sequence_parallel or not self._dropout else get_cuda_rng_tracker().fork()
         with forked:
+            if size > 1:
+                key, value = (_in_sequence_order(t, self.cp_group) for t in (key, value))
+            if cut is not None:
+                return self._attend_to_documents(query, key, value, cut)
             if size == 1:
                 return self._attend(query, key, value, attention_mask)
-            key, value = (_in_sequence_order(t, self.cp_group) for t in (key, value))
             rows = query.size(0) // 2
             ends = ((rank + 1) * rows, (2 * size - rank) * rows)
             pieces = zip(query.split(rows), ends, strict=True)
             return torch.cat([self._attend(piece, key[:end], value[:end], None) for piece, end in pieces])
+
+    def _cut(self, query: Tensor, packed: PackedSeqParams) -> Cut:
+        size, documents = self.cp_group.size(), as_documents(packed)
+        is_thd = documents.qkv_format == "thd"
+        if is_thd and size > 1:
+            raise ValueError(
+                "packed_seq_params of qkv_format='thd' were given under context parallel, where Megatron cuts every "
+                "document: the local backend cuts the row. Give documents_of(cu_seqlens, thd=False, ...)."
+            )
+        if not is_thd and query.size(1) != 1:
+            raise ValueError(
+                f"packed_seq_params were given with a micro-batch of {query.size(1)} rows: documents lie in one. Give "
+                "the whole micro-batch as one row, tokens.view(1, -1)."
+            )
+        if documents.borders[-1] != query.size(0) * size:
+            raise ValueError(
+                f"cu_seqlens end at {documents.borders[-1]}, and the row has {query.size(0) * size} tokens: every "
+                "token belongs to a document, padding as well."
+            )
+        return documents.cut(self.cp_group.rank(), size, query.device)
+
+    def _attend_to_documents(self, query: Tensor, key: Tensor, value: Tensor, cut: Cut) -> Tensor:
+        """Each piece of a document to its own keys."""
+        is_thd, rows = query.dim() == 3, query.size(0)
+        query, key, value = (t if is_thd else t.squeeze(1) for t in (query, key, value))
+        if cut.spans != [(0, rows)]:
+            key, value = (torch.cat([t[start:end] for start, end in cut.spans]) for t in (key, value))
+        if query.is_cuda:
+            context = self._varlen(query, key, value, cut)
+        else:
+            runs = zip(
+                cut.runs,
+                query.split([count * rows for count, rows, _ in cut.runs]),
+                *(t.split([count * keys for count, _, keys in cut.runs]) for t in (key, value)),
+                strict=True,
+            )
+            context = torch.cat([self._attend_alike(count, *run) for (count, *_), *run in runs])
+        return context.reshape(rows, -1) if is_thd else context.reshape(rows, 1, -1)
+
+    def _attend_alike(self, count: int, *run: Tensor) -> Tensor:
+        """``[t, H * D]`` of ``count`` pieces of documents with as many queries and keys each."""
+        context = self._causal(*(t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in run))
+        return context.transpose(1, 2).reshape(run[0].size(0), -1)
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, cut: Cut) -> Tensor:
+        """``[t, H, D]`` of all pieces, by kernels of torch's own attention; neither waits for the device."""
+        borders, scale = (cut.query_borders, cut.key_borders, *cut.longest, self._dropout), self._scale
+        if _flash_takes(query):
+            attend = torch.ops.aten._flash_attention_forward
+            return attend(query, key, value, *borders, True, False, scale=scale)[0]  # type: ignore[no-any-return]
+        group = query.size(1) // key.size(1)
+        key, value = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (key, value))
+        attend = torch.ops.aten._efficient_attention_forward
+        rows = (t.unsqueeze(0) for t in (query, key, value))
+        keeps = torch.is_grad_enabled()
+        return attend(*rows, None, *borders, _LOWER_RIGHT, keeps, scale=scale)[0].squeeze(0)  # type: ignore[no-any-return]
+
+    @property
+    def _scale(self) -> float:
+        return self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)  # type: ignore[no-any-return]
 
     @property
     def _dropout(self) -> float:
@@ -141,16 +209,19 @@ class SDPAttention(DotProductAttention):
             return self._sdpa(query, key, value, attn_mask=~masked).permute(2, 0, 1, 3).flatten(2)
         # Batch and heads as one dimension: what comes out then lies as the output projection reads it, without a copy.
         query, key, value = (t.flatten(1, 2).transpose(0, 1).unsqueeze(0) for t in given)
+        context = self._causal(query, key, value)
+        return context.squeeze(0).transpose(0, 1).reshape(*query_SBHD.shape[:2], -1)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``[B, H, S, D]``: the queries are the last positions of the keys."""
         rows, keys = query.size(2), key.size(2)
         if rows == keys:
-            context = self._sdpa(query, key, value, is_causal=rows > 1)
-        elif rows == 1:
-            context = self._sdpa(query, key, value)
-        elif query.is_cuda:
-            context = self._sdpa(query, key, value, attn_mask=_LastRows(CausalVariant.LOWER_RIGHT, rows, keys))
-        else:
-            context = torch.cat(list(self._in_blocks(query, key, value)), dim=2)
-        return context.squeeze(0).transpose(0, 1).reshape(rows, query_SBHD.size(1), -1)
+            return self._sdpa(query, key, value, is_causal=rows > 1)
+        if rows == 1:
+            return self._sdpa(query, key, value)
+        if query.is_cuda:
+            return self._sdpa(query, key, value, attn_mask=_LastRows(CausalVariant.LOWER_RIGHT, rows, keys))
+        return torch.cat(list(self._in_blocks(query, key, value)), dim=2)
 
     def _in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         """Contexts of blocks of rows, of queries that are the last positions of the keys.
@@ -179,10 +250,16 @@ class SDPAttention(DotProductAttention):
             key,
             value,
             dropout_p=self._dropout,
-            scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1.0),
+            scale=self._scale,
             enable_gqa=query.size(1) != key.size(1),
             **mask,
         )
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """Whether torch's flash kernel takes such queries: it takes no fp32, and nothing on GPUs before Ampere."""
+    is_new = torch.cuda.get_device_capability(query.device) >= (8, 0) or torch.version.hip is not None
+    return query.dtype in (torch.float16, torch.bfloat16) and query.size(-1) % 8 == 0 and is_new
 
 
 def _in_sequence_order(mine: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

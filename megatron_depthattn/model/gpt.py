@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_depthattn.model.cross_entropy import ChunkedLossGPTModel
+from megatron_depthattn.model.documents import DocumentGPTModel
 from megatron_depthattn.model.layer_specs import depth_attention_block_spec
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
@@ -37,7 +37,7 @@ def qwen3_style_config(**overrides: Any) -> DepthAttentionConfig:
     return DepthAttentionConfig(**(style | overrides))
 
 
-class DepthGPTModel(ChunkedLossGPTModel):
+class DepthGPTModel(DocumentGPTModel):
     """Megatron's ``GPTModel``; gives every call a micro-batch state of its own unless the caller brings one."""
 
     def forward(self, *args: Any, extra_block_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -87,7 +87,7 @@ def build_gpt_model(
             f"rank's earlier chunks, and {len(earlier_chunks)} were given: build those before, and give them as "
             "earlier_chunks."
         )
-    model_class = DepthGPTModel if config.shares_over_layers else ChunkedLossGPTModel
+    model_class = DepthGPTModel if config.shares_over_layers else DocumentGPTModel
     model = model_class(
         config=config,
         transformer_layer_spec=depth_attention_block_spec(config, backend, vp_stage),

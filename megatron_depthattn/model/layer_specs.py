@@ -45,8 +45,8 @@ def depth_attention_layer_spec(config: DepthAttentionConfig, backend: str = "loc
     Args:
         config: decides on q/k norm and on the method; of a vanilla model it is Megatron's own spec,
             with norms and core attention that also run under sequence and context parallel.
-        backend: ``local`` (plain torch modules, any device) or ``te`` (TransformerEngine, GPU; also packed sequences,
-            ``PackedSeqParams`` with ``qkv_format="thd"``).
+        backend: ``local`` (plain torch modules, any device) or ``te`` (TransformerEngine, GPU). Both take documents in
+            one row (`model.documents`).
 
     Raises:
         ValueError: unknown backend, ``te`` without TransformerEngine, or a norm or a precision that the local backend
