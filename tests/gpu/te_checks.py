@@ -8,13 +8,14 @@ worst gradient at a cosine of 0.9.
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_depthattn.model.documents import documents_of
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
-from tests.document_attention import packed
 from tests.gpu.te_models import (
     BF16,
     FP32,
@@ -245,8 +246,10 @@ def check_packed(place: Place, lengths: list[int], bound: float, *settings: str)
     alone = [run(chunk, *each) for each in zip(tokens.split(lengths, 1), labels.split(lengths, 1), strict=True)]
     logits = torch.cat([each.logits for each in alone], dim=1)
     gradients = {name: sum(each.gradients[name] for each in alone) for name in alone[0].gradients}
-    together = run(chunk, tokens, labels, packed_seq_params=packed(lengths, place.device))
-    whole = run(chunk, tokens, labels, packed_seq_params=packed([sum(lengths)], place.device))
+    together, whole = (
+        run(chunk, tokens, labels, packed_seq_params=documents_of(torch.tensor(ends), thd=True, device=place.device))
+        for ends in ([0, *accumulate(lengths)], [0, sum(lengths)])
+    )
     found = {
         "logits": relative_error(together.logits, logits),
         "gradients": max(relative_error(together.gradients[name], x) for name, x in gradients.items()),

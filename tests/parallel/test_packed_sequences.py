@@ -1,4 +1,5 @@
-"""Packed documents under two pipeline stages: as under one, if every microbatch has as many tokens; else rejected."""
+"""Documents in rows under pipeline stages, interleaved ones too, and under context parallel: as in one process. With
+pipeline stages every microbatch has as many tokens; else it is an error."""
 
 import json
 
@@ -11,26 +12,34 @@ from tests.parallel.cases import FULL
 from tests.parallel.packed_worker import step
 
 WORKER = "tests.parallel.packed_worker"
+BATCHES = [[5, 11], [7, 3, 6], [16], [1, 1, 9, 5]]
+"""Other borders in each microbatch, in every piece of a row and on one's border."""
 
 
+@pytest.mark.parametrize(("size", "axis"), [(2, "pipeline"), (2, "virtual"), (2, "context"), (4, "context")])
 @pytest.mark.usefixtures("megatron_world_of_one")
-def test_two_stages_are_one(tmp_path, record_property):
-    batches = [[5, 11], [7, 3, 6], [16]]  # other borders in each microbatch
-    one = step(batches, rank=0, stages=1)
-    must_succeed(forked(2, WORKER, tmp_path, json.dumps(batches)))
-    first, last = (torch.load(tmp_path / f"{name}.pt") for name in ("0of2", "1of2"))
-    found = [float((x - y).norm() / y.norm()) for x, y in zip(last["losses"], one["losses"], strict=True)]
-    both = first["gradients"] | last["gradients"]
-    assert both.keys() == one["gradients"].keys()
-    found += [float((both[name] - x).norm() / x.norm()) for name, x in one["gradients"].items()]
-    record_property("difference", max(found))
-    assert max(found) < 1e-5
+def test_a_layout_is_one_process(size, axis, tmp_path, record_property):
+    must_succeed(forked(size, WORKER, tmp_path, json.dumps(BATCHES), axis))
+    ranks = [torch.load(tmp_path / f"{rank}of{size}.pt") for rank in range(size)]
+    gradients = {name: gradient for rank in ranks for name, gradient in rank["gradients"].items()}
+    losses = next(rank["losses"] for rank in ranks if rank["losses"])
+
+    def difference(batches: list[list[int]]) -> float:
+        one = step(batches)
+        assert gradients.keys() == one["gradients"].keys()
+        pairs = [*zip(losses, one["losses"], strict=True)]
+        pairs += [(gradients[name], gradient) for name, gradient in one["gradients"].items()]
+        return max(float((x - y).norm() / y.norm()) for x, y in pairs)
+
+    record_property("difference", found := difference(BATCHES))
+    assert found < 1e-5
+    assert difference([[5, 11], [7, 3, 6], [16], [1, 2, 8, 5]]) > 1e-2, "control: a border one token later"
 
 
 @pytest.mark.skipif(
     not FULL, reason="the error itself is in tests/unit/test_schedule.py; in two processes: make parity-full"
 )
 def test_microbatches_of_unequal_lengths_are_rejected(tmp_path):
-    done = forked(2, WORKER, tmp_path, "[[5, 11], [7, 3]]")
+    done = forked(2, WORKER, tmp_path, "[[5, 11], [7, 3]]", "pipeline")
     assert done.returncode != 0
     assert "a message of 10 rows and micro-batch 1 is to be sent, but the schedule was given 16 rows" in done.stderr

@@ -8,8 +8,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_depthattn.benchmarks.memory import saved_tensors
+from megatron_depthattn.model import attention
+from megatron_depthattn.model.compiled import compile_layers
 from megatron_depthattn.model.documents import documents_of
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from tests.megatron_weights import load, to_megatron
 from tests.parallel.compare import CANCELLING
 from tests.reference_decoder import decoder_logits, random_weights
@@ -145,3 +149,74 @@ def test_control_a_border_one_token_later_is_another_function(case, form):
     found = errors(case, loaded(case), FORMS[form]([6, 1, 1, 10, 3, 3]))
     for name in ("logits", "embedding.word_embeddings.weight", "decoder.layers.0.self_attention.linear_qkv.weight"):
         assert found[name] > 100 * TOLERANCE, name
+
+
+def test_compiled_layers_and_mup():
+    """Norms and connectors are compiled for one length, documents or not; muP scales scores by 1/d, not 1/sqrt(d)."""
+    case, seen = "stride-1", []
+    compiled = loaded(case)
+    compile_layers(compiled)
+    assert max(errors(case, compiled, FORMS["row"](LENGTHS)).values()) < TOLERANCE
+    for scale in (None, 1 / SIZES["head_dim"]):
+        model = build({"depth_attention": False}, softmax_scale=scale)
+        load(model, to_megatron(weights_of({}), SIZES["num_layers"], SIZES["head_dim"]), VOCAB)
+        packed, alone = tokens(), torch.cat([model(one, None, None) for one in tokens().split(LENGTHS, dim=1)], dim=1)
+        seen.append(model(packed, None, None, packed_seq_params=FORMS["row"](LENGTHS)))
+        assert (seen[-1] - alone).norm() < 1e-5 * alone.norm()
+    assert (seen[0] - seen[1]).norm() > 0.1 * seen[0].norm(), "control"
+
+
+MIXING = {"stride-1": {"op": "lean"}, "key_value": {}, "uniform": {}, "loops": {"op": "reference"}}
+
+
+@pytest.mark.parametrize("recompute", [{}, FULL], ids=str)
+@pytest.mark.parametrize("case", MIXING)
+def test_the_mix_over_depth_knows_nothing_of_documents(case, recompute, monkeypatch):
+    """It is asked for the same, of tensors of the same shape, in the same order; and of a row that is one document for
+    the same numbers, to the bit."""
+    calls: list[list] = []
+    for name in ("depth_mix", "uniform_mix"):
+        own = getattr(attention, name)
+
+        def spied(*given, own=own, name=name, **settings):
+            flat = [t for part in given for t in (part if isinstance(part, list | tuple) else [part])]
+            calls[-1].append((name, settings, [t.clone() if isinstance(t, Tensor) else t for t in flat]))
+            return own(*given, **settings)
+
+        monkeypatch.setattr(attention, name, spied)
+    model = loaded(case, **{f"depth_attention_{key}": value for key, value in MIXING[case].items()}, **recompute)
+    found = []
+    for lengths in (None, [sum(LENGTHS)], LENGTHS):
+        calls.append([])
+        model.zero_grad()
+        logits = model(tokens(), None, None, packed_seq_params=FORMS["row"](lengths) if lengths else None)
+        found.append([backward(logits), *(parameter.grad.clone() for parameter in model.parameters())])
+    without, one, several = calls
+    assert len(without) > SIZES["num_layers"] - 2 and len(without) == len(one) == len(several)
+    for (name, settings, mixed), same, other in zip(without, one, several, strict=True):
+        assert (name, settings) == same[:2] == other[:2]
+        for a, b, c in zip(mixed, same[2], other[2], strict=True):
+            assert (torch.equal(a, b) and a.shape == c.shape) if isinstance(a, Tensor) else a == b == c
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not torch.equal(found[0][0], found[2][0]), "control"
+
+
+@pytest.mark.parametrize("recompute", [{}, SELECTIVE, FULL], ids=str)
+@pytest.mark.parametrize("case", ["vanilla", "stride-1", "attnres"])
+def test_a_row_of_documents_keeps_what_an_ordinary_sequence_keeps(case, recompute):
+    """And no second q and k for the mix, as where RoPE comes after it; on a CPU the contexts of all documents once
+    more, as one tensor."""
+    kept = {}
+    for name in ("none", "row", "thd"):
+        model, state = loaded(case, **recompute), MicrobatchState()
+        given = {} if name == "none" else {"packed_seq_params": FORMS[name](LENGTHS)}
+        given |= {"extra_block_kwargs": {"attention_bias": state}} if model.config.shares_over_layers else {}
+        with saved_tensors(model, state) as saved:
+            loss = model(tokens(), None, None, labels=tokens(), **given).mean()
+        kept[name] = saved.num_bytes
+        del loss
+    a_head = sum(LENGTHS) * SIZES["head_dim"] * 4
+    contexts = 0 if recompute else SIZES["num_layers"] * SIZES["num_heads"] * a_head
+    assert kept["row"] <= kept["none"] + a_head + contexts
+    if case == "stride-1" and not recompute:
+        assert kept["thd"] > kept["row"], "control"

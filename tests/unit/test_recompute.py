@@ -13,13 +13,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_depthattn.benchmarks.memory import SavedTensors, saved_tensors
+from megatron_depthattn.model import layer_specs
 from megatron_depthattn.model.activation_memory import DepthActivations, depth_activations, source_numbers
+from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.source_plan import SourcePlan
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
-from tests.document_attention import build_with_document_attention
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -172,14 +173,21 @@ def test_what_is_kept_above_vanilla_is_what_the_plan_predicts(stride, window, mo
     assert depth.num_bytes - vanilla.num_bytes == predicted.total * NUMBER_BYTES
 
 
+class KeepsCopies(SDPAttention):
+    """Keeps q, k and v, contiguous, for backward."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(query.contiguous(), key.contiguous(), value.contiguous(), *args, **kwargs)
+
+
 @pytest.mark.parametrize(("stride", "window"), PLANS)
 @pytest.mark.parametrize("mode", [None, "uniform-1"])
-def test_what_transformer_engine_keeps_above_vanilla(stride, window, mode):
+def test_what_transformer_engine_keeps_above_vanilla(stride, window, mode, monkeypatch):
     """With a core attention and a norm (torch's in bf16 on CPU) that keep contiguous copies, as TransformerEngine's."""
+    monkeypatch.setattr(layer_specs, "SDPAttention", KeepsCopies)
 
     def saved(**mixing: Any) -> SavedTensors:
-        config = config_of(**mixing, **BF16, **(RECOMPUTE[mode] if mode else {}))
-        return saved_by(build_with_document_attention(config, vocab_size=VOCAB, length=SEQUENCE).train())
+        return saved_by(**mixing, **BF16, **(RECOMPUTE[mode] if mode else {}))
 
     plan = SourcePlan(num_layers=NUM_LAYERS, stride=stride, recent_window=window)
     predicted = depth_activations(
