@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -98,15 +99,33 @@ def expected_streams(documents: Sequence[str | bytes], tokenizer: Path) -> dict[
     return streams
 
 
-def read_shards(split: Path, dtype: str = "uint16") -> np.ndarray:
-    """All samples of a split, [samples, N + 1], straight from the files: count, offsets, data."""
+class Stored(NamedTuple):
+    tokens: np.ndarray
+    """[samples, N + 1]"""
+    starts: np.ndarray
+    """bool [samples, N + 1]"""
+    padding: np.ndarray
+    """[samples]"""
+
+
+def read_samples(split: Path, dtype: str = "uint16") -> Stored:
+    """All samples of a split, straight from the files: a count, offsets, a header; samples of padding, bits, tokens."""
     samples = []
     for shard in json.loads((split / "index.json").read_text())["shards"]:
         raw = decompress("zstd", (split / shard["zip_data"]["basename"]).read_bytes())
         count = int(np.frombuffer(raw, np.uint32, 1)[0])
         offsets = np.frombuffer(raw, np.uint32, count + 1, offset=4)
-        samples += [np.frombuffer(raw[a:b], dtype) for a, b in itertools.pairwise(offsets)]
-    return np.stack(samples)
+        for a, b in itertools.pairwise(offsets):
+            length = next(n for n in itertools.count(1) if 4 + (n + 7) // 8 + n * np.dtype(dtype).itemsize == b - a)
+            tokens = np.frombuffer(raw[b - length * np.dtype(dtype).itemsize : b], dtype)
+            starts = [raw[a + 4 + t // 8] >> (7 - t % 8) & 1 == 1 for t in range(length)]
+            samples.append((tokens, starts, int.from_bytes(raw[a : a + 4], "little")))
+    return Stored(*map(np.array, zip(*samples, strict=True)))
+
+
+def read_shards(split: Path, dtype: str = "uint16") -> np.ndarray:
+    """The tokens of all samples of a split, [samples, N + 1]."""
+    return read_samples(split, dtype).tokens
 
 
 def stored_stream(split: Path, dtype: str = "uint16") -> list[int]:
@@ -122,6 +141,11 @@ def assert_holds(output: Path, documents: Sequence[str | bytes], tokenizer: Path
         stored = stored_stream(output / split)
         assert stored == expected[: len(stored)], split
         assert len(expected) - len(stored) < LENGTH
+        starts = [0, *(i + 1 for i, token in enumerate(stored[:-1]) if token == 0)]
+        is_start = np.isin(np.arange(len(stored)), starts)
+        samples = read_samples(output / split)
+        assert not samples.padding.any()
+        assert np.array_equal(samples.starts, [is_start[i : i + LENGTH + 1] for i in range(0, len(stored) - 1, LENGTH)])
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

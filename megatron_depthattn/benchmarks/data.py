@@ -55,15 +55,15 @@ def _write_corpus(folder: Path, given: argparse.Namespace) -> Corpus:
     import numpy as np
 
     from megatron_depthattn.data.corpus import Corpus
-    from megatron_depthattn.data.shard_writer import SplitWriter
+    from megatron_depthattn.data.pack import SplitWriter
 
     random = np.random.default_rng(0)
-    writer = SplitWriter(folder / "train", given.sequence_length, "uint16", [], np.zeros(1, np.uint16))
-    total = given.samples * given.sequence_length
+    writer = SplitWriter(folder / "train", given.sequence_length, "uint16")
+    total = given.samples * given.sequence_length + 1
     for first in range(0, total, TOKENS_WRITTEN_AT_A_TIME):
         # Of a skewed distribution, as tokens are: uniform ones would not compress at all.
         tokens = random.zipf(1.2, min(TOKENS_WRITTEN_AT_A_TIME, total - first)) % 50304
-        writer.append(tokens.astype(np.uint16))
+        writer.append(tokens.astype(np.uint16), np.array([len(tokens)]))
         writer.flush()
     writer.finish()
     return Corpus([str(folder)], [1.0], "train", sequence_length=given.sequence_length)

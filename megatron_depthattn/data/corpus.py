@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_depthattn.data.order import SLOTS_PER_BLOCK, MixedSequence, Mixture, SampleIds, SampleSequence, slots_of
-from megatron_depthattn.data.stream import MANIFEST_NAME, TokenDataset
+from megatron_depthattn.data.stream import MANIFEST_NAME, Sample, TokenDataset
 
 
 class Corpus(Dataset[torch.Tensor]):
@@ -61,8 +61,17 @@ class Corpus(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Tokens of one sample: int64 [sequence_length + 1]. See `TokenDataset`."""
+        stream, own = self._place(index)
+        return stream[own]
+
+    def sample(self, index: int) -> Sample:
+        """One sample with the borders of its documents. See `TokenDataset`."""
+        stream, own = self._place(index)
+        return stream.sample(own)
+
+    def _place(self, index: int) -> tuple[TokenDataset, int]:
         stream = bisect_right(self.offsets, index) - 1
-        return self.streams[stream][index - self.offsets[stream]]
+        return self.streams[stream], index - self.offsets[stream]
 
     def sequence(self, *, seed: int, shuffle: bool) -> SampleIds:
         """The endless sequence of sample ids."""

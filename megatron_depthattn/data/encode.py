@@ -91,6 +91,12 @@ class Encoded(Counts):
 
     tokens: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Per split: the tokens of its documents, each followed by EOS, [number of tokens]."""
+    lengths: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    """Per split: tokens of each document, its EOS included, [number of documents]."""
+    begins: bool = True
+    """Whether the first document begins here: with False it is the only one, and its beginning came before."""
+    ends: bool = True
+    """Whether the last document ends here: with False it is the only one, and more of it follows."""
     left_out: list[tuple[Any, ...]] = field(default_factory=list)
     """(index in the corpus, binary or undecodable, perhaps a message) of the files that are no text."""
 
@@ -189,6 +195,7 @@ def encode(
     """
     encoded = Encoded()
     tokens: dict[str, list[npt.NDArray[Any]]] = {split: [encoder.end[:0]] for split in SPLITS}
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     left, num_train = sys.maxsize if max_bytes is None else max_bytes, 0
     for part in parts(content, recipe, encoded):
         if len(part.data) >= left:
@@ -200,7 +207,9 @@ def encode(
         if part.data or not part.is_first:
             new = _tokens(part, encoder)
             tokens[part.split] += new
-            num_train += sum(map(len, new)) if part.split == "train" else 0
+            lengths[part.split].append(sum(map(len, new)))
+            num_train += lengths[part.split][-1] if part.split == "train" else 0
+            encoded.begins, encoded.ends = part.is_first, part.is_last
             counts = encoded.counts[part.split]
             counts["documents"] += part.is_first
             counts["documents_with_replaced_utf8"] += part.is_first and part.is_repaired
@@ -208,7 +217,10 @@ def encode(
         if left <= 0 or num_train >= max_train_tokens:
             break
     encoded.tokens = {split: np.concatenate(arrays) for split, arrays in tokens.items()}
-    encoded.tokens["train"] = encoded.tokens["train"][:max_train_tokens]
+    encoded.lengths = {split: np.array(of, np.int64) for split, of in lengths.items()}
+    if num_train > max_train_tokens:
+        encoded.tokens["train"] = encoded.tokens["train"][:max_train_tokens]
+        encoded.lengths["train"][-1] -= num_train - max_train_tokens
     for split, counts in encoded.counts.items():
         counts["tokens"] = len(encoded.tokens[split])
     return encoded

@@ -3,7 +3,8 @@
     OUTPUT/manifest.json   settings, counts, tokenizer digest, totals of the source files
     OUTPUT/sources.jsonl   every source file: name, size, format, and what became of it
     OUTPUT/tokenizer/      loads with transformers.AutoTokenizer
-    OUTPUT/train/          MDS shards with one column, `tokens`: uint16 (or uint32) [sequence_length + 1]
+    OUTPUT/train/          MDS shards of samples: `tokens`, uint16 (or uint32) [sequence_length + 1], where documents
+                           start, and how much is padding (see `shard_index.columns_of`)
     OUTPUT/val/
 
 A split's documents, each followed by EOS, form one stream of tokens. Sample i is tokens[i*N : i*N + N + 1]:
@@ -11,9 +12,9 @@ neighbours share one token, so every token but the first is predicted exactly on
 last whole sample is dropped and counted.
 
 One process reads (`readers.py`, `hub.py`), many encode (`encode.py`, `encode_pool.py`), the first merges in the order
-of the corpus and writes (`shard_writer.py`). The output depends on the documents and their order alone: not on the
-number of processes, not on interruptions (`unfinished.py`). Memory holds a few units of 2 MB a process, and a longer
-document only where it is a single record of a JSON or columnar file.
+of the corpus and writes (`pack.py`, `shard_writer.py`). The output depends on the documents and their order alone: not
+on the number of processes, not on interruptions (`unfinished.py`). Memory holds a few units of 2 MB a process, and a
+longer document only where it is a single record of a JSON or columnar file.
 """
 
 import hashlib
@@ -33,8 +34,8 @@ from megatron_depthattn.data.documents import BUILTIN_STDLIB, CorpusFile, corpus
 from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, encode, parts
 from megatron_depthattn.data.encode_pool import EncodePool
 from megatron_depthattn.data.hub import HUB, HubChoice, hub_files, hub_name
+from megatron_depthattn.data.pack import SplitWriter
 from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
-from megatron_depthattn.data.shard_writer import SplitWriter
 from megatron_depthattn.data.stream import MANIFEST_NAME
 from megatron_depthattn.data.tokenizer import Encoder, bpe_vocab, file_sha256, load_tokenizer, train_bpe
 from megatron_depthattn.data.unfinished import Merged, Unfinished, changed_settings, open_unfinished, unfinished_folder
@@ -43,7 +44,9 @@ from megatron_depthattn.durable import fsync_path, publish_folder, recover_folde
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+TOKENS_ALONE_VERSION = 3
+"""Of corpora with the same samples, whose shards do not say where documents begin."""
 SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can cost
 RECORDED = ("sequence_length", "validation_fraction", "text_field", "max_bytes", "max_tokens")
 SOURCES_NAME = "sources.jsonl"
@@ -227,6 +230,8 @@ def existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict
         return None
     manifest: dict[str, Any] = json.loads(file.read_text())
     stored = manifest.get("settings", {})
+    if stored.get("format_version") == TOKENS_ALONE_VERSION:
+        stored = stored | {"format_version": FORMAT_VERSION}  # it trains as it did: nobody need prepare it again
     if changed := changed_settings(stored, record):
         by = "by another version of this tool, " if stored.get("format_version") != FORMAT_VERSION else ""
         raise ValueError(
@@ -282,7 +287,7 @@ class _Preparation:
             check_skipped_damage(self.settings, self.merged.skipped, str(self.unfinished.folder))
         encoder = Encoder(self._prepare_tokenizer(tokenizer, is_new=not found))
         for split in SPLITS if self.settings.validation_fraction > 0 else SPLITS[:1]:
-            state = found[1][split] if found else ([], encoder.end[:0])
+            state = found[1][split] if found else ()
             folder = self.unfinished.corpus / split
             self.writers[split] = SplitWriter(folder, self.settings.sequence_length, encoder.dtype, *state)
         self._save()
@@ -362,7 +367,7 @@ class _Preparation:
     def _merge(self, unit: Unit, encoded: Encoded) -> None:
         merged = self.merged
         for split, writer in self.writers.items():
-            writer.append(encoded.tokens[split])
+            writer.append(encoded.tokens[split], encoded.lengths[split], begins=encoded.begins, ends=encoded.ends)
             merged.counts[split].update(encoded.counts[split])
             self.new_tokens += len(encoded.tokens[split])
         for outcome in [*(Outcome(*entry) for entry in encoded.left_out), *([unit.outcome] if unit.outcome else [])]:
@@ -397,8 +402,7 @@ class _Preparation:
         """Write what comes after the last document, and have everything on disk."""
         merged, folder = self.merged, self.unfinished.corpus
         for split, writer in self.writers.items():
-            counts = merged.counts[split]
-            counts["samples"], counts["dropped_tail_tokens"] = writer.finish()
+            merged.counts[split].update(writer.finish())
         if fault := self._emptiness():
             self.unfinished.clear()  # no other settings can continue it
             raise ValueError(fault)

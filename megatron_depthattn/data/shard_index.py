@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 INDEX_NAME = "index.json"
-TOKEN_COLUMN = "tokens"
+TOKEN_COLUMN, STARTS_COLUMN, PADDING_COLUMN = "tokens", "starts", "padding"
 MAX_INDEX_BYTES = 64 << 20
 """About 150,000 shards."""
 MAX_HEADER_BYTES = 1 << 16
@@ -57,6 +57,25 @@ class SplitIndex(NamedTuple):
     dtype: np.dtype[Any]
     tokens_per_sample: int
     shards: list[ShardEntry]
+    stores_documents: bool
+    """Whether a sample begins with its padding and the bits that start documents, before its tokens."""
+
+
+def columns_of(dtype: np.dtype[Any], tokens_per_sample: int) -> dict[str, str]:
+    """The columns of a shard, in the order in which a sample holds them, which is that of their names.
+
+    `padding` is the number of tokens at the end of the sample that are padding; `starts` has a bit a token, the highest
+    of a byte first: 1 is the first token of a document.
+    """
+    return {
+        PADDING_COLUMN: "uint32",
+        STARTS_COLUMN: f"ndarray:uint8:{starts_bytes(tokens_per_sample)}",
+        TOKEN_COLUMN: f"ndarray:{dtype}:{tokens_per_sample}",
+    }
+
+
+def starts_bytes(tokens_per_sample: int) -> int:
+    return -(-tokens_per_sample // 8)
 
 
 def parse_index(content: bytes, source: str) -> SplitIndex:
@@ -72,26 +91,29 @@ def parse_index(content: bytes, source: str) -> SplitIndex:
         raise ValueError(f"{source} is no index of MDS shards: copy or prepare the corpus again") from error
     if not entries:
         raise ValueError(f"{source} lists no shards: prepare more data")
-    tokens = _TOKENS.fullmatch(columns[0].get(TOKEN_COLUMN, "")) if len(columns[0]) == 1 else None
-    if tokens is None:
+    tokens = _TOKENS.fullmatch(columns[0].get(TOKEN_COLUMN, ""))
+    dtype, tokens_per_sample = (np.dtype(tokens[1]), int(tokens[2])) if tokens else (np.dtype("u2"), 1)
+    with_documents = columns_of(dtype, tokens_per_sample)
+    stores_documents = list(columns[0].items()) == list(with_documents.items())
+    if tokens is None or not (stores_documents or len(columns[0]) == 1):
         raise ValueError(
-            f"{source} has the columns {reprlib.repr(columns[0])}, not '{TOKEN_COLUMN}' of a fixed length: prepare the "
-            "corpus with depthattn prepare"
+            f"{source} has the columns {reprlib.repr(columns[0])}, not '{TOKEN_COLUMN}' of a fixed length, alone or "
+            f"with '{PADDING_COLUMN}' and '{STARTS_COLUMN}': prepare the corpus with depthattn prepare"
         )
-    dtype, tokens_per_sample = np.dtype(tokens[1]), int(tokens[2])
+    sample_bytes = dtype.itemsize * tokens_per_sample + (4 + starts_bytes(tokens_per_sample)) * stores_documents
     shards, names = [], set()
     for number, entry in enumerate(entries):
         try:
-            if columns[number] != columns[0]:
+            if list(columns[number].items()) != list(columns[0].items()):
                 raise ValueError(f"its columns are {reprlib.repr(columns[number])}, not those of shard 0")
-            shard = _shard(entry, sample_bytes=dtype.itemsize * tokens_per_sample)
+            shard = _shard(entry, sample_bytes)
             if shard.raw.name.lower() in names:  # file systems can ignore case
                 raise ValueError(f"it has the name of an earlier shard, {shard.raw.name}")
         except ValueError as error:
             raise ValueError(f"{source}, shard {number}: {error}; copy or prepare the corpus again") from error
         names.add(shard.raw.name.lower())
         shards.append(shard)
-    return SplitIndex(hashlib.sha256(content).hexdigest(), dtype, tokens_per_sample, shards)
+    return SplitIndex(hashlib.sha256(content).hexdigest(), dtype, tokens_per_sample, shards, stores_documents)
 
 
 def new_hash(algorithm: str) -> Any:

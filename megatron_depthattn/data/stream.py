@@ -19,8 +19,9 @@ import logging
 import math
 import os
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +39,19 @@ from megatron_depthattn.data.shard_files import (
     open_plain,
     read_small_file,
 )
-from megatron_depthattn.data.shard_index import INDEX_NAME, ShardEntry, StoredFile, count, parse_index
+from megatron_depthattn.data.shard_index import (
+    INDEX_NAME,
+    ShardEntry,
+    StoredFile,
+    count,
+    parse_index,
+    starts_bytes,
+)
 from megatron_depthattn.durable import naming, remove
 from megatron_depthattn.parallel.patience import announced
 
 MANIFEST_NAME = "manifest.json"
+PACKS = ("concat", "best-fit")
 LOCK_TIMEOUT_SECONDS = 900.0
 NUM_LOCKS = 16
 """Shards of a folder that processes can make at the same time."""
@@ -50,6 +59,11 @@ ATTEMPTS_TO_READ = 3
 AGAIN = "copy or prepare the corpus again"
 
 logger = logging.getLogger(__name__)
+
+
+def pack_of(manifest: Mapping[str, Any]) -> str:
+    """How samples were made of documents: concat or best-fit."""
+    return str(manifest.get("settings", {}).get("pack", "concat"))
 
 
 def _read_manifest(path: str) -> dict[str, Any] | None:
@@ -79,9 +93,22 @@ def _check_manifest(manifest: Any) -> None:
             count(part, key)
     if manifest.get("eos_token_id", 0) >= manifest.get("vocab_size", math.inf):
         raise ValueError(f"its eos_token_id is {manifest['eos_token_id']}, and its vocab_size {manifest['vocab_size']}")
+    if pack_of(manifest) not in PACKS:
+        raise ValueError(f"settings.pack is {reprlib.repr(pack_of(manifest))}, not one of {', '.join(PACKS)}")
     digest = manifest.get("tokenizer_sha256", "0")
     if not isinstance(digest, str) or not digest.isalnum():  # it is printed
         raise ValueError(f"tokenizer_sha256 is {reprlib.repr(digest)}, not a hash")
+
+
+class Sample(NamedTuple):
+    """A sample with its documents."""
+
+    tokens: torch.Tensor
+    """int64 [sequence_length + 1]"""
+    starts: torch.Tensor
+    """bool [sequence_length + 1]: the first token of a document, and the first one of the padding."""
+    padding: int
+    """Tokens at the end that are padding."""
 
 
 def has_split(path: str, split: str) -> bool:
@@ -128,6 +155,8 @@ class TokenDataset(Dataset[torch.Tensor]):
         self._index = parse_index(content, f"{self._origin}/{INDEX_NAME}")
         self.digest = self._index.digest
         """SHA-256 of the split's index, which holds the hash of every shard."""
+        self._tokens_at = 4 + starts_bytes(self._index.tokens_per_sample) if self._index.stores_documents else 0
+        """Bytes of a sample before its tokens."""
         self._is_in_place = cache is None
         name = f"{Path(self.path).name}-{split}-{self.digest[:12]}"
         self._folder = Path(cache, name) if cache is not None else Path(self._origin)
@@ -147,6 +176,10 @@ class TokenDataset(Dataset[torch.Tensor]):
         self.manifest = _read_manifest(self.path)
         self.tokenizer: str | None = (self.manifest or {}).get("tokenizer_sha256")
         """SHA-256 of the tokenizer that made the tokens, where the manifest names it."""
+        self.stores_documents = self._index.stores_documents
+        """Whether the shards say where documents begin; without that, they begin after EOS."""
+        self.pads = self.stores_documents and (not self.manifest or pack_of(self.manifest) == "best-fit")
+        """Whether samples can end in padding."""
         self.sequence_length = self._index.tokens_per_sample - 1
         if sequence_length is not None and sequence_length != self.sequence_length:
             raise ValueError(
@@ -166,6 +199,40 @@ class TokenDataset(Dataset[torch.Tensor]):
         Raises:
             ValueError: its shard is damaged or missing; names the file.
         """
+        _, _, data = self._read(index, self._tokens_at)
+        return self._tokens(data)
+
+    def sample(self, index: int) -> Sample:
+        """One sample with the borders of its documents.
+
+        Raises:
+            ValueError: as for `[index]`; or its borders or its padding cannot be; or nothing says where documents end.
+        """
+        file, number, data = self._read(index)
+        tokens = self._tokens(data[self._tokens_at :])
+        if not self.stores_documents:
+            end = (self.manifest or {}).get("eos_token_id")
+            if end is None:
+                raise ValueError(
+                    f"{self.path} does not say where its documents begin: its shards hold tokens alone, and it has no "
+                    f"{MANIFEST_NAME} with eos_token_id; prepare it with depthattn prepare"
+                )
+            return Sample(tokens, torch.nn.functional.pad(tokens[:-1] == end, (1, 0)), 0)
+        padding = int.from_bytes(data[:4], "little")
+        bits = np.unpackbits(np.frombuffer(data[4 : self._tokens_at], np.uint8)).astype(bool)
+        first = len(tokens) - padding  # of the padding, which is one document
+        if not (first > 0 and (padding == 0 or bits[first]) and not bits[first + bool(padding) :].any()):
+            raise ValueError(
+                f"{file} cannot be read: in its sample {number}, of {len(tokens)} tokens, the padding of {padding} "
+                f"and the starts of documents do not fit together: {AGAIN}"
+            )
+        return Sample(tokens, torch.from_numpy(bits[: len(tokens)]), padding)
+
+    def _tokens(self, data: bytes) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(data, self._index.dtype).astype(np.int64))
+
+    def _read(self, index: int, skip: int = 0) -> tuple[Path, int, bytes]:
+        """The shard's file, the sample's number in it, and the sample's bytes but for the first `skip`."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._index.shards[number]
         file = self._folder / shard.raw.name
@@ -174,22 +241,22 @@ class TokenDataset(Dataset[torch.Tensor]):
                 self._prepare(number, shard)
                 self._checked.add(number)
             try:
-                tokens = self._read(file, index - int(self._ends[number]) + shard.samples)
-                return torch.from_numpy(tokens.astype(np.int64))
+                sample = index - int(self._ends[number]) + shard.samples
+                return file, sample, self._read_from(file, sample, skip)
             except FileNotFoundError:  # someone has emptied the cache under the run
                 self._checked.discard(number)
         raise ValueError(f"{file} disappears while it is read: set data.cache to a folder that nothing else empties")
 
-    def _read(self, file: Path, sample: int) -> npt.NDArray[Any]:
-        """The `sample`-th sample of a shard: a count, the offsets of all samples and of the end, a header, samples."""
-        size = self._index.dtype.itemsize * self._index.tokens_per_sample
+    def _read_from(self, file: Path, sample: int, skip: int) -> bytes:
+        """From a shard: a count of samples, the offsets of each and of the end, a header, the samples."""
+        size = self._tokens_at + self._index.dtype.itemsize * self._index.tokens_per_sample
         with open_plain(file) as stream, naming(file):
             offsets = os.pread(stream.fileno(), 8, 4 * (1 + sample))
             begin, end = np.frombuffer(offsets, "<u4").tolist() if len(offsets) == 8 else (0, 0)
-            data = os.pread(stream.fileno(), size, begin)
-        if end - begin != size or len(data) != size:  # no hash in the index, or it changed since it was checked
+            data = os.pread(stream.fileno(), size - skip, begin + skip)
+        if end - begin != size or len(data) != size - skip:  # no hash in the index, or it changed since it was checked
             raise ValueError(f"{file} cannot be read: its sample {sample} is not {size} bytes inside the file")
-        return np.frombuffer(data, self._index.dtype)
+        return data
 
     def _prepare(self, number: int, shard: ShardEntry) -> None:
         """See to it that an intact raw file is there."""

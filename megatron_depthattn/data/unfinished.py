@@ -1,7 +1,7 @@
 """Unfinished preparation: what is kept beside the output so that the same command continues, whatever stopped it.
 
     .OUTPUT.unfinished/lock           held by the process at work
-    .OUTPUT.unfinished/progress.npz   settings, position in the corpus, counts; the tokens that fill no shard yet
+    .OUTPUT.unfinished/progress.npz   settings, position in the corpus, counts; what fills no shard yet
     .OUTPUT.unfinished/corpus/        the corpus to be, which gets its name once it is complete
 
 `progress.npz` is replaced in one step, and whatever it names is on disk before it is. Shards beyond those it names are
@@ -22,8 +22,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from megatron_depthattn.data.encode import Counts
+from megatron_depthattn.data.pack import State
 from megatron_depthattn.data.readers import START, Outcome, Position
-from megatron_depthattn.data.shard_writer import Tokens
 from megatron_depthattn.durable import fsync_path
 
 
@@ -41,8 +41,8 @@ class Merged(Counts):
         return sum(counts["tokens"] for counts in self.counts.values())
 
 
-SplitState = tuple[list[dict[str, Any]], Tokens]
-"""Shards and tokens that a `SplitWriter` continues from."""
+SplitState = tuple[list[dict[str, Any]], State]
+"""Shards and arrays that a `SplitWriter` continues from."""
 
 
 class Unfinished:
@@ -58,9 +58,9 @@ class Unfinished:
             ValueError: it was left by other settings, and not `overwrite`.
         """
         if self.can_continue:
-            with np.load(self.progress) as arrays:
-                stored = json.loads(str(arrays["state"]))
-                tokens = {split: arrays[split] for split in stored["shards"]}
+            with np.load(self.progress) as file:
+                arrays = dict(file)
+            stored = json.loads(str(arrays.pop("state")))
             changed = changed_settings(stored["settings"], settings)
             if not changed:
                 values = stored["merged"]
@@ -68,7 +68,11 @@ class Unfinished:
                 values["counts"] = {split: Counter(counts) for split, counts in values["counts"].items()}
                 values["skipped"] = Counter(values["skipped"])
                 values["outcomes"] = [Outcome(*outcome) for outcome in values["outcomes"]]
-                return Merged(**values), {split: (shards, tokens[split]) for split, shards in stored["shards"].items()}
+                splits = {}
+                for split, shards in stored["shards"].items():
+                    own = {name: array for name, array in arrays.items() if name.startswith(f"{split}.")}
+                    splits[split] = (shards, {name.partition(".")[2]: array for name, array in own.items()})
+                return Merged(**values), splits
             if not overwrite:
                 raise ValueError(
                     f"{self.folder} holds unfinished work with {changed}: finish it with its own settings, or pass "
@@ -83,7 +87,8 @@ class Unfinished:
         state = json.dumps({"settings": settings, "merged": vars(merged), "shards": shards})
         staging = self.progress.with_suffix(".part")
         content = io.BytesIO()  # a zip file on a disk that fills up ends in complaints of its own
-        np.savez(content, allow_pickle=False, state=state, **{split: tokens for split, (_, tokens) in splits.items()})
+        arrays = {f"{split}.{name}": array for split, (_, own) in splits.items() for name, array in own.items()}
+        np.savez(content, allow_pickle=False, state=state, **arrays)
         staging.write_bytes(content.getbuffer())
         fsync_path(staging)
         staging.replace(self.progress)

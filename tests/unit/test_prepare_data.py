@@ -137,6 +137,7 @@ def test_a_repeat_does_nothing_and_other_settings_or_files_are_an_error(tmp_path
     manifest = json.loads((output / "manifest.json").read_text())
     for key in [key for key, value in manifest["settings"].items() if value is None]:
         del manifest["settings"][key]  # as before there was such a setting
+    manifest["settings"]["format_version"] = 3  # whose samples are the same, without the borders of documents
     (output / "manifest.json").write_text(json.dumps(manifest))
     repeated = prepare_corpus(settings(source, output))
     assert repeated.already_prepared and "already prepared" in summary(output, repeated)
@@ -165,7 +166,7 @@ def test_what_is_not_ours_or_of_an_earlier_version_is_neither_taken_nor_replaced
     manifest["settings"]["format_version"] = 2
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        ValueError, match=r"was prepared by another version of this tool, with format_version 2, not 3.*use it, choose"
+        ValueError, match=r"was prepared by another version of this tool, with format_version 2, not 4.*use it, choose"
     ):
         prepare_corpus(settings(corpus[0], tmp_path))
 

@@ -21,7 +21,7 @@ import torch
 import xxhash
 import zstandard
 from filelock import FileLock
-from streaming import MDSWriter
+from streaming import MDSWriter, StreamingDataset
 
 from megatron_depthattn.data import shard_files, stream
 from megatron_depthattn.data.stream import TokenDataset
@@ -109,7 +109,7 @@ def test_paths_that_cannot_work_are_errors(tmp_path: Path) -> None:
         TokenDataset("ftp://there", cache=tmp_path)
     with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "train")) as out:
         out.write({"text": "not tokens"})
-    with pytest.raises(ValueError, match=r"not 'tokens' of a fixed length: prepare the corpus with"):
+    with pytest.raises(ValueError, match=r"not 'tokens' of a fixed length, alone or with 'padding'"):
         TokenDataset(tmp_path)
 
 
@@ -609,3 +609,82 @@ def test_only_plain_files_of_a_corpus_are_read(corpus: Path, tmp_path: Path, nam
 def test_a_corpus_is_reached_through_a_link(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(corpus)
     assert read(TokenDataset(tmp_path / "link", cache=tmp_path / "cache")) == TOKENS.tolist()
+
+
+# --------------------------------------------------------------------------------- samples and documents
+
+STARTS = RNG.random((NUM_SAMPLES, LENGTH + 1)) < 0.3
+PADDING = RNG.integers(0, LENGTH + 1, NUM_SAMPLES).astype(np.uint32)
+for row, padding in zip(STARTS, PADDING.tolist(), strict=True):
+    row[LENGTH + 1 - padding :] = np.arange(padding) == 0
+
+
+def write_documents(folder: Path, change: Callable[[dict], object] = dict, **other: str) -> Path:
+    """As `write_shards`, with padding and starts, or `other` columns; `change` spoils sample 5."""
+    columns = {"tokens": f"ndarray:uint16:{LENGTH + 1}", "starts": "ndarray:uint8:2", "padding": "uint32"} | other
+    with MDSWriter(columns=columns, out=str(folder), compression="zstd", hashes=["xxh64"], size_limit=600) as out:
+        for i, (tokens, starts, padding) in enumerate(zip(TOKENS, STARTS, PADDING, strict=True)):
+            sample = {"tokens": tokens, "starts": np.packbits(starts), "padding": padding}
+            sample |= {name: np.zeros(3, np.uint8) if name == "starts" else 0 for name in other}
+            out.write(sample | (change(sample) if i == 5 else {}))
+    return folder
+
+
+def test_a_sample_comes_with_its_documents(tmp_path: Path) -> None:
+    """Stored with it, or found by EOS; streaming's own reader sees the same."""
+    write_documents(tmp_path / "train")
+    dataset = TokenDataset(tmp_path)
+    assert (dataset.stores_documents, dataset.pads) == (True, True)
+    assert read(dataset) == TOKENS.tolist()
+    peer = StreamingDataset(local=str(tmp_path / "train"), batch_size=1, shuffle=False)
+    for i in RNG.permutation(NUM_SAMPLES).tolist():
+        tokens, starts, padding = dataset.sample(i)
+        assert (tokens.dtype, starts.dtype, padding) == (torch.int64, torch.bool, PADDING[i])
+        assert (tokens.tolist(), starts.tolist()) == (TOKENS[i].tolist(), STARTS[i].tolist())
+        stored = peer[i]
+        assert (stored["tokens"] == TOKENS[i]).all() and stored["padding"] == PADDING[i]
+        assert (np.unpackbits(stored["starts"], count=LENGTH + 1) == STARTS[i]).all()
+    for pack, pads in (("concat", False), ("best-fit", True)):
+        (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"pack": pack}}))
+        assert TokenDataset(tmp_path).pads == pads
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"pack": "loose"}}))
+    with pytest.raises(ValueError, match=r"settings.pack is 'loose', not one of concat, best-fit; copy or prepare"):
+        TokenDataset(tmp_path)
+
+
+def test_shards_of_tokens_alone_have_documents_by_eos(corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not say where its documents begin: .* no manifest\.json with eos_toke"):
+        TokenDataset(corpus).sample(0)
+    end = int(TOKENS[3, 4])
+    (corpus / "manifest.json").write_text(json.dumps({"eos_token_id": end}))
+    dataset = TokenDataset(corpus)
+    assert (dataset.stores_documents, dataset.pads) == (False, False)
+    tokens, starts, padding = dataset.sample(3)
+    assert tokens.tolist() == TOKENS[3].tolist()
+    assert (starts.nonzero().ravel().tolist(), padding) == ([i + 1 for i in range(LENGTH) if TOKENS[3, i] == end], 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda sample: {"padding": np.uint32(LENGTH + 1)},
+        lambda sample: {"padding": np.uint32(1 << 31)},
+        lambda sample: {"padding": np.uint32(2), "starts": np.packbits(np.arange(LENGTH + 1) == 1)},
+        lambda sample: {"padding": np.uint32(2), "starts": np.packbits(np.arange(LENGTH + 1) >= LENGTH - 1)},
+        lambda sample: {"starts": sample["starts"] | np.array([0, 1], np.uint8)},
+    ],
+    ids=["padding alone", "more padding than tokens", "padding without start", "a start in padding", "spare bits"],
+)
+def test_padding_and_starts_that_cannot_be_are_named(tmp_path: Path, change: Callable[[dict], object]) -> None:
+    dataset = TokenDataset(write_documents(tmp_path / "train", change).parent)
+    dataset.sample(4), dataset.sample(6)
+    assert dataset[5].tolist() == TOKENS[5].tolist()
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds cannot be read: in its sample 5, .* do not fit together"):
+        dataset.sample(5)
+
+
+@pytest.mark.parametrize("other", [{"starts": "ndarray:uint8:3"}, {"padding": "uint16"}, {"more": "uint32"}])
+def test_columns_that_are_no_samples_with_documents_are_an_error(tmp_path: Path, other: dict[str, str]) -> None:
+    write_documents(tmp_path / "train", **other)
+    with pytest.raises(ValueError, match=r"not 'tokens' of a fixed length, alone or with 'padding' and 'starts'"):
+        TokenDataset(tmp_path)
