@@ -210,12 +210,6 @@ if FULL:
     ]
 
 
-def microbatches_of(job: Job) -> int:
-    """Forward passes of one replica in one step."""
-    one = LAYOUTS[job.layout]
-    return TRAIN.global_batch_size * one.parallel.tensor * one.parallel.context // (job.rows * one.world_size)
-
-
 def needs(job: Job) -> list[Job]:
     """Jobs whose results or files this one, or the test of it, reads."""
     return [*([job.reference] if job != job.reference else []), *([saver_of(job)] if job.resume else [])]

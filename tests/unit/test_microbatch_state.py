@@ -28,49 +28,6 @@ def reader(hidden: Tensor, state: MicrobatchState) -> Tensor:
     return (hidden * state["part"]).exp() + state["part"]
 
 
-@pytest.mark.parametrize("readers", [1, 3])
-def test_shared_parts_have_the_gradient_of_one_graph(readers):
-    x = leaf(0)
-    state = MicrobatchState()
-    hidden = maker(x, state, detach=False)
-    for _ in range(readers):
-        hidden = reader(hidden, state)
-    hidden.sum().backward()
-    expected = x.grad
-
-    x, state = leaf(0), MicrobatchState()
-    pieces = [maker(x, state, detach=True)]
-    inputs = []
-    for _ in range(readers):  # every piece has a graph of its own, as a pipeline chunk
-        inputs.append(pieces[-1].detach().requires_grad_())
-        pieces.append(reader(inputs[-1], state))
-    gradient = torch.ones_like(pieces[-1])
-    for piece, its_input in zip(pieces[:0:-1], inputs[::-1], strict=True):
-        piece.backward(gradient)
-        gradient = its_input.grad
-    pieces[0].backward(gradient)
-    torch.testing.assert_close(x.grad, expected, rtol=1e-14, atol=0)
-    state.assert_empty()
-
-
-def test_recomputed_pieces_detach_once():
-    """As a checkpoint runs it: forward without gradients, then again with them, both with the same state."""
-    x, state = leaf(1), MicrobatchState()
-    with torch.no_grad():
-        hidden = maker(x, state, detach=True)
-        shared = state["part"]
-    its_input = hidden.detach().requires_grad_()
-    reader(its_input, state).sum().backward()
-    again = maker(x, state, detach=True)
-    assert state["part"] is shared
-    again.backward(its_input.grad)
-    state.assert_empty()
-
-    plain, state = leaf(1), MicrobatchState()
-    reader(maker(plain, state, detach=False), state).sum().backward()
-    torch.testing.assert_close(x.grad, plain.grad, rtol=1e-14, atol=0)
-
-
 def test_a_shared_part_is_the_same_memory_and_cut_off():
     state, x = MicrobatchState(), leaf(2)
     part = x.sin()

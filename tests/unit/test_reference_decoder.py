@@ -122,26 +122,6 @@ def test_sources_of_the_third_loop_by_hand(stride: int, window: int, third_loop:
     assert [loop_sources(8 + layer, 4, stride, window) for layer in range(4)] == third_loop
 
 
-def test_long_stride_leaves_layer_zero_as_the_only_source() -> None:
-    weights, tokens = make_weights(), make_tokens()
-    only_first = logits_of(weights, tokens, stride=4)
-    assert torch.equal(only_first, logits_of(weights, tokens, stride=1000))
-    assert not torch.allclose(only_first, logits_of(weights, tokens, stride=2))
-    assert not torch.allclose(only_first, logits_of(weights, tokens, stride=4, window=1))
-
-
-def test_default_stride_is_half_the_layers_that_it_counts() -> None:
-    weights, tokens = make_weights(), make_tokens()
-    for options, stride in (({}, 2), ({"num_loops": 2}, 2), ({"num_loops": 2, "unrolled": True}, 4)):
-        assert torch.equal(logits_of(weights, tokens, **options), logits_of(weights, tokens, stride=stride, **options))
-
-
-def test_one_layer_has_no_source_and_is_vanilla() -> None:
-    weights, tokens = make_weights(num_layers=1), make_tokens()
-    mixed = logits_of(weights, tokens, num_layers=1)
-    assert torch.equal(mixed, logits_of(weights, tokens, num_layers=1, depth_attention=False))
-
-
 def turned(x: Tensor, position: int) -> Tensor:
     """RoPE by complex numbers, whose angles are position * theta^(-2i/d)."""
     half = len(x) // 2
@@ -218,25 +198,6 @@ def test_three_layers_by_hand(mixes: str, uniform: bool) -> None:
     assert (error(scored="mixed") > 1e-3) == (mixes != "value" and not uniform)
 
 
-def test_later_tokens_do_not_change_earlier_logits() -> None:
-    """Why cached decoding equals a full forward."""
-    weights, tokens = make_weights(), make_tokens()
-    full = logits_of(weights, tokens, stride=1)
-    torch.testing.assert_close(logits_of(weights, tokens[:, :11], stride=1), full[:, :11])
-
-
-def test_loops_are_the_unrolled_model() -> None:
-    weights, tokens = make_weights(), make_tokens()
-    unrolled = dict(weights)
-    for name, weight in weights.items():
-        if name.startswith("model.layers."):
-            layer, rest = name.removeprefix("model.layers.").split(".", 1)
-            unrolled[f"model.layers.{int(layer) + 4}.{rest}"] = weight
-    looped = logits_of(weights, tokens, num_loops=2, stride=3, window=1, unrolled=True)
-    assert torch.equal(looped, logits_of(unrolled, tokens, num_layers=8, stride=3, window=1))
-    assert not torch.allclose(looped, logits_of(weights, tokens, stride=3, window=1))
-
-
 def test_order_of_key_norm_and_rope_is_seen_where_norm_weights_differ_in_a_rotated_pair() -> None:
     """A rotation keeps a key's length, so with all norm weights one both orders are the same function."""
     weights, tokens = make_weights(), make_tokens()
@@ -247,24 +208,6 @@ def test_order_of_key_norm_and_rope_is_seen_where_norm_weights_differ_in_a_rotat
             weight.fill_(1.0)
     before, after = (logits_of(weights, tokens, k_norm_after_rope=late) for late in (False, True))
     torch.testing.assert_close(before, after)
-
-
-def test_depth_weights_are_one_row_for_each_kv_head() -> None:
-    weights, tokens = make_weights(), make_tokens()
-    depth_weights: list[Tensor] = []
-    logits_of(weights, tokens, stride=2, window=1, depth_weights=depth_weights)
-    assert [tuple(w.shape) for w in depth_weights] == [(*tokens.shape, 2, n) for n in (1, 2, 3, 3)]
-    for layer in depth_weights:
-        torch.testing.assert_close(layer.sum(dim=-1), torch.ones_like(layer[..., 0]))
-
-
-def test_gradients_reach_every_weight() -> None:
-    weights, tokens = make_weights(), make_tokens(1, 9)
-    for weight in weights.values():
-        weight.requires_grad_()
-    loss = mean_cross_entropy(logits_of(weights, tokens[:, :-1], stride=1), tokens[:, 1:])
-    loss.backward()
-    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in weights.values())
 
 
 def test_mean_cross_entropy_is_torchs() -> None:

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_depthattn.methods.definitions import method_of
 from tests.reference_decoder import below, decoder_logits, feed_forward, random_weights, rms_norm, self_attention
 from tests.reference_methods import (
-    METHODS,
     aggregate,
     averaged_entries,
     initial_method_weights,
@@ -103,30 +101,3 @@ def test_sinkhorn_gives_rows_and_columns_that_sum_to_one():
     matrix = sinkhorn(torch.randn(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     assert (matrix.sum(dim=-1) - 1).abs().max() < 1e-6
     assert (matrix.sum(dim=-2) - 1).abs().max() < 1e-12
-
-
-@each_method
-def test_every_parameter_has_a_gradient(method: str, settings: dict):
-    added = random_method_weights(3, method, num_layers=NUM_LAYERS, hidden_size=HIDDEN, **settings)
-    leaves = {name: weight.requires_grad_() for name, weight in added.items()}
-    logits(method, leaves, **settings).square().mean().backward()
-    # While there is one candidate only, or every stream is the same, some have nothing to tell apart.
-    first = "model.layers.0.attention_"
-    idle = [name for name, weight in leaves.items() if weight.grad is None or weight.grad.norm() < 1e-9]
-    assert all(name.startswith(first) for name in idle), idle
-
-
-@each_method
-def test_names_and_shapes_are_those_of_the_package(method: str, settings: dict):
-    """What is exported under `model.layers.{l}.` and `model.` is what each method's definition says."""
-    defaults = {"denseformer": {"period": 1, "dilation": 1}, "attnres": {"block_size": 12}, "mhc": {"num_streams": 4}}
-    sizes = {"num_layers": NUM_LAYERS, "hidden_size": HIDDEN}
-    definition = method_of({"method": method, **sizes, method: defaults[method] | settings})
-    expected = {f"model.{name}": shape for name, shape in definition.final_parameters().items()}
-    for layer in range(NUM_LAYERS):
-        expected |= {f"model.layers.{layer}.{name}": s for name, s in definition.layer_parameters(layer).items()}
-    assert {name: tuple(weight.shape) for name, weight in initial(method, **settings).items()} == expected
-
-
-def test_all_methods_are_covered():
-    assert {method for method, _ in SETTINGS} == set(METHODS)

@@ -51,14 +51,6 @@ def live_by_brute_force(plan: SourcePlan, layer: int) -> set[int]:
     }
 
 
-def some_cuts(num_layers: int) -> list[tuple[int, ...]]:
-    """A few ways to cut the layers: not at all, everywhere, in the middle, unevenly."""
-    cuts = {(0,), tuple(range(num_layers)), (0, num_layers // 2), (0, 1, num_layers - 1)}
-    return sorted(
-        cut for cut in cuts if len(set(cut)) == len(cut) and cut[-1] < num_layers and list(cut) == sorted(cut)
-    )
-
-
 def test_sources_and_live_sets_follow_the_definition():
     for plan in PLANS:
         for layer in range(plan.num_layers):
@@ -160,17 +152,6 @@ def test_kept_sources_of_an_interleaved_model_by_hand():
     assert [plan.held(layer) for layer in range(8)] == [(0,), (0,), (0, 2), (0, 2), (0, 2, 4), (), (0, 2, 4, 6), ()]
 
 
-@pytest.mark.parametrize("num_layers", sorted({plan.num_layers for plan in PLANS}))
-def test_edges_of_every_cut(num_layers):
-    plans = [plan for plan in PLANS if plan.num_layers == num_layers]
-    for plan, cut in itertools.product(plans, some_cuts(num_layers)):
-        cut_plan = dataclasses.replace(plan, chunk_starts=cut)
-        ends = [start - 1 for start in cut[1:]]
-        assert [layer for layer in range(plan.num_layers) if cut_plan.enters_chunk(layer)] == list(cut[1:])
-        assert [layer for layer in range(plan.num_layers) if cut_plan.leaves_chunk(layer)] == ends
-        assert cut_plan.edges() == tuple(tuple(sorted(live_by_brute_force(plan, start))) for start in cut[1:])
-
-
 def test_sources_of_a_small_model_by_hand():
     plan = SourcePlan(num_layers=8, stride=3, recent_window=2, chunk_starts=(0, 3, 6))
     expected = [(), (0,), (0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4), (0, 3, 4, 5), (0, 3, 5, 6)]
@@ -233,14 +214,6 @@ def test_hop_bytes_of_the_3b_model():
     assert list(sizes) == [12 * 2**20, 12 * 2**20, 16 * 2**20]  # vanilla: 8 MiB
     no_cut = dataclasses.replace(plan, chunk_starts=(0,))
     assert list(hop_bytes(no_cut, hidden_size=2048, source_size=1024, tokens=2048, bytes_per_element=2)) == []
-
-
-def test_hop_bytes_of_every_earlier_layer():
-    plan = SourcePlan(num_layers=6, stride=1, chunk_starts=(0, 2, 5))
-    assert list(hop_bytes(plan, hidden_size=10, source_size=3, tokens=7, bytes_per_element=4)) == [
-        7 * 4 * (10 + 2 * 3),
-        7 * 4 * (10 + 5 * 3),
-    ]
 
 
 @pytest.mark.parametrize(

@@ -92,36 +92,3 @@ def test_a_model_of_one_layer_has_no_source_and_is_vanilla():
     model = ours(num_layers=1)
     assert isinstance(model.decoder.layers[0], DepthAttentionLayer)
     assert_bit_equal(model, stock(weights_of=model, num_layers=1))
-
-
-def test_the_first_layer_is_a_vanilla_layer_and_the_second_is_not():
-    """With a stride of all layers and no window every later layer has one source, layer 0; layer 0 has none."""
-    model = ours(depth_attention_stride=4)
-    vanilla = stock(weights_of=model)
-    hidden = torch.randn(SEQUENCE, 2, 32, generator=torch.Generator().manual_seed(2))
-    rope = model.rotary_pos_emb(SEQUENCE)
-    outputs, gradients, sources = [], [], None
-    for layer in (model.decoder.layers[0], vanilla.decoder.layers[0]):
-        own = hidden.clone().requires_grad_()
-        output, context = layer(own, None, rotary_pos_emb=rope)
-        sources = sources or context
-        output.square().sum().backward()
-        outputs.append(output.detach())
-        gradients.append(own.grad)
-    assert torch.equal(*outputs) and torch.equal(*gradients)
-    assert sources["key.0"].shape == sources["value.0"].shape == (SEQUENCE, 2, 2, 8)
-
-    second, _ = model.decoder.layers[1](outputs[0], None, context=sources, rotary_pos_emb=rope)
-    vanilla_second, _ = vanilla.decoder.layers[1](outputs[0], None, rotary_pos_emb=rope)
-    assert (second - vanilla_second).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_parameters_have_the_names_and_shapes_of_the_vanilla_model(tied):
-    model = ours(tied=tied)
-    vanilla = stock(weights_of=model, tied=tied)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert shapes == {name: tuple(parameter.shape) for name, parameter in vanilla.named_parameters()}
-    assert list(model.state_dict()) == list(vanilla.state_dict())
-    per_layer = [name for name in shapes if name.startswith("decoder.layers.0.")]
-    assert len(per_layer) == 8 and len(shapes) == 4 * 8 + (2 if tied else 3)
