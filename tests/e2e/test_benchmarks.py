@@ -134,20 +134,6 @@ TINY = (
 )
 
 
-def test_op(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_depthattn.benchmarks.op.last_level_cache_bytes", lambda: 0)
-    monkeypatch.setitem(DEPTH_MIX_IMPLEMENTATIONS, "broken", lambda *_: 1 / 0)
-    sizes = ("--tokens", "8", "--sources", "1", "3", "--runs", "2", "--implementations", "lean", "reference")
-    figures, page = run(tmp_path, "op", "--device", "cpu", "--shape", "cpu", *sizes, "broken")
-    assert sorted(figures) == ["cpu, 8 tokens, 1 sources", "cpu, 8 tokens, 3 sources"]
-    of = figures["cpu, 8 tokens, 3 sources"]
-    assert of["bytes"] == [*MixShape(8, 12, 3, 32, 3).bytes_moved(4)]
-    assert of["lean"]["ratio"] > 0
-    assert len(of["seconds"]["copy"]) == 2
-    assert "ZeroDivisionError" in of["failures"]["broken"]
-    assert "broken: ZeroDivisionError" in page
-
-
 def test_step(tmp_path, world, monkeypatch):
     more = ("--rounds", "3", "--warm-up", "1", "--no-optimizer")
     figures, page = run(tmp_path, "step", *TINY, "--ops", "lean", *more)

@@ -115,16 +115,3 @@ def test_two_versions_of_the_code_do_not_train_until_asked_to(config_file: Path,
     record = json.loads((run_dir / "preflight.json").read_text())
     assert [finding["severity"] for finding in record["findings"]] == ["stop"]
     assert len({report["code"] for report in record["reports"]}) == 2
-
-
-@FULL
-def test_one_rank_without_disk_space_does_not_train(config_file: Path, may_mount: bool, tmp_path: Path):
-    if not may_mount:
-        pytest.skip(NEEDS_MOUNTS)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    result = torchrun(2, ODD_RANK, "no disk space", checkpoints, TRAIN, config_file, f"run.dir={tmp_path / 'run'}")
-    assert result.returncode == 1
-    assert "preflight: STOP: disk space: rank 1 (" in result.stderr
-    assert f"checkpoint.dir, {checkpoints}: 196.6 kB free for 1 checkpoint of about " in result.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()

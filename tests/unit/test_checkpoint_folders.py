@@ -19,7 +19,6 @@ from megatron_depthattn.train.step_folders import (
     complete_folders,
     digest_files,
     find_damage,
-    quarantine,
     quarantine_after,
     resolve_checkpoint,
     staging_folder,
@@ -48,13 +47,6 @@ def steps(directory: Path) -> list[int]:
 
 
 # ---- names, latest, retention ---------------------------------------------------------------------------------------
-
-
-def test_latest_names_the_newest(tmp_path):
-    publish(tmp_path, 100)
-    publish(tmp_path, 200)
-    assert (tmp_path / "latest").read_text() == "step_00000200\n"
-    assert steps(tmp_path) == [100, 200]
 
 
 def test_retention_keeps_the_newest(tmp_path):
@@ -306,12 +298,6 @@ def test_what_goes_wrong_after_publication_is_reported_and_the_checkpoint_stays(
     publish_folder(fill(staging_folder(tmp_path, 100)), step_folder(tmp_path, 100))
     assert "is complete, but" in update_latest_and_rotate(step_folder(tmp_path, 100), 2)
     assert steps(tmp_path) == [100]
-
-
-def test_setting_aside_never_overwrites(tmp_path):
-    names = [quarantine(publish(tmp_path, 100), "damaged").name for _ in range(3)]
-    assert names == ["step_00000100.damaged", "step_00000100.damaged-2", "step_00000100.damaged-3"]
-    assert complete_folders(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):

@@ -1,6 +1,5 @@
 """The config's surface, its layering, its errors, and every YAML that ships."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -25,119 +24,38 @@ NO_OVERLAYS = (CONFIGS, CONFIGS / "lm_eval", CONFIGS / "studies")
 OVERLAYS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent not in NO_OVERLAYS)
 
 # Growing the surface is a decision: it shows up as a change of this list.
-KEYS = [
-    "run.dir",
-    "run.seed",
-    "engine.name",
-    "engine.zero_stage",
-    "engine.offload_optimizer",
-    "model.num_layers",
-    "model.hidden_size",
-    "model.num_attention_heads",
-    "model.num_query_groups",
-    "model.kv_channels",
-    "model.ffn_hidden_size",
-    "model.vocab_size",
-    "model.max_position_embeddings",
-    "model.rotary_base",
-    "model.norm_epsilon",
-    "model.init_std",
-    "model.tie_embeddings",
-    "model.num_loops",
-    "model.spec",
-    "model.compile",
-    "model.fused_swiglu",
-    "model.fused_cross_entropy",
-    "model.fused_gradient_accumulation",
-    "model.depth_attention.enabled",
-    "model.depth_attention.stride",
-    "model.depth_attention.recent_window",
-    "model.depth_attention.loop_sources",
-    "model.depth_attention.weights",
-    "model.depth_attention.mixes",
-    "model.depth_attention.op",
-    "model.method",
-    "model.denseformer.period",
-    "model.denseformer.dilation",
-    "model.attnres.block_size",
-    "model.mhc.num_streams",
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.virtual_pipeline",
-    "parallel.first_stage_layers",
-    "parallel.last_stage_layers",
-    "parallel.pipeline_layout",
-    "parallel.context",
-    "parallel.sequence",
-    "parallel.overlap_grad_reduce",
-    "parallel.overlap_param_gather",
-    "parallel.tp_comm_overlap",
-    "precision.dtype",
-    "precision.fp8",
-    "precision.fp8_params",
-    "precision.fp8_attention",
-    "precision.bf16_first_layers",
-    "precision.bf16_last_layers",
-    "recompute.granularity",
-    "recompute.method",
-    "recompute.num_layers",
-    "data.path",
-    "data.cache",
-    "data.sequence_length",
-    "data.shuffle",
-    "data.num_workers",
-    "data.log_samples",
-    "data.skip_samples",
-    "data.streams",
-    "data.held_out",
-    "train.steps",
-    "train.global_batch_size",
-    "train.batch_ramp",
-    "train.micro_batch_size",
-    "train.stop_after",
-    "train.eval_interval",
-    "train.eval_batches",
-    "train.log_interval",
-    "train.depth_interval",
-    "train.on_non_finite",
-    "train.max_skipped_in_a_row",
-    "train.hang_timeout",
-    "train.max_restarts_without_progress",
-    "optimizer.name",
-    "optimizer.lr",
-    "optimizer.min_lr_ratio",
-    "optimizer.warmup_ratio",
-    "optimizer.schedule",
-    "optimizer.decay_ratio",
-    "optimizer.decay_style",
-    "optimizer.weight_decay",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.eps",
-    "optimizer.grad_clip",
-    "optimizer.mup",
-    "optimizer.muon.momentum",
-    "optimizer.muon.nesterov",
-    "optimizer.muon.ns_steps",
-    "optimizer.muon.coefficients",
-    "optimizer.muon.scale_mode",
-    "optimizer.muon.extra_scale_factor",
-    "checkpoint.dir",
-    "checkpoint.interval",
-    "checkpoint.keep",
-    "checkpoint.keep_steps",
-    "checkpoint.load",
-    "checkpoint.start_from",
-    "checkpoint.start_optimizer",
-    "checkpoint.async_save",
-    "preflight.enabled",
-    "preflight.on_problem",
-    "preflight.timeout",
-    "log.wandb.project",
-    "log.wandb.name",
-    "log.wandb.entity",
-    "log.wandb.mode",
-]
+KEYS = {
+    "run": "dir seed",
+    "engine": "name zero_stage offload_optimizer",
+    "model": (
+        "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
+        "vocab_size max_position_embeddings rotary_base norm_epsilon init_std tie_embeddings num_loops "
+        "spec compile fused_swiglu fused_cross_entropy fused_gradient_accumulation method"
+    ),
+    "model.depth_attention": "enabled stride recent_window loop_sources weights mixes op",
+    "model.denseformer": "period dilation",
+    "model.attnres": "block_size",
+    "model.mhc": "num_streams",
+    "parallel": (
+        "tensor pipeline virtual_pipeline first_stage_layers last_stage_layers pipeline_layout context "
+        "sequence overlap_grad_reduce overlap_param_gather tp_comm_overlap"
+    ),
+    "precision": "dtype fp8 fp8_params fp8_attention bf16_first_layers bf16_last_layers",
+    "recompute": "granularity method num_layers",
+    "data": "path cache sequence_length shuffle num_workers log_samples skip_samples streams held_out",
+    "train": (
+        "steps global_batch_size batch_ramp micro_batch_size stop_after eval_interval eval_batches "
+        "log_interval depth_interval on_non_finite max_skipped_in_a_row hang_timeout "
+        "max_restarts_without_progress"
+    ),
+    "optimizer": (
+        "name lr min_lr_ratio warmup_ratio schedule decay_ratio decay_style weight_decay beta1 beta2 eps grad_clip mup"
+    ),
+    "optimizer.muon": "momentum nesterov ns_steps coefficients scale_mode extra_scale_factor",
+    "checkpoint": "dir interval keep keep_steps load start_from start_optimizer async_save",
+    "preflight": "enabled on_problem timeout",
+    "log.wandb": "project name entity mode",
+}
 
 
 def write(path: Path, text: str) -> Path:
@@ -156,7 +74,7 @@ def base(tmp_path):
 
 
 def test_surface_is_frozen():
-    assert sorted(config_keys()) == sorted(KEYS)
+    assert sorted(config_keys()) == sorted(f"{section}.{key}" for section in KEYS for key in KEYS[section].split())
 
 
 def test_reference_has_every_key_with_a_meaning():
@@ -165,11 +83,6 @@ def test_reference_has_every_key_with_a_meaning():
     assert all(key.meaning.endswith((".", "null: null.")) and key.type for key in keys)
     (fp8,) = (key for key in keys if key.name == "precision.fp8")
     assert (fp8.type, fp8.default) == ("one of delayed, tensorwise, blockwise, mxfp8 or null", None)
-
-
-def test_config_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        RunConfig().train.steps = 3  # type: ignore[misc]
 
 
 # --------------------------------------------------------------------------------------------- layering
@@ -276,42 +189,6 @@ def test_what_omegaconf_would_take(tmp_path, base, key, text):
             load_config(base, [given])
 
 
-STRING_KEYS = ("run.dir", "checkpoint.dir", "checkpoint.load", "checkpoint.start_from", "data.path", "data.cache")
-
-
-@pytest.mark.parametrize("key", STRING_KEYS)
-@pytest.mark.parametrize(
-    "text",
-    [
-        "runs/lr #1",
-        "a: b",
-        "0x10",
-        "1e3",
-        "3",
-        "true",
-        "",
-        "'quoted'",
-        "[a",
-        "{b}",
-        "???",
-        "a=b",
-        " a ",
-        "-",
-        "*x",
-        "&y",
-        "!!int 3",
-        "# c",
-        "%d",
-        "a~/b",
-    ],
-)
-def test_a_string_key_takes_its_text_literally(base, key, text):
-    section, _, name = key.partition(".")
-    config = load_config(base, [f"{key}={text}"])
-    is_null = text == "" and key not in ("run.dir", "data.path")
-    assert getattr(getattr(config, section), name) == (None if is_null else text)
-
-
 def test_tilde_is_the_home_folder(tmp_path, base, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     overlay = write(
@@ -324,7 +201,7 @@ def test_tilde_is_the_home_folder(tmp_path, base, monkeypatch):
         "/home/someone",
     )
     assert config.data.sources[0].path == "/home/someone/a"
-    assert load_config(base, ["data.cache=null"]).data.cache is None
+    assert load_config(base, ["data.cache=null"]).data.cache is load_config(base, ["data.cache="]).data.cache is None
     assert load_config(base, ["run.seed=007"]).run.seed == 7
 
 

@@ -35,6 +35,10 @@ ODD = st.sampled_from(
 TEXT = st.one_of(
     st.text(max_size=30), ODD, st.lists(ODD, max_size=3).map("".join), st.integers().map(str), st.floats().map(str)
 )
+LOOKS_ODD = (
+    *("runs/lr #1", "a: b", "0x10", "1e3", "3", "true", "'quoted'", "[a", "{b}", "???", "a=b", " a ", "-", "*x", "&y"),
+    *("!!int 3", "# c", "%d", "a~/b"),
+)
 KEYS = st.one_of(st.sampled_from(config_keys()), st.text(string.ascii_lowercase + "._[]0", max_size=20))
 
 
@@ -64,7 +68,10 @@ def test_any_command_line(tmp_path, arguments):
 
 
 @FUZZ
-@given(key=st.sampled_from(STRING_KEYS), text=st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])))
+@given(
+    key=st.sampled_from(STRING_KEYS),
+    text=st.sampled_from(LOOKS_ODD) | st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])),
+)
 def test_any_text_of_a_string_key(tmp_path, key, text):
     """What was typed is what is meant, and what is read back from the saved config."""
     (tmp_path / "base.yaml").write_text("run: {dir: out}")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_depthattn.convert import hf_writer
 from megatron_depthattn.convert.from_hf import import_checkpoint, repackage
@@ -105,13 +105,6 @@ def test_what_is_older_than_the_rule_of_loops_stays_unrolled(tmp_path: Path):
     now["model"]["depth_attention"]["loop_sources"] = "same_layer"
     (note,) = changed_function(before, now)
     assert note == "note: model.depth_attention.loop_sources is same_layer; the weights were trained with unrolled"
-
-
-def test_vanilla_export_needs_no_code_of_ours(tmp_path: Path):
-    made = make(tmp_path, depth_attention={"enabled": False})
-    export(MegatronCheckpoint(made.folder), made.output)
-    assert not list(made.output.glob("*.py"))
-    assert type(AutoModelForCausalLM.from_pretrained(made.output)) is Qwen3ForCausalLM
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -239,20 +232,3 @@ def test_common_state_of_megatron_0_19_is_read(tmp_path: Path):
     dcp.save(state, checkpoint_id=later, planner=dcp.DefaultSavePlanner(flatten_state_dict=False), no_dist=True)
     shutil.copy(made.folder / "metadata.json", later)
     assert MegatronCheckpoint(later).common == common
-
-
-def test_another_mix_than_the_imported_one_is_reported(tmp_path: Path):
-    made = make(tmp_path)
-    export(MegatronCheckpoint(made.folder), made.output)
-    import_checkpoint(HFFolder(made.output), tmp_path / "step")
-    imported, config = (MegatronCheckpoint(tmp_path / "step").common["config"] for _ in range(2))
-    assert changed_function(imported, config) == []
-    config["model"]["depth_attention"]["stride"] = 1
-    (note,) = changed_function(imported, config)
-    assert note == "note: model.depth_attention.stride is 1; the weights were trained with 2"
-
-
-def test_latest_names_the_step(tmp_path: Path):
-    made = make(tmp_path)
-    (tmp_path / "latest").write_text("step_00000007\n")
-    assert MegatronCheckpoint(tmp_path).folder == made.folder

@@ -193,12 +193,6 @@ def test_a_truncated_file_is_named(whole, keep):
     assert error_of(whole).startswith(f"{file} does not load (")
 
 
-def test_a_truncated_shard_is_named(sharded):
-    *_, last = sorted(sharded.glob("*.safetensors"))
-    last.write_bytes(last.read_bytes()[:-4])
-    assert error_of(sharded).startswith(f"{last} does not load (")
-
-
 def test_a_missing_shard_is_named(sharded):
     second = sorted(sharded.glob("*.safetensors"))[1]
     second.unlink()
@@ -257,17 +251,6 @@ LAYER = "model.layers.2.self_attn.q_norm.weight"
 def test_tensors_that_do_not_fit_are_named(whole, change, complaint):
     edit_weights(whole, change)
     assert re.search(complaint, error_of(whole))
-
-
-def test_many_tensors_are_counted(whole):
-    edit_config(whole, num_hidden_layers=6, layer_types=None)
-    assert re.search(r"lacks model\.layers\.4\.\S+, \S+, \S+ and 19 more tensors: its weights", error_of(whole))
-
-
-@pytest.mark.parametrize(("change", "held"), [({"vocab_size": 301}, "[300, 32], not [301, 32]")])
-def test_another_size_is_rejected(whole, change, held):
-    edit_config(whole, **change)
-    assert f"lm_head.weight of shape {held}, model.embed_tokens.weight of shape {held}" in error_of(whole)
 
 
 def test_devices():

@@ -54,13 +54,6 @@ def test_the_newest_intact_checkpoint_is_taken(run_dir):
     assert names(run_dir) == ["step_00000100", "step_00000200.damaged"]
 
 
-def test_a_missing_file_is_damage(run_dir):
-    (run_dir / "checkpoints/step_00000200/a.distcp").unlink()
-    found = start(run_dir)
-    assert found.folder == run_dir / "checkpoints/step_00000100"
-    assert "a.distcp is missing" in found.warnings[0]
-
-
 def test_a_file_that_cannot_be_read_is_no_damage(run_dir, monkeypatch):
     """A disk that fails, a mount that went away: nothing may be renamed for that."""
 

@@ -14,7 +14,6 @@ import pytest
 from matplotlib import image
 
 from megatron_depthattn.study import fit
-from megatron_depthattn.study.plots import colours
 from megatron_depthattn.study.report import write_report
 from megatron_depthattn.study.report_data import read_record
 
@@ -275,11 +274,6 @@ def test_figures_are_well_formed_and_named(study, page):
     assert markdown.startswith("# Depth-Attention & others \\<on CPU\\> !\\[\\](https://a.example)\n")
     shown = re.findall(r"^!\[.*\]\((.*)\)$", markdown, flags=re.MULTILINE)
     assert len(shown) == len(files) and all((study / path).is_file() for path in shown)
-
-
-def test_methods_keep_their_colours_and_markers():
-    style = colours(["vanilla", "looped", "mine"])
-    assert len({colour for colour, _ in style.values()}) == len({mark for _, mark in style.values()}) == len(style)
 
 
 def test_the_same_inputs_give_the_same_bytes_wherever_they_lie(study, tmp_path):
