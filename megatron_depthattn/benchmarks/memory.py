@@ -18,7 +18,6 @@ from megatron_depthattn.config import RunConfig
 from megatron_depthattn.estimate.activations import chunk_memory
 from megatron_depthattn.estimate.counts import element_bytes, source_plan
 from megatron_depthattn.estimate.layouts import RECOMPUTE
-from megatron_depthattn.model.activation_memory import depth_activations, source_numbers
 from megatron_depthattn.model.source_plan import SourcePlan
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 
@@ -41,9 +40,8 @@ def measure(given: argparse.Namespace) -> Result:
             notes=[
                 "bytes per token, all layers together: distinct storages of the tensors that autograd saves "
                 "(saved-tensor hooks), parameters left out; the allocator's columns on a GPU only",
-                "predicted: megatron_depthattn/model/activation_memory.py; the sources alone: key and mixed value of "
-                "every layer that is read; all: megatron_depthattn/estimate/activations.py, embedding and logits "
-                "included",
+                "predicted: megatron_depthattn/estimate/activations.py, of all with embedding and logits; the sources "
+                "alone: key and mixed value of every layer that is read",
             ],
         )
         for mode in given.recompute:
@@ -151,28 +149,17 @@ def kept(config: RunConfig, device: torch.device) -> Kept:
     return Kept(num_bytes, allocated, torch.cuda.max_memory_allocated() - before)
 
 
-def predicted_elements(config: RunConfig, kind: str) -> tuple[int, int]:
-    """Elements per token above vanilla, and those of the sources alone; ``kind`` of device, cpu or cuda."""
-    plan, key_size = source_plan(config), config.model.num_query_groups * config.model.kv_channels
-    assert isinstance(plan, SourcePlan)
-    predicted = depth_activations(
-        plan,
-        key_size=key_size,
-        norm_keeps_projection=config.model.spec == "local" and (kind == "cuda" or config.precision.dtype == "fp32"),
-        recomputed=config.recompute.granularity == "full",
-    )
-    return predicted.total, source_numbers(plan, key_size=key_size)
-
-
 def _add_row(result: Result, name: str, mode: str, config: RunConfig, own: Kept, vanilla: Kept) -> None:
     tokens = config.train.micro_batch_size * config.data.sequence_length
     more, allocated, peak = (
         None if mine is None or theirs is None else (mine - theirs) / tokens
         for mine, theirs in zip(own, vanilla, strict=True)
     )
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    predicted, sources = (element_bytes(config) * number for number in predicted_elements(config, kind))
-    counted = chunk_memory(config, 0, on_gpu=kind == "cuda")
+    counted, plan = chunk_memory(config, 0, on_gpu=torch.cuda.is_available()), source_plan(config)
+    assert isinstance(plan, SourcePlan)
+    read = {source for layer in range(plan.num_layers) for source in plan.sources(layer)}
+    key = element_bytes(config) * config.model.num_query_groups * config.model.kv_channels
+    predicted, sources = counted.sources // tokens, len(plan.kinds) * key * len(read)
     whole = (counted.activations + counted.sources) / tokens
     result.rows.append(
         [

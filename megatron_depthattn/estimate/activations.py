@@ -183,7 +183,14 @@ def chunk_memory(config: RunConfig, chunk: int, *, on_gpu: bool = True) -> Chunk
 
 
 def _layer_sources(sizes: _Layers, plan: CrossLayerPlan | None, method: CrossLayerMethod | None, layer: int) -> int:
-    """Bytes above a vanilla layer: one more tensor of a value's size for each kind that it mixes, or if it is read."""
+    """Bytes above a vanilla layer: one more tensor of a value's size for each kind that it mixes, or if it is read.
+
+    Core attention keeps the q, k and v that it is given, in vanilla too. But there the value is a view of the fused QKV
+    projection. Where the norm of k keeps that projection alive in both models (torch's norm does), the own value that
+    the mix keeps is such a view, and a mixed value is memory of its own. TransformerEngine's norm does not, and its
+    core attention copies a value that is a view: the mixed value takes the place of that copy, and the own value is a
+    copy that only the mix keeps.
+    """
     if plan is None:
         return 0
     if method:

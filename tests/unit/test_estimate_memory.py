@@ -1,5 +1,6 @@
 """The planner's memory of a rank against what torch and Megatron allocate, at stated tolerances."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,6 @@ from megatron_depthattn.benchmarks.memory import kept
 from megatron_depthattn.config import load_config
 from megatron_depthattn.estimate.activations import chunk_memory
 from megatron_depthattn.estimate.memory import in_flight, rank_memory
-from megatron_depthattn.model.activation_memory import depth_activations
-from megatron_depthattn.model.source_plan import SourcePlan
 from megatron_depthattn.train.build import build_model, build_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +59,25 @@ def test_activations_are_what_autograd_saves(method, recompute):
         assert found.activations + found.sources == pytest.approx(measured, rel=TOLERANCE), shape
 
 
+ABLATIONS = [
+    {"stride": 1, "weights": weights, "mixes": m}
+    for weights in ("softmax", "uniform")
+    for m in ("value", "key", "key_value")
+]
+SPACINGS = [{"stride": stride, "recent_window": window} for stride, window in ((1, 0), (2, 1), (3, 0), (4, 0))]
+
+
 @pytest.mark.usefixtures("megatron_world_of_one")
-@pytest.mark.parametrize("weights", ["softmax", "uniform"])
-@pytest.mark.parametrize("mixes", ["value", "key", "key_value"])
-def test_what_an_ablation_adds_is_what_autograd_saves(weights, mixes):
+@pytest.mark.parametrize(
+    ("mixing", "recompute"),
+    [*product(ABLATIONS, ("none", "selective")), *product(SPACINGS, ("none", "selective", "uniform"))],
+    ids=str,
+)
+def test_what_depth_attention_adds_is_what_autograd_saves(mixing, recompute):
     """To the byte."""
-    ablation = {"model.depth_attention.weights": weights, "model.depth_attention.mixes": mixes}
-    mixed, vanilla = (config_of(SHORT_AND_WIDE, one) for one in (METHODS["stride-1"] | ablation, METHODS["vanilla"]))
+    common = SHORT_AND_WIDE | RECOMPUTE[recompute]
+    depth = {f"model.depth_attention.{key}": value for key, value in mixing.items()}
+    mixed, vanilla = (config_of(common, one) for one in (depth, METHODS["vanilla"]))
     measured, below = (kept(config, torch.device("cpu")).saved for config in (mixed, vanilla))
     assert chunk_memory(mixed, 0, on_gpu=False).sources == measured - below
 
@@ -75,18 +86,6 @@ def test_what_an_ablation_adds_is_what_autograd_saves(weights, mixes):
 def test_control_each_term_is_more_than_the_tolerance(change):
     one, other = (chunk_memory(config_of(SHORT_AND_WIDE, more), 0, on_gpu=False) for more in ({}, change))
     assert one.activations + one.sources != pytest.approx(other.activations + other.sources, rel=TOLERANCE)
-
-
-@pytest.mark.parametrize("spec", ["local", "te"])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("recompute", ["none", "selective", "uniform"])
-def test_what_depth_attention_adds_is_what_the_plan_predicts(spec, stride, recompute):
-    settings = [SHORT_AND_WIDE, RECOMPUTE[recompute], {"precision.dtype": "bf16", "model.spec": spec}]
-    added = chunk_memory(config_of(*settings, {"model.depth_attention.stride": stride}), 0).sources
-    predicted = depth_activations(
-        SourcePlan(4, stride), key_size=16, norm_keeps_projection=spec == "local", recomputed=recompute == "uniform"
-    )
-    assert added == predicted.total * 2 * 3 * 8
 
 
 @pytest.mark.usefixtures("megatron_world_of_one")

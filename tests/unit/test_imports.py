@@ -42,7 +42,7 @@ PURE = {
     "vocabulary.py": set(),
     "model/source_plan.py": {"torch"},
     "model/flops.py": {f"{PACKAGE}.model.source_plan", f"{PACKAGE}.methods.definition"},
-    "model/activation_memory.py": {f"{PACKAGE}.model.source_plan"},
+    "model/activation_memory.py": set(),
     "parallel/payload.py": {"torch", f"{PACKAGE}.model.source_plan"},
     **{
         f"estimate/{name}.py": {

@@ -13,14 +13,15 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_depthattn.benchmarks.memory import SavedTensors, saved_tensors
+from megatron_depthattn.config import load_config
+from megatron_depthattn.estimate.activations import chunk_memory
 from megatron_depthattn.model import layer_specs
-from megatron_depthattn.model.activation_memory import DepthActivations, depth_activations, source_numbers
 from megatron_depthattn.model.core_attention import SDPAttention
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import initialize_weights
-from megatron_depthattn.model.source_plan import SourcePlan
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+from tests.unit.test_estimate_memory import CPU_SHAPE
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -128,8 +129,11 @@ def kinds(saved: SavedTensors) -> Counter[tuple[torch.dtype, tuple[int, ...]]]:
 
 BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
 PLANS = [(1, 0), (2, 1), (3, 0)]
-NUMBER_BYTES = SEQUENCE * BATCH * 4
-"""Of one fp32 number for every token."""
+SIZES = {
+    **{"model.num_layers": NUM_LAYERS, "model.hidden_size": 32, "model.num_attention_heads": NUM_HEADS},
+    **{"model.num_query_groups": NUM_KV_HEADS, "model.kv_channels": HEAD_DIM, "data.sequence_length": SEQUENCE},
+    **{"train.micro_batch_size": BATCH, "model.spec": "te", "precision.dtype": "bf16"},
+}
 
 
 @pytest.mark.parametrize(("stride", "window"), PLANS)
@@ -156,23 +160,6 @@ def test_the_mix_keeps_its_bf16_inputs_and_nothing_in_fp32(stride, window, recor
     assert reference.num_bytes > lean.num_bytes
 
 
-@pytest.mark.parametrize(("stride", "window"), PLANS)
-@pytest.mark.parametrize("mode", [None, "selective", "uniform-1", "uniform-2", "uniform-3"])
-def test_what_is_kept_above_vanilla_is_what_the_plan_predicts(stride, window, mode, record_property):
-    """To the byte, as storages; q, k and v of core attention are not kept a second time."""
-    options = RECOMPUTE[mode] if mode else {}
-    vanilla = saved_by(depth_attention=False, **options)
-    depth = saved_by(depth_attention_stride=stride, depth_attention_recent_window=window, **options)
-    plan = SourcePlan(num_layers=NUM_LAYERS, stride=stride, recent_window=window)
-    predicted = depth_activations(
-        plan,
-        key_size=NUM_KV_HEADS * HEAD_DIM,
-        recomputed=options.get("recompute_granularity") == "full",
-    )
-    record_property("numbers_per_token_above_vanilla", predicted.total)
-    assert depth.num_bytes - vanilla.num_bytes == predicted.total * NUMBER_BYTES
-
-
 class KeepsCopies(SDPAttention):
     """Keeps q, k and v, contiguous, for backward."""
 
@@ -189,32 +176,12 @@ def test_what_transformer_engine_keeps_above_vanilla(stride, window, mode, monke
     def saved(**mixing: Any) -> SavedTensors:
         return saved_by(**mixing, **BF16, **(RECOMPUTE[mode] if mode else {}))
 
-    plan = SourcePlan(num_layers=NUM_LAYERS, stride=stride, recent_window=window)
-    predicted = depth_activations(
-        plan,
-        key_size=NUM_KV_HEADS * HEAD_DIM,
-        norm_keeps_projection=False,
-        recomputed=mode is not None,
-    )
     depth = saved(depth_attention_stride=stride, depth_attention_recent_window=window)
     more = depth.num_bytes - saved(depth_attention=False).num_bytes
-    assert more == predicted.total * NUMBER_BYTES // 2  # bf16
-
-
-def test_the_activation_count_by_hand():
-    """Six layers, sources 0 and 3: layers 1 to 5 mix, and 1, 2, 4, 5 are read by nobody."""
-    plan = SourcePlan(num_layers=6, stride=3)
-    assert source_numbers(plan, key_size=10) == 2 * 2 * 10
-    kept = depth_activations(plan, key_size=10)
-    assert kept == DepthActivations(source_values=20, mixed_values=40) and kept.total == 60
-    kept = depth_activations(plan, key_size=10, norm_keeps_projection=False)
-    assert kept == DepthActivations(own_values=50), "the mixed value takes the place of a copy of the value"
-    kept = depth_activations(plan, key_size=10, recomputed=True)
-    assert kept == DepthActivations(source_keys=20, source_values=20)
-    with pytest.raises(ValueError, match="one pipeline stage"):
-        depth_activations(SourcePlan(num_layers=6, stride=3, chunk_starts=(0, 3)), key_size=10)
-    with pytest.raises(ValueError, match="not for sources of key, mixed_key; depthattn estimate counts"):
-        depth_activations(SourcePlan(num_layers=6, stride=3, kinds=("key", "mixed_key")), key_size=10)
+    mixing = {"model.depth_attention.stride": stride, "model.depth_attention.recent_window": window}
+    mixing |= {f"recompute.{key[10:]}": value for key, value in RECOMPUTE[mode].items()} if mode else {}
+    config = load_config(CPU_SHAPE, [f"{key}={value}" for key, value in (SIZES | mixing).items()])
+    assert more == chunk_memory(config, 0).sources
 
 
 def tensors_within(value: Any) -> Iterable[Tensor]:
