@@ -90,28 +90,6 @@ def test_logits(num_kv_heads, stride, window, tokens, record_property):
     assert (megatron_logits(model, tokens) - vanilla).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("op", ["lean", "reference"])
-@torch.no_grad()
-def test_logits_with_tied_embeddings(op, tokens, record_property):
-    weights = weights_of(2, tied=True)
-    expected = reference_logits(weights, tokens, 2, stride=2, window=1, tied=True)
-    model = build(2, stride=2, window=1, tied=True, depth_attention_op=op)
-    load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM), VOCAB)
-    error = (megatron_logits(model, tokens) - expected).abs().max().item()
-    record_property("logit_error", error)
-    assert error < LOGIT_TOLERANCE
-
-
-@torch.no_grad()
-def test_depth_attention_switched_off_is_the_vanilla_decoder(tokens):
-    weights = weights_of(2)
-    model = build(2, stride=2, window=1, depth_attention=False)
-    load(model, to_megatron(weights, NUM_LAYERS, HEAD_DIM), VOCAB)
-    logits = megatron_logits(model, tokens)
-    assert (logits - reference_logits(weights, tokens, 2, depth_attention=False)).abs().max() < LOGIT_TOLERANCE
-    assert (logits - reference_logits(weights, tokens, 2, stride=2, window=1)).abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @torch.no_grad()
 def test_control_another_order_of_the_qkv_rows_fails(num_kv_heads, tokens):

@@ -6,22 +6,18 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_depthattn.config import DepthConfig, load_config, to_dict
 from megatron_depthattn.hf.configuration_depthattn import CHOICES
 from megatron_depthattn.hf.model_config import WORDS, to_hf_config, to_model_section
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, weight_groups
 from megatron_depthattn.switches import MODEL_SWITCHES
-from tests.checkpoints import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, model_section
+from tests.checkpoints import model_section
 
 
 def groups_of(**changes) -> list[WeightGroup]:
     return weight_groups(ModelShape.from_model_section(model_section(**changes)))
-
-
-def group_named(end: str) -> WeightGroup:
-    return next(group for group in groups_of() if group.megatron.endswith(end))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -32,40 +28,6 @@ def test_every_name_stands_for_one_tensor_of_transformers_qwen3(tied: bool):
         parameters = dict(Qwen3ForCausalLM(Qwen3Config(**config)).named_parameters())
     ours = [item for group in groups_of(tie_embeddings=tied) for item in group.hf.items()]
     assert Counter(ours) == Counter((name, tuple(parameter.shape)) for name, parameter in parameters.items())
-
-
-@pytest.mark.parametrize("group", groups_of()[:10], ids=lambda group: group.megatron)
-def test_merge_undoes_split(group: WeightGroup):
-    tensor = torch.randn(group.megatron_shape)
-    parts = group.split(tensor)
-    assert [tuple(part.shape) for part in parts] == list(group.hf.values())
-    assert torch.equal(group.merge(parts), tensor)
-
-
-def test_query_key_value_rows_are_interleaved_by_group():
-    group = group_named("layers.0.self_attention.linear_qkv.weight")
-    fused = torch.arange(group.megatron_shape[0], dtype=torch.float32)[:, None].expand(-1, HIDDEN).clone()
-    rows: dict[str, list[int]] = {"q": [], "k": [], "v": []}
-    heads = (["q"] * (HEADS // KV_HEADS) + ["k", "v"]) * KV_HEADS  # Megatron's order
-    for head, kind in enumerate(heads):
-        rows[kind] += range(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-    for part, kind in zip(group.split(fused), "qkv", strict=True):
-        assert part[:, 0].tolist() == rows[kind]
-    naive = fused.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM])
-    assert not torch.equal(group.split(fused)[0], naive[0]), "control: cutting the rows in order is another model"
-
-
-def test_gate_is_the_upper_half_of_fc1():
-    fused = torch.cat([torch.zeros(FFN, HIDDEN), torch.ones(FFN, HIDDEN)])
-    gate, up = group_named("layers.0.mlp.linear_fc1.weight").split(fused)
-    assert gate.max() == 0
-    assert up.min() == 1
-
-
-def test_padding_rows_are_cut():
-    group = group_named("word_embeddings.weight")
-    (rows,) = group.split(torch.randn(384, HIDDEN))
-    assert rows.shape == (301, HIDDEN)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +67,6 @@ def test_every_list_of_words_is_the_schemas():
     known = {f"depth_attention_{key}": set(get_args(hint)) for key, hint in get_type_hints(DepthConfig).items()}
     for key, words in WORDS.items():
         assert CHOICES == WORDS and known[key] == set(words)
-
-
-def test_vanilla_is_a_plain_qwen3():
-    section = model_section(depth_attention={"enabled": False})
-    config = to_hf_config(section, dtype="float32", special_tokens={})
-    assert config["architectures"] == ["Qwen3ForCausalLM"]
-    assert "auto_map" not in config
-    assert AutoConfig.for_model(**config).head_dim == HEAD_DIM
 
 
 RELEASED = {

@@ -312,14 +312,6 @@ def test_a_link_in_the_way_of_a_save_is_not_written_through(run, tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "checkpoints").rglob("*"))
 
 
-def test_a_folder_that_cannot_be_made_is_reported(megatron_world_of_one, tmp_path):
-    (tmp_path / "checkpoints").write_text("in the way")
-    run = Run(tmp_path / "checkpoints", is_async=False)
-    run.step()
-    run.save()
-    assert "checkpoints" in run.outcome().error
-
-
 def test_generators_come_back(run, tmp_path):
     def draw() -> tuple:
         from megatron.core import tensor_parallel
