@@ -192,28 +192,6 @@ def test_an_import_of_another_shape_is_rejected(exported, config_file: Path, tmp
         load_checkpoint(imported, [], config=other, is_parent=True)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["to-hf", "--checkpoint", "nowhere", "--output", "{tmp}/hf"], "nowhere is no complete checkpoint"),
-        (["from-hf", "--model", "nowhere", "--output", "{tmp}/step"], "model folder nowhere does not exist: give"),
-        (["to-hf", "--checkpoint", "{step}", "--output", "{hf}"], "exists: give another output"),
-        (
-            ["verify", "--checkpoint", "{step}", "--model", "{tmp}"],
-            "has no config.json: give a Hugging Face model",
-        ),
-    ],
-)
-def test_bad_input_is_one_line(
-    exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-):
-    made = exported("pp2-tied-looped")
-    assert convert(*[word.format(tmp=tmp_path, step=made.step, hf=made.hf) for word in arguments]) == 1
-    errors = capsys.readouterr().err
-    assert message in errors
-    assert len(errors.strip().splitlines()) == 1, errors
-
-
 def test_model_card_tells_what_the_run_recorded(exported):
     made = exported("pp2-tied-looped")
     card = (made.hf / "README.md").read_text()
