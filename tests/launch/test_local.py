@@ -87,13 +87,16 @@ def test_an_error_is_the_last_line_and_not_tried_again(config: Path, tmp_path: P
 
 
 def test_a_hang_ends_with_its_own_code(config: Path, tmp_path: Path):
-    """A rank is stopped at a step; the watchdog of the other ends the run, torchrun what does not end by itself."""
+    """A rank is stopped at a step; the watchdog of the other ends the run. Ranks that do not end: test_two_nodes.py."""
     run_dir, output = tmp_path / "run", tmp_path / "output.txt"
     settings = ("train.hang_timeout=4", "train.steps=100000", "checkpoint.interval=100000")
     launcher = start("launch/local.sh", config, f"run.dir={run_dir}", *settings, output=output, NPROC_PER_NODE="2")
     try:
         must_reach(run_dir, 5, output)
-        ranks_of(launcher)[1].suspend()
+        going, stopped = (process for _, process in sorted(ranks_of(launcher).items()))
+        stopped.suspend()
+        psutil.wait_procs([going], timeout=60)
+        stopped.resume()  # it is asked to end by now; as long as it is stopped torchrun would wait
         assert launcher.wait(120) == 70, output.read_text()[-3000:]
     finally:
         end(launcher)
