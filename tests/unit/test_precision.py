@@ -22,37 +22,19 @@ B200 = Accelerator("B200", (10, 0), "13.0", "2.20.2")
 CPU = Accelerator(None, (), "13.0", None, "ImportError: no transformer_engine")
 
 CASES = [
-    (
-        "precision.fp8_params=true",
-        "precision.fp8_params=true with precision.fp8=null: nothing is FP8; set precision.fp8 to one of delayed, "
-        "tensorwise, blockwise, mxfp8, or precision.fp8_params=false",
-    ),
+    ("precision.fp8_params=true", "to one of delayed, tensorwise, blockwise, mxfp8, or precision.fp8_params=false"),
     ("precision.bf16_last_layers=2", "or precision.bf16_last_layers=0"),
     ("precision.fp8=delayed precision.dtype=fp32", "set precision.dtype=bf16"),
-    (
-        "precision.fp8=delayed model.spec=local",
-        "its linear layers would compute in bf16 and not say so; set model.spec=te (needs TransformerEngine and an "
-        "NVIDIA GPU), or precision.fp8=null",
-    ),
-    (
-        "precision.fp8=delayed engine.name=deepspeed engine.zero_stage=1",
-        "set engine.name=megatron, or precision.fp8=null",
-    ),
+    ("precision.fp8=delayed model.spec=local", "(needs TransformerEngine and an NVIDIA GPU), or precision.fp8=null"),
+    ("precision.fp8=delayed engine.name=deepspeed engine.zero_stage=1", "engine.name=megatron, or precision.fp8=null"),
     ("precision.fp8=delayed precision.bf16_first_layers=1", "set both to 0, or precision.fp8=tensorwise"),
     (
         "precision.fp8=tensorwise precision.bf16_first_layers=5 precision.bf16_last_layers=3",
         "leave none of 8 layers in FP8",
     ),
-    (
-        "precision.fp8=tensorwise precision.bf16_last_layers=5 parallel.pipeline=2",
-        "a pipeline stage holds 4 layers: Megatron-Core takes no more than a stage of an even cut; set "
-        "precision.bf16_last_layers=4",
-    ),
+    ("precision.fp8=tensorwise precision.bf16_last_layers=5 parallel.pipeline=2", "set precision.bf16_last_layers=4"),
     ("precision.fp8=mxfp8 precision.fp8_params=true", "set precision.fp8_params=false"),
-    (
-        "precision.fp8=blockwise precision.fp8_attention=true",
-        "set precision.fp8_attention=false, or precision.fp8=delayed",
-    ),
+    ("precision.fp8=blockwise precision.fp8_attention=true", "precision.fp8_attention=false, or precision.fp8=delayed"),
     ("precision.fp8=mxfp8 precision.fp8_attention=true", "for mxfp8 as of 0.19 only, so core attention may"),
     (
         "precision.fp8=delayed precision.fp8_attention=true recompute.granularity=selective",
@@ -60,19 +42,10 @@ CASES = [
     ),
     (
         "precision.fp8=delayed model.ffn_hidden_size=520",
-        "model.ffn_hidden_size over parallel.tensor, which is 520 and not a multiple of 16 (mxfp8 32, others 16): FP8 "
-        "matrix products take no other; set precision.fp8=null, or parallel.tensor to what this model allows with it: "
-        "none",
+        "which is 520 and not a multiple of 16 (mxfp8 32, others 16): FP8",
     ),
-    (
-        "precision.fp8=mxfp8 model.ffn_hidden_size=528",
-        "is 528 and not a multiple of 32 (mxfp8 32, others 16): FP8 matrix products take no other",
-    ),
-    (
-        "precision.fp8=delayed data.sequence_length=250",
-        "with 1000 tokens a pass (train.micro_batch_size times data.sequence_length, over parallel.context), not a "
-        "multiple of 16",
-    ),
+    ("precision.fp8=mxfp8 model.ffn_hidden_size=528", "which is 528 and not a multiple of 32 (mxfp8 32, others 16)"),
+    ("precision.fp8=delayed data.sequence_length=250", "over parallel.context), not a multiple of 16"),
     (
         "precision.fp8=delayed parallel.tensor=4 model.num_attention_heads=4 model.num_query_groups=1 "
         "model.kv_channels=48",
@@ -80,48 +53,18 @@ CASES = [
     ),
 ]
 MACHINE_CASES = [
-    (
-        "precision.fp8=null",
-        CPU,
-        "model.spec=te needs TransformerEngine, which cannot be imported here (ImportError: no transformer_engine); "
-        "pip install --no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local",
-    ),
-    (
-        "precision.fp8=null",
-        dataclasses.replace(CPU, transformer_engine="2.20.2"),
-        "model.spec=te needs an NVIDIA GPU and torch sees none: TransformerEngine has no CPU kernels; set "
-        "model.spec=local",
-    ),
+    ("precision.fp8=null", CPU, "install --no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local"),
+    ("precision.fp8=null", dataclasses.replace(CPU, transformer_engine="2.20.2"), "CPU kernels; set model.spec=local"),
     (
         "precision.fp8=blockwise",
         dataclasses.replace(H100, transformer_engine="2.2.0+abc"),
         "needs TransformerEngine 2.3 or later and this is 2.2.0+abc; upgrade it, or set precision.fp8 to one of "
         "delayed, tensorwise, null",
     ),
-    (
-        "precision.fp8=blockwise",
-        dataclasses.replace(H100, cuda="12.8"),
-        "needs a torch built with CUDA 12.9 or later and this one has 12.8; install another torch, or set "
-        "precision.fp8 to one of delayed, tensorwise, null",
-    ),
-    (
-        "precision.fp8=mxfp8",
-        H100,
-        "precision.fp8=mxfp8 needs a GPU of compute capability 10.0 or later, below 12.0 and H100 has 9.0; set "
-        "precision.fp8 to one of delayed, tensorwise, blockwise, null",
-    ),
-    (
-        "precision.fp8=tensorwise precision.fp8_attention=true",
-        H100,
-        "needs a GPU of compute capability 10.0 or later, below 12.0 and H100 has 9.0; set "
-        "precision.fp8_attention=false",
-    ),
-    (
-        "precision.fp8=delayed precision.fp8_attention=true model.kv_channels=64",
-        H100,
-        "precision.fp8_attention=true with model.kv_channels=64 on H100 (compute capability 9.0): below 10.0 cuDNN's "
-        "FP8 attention trains with heads of 128 only; set precision.fp8_attention=false",
-    ),
+    ("precision.fp8=blockwise", dataclasses.replace(H100, cuda="12.8"), "to one of delayed, tensorwise, null"),
+    ("precision.fp8=mxfp8", H100, "and H100 has 9.0; set precision.fp8 to one of delayed, tensorwise, blockwise, null"),
+    ("precision.fp8=tensorwise precision.fp8_attention=true", H100, "H100 has 9.0; set precision.fp8_attention=false"),
+    ("precision.fp8=delayed precision.fp8_attention=true model.kv_channels=64", H100, "precision.fp8_attention=false"),
 ]
 
 
