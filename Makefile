@@ -61,8 +61,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Three at a time, on two cores as well: launchers, Slurm and whole commands wait for each other for a third of the time.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) tests/unit
