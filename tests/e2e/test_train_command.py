@@ -145,24 +145,6 @@ def test_resume_under_another_layout_while_the_batch_size_rises(config_file: Pat
     assert curve == [(step, pytest.approx(loss)) for step, loss in seen.items()]
 
 
-def test_vanilla_is_one_key_away(undisturbed: Path, config_file: Path, tmp_path: Path):
-    key = "model.depth_attention.enabled=false"
-    output = must_succeed(train(config_file, f"run.dir={tmp_path}", key)).stdout
-    assert "off (vanilla)" in output
-    assert records(tmp_path)[-1]["loss"] != records(undisturbed)[-1]["loss"]
-
-
-def test_bf16_trains_and_resumes_bit_equal(undisturbed: Path, config_file: Path, tmp_path: Path):
-    """The optimizer's fp32 master weights are part of the checkpoint: a resume from the bf16 ones would differ."""
-    command = (config_file, "precision.dtype=bf16", "checkpoint.load=latest")
-    must_succeed(train(*command, f"run.dir={tmp_path / 'whole'}"))
-    for ours, theirs in zip(records(tmp_path / "whole"), records(undisturbed), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
-    must_succeed(train(*command, f"run.dir={tmp_path / 'cut'}", "train.stop_after=6"))
-    must_succeed(train(*command, f"run.dir={tmp_path / 'cut'}"))
-    assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
-
-
 def test_tied_embeddings_over_two_stages(config_file: Path, tmp_path: Path):
     """Both ends of the pipeline hold the embedding: same initial weights, and gradients summed over the two copies."""
     command = (config_file, "model.tie_embeddings=true", "train.stop_after=6")

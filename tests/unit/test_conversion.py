@@ -18,8 +18,7 @@ from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm
 from megatron_depthattn.hf.weights_folder import HFFolder
-from megatron_depthattn.train.checkpoint import changed_function
-from tests.checkpoints import HEAD_DIM, HIDDEN, LAYERS, make, model_section, tensors_of, write_checkpoint
+from tests.checkpoints import HEAD_DIM, HIDDEN, LAYERS, make, model_section, tensors_of
 from tests.reference_decoder import decoder_logits
 
 TOKENS = torch.randint(301, (2, 12), generator=torch.Generator().manual_seed(2))
@@ -76,35 +75,6 @@ def test_exported_model_computes_the_reference(tmp_path: Path, changes: dict):
     assert ("This is an ablation" in (made.output / "README.md").read_text()) == is_ablation
     if back["depth_attention"]["enabled"]:
         assert back["depth_attention"].items() >= (made.model["depth_attention"] | {"op": "auto"}).items()
-
-
-def test_what_is_older_than_the_rule_of_loops_stays_unrolled(tmp_path: Path):
-    """A step folder without the key, its export, and an import of an export without it."""
-    made = make(tmp_path, num_loops=3, depth_attention={"stride": None, "recent_window": 0})
-    for key in ("loop_sources", "weights", "mixes"):
-        del made.model["depth_attention"][key]
-    older = write_checkpoint(tmp_path / "older", made.model, made.weights)
-    export(MegatronCheckpoint(older), made.output)
-    config = json.loads((made.output / "config.json").read_text())
-    found = [config.pop(f"depth_attention_{key}") for key in ("loop_sources", "weights", "mixes")]
-    assert (found, config["depth_attention_stride"]) == (["unrolled", "softmax", "value"], 3 * LAYERS // 2)
-    assert "counted through all runs" in (made.output / "README.md").read_text()
-    (made.output / "config.json").write_text(json.dumps(config))
-    with torch.no_grad():
-        logits = load_causal_lm(made.output, dtype=torch.float32)(TOKENS).logits
-    error = {
-        rule: (logits - reference(tensors_of(made.output), made.model | {"depth_attention": depth})).abs().max()
-        for rule in ("unrolled", "same_layer")
-        for depth in [made.model["depth_attention"] | {"loop_sources": rule}]
-    }
-    assert error["unrolled"] < 1e-4 and error["same_layer"] > 1e-2
-    import_checkpoint(HFFolder(made.output), tmp_path / "step")
-    imported = MegatronCheckpoint(tmp_path / "step").common["config"]["model"]["depth_attention"]
-    assert (imported["loop_sources"], imported["stride"]) == ("unrolled", 3 * LAYERS // 2)
-    before, now = (MegatronCheckpoint(tmp_path / "step").common["config"] for _ in range(2))
-    now["model"]["depth_attention"]["loop_sources"] = "same_layer"
-    (note,) = changed_function(before, now)
-    assert note == "note: model.depth_attention.loop_sources is same_layer; the weights were trained with unrolled"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

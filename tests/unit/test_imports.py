@@ -205,32 +205,22 @@ def test_rule_holds(rule):
     assert not complaints, "\n" + "\n".join(complaints)
 
 
-@pytest.mark.parametrize("file", PURE)
-def test_pure_files_exist(file):
+def test_pure_files_exist():
     """A renamed file would silently drop out of the rule that guards it."""
-    assert (ROOT / PACKAGE / file).is_file()
+    assert [file for file in PURE if not (ROOT / PACKAGE / file).is_file()] == []
 
 
 BREAKS = [
-    (rule_pure_files, "config/schema.py", "import torch"),
     (rule_pure_files, "config/schema.py", "from megatron_depthattn.config import load"),
     (rule_pure_files, "model/source_plan.py", "def f():\n    from megatron.core import parallel_state"),
-    (rule_pure_files, "model/source_plan.py", "import numpy"),
     (rule_pure_files, "parallel/payload.py", "from ..model.layer import Layer"),
     (rule_pure_files, "parallel/payload.py", "import importlib\nimportlib.import_module('megatron.core')"),
-    (rule_pure_files, "data/order.py", "import torch"),
-    (rule_pure_files, "study/fit.py", "from megatron_depthattn.study import report"),
-    (rule_folders, "ops/lean.py", "from megatron.core import tensor_parallel"),
     (rule_folders, "ops/lean.py", "from ..model import source_plan"),
     (rule_folders, "ops/lean.py", "import torchvision"),  # a prefix of a permitted name is another package
-    (rule_folders, "hf/modeling.py", "import megatron.core"),
     (rule_folders, "hf/modeling.py", "from megatron_depthattn.model import source_plan"),
-    (rule_folders, "model/gpt.py", "from megatron_depthattn import train"),
     (rule_folders, "model/gpt.py", "from ..data.order import order"),
     (rule_folders, "model/gpt.py", "if TYPE_CHECKING:\n    from megatron_depthattn.hf import names"),
     (rule_arrows_point_into_the_package, "train/loop.py", "import tools.prepare_data"),
-    (rule_arrows_point_into_the_package, "train/loop.py", "from tests import helpers"),
-    (rule_arrows_point_into_the_package, "train/loop.py", "from launch import slurm"),
     (rule_package_inits_import_nothing, "__init__.py", "from .model import gpt"),
     (rule_no_monkeypatching, "model/gpt.py", "import torch\ntorch.cuda.synchronize = lambda: None"),
     (rule_no_monkeypatching, "model/gpt.py", "import torch.cuda as c\nx, c.device = 1, 2"),
@@ -238,37 +228,18 @@ BREAKS = [
     (rule_no_monkeypatching, "model/gpt.py", "from torch import Tensor\nsetattr(Tensor, 'cuda', None)"),
     (rule_no_monkeypatching, "model/gpt.py", "from torch import Tensor\ndel Tensor.cuda"),
     (rule_no_monkeypatching, "model/gpt.py", "import torch\ntorch.cuda.table['x'] = 1"),
-    (rule_environment_is_read_in_one_place, "train/loop.py", "import os\nos.environ['RANK']"),
     (rule_environment_is_read_in_one_place, "train/loop.py", "import os\nos.getenv('RANK')"),
     (rule_environment_is_read_in_one_place, "train/loop.py", "from os import environ"),
 ]
 KEEPS = [
-    (
-        rule_pure_files,
-        "config/load.py",
-        "import omegaconf, dataclasses\nfrom megatron_depthattn.config.schema import RunConfig",
-    ),
+    (rule_pure_files, "config/load.py", "import omegaconf\nfrom megatron_depthattn.config.schema import RunConfig"),
     (rule_pure_files, "model/layer.py", "import megatron.core"),
-    (
-        rule_folders,
-        "ops/lean.py",
-        "import math\nimport torch.nn.functional as F\nfrom .reference import depth_mix",
-    ),
-    (rule_folders, "model/gpt.py", "from megatron_depthattn.config import RunConfig\nfrom ..ops import lean"),
-    (rule_arrows_point_into_the_package, "train/loop.py", "from megatron_depthattn.train import step"),
+    (rule_folders, "ops/lean.py", "import math\nimport torch.nn.functional as F\nfrom .reference import depth_mix"),
     (rule_package_inits_import_nothing, "model/__init__.py", "import torch"),
     (rule_no_monkeypatching, PATCHING_FILE, "import torch\ntorch.cuda.synchronize = None"),
     (rule_no_monkeypatching, "train/loop.py", "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True"),
-    (
-        rule_no_monkeypatching,
-        "train/loop.py",
-        "import torch\nclass A:\n    def f(self):\n        self.x[torch.a] = 1",
-    ),
-    (
-        rule_no_monkeypatching,
-        "train/loop.py",
-        "from megatron.core.utils import get_config\nget_config(1).hook = 2",
-    ),
+    (rule_no_monkeypatching, "train/loop.py", "import torch\nclass A:\n    def f(self):\n        self.x[torch.a] = 1"),
+    (rule_no_monkeypatching, "train/loop.py", "from megatron.core.utils import get_config\nget_config(1).hook = 2"),
     (rule_environment_is_read_in_one_place, ENVIRONMENT_FILE, "import os\nos.environ['RANK']"),
 ]
 

@@ -90,21 +90,6 @@ def test_prefill_and_token_by_token_equal_a_full_forward(plan, prompt, record_pr
 
 
 @torch.no_grad()
-def test_the_cache_holds_mixed_values_and_old_entries_are_never_touched_again():
-    model, tokens = build(depth_attention_stride=2), make_tokens()
-    _, after_prompt = cached_logits(model, tokens[:, :PROMPT], PROMPT)
-    _, after_all = cached_logits(model, tokens, PROMPT)
-    for layer, (key, value) in after_prompt.key_value_memory_dict.items():
-        later_key, later_value = after_all.key_value_memory_dict[layer]
-        assert torch.equal(key[:PROMPT], later_key[:PROMPT])
-        assert torch.equal(value[:PROMPT], later_value[:PROMPT])
-    vanilla = build(depth_attention=False)
-    _, unmixed = cached_logits(vanilla, tokens, PROMPT)
-    assert torch.equal(after_all.key_value_memory_dict[1][1], unmixed.key_value_memory_dict[1][1])
-    assert not torch.allclose(after_all.key_value_memory_dict[2][1], unmixed.key_value_memory_dict[2][1], atol=1e-2)
-
-
-@torch.no_grad()
 def test_control_a_cache_of_unmixed_values_fails():
     """What the released code keeps: decoding from it is another function than a full forward."""
     model, tokens = build(depth_attention_stride=2), make_tokens()

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
 from megatron_depthattn.model.initialization import (
-    _share,
     globally_named_parameters,
     initialize_weights,
 )
@@ -79,16 +78,6 @@ def test_a_parameter_depends_on_its_name_only():
     assert_equal(values(build(4, tie_embeddings=True)), small)
 
 
-def test_a_later_chunk_holds_the_later_layers():
-    whole = values(build(8))
-    chunk = build(4)
-    for layer in chunk.decoder.layers:
-        layer.layer_number += 4
-    later = values(chunk)
-    assert {name.split(".")[2] for name in later if name.startswith("decoder.layers.")} == {"4", "5", "6", "7"}
-    assert_equal(later, whole)
-
-
 def test_standard_deviation_and_norms():
     for init_std in (0.02, 0.01):
         for name, value in values(build(), init_std=init_std).items():
@@ -99,33 +88,3 @@ def test_standard_deviation_and_norms():
                 assert value.std() == pytest.approx(init_std, rel=0.06), name
                 assert abs(value.mean()) < 5 * init_std / value.numel() ** 0.5, name
                 assert value.abs().max() > 3 * init_std, f"{name}: cut off"
-
-
-def test_the_copies_of_a_tied_embedding_are_equal():
-    """Pipelined, the last stage has an output layer of its own that must start as the first stage's embedding."""
-    first = values(build(tie_embeddings=True, post_process=False))
-    last = values(build(tie_embeddings=True, pre_process=False))
-    assert OUTPUT not in first and EMBEDDING not in last
-    assert torch.equal(first[EMBEDDING], last[OUTPUT])
-    untied = values(build())
-    assert not torch.equal(untied[EMBEDDING], untied[OUTPUT])
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(("name", "split"), [("linear_qkv.weight", 0), ("linear_fc2.weight", 1), ("norm.weight", -1)])
-def test_shares_of_the_tensor_ranks_make_the_whole(name, split, size):
-    whole = torch.arange(8 * 12.0).reshape(8, 12)
-    shares = [_share(whole, name, split, rank, size) for rank in range(size)]
-    if split < 0:
-        assert all(torch.equal(share, whole) for share in shares)
-    else:
-        assert torch.equal(torch.cat(shares, dim=split), whole)
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_shares_of_gate_and_up(size):
-    """Every rank's matrix is [its gate; its up]."""
-    gate, up = torch.arange(24.0).reshape(8, 3), 100 + torch.arange(24.0).reshape(8, 3)
-    shares = [_share(torch.cat([gate, up]), "mlp.linear_fc1.weight", 0, rank, size) for rank in range(size)]
-    assert torch.equal(torch.cat([share.chunk(2)[0] for share in shares]), gate)
-    assert torch.equal(torch.cat([share.chunk(2)[1] for share in shares]), up)

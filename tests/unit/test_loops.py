@@ -104,16 +104,6 @@ def test_loops_compute_what_as_many_layers_with_the_same_weights_do(mixing, reco
     assert error < 1e-6
 
 
-@pytest.mark.parametrize("recompute", [name for name in RECOMPUTE if name != "none"])
-def test_recompute_changes_nothing_about_sources_of_the_same_layer(recompute):
-    """What they compute is in test_model_against_reference.py."""
-    (plain, _), (recomputed, _) = looped_and_unrolled(**DENSE), looped_and_unrolled(**DENSE, **RECOMPUTE[recompute])
-    expected, sums = logits_and_gradients(plain)
-    logits, gradients = logits_and_gradients(recomputed)
-    assert torch.equal(logits, expected)
-    assert worst_error(gradients, sums) < 1e-6
-
-
 @pytest.mark.parametrize("mistake", ["one weight is not shared", "a loop's gradient is dropped"])
 def test_control_a_mistake_in_sharing_is_noticed(mistake):
     looped, unrolled = looped_and_unrolled(**UNROLLED)

@@ -107,15 +107,6 @@ def test_control_the_gradient_through_sources_is_not_small():
     assert (gradients[name] - detached[name]).norm() / gradients[name].norm() > 1e-2
 
 
-@pytest.mark.parametrize("mode", RECOMPUTE)
-@torch.no_grad()
-def test_evaluation_under_a_recompute_setting(mode):
-    assert torch.equal(
-        loss_of(build(depth_attention_stride=2).eval()),
-        loss_of(build(depth_attention_stride=2, **RECOMPUTE[mode]).eval()),
-    )
-
-
 def saved_by(model: GPTModel | None = None, **overrides: Any) -> SavedTensors:
     model, state = model or build(**overrides), MicrobatchState()
     with saved_tensors(model, state) as saved:

@@ -136,16 +136,6 @@ def test_every_step_has_its_learning_rate_resumed_or_not(name, tmp_path):
         assert resumed.take(step + 1, steps).steps.items() <= run.steps.items()
 
 
-def test_a_decay_that_begins_anew_is_the_end_of_the_whole_run():
-    """What a branch off a constant run relies on: to the bit in the decay, the constant part to its last digit."""
-    whole = Run("schedule=wsd warmup_ratio=0.25 decay_ratio=0.5").take(1, 12)
-    branch = Run("schedule=wsd warmup_ratio=0 decay_ratio=1 steps=6").take(1, 6)
-    trunk = Run("schedule=constant warmup_ratio=0.25").take(1, 6)
-    whole, branch, trunk = ([rate for rate, _ in run.steps.values()] for run in (whole, branch, trunk))
-    assert branch == whole[6:]
-    assert trunk == pytest.approx(whole[:6], rel=1e-15)
-
-
 def test_control_a_schedule_that_was_not_loaded_is_seen(tmp_path):
     from megatron_depthattn.train.checkpoint import load_checkpoint
 

@@ -8,16 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_depthattn.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, validate
 from megatron_depthattn.config.pipeline import chunk_starts, stages_of_layout
 from megatron_depthattn.estimate import counts
 from megatron_depthattn.model.gpt import qwen3_style_config
-from megatron_depthattn.model.layer_specs import depth_attention_block_spec
 from megatron_depthattn.model.source_plan import SourcePlan, default_stride, hop_bytes
 from megatron_depthattn.model.transformer_config import pipeline_chunk_starts
 from megatron_depthattn.train.build import transformer_config
@@ -214,75 +211,6 @@ def test_hop_bytes_of_the_3b_model():
     assert list(sizes) == [12 * 2**20, 12 * 2**20, 16 * 2**20]  # vanilla: 8 MiB
     no_cut = dataclasses.replace(plan, chunk_starts=(0,))
     assert list(hop_bytes(no_cut, hidden_size=2048, source_size=1024, tokens=2048, bytes_per_element=2)) == []
-
-
-@pytest.mark.parametrize(
-    ("layout", "starts"),
-    [
-        ({"pipeline_model_parallel_size": 1}, (0,)),
-        ({"pipeline_model_parallel_size": 4}, (0, 2, 4, 6)),
-        (
-            {
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-                "overlap_p2p_comm": True,
-                "batch_p2p_comm": False,
-            },
-            (0, 2, 4, 6),
-        ),
-        (
-            {
-                "pipeline_model_parallel_size": 3,
-                "num_layers_in_first_pipeline_stage": 1,
-                "num_layers_in_last_pipeline_stage": 3,
-            },
-            (0, 1, 5),
-        ),
-    ],
-    ids=["one", "even", "virtual", "uneven"],
-)
-def test_chunk_starts_are_where_megatron_places_the_layers(layout, starts):
-    config = qwen3_style_config(num_layers=8, **SMALL, pipeline_dtype=torch.float32, **layout)
-    assert config.source_plan.chunk_starts == starts
-    stages = range(config.pipeline_model_parallel_size)
-    virtual_stages = range(config.virtual_pipeline_model_parallel_size or 1)
-    if len(stages) > 1:
-        interleaved = len(virtual_stages) > 1
-        offsets = [
-            get_transformer_layer_offset(config, v if interleaved else None, p) for v in virtual_stages for p in stages
-        ]
-        assert tuple(offsets) == starts
-
-
-@pytest.mark.parametrize(
-    ("stages", "virtual", "layout", "starts"),
-    [
-        (3, 1, "Ettt|tttt|tL", (0, 3, 7)),
-        (2, 2, "Ett|t|t|ttttL", (0, 2, 3, 4)),
-        (2, 2, "E|(t*4,|)*2L", (0, 0, 4, 8)),
-    ],
-    ids=["stages", "virtual", "alone"],
-)
-def test_chunk_starts_of_an_explicit_layout(stages, virtual, layout, starts, megatron_world_of_one, monkeypatch):
-    """The same on every rank: this process is stage 0 throughout."""
-    if virtual > 1:  # Megatron's layout object asks its global state, not the config, whether there are virtual stages
-        monkeypatch.setattr(parallel_state, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", virtual)
-    config = qwen3_style_config(
-        num_layers=8,
-        **SMALL,
-        pipeline_dtype=torch.float32,
-        pipeline_model_parallel_size=stages,
-        pipeline_model_parallel_layout=layout,
-        overlap_p2p_comm=virtual > 1,
-        batch_p2p_comm=virtual == 1,
-    )
-    assert (config.virtual_pipeline_model_parallel_size or 1) == virtual
-    assert config.source_plan.chunk_starts == starts
-    interleaved = range(virtual) if virtual > 1 else [None]
-    for chunk, (v, rank) in enumerate(itertools.product(interleaved, range(stages))):
-        assert config.pipeline_model_parallel_layout.get_layer_offset(vp_stage=v, pp_rank=rank) == starts[chunk]
-        built = len(depth_attention_block_spec(config, vp_stage=v, pp_rank=rank).layer_specs)
-        assert built == (*starts[1:], 8)[chunk] - starts[chunk], "the layers of this process's stage"
 
 
 CUTS = [

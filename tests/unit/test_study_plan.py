@@ -345,11 +345,6 @@ def test_a_run_of_another_config_is_not_taken_for_the_points(small):
         progress_of(point, output)
 
 
-def test_no_plan_no_points(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no plan\.json"):
-        read_points(tmp_path)
-
-
 def test_several_processes_are_torchruns():
     assert "torch.distributed.run" in training_command(Path("c.yaml"), 2)
     assert "torch.distributed.run" not in training_command(Path("c.yaml"), 1)
