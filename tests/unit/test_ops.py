@@ -3,8 +3,7 @@
 Shapes: s tokens, b batch, H query heads, G KV heads, d head size, n sources.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,68 +19,28 @@ from megatron_depthattn.ops import (
     depth_mix_reference,
     uniform_mix,
 )
+from tests.gpu.mix_cases import Case, Inputs, lay_out, output_gradient
+from tests.gpu.mix_cases import make_inputs as of_case
 
 # triton needs a GPU or a process of its own: tests/unit/test_triton_mix.py, tests/gpu/test_triton_mix.py
 IMPLEMENTATIONS = sorted(DEPTH_MIX_IMPLEMENTATIONS.keys() - {"triton"})
 GQA_RATIOS = [1, 4, 8]
 
 
-@dataclass
-class Inputs:
-    """The tensors of one mix; `all` is the order in which gradients are compared."""
-
-    q: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-    k: Tensor
-    v: Tensor
-    names: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        sources = range(len(self.keys))
-        self.names = ["q", "k", "v", *(f"keys[{i}]" for i in sources), *(f"values[{i}]" for i in sources)]
-
-    @property
-    def all(self) -> list[Tensor]:
-        return [self.q, self.k, self.v, *self.keys, *self.values]
-
-    @property
-    def scale(self) -> float:
-        return float(self.q.shape[-1]) ** -0.5
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
-        """New leaves `change(x)` that require grad wherever x does."""
-        new = [change(x.detach()).detach().requires_grad_(x.requires_grad) for x in self.all]
-        n = len(self.keys)
-        return Inputs(q=new[0], keys=new[3 : 3 + n], values=new[3 + n :], k=new[1], v=new[2])
-
-    def mix(self, implementation: str = "lean") -> Tensor:
-        return depth_mix(self.q, self.keys, self.values, self.k, self.v, self.scale, implementation=implementation)
-
-
 def make_inputs(
-    num_sources: int,
-    gqa_ratio: int = 4,
-    *,
-    leading: tuple[int, ...] = (7, 3),
-    num_groups: int = 3,
-    head_dim: int = 32,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
+    num_sources: int, gqa_ratio: int = 4, *, head_dim: int = 32, dtype: torch.dtype = torch.float32, **sizes: Any
 ) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    return of_case(Case(num_sources, gqa_ratio, head_dim, dtype, **sizes), "cpu")
 
-    def random(num_heads: int) -> Tensor:
-        shape = (*leading, num_heads, head_dim)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    return Inputs(
-        q=random(num_groups * gqa_ratio),
-        keys=[random(num_groups) for _ in range(num_sources)],
-        values=[random(num_groups) for _ in range(num_sources)],
-        k=random(num_groups),
-        v=random(num_groups),
-    )
+def leaves(inputs: Inputs) -> list[Tensor]:
+    """In the order in which gradients are compared."""
+    return [*inputs.named.values()]
+
+
+def given(inputs: Inputs) -> tuple[Any, ...]:
+    """As the implementations take them."""
+    return inputs.q, inputs.keys, inputs.values, inputs.k, inputs.v, float(inputs.q.shape[-1]) ** -0.5
 
 
 def error_over_tolerance(actual: Tensor, expected: Tensor) -> float:
@@ -108,16 +67,11 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, name: str) -> N
     assert ratio <= 1, f"{name}: error is {ratio:.2f} times the tolerance"
 
 
-def output_gradient(mixed: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(99)
-    return torch.randn(mixed.shape, generator=generator).to(torch.bfloat16).to(mixed.dtype)
-
-
 def output_and_gradients(inputs: Inputs, implementation: str) -> dict[str, Tensor]:
     """The mix and the gradient of every input, for an output gradient that every dtype can hold exactly."""
     mixed = inputs.mix(implementation)
-    grads = torch.autograd.grad(mixed, inputs.all, output_gradient(mixed))
-    return {"mixed": mixed.detach(), **dict(zip(inputs.names, grads, strict=True))}
+    grads = torch.autograd.grad(mixed, leaves(inputs), output_gradient(mixed))
+    return {"mixed": mixed.detach(), **dict(zip(inputs.named, grads, strict=True))}
 
 
 def assert_same_results(actual: Inputs, expected: Inputs) -> None:
@@ -137,9 +91,9 @@ def test_lean_gradcheck(num_sources: int, gqa_ratio: int) -> None:
 
     def mix(q: Tensor, k: Tensor, v: Tensor, *sources: Tensor) -> Tensor:
         keys, values = sources[:num_sources], sources[num_sources:]
-        return depth_mix_lean(q, keys, values, k, v, inputs.scale)
+        return depth_mix_lean(q, keys, values, k, v, given(inputs)[-1])
 
-    assert torch.autograd.gradcheck(mix, inputs.all)
+    assert torch.autograd.gradcheck(mix, leaves(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -161,7 +115,7 @@ def test_any_leading_shape(leading: tuple[int, ...]) -> None:
 def test_no_tokens(leading: tuple[int, ...], implementation: str) -> None:
     inputs = make_inputs(2, leading=leading)
     results = output_and_gradients(inputs, implementation)
-    assert [x.shape for x in results.values()] == [inputs.v.shape, *(x.shape for x in inputs.all)]
+    assert [x.shape for x in results.values()] == [inputs.v.shape, *(x.shape for x in leaves(inputs))]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -177,13 +131,11 @@ def test_low_precision_inputs_are_rounded_only_once(implementation: str) -> None
 def test_reference_is_the_formula_spelled_out() -> None:
     """Loops over tokens and heads: which query head goes with which KV head, and the order of the weights."""
     inputs = make_inputs(2, 4, leading=(3,), num_groups=2, head_dim=4, dtype=torch.float64)
-    mixed, weights = depth_mix_reference(
-        inputs.q, inputs.keys, inputs.values, inputs.k, inputs.v, inputs.scale, return_weights=True
-    )
+    mixed, weights = depth_mix_reference(*given(inputs), return_weights=True)
     for token in range(3):
         for group in range(2):
             qbar = sum(inputs.q[token, 4 * group + h] for h in range(4)) / 4
-            scores = [inputs.scale * qbar.dot(key[token, group]) for key in (*inputs.keys, inputs.k)]
+            scores = [given(inputs)[-1] * qbar.dot(key[token, group]) for key in (*inputs.keys, inputs.k)]
             total = sum(score.exp() for score in scores)
             expected_weights = torch.stack([score.exp() / total for score in scores])
             values = torch.stack([value[token, group] for value in (*inputs.values, inputs.v)])
@@ -197,7 +149,7 @@ def test_group_mean_can_be_passed_in_place_of_the_heads(implementation: str) -> 
     inputs = make_inputs(2, 8, dtype=torch.float64)
     qbar = inputs.q.unflatten(-2, (3, 8)).mean(dim=-2)
     from_mean = depth_mix(
-        qbar, inputs.keys, inputs.values, inputs.k, inputs.v, inputs.scale, implementation=implementation
+        qbar, inputs.keys, inputs.values, inputs.k, inputs.v, given(inputs)[-1], implementation=implementation
     )
     assert_close(from_mean, inputs.mix(implementation), "mixed")
 
@@ -239,10 +191,7 @@ def test_uniform_mix_is_the_mean(num_sources: int, dtype: torch.dtype) -> None:
 
 def in_nan_buffer(x: Tensor) -> Tensor:
     """The same values as a non-contiguous view into a buffer that is NaN everywhere else."""
-    *leading, heads, head_dim = x.shape
-    buffer = torch.full((*leading, heads + 3, 2 * head_dim + 1), torch.nan, dtype=x.dtype)
-    view = buffer[..., 2 : 2 + heads, 1 : 1 + 2 * head_dim : 2]
-    return view.copy_(x)
+    return lay_out(x, "gaps")
 
 
 @pytest.fixture
@@ -261,7 +210,7 @@ def poisoned_empty() -> Iterator[None]:
 def test_reads_nothing_but_its_inputs(num_sources: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(num_sources, dtype=dtype)
     poisoned = inputs.map(in_nan_buffer)
-    assert not any(x.is_contiguous() for x in poisoned.all)
+    assert not any(x.is_contiguous() for x in leaves(poisoned))
     assert_same_results(poisoned, inputs)
 
 
@@ -274,7 +223,7 @@ def test_views_of_a_fused_projection_and_of_batch_first_tensors() -> None:
     q, k, v = fused.split([4 * head_dim, head_dim, head_dim], dim=-1)
     keys = [key.transpose(0, 1).contiguous().transpose(0, 1) for key in inputs.keys]
     values = [value.transpose(0, 1).contiguous().transpose(0, 1) for value in inputs.values]
-    mixed = depth_mix(q.reshape(s, b, 4 * num_groups, head_dim), keys, values, k, v, inputs.scale)
+    mixed = depth_mix(q.reshape(s, b, 4 * num_groups, head_dim), keys, values, k, v, given(inputs)[-1])
 
     expected = inputs.mix("reference")
     assert_close(mixed, expected, "mixed")
@@ -287,7 +236,7 @@ def test_views_of_a_fused_projection_and_of_batch_first_tensors() -> None:
 def test_lean_result_is_a_new_tensor() -> None:
     inputs = make_inputs(1)
     mixed = inputs.mix("lean")
-    storages = {x.untyped_storage().data_ptr() for x in inputs.all}
+    storages = {x.untyped_storage().data_ptr() for x in leaves(inputs)}
     assert mixed.untyped_storage().data_ptr() not in storages
     assert not mixed._is_view()
 
@@ -345,10 +294,10 @@ def is_one_of(x: Tensor, tensors: list[Tensor]) -> bool:
 def test_lean_saves_only_its_inputs(dtype: torch.dtype, num_sources: int) -> None:
     inputs = make_inputs(num_sources, dtype=dtype).map(in_nan_buffer)
     saved = saved_for_backward(inputs, "lean")
-    assert len(saved) == len(inputs.all)
-    assert all(is_one_of(x, inputs.all) for x in saved)
+    assert len(saved) == len(leaves(inputs))
+    assert all(is_one_of(x, leaves(inputs)) for x in saved)
     # Control: the formula under autograd saves more, in fp32 also for bf16 inputs.
-    extra = [x for x in saved_for_backward(inputs, "reference") if not is_one_of(x, inputs.all)]
+    extra = [x for x in saved_for_backward(inputs, "reference") if not is_one_of(x, leaves(inputs))]
     assert any(x.dtype == torch.float32 and x.numel() >= inputs.k.numel() for x in extra)
 
 
@@ -382,7 +331,7 @@ def test_lean_never_holds_all_sources_in_one_tensor() -> None:
 def test_gradients_only_for_inputs_that_require_them(wanted: str) -> None:
     inputs = make_inputs(2)
     expected = output_and_gradients(inputs, "reference")[wanted]
-    for name, x in zip(inputs.names, inputs.all, strict=True):
+    for name, x in inputs.named.items():
         x.requires_grad_(name == wanted)
     mixed = inputs.mix("lean")
     # What the function itself returns, as autograd would drop a gradient that nobody asked for.
@@ -453,7 +402,7 @@ def test_threads_are_left_out_where_each_would_get_less_than_a_grain(tokens: int
 def test_threads_are_given_back_after_an_error() -> None:
     inputs = make_inputs(1, leading=(512, 1))
     with pytest.raises(RuntimeError, match="meta"):
-        depth_mix_lean(inputs.q, [inputs.keys[0].to("meta")], inputs.values, inputs.k, inputs.v, inputs.scale)
+        depth_mix_lean(inputs.q, [inputs.keys[0].to("meta")], inputs.values, inputs.k, inputs.v, given(inputs)[-1])
     assert torch.get_num_threads() == 2
 
 
