@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_depthattn.config import RunConfig, TrainConfig
 from megatron_depthattn.model.depth_weights import DepthRecorder, recorder
-from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.gpt import build_gpt_model
 from megatron_depthattn.train.curves import depth_curves
 from megatron_depthattn.train.metrics import DepthRecord
 from tests.megatron_weights import load, to_megatron
 from tests.reference_decoder import decoder_logits, random_weights
+from tests.small_models import small_config
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -31,14 +32,9 @@ TOLERANCE = 1e-5
 
 
 def build(*, stride: int = 2, window: int = 1, num_loops: int = 1, **overrides):
-    config = qwen3_style_config(
-        num_layers=SHAPE["num_layers"] * num_loops,
+    config = small_config(
+        SHAPE["num_layers"] * num_loops,
         num_loops=num_loops,
-        hidden_size=HIDDEN,
-        num_attention_heads=SHAPE["num_heads"],
-        num_query_groups=SHAPE["num_kv_heads"],
-        kv_channels=SHAPE["head_dim"],
-        ffn_hidden_size=FFN,
         layernorm_epsilon=1e-6,
         depth_attention_stride=stride,
         depth_attention_recent_window=window,

@@ -6,8 +6,9 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.gpt import build_gpt_model
 from megatron_depthattn.model.initialization import initialize_weights
+from tests.small_models import small_config
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -17,16 +18,7 @@ NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
 
 def build(*, num_loops: int = 1, **overrides) -> GPTModel:
     """``NUM_LAYERS`` effective layers, whatever the number of loops."""
-    config = qwen3_style_config(
-        num_layers=NUM_LAYERS,
-        num_loops=num_loops,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=NUM_KV_HEADS,
-        kv_channels=HEAD_DIM,
-        ffn_hidden_size=48,
-        **overrides,
-    )
+    config = small_config(NUM_LAYERS, num_loops=num_loops, **overrides)
     model = build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE)
     initialize_weights(model, seed=3, init_std=0.1)
     return model.eval()

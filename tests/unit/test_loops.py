@@ -23,7 +23,7 @@ from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.convert.verify import verify
 from megatron_depthattn.estimate.counts import decoder_shape
-from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.gpt import build_gpt_model
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.loops import share_weights
 from megatron_depthattn.train.build import build_chunk, build_model, build_optimizer, transformer_config
@@ -33,11 +33,11 @@ from megatron_depthattn.train.step import train_step
 from megatron_depthattn.train.step_folders import Progress
 from tests.checkpoints import load_checkpoint, save_checkpoint
 from tests.e2e.small_run import MODEL
+from tests.small_models import small_config
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
 NUM_LAYERS, NUM_LOOPS, VOCAB, SEQUENCE = 3, 2, 128, 12
-SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, "ffn_hidden_size": 48}
 DENSE = {"depth_attention_stride": 2, "depth_attention_recent_window": 1}
 UNROLLED = DENSE | {"depth_attention_loop_sources": "unrolled"}
 MODELS = {"vanilla": {"depth_attention": False}, "unrolled": UNROLLED}
@@ -51,7 +51,7 @@ RECOMPUTE = {
 
 
 def build(num_loops: int, **overrides) -> GPTModel:
-    config = qwen3_style_config(num_layers=NUM_LAYERS * NUM_LOOPS, num_loops=num_loops, **SHAPE, **overrides)
+    config = small_config(NUM_LAYERS * NUM_LOOPS, num_loops=num_loops, **overrides)
     return build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE)
 
 
@@ -304,15 +304,14 @@ def test_the_opening_lines_tell_of_loops():
 def test_rejected_configs(fields, message, depth_attention):
     given = {"num_layers": 8, "pipeline_dtype": torch.float32, "overlap_p2p_comm": True, "batch_p2p_comm": False}
     with pytest.raises(ValueError, match=message):
-        qwen3_style_config(**SHAPE, **(given | fields), depth_attention=depth_attention)
+        small_config(**(given | fields), depth_attention=depth_attention)
 
 
 @pytest.mark.parametrize(("chunks", "stage"), [(2, 1), (4, 3)])
 def test_a_later_chunk_needs_its_ranks_earlier_ones(chunks, stage):
-    config = qwen3_style_config(
+    config = small_config(
         num_layers=8,
         num_loops=2,
-        **SHAPE,
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=chunks,
         pipeline_dtype=torch.float32,

@@ -13,13 +13,14 @@ from torch import Tensor
 from megatron_depthattn.config import load_config
 from megatron_depthattn.estimate.counts import decoder_shape, forward_flops
 from megatron_depthattn.methods.definitions import DEFINITIONS
-from megatron_depthattn.model.gpt import DepthGPTModel, build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.gpt import DepthGPTModel, build_gpt_model
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.train.build import build_model, build_optimizer
 from tests.megatron_weights import load, to_megatron, unpadded_logits
 from tests.parallel.compare import CANCELLING
 from tests.reference_decoder import decoder_logits, mean_cross_entropy, random_weights
 from tests.reference_methods import averaged_entries, initial_method_weights, method_logits, random_method_weights
+from tests.small_models import small_config
 from tests.unit.test_inference_cache import cached_logits
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -46,17 +47,8 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def build(method: str, settings: dict[str, int], **overrides) -> GPTModel:
-    config = qwen3_style_config(
-        num_layers=SIZES["num_layers"],
-        hidden_size=HIDDEN,
-        num_attention_heads=SIZES["num_heads"],
-        num_query_groups=SIZES["num_kv_heads"],
-        kv_channels=SIZES["head_dim"],
-        ffn_hidden_size=FFN,
-        layernorm_epsilon=1e-6,
-        method=method,
-        method_settings=settings,
-        **overrides,
+    config = small_config(
+        SIZES["num_layers"], layernorm_epsilon=1e-6, method=method, method_settings=settings, **overrides
     )
     return build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=SEQUENCE + 3)
 

@@ -11,9 +11,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.gpt import build_gpt_model
 from tests.megatron_weights import concatenated_qkv, load, to_megatron, unpadded_logits
 from tests.reference_decoder import decoder_logits, mean_cross_entropy, random_weights
+from tests.small_models import small_config
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -27,14 +28,10 @@ ABLATION_KEYS = [f"depth_attention_{key}" for key in ("loop_sources", "weights",
 def build(
     num_kv_heads: int, *, stride: int | None, window: int, tied: bool = False, num_loops: int = 1, **overrides
 ) -> GPTModel:
-    config = qwen3_style_config(
-        num_layers=NUM_LAYERS * num_loops,
+    config = small_config(
+        NUM_LAYERS * num_loops,
         num_loops=num_loops,
-        hidden_size=HIDDEN,
-        num_attention_heads=NUM_HEADS,
         num_query_groups=num_kv_heads,
-        kv_channels=HEAD_DIM,
-        ffn_hidden_size=FFN,
         layernorm_epsilon=1e-6,
         depth_attention_stride=stride,
         depth_attention_recent_window=window,

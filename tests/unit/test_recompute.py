@@ -17,10 +17,11 @@ from megatron_depthattn.config import load_config
 from megatron_depthattn.estimate.activations import chunk_memory
 from megatron_depthattn.model import layer_specs
 from megatron_depthattn.model.core_attention import SDPAttention
-from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.gpt import build_gpt_model
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+from tests.small_models import small_config
 from tests.unit.test_estimate_memory import CPU_SHAPE
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
@@ -37,15 +38,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def config_of(**overrides: Any) -> DepthAttentionConfig:
-    return qwen3_style_config(
-        num_layers=NUM_LAYERS,
-        hidden_size=32,
-        num_attention_heads=NUM_HEADS,
-        num_query_groups=NUM_KV_HEADS,
-        kv_channels=HEAD_DIM,
-        ffn_hidden_size=48,
-        **overrides,
-    )
+    return small_config(NUM_LAYERS, **overrides)
 
 
 def build(**overrides: Any) -> GPTModel:

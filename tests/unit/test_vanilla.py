@@ -10,10 +10,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
 from megatron_depthattn.model.core_attention import SDPAttention
-from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
+from megatron_depthattn.model.gpt import build_gpt_model
 from megatron_depthattn.model.initialization import initialize_weights
 from megatron_depthattn.model.layer import DepthAttentionLayer
 from megatron_depthattn.model.transformer_config import DepthAttentionConfig
+from tests.small_models import small_config
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 
@@ -21,8 +22,7 @@ VOCAB, SEQUENCE = 128, 24
 
 
 def config_of(**overrides) -> DepthAttentionConfig:
-    shape = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
-    return qwen3_style_config(**(shape | {"ffn_hidden_size": 48} | overrides))
+    return small_config(**({"num_layers": 4} | overrides))
 
 
 def ours(**overrides) -> GPTModel:
