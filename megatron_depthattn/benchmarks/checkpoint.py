@@ -108,7 +108,7 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
         for way in taking_turns(tuple(ways), run):
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what is freed is given back
-            before = _memory("VmRSS") if _counts_most_memory() else None
+            before = resident_bytes("VmRSS") if counts_most_memory() else None
             dist.barrier()
             begun = time.perf_counter()
             savers[way].save(Progress(step=1), ways[way]())
@@ -118,7 +118,7 @@ def work(device: torch.device, *, settings: dict[str, Any], runs: int, folder: s
             outcome = savers[way].take_outcome()
             assert outcome is not None and outcome.error is None, outcome
             if run == 0:  # it also allocates the buffers that are kept
-                added = None if before is None else _memory("VmHWM") - before
+                added = None if before is None else resident_bytes("VmHWM") - before
                 found[way] |= {"memory": _all(added), "bytes": outcome.num_bytes}
             else:
                 found[way]["waits"].append(max(_all(waited)))
@@ -150,7 +150,7 @@ def gathered_state(chunks: Chunks, optimizer: MegatronOptimizer) -> dict[str, An
     return state | {"optimizer": optimizer.sharded_state_dict(dict(state), metadata=metadata)}
 
 
-def _counts_most_memory() -> bool:
+def counts_most_memory() -> bool:
     """Whether VmHWM is counted from here."""
     try:
         CLEAR_REFS.write_text("5")
@@ -159,7 +159,7 @@ def _counts_most_memory() -> bool:
     return True
 
 
-def _memory(key: str) -> int:
+def resident_bytes(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,24 +13,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_depthattn.benchmarks.models import add_model_arguments, mixing_configs, run_config, shape_text
+from megatron_depthattn.benchmarks.checkpoint import counts_most_memory, resident_bytes
+from megatron_depthattn.benchmarks.models import (
+    add_model_arguments,
+    document_borders,
+    mixing_configs,
+    run_config,
+    shape_text,
+)
 from megatron_depthattn.benchmarks.result import Result, failed, progress
 from megatron_depthattn.benchmarks.world import joined_world
+from megatron_depthattn.cli.common import check
 from megatron_depthattn.config import RunConfig
 from megatron_depthattn.estimate.activations import chunk_memory
 from megatron_depthattn.estimate.counts import element_bytes, source_plan
 from megatron_depthattn.estimate.layouts import RECOMPUTE
+from megatron_depthattn.model.documents import documents_of
 from megatron_depthattn.model.source_plan import SourcePlan
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    parser.add_argument(
+        "--documents", type=int, metavar="N", help="against sequence length, cut into documents of N tokens or not"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="with --documents")
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=[*RECOMPUTE], help="default: all")
 
 
 def measure(given: argparse.Namespace) -> Result:
     """Bytes per token above vanilla, of all layers together; the prediction beside them."""
+    if given.documents:
+        return _of_documents(given)
     with joined_world() as device:
         first = run_config(given, device.type)
         result = Result(
@@ -57,6 +76,37 @@ def measure(given: argparse.Namespace) -> Result:
                 result.rows.append(["all", mode, failure.said, *[""] * (len(result.columns) - 3)])
             torch.cuda.empty_cache()
             progress(given, f"recompute {mode} done", lambda: result)
+    return result
+
+
+def _of_documents(given: argparse.Namespace) -> Result:
+    """Of one forward and backward pass: without borders, with documents, and with a mask of the same documents."""
+    check(
+        (given.documents < 1, "--documents: set 1 or more tokens"),
+        (bool(given.sequence_length or given.micro_batch), "--documents: --lengths are the sequences, one a step"),
+        (len(given.strides or [1]) > 1, "--documents measures one stride: set one --strides, or none for half"),
+    )
+    keys = {"model.depth_attention.stride": given.strides[0]} if given.strides else {}
+    given.micro_batch, kinds = 1, ("whole", f"documents of {given.documents}", "the same by a mask")
+    with joined_world() as device:
+        result = Result(
+            title="",
+            columns=["tokens", *(f"{kind}: kept, peak (MB)" for kind in kinds)],
+            notes=[
+                "kept: distinct storages of the tensors that autograd saves in one forward pass; peak: of forward and "
+                "backward, "
+                + ("by the allocator" if device.type == "cuda" else "what the process holds above the weights (VmHWM)")
+            ],
+        )
+        for length in given.lengths:
+            given.sequence_length = length
+            config = run_config(given, device.type, keys)
+            result.title = f"Memory of documents: {shape_text(config, given)}"
+            found = [kept(config, device, given.documents, by_mask=by_mask) for by_mask in (None, False, True)]
+            cells = [f"{own.saved / 1e6:,.1f}, {(own.peak or 0) / 1e6:,.1f}" for own in found]
+            result.rows.append([f"{length:,}", *cells])
+            result.figures[str(length)] = {kind: own._asdict() for kind, own in zip(kinds, found, strict=True)}
+            progress(given, f"{length} tokens done", lambda: result)
     return result
 
 
@@ -108,7 +158,7 @@ def saved_tensors(model: torch.nn.Module, state: MicrobatchState) -> Iterator[Sa
 
 
 class Kept(NamedTuple):
-    """Of one forward pass, in bytes; the last two on a GPU only."""
+    """Of one forward pass, in bytes; of a CPU ``peak`` alone, and only where it was asked for."""
 
     saved: int
     """Storages behind the tensors that autograd saved."""
@@ -118,8 +168,13 @@ class Kept(NamedTuple):
     """Most allocated during forward and backward, above what was before."""
 
 
-def kept(config: RunConfig, device: torch.device) -> Kept:
-    """Build one model, run it forward and backward on random tokens."""
+def kept(config: RunConfig, device: torch.device, documents: int | None = None, *, by_mask: bool | None = None) -> Kept:
+    """Build one model, run it forward and backward on random tokens.
+
+    Args:
+        documents: the length of those in a row, or None; then the host's peak is measured, too.
+        by_mask: whether they get a square mask in place of borders; None: neither.
+    """
     from megatron_depthattn.train.build import build_chunk, initialize, transformer_config
 
     megatron = transformer_config(config)
@@ -129,8 +184,16 @@ def kept(config: RunConfig, device: torch.device) -> Kept:
     shape = (config.train.micro_batch_size, config.data.sequence_length)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
 
+    mask, borders = None, {}
+    if documents and by_mask:
+        number = torch.arange(shape[1], device=device) // documents
+        mask = ((number[:, None] != number) | torch.ones(shape[1], shape[1], device=device).triu(1).bool())[None, None]
+    elif documents and by_mask is not None:
+        row = documents_of(document_borders(*shape, documents), thd=False, device=device)
+        borders = {"packed_seq_params": row}
+
     def loss(**given: Any) -> Tensor:
-        return model(tokens, None, None, labels=tokens, **given).float().mean()
+        return model(tokens, None, mask, labels=tokens, **borders, **given).float().mean()
 
     state = MicrobatchState()
     with saved_tensors(model, state) as saved:
@@ -138,7 +201,14 @@ def kept(config: RunConfig, device: torch.device) -> Kept:
     num_bytes = saved.num_bytes
     del saved, total, state
     if device.type != "cuda":
-        return Kept(num_bytes)
+        if not documents:
+            return Kept(num_bytes)
+        loss().backward()  # gradients are there
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed is given back
+        resident = resident_bytes("VmRSS") if counts_most_memory() else None
+        loss().backward()
+        return Kept(num_bytes, None, None if resident is None else resident_bytes("VmHWM") - resident)
     loss().backward()  # gradients are there, and lazily made buffers
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -181,7 +181,9 @@ def implementations_on(kind: str) -> list[str]:
 class Model:
     """A model initialised as a run initialises it, with its optimizer; a step is on random tokens if none are given."""
 
-    def __init__(self, config: RunConfig, device: torch.device, *, has_optimizer: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device, *, has_optimizer: bool = True, documents: int | None = None
+    ) -> None:
         from megatron_depthattn.train.build import build_model, build_optimizer
 
         self.config, self.device = config, device
@@ -189,7 +191,7 @@ class Model:
         built: tuple[Any, Any] = build_optimizer(config, self.chunks) if has_optimizer else (None, None)
         self.optimizer, self.schedule = built
         self.shape = (config.train.micro_batch_size, config.data.sequence_length)
-        self._batches = [random_microbatch(config, device)]
+        self._batches = [random_microbatch(config, device, documents)]
 
     def update(self, batches: list[Microbatch] | None = None) -> StepResult:
         """A whole training step."""
@@ -233,9 +235,23 @@ class Model:
             return load_causal_lm(Path(work, "exported"), dtype=dtype).to(self.device)
 
 
-def random_microbatch(config: RunConfig, device: torch.device) -> Microbatch:
-    """``tokens`` and ``labels`` of one micro-batch, the same for every model of one vocabulary."""
+def random_microbatch(config: RunConfig, device: torch.device, documents: int | None = None) -> Microbatch:
+    """``tokens`` and ``labels`` of one micro-batch, the same for every model of one vocabulary.
+
+    ``documents``: the length of those that each sequence is cut into, which then do not see each other.
+    """
     size, length = config.train.micro_batch_size, config.data.sequence_length
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.model.vocab_size, (size, length + 1), generator=generator).to(device)
-    return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+    if documents:
+        is_last = (torch.arange(length) + 1) % documents == 0
+        batch["loss_mask"] = ~is_last.expand(size, length).to(device)
+        batch["cu_seqlens"] = document_borders(size, length, documents)
+    return batch
+
+
+def document_borders(size: int, length: int, documents: int) -> Tensor:
+    """Of ``size`` sequences in one row, each cut into documents of one length and what is left."""
+    starts = [row * length + start for row in range(size) for start in range(0, length, documents)]
+    return torch.tensor([*starts, size * length], dtype=torch.int32)

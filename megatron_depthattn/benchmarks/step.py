@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", nargs="+", metavar="NAME=CONFIG.yaml", help="these run configs instead, the first is compared with"
     )
     parser.add_argument("--methods", action="store_true", help="the paper's five models instead: its table 3")
+    parser.add_argument(
+        "--documents",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="sequences cut into documents of N tokens, over whole",
+    )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="steps of each model (default 20)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only: less memory")
@@ -52,6 +59,7 @@ def measure(given: argparse.Namespace) -> Result:
         ValueError: the first model does not run.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths: dict[str, int] = {}
     ops = given.ops or (["auto"] if given.peers else models.implementations_on(kind))
     if given.methods:
         check(
@@ -59,12 +67,21 @@ def measure(given: argparse.Namespace) -> Result:
             (len(given.strides or [1]) > 1, "--methods compares one stride: set one --strides, or none for half"),
         )
         configs = models.method_configs(given, kind)
+    elif given.documents:
+        check(
+            (bool(given.models or given.peers or given.ops), "--documents: leave out --models, --peers and --ops"),
+            (len(given.strides or [1]) > 1, "--documents compares one stride: set one --strides, or none for half"),
+            (min(given.documents) < 1, "--documents: set 1 or more tokens"),
+        )
+        keys = {"model.depth_attention.stride": given.strides[0]} if given.strides else {}
+        lengths = {f"documents of {length} tokens": length for length in given.documents}
+        configs = dict.fromkeys(["whole sequences", *lengths], models.run_config(given, kind, keys))
     else:
         configs = dict(map(_named_config, given.models)) if given.models else mixing_configs(given, kind, ops)
     for config in configs.values() if given.peers else ():
         check_has_peer(config)
     with joined_world() as device:
-        ours, failures = _build(configs, device, given)
+        ours, failures = _build(configs, device, given, lengths)
         base = next(iter(configs))
         if base in failures:
             raise ValueError(f"{base} did not run, so there is nothing to compare with: {failures[base].said}")
@@ -96,15 +113,18 @@ def _named_config(text: str) -> tuple[str, RunConfig]:
 
 
 def _build(
-    configs: dict[str, RunConfig], device: torch.device, given: argparse.Namespace
+    configs: dict[str, RunConfig], device: torch.device, given: argparse.Namespace, lengths: dict[str, int]
 ) -> tuple[dict[str, Model], dict[str, Failure]]:
-    """The models that fit and run here, with the same initial weights; and why the others do not."""
+    """The models that fit and run here, with the same initial weights; and why the others do not.
+
+    ``lengths``: of the documents that the sequences of some are cut into.
+    """
     built: dict[str, Model] = {}
     failures: dict[str, Failure] = {}
     for name, config in configs.items():
         model: Model | None = None
         try:
-            model = Model(config, device, has_optimizer=not given.no_optimizer)
+            model = Model(config, device, has_optimizer=not given.no_optimizer, documents=lengths.get(name))
             model.gradients() if given.no_optimizer else model.update()
             built[name] = model
         except Exception as error:  # out of memory, an op that does not run here, a kernel that does not compile

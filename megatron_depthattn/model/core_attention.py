@@ -151,6 +151,11 @@ class SDPAttention(DotProductAttention):
                 f"packed_seq_params were given with a micro-batch of {query.size(1)} rows: documents lie in one. Give "
                 "the whole micro-batch as one row, tokens.view(1, -1)."
             )
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "packed_seq_params were given while a CUDA graph is captured: it would replay these borders whatever "
+                "the next ones are. Leave the capture out."
+            )
         if documents.borders[-1] != query.size(0) * size:
             raise ValueError(
                 f"cu_seqlens end at {documents.borders[-1]}, and the row has {query.size(0) * size} tokens: every "

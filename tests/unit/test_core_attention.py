@@ -211,6 +211,13 @@ def test_documents_that_do_not_fit(given, words):
         attention()(*rows, given.get("attention_mask"), packed_seq_params=packed)
 
 
+def test_documents_are_in_no_cuda_graph(monkeypatch):
+    for question in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, question, lambda: True)
+    with pytest.raises(ValueError, match="a CUDA graph is captured: it would replay these borders"):
+        attention()(*a_row(), None, packed_seq_params=documents(DOCUMENTS))
+
+
 @pytest.mark.parametrize("borders", [[1, 4], [0, 4, 3], [0], [0, 0], [[0, 4]], [0.0, 4.0]], ids=str)
 def test_borders_that_are_none(borders):
     with pytest.raises(ValueError, match="borders of documents are a row of integers that begins with 0 and rises"):

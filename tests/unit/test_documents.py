@@ -1,6 +1,6 @@
 """Documents in one row are each document alone: logits and every gradient, against the fp64 decoders."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -60,6 +60,7 @@ FORMS = {
     "row": lambda lengths: documents_of(borders(lengths), thd=False, device="cpu"),
     "thd": lambda lengths: documents_of(borders(lengths), thd=True, device="cpu"),
     "megatron": plain,
+    "own loop": plain,
 }
 
 
@@ -117,10 +118,11 @@ def loaded(case: str, **overrides) -> GPTModel:
     return model
 
 
-def errors(case: str, model: GPTModel, documents: PackedSeqParams) -> dict[str, float]:
-    """Of the logits, and of every gradient, beside their norms."""
+def errors(case: str, model: GPTModel, documents: PackedSeqParams, *, is_ours: bool = True) -> dict[str, float]:
+    """Of the logits, and of every gradient, beside their norms; ``is_ours``: or in a loop with Megatron's own class."""
     logits, gradients = expected(case)
-    given = backward(model(tokens(), None, None, packed_seq_params=documents))
+    call = model if is_ours else partial(GPTModel.forward, model)
+    given = backward(call(tokens(), None, None, packed_seq_params=documents))
     found = {"logits": ((given - logits).norm() / logits.norm()).item()}
     whole = sum(gradient.square().sum() for gradient in gradients.values()).sqrt().item()
     for name, parameter in model.named_parameters():
@@ -132,18 +134,18 @@ def errors(case: str, model: GPTModel, documents: PackedSeqParams) -> dict[str, 
 
 @pytest.mark.parametrize(
     ("form", "recompute"),
-    [("row", {}), ("row", FULL), ("row", SELECTIVE), ("thd", {}), ("thd", FULL), ("megatron", SELECTIVE)],
+    [("row", {}), ("row", FULL), ("row", SELECTIVE), ("thd", {}), ("megatron", FULL), ("own loop", SELECTIVE)],
     ids=str,
 )
 @pytest.mark.parametrize("case", CASES)
 def test_documents_are_each_document_alone(case, form, recompute, record_property):
-    found = errors(case, loaded(case, **recompute), FORMS[form](LENGTHS))
+    found = errors(case, loaded(case, **recompute), FORMS[form](LENGTHS), is_ours=form != "own loop")
     worst = max(found, key=found.__getitem__)
     record_property("difference", found[worst])
     assert found[worst] < TOLERANCE, (worst, found[worst])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["row", "thd", "megatron"])
 @pytest.mark.parametrize("case", ["vanilla", "window", "mhc"])
 def test_control_a_border_one_token_later_is_another_function(case, form):
     found = errors(case, loaded(case), FORMS[form]([6, 1, 1, 10, 3, 3]))
@@ -220,3 +222,8 @@ def test_a_row_of_documents_keeps_what_an_ordinary_sequence_keeps(case, recomput
     assert kept["row"] <= kept["none"] + a_head + contexts
     if case == "stride-1" and not recompute:
         assert kept["thd"] > kept["row"], "control"
+
+
+def test_no_documents_beside_a_cache():
+    with pytest.raises(ValueError, match="packed_seq_params and an inference context were given"):
+        build({})(tokens(), None, None, packed_seq_params=plain(LENGTHS), inference_context=object())
