@@ -321,6 +321,8 @@ PRECISION = checks(
     "precision.fp8_attention=true with recompute.granularity=selective: Megatron-Core would compute core attention "
     "again without the scales of the first pass; set recompute.granularity=full or null, or "
     "precision.fp8_attention=false",
+    "precision.fp8_attention=true with data.document_mask=true: the FP8 attention kernels have no borders between "
+    "documents; set precision.fp8_attention=false, or data.document_mask=false",
     (
         "{precision.fp8=} with {dimension}, which is {size} and not a multiple of {multiple} (mxfp8 32, others 16): "
         "FP8 matrix products take no other; set precision.fp8=null, or parallel.tensor to what this model allows with "

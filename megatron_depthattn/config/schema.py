@@ -204,6 +204,9 @@ class DataConfig:
     """Local folder of each node for downloaded and expanded shards; null: none, for local paths."""
     sequence_length: int = 256
     """Tokens of a sample that the model reads."""
+    document_mask: bool = False
+    """Attention stays inside a document, positions begin anew with each, and nothing is predicted across a border
+    (docs/streaming.md); false: a sample is one text, its documents parted by EOS alone."""
     shuffle: bool = True
     """Visit the samples in an order drawn from run.seed; false: in the order they are stored."""
     num_workers: int = 1

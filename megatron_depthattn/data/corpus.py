@@ -56,6 +56,11 @@ class Corpus(Dataset[torch.Tensor]):
         """A digest of what the ids stand for: every shard's hash, stream after stream. Paths do not count."""
         return hashlib.sha256("".join(stream.digest for stream in self.streams).encode()).hexdigest()
 
+    @property
+    def pads(self) -> bool:
+        """Whether samples can end in padding."""
+        return any(stream.pads for stream in self.streams)
+
     def __len__(self) -> int:
         return self.offsets[-1]
 

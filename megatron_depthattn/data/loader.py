@@ -34,6 +34,8 @@ SECONDS_BETWEEN_LOOKS = 1.0
 _IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 MicroBatch = dict[str, torch.Tensor]
+START, PADDING = 1, 2
+"""Marks of a token, as bits: it is the first of a document; it is padding."""
 
 
 class _Steps(Dataset[str | None]):
@@ -42,19 +44,32 @@ class _Steps(Dataset[str | None]):
     Args:
         slots: int32 [number of slots, num_micro_batches, mbs, N + 1], shared with forked processes; a
             smaller step fills the first micro-batches of its slot.
+        marks: uint8, of the same shape and shared as well: of every token; None: nobody asks.
         vocab_size: what a token must be below; None: not checked.
     """
 
-    def __init__(self, samples: Corpus | TokenDataset, slots: torch.Tensor, vocab_size: int | None) -> None:
-        self.samples, self.slots, self.vocab_size = samples, slots, vocab_size
+    def __init__(
+        self,
+        samples: Corpus | TokenDataset,
+        slots: torch.Tensor,
+        marks: torch.Tensor | None,
+        vocab_size: int | None,
+    ) -> None:
+        self.samples, self.slots, self.marks, self.vocab_size = samples, slots, marks, vocab_size
 
     def __getitem__(self, item: tuple[int, Ids]) -> str | None:
         """Fill a slot with the samples of these ids; returns what is wrong with the data, or None."""
         slot, ids = item
         rows = self.slots[slot, : len(ids)]
         try:
-            for row, sample in zip(rows.flatten(0, 1), ids.ravel().tolist(), strict=True):
-                row.copy_(self.samples[sample])
+            for place, number in enumerate(ids.ravel().tolist()):
+                if self.marks is None:
+                    rows.flatten(0, 1)[place].copy_(self.samples[number])
+                    continue
+                sample, marks = self.samples.sample(number), self.marks[slot].flatten(0, 1)[place]
+                rows.flatten(0, 1)[place].copy_(sample.tokens)
+                marks.copy_(sample.starts)  # True is START
+                marks[len(marks) - sample.padding :] |= PADDING
         except (ValueError, OSError) as error:
             return str(error)  # raised in a worker, it would come out as pages of traceback
         low, high = (int(token) for token in rows.aminmax())
@@ -105,11 +120,11 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         vocab_size: what a token must be below; None: not checked.
         pin_memory: into page-locked memory, from which a copy to a GPU need not be waited for.
         batch_sizes: of each step, none above ``global_batch_size``; None: always that.
+        document_mask: micro-batches say where documents begin.
         layout: the keyword arguments of `batch_positions`.
 
     Yields:
-        Lists of micro-batches {"tokens": int64 [mbs, N], "labels": int64 [mbs, N], "sample_ids": int64 [mbs]}, where
-        labels[:, t] is the token after tokens[:, t].
+        Lists of micro-batches, see `micro_batches`.
 
     Raises:
         ValueError: the sizes do not divide (now, not in a worker).
@@ -125,6 +140,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         vocab_size: int | None = None,
         pin_memory: bool = False,
         batch_sizes: Iterable[int] | None = None,
+        document_mask: bool = False,
         **layout: int,
     ) -> None:
         sizes = {name: size for name, size in layout.items() if name != "data_parallel_rank"}
@@ -133,13 +149,14 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         # A step is asked for when the one that lies as many as are read ahead before it has been received; that one is
         # copied from its slot a moment later. Hence one slot more.
         shape = num_workers * STEPS_AHEAD + 1, *step
-        # Shared: forked processes write to it as well.
-        self._slots = torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.int32).view(shape)
+        self._slots = _shared(shape, torch.int32)
+        self._marks = _shared(shape, torch.uint8) if document_mask or samples.pads else None
+        self._document_mask = document_mask
         self._asked: deque[tuple[int, Ids]] = deque()
         # batch_size=None: each item of the sampler is a whole step of ids, computed in this process once and not in
         # every worker. fork: workers start at once, with the index in memory, and never touch an accelerator.
         loader: DataLoader[str | None] = DataLoader(
-            _Steps(samples, self._slots, vocab_size),
+            _Steps(samples, self._slots, self._marks, vocab_size),
             sampler=self._ask(ids),  # type: ignore[arg-type]  # an iterator is enough: it is taken once
             batch_size=None,
             num_workers=num_workers,
@@ -177,12 +194,11 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         error = self._wait()
         slot, ids = self._asked.popleft()
         rows = self._slots[slot, : len(ids)].long()  # a copy: the slot is filled again
+        marks = self._marks[slot, : len(ids)] if self._marks is not None else None
         if error is not None:
             raise ValueError(error)
-        both = rows[..., :-1].contiguous(), rows[..., 1:].contiguous()
-        tokens, labels = (part.pin_memory() if self._pin_memory else part for part in both)
-        parts = zip(tokens, labels, torch.from_numpy(ids), strict=True)
-        return [dict(zip(("tokens", "labels", "sample_ids"), one, strict=True)) for one in parts]
+        options = {"document_mask": self._document_mask, "pin_memory": self._pin_memory}
+        return micro_batches(rows, marks, torch.from_numpy(ids), **options)
 
     def _wait(self) -> str | None:
         while (results := self._iterator) is not None:
@@ -202,3 +218,46 @@ class TokenLoader(Iterator[list[MicroBatch]]):
     def close(self) -> None:
         """Stop the workers. Safe to call twice; `next` then raises StopIteration."""
         self._iterator = None  # DataLoader's iterator ends its workers when the last reference goes
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros that forked processes write to as well."""
+    return torch.frombuffer(mmap.mmap(-1, dtype.itemsize * math.prod(shape)), dtype=dtype).view(shape)
+
+
+def micro_batches(
+    rows: torch.Tensor,
+    marks: torch.Tensor | None,
+    sample_ids: torch.Tensor,
+    *,
+    document_mask: bool,
+    pin_memory: bool = False,
+) -> list[MicroBatch]:
+    """A step's micro-batches, as new tensors.
+
+    Args:
+        rows: int64 [micro-batches, mbs, N + 1], the tokens.
+        marks: uint8 of the same shape; None: no padding, and no borders are asked for.
+        sample_ids: int64 [micro-batches, mbs].
+        pin_memory: what a device needs goes into page-locked memory.
+
+    Returns:
+        Each has "tokens" and "labels", int64 [mbs, N], where labels[:, t] is the token after tokens[:, t], and
+        "sample_ids", int64 [mbs]. With marks also "loss_mask", bool [mbs, N]: whether the label is to be predicted,
+        which padding is not, nor, with a document mask, the first token of a document. With that also "cu_seqlens",
+        int32 [documents + 1]: where documents begin and the last one ends, in the micro-batch as one row of mbs * N
+        tokens; every sample begins one.
+    """
+    parts = {"tokens": rows[..., :-1].contiguous(), "labels": rows[..., 1:].contiguous()}
+    if marks is not None:
+        parts["loss_mask"] = marks[..., 1:] & (PADDING | START * document_mask) == 0
+    if pin_memory:
+        parts = {name: part.pin_memory() for name, part in parts.items()}
+    parts["sample_ids"] = sample_ids
+    batches = [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+    if document_mask and marks is not None:
+        for batch, own in zip(batches, marks, strict=True):
+            is_first = (own[:, :-1] & START).bool()
+            is_first[:, 0] = True
+            batch["cu_seqlens"] = torch.cat([is_first.view(-1).nonzero()[:, 0], torch.tensor([is_first.numel()])]).int()
+    return batches

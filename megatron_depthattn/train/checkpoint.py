@@ -227,6 +227,7 @@ def _fixed_in_a_run(config: dict[str, Any]) -> dict[str, Any]:
         fixed |= {f"model.depth_attention.{key}": value for key, value in mixing.items()}
     for section, key in (("run", "seed"), ("data", "sequence_length"), ("data", "shuffle")):
         fixed[f"{section}.{key}"] = config[section][key]
+    fixed["data.document_mask"] = config["data"].get("document_mask", False)
     fixed["data.skip_samples"] = config["data"].get("skip_samples", 0)
     train = config.get("train", {})
     fixed["train.batch_ramp"] = train.get("batch_ramp")

@@ -17,10 +17,10 @@ from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.config.batch_sizes import BatchSizes
 from megatron_depthattn.data.corpus import Corpus, check_same_tokenizer
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader
-from megatron_depthattn.data.stream import has_split
+from megatron_depthattn.data.stream import MANIFEST_NAME, has_split
 from megatron_depthattn.parallel.groups import check_same_on_all_ranks
 from megatron_depthattn.train.errors import OtherRankError
-from megatron_depthattn.train.step import SAMPLE_IDS, Microbatch, RankStatus, exchange
+from megatron_depthattn.train.step import ON_HOST, Microbatch, RankStatus, exchange
 from megatron_depthattn.train.stop_signals import StopSignals
 
 LOOK_SECONDS = 0.5
@@ -33,8 +33,8 @@ class GlobalBatches:
     """This rank's microbatches of one global batch after another, from a split of the prepared corpora.
 
     Only the first pipeline stage embeds tokens and only the last compares with labels; the stages between read
-    nothing. All ranks must construct it (they compare what they found), and all tensor- and context-parallel ranks of a
-    replica read the same samples.
+    nothing, unless a document mask is asked for, whose borders every layer's attention needs. All ranks must construct
+    it (they compare what they found), and all tensor- and context-parallel ranks of a replica read the same samples.
 
     Args:
         data, train: the run's sections; of ``train`` the batch sizes.
@@ -78,6 +78,10 @@ class GlobalBatches:
         lines = self.corpus.describe(begin, end, seed=self._seed)
         if self._first:
             lines.append(f"data: the first {self._first:,} samples of the order are passed over (data.skip_samples)")
+        if self._data.document_mask:
+            unmarked = [stream.path for stream in self.corpus.streams if not stream.stores_documents]
+            from_eos = f"EOS (corpus of format 3, which stores no borders: {', '.join(unmarked)})"
+            lines.append(f"documents: from {from_eos if unmarked else 'the borders in the samples'}")
         given = self._vocab_size
         used = max((stream.manifest or {}).get("vocab_size", given) for stream in self.corpus.streams)
         if used <= given * MUCH_SMALLER:
@@ -93,7 +97,7 @@ class GlobalBatches:
         full, ramp = self._train.global_batch_size, self._train.batch_ramp if self._is_training else None
         self._batch_sizes = BatchSizes.of(full, ramp).each(consumed_samples)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
-        if parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
+        if not self._data.document_mask and parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
             return
         self._loader = TokenLoader(
             self.corpus,
@@ -102,6 +106,7 @@ class GlobalBatches:
             vocab_size=self._vocab_size,
             global_batch_size=full,
             batch_sizes=self._batch_sizes,
+            document_mask=self._data.document_mask,
             micro_batch_size=self._train.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
@@ -140,7 +145,7 @@ class GlobalBatches:
         self.data_seconds += time.perf_counter() - started
         return [
             {
-                name: tensor if name == SAMPLE_IDS else tensor.to(self._device, non_blocking=True)
+                name: tensor if name in ON_HOST else tensor.to(self._device, non_blocking=True)
                 for name, tensor in batch.items()
             }
             for batch in step
@@ -256,6 +261,12 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str, trained_on
                 raise ValueError(
                     f"model.vocab_size is {vocab_size}, but the data in {stream.path} was tokenised with {stored} "
                     f"tokens: set model.vocab_size={stored} or prepare the data with a smaller tokenizer."
+                )
+            if data.document_mask and not stream.stores_documents and "eos_token_id" not in (stream.manifest or {}):
+                raise ValueError(
+                    f"data.document_mask=true, but {stream.path} has neither borders of documents in its samples nor "
+                    f"an eos_token_id in a {MANIFEST_NAME}: prepare it with depthattn prepare, or set "
+                    "data.document_mask=false"
                 )
     except (ValueError, OSError) as error:
         mistake = error

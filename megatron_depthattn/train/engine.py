@@ -15,7 +15,15 @@ from megatron_depthattn.config import RunConfig, to_dict
 from megatron_depthattn.train.build import Fp8State, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import EngineState, Loaded, checkpoint_state, load_checkpoint
 from megatron_depthattn.train.megatron_state import MegatronState
-from megatron_depthattn.train.step import Microbatch, Status, StepResult, evaluation_mode, run_microbatches, train_step
+from megatron_depthattn.train.step import (
+    BatchLoss,
+    Microbatch,
+    Status,
+    StepResult,
+    evaluate,
+    evaluation_mode,
+    train_step,
+)
 
 
 class Engine(ABC):
@@ -47,8 +55,8 @@ class Engine(ABC):
         """A context in which `loss` is called."""
 
     @abstractmethod
-    def loss(self, microbatches: Sequence[Microbatch]) -> float:
-        """Mean loss per token over a global batch, without gradients."""
+    def loss(self, microbatches: Sequence[Microbatch]) -> BatchLoss:
+        """The loss over a global batch, without gradients."""
 
     def checkpoint_state(self, **more: Any) -> dict[str, Any]:
         """What `CheckpointSaver.save` writes; ``more`` as in `checkpoint.checkpoint_state`."""
@@ -78,8 +86,8 @@ class MegatronEngine(Engine):
         with evaluation_mode(self._chunks), self._fp8.untouched():
             yield
 
-    def loss(self, microbatches: Sequence[Microbatch]) -> float:
-        return run_microbatches(self._chunks, microbatches, self._shape, forward_only=True)
+    def loss(self, microbatches: Sequence[Microbatch]) -> BatchLoss:
+        return evaluate(self._chunks, microbatches, self._shape)
 
     def load(self, folder: Path, *, is_parent: bool = False) -> Loaded:
         self._fp8.reset()  # of the initial weights; a checkpoint of a run in FP8 brings its own

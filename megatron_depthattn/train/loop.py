@@ -279,7 +279,9 @@ class Training:
             if not self.agreement.may_continue(batches):
                 return None
             losses.append(self.engine.loss(batches.next()))
-        loss = sum(losses) / num_batches
+        # By their tokens, as shares of the first batch's: equal ones weigh 1 to the bit.
+        weights = [one.tokens / losses[0].tokens for one in losses]
+        loss = sum(one.mean * weight for one, weight in zip(losses, weights, strict=True)) / sum(weights)
         if not math.isfinite(loss):
             raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")
         return loss

@@ -92,6 +92,7 @@ class Meter:
             "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "lr": lr,
             "tokens": progress.consumed_tokens,
+            "predicted_tokens": result.tokens,
             "samples": progress.consumed_samples,
             "step_seconds": seconds,
             "data_seconds": max(waits),

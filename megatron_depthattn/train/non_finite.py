@@ -44,6 +44,8 @@ class Attempt(NamedTuple):
     """On the last stage: this replica's microbatches whose loss is not finite."""
     statuses: Sequence[Sequence[float]]
     """What each rank had to say beside its part of loss and norm, by rank."""
+    tokens: int
+    """Of the global batch that are predicted."""
 
 
 class RankCoordinates(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,19 +14,26 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from megatron_depthattn.model.core_attention import SDPAttention
+from megatron_depthattn.model.documents import documents_of
 from megatron_depthattn.parallel.schedule import Work, run_schedule
 from megatron_depthattn.train.build import Chunks, Fp8State
 from megatron_depthattn.train.errors import RunError
 from megatron_depthattn.train.non_finite import Attempt, diagnose
 
 Microbatch = Mapping[str, Tensor]
-"""``tokens`` and ``labels``, int64 ``[micro-batch, sequence]``, and `SAMPLE_IDS`; empty on stages that need neither."""
+"""``tokens`` and ``labels``, int64 ``[micro-batch, sequence]``, and more (`data.loader.micro_batches`); empty on stages
+that need neither."""
 SAMPLE_IDS = "sample_ids"
 """Key of a microbatch that says which samples it holds; for logs, not for the device."""
+BORDERS = "cu_seqlens"
+"""Key of a microbatch whose documents do not see each other: where they begin."""
+ON_HOST = (SAMPLE_IDS, BORDERS)
 
 
 class NonFiniteError(RunError):
@@ -37,7 +46,7 @@ class StepResult(NamedTuple):
     """What every rank knows after a step."""
 
     loss: float
-    """Mean cross entropy over the tokens of the global batch, in nats."""
+    """Mean cross entropy over the tokens of the global batch that are predicted, in nats."""
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
     skipped: bool = False
@@ -46,6 +55,8 @@ class StepResult(NamedTuple):
     """Of a skipped step: lines for the log that name the offenders, the same on every rank."""
     statuses: Sequence[Sequence[float]] = ()
     """What each rank had to say beside its part of loss and norm, by rank."""
+    tokens: int = 0
+    """Of the global batch that are predicted."""
 
 
 class RankStatus(NamedTuple):
@@ -69,7 +80,17 @@ class LossSum(NamedTuple):
 
     total: Tensor
     """Sum of its cross entropies, fp32, on the device."""
+    tokens: Tensor
+    """How many, int32, on the device."""
+
+
+class BatchLoss(NamedTuple):
+    """The loss over a global batch, on every rank."""
+
+    mean: float
+    """Per token, in nats."""
     tokens: int
+    """Of all ranks that are predicted."""
 
 
 class SkippedSteps:
@@ -111,7 +132,13 @@ def run_microbatches(
     Returns:
         The mean loss per token over the global batch, on every rank.
     """
-    return mean_over_global_batch(_losses(chunks, microbatches, shape, forward_only), device_of(chunks[0]))
+    losses = _losses(chunks, microbatches, shape, forward_only)
+    return loss_of_global_batch(losses, device_of(chunks[0])).mean
+
+
+def evaluate(chunks: Chunks, microbatches: Sequence[Microbatch], shape: tuple[int, int]) -> BatchLoss:
+    """The loss over one global batch, without gradients; arguments as for `run_microbatches`."""
+    return loss_of_global_batch(_losses(chunks, microbatches, shape, forward_only=True), device_of(chunks[0]))
 
 
 def _losses(
@@ -119,6 +146,8 @@ def _losses(
 ) -> list[LossSum]:
     """One for each microbatch on the last stage, elsewhere nothing."""
     size, length = shape
+    if BORDERS in microbatches[0]:  # one row of documents
+        size, length = 1, size * length
     return run_schedule(
         forward_step, microbatches, chunks, micro_batch_size=size, sequence_length=length, forward_only=forward_only
     )
@@ -182,14 +211,14 @@ def step_if_finite(
         chunks: this rank's pipeline chunks.
         microbatches: this rank's microbatches of the global batch.
     """
-    loss, grad_norm, suspects, statuses = attempt()
+    loss, grad_norm, suspects, statuses, tokens = attempt()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         headline = f"loss {loss}, gradient norm {grad_norm}: not finite, so the optimizer was not stepped"
         ids = [batch[SAMPLE_IDS].tolist() if SAMPLE_IDS in batch else None for batch in microbatches]
         diagnosis = diagnose(chunks, attempt, suspects, ids)
-        return StepResult(loss, grad_norm, skipped=True, diagnosis=(headline, *diagnosis), statuses=statuses)
+        return StepResult(loss, grad_norm, True, (headline, *diagnosis), statuses, tokens)
     update(grad_norm)
-    return StepResult(loss, grad_norm, statuses=statuses)
+    return StepResult(loss, grad_norm, statuses=statuses, tokens=tokens)
 
 
 def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Status) -> Attempt:
@@ -198,16 +227,18 @@ def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Stat
     The one place where a step waits for the device; what follows is only launched.
 
     Args:
-        losses: as for `mean_over_global_batch`.
+        losses: as for `loss_of_global_batch`.
         squared_norm: what this rank adds to the squared norm of the whole gradient, fp64 [].
         status: what to say beside that.
+
+    Raises:
+        ValueError: on all ranks, no token of the global batch is predicted.
     """
-    total, tokens = _share(losses, squared_norm.device)
-    ranks = exchange([tokens, *status()], torch.stack([total, squared_norm]))
-    loss = sum(rank[0] for rank in ranks) / sum(rank[2] for rank in ranks)
-    norm = math.sqrt(sum(rank[1] for rank in ranks))
+    ranks = exchange(status(), torch.cat([_share(losses, squared_norm.device), squared_norm[None]]))
+    loss, tokens = _mean(ranks)
+    norm = math.sqrt(sum(rank[2] for rank in ranks))
     suspects = [] if math.isfinite(loss) else [i for i, one in enumerate(losses) if not one.total.isfinite()]
-    return Attempt(loss, norm, tuple(suspects), tuple(tuple(rank[3:]) for rank in ranks))
+    return Attempt(loss, norm, tuple(suspects), tuple(tuple(rank[3:]) for rank in ranks), tokens)
 
 
 def exchange(numbers: Sequence[float], on_device: Tensor | None = None) -> list[list[float]]:
@@ -255,37 +286,69 @@ def device_of(model: torch.nn.Module) -> torch.device:
 def forward_step(work: Iterator[Work], model: torch.nn.Module) -> tuple[Tensor, Any]:
     """One chunk's forward, in the form that Megatron's schedules call."""
     batch, call_arguments = next(work)
-    tokens, labels = batch.get("tokens"), batch.get("labels")
-    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    if size > 1 and tokens is not None and labels is not None:
-        tokens, labels = (  # the columns at `context_parallel_positions`; as two pieces, so nothing is sent to index
-            torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
-            for pieces in (tokens.chunk(2 * size, dim=1), labels.chunk(2 * size, dim=1))
-        )
+    tokens, labels, mask = (batch.get(name) for name in ("tokens", "labels", "loss_mask"))
+    if BORDERS in batch:
+        tokens, labels, mask = (part.reshape(1, -1) for part in (tokens, labels, mask))
+        documents = documents_of(batch[BORDERS], thd=_takes_thd(model), device=tokens.device)
+        call_arguments = call_arguments | {"packed_seq_params": documents}
+    tokens, labels, mask = map(_of_context_rank, (tokens, labels, mask))
     # RoPE numbers the positions itself (and the mask is causal): neither is passed.
     output = model(tokens, None, None, labels=labels, **call_arguments)
-    return output, sum_of_losses
+    return output, partial(sum_of_losses, mask=mask)
 
 
-def sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, LossSum]:
-    """Per-token losses ``[b, s]`` to (sum, tokens, both for the log)."""
-    total = losses.float().sum()
-    tokens = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)  # torch.tensor would wait for a copy
-    return total, tokens, LossSum(total.detach(), losses.numel())
+def _takes_thd(model: torch.nn.Module) -> bool:
+    """Whether documents go to TransformerEngine's core attention."""
+    if parallel_state.get_context_parallel_world_size() > 1:
+        return False
+    layers = (module for module in model.modules() if isinstance(module, SelfAttention))
+    return any(not isinstance(layer.core_attention, SDPAttention) for layer in islice(layers, 1))
 
 
-def mean_over_global_batch(losses: Sequence[LossSum], device: torch.device) -> float:
-    """The mean loss per token, on every rank, of what the last stages computed over data and context ranks."""
-    total, tokens = _share(losses, device)
-    ranks = exchange([tokens], total[None])
-    return sum(rank[0] for rank in ranks) / sum(rank[1] for rank in ranks)
+def _of_context_rank(row: Tensor | None) -> Tensor | None:
+    """The columns at `context_parallel_positions`; as two pieces, so nothing is sent to index."""
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if size == 1 or row is None:
+        return row
+    pieces = row.chunk(2 * size, dim=1)
+    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
 
 
-def _share(losses: Sequence[LossSum], device: torch.device) -> tuple[Tensor, int]:
-    """What this rank adds: the sum of the losses, fp64 [], and their tokens."""
+def sum_of_losses(losses: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, LossSum]:
+    """Per-token losses ``[b, s]`` to (sum, tokens, both for the log): all, or those where a mask is true."""
+    if mask is None:
+        total = losses.float().sum()
+        tokens = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)  # torch.tensor: waits for a copy
+    else:
+        total, tokens = (losses.float() * mask).sum(), mask.sum(dtype=torch.int)
+    return total, tokens, LossSum(total.detach(), tokens)
+
+
+def loss_of_global_batch(losses: Sequence[LossSum], device: torch.device) -> BatchLoss:
+    """The mean loss per token, on every rank, of what the last stages computed over data and context ranks.
+
+    Raises:
+        ValueError: on all ranks, no token of the global batch is predicted.
+    """
+    return _mean(exchange([], _share(losses, device)))
+
+
+def _share(losses: Sequence[LossSum], device: torch.device) -> Tensor:
+    """What this rank adds: the sum of the losses and their tokens, fp64 [2]."""
     if not losses or parallel_state.get_tensor_model_parallel_rank() > 0:  # tensor ranks hold copies of the same loss
-        return torch.zeros((), dtype=torch.float64, device=device), 0
-    return torch.stack([one.total for one in losses]).double().sum(), sum(one.tokens for one in losses)
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    return torch.stack([torch.stack(part).double().sum() for part in zip(*losses, strict=True)])
+
+
+def _mean(ranks: Sequence[Sequence[float]]) -> BatchLoss:
+    """Of all ranks' shares, their first two numbers."""
+    total, tokens = (sum(rank[place] for rank in ranks) for place in range(2))
+    if not tokens:
+        raise ValueError(
+            "no token of this global batch is predicted: every label is padding or the first token of a document; "
+            "prepare the corpus again with longer documents (--min-tokens), or set a larger train.global_batch_size"
+        )
+    return BatchLoss(total / tokens, round(tokens))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Micro-batches read ahead by processes: what they hold, how they end, and what signals do to them."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -82,6 +83,40 @@ def test_batches_are_inputs_and_next_tokens(dataset: TokenDataset, workers: int)
             assert (batch["labels"].numpy() == rows[:, 1:]).all()
             assert batch["tokens"].shape == (4, LENGTH)
             assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_documents_and_padding_are_masked_by_plain_loops(tmp_path: Path, document_mask: bool) -> None:
+    """Samples that store borders and padding; and older ones, whose documents end with EOS."""
+    rng = np.random.default_rng(1)
+    padding = rng.choice([0, 0, 1, 3, LENGTH], NUM_SAMPLES)
+    starts = rng.random((NUM_SAMPLES, LENGTH + 1)) < 0.3
+    for row, count in enumerate(padding):
+        starts[row, LENGTH + 1 - count :] = False
+        starts[row, LENGTH + 1 - count : LENGTH + 2 - count] = True
+    columns = {"padding": "uint32", "starts": "ndarray:uint8:2", "tokens": f"ndarray:uint16:{LENGTH + 1}"}
+    with MDSWriter(columns=columns, out=str(tmp_path / "new/train"), hashes=["xxh64"], size_limit=600) as out:
+        for row, first, count in zip(TOKENS, starts, padding, strict=True):
+            out.write({"padding": np.uint32(count), "starts": np.packbits(first), "tokens": row})
+    few = TOKENS % 4
+    with MDSWriter(columns={"tokens": columns["tokens"]}, out=str(tmp_path / "old/train"), hashes=["xxh64"]) as out:
+        for row in few:
+            out.write({"tokens": row})
+    (tmp_path / "old/manifest.json").write_text('{"eos_token_id": 3, "vocab_size": 4}')
+    after_eos = np.pad(few[:, :-1] == 3, ((0, 0), (1, 0)))
+    for name, begins, padded in (("new", starts, padding), ("old", after_eos, 0 * padding)):
+        for batch in itertools.chain(*read(TokenDataset(tmp_path / name), 13, workers=1, document_mask=document_mask)):
+            assert ("loss_mask" in batch) == (document_mask or name == "new")
+            assert ("cu_seqlens" in batch) == document_mask
+            borders = []
+            for row, sample in enumerate(batch["sample_ids"].tolist()):
+                for place in range(LENGTH):
+                    borders += [row * LENGTH + place] * (begins[sample, place] or place == 0)
+                    hidden = place + 1 > LENGTH - padded[sample] or (document_mask and begins[sample, place + 1])
+                    assert "loss_mask" not in batch or bool(batch["loss_mask"][row, place]) == (not hidden)
+            if document_mask:
+                assert batch["cu_seqlens"].tolist() == [*borders, 4 * LENGTH]
+                assert batch["cu_seqlens"].dtype == torch.int32
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -74,7 +74,7 @@ def train(engine: MegatronEngine, place: Place, seeds: Iterable[int], before: Be
 
 def evaluate(engine: MegatronEngine, place: Place) -> float:
     with engine.evaluating():
-        return engine.loss([microbatch(place, 7)])
+        return engine.loss([microbatch(place, 7)]).mean
 
 
 def check_resume(place: Place, folder: Path, recipe: str | None, bound: float, *more: str) -> dict[str, float]:

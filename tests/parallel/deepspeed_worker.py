@@ -83,7 +83,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
             outcome = saver.take_outcome()
             assert outcome is not None and outcome.error is None, outcome
     with engine.evaluating():
-        result["held_out"] = engine.loss(microbatches(1000, job.rows))
+        result["held_out"] = engine.loss(microbatches(1000, job.rows)).mean
     return result
 
 

@@ -81,6 +81,24 @@ def test_the_fused_optimizer_is_torchs_plain_one():
     assert equal(updated[:1] * 2, updated[1:])
 
 
+def test_a_global_batch_without_a_token_to_predict_is_one_error_and_no_nan():
+    """With one token it is a step whose loss is that token's."""
+    run = Run()
+    before, batches = run.weights(), run.batches()
+    masks = torch.zeros(NUM_MICROBATCHES, *SHAPE, dtype=torch.bool)
+    masked = [batch | {"loss_mask": mask} for batch, mask in zip(batches, masks, strict=True)]
+    for call in (step.train_step, lambda chunks, _, *given: step.evaluate(chunks, *given)):
+        with pytest.raises(ValueError, match="no token of this global batch is predicted"):
+            call(run.chunks, run.optimizer, masked, SHAPE)
+    assert equal(run.weights(), before)
+    masks[1, 0, 3] = True
+    with torch.no_grad():
+        losses = run.chunks[0](batches[1]["tokens"], None, None, labels=batches[1]["labels"])
+    assert step.evaluate(run.chunks, masked, SHAPE) == (pytest.approx(float(losses[0, 3]), rel=1e-6), 1)
+    result = step.train_step(run.chunks, run.optimizer, masked, SHAPE)
+    assert (result.loss, result.tokens, result.skipped) == (pytest.approx(float(losses[0, 3]), rel=1e-6), 1, False)
+
+
 def run_copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
 

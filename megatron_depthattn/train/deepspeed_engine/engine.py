@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
@@ -35,6 +36,7 @@ from megatron_depthattn.train.deepspeed_engine.shards import (
 from megatron_depthattn.train.engine import Engine
 from megatron_depthattn.train.non_finite import Attempt
 from megatron_depthattn.train.step import (
+    BatchLoss,
     LossSum,
     Microbatch,
     Status,
@@ -42,9 +44,8 @@ from megatron_depthattn.train.step import (
     evaluation_mode,
     finish_attempt,
     forward_step,
-    mean_over_global_batch,
+    loss_of_global_batch,
     step_if_finite,
-    sum_of_losses,
 )
 
 # On a CPU it would compile, for a minute, an operation of its inference that training does not call.
@@ -89,9 +90,7 @@ class DeepSpeedEngine(Engine):
     def attempt(self, microbatches: Sequence[Microbatch], status: Status = tuple) -> Attempt:
         """Forward and backward from nothing, up to what the optimizer steps with; gradients are left in `shards`."""
         self._discard_gradients()
-        # DeepSpeed averages over data- and context-parallel ranks, the loss is a sum over the tokens of them all.
-        tokens = len(microbatches) * self._config.train.micro_batch_size * self._config.data.sequence_length
-        loss_scale, losses = self._config.parallel.context / tokens, []
+        loss_scale, losses = self._loss_scale(microbatches), []
         for index, microbatch in enumerate(microbatches):
             # Not DeepSpeed's own count: it ends an accumulation, or overwrites it, where its config says.
             self._engine.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
@@ -107,11 +106,24 @@ class DeepSpeedEngine(Engine):
     def evaluating(self) -> AbstractContextManager[None]:
         return evaluation_mode([self._engine])
 
-    def loss(self, microbatches: Sequence[Microbatch]) -> float:
-        return mean_over_global_batch([self._forward(one)[2] for one in microbatches], self._device)
+    def loss(self, microbatches: Sequence[Microbatch]) -> BatchLoss:
+        return loss_of_global_batch([self._forward(one)[2] for one in microbatches], self._device)
 
     def _forward(self, microbatch: Microbatch) -> tuple[Tensor, Tensor, LossSum]:
-        return sum_of_losses(forward_step(iter([Work(microbatch, {})]), self._engine)[0])
+        output, sums = forward_step(iter([Work(microbatch, {})]), self._engine)
+        return sums(output)  # type: ignore[no-any-return]
+
+    def _loss_scale(self, microbatches: Sequence[Microbatch]) -> Tensor | float:
+        """What the sum of a microbatch's losses is multiplied by before its backward.
+
+        DeepSpeed averages over data- and context-parallel ranks, the loss is one over the tokens of them all.
+        """
+        if "loss_mask" not in microbatches[0]:
+            tokens = len(microbatches) * self._config.train.micro_batch_size * self._config.data.sequence_length
+            return self._config.parallel.context / tokens
+        counted = torch.stack([one["loss_mask"].sum() for one in microbatches]).sum()
+        dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True) / counted
 
     def _update(self, grad_norm: float) -> None:
         if self._config.optimizer.grad_clip > 0:
