@@ -163,6 +163,12 @@ class Job:
     """Only call ``check_same_on_all_ranks``."""
     optimizer: str = "adamw"
     dtype: str = "fp32"
+    documents: str = ""
+    """Samples of documents and padding, in micro-batches of unequal real tokens: ``mask``, documents do not see each
+    other; ``padding``, they do."""
+    alone: bool = False
+    """In place of the samples a micro-batch for each of their documents (``padding``: for each sample), as long as it
+    is: nothing is masked, nothing is packed."""
 
     @property
     def name(self) -> str:
@@ -175,12 +181,16 @@ class Job:
         parts += ["ramp"] * self.ramp
         parts += [f"from-{self.resume}"] * bool(self.resume) + ["gathered"] * self.gathered
         parts += [self.optimizer] * (self.optimizer != "adamw") + [self.dtype] * (self.dtype != "fp32")
-        parts += ["branch"] * self.branch
+        parts += ["branch"] * self.branch + [f"documents-{self.documents}"] * bool(self.documents)
+        parts += ["alone"] * self.alone
         return "-".join(parts)
 
     @property
     def reference(self) -> Job:
         """The single-process job whose losses and gradients are the truth."""
+        if self.documents:
+            same = {key: getattr(self, key) for key in (*SAME_NUMBERS, "documents")}
+            return Job(layout="single", alone=True, steps=DOCUMENT_STEPS, **same)
         if self.ramp:
             return RAMPED_REFERENCE
         if self.optimizer != "adamw":
@@ -215,7 +225,7 @@ class Job:
             ),
             parallel=LAYOUTS[self.layout].parallel,
             recompute=RECOMPUTE[self.recompute],
-            data=DataConfig(sequence_length=SEQUENCE_LENGTH),
+            data=DataConfig(sequence_length=SEQUENCE_LENGTH, document_mask=self.documents == "mask"),
             train=dataclasses.replace(TRAIN, global_batch_size=RAMP[-1], batch_ramp=[4, 4, 24]) if self.ramp else TRAIN,
             optimizer=dataclasses.replace(OPTIMIZER, name=self.optimizer, mup=MUP.get(self.method)),
             precision=PrecisionConfig(dtype=self.dtype),
@@ -347,7 +357,26 @@ VANILLA_LOOPED = [
     Job(layout="pp2xvpp2-last2", loops=2, method="vanilla", steps=1),
 ]
 
+DOCUMENT_STEPS = 2
+DOCUMENTS = [
+    *(
+        Job(layout=layout, documents="mask", steps=DOCUMENT_STEPS, recompute=recompute)
+        for layout, recompute in (
+            *(("single", "selective"), ("dp2", "none"), ("tp2+sp", "none"), ("cp2", "uniform1"), ("pp2", "none")),
+            *(("pp2xvpp2", "uniform1"), ("tp2xcp2+sp", "none"), ("cp2xpp2", "none"), ("pp4xvpp2", "none")),
+        )
+    ),
+    Job(layout="pp2xvpp2", documents="mask", steps=DOCUMENT_STEPS, loops=2),
+    Job(layout="tp2+sp", documents="mask", steps=DOCUMENT_STEPS, method="attnres"),
+    Job(layout="cp2xpp2", documents="mask", steps=DOCUMENT_STEPS, method="vanilla"),
+    *(Job(layout=layout, documents="padding", steps=DOCUMENT_STEPS) for layout in ("dp2", "cp2", "pp2xvpp2")),
+]
+"""Compared with each document alone."""
+
 CONTROLS = [
+    Job(layout="dp2", steps=1, documents="padding", sabotage="mean_of_means"),
+    Job(layout="cp2", steps=1, documents="mask", sabotage="mean_of_means"),
+    Job(layout="pp2", steps=1, documents="mask", sabotage="border_leaks_a_token"),
     Job(layout="pp2", method="denseformer", steps=1, sabotage="source_dropped"),
     Job(layout="pp2", method="attnres", steps=1, sabotage="source_dropped"),
     Job(layout="pp2", method="mhc", steps=1, sabotage="stream_dropped"),
@@ -372,6 +401,7 @@ EVEN_PLAN = Job(layout="pp2xvpp2-uneven", steps=1, sabotage="plan_of_an_even_cut
 SAME_NUMBERS = ("method", "loops", "optimizer", "dtype")
 MUON = [
     Job(layout="single", optimizer="muon", save=True),
+    Job(layout="tp2+sp", optimizer="muon", steps=2, documents="mask"),
     Job(layout="dp2", optimizer="muon", save=True),
     *(Job(layout=layout, optimizer="muon") for layout in ("tp2", "tp2+sp", "cp2", "pp2-first3", "pp2xvpp2")),
     Job(layout="dp2xpp2xvpp2", optimizer="muon", sabotage="matrices_first"),

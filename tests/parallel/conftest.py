@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.parallel.cases import CONTROLS, LAYOUTS, PARITY, VANILLA_LOOPED, Job, needs
+from tests.parallel.cases import CONTROLS, DOCUMENTS, LAYOUTS, PARITY, VANILLA_LOOPED, Job, needs
 from tests.parallel.compare import worst_gradient_error, worst_loss_error
 from tests.parallel.launch import run_jobs
 
-CAMPAIGN = pytest.StashKey["Campaign"]()
+WORST_ERRORS = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
 class Campaign:
@@ -55,13 +56,14 @@ class Campaign:
     def worst_errors(self) -> dict[str, dict[str, Any]]:
         """What a reader quotes: the worst errors of each layout's parity jobs, and of every control."""
         table: dict[str, dict[str, Any]] = {}
-        for job in (*PARITY, *VANILLA_LOOPED, *CONTROLS):
+        for job in (*PARITY, *VANILLA_LOOPED, *DOCUMENTS, *CONTROLS):
             both = (job, job.reference)
             if any(self._error(one).exists() or not self._is_done(one) for one in both):
                 continue
             result, reference = self.result(job), self.result(job.reference)
             is_ours = job.method == "depth_attention"
-            kind = ["looped" * (job.loops > 1), "unrolled" * job.unrolled, job.method * (not is_ours), job.sabotage]
+            kind = ["looped" * (job.loops > 1), "unrolled" * job.unrolled, job.method * (not is_ours)]
+            kind += [f"documents {job.documents}" * bool(job.documents), job.sabotage]
             row = table.setdefault(
                 " ".join(filter(None, [job.layout, *kind])),
                 {"cases": 0, "steps": 0, "loss": 0.0, "gradient": 0.0, "parameters": 0, "seconds": 0.0},
@@ -76,27 +78,24 @@ class Campaign:
 
 
 @pytest.fixture(scope="session")
-def campaign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+def campaign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     """Runs, world by world, exactly the jobs of the selected tests that are not skipped."""
     items = [item for item in request.session.items if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
     asking = [item for item in items if "campaign" in getattr(item, "fixturenames", ())]
     wanted = [item.callspec.params["job"] for item in asking if hasattr(item, "callspec")]
     made = Campaign(tmp_path_factory.mktemp("parity"), wanted)
-    request.config.stash[CAMPAIGN] = made
-    return made
+    yield made
+    request.config.stash[WORST_ERRORS] = made.worst_errors()  # the folder is gone before the summary
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table of worst errors, after the tests; also as JSON, for figures that are quoted elsewhere."""
-    made = config.stash.get(CAMPAIGN, None)
-    table = made.worst_errors() if made else {}
+    """The table of worst errors, after the tests."""
+    table = config.stash.get(WORST_ERRORS, {})
     if not table:
         return
-    (made.folder / "worst_errors.json").write_text(json.dumps(table, indent=1))
     terminalreporter.section("parity with one process: worst relative errors (last rows: deliberate mistakes)")
     terminalreporter.write_line(f"{'layout':<36}{'cases':>6}{'steps':>6}{'loss':>9}{'gradient':>9}{'parameters':>11}")
     for name, row in table.items():
         terminalreporter.write_line(
             f"{name:<36}{row['cases']:>6}{row['steps']:>6}{row['loss']:>9.1e}{row['gradient']:>9.1e}{row['parameters']:>11}"
         )
-    terminalreporter.write_line(f"written to {made.folder / 'worst_errors.json'}")

@@ -48,6 +48,9 @@ class Job:
     tied: bool = False
     sabotage: str = ""
     """A deliberate mistake (see deepspeed_worker.py); the result must violate the bounds."""
+    documents: str = ""
+    alone: bool = False
+    """As in cases.py."""
     ramp: bool = False
     """With batches of `RAMP`."""
     poison: bool = False
@@ -66,7 +69,7 @@ class Job:
         parts += [f"rows{self.rows}", self.dtype]
         parts += ["offload"] * self.offload + [self.recompute] * (self.recompute != "none") + ["tied"] * self.tied
         parts += [self.sabotage] * bool(self.sabotage) + ["poison"] * self.poison + ["save"] * self.save
-        parts += ["ramp"] * self.ramp
+        parts += ["ramp"] * self.ramp + [f"documents-{self.documents}"] * bool(self.documents) + ["alone"] * self.alone
         return "-".join(parts + [f"from-{self.resume}"] * bool(self.resume) + ["branch"] * self.branch)
 
     @property
@@ -80,6 +83,8 @@ class Job:
             dtype=self.dtype,
             tied=self.tied,
             ramp=self.ramp,
+            documents=self.documents,
+            alone=bool(self.documents),
         )
 
     def config(self) -> RunConfig:
@@ -92,7 +97,7 @@ class Job:
             parallel=LAYOUTS[self.layout].parallel,
             precision=PrecisionConfig(dtype=self.dtype),
             recompute=RECOMPUTE[self.recompute] if self.recompute != "none" else RecomputeConfig(),
-            data=DataConfig(sequence_length=SEQUENCE_LENGTH),
+            data=DataConfig(sequence_length=SEQUENCE_LENGTH, document_mask=self.documents == "mask"),
             train=dataclasses.replace(
                 TRAIN,
                 micro_batch_size=self.rows,
@@ -124,6 +129,8 @@ PARITY = [
     *(PRODUCT if FULL else BRIEF),
     Job(layout="dp2", stage=3, recompute="uniform1"),
     Job(layout="dp2", stage=2, rows=2, ramp=True),
+    *(Job(layout="dp2", stage=stage, rows=2, documents="mask") for stage in range(1, 4)),
+    Job(layout="cp2", stage=1, rows=2, documents="padding"),
     *([Job(layout="dp2", stage=2, offload=True)] if FULL else []),
 ]
 # A layout and a stage for each method: its parameters reduced over tensor ranks, cut in pieces, gathered for a module.
@@ -132,10 +139,11 @@ PARITY += [
     Job(layout="tp2+sp", stage=2, rows=4, method="attnres"),
     Job(layout="dp2", stage=3, rows=4, method="mhc", recompute="uniform1"),
 ]
-BF16 = [Job(layout="dp2", stage=3, dtype="bf16")]
+BF16 = [Job(layout="dp2", stage=3, dtype="bf16"), Job(layout="dp2", stage=1, rows=2, dtype="bf16", documents="mask")]
 CONTROLS = [
     Job(layout="tp2+sp", stage=0, sabotage="norms_not_reduced"),
     Job(layout="dp2", stage=2, sabotage="last_microbatch_only"),
+    Job(layout="dp2", stage=2, rows=2, documents="mask", sabotage="constant_divisor"),
     *([Job(layout="tp2", stage=2, sabotage="norm_of_own_tensor_rank")] if FULL else []),
 ]
 POISONED = [Job(layout="dp2", stage=stage, poison=True) for stage in ((0, 2, 3) if FULL else (3,))]

@@ -20,7 +20,6 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_depthattn.config import to_dict, validate
-from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.train.build import build_model, transformer_config
 from megatron_depthattn.train.loop import build_engine
@@ -31,7 +30,8 @@ from megatron_depthattn.train.step import Microbatch, finish_attempt, run_microb
 from megatron_depthattn.train.step_folders import Progress, step_folder
 from tests.checkpoints import save_checkpoint
 from tests.megatron_weights import leave_initial_values
-from tests.parallel.cases import METHODS, MODEL, NO_GRADIENT, RAMP, SEQUENCE_LENGTH, TRAIN
+from tests.parallel import worker
+from tests.parallel.cases import METHODS, NO_GRADIENT, RAMP, SEQUENCE_LENGTH, TRAIN
 from tests.parallel.compare import relative_errors
 from tests.parallel.deepspeed_cases import SAVE_AFTER, STEPS, Job
 from tests.parallel.worker import gather_gradients, progress_after, whole, work_off
@@ -71,7 +71,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         if job.poison and step == SAVE_AFTER:
             result |= poisoned_step(engine, job)
         with depth.recording(step + 1):
-            done = engine.train_step(microbatches(step, job.rows, batch_size))
+            done = engine.train_step(microbatches(job, step, batch_size))
         assert not done.skipped
         result["depth"] = result.get("depth") or depth.collect()
         result["losses"].append(done.loss)
@@ -83,23 +83,13 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
             outcome = saver.take_outcome()
             assert outcome is not None and outcome.error is None, outcome
     with engine.evaluating():
-        result["held_out"] = engine.loss(microbatches(1000, job.rows)).mean
+        result["held_out"] = engine.loss(microbatches(job, 1000)).mean
     return result
 
 
-def microbatches(step: int, rows: int, batch_size: int = TRAIN.global_batch_size) -> list[Microbatch]:
-    """This data-parallel rank's rows of a global batch that is a function of the step and its size alone."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, MODEL.vocab_size, (batch_size, SEQUENCE_LENGTH + 1), generator=generator)
-    positions = batch_positions(
-        0,
-        global_batch_size=batch_size,
-        micro_batch_size=rows,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
-    mine = [tokens[torch.from_numpy(row)] for row in positions]
-    return [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in mine]
+def microbatches(job: Job, step: int, batch_size: int = TRAIN.global_batch_size) -> list[Microbatch]:
+    """The parity campaign's, in micro-batches of this job."""
+    return worker.microbatches(step, batch_size, job.rows, job.documents, job.alone)
 
 
 # ---- gradients
@@ -111,7 +101,7 @@ def save_gradients(job: Job, folder: Path, device: torch.device) -> None:
     if job.method in METHODS:
         leave_initial_values(chunks[0])
         save_checkpoint(folder / weights_of(job), Progress(), chunks, None, None, config=to_dict(job.config()))
-    run_microbatches(chunks, microbatches(0, job.rows), (job.rows, SEQUENCE_LENGTH), forward_only=False)
+    run_microbatches(chunks, microbatches(job, 0), (job.rows, SEQUENCE_LENGTH), forward_only=False)
     gathered = gather_gradients(chunks)
     assert gathered is not None
     torch.save(gathered[0], folder / f"{job.name}.pt")
@@ -124,7 +114,7 @@ def weights_of(job: Job) -> str:
 
 def compare_gradients(job: Job, folder: Path, engine: Any) -> dict[str, Any]:
     """Relative error of every parameter's whole gradient, put together from every rank's shards."""
-    engine.attempt(microbatches(0, job.rows))
+    engine.attempt(microbatches(job, 0))
     mine = {
         shard.name: (shard.start, engine.shards.gradient(shard).clone().cpu(), split_dimension(shard.parameter))
         for shard in engine.shards.held
@@ -167,7 +157,7 @@ def poisoned_step(engine: Any, job: Job) -> dict[str, Any]:
 
     before = state_of(engine)
     hook = layer.mlp.linear_fc2.register_forward_hook(poison) if is_blamed else None
-    skipped = engine.train_step(microbatches(500, job.rows))
+    skipped = engine.train_step(microbatches(job, 500))
     if hook:
         hook.remove()
     unchanged = [torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True)]
@@ -206,8 +196,17 @@ def _own_norm(losses: Any, squared_norm: torch.Tensor, status: Any) -> Attempt:
     return attempt._replace(grad_norm=float(squared_norm.sqrt()))
 
 
+def _constant_divisor() -> Any:
+    """Of the positions, whatever is on them."""
+    from megatron_depthattn.train.deepspeed_engine.engine import DeepSpeedEngine
+
+    right = DeepSpeedEngine._loss_scale
+    return mock.patch.object(DeepSpeedEngine, "_loss_scale", lambda self, given: right(self, [{}] * len(given)))
+
+
 SABOTAGES: dict[str, Any] = {
     "": contextlib.nullcontext,
+    "constant_divisor": _constant_divisor,
     "norms_not_reduced": lambda: mock.patch(f"{ENGINE}.sum_over_tensor_ranks", return_value=None),
     "last_microbatch_only": _last_microbatch_only,
     "norm_of_own_tensor_rank": lambda: mock.patch(f"{ENGINE}.finish_attempt", _own_norm),

@@ -17,6 +17,7 @@ from tests.parallel.cases import (
     AGREEMENT,
     CHATTY,
     CONTROLS,
+    DOCUMENTS,
     EVEN_PLAN,
     LAYOUTS,
     LOOPED,
@@ -41,7 +42,7 @@ def by_name(jobs: list[Job]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("job", jobs, ids=[job.name for job in jobs])
 
 
-@by_name([*PARITY, *VANILLA_LOOPED])
+@by_name([*PARITY, *VANILLA_LOOPED, *DOCUMENTS])
 def test_losses_and_gradients_are_those_of_one_process(campaign, job):
     result, reference = campaign.result(job), campaign.result(job.reference)
     assert len(result["losses"]) == job.steps

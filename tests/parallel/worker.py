@@ -35,6 +35,7 @@ from torch import Tensor
 from megatron_depthattn.benchmarks.checkpoint import gathered_state
 from megatron_depthattn.benchmarks.hop import recorded_sends, sent_between_stages
 from megatron_depthattn.config import to_dict, validate
+from megatron_depthattn.data.loader import PADDING, START, micro_batches
 from megatron_depthattn.data.order import batch_positions
 from megatron_depthattn.methods.parameters import method_parameters
 from megatron_depthattn.model import gpt, transformer_config
@@ -55,6 +56,7 @@ from megatron_depthattn.parallel.launch_env import launch_environment
 from megatron_depthattn.parallel.microbatch_state import MicrobatchState
 from megatron_depthattn.parallel.schedule import PlannedCommunicator
 from megatron_depthattn.train import build
+from megatron_depthattn.train import step as training
 from megatron_depthattn.train.build import Chunks, build_model, build_optimizer
 from megatron_depthattn.train.checkpoint import RNG, sharded_rng_state
 from megatron_depthattn.train.metrics import DepthRecord
@@ -123,6 +125,10 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     optimizer, scheduler = build_optimizer(config, chunks)
     result: dict[str, Any] = {}
     first, batches = 0, RAMP if job.ramp else [TRAIN.global_batch_size] * job.steps
+
+    def batches_of(step: int) -> list[Microbatch]:
+        return microbatches(step, batches[step], documents=job.documents, alone=job.alone)
+
     if job.resume:
         saved = step_folder(folder / job.checkpoint, SAVE_AFTER)
         more = {"config": to_dict(config), "is_parent": True} if job.branch else {}
@@ -134,15 +140,15 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
         load_checkpoint(common_weights(folder / (job.method if job.method in METHODS else "vanilla"), chunks), chunks)
         depth = DepthRecord(config.train, get_model_config(chunks[0]), config.data.sequence_length)
         with recorded_sends() as sent, depth.recording(1):
-            first_loss = run_microbatches(chunks, microbatches(0, batches[0]), SHAPE, forward_only=False)
+            first_loss = run_microbatches(chunks, batches_of(0), SHAPE, forward_only=False)
         result |= {"first_loss": first_loss, "depth": depth.collect()}
         if job == job.reference:  # what the second of two data-parallel ranks begins with
             with depth.recording(1), torch.no_grad():
-                run_microbatches(chunks, microbatches(0, batches[0])[1:], SHAPE, forward_only=True)
+                run_microbatches(chunks, batches_of(0)[1:], SHAPE, forward_only=True)
             result["depth_of_second"] = depth.collect()
         stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         result["sent"] = sent_between_stages(sent, stages)
-        result["microbatches"] = len(microbatches(0, batches[0]))
+        result["microbatches"] = len(batches_of(0))
         whole_gradients = gather_gradients(chunks)
         if whole_gradients is not None:
             result |= compare_gradients(job, folder, *whole_gradients)
@@ -152,7 +158,7 @@ def work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     for step in range(first, job.steps):
         scheduler.step(batches[step] if job.ramp else 1)
         last = max((entry["record_id"] for entry in recorded()), default=-1)
-        done = train_step(chunks, optimizer, microbatches(step, batches[step]), SHAPE)
+        done = train_step(chunks, optimizer, batches_of(step), SHAPE)
         sizes = {name: group.size() for group, name in dist.distributed_c10d._world.pg_names.items()}
         used = {tuple(each["process_group"]) for each in recorded() if each["record_id"] > last}
         result["groups"] = sorted(description for name, description in used if sizes[name] > 1)
@@ -201,19 +207,42 @@ def common_weights(folder: Path, chunks: Chunks) -> Path:
     return weights
 
 
-def microbatches(step: int, batch_size: int = TRAIN.global_batch_size) -> list[Microbatch]:
-    """This data-parallel rank's rows of a global batch that is a function of the step and its size alone."""
+def microbatches(
+    step: int,
+    batch_size: int = TRAIN.global_batch_size,
+    rows: int = TRAIN.micro_batch_size,
+    documents: str = "",
+    alone: bool = False,
+) -> list[Microbatch]:
+    """This data-parallel rank's samples of a global batch that is a function of the step and its size alone."""
     generator = torch.Generator().manual_seed(step)
-    rows = torch.randint(0, MODEL.vocab_size, (batch_size, SEQUENCE_LENGTH + 1), generator=generator)
-    positions = batch_positions(
-        0,
-        global_batch_size=batch_size,
-        micro_batch_size=TRAIN.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    shape = batch_size, SEQUENCE_LENGTH + 1
+    tokens = torch.randint(0, MODEL.vocab_size, shape, generator=generator)
+    positions = torch.from_numpy(
+        batch_positions(
+            0,
+            global_batch_size=batch_size,
+            micro_batch_size=rows,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
     )
-    mine = [rows[torch.from_numpy(row)] for row in positions]
-    return [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in mine]
+    if not documents:
+        return [{"tokens": row[:, :-1], "labels": row[:, 1:]} for row in tokens[positions]]
+    starts = torch.rand(shape, generator=generator) < 0.1
+    padding = [(0, 0, 27, 0, 9, 0, 1, 31)[(row + step) % 8] for row in range(batch_size)]
+    marks = starts * START
+    for row, count in enumerate(padding):
+        marks[row, SEQUENCE_LENGTH + 1 - count :] = PADDING
+        marks[row, SEQUENCE_LENGTH + 1 - count : SEQUENCE_LENGTH + 2 - count] = PADDING | START
+    if not alone:
+        return micro_batches(tokens[positions], marks[positions].byte(), positions, document_mask=documents == "mask")
+    texts = []
+    for row, count in enumerate(padding):
+        text = tokens[row, : SEQUENCE_LENGTH + 1 - count]
+        begins = (starts[row, 1 : len(text)].nonzero()[:, 0] + 1).tolist() if documents == "mask" else []
+        texts += text[None].tensor_split(begins, dim=1)
+    return [{"tokens": text[:, :-1], "labels": text[:, 1:]} for text in texts if text.size(1) > 1]
 
 
 # ---- gradients
@@ -432,6 +461,28 @@ def _muon(**fields: Any) -> Any:
     return mock.patch.object(build, "muon_fields", lambda *args: muon_fields(*args) | fields)
 
 
+def _mean_of_means() -> Any:
+    """Each micro-batch counts as one, whatever it holds."""
+    sums = training.sum_of_losses
+
+    def wrong(losses: Tensor, mask: Tensor | None = None) -> Any:
+        total, tokens, _ = sums(losses, mask)
+        mean, one = total / tokens.clamp(min=1), torch.ones_like(tokens)
+        return mean, one, training.LossSum(mean.detach(), one)
+
+    return mock.patch.object(training, "sum_of_losses", wrong)
+
+
+def _border_leaks_a_token() -> Any:
+    """The second document of every row begins with the last token of the first."""
+    right = training.documents_of
+
+    def wrong(borders: Tensor, **options: Any) -> Any:
+        return right(torch.cat([borders[:1], borders[1:2] - 1, borders[2:]]), **options)
+
+    return mock.patch.object(training, "documents_of", wrong)
+
+
 def _matrices_first(**more: bool) -> Any:
     """No mistake: the order of TransformerEngine's layers, which name a matrix before a norm."""
     partition = distributed_data_parallel.partition_buckets
@@ -443,6 +494,8 @@ def _matrices_first(**more: bool) -> Any:
 
 
 SABOTAGES = {
+    "mean_of_means": _mean_of_means,
+    "border_leaks_a_token": _border_leaks_a_token,
     "blockwise": functools.partial(_muon, muon_tp_mode="blockwise"),
     "unsplit_qkv": functools.partial(_muon, muon_split_qkv=False),
     "matrices_first": _matrices_first,
