@@ -19,7 +19,7 @@ are part of the source but not of the cache, as sources are read within one pass
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,12 +196,16 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         if cache_position is None:
             past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
             cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-        position_ids = cache_position.unsqueeze(0) if position_ids is None else position_ids
+        documents = None
+        if position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
+        elif attention_mask is None and isinstance(past_key_values, Cache | None):
+            documents = _within_documents(position_ids.expand(len(hidden_states), -1), cache_position)
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]  # `generate` has made it already
         else:
             arguments = {"config": config, "attention_mask": attention_mask, CACHE: past_key_values}
-            arguments |= {"position_ids": position_ids, "cache_position": cache_position}
+            arguments |= {"and_mask_function": documents, "position_ids": None, "cache_position": cache_position}
             arguments |= {"input_embeds": hidden_states, "inputs_embeds": hidden_states}
             mask = create_causal_mask(**{name: arguments[name] for name in arguments if name in _MASK_ARGUMENTS})
         kwargs |= {CACHE: past_key_values, "use_cache": use_cache, "attention_mask": mask, "position_ids": position_ids}
@@ -213,6 +217,22 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         outputs: dict[str, Any] = {name: tuple(values) for name, values in kept.items()}
         outputs[CACHE] = past_key_values if use_cache else None
         return DepthAttnModelOutput(last_hidden_state=hidden_states, **outputs)
+
+
+def _within_documents(position_ids: Tensor, slots: Tensor) -> Callable[..., Tensor] | None:
+    """A mask function that hides from tokens [b, t] what is not of their document; None: nothing is to be hidden.
+
+    A document begins where positions do not continue, as transformers has it, which looks only where there is no cache
+    and, in version 4, makes a square mask of any positions.
+
+    Args:
+        slots: [t], where in a cache the tokens are written.
+    """
+    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    firsts = torch.where(begins, slots, slots[0] - position_ids[:, :1]).cummax(dim=-1).values
+    if not torch.compiler.is_compiling() and (firsts <= 0).all():
+        return None
+    return lambda batch, head, query, key: key >= firsts[batch, query - slots[0]]
 
 
 def _check_paged(config: CrossLayerConfig) -> None:

@@ -82,7 +82,7 @@ def test_exported_folder_loads_without_the_project(version, request, tmp_path, f
 
 def test_what_differs_between_versions_passes_under_transformers_5(transformers_5):
     options = ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-q"]
-    files = [f"tests/hf/test_{name}.py" for name in ("saving", "cache", "model")]
+    files = [f"tests/hf/test_{name}.py" for name in ("saving", "cache", "documents", "model")]
     result = must_succeed(run([transformers_5.python, "-m", "pytest", *options, *files], seconds=280))
     summary = result.stdout.strip().splitlines()[-1]
     assert " passed" in summary and "skipped" not in summary, result.stdout[-3000:]
