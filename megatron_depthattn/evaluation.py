@@ -1,14 +1,17 @@
 """Perplexity and bits per byte of a causal language model on one split of a prepared corpus.
 
 Every sample is scored as in training: its tokens 0 .. N-1 predict its tokens 1 .. N, documents follow one another in
-one sample and nothing carries over to the next. The log-softmax is taken in fp32 whatever the model computes in, and
-summed in fp64: with a million tokens an fp32 sum would lose the digits in which models differ.
+one sample and nothing carries over to the next. With a document mask, as with ``data.document_mask`` in training, a
+document does not see those before it and its first token is not predicted. Padding is never predicted.
+
+The log-softmax is taken in fp32 whatever the model computes in, and summed in fp64: with a million tokens an fp32 sum
+would lose the digits in which models differ.
 """
 
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +26,8 @@ from megatron_depthattn.data.stream import TokenDataset
 from megatron_depthattn.data.token_bytes import token_byte_counts
 from megatron_depthattn.data.tokenizer import file_sha256
 from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
+
+IGNORED = -100
 
 
 class Split(NamedTuple):
@@ -113,8 +118,39 @@ def auto_batch_size(model: PreTrainedModel, length: int) -> int:
     return int(max(1, min(64, free // 4 // logits)))
 
 
+class Rows(NamedTuple):
+    """Samples, as a model is scored on them."""
+
+    tokens: Tensor
+    """[b, N + 1]"""
+    counted: Tensor
+    """bool [b, N]: which predictions count."""
+    positions: Tensor | None
+    """[b, N], beginning anew with every document; None: those of the row."""
+
+
+def read_rows(dataset: TokenDataset, samples: Iterable[int], document_mask: bool) -> Rows:
+    """Read them; borders and padding only where they count."""
+    if not (document_mask or dataset.pads):
+        tokens = torch.stack([dataset[i] for i in samples])
+        return Rows(tokens, torch.ones_like(tokens[:, 1:], dtype=torch.bool), None)
+    read = [dataset.sample(i) for i in samples]
+    tokens, starts = (torch.stack(each) for each in ([s.tokens for s in read], [s.starts for s in read]))
+    places = torch.arange(tokens.shape[1])
+    counted = (places < len(places) - torch.tensor([[s.padding] for s in read]))[:, 1:]
+    if not document_mask:
+        return Rows(tokens, counted, None)
+    positions = places - torch.where(starts, places, 0).cummax(dim=1).values
+    return Rows(tokens, counted & ~starts[:, 1:], positions[:, :-1])
+
+
 def evaluate(
-    model: PreTrainedModel, split: Split, tokenizer: PreTrainedTokenizerBase | None, batch: int, max_samples: int | None
+    model: PreTrainedModel,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch: int,
+    max_samples: int | None,
+    document_mask: bool = False,
 ) -> dict[str, Any]:
     """Score the split's samples in the order in which they are stored, with a progress bar on a terminal.
 
@@ -123,12 +159,14 @@ def evaluate(
         tokenizer: says how many bytes a token is; None: the manifest's average is taken.
         batch: samples at a time.
         max_samples: stop after so many.
+        document_mask: documents of a sample do not see each other.
 
     Returns:
         The figures by name; loss is in nats, per predicted token.
 
     Raises:
-        ValueError: a token is unknown to the model or the tokenizer, or the loss is not finite.
+        ValueError: a token is unknown to the model or the tokenizer, the loss is not finite, nothing is predicted, or
+            borders are needed and the corpus does not say where documents end.
     """
     from rich.console import Console
     from rich.progress import track
@@ -139,25 +177,27 @@ def evaluate(
     known = model.config.vocab_size if byte_counts is None else min(model.config.vocab_size, len(byte_counts))
     if byte_counts is not None and manifest is not None:
         byte_counts[manifest["eos_token_id"] : manifest["eos_token_id"] + 1] = 0
-    total, num_bytes = 0.0, 0
+    total, tokens, num_bytes = 0.0, 0, 0
     starts = range(0, samples, batch)
     for start in track(starts, "samples", console=console, transient=True, disable=not console.is_terminal):
-        rows = torch.stack([dataset[i] for i in range(start, min(start + batch, samples))])
-        for token in map(int, rows.aminmax()):
+        rows = read_rows(dataset, range(start, min(start + batch, samples)), document_mask)
+        for token in map(int, rows.tokens.aminmax()):
             if not 0 <= token < known:
                 raise ValueError(
                     f"the data has token {token}, and model and tokenizer know {known}: prepare the data with the "
                     "model's tokenizer"
                 )
-        total += _summed_loss(model, rows.to(model.device))
+        total += _summed_loss(model, rows)
+        tokens += int(rows.counted.sum())
         if not math.isfinite(total):
             raise ValueError(
-                f"the loss is {total} within samples {start} to {start + len(rows) - 1}: the model's weights or "
+                f"the loss is {total} within samples {start} to {start + len(rows.tokens) - 1}: the model's weights or "
                 "--dtype are at fault"
             )
-        num_bytes += int(byte_counts[rows[:, 1:]].sum()) if byte_counts is not None else 0
+        num_bytes += int(byte_counts[rows.tokens[:, 1:][rows.counted]].sum()) if byte_counts is not None else 0
 
-    tokens = samples * dataset.sequence_length
+    if not tokens:
+        raise ValueError(f"nothing is predicted in {samples} samples: documents of one token each, or padding alone")
     loss, counted, source = total / tokens, num_bytes, "exact: the bytes of each predicted token"
     if byte_counts is None and manifest is not None:
         average = manifest["splits"][split.name].get("bytes", 0) / manifest["splits"][split.name]["tokens"]
@@ -168,6 +208,7 @@ def evaluate(
     return {
         "samples": samples,
         "tokens": tokens,
+        "document_mask": document_mask,
         "bytes": counted or None,
         "bytes_source": source,
         "loss": loss,
@@ -177,10 +218,14 @@ def evaluate(
 
 
 @torch.inference_mode()
-def _summed_loss(model: PreTrainedModel, rows: Tensor) -> float:
-    """Nats over all predictions in ``rows`` [b, N + 1]."""
-    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for row, labels in zip(logits, rows[:, 1:], strict=True):  # fp32 copies of all logits at once may not fit
-        total += functional.cross_entropy(row.float(), labels, reduction="none").double().sum()
+def _summed_loss(model: PreTrainedModel, rows: Rows) -> float:
+    """Nats over the predictions that count."""
+    tokens = rows.tokens.to(model.device)
+    positions = {} if rows.positions is None else {"position_ids": rows.positions.to(model.device)}
+    logits = model(input_ids=tokens[:, :-1], use_cache=False, **positions).logits
+    labels = tokens[:, 1:].where(rows.counted.to(model.device), IGNORED)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for row, wanted in zip(logits, labels, strict=True):  # fp32 copies of all logits at once may not fit
+        losses = functional.cross_entropy(row.float(), wanted, reduction="none", ignore_index=IGNORED)
+        total += losses.double().sum()
     return float(total)

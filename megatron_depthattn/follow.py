@@ -85,7 +85,7 @@ class Measure:
     """Something to score every checkpoint by."""
 
     what: Mapping[str, Any]
-    """``task``, and ``shots``, ``data``, ``limit`` as they apply: what is on record with the same is done."""
+    """``task``, and ``shots``, ``data``, ``limit``, ``document_mask`` as they apply: the same on record is done."""
     name: str
     """For people, and for curves."""
     score: Callable[[PreTrainedModel, Path], Figures]
@@ -273,7 +273,7 @@ class Follower:
 
 def _key(what: Mapping[str, Any]) -> str:
     """What identifies a measure, of itself or of its record."""
-    return str([what.get(key) for key in ("task", "shots", "data", "limit")])
+    return str([what.get(key) for key in ("task", "shots", "data", "limit", "document_mask")])
 
 
 def _checkpoint_config(run_dir: Path) -> CheckpointConfig | None:

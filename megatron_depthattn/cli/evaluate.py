@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 _HASHED = (".json", ".safetensors")
 _FOLLOWING = ("every", "once", "keep_exports", "output", "tokenizer")
 """Options of --follow alone."""
+_NOTE = (
+    "note: the model was trained with data.document_mask=true, and documents see each other here: add --document-mask "
+    "to score it as it was trained"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +61,7 @@ def new_evaluate_parser() -> argparse.ArgumentParser:
     add("--split", metavar="NAME", help="train or val (default val)")
     add("--batch-size", metavar="auto|N", default="auto", help="samples at a time (default auto: as memory allows)")
     add("--max-samples", type=int, metavar="N", help="perplexity of the first N samples alone")
+    add("--document-mask", action="store_true", help="documents do not see each other, as in data.document_mask")
     add("--suite", metavar="NAME|FILE.yaml", help="tasks to run: paper, offline (generated, for trying it), or a file")
     add("--tasks", nargs="+", metavar="NAME", help="only these tasks of the suite; without one: tasks of lm_eval")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
@@ -87,7 +92,7 @@ def check_evaluate(given: argparse.Namespace) -> None:
     of_suite, of_data, of_follow, of_models = (
         [f"--{name.replace('_', '-')}" for name in names if getattr(given, name)]
         for names in (
-            *(("limit", "download", "markdown"), ("split", "max_samples")),
+            *(("limit", "download", "markdown"), ("split", "max_samples", "document_mask")),
             *(_FOLLOWING, ("model", "download", "json", "markdown")),
         )
     )
@@ -164,11 +169,15 @@ def _measure(folder: Path, split: Split, device: torch.device, given: argparse.N
 
 def _perplexity(model: PreTrainedModel, folder: Path, split: Split, given: argparse.Namespace) -> dict[str, Any]:
     from megatron_depthattn.evaluation import auto_batch_size, evaluate, find_tokenizer
+    from megatron_depthattn.hf.model_config import TRAINED_WITH_DOCUMENT_MASK
 
+    if getattr(model.config, TRAINED_WITH_DOCUMENT_MASK, False) and not (given.document_mask or "noted" in given):
+        given.noted = True  # once for all checkpoints of a run
+        print(_NOTE, file=sys.stderr)
     length = split.dataset.sequence_length
     batch = given.batch_size or auto_batch_size(model, length)
     start = time.perf_counter()
-    result = evaluate(model, split, find_tokenizer(split, folder), batch, given.max_samples)
+    result = evaluate(model, split, find_tokenizer(split, folder), batch, given.max_samples, given.document_mask)
     about = {"model": str(folder), "data": str(given.data), "split": split.name, "sequence_length": length}
     about |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "batch_size": batch}
     return about | {"seconds": time.perf_counter() - start} | result
@@ -310,7 +319,10 @@ def _data_measure(split: Split, given: argparse.Namespace) -> Measure:
         return Figures(values, found["samples"], {"tokens": found["tokens"]})
 
     what = {"task": split.name, "data": str(given.data.absolute()), "limit": given.max_samples}
-    return Measure(what=what, name=f"{split.tokenizer_folder.parent.name}/{split.name}", score=score)
+    name = f"{split.tokenizer_folder.parent.name}/{split.name}"
+    if given.document_mask:
+        what, name = what | {"document_mask": True}, f"{name}/documents"
+    return Measure(what=what, name=name, score=score)
 
 
 def _task_measures(given: argparse.Namespace) -> list[Measure]:
@@ -344,7 +356,7 @@ def _show(result: dict[str, Any], seconds: float, of: str) -> None:
         ("samples", shown("samples", ","), of),
         ("tokens", shown("tokens", ","), f"predicted, {result['tokens'] / seconds:,.0f} a second"),
         ("bytes", shown("bytes", ",.0f"), ""),
-        ("loss", shown("loss", ".6f"), "nats a token"),
+        ("loss", shown("loss", ".6f"), "nats a token" + ", documents by themselves" * result["document_mask"]),
         ("perplexity", shown("perplexity", ",.4f"), "a token"),
         ("bits per byte", shown("bits_per_byte", ".6f"), ""),
     ]

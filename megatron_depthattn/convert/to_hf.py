@@ -14,7 +14,7 @@ from megatron_depthattn.convert.hf_writer import GENERATION_CONFIG, tokenizer_fi
 from megatron_depthattn.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_depthattn.convert.model_card import model_card
 from megatron_depthattn.data.tokenizer import file_sha256
-from megatron_depthattn.hf.model_config import to_hf_config
+from megatron_depthattn.hf.model_config import TRAINED_WITH_DOCUMENT_MASK, to_hf_config
 from megatron_depthattn.hf.name_mapping import ModelShape, WeightGroup, check_weights, weight_groups
 from megatron_depthattn.hf.tokenizer import load_fast_tokenizer
 from megatron_depthattn.hf.weights_folder import CONFIG, read_json
@@ -49,6 +49,8 @@ def export(
     special_tokens = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in kinds}
     dtype = checkpoint.weights[groups[0].megatron].properties.dtype
     config = to_hf_config(model, dtype=str(dtype).removeprefix("torch."), special_tokens=special_tokens)
+    if checkpoint.common["config"].get("data", {}).get("document_mask"):
+        config[TRAINED_WITH_DOCUMENT_MASK] = True
 
     generation = _imported_generation(checkpoint, special_tokens.get("eos_token_id"))
     by_name = {group.megatron: group for group in groups}

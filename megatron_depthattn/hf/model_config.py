@@ -61,6 +61,7 @@ SECTIONS = {"rope_parameters", "rope_scaling"}
 MAX_LAYERS = 10_000  # where the weights are not looked at
 LAYER_COUNTS = re.compile("(?!max_).*layers?")  # not Qwen's max_window_layers, which builds nothing
 MAX_COUNTS = {"num_loops": 1024, "num_labels": 1_000_000}  # of what no weight has, but work or memory is taken for
+TRAINED_WITH_DOCUMENT_MASK = "trained_with_document_mask"  # in config.json, where it was: what `evaluate` notes
 # What the released checkpoints carry and nothing reads, below whatever prefix.
 UNUSED_IN_RELEASED = ("lm_head_layernorm.weight",)
 

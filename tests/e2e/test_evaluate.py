@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,14 +86,14 @@ def val_stream(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 @torch.no_grad()
-def plain_loss(model: DepthAttnForCausalLM, stream: list[int], samples: int) -> float:
+def plain_loss(model: DepthAttnForCausalLM, stream: list[int], samples: int, length: int = LENGTH) -> float:
     """Mean nats of `samples` samples, one at a time, in fp64 from the logits on."""
     total = 0.0
     for i in range(samples):
-        row = torch.tensor(stream[i * LENGTH : (i + 1) * LENGTH + 1])
+        row = torch.tensor(stream[i * length : (i + 1) * length + 1])
         logits = model(row[None, :-1], use_cache=False).logits[0].double()
         total += functional.cross_entropy(logits, row[1:], reduction="sum").item()
-    return total / (samples * LENGTH)
+    return total / (samples * length)
 
 
 def test_figures_are_those_of_a_plain_loop_and_of_the_raw_text(folder, data, model, tokenizer, tmp_path, capsys):
@@ -126,6 +127,59 @@ def test_batch_size_does_not_matter_and_first_samples_are_first(folder, data, mo
     assert one["loss"] == pytest.approx(five["loss"], rel=1e-6)
     assert one["bytes"] == five["bytes"] and one["samples"] == 12
     assert one["loss"] == pytest.approx(plain_loss(model, val_stream(tokenizer), 12), rel=1e-6)
+
+
+def documents_alone(model: DepthAttnForCausalLM, rows: list[list[int]]) -> tuple[float, int, list[int]]:
+    """As `plain_loss`, of every document in `rows` by itself, cut where 0 ends it; with the tokens predicted."""
+    total, predicted = 0.0, []
+    for row in rows:
+        ends = [i + 1 for i, token in enumerate(row) if token == 0]
+        for begin, end in itertools.pairwise(sorted({0, *ends, len(row)})):
+            if end - begin > 1:
+                piece = torch.tensor(row[begin:end])
+                with torch.no_grad():
+                    logits = model(piece[None, :-1], use_cache=False).logits[0].double()
+                total += functional.cross_entropy(logits, piece[1:], reduction="sum").item()
+                predicted += row[begin + 1 : end]
+    return total / len(predicted), len(predicted), predicted
+
+
+def test_document_mask_scores_every_document_by_itself(folder, own_folder, data, model, tokenizer, tmp_path, capsys):
+    """A model that was trained so says it where the mask is left out."""
+    edit_json(own_folder / "config.json", trained_with_document_mask=True)
+    stream, options = val_stream(tokenizer), ("--max-samples", 12, "--batch-size", 5)
+    masked = evaluated(own_folder, data, tmp_path, *options, "--document-mask")
+    assert "note" not in capsys.readouterr().err
+    plain = evaluated(own_folder, data, tmp_path, *options)
+    assert "trained with data.document_mask=true" in capsys.readouterr().err
+    loss, count, predicted = documents_alone(model, [stream[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(12)])
+    assert (masked["tokens"], plain["tokens"]) == (count, 12 * LENGTH) and count < 12 * LENGTH
+    assert masked["loss"] == pytest.approx(loss, rel=1e-6) and abs(plain["loss"] / loss - 1) > 1e-3
+    assert masked["bytes"] == len(tokenizer.decode(predicted, skip_special_tokens=True).encode())
+    assert (masked["document_mask"], plain["document_mask"]) == (True, False)
+
+
+@pytest.mark.parametrize("mask", [(), ("--document-mask",)], ids=str)
+def test_padding_is_not_scored(mask, folder, model, tmp_path):
+    """Rows of whole documents, filled up: the same figures as of the row without what fills it."""
+    documents = [[[*range(3, 3 + n), 0] for n in lengths] for lengths in ([9, 16], [31], [20, 5])]
+    columns = {"tokens": f"ndarray:uint16:{LENGTH + 1}", "starts": f"ndarray:uint8:{LENGTH // 8 + 1}"}
+    rows = [list(itertools.chain(*row)) for row in documents]
+    with MDSWriter(columns=columns | {"padding": "uint32"}, out=str(tmp_path / "mds" / "val")) as out:
+        for row, tokens in zip(documents, rows, strict=True):
+            ends = list(itertools.accumulate(map(len, row), initial=0))
+            starts, padding = np.zeros(LENGTH + 1, bool), LENGTH + 1 - len(tokens)
+            starts[ends[: -1 if padding == 0 else None]] = True
+            padded = np.array(tokens + [0] * padding, np.uint16)
+            out.write({"tokens": padded, "starts": np.packbits(starts), "padding": np.uint32(padding)})
+    figures = evaluated(folder, tmp_path / "mds", tmp_path, *mask, "--batch-size", 2)
+    if mask:
+        loss, count, _ = documents_alone(model, rows)
+    else:
+        count = sum(len(row) - 1 for row in rows)
+        loss = sum(plain_loss(model, row, 1, len(row) - 1) * (len(row) - 1) for row in rows) / count
+    assert figures["tokens"] == count < 3 * LENGTH
+    assert figures["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_splits_models_and_types(folder, data, tokenizer, tmp_path):
