@@ -22,19 +22,14 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_depthattn.estimate.paper import TITLES as OF_METHODS
 from megatron_depthattn.evaluation import auto_batch_size
 from megatron_depthattn.hf.quietly import one_line
 
 METRIC = "acc"
 FEWSHOT_SEED = 1234  # the harness's own
 SAME_SIZE = 0.03  # parameters may differ by so much from a published size's: a cross-layer method adds up to 1.1 %
-TITLES = {
-    "vanilla": "vanilla",
-    "depth_attention": "Depth-Attention",
-    "denseformer": "DenseFormer",
-    "attnres": "AttnRes",
-    "mhc": "mHC",
-}
+TITLES = {"vanilla": "vanilla"} | OF_METHODS
 VERSIONS = ("megatron-depthattn", "lm-eval", "datasets", "transformers", "torch")
 MISSING = "-"
 _OTHER_COLUMNS = ("size", "method", "perplexity")

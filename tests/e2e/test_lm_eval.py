@@ -241,7 +241,7 @@ def test_the_paper_row_is_that_of_the_method_and_size():
 
     assert names(1_343_774_208, "depth_attention") == ["paper: 1.5B Depth-Attention"]
     assert names(2_747_998_208 + 48 * 2 * 24 * 4 * 2048, "mhc") == ["paper: 3B mHC"]  # with its connectors
-    assert names(426_000_000, "attnres") == ["paper: 1.5B AttnRes", "paper: 3B AttnRes"]
+    assert names(426_000_000, "attnres") == [f"paper: {size} Attention Residuals" for size in ("1.5B", "3B")]
     some = suites.load_suite(TASKS / "paper.yaml", ["PIQA", "race"])
     (row,) = suites.comparable(some, 1_343_774_208, "vanilla")
     assert row["mean"] == {0: pytest.approx((68.61 + 33.11) / 2)} and row["acc"] == {0: {"piqa": 68.61, "race": 33.11}}

@@ -545,6 +545,7 @@ def test_overlays_load_and_validate(name, overlay):
     plain = load_config(CONFIGS / f"{name}.yaml", ["data.path=shards", "precision.dtype=fp32"])
     config = load_config(CONFIGS / f"{name}.yaml", [str(overlay), "data.path=shards"])
     assert to_dict(config) != to_dict(plain), "the overlay changes nothing"
+    assert overlay.parent.name != "methods" or config.model.effective_method == overlay.stem
     assert validate(config, 64).data_parallel_size >= 8
 
 

@@ -1,4 +1,4 @@
-"""What layers publish to each other: gradients of detached parts come back once, in order, and nothing stays."""
+"""What layers publish to each other: what is not in order, and that nothing stays. Gradients: tests/parallel."""
 
 import re
 import weakref
@@ -14,14 +14,10 @@ def leaf(seed: int) -> Tensor:
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
-def maker(x: Tensor, state: MicrobatchState, detach: bool) -> Tensor:
+def maker(x: Tensor, state: MicrobatchState) -> Tensor:
     """A piece of a model that leaves a part, uses it itself, and returns a hidden state."""
     part = x.sin()
-    hidden = part * x
-    if detach:
-        return state.detach_for_reuse({"part": part}, hidden)
-    state.publish({"part": part})
-    return hidden
+    return state.detach_for_reuse({"part": part}, part * x)
 
 
 def reader(hidden: Tensor, state: MicrobatchState) -> Tensor:
@@ -38,7 +34,7 @@ def test_a_shared_part_is_the_same_memory_and_cut_off():
 
 def test_backward_in_the_wrong_order_is_an_error():
     state = MicrobatchState()
-    hidden = maker(leaf(3), state, detach=True)
+    hidden = maker(leaf(3), state)
     reader(hidden.detach().requires_grad_(), state)
     with pytest.raises(RuntimeError, match="the backward pass that made part ran before that of any layer"):
         hidden.sum().backward()
@@ -47,7 +43,7 @@ def test_backward_in_the_wrong_order_is_an_error():
 def test_what_is_left_over_is_an_error():
     state = MicrobatchState()
     state.assert_empty()
-    maker(leaf(4), state, detach=True)
+    maker(leaf(4), state)
     state.publish({"other": leaf(5)})
     with pytest.raises(RuntimeError, match=re.escape("other, part were left over when their micro-batch was done")):
         state.assert_empty()
@@ -62,7 +58,7 @@ def test_a_part_that_nobody_left_is_named():
 
 def test_dropped_parts_are_gone_and_shared_ones_stay_until_they_are_collected():
     state = MicrobatchState()
-    hidden = maker(leaf(7), state, detach=True)
+    hidden = maker(leaf(7), state)
     state.publish({"a": leaf(8), "b": leaf(9)})
     state.keep_only(["b"])
     with pytest.raises(LookupError, match="a is read"):

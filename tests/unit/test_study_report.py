@@ -305,8 +305,6 @@ ERRORS = {
         lambda f: edit(f, "fit.json", lambda c: c["multipliers"]["mhc"].update(verdict="better")),
         "fit.json is of an earlier version: run `fit` again",
     ),
-    "another study": (lambda f: edit(f, "plan.json", lambda c: c["points"].pop(0)), "from other results"),
-    "another baseline": (lambda f: edit(f, "fit.json", lambda c: c.update(baseline="mhc")), "from other results"),
     "an older fit": (lambda f: edit(f, "results.json", other_loss), "from other results"),
     "one more in the fit": (
         lambda f: edit(f, "results.json", lambda c: c["results"][20].update(loss=None)),

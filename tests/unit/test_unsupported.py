@@ -104,11 +104,6 @@ def test_every_check(method):
     [
         ({"method": "mhc", "method_settings": {"streams": 2}}, "model.mhc has no setting streams: mHC has num_streams"),
         ({"method": "dense"}, "method is 'dense'; the methods are ['depth_attention', 'vanilla', 'denseformer',"),
-        (
-            {"method": "denseformer", "method_settings": {"period": 0}},
-            "model.denseformer.period is 0; it counts",
-        ),
-        ({"method": "attnres", "method_settings": {"block_size": 0}}, "model.attnres.block_size is 0; it counts"),
         ({"method": "mhc", "method_settings": {"num_streams": 1}}, "model.mhc.num_streams is 1; with one stream"),
     ],
 )
