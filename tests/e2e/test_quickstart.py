@@ -1,5 +1,6 @@
 """``make quickstart``, its own commands and its own config, with data and run directory elsewhere."""
 
+import importlib
 import json
 import shlex
 import subprocess
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import REPOSITORY, must_succeed, run
-from tests.forked import forked
 
 
 def commands_of_quickstart() -> list[list[str]]:
@@ -32,7 +32,8 @@ def with_this_interpreter(command: list[str]) -> list[str]:
 
 
 @pytest.mark.timeout(1200)
-def test_quickstart_learns_and_exports(tmp_path: Path):
+@pytest.mark.usefixtures("megatron_world_of_one")
+def test_quickstart_learns_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     prepare, train, *on_its_folder = commands_of_quickstart()
     data, run_dir = tmp_path / "data", tmp_path / "run"
     prepare[prepare.index("data/quickstart")] = str(data)
@@ -50,9 +51,11 @@ def test_quickstart_learns_and_exports(tmp_path: Path):
     assert first - losses[-1] >= 1.2
 
     def on_run(command: list[str]) -> str:
-        """A tool's output."""
+        """A tool's output, run in this process."""
         _, tool, *arguments = (word.replace("runs/quickstart", str(run_dir)) for word in command)
-        return must_succeed(forked(0, tool.replace("/", ".").removesuffix(".py"), *arguments)).stdout
+        capsys.readouterr()
+        assert importlib.import_module(tool.replace("/", ".").removesuffix(".py")).main(arguments) == 0
+        return capsys.readouterr().out
 
     export, verify, generate = on_its_folder
     on_run(export)
