@@ -31,6 +31,7 @@ from megatron_depthattn.train.data import GlobalBatches
 from megatron_depthattn.train.engine import MegatronEngine
 from megatron_depthattn.train.reporter import SampleLog
 from tests.e2e.odd_worlds import free_port, wait
+from tests.e2e.small_run import pad_corpus
 
 SECONDS = 60
 PIPELINE = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
@@ -47,7 +48,7 @@ class Case:
     exits: bool = False
     """Whether a rank ends as the command does, with exit handlers, which takes longer."""
     kept: tuple[str, ...] = ()
-    """Settings of all its starts; CORPUS stands for the run's data."""
+    """Settings of all its starts; CORPUS stands for the run's data, PADDED for one with documents and padding."""
     again: bool = False
     """Whether the run is started once more, undisturbed and in one process."""
 
@@ -144,9 +145,12 @@ SETTINGS = ("checkpoint.load=latest", "preflight.enabled=false", "checkpoint.asy
 SETTINGS += ("train.micro_batch_size=4", "data.num_workers=1")
 SETTINGS += ("train.steps=4", "train.eval_interval=2", f"train.eval_batches={BATCHES}")
 WANDB = ("log.wandb.project=stops", "log.wandb.mode=offline")
+DOCUMENTS = ("data.path=PADDED", "data.document_mask=true")
 CASES = {
     "undisturbed": Case(),
     "step": Case(in_a_step, again=True),
+    "undisturbed documents": Case(kept=DOCUMENTS),
+    "documents": Case(in_a_step, again=True, kept=DOCUMENTS),
     "first evaluation": Case(in_an_evaluation(BATCHES)),
     "evaluation": Case(in_an_evaluation(BATCHES + 2), PIPELINE, ranks=2, again=True, kept=WANDB),
     "last evaluation": Case(in_an_evaluation(5 * BATCHES + 1), kept=("data.held_out={same: CORPUS}",), again=True),
@@ -159,10 +163,12 @@ CASES = {
 
 def main(work: Path, config: str) -> None:
     gc.freeze()  # a rank's collections need not look at, and copy, what it was forked with
+    corpus, padded = load_config(config).data.path, str(work / "padded")
+    pad_corpus(Path(corpus), Path(padded))
     for name, case in CASES.items():
         folder = work / name
         folder.mkdir()
-        kept = [text.replace("CORPUS", load_config(config).data.path) for text in case.kept]
+        kept = [text.replace("CORPUS", corpus).replace("PADDED", padded) for text in case.kept]
         arguments = [config, f"run.dir={folder / 'run'}", *SETTINGS, *kept]
         results = [start_and_wait(folder, [*arguments, *case.settings], case)]
         shutil.copy(folder / "run/metrics.jsonl", folder) if (folder / "run/metrics.jsonl").exists() else None

@@ -13,7 +13,7 @@ from tests.e2e.commands import must_succeed, python
 from tests.e2e.small_run import train
 from tests.wandb_files import history as wandb_history
 
-SAME = ("step", "loss", "grad_norm", "lr", "tokens", "samples", "skipped_steps")
+SAME = ("step", "loss", "grad_norm", "lr", "tokens", "predicted_tokens", "samples", "skipped_steps")
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -90,12 +90,12 @@ def test_a_stop_is_obeyed_where_the_run_is(stopped: Path, name: str, signal: str
         assert said.count(f"/step_{saved:08d}: ") == 1
 
 
-@pytest.mark.parametrize("name", ["step", "evaluation", "last evaluation"])
+@pytest.mark.parametrize("name", ["step", "documents", "evaluation", "last evaluation"])
 def test_the_same_command_continues_as_if_nothing_had_happened(stopped: Path, name: str):
     """Nothing that was read ahead is missing, no held-out loss that a stop has cut off."""
     _, again = starts(stopped / name)
     assert again["codes"] == [0]
-    expected = records(stopped / "undisturbed/run")
+    expected = records(stopped / ("undisturbed documents/run" if name == "documents" else "undisturbed/run"))
     assert len(expected) == 4
     for ours, theirs in zip(records(stopped / name / "run"), expected, strict=True):
         is_exact = name != "evaluation"  # which ran in a pipeline until the stop
@@ -108,6 +108,10 @@ def test_the_same_command_continues_as_if_nothing_had_happened(stopped: Path, na
         rows = [(row["step"], row["loss"], row.get("eval_loss")) for row in wandb_history(file)]
         ours = records(stopped / name / "run")
         assert rows == [(record["step"], record["loss"], record["eval_loss"]) for record in ours]
+    if name == "documents":
+        assert "documents: from the borders in the samples" in again["output"][0]
+        assert len({record["predicted_tokens"] for record in expected}) == 4
+        assert all(0 < record["predicted_tokens"] < 8 * 32 * 2 // 3 for record in expected)
     if name == "last evaluation":  # which ended in the second split, of the same text
         *_, last = records(stopped / name / "run")
         assert last["held_out"] == {"same": last["eval_loss"]}

@@ -35,6 +35,7 @@ CASES = [
     ("precision.fp8=tensorwise precision.bf16_last_layers=5 parallel.pipeline=2", "set precision.bf16_last_layers=4"),
     ("precision.fp8=mxfp8 precision.fp8_params=true", "set precision.fp8_params=false"),
     ("precision.fp8=blockwise precision.fp8_attention=true", "precision.fp8_attention=false, or precision.fp8=delayed"),
+    ("precision.fp8=delayed precision.fp8_attention=true data.document_mask=true", "or data.document_mask=false"),
     ("precision.fp8=mxfp8 precision.fp8_attention=true", "for mxfp8 as of 0.19 only, so core attention may"),
     (
         "precision.fp8=delayed precision.fp8_attention=true recompute.granularity=selective",

@@ -1,14 +1,15 @@
 """A training step's norm, clipping, optimizer and collectives are those of others."""
 
 from collections.abc import Sequence
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_depthattn.train import step
+from megatron_depthattn.config import RunConfig, TrainConfig
+from megatron_depthattn.train import loop, step
 from megatron_depthattn.train.build import build_model, build_optimizer, torch_adams
 from tests.unit.test_trained_methods import SHAPE, config_of
 
@@ -97,6 +98,14 @@ def test_a_global_batch_without_a_token_to_predict_is_one_error_and_no_nan():
     assert step.evaluate(run.chunks, masked, SHAPE) == (pytest.approx(float(losses[0, 3]), rel=1e-6), 1)
     result = step.train_step(run.chunks, run.optimizer, masked, SHAPE)
     assert (result.loss, result.tokens, result.skipped) == (pytest.approx(float(losses[0, 3]), rel=1e-6), 1, False)
+
+
+def test_a_held_out_loss_is_one_over_all_its_tokens():
+    found = iter([step.BatchLoss(1.0, 10), step.BatchLoss(3.0, 30)])
+    batches = MagicMock(corpus=range(64))
+    run = MagicMock(config=RunConfig(train=TrainConfig(eval_batches=2, global_batch_size=32)))
+    run.engine.loss = lambda _: next(found)
+    assert loop.Training._held_out_loss(run, batches) == (1.0 * 10 + 3.0 * 30) / 40
 
 
 def run_copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
