@@ -106,7 +106,10 @@ def _transformer_engine_spec(config: DepthAttentionConfig) -> ModuleSpec:
             "the TransformerEngine layer spec was asked for, but transformer_engine cannot be imported here "
             f"({error}). pip install --no-build-isolation 'transformer-engine[pytorch]', or set model.spec=local."
         ) from error
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    if config.document_mask and config.context_parallel_size > 1:
+        spec.submodules.self_attention.submodules.core_attention = SDPAttention
+    return spec
 
 
 def _final_norm(backend: str) -> Any:

@@ -64,6 +64,10 @@ class DepthAttentionConfig(TransformerConfig):
     """Times the stack of layers is run with the same weights (loops.py). Megatron's ``num_layers`` counts effective
     layers, those of all loops; the first ``num_layers / num_loops`` hold the weights."""
 
+    document_mask: bool = False
+    """Rows hold documents that do not see each other. Under context parallel TransformerEngine's layers then have the
+    core attention of the local ones: its own ring wants every document padded to a multiple of twice the ranks."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_loops()

@@ -71,6 +71,7 @@ def transformer_config(config: RunConfig, *, only_counted: bool = False) -> Dept
         pipeline_model_parallel_layout=parallel.pipeline_layout or None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
+        document_mask=config.data.document_mask,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=config.precision.dtype == "bf16",

@@ -96,7 +96,7 @@ def error(result: dict[str, Any]) -> float:
 
 @by_name(ROUNDED)
 def test_no_farther_from_fp32_than_one_process(worlds, job):
-    result, alone = worlds.result(job), worlds.result(job.alone)
+    result, alone = worlds.result(job), worlds.result(job.in_one_process)
     assert worst_loss_error(result["losses"], alone["losses"]) < 3e-3
     assert error(result) < ROUNDING * error(alone)
     is_in_order = job.recompute == "none" or (job.recompute == "uniform1" and job.method != "attnres")
@@ -107,7 +107,7 @@ def test_no_farther_from_fp32_than_one_process(worlds, job):
 @by_name([job for job in ROUNDED if job.recipe == DELAYED])
 def test_scales_are_those_of_one_process_on_every_rank(worlds, job):
     """Weights' to the last bit; those of inputs and gradients follow from the largest entry of any rank."""
-    everyones, alone = worlds.result(job)["scales"], worlds.result(job.alone)["scales"][0]
+    everyones, alone = worlds.result(job)["scales"], worlds.result(job.in_one_process)["scales"][0]
     assert set().union(*everyones) == alone.keys()
     for layer, scales in ((layer, scales) for mine in everyones for layer, scales in mine.items()):
         assert all(mine.get(layer, scales) == scales for mine in everyones), layer
@@ -127,12 +127,12 @@ def test_an_infinite_attention_is_a_finite_step_in_fp8(worlds, job):
 def test_control_a_mistake_shows_in_scales_or_errors(worlds, job):
     result = worlds.result(job)
     if job.sabotage == "dtypes_gathered_together":  # after the first step
-        assert worst_loss_error(result["losses"], worlds.result(job.alone)["losses"]) > 0.01
+        assert worst_loss_error(result["losses"], worlds.result(job.in_one_process)["losses"]) > 0.01
     elif job.recipe == DELAYED:
         first, second = result["scales"]
         assert first.keys() == second.keys() and all(first[layer] != second[layer] for layer in first)
     else:
-        assert error(result) > 1.5 * ROUNDING * error(worlds.result(job.alone))
+        assert error(result) > 1.5 * ROUNDING * error(worlds.result(job.in_one_process))
 
 
 @by_name([job for job in ROUNDED if job.recipe == DELAYED])

@@ -38,11 +38,11 @@ class Job(cases.Job):
 
     @property
     def reference(self) -> Job:
-        kept = {name: getattr(self, name) for name in ("method", "loops", "unrolled")}
-        return Job(layout="single", spec="local", **kept)
+        kept = {name: getattr(self, name) for name in ("method", "loops", "unrolled", "documents")}
+        return Job(layout="single", spec="local", alone=bool(self.documents), **kept)
 
     @property
-    def alone(self) -> Job:
+    def in_one_process(self) -> Job:
         """The same in one process, without recompute."""
         return dataclasses.replace(self, layout="single", recompute="none", steps=2, save=False, sabotage="")
 
@@ -81,11 +81,22 @@ PARITY = [
     *(Job(layout="tp2+sp", method=method, steps=1) for method in ("vanilla", *cases.METHODS)),
     Job(layout="pp2xvpp2", method="denseformer", recompute="uniform1", steps=1),
     Job(layout="pp2", method="attnres", steps=1),
+    *(
+        Job(layout=layout, documents="mask", recompute=recompute, steps=1)
+        for layout, recompute in (
+            *(("single", "uniform1"), ("dp2", "none"), ("tp2+sp", "none"), ("pp2xvpp2", "uniform1")),
+            *(("cp2", "uniform1"), ("pp2", "none")),
+        )
+    ),
+    *(Job(layout="cp2", documents="mask", method=method, steps=1) for method in ("vanilla", "attnres")),
 ]
+"""Documents are compared with each alone."""
 ROUNDED = [
     *(Job(layout=layout, precision=BF16, steps=1) for layout in ("tp2+sp", "pp2")),
     *(Job(layout=layout, precision=DELAYED) for layout in ("dp2", "pp2xvpp2")),
     Job(layout="single", precision=DELAYED, recompute="uniform2", steps=1),
+    Job(layout="tp2+sp", precision=DELAYED, documents="mask", steps=1),
+    Job(layout="cp2", precision=DELAYED, documents="mask", steps=1),
     Job(layout="pp2xvpp2", precision=DELAYED, recompute="uniform1", steps=1),
     Job(layout="dp2", precision=f"{TENSORWISE}+params", save=True),
     Job(layout="pp2xvpp2", loops=2, precision=DELAYED, save=True),
@@ -102,6 +113,7 @@ CONTROLS = [
     Job(layout="pp2xvpp2", steps=1, recompute="uniform1", sabotage="shared_gradient_dropped"),
     Job(layout="tp2+sp", steps=1, sabotage="norms_not_reduced"),
     Job(layout="pp2xvpp2", loops=2, steps=1, sabotage="later_loop_gradient_dropped"),
+    *(Job(layout=layout, documents="mask", steps=1, sabotage="border_leaks_a_token") for layout in ("pp2", "cp2")),
 ]
 ROUNDED_CONTROLS = [
     *[Job(layout="tp2+sp", precision=TENSORWISE, steps=1, sabotage="amax_of_own_positions")] * FULL,
@@ -122,4 +134,4 @@ def needs(job: Job) -> list[Job]:
     weights = Job(layout="single", spec="local", method=job.method if job.method in cases.METHODS else "vanilla")
     if job.memory:
         return [job.in_bf16]
-    return [] if job.overlap else [weights, job.reference, *[job.alone] * (job.precision != FP32)]
+    return [] if job.overlap else [weights, job.reference, *[job.in_one_process] * (job.precision != FP32)]

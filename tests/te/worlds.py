@@ -64,12 +64,13 @@ def _work(job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     weights = folder / (job.method if job.method in cases.METHODS else "vanilla")
     load_checkpoint(worker.common_weights(weights, chunks), chunks)
     optimizer, scheduler = build_optimizer(config, chunks)
+    first = worker.microbatches(0, documents=job.documents, alone=job.alone)
     if job.recipe:  # until scales have seen every tensor
-        run_microbatches(chunks, worker.microbatches(0), worker.SHAPE, forward_only=False)
+        run_microbatches(chunks, first, worker.SHAPE, forward_only=False)
         for chunk in chunks:
             chunk.zero_grad_buffer()
     with _counted_rolls() as mine:
-        loss = run_microbatches(chunks, worker.microbatches(0), worker.SHAPE, forward_only=False)
+        loss = run_microbatches(chunks, first, worker.SHAPE, forward_only=False)
     result: dict[str, Any] = {"losses": [loss], "grad_norms": [], "scales": _scales(chunks), "rolls": _gathered(mine)}
     if whole := worker.gather_gradients(chunks):
         result |= worker.compare_gradients(job, folder, *map(_local_names, whole))
