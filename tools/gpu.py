@@ -116,6 +116,7 @@ PARTS = (
     Part("memory-fp8", TE, _memory(*_TE_MODES, *_te("precision.fp8=tensorwise")), 60),
     Part("checkpoint", STEP, ("checkpoint", "--shape", "410m", "--layouts", "single", "--runs", "2"), 90),
     Part("tests-mix", (*STEP, "pytest"), ("tests/unit/test_ops.py", _MIX_TESTS), 120, is_tests=True),
+    Part("tests-documents", (*STEP, "pytest"), ("tests/gpu/test_documents.py",), 60, is_tests=True),
     Part("tests-te", (*TE, "pytest"), (_TE_TESTS,), 240, is_tests=True),
     Part("tests-graphs", (*STEP, "pytest"), ("tests/gpu/test_cuda_graph.py",), 90, is_tests=True),
     Part("op", OP, ("op", "--device", "cuda", "--runs", "20"), 60),

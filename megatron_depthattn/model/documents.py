@@ -94,7 +94,7 @@ def documents_of(cu_seqlens: Tensor, *, thd: bool, device: torch.device | str) -
         ValueError: they are no borders.
     """
     borders = _checked(cu_seqlens)
-    on_device = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
+    on_device = _sent(torch.tensor(borders, dtype=torch.int32), device)
     longest = max(end - start for start, end in pairwise(borders))
     documents = Documents(
         qkv_format="thd" if thd else "sbhd",
@@ -155,6 +155,11 @@ def _checked(cu_seqlens: Tensor) -> list[int]:
     return list(dict.fromkeys(given))
 
 
+def _sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy that the host does not wait for: of page-locked memory, if ``device`` is a GPU."""
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def _cut(borders: Sequence[int], rank: int, size: int, device: torch.device) -> Cut:
     tokens = borders[-1]
     if size > 1 and tokens % (2 * size):
@@ -172,7 +177,7 @@ def _cut(borders: Sequence[int], rank: int, size: int, device: torch.device) -> 
         positions += [torch.arange(max(start, first) - start, end - start) for start, end in touched]
     queries, keys = zip(*pieces, strict=True)
     query_borders, key_borders, where = (
-        t.to(device, non_blocking=True)
+        _sent(t, device)
         for t in (*(torch.tensor([0, *n]).cumsum(0).int() for n in (queries, keys)), torch.cat(positions))
     )
     runs = [(len(list(same)), *piece) for piece, same in groupby(pieces)]

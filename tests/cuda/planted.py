@@ -41,12 +41,10 @@ FAULTS = {
     "CPU tensor to NCCL": Planted(
         f"{STEP}:exchange", "has_gpu = torch.cuda.is_available()", "has_gpu = False", "NCCL group is given .*float64"
     ),
-    "loss sum on the CPU": Planted(
-        f"{STEP}:_share", ".double().sum(),", ".double().sum().cpu(),", "stack: expected all"
-    ),
+    "loss sum on the CPU": Planted(f"{STEP}:_share", ".double().sum()", ".double().sum().cpu()", "cat: expected all"),
     "labels left on the CPU": Planted(
         f"{DATA}:GlobalBatches.next",
-        "if name == SAMPLE_IDS",
+        "if name in ON_HOST",
         "if name != 'tokens'",
         "expected all tensors to be on the same",
     ),

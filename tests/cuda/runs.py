@@ -46,6 +46,8 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("model.depth_attention.stride=1", "model.depth_attention.op=reference", BF16),
         *("recompute.granularity=selective", "train.eval_interval=1"),
     ),
+    "documents": ("data.document_mask=true", "train.eval_interval=1"),
+    "documents bf16": ("data.document_mask=true", "train.eval_interval=1", BF16, *FULL),
     "denseformer": ("model.method=denseformer", *FULL),
     "attnres block bf16": (
         *("model.method=attnres", "model.attnres.block_size=2", BF16),

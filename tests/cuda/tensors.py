@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from tests.cuda import ledger
 from tests.cuda.ledger import RehearsalError, copied, waited
+from tests.cuda.varlen import KERNELS
 
 aten: Any = torch.ops.aten
 CPU = torch.device("cpu")
@@ -289,7 +290,8 @@ def _on_hidden(func, name, args, kwargs, flat, spec, index, wraps):
     if hidden_kwargs.get("device") is not None:
         hidden_kwargs["device"] = CPU
     with _OwnGenerator(func, hidden_kwargs, index):
-        out = func(*hidden_args, **hidden_kwargs)
+        compute = functools.partial(KERNELS[name], func) if name in KERNELS else func
+        out = compute(*hidden_args, **hidden_kwargs)
     if not wraps:
         return out
     # what an operation writes to and returns is the same object as before
