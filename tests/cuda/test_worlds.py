@@ -57,9 +57,7 @@ MESSAGE_ON_HOST = Planted(
     "return self.message_out.pack(parts).cpu()",
 )
 READ_TOO_EARLY = Planted(
-    "megatron_depthattn.train.deepspeed_engine.engine:DeepSpeedEngine.attempt",
-    'self._device.type == "cuda"',
-    "False",
+    "megatron_depthattn.train.deepspeed_engine.engine:DeepSpeedEngine.attempt", 'self._device.type == "cuda"', "False"
 )
 
 

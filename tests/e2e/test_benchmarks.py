@@ -237,7 +237,7 @@ def test_peers(tmp_path, world):
     ops = ("--ops", "lean", "reference")
     figures, page = run(tmp_path, "step", "--peers", *PEERS, *ops, "--rounds", "3", "--warm-up", "0", "--strides", "1")
     assert [*figures] == [
-        *("vanilla, in transformers", "stride 1, in transformers", "vanilla", "stride 1, lean", "stride 1, reference"),
+        *("vanilla, in transformers", "stride 1, in transformers", "vanilla", "stride 1, lean", "stride 1, reference")
     ]
     for what, bound in BOUNDS["fp32"].items():
         peer, exported = (of[what] for of in [*figures.values()][:2])

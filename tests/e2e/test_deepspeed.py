@@ -113,10 +113,7 @@ UNSUPPORTED = [
     ({"lines": ("# none",)}, "hosts names no host"),
     ({"lines": ("node0 slots=1",), "MASTER_PORT": "ssh"}, "error: MASTER_PORT=ssh is no port"),
     ({"lines": ("node0 slots=1",), "MASTER_ADDR": "-x"}, "error: MASTER_ADDR=-x is no host name"),
-    (
-        {"lines": ("-oProxyCommand=touch${IFS}x slots=1",)},
-        "hosts, line 1: '-oProxyCommand=touch${IFS}x' is no",
-    ),
+    ({"lines": ("-oProxyCommand=touch${IFS}x slots=1",)}, "hosts, line 1: '-oProxyCommand=touch${IFS}x' is no"),
     ({"lines": ("\x1b[2Jnode0",)}, "hosts, line 1: '?[2Jnode0' is no host name"),
     ({"lines": ("a@-oProxyCommand=x slots=1",)}, "hosts, line 1: 'a@-oProxyCommand=x' is no host name"),
     ({"lines": ("node[0-9],$(touch${IFS}x) slots=1",)}, "hosts, line 1: 'node[0-9],$(touch${IFS}x)' is no"),

@@ -13,10 +13,7 @@ from typing import Any
 
 import psutil
 
-from megatron_depthattn.train.step_folders import (
-    complete_folders,
-    find_damage,
-)
+from megatron_depthattn.train.step_folders import complete_folders, find_damage
 from tests.e2e.commands import REPOSITORY
 
 END_SECONDS = 150.0

@@ -8,10 +8,7 @@ import json
 import pytest
 import torch
 
-from megatron_depthattn.train.step_folders import (
-    MANIFEST,
-    step_folder,
-)
+from megatron_depthattn.train.step_folders import MANIFEST, step_folder
 from tests.checkpoints import stored
 from tests.parallel.cases import (
     AGREEMENT,

@@ -19,12 +19,7 @@ from megatron_depthattn.convert.to_hf import export
 from megatron_depthattn.data.tokenizer import train_bpe
 from megatron_depthattn.hf.loading import load_causal_lm
 from megatron_depthattn.hf.weights_folder import HFFolder
-from tests.checkpoints import (
-    HIDDEN,
-    make,
-    tensors_of,
-    write_checkpoint,
-)
+from tests.checkpoints import HIDDEN, make, tensors_of, write_checkpoint
 
 
 def damaged(made: SimpleNamespace, change: dict) -> MegatronCheckpoint:

@@ -55,15 +55,7 @@ def test_a_restart_loop_is_rejected(tmp_path):
         ([START] * 2, 100, "v"),
         ([START] * 5, 150, "v"),  # a checkpoint was reached
         ([START] * 5, 100, "changed"),  # somebody did something about it
-        (
-            [
-                START,
-                ("start", 50, "v", 1, "latest"),
-                *[START] * 2,
-            ],
-            100,
-            "v",
-        ),
+        ([START, ("start", 50, "v", 1, "latest"), *[START] * 2], 100, "v"),
         ([*[START] * 5, ("end", 100, "stop_after")], 100, "v"),
         ([START, ("end", 100, "signal")] * 5, 100, "v"),  # stopped before a step was trained, which says nothing
     ],

@@ -6,10 +6,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_depthattn.model.gpt import build_gpt_model, qwen3_style_config
-from megatron_depthattn.model.initialization import (
-    globally_named_parameters,
-    initialize_weights,
-)
+from megatron_depthattn.model.initialization import globally_named_parameters, initialize_weights
 
 pytestmark = pytest.mark.usefixtures("megatron_world_of_one")
 

@@ -292,11 +292,7 @@ def test_the_opening_lines_tell_of_loops():
             "Set virtual_pipeline_model_parallel_size to 4 or a multiple of it, num_layers to a multiple of 8",
         ),
         (
-            {
-                "num_loops": 2,
-                "pipeline_model_parallel_size": 2,
-                "pipeline_model_parallel_layout": "Ett|tt|t|tttL",
-            },
+            {"num_loops": 2, "pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ett|tt|t|tttL"},
             "or an uneven layout that repeats itself with every loop",
         ),
     ],

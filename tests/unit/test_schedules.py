@@ -164,10 +164,7 @@ def test_the_log_names_the_schedule():
         assert schedule_lines(config_of(keys)) == [f"schedule: {line}"]
     counted = "schedule: constant, lr 0.01 after {} samples (with train.batch_ramp it counts samples)"
     ramp = "batch ramp: 2 sequences a step, 2 more at a time over 8 samples, {} on"
-    for steps, *found in (
-        (12, "16 of 62", "6 from step 4"),
-        (3, "2 of 8", "4 from step 3"),
-    ):
+    for steps, *found in ((12, "16 of 62", "6 from step 4"), (3, "2 of 8", "4 from step 3")):
         config = config_of(f"schedule=constant warmup_ratio=0.25 batch_ramp=[2,2,8] steps={steps}")
         early = " (the run ends before 6)" * (steps == 3)
         assert schedule_lines(config) == [counted.format(found[0]), ramp.format(found[1]) + early]

@@ -70,11 +70,7 @@ def test_the_ladder_turns_width_with_depth():
 
 def test_batch_and_rate_follow_their_powers():
     ladder = Ladder(layers=[4], reference_size=1e6, reference_batch=16, reference_lr=3e-3)
-    assert ladder.recipe(1e6) == {
-        "train.global_batch_size": 16,
-        "train.micro_batch_size": 16,
-        "optimizer.lr": 3e-3,
-    }
+    assert ladder.recipe(1e6) == {"train.global_batch_size": 16, "train.micro_batch_size": 16, "optimizer.lr": 3e-3}
     larger = ladder.recipe(8e6)
     assert larger["train.global_batch_size"] == 64, "8^(2/3) = 4 times"
     assert larger["optimizer.lr"] == 1.5e-3, "8^(1/3) = 2 times less"

@@ -59,8 +59,7 @@ def test_export_is_verified(method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "key", "other"),
-    [("depth_attention", "mixes", "value"), ("depth_attention", "weights", "uniform")],
+    ("method", "key", "other"), [("depth_attention", "mixes", "value"), ("depth_attention", "weights", "uniform")]
 )
 def test_control_verification_sees_another_setting(method, key, other, tmp_path):
     """The same weights in another ablation."""
