@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_depthattn.model.documents import documents_of as documents_of
     from megatron_depthattn.model.gpt import DepthGPTModel as DepthGPTModel
     from megatron_depthattn.model.gpt import qwen3_style_config as qwen3_style_config
     from megatron_depthattn.model.layer_specs import depth_attention_block_spec as depth_attention_block_spec
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "DepthAttentionConfig": "transformer_config",
     "DepthGPTModel": "gpt",
+    "documents_of": "documents",
     "depth_attention_block_spec": "layer_specs",
     "depth_attention_layer_spec": "layer_specs",
     "qwen3_style_config": "gpt",

@@ -144,6 +144,10 @@ def test_step(tmp_path, world, monkeypatch):
     assert own["interval"][0] <= own["ratio"] <= own["interval"][1]
     assert own["tokens_per_second"] == pytest.approx(16 / sorted(own["seconds"])[1])
     assert own["mfu"] is None and "cut in depth" in page
+    figures, _ = run(tmp_path, "step", *TINY, "--documents", "5", "16", *more)
+    assert [*figures] == ["whole sequences", "documents of 5 tokens", "documents of 16 tokens"]
+    assert all(len(of["seconds"]) == 3 for of in figures.values())
+    assert benchmark.main(["step", "--documents", "0", *TINY]) == 1
 
     calls, real = [], Model.gradients
 
@@ -363,6 +367,10 @@ def test_memory(tmp_path, world):
         assert of["allocated_above_vanilla"] is None  # no GPU
     chosen = (*TINY, "model.depth_attention.op=reference")
     assert [*run(tmp_path, "memory", *chosen, "--recompute", "none")[0]] == ["stride 1, reference, none"]
+    figures, _ = run(tmp_path, "memory", *TINY[:-1], "--documents", "24", "--lengths", "256", "512")
+    (whole, own, masked), (longer, twice, square) = ([way["saved"] for way in of.values()] for of in figures.values())
+    assert 1.9 < longer / whole < 2.01 and 1.9 < twice / own < 2.01
+    assert square - longer > 3 * (masked - whole)
 
 
 PRECISIONS = (
