@@ -55,10 +55,10 @@ def _write_corpus(folder: Path, given: argparse.Namespace) -> Corpus:
     import numpy as np
 
     from megatron_depthattn.data.corpus import Corpus
-    from megatron_depthattn.data.pack import SplitWriter
+    from megatron_depthattn.data.pack import Packing, SplitWriter
 
     random = np.random.default_rng(0)
-    writer = SplitWriter(folder / "train", given.sequence_length, "uint16")
+    writer = SplitWriter(folder / "train", Packing(given.sequence_length), np.zeros(1, np.uint16))
     total = given.samples * given.sequence_length + 1
     for first in range(0, total, TOKENS_WRITTEN_AT_A_TIME):
         # Of a skewed distribution, as tokens are: uniform ones would not compress at all.

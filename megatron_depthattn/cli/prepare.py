@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_depthattn.cli.common import new_parser, run
 from megatron_depthattn.paths import user_path
@@ -59,6 +59,7 @@ def summary(output: Path, prepared: Prepared) -> str:
             f"({count['dropped_tail_tokens']:,} tokens dropped, "
             f"{count['documents_with_replaced_utf8']:,} documents with invalid UTF-8 replaced)"
         )
+        lines += _packed(count, manifest)
     formats = manifest["sources"]["formats"].items()
     read = ", ".join(f"{of['files']:,} {name} ({of['bytes'] / 1e6:.1f} MB)" for name, of in formats)
     counts = {name.removesuffix("_skipped").replace("_", " "): n for name, n in manifest["skipped"].items()}
@@ -66,10 +67,26 @@ def summary(output: Path, prepared: Prepared) -> str:
     lines += [f"  files      {read}", f"  skipped    {skipped}"]
     if not prepared.already_prepared:
         lines.append(f"  took       {prepared.seconds:.1f} s, {prepared.new_tokens / prepared.seconds:,.0f} tokens/s")
-    asked, train = manifest["settings"].get("max_tokens"), manifest["splits"]["train"]["tokens"] - 1
+    asked, train = manifest["settings"].get("max_tokens"), manifest["splits"]["train"]
+    is_best_fit = manifest["settings"].get("pack") == "best-fit"
+    train = train["predicted_within_documents"] if is_best_fit else train["tokens"] - 1
     if asked and train < asked:
         lines.append(f"  train has {train:,} tokens to predict, --max-tokens asks for {asked:,}")
     return "\n".join(lines)
+
+
+def _packed(count: Mapping[str, int], manifest: Mapping[str, Any]) -> list[str]:
+    """What became of the documents of a split; nothing for a manifest of format 3."""
+    if "cut_documents" not in count:
+        return []
+    share = count["padding_tokens"] / max(1, count["samples"] * (manifest["sequence_length"] + 1))
+    line = f"{manifest['settings']['pack']}: {share:.2%} padding, {count['cut_documents']:,} documents cut "
+    line += f"({count['cut_documents'] / max(1, count['documents']):.1%})"
+    if manifest["settings"].get("truncate"):
+        line += f", {count['truncated_documents']:,} truncated ({count['truncated_tokens']:,} tokens)"
+    if manifest["settings"].get("min_tokens"):
+        line += f", {count['documents_below_min_tokens']:,} left out as too short"
+    return [f"  {'':<10} {line}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +109,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer", required=True, type=os.path.expanduser, metavar="DIR_OR_FILE", help=tokenizer)
     add("--sequence-length", type=int, required=True, metavar="N", help="tokens a model sees at a time")
     add("--output", type=user_path, required=True, metavar="DIR", help="folder to write; data.path takes it")
+    packs = (
+        "how documents become samples: one after the other (concat, the default), or whole ones and padding where they "
+        "leave room (best-fit)"
+    )
+    truncate = "keep only the first T tokens of a longer document (default T: as many as a sample has, N + 1)"
+    add("--pack", choices=("concat", "best-fit"), default="concat", help=packs)
+    add("--truncate", type=int, nargs="?", const=0, metavar="T", help=truncate)
+    add("--min-tokens", type=int, metavar="N", help="leave out documents of fewer tokens, EOS counted")
     add("--validation-fraction", type=float, default=0.01, metavar="F", help="of documents, for val (default 0.01)")
     add("--split", metavar="NAME", help="split of the hf: inputs (default train)")
     add("--revision", metavar="REV", help="commit, branch or tag of inputs on the Hub (default: the newest commit)")
@@ -106,7 +131,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="stop once train has N tokens to predict, N / sequence length samples",
     )
     add("--overwrite", action="store_true", help=overwrite)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.truncate == 0:
+        given.truncate = given.sequence_length + 1
+    return given
 
 
 def _prepare(given: argparse.Namespace) -> None:

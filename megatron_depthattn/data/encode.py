@@ -75,7 +75,7 @@ class Counts:
     """What is counted of documents."""
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
-    """Per split: documents, documents_with_replaced_utf8, bytes, tokens."""
+    """Per split: documents, documents_with_replaced_utf8, bytes; of what is merged also the writer's counts."""
     skipped: Counter[str] = field(default_factory=Counter)
     """By the manifest's names."""
     first_damage: str = ""
@@ -185,18 +185,18 @@ def encode(
     encoder: Encoder,
     recipe: Recipe,
     max_bytes: int | None = None,
-    max_train_tokens: int = sys.maxsize,
+    max_train_documents: int | None = None,
 ) -> Encoded:
     """Tokens and counts; stops after `max_bytes` of documents, the last one cut at a character and ended.
 
-    Stops after `max_train_tokens` of the train split too, the last document cut there; its bytes count as a whole.
+    Stops after `max_train_documents` of the train split too.
 
     The split of a cut document is that of the whole.
     """
     encoded = Encoded()
     tokens: dict[str, list[npt.NDArray[Any]]] = {split: [encoder.end[:0]] for split in SPLITS}
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    left, num_train = sys.maxsize if max_bytes is None else max_bytes, 0
+    left = sys.maxsize if max_bytes is None else max_bytes
     for part in parts(content, recipe, encoded):
         if len(part.data) >= left:
             data = part.data if len(part.data) == left else part.data[: character_start(part.data, left)]
@@ -208,21 +208,15 @@ def encode(
             new = _tokens(part, encoder)
             tokens[part.split] += new
             lengths[part.split].append(sum(map(len, new)))
-            num_train += lengths[part.split][-1] if part.split == "train" else 0
             encoded.begins, encoded.ends = part.is_first, part.is_last
             counts = encoded.counts[part.split]
             counts["documents"] += part.is_first
             counts["documents_with_replaced_utf8"] += part.is_first and part.is_repaired
             counts["bytes"] += len(part.data)
-        if left <= 0 or num_train >= max_train_tokens:
+        if left <= 0 or len(lengths["train"]) == max_train_documents:
             break
     encoded.tokens = {split: np.concatenate(arrays) for split, arrays in tokens.items()}
     encoded.lengths = {split: np.array(of, np.int64) for split, of in lengths.items()}
-    if num_train > max_train_tokens:
-        encoded.tokens["train"] = encoded.tokens["train"][:max_train_tokens]
-        encoded.lengths["train"][-1] -= num_train - max_train_tokens
-    for split, counts in encoded.counts.items():
-        counts["tokens"] = len(encoded.tokens[split])
     return encoded
 
 

@@ -34,9 +34,9 @@ from megatron_depthattn.data.documents import BUILTIN_STDLIB, CorpusFile, corpus
 from megatron_depthattn.data.encode import SPLITS, Encoded, Recipe, encode, parts
 from megatron_depthattn.data.encode_pool import EncodePool
 from megatron_depthattn.data.hub import HUB, HubChoice, hub_files, hub_name
-from megatron_depthattn.data.pack import SplitWriter
+from megatron_depthattn.data.pack import Packing, SplitWriter
 from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
-from megatron_depthattn.data.stream import MANIFEST_NAME
+from megatron_depthattn.data.stream import MANIFEST_NAME, PACKS
 from megatron_depthattn.data.tokenizer import Encoder, bpe_vocab, file_sha256, load_tokenizer, train_bpe
 from megatron_depthattn.data.unfinished import Merged, Unfinished, changed_settings, open_unfinished, unfinished_folder
 from megatron_depthattn.durable import fsync_path, publish_folder, recover_folder
@@ -48,10 +48,15 @@ FORMAT_VERSION = 4
 TOKENS_ALONE_VERSION = 3
 """Of corpora with the same samples, whose shards do not say where documents begin."""
 SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can cost
-RECORDED = ("sequence_length", "validation_fraction", "text_field", "max_bytes", "max_tokens")
+RECORDED = (*Packing._fields, "validation_fraction", "text_field", "max_bytes", "max_tokens")
 SOURCES_NAME = "sources.jsonl"
-SPLIT_COUNTS = ("documents", "documents_with_replaced_utf8", "bytes", "tokens", "samples", "dropped_tail_tokens")
-"""In the manifest, of each split. Dropped tokens follow the last whole sample, and are part of `tokens`."""
+SPLIT_COUNTS = (
+    *("documents", "documents_with_replaced_utf8", "bytes", "documents_below_min_tokens", "truncated_documents"),
+    *("truncated_tokens", "tokens", "samples", "cut_documents", "padding_tokens", "predicted_tokens"),
+    *("predicted_within_documents", "dropped_tail_tokens"),
+)
+"""In the manifest, of each split. `tokens` are those that --truncate and --min-tokens left of the documents; the
+dropped ones, after the last whole sample, are among them. Predicted are those that come after others in a sample."""
 SKIPPED = {kind: f"{kind}_files_skipped" for kind in ("binary", "archive", "undecodable", "special")} | {
     "dataset metadata": "dataset_metadata_files_skipped",
     "link out of the folder": "links_out_of_the_folder_skipped",
@@ -88,7 +93,14 @@ class PrepareSettings:
     max_bytes: int | None = None
     """Stop after this many bytes of documents; the last one is cut."""
     max_tokens: int | None = None
-    """Stop once the train split has this many tokens to predict: `max_tokens // sequence_length` samples."""
+    """Stop once the train split has this many tokens to predict: without padding `max_tokens // sequence_length`
+    samples. With best-fit the first token of a document is none."""
+    pack: str = "concat"
+    """How documents become samples, concat or best-fit: see `pack.py`."""
+    truncate: int | None = None
+    """Keep so many tokens of a longer document, from its beginning; None: all."""
+    min_tokens: int | None = None
+    """Leave out documents of fewer tokens, EOS counted."""
     overwrite: bool = False
     """Prepare again even if `output` holds a corpus, or unfinished work with other settings."""
 
@@ -180,6 +192,18 @@ def check_settings(settings: PrepareSettings) -> None:
         (0 <= fraction < 1, f"validation-fraction {fraction}", "set a number in [0, 1)"),
         (max_bytes is None or max_bytes >= 1, f"max-bytes {max_bytes}", "set at least 1, or leave it out"),
         (max_tokens is None or max_tokens >= length, f"max-tokens {max_tokens}", f"set at least one sample, {length}"),
+        (settings.pack in PACKS, f"pack {settings.pack}", f"set {' or '.join(PACKS)}"),
+        (settings.truncate is None or settings.truncate >= 2, f"truncate {settings.truncate}", "set at least 2"),
+        (
+            not settings.min_tokens or settings.min_tokens <= (settings.truncate or sys.maxsize),
+            f"min-tokens {settings.min_tokens}",
+            f"set no more than --truncate, {settings.truncate}, keeps",
+        ),
+        (
+            settings.min_tokens is None or settings.min_tokens >= 1,
+            f"min-tokens {settings.min_tokens}",
+            "set at least 1",
+        ),
         (hub or not settings.split, f"split {settings.split}", "it is of data sets: set --input hf:NAME"),
         (remote or not settings.revision, f"revision {settings.revision}", "local inputs have none: leave it out"),
         (workers is None or workers >= 1, f"workers {workers}", "set at least 1, or leave it out"),
@@ -231,7 +255,10 @@ def existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict
     manifest: dict[str, Any] = json.loads(file.read_text())
     stored = manifest.get("settings", {})
     if stored.get("format_version") == TOKENS_ALONE_VERSION:
-        stored = stored | {"format_version": FORMAT_VERSION}  # it trains as it did: nobody need prepare it again
+        stored = stored | {
+            "format_version": FORMAT_VERSION,
+            "pack": "concat",
+        }  # it trains as it did: nobody need prepare it again
     if changed := changed_settings(stored, record):
         by = "by another version of this tool, " if stored.get("format_version") != FORMAT_VERSION else ""
         raise ValueError(
@@ -289,7 +316,9 @@ class _Preparation:
         for split in SPLITS if self.settings.validation_fraction > 0 else SPLITS[:1]:
             state = found[1][split] if found else ()
             folder = self.unfinished.corpus / split
-            self.writers[split] = SplitWriter(folder, self.settings.sequence_length, encoder.dtype, *state)
+            packing = Packing(*(getattr(self.settings, name) for name in Packing._fields))
+            most = self.settings.max_tokens if split == "train" else None
+            self.writers[split] = SplitWriter(folder, packing, encoder.end, most, *state)
         self._save()
         self._encode_and_merge(encoder)
         return self._finish(encoder)
@@ -323,9 +352,8 @@ class _Preparation:
 
     def _encode_and_merge(self, encoder: Encoder) -> None:
         merged, limit = self.merged, self.settings.max_bytes or sys.maxsize
-        stream_limit = self.settings.max_tokens + 1 if self.settings.max_tokens else sys.maxsize
-        train = merged.counts["train"]
-        if merged.bytes >= limit or train["tokens"] >= stream_limit:  # interrupted after that
+        train = self.writers["train"]
+        if merged.bytes >= limit or train.is_full:  # interrupted after that
             return
         if merged.position != Position():
             self._report(self._where())
@@ -335,9 +363,9 @@ class _Preparation:
             with EncodePool(self.settings.workers or available_cores(), encoder, self.recipe) as pool:
                 # A unit can be one long record. A character more: one that is cut is seen to reach the limit.
                 for unit, encoded in pool.encode_in_order(units, limit + 4):
-                    tokens_left = stream_limit - train["tokens"]
-                    if merged.bytes + encoded.bytes >= limit or len(encoded.tokens["train"]) >= tokens_left:
-                        encoded = encode(unit.content, encoder, self.recipe, limit - merged.bytes, tokens_left)
+                    needed = train.documents_needed(encoded.lengths["train"], begins=encoded.begins)
+                    if merged.bytes + encoded.bytes >= limit or needed:
+                        encoded = encode(unit.content, encoder, self.recipe, limit - merged.bytes, needed)
                     self._check_damage(unit, encoded)
                     is_whole = False
                     self._merge(unit, encoded)
@@ -345,7 +373,7 @@ class _Preparation:
                     for writer in self.writers.values():
                         writer.flush()
                     self._report()
-                    if merged.bytes >= limit or train["tokens"] >= stream_limit:
+                    if merged.bytes >= limit or train.is_full:
                         return
                     if time.monotonic() - saved >= SAVE_SECONDS:
                         self._save()
@@ -367,9 +395,10 @@ class _Preparation:
     def _merge(self, unit: Unit, encoded: Encoded) -> None:
         merged = self.merged
         for split, writer in self.writers.items():
-            writer.append(encoded.tokens[split], encoded.lengths[split], begins=encoded.begins, ends=encoded.ends)
+            tokens, lengths = encoded.tokens[split], encoded.lengths[split]
+            merged.counts[split].update(writer.append(tokens, lengths, begins=encoded.begins, ends=encoded.ends))
             merged.counts[split].update(encoded.counts[split])
-            self.new_tokens += len(encoded.tokens[split])
+            self.new_tokens += len(tokens)
         for outcome in [*(Outcome(*entry) for entry in encoded.left_out), *([unit.outcome] if unit.outcome else [])]:
             merged.outcomes.append(outcome)
             merged.skipped[SKIPPED[outcome.kind]] += 1

@@ -31,7 +31,7 @@ class Samples(NamedTuple):
     """[number of samples, N + 1]"""
 
     def part(self, begin: int, end: int | None = None) -> "Samples":
-        return Samples(*(array[begin:end] for array in self))
+        return Samples(self.padding[begin:end], self.starts[begin:end], self.tokens[begin:end])
 
 
 def no_samples(sequence_length: int, dtype: str) -> Samples:
@@ -107,5 +107,5 @@ class ShardWriter:
         (staging / written).replace(self._folder / data["basename"])
         fsync_path(self._folder)
         shutil.rmtree(staging)
-        rest = Samples(*(array.copy() for array in samples.part(self._samples_per_shard)))  # no views: they keep all
-        self._state = [*shards, entry], [rest]
+        padding, starts, tokens = samples.part(self._samples_per_shard)
+        self._state = [*shards, entry], [Samples(padding.copy(), starts.copy(), tokens.copy())]  # views would keep all

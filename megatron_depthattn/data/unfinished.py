@@ -68,7 +68,7 @@ class Unfinished:
                 values["counts"] = {split: Counter(counts) for split, counts in values["counts"].items()}
                 values["skipped"] = Counter(values["skipped"])
                 values["outcomes"] = [Outcome(*outcome) for outcome in values["outcomes"]]
-                splits = {}
+                splits: dict[str, SplitState] = {}
                 for split, shards in stored["shards"].items():
                     own = {name: array for name, array in arrays.items() if name.startswith(f"{split}.")}
                     splits[split] = (shards, {name.partition(".")[2]: array for name, array in own.items()})
