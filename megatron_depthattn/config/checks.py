@@ -7,6 +7,7 @@ from the list (`tables.py`).
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_depthattn.config.layout_checks import LAYOUT, MODEL, PRECISION, RE
 from megatron_depthattn.config.pipeline import PIPELINE, chunk_layers
 from megatron_depthattn.config.schedule import SCHEDULES
 from megatron_depthattn.config.schema import RunConfig
+from megatron_depthattn.config.sizes import parse_bytes
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
 from megatron_depthattn.switches import OVERLAPS
 
@@ -60,6 +62,12 @@ def _ranges(keys: str, is_valid: Callable[[Any], bool], remedy: str) -> tuple[Ch
     return checks("ranges", *((f"{{{key} is}}; {remedy}", applies(key)) for key in keys.split()))
 
 
+def _is_size(value: int | str) -> bool:
+    with suppress(ValueError):
+        return parse_bytes(value) > 0
+    return False
+
+
 RANGES = (
     # Libraries count elements and samples with 32 bits; the names of step folders have eight digits.
     *_ranges("model.num_layers model.num_loops", lambda n: 1 <= n <= 1 << 16, "set 1 to 65536"),
@@ -77,6 +85,8 @@ RANGES = (
     ),
     *_ranges("engine.zero_stage", lambda n: 0 <= n <= 3, "set one of DeepSpeed's stages: 0, 1, 2, 3"),
     *_ranges("data.num_workers", lambda n: 0 <= n <= 1024, "set 0 to 1024"),
+    *_ranges("data.predownload", lambda n: 0 <= n <= 10**7, "set 0 to 10000000"),
+    *_ranges("data.cache_limit", _is_size, "set a number of bytes, or one with kb, mb, gb or tb, such as 200gb"),
     *_ranges("data.skip_samples", lambda n: 0 <= n <= 10**15, "set 0 to 10^15"),
     *_ranges(
         "run.seed model.depth_attention.recent_window model.init_std precision.bf16_first_layers "
@@ -246,6 +256,11 @@ DATA = checks(
         lambda c, _: c.data.streams == [],
     ),
     ("data.cache is empty; set a local folder, or null for none", lambda c, _: c.data.cache == ""),
+    (
+        "{data.cache_limit=} with data.cache=null: there is no cache that it could limit; set data.cache to a local "
+        "folder, or data.cache_limit=null",
+        lambda c, _: c.data.cache_limit is not None and c.data.cache is None,
+    ),
     ("{corpus} is empty; set the folder or URL of a prepared corpus", _corpus(lambda path, _: not path)),
     ("{stream}.proportion is {proportion}; set a number above 0", _unweighted_stream),
     (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_depthattn.config.batch_sizes import BatchSizes
+from megatron_depthattn.config.sizes import parse_bytes
 from megatron_depthattn.methods.definitions import effective_method
 
 
@@ -202,6 +203,12 @@ class DataConfig:
     whenever the val split of data.path is."""
     cache: str | None = None
     """Local folder of each node for downloaded and expanded shards; null: none, for local paths."""
+    cache_limit: int | str | None = None
+    """Size of data.cache, in bytes or as 200gb (also kb, mb, tb), beyond which the least needed shards leave it; null:
+    none do (docs/streaming.md)."""
+    predownload: int | None = None
+    """Shards of the samples that come within so many of the order are fetched before they are needed; null: with a
+    remote corpus 8 global batches or the samples of 4 shards, whichever is more, up to 65536; 0: none."""
     sequence_length: int = 256
     """Tokens of a sample that the model reads."""
     document_mask: bool = False
@@ -216,6 +223,11 @@ class DataConfig:
     read. metrics.jsonl counts what this run itself has read."""
     log_samples: bool = False
     """Write the ids of the samples of every step to <run.dir>/samples/."""
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """What data.cache_limit stands for."""
+        return None if self.cache_limit is None else parse_bytes(self.cache_limit)
 
     @property
     def sources(self) -> list[StreamConfig]:

@@ -6,10 +6,20 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_depthattn.data.order import SLOTS_PER_BLOCK, MixedSequence, Mixture, SampleIds, SampleSequence, slots_of
+from megatron_depthattn.data.order import (
+    SLOTS_PER_BLOCK,
+    Ids,
+    MixedSequence,
+    Mixture,
+    SampleIds,
+    SampleSequence,
+    slots_of,
+    window_of,
+)
 from megatron_depthattn.data.stream import MANIFEST_NAME, Sample, TokenDataset
 
 
@@ -21,7 +31,7 @@ class Corpus(Dataset[torch.Tensor]):
         proportions: the share of each in what is read, of any sum.
         split: "train" or "val".
         sequence_length: what the model will be trained with; None takes what the corpora have.
-        cache: see `TokenDataset`.
+        cache, cache_limit: see `TokenDataset`.
 
     Raises:
         ValueError: a corpus cannot be opened, or two do not fit together.
@@ -35,11 +45,13 @@ class Corpus(Dataset[torch.Tensor]):
         *,
         sequence_length: int | None = None,
         cache: str | Path | None = None,
+        cache_limit: int | None = None,
     ) -> None:
         self.slots = slots_of(proportions)
         self.streams: list[TokenDataset] = []
         for path in paths:
-            self.streams.append(TokenDataset(path, split, sequence_length=sequence_length, cache=cache))
+            stream = TokenDataset(path, split, sequence_length=sequence_length, cache=cache, cache_limit=cache_limit)
+            self.streams.append(stream)
             sequence_length = self.streams[0].sequence_length
         self.sequence_length = self.streams[0].sequence_length
         for stream in self.streams:
@@ -78,6 +90,15 @@ class Corpus(Dataset[torch.Tensor]):
         stream = bisect_right(self.offsets, index) - 1
         return self.streams[stream], index - self.offsets[stream]
 
+    def shards_of(self, ids: Ids) -> list[tuple[int, int]]:
+        """Stream and number of the shards that hold samples, in the order of the samples, each once."""
+        streams = np.searchsorted(self.offsets, ids, side="right") - 1
+        shards = np.empty_like(streams)
+        for number, stream in enumerate(self.streams):
+            here = streams == number
+            shards[here] = stream.shards_of(ids[here] - self.offsets[number])
+        return [*dict.fromkeys(zip(streams.tolist(), shards.tolist(), strict=True))]
+
     def sequence(self, *, seed: int, shuffle: bool) -> SampleIds:
         """The endless sequence of sample ids."""
         own = [
@@ -85,6 +106,16 @@ class Corpus(Dataset[torch.Tensor]):
             for number, stream in enumerate(self.streams)
         ]
         return own[0] if len(own) == 1 else MixedSequence(Mixture(self.slots, seed), own, self.offsets)
+
+    @property
+    def shuffled_bytes(self) -> int:
+        """About how many bytes of shards a shuffled run reads from at the same time."""
+        return sum(
+            sum(stream.bytes_of(shard)[0] for shard in range(len(stream.samples_per_shard)))
+            * min(stream.num_samples, window_of(stream.samples_per_shard) + int(stream.samples_per_shard.max()))
+            // stream.num_samples
+            for stream in self.streams
+        )
 
     def epochs(self, consumed_samples: int, *, seed: int) -> list[float]:
         """How many times each stream has been read after so many samples."""

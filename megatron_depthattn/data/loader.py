@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_depthattn.data.corpus import Corpus
 from megatron_depthattn.data.order import Ids, SampleIds, num_micro_batches, steps
+from megatron_depthattn.data.predownload import Predownloader
 from megatron_depthattn.data.stream import TokenDataset
 
 STEPS_AHEAD = 2
@@ -119,6 +120,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         num_workers: processes that read ahead, a step each in turn; 0 reads in the caller.
         vocab_size: what a token must be below; None: not checked.
         pin_memory: into page-locked memory, from which a copy to a GPU need not be waited for.
+        predownload: samples of all ranks, of a `Corpus`, whose shards a further process makes ahead of need.
         batch_sizes: of each step, none above ``global_batch_size``; None: always that.
         document_mask: micro-batches say where documents begin.
         layout: the keyword arguments of `batch_positions`.
@@ -139,6 +141,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         num_workers: int = 0,
         vocab_size: int | None = None,
         pin_memory: bool = False,
+        predownload: int = 0,
         batch_sizes: Iterable[int] | None = None,
         document_mask: bool = False,
         **layout: int,
@@ -153,6 +156,7 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         self._marks = _shared(shape, torch.uint8) if document_mask or samples.pads else None
         self._document_mask = document_mask
         self._asked: deque[tuple[int, Ids]] = deque()
+        self._predownloader: Predownloader | None = None
         # batch_size=None: each item of the sampler is a whole step of ids, computed in this process once and not in
         # every worker. fork: workers start at once, with the index in memory, and never touch an accelerator.
         loader: DataLoader[str | None] = DataLoader(
@@ -170,6 +174,15 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         on_child = signal.getsignal(signal.SIGCHLD)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_IGNORED, signal.SIGTERM))
         try:
+            if predownload:
+                assert isinstance(samples, Corpus)
+                self._predownloader = Predownloader(
+                    samples,
+                    ids,
+                    ahead=predownload,
+                    data_parallel_size=layout["data_parallel_size"],
+                    begin=partial(_shield_worker, os.getpid(), 0),
+                )
             self._iterator: Iterator[str | None] | None = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -182,6 +195,8 @@ class TokenLoader(Iterator[list[MicroBatch]]):
     def _ask(self, steps: Iterator[Ids]) -> Iterator[tuple[int, Ids]]:
         for number, ids in enumerate(steps):
             self._asked.append((number % len(self._slots), ids))
+            if self._predownloader:
+                self._predownloader.note(asked=ids.size)
             yield self._asked[-1]
 
     def __next__(self) -> list[MicroBatch]:
@@ -193,6 +208,8 @@ class TokenLoader(Iterator[list[MicroBatch]]):
         """
         error = self._wait()
         slot, ids = self._asked.popleft()
+        if self._predownloader:
+            self._predownloader.note(taken=ids.size)
         rows = self._slots[slot, : len(ids)].long()  # a copy: the slot is filled again
         marks = self._marks[slot, : len(ids)] if self._marks is not None else None
         if error is not None:
@@ -218,6 +235,8 @@ class TokenLoader(Iterator[list[MicroBatch]]):
     def close(self) -> None:
         """Stop the workers. Safe to call twice; `next` then raises StopIteration."""
         self._iterator = None  # DataLoader's iterator ends its workers when the last reference goes
+        if self._predownloader:
+            self._predownloader.close()
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -94,6 +94,11 @@ class EpochOrder:
         return low + uniform * (high - low), self._first_ids[i] + count
 
 
+def window_of(samples_per_shard: Ids, least: int = MIN_WINDOW) -> int:
+    """Samples over which a sample can move: one smaller than a shard would leave it unmixed with its neighbours."""
+    return max(least, 4 * int(samples_per_shard.max()))
+
+
 class SampleSequence:
     """The endless sequence of one stream's sample ids, epoch after epoch.
 
@@ -110,8 +115,7 @@ class SampleSequence:
     ) -> None:
         self.num_samples = int(samples_per_shard.sum())
         self._samples_per_shard, self._shuffle, self._key = samples_per_shard, shuffle, (seed, stream)
-        # A window smaller than a shard would leave that shard unmixed with its neighbours.
-        self._window = max(window, 4 * int(samples_per_shard.max()))
+        self._window = window_of(samples_per_shard, window)
         self._piece_key, self._piece_ids = (-1, -1), np.empty(0, np.int64)
 
     def _piece(self, epoch: int, number: int) -> Ids:

@@ -7,6 +7,7 @@ the next run or must be removed at the risk of a live one. Here files are all th
 
 - A shard appears under its name by a rename, complete, so a reader never sees a part of one.
 - One process at a time makes a shard, under a file lock. The kernel drops the lock of a process that dies.
+- A shard in a cache can leave it when no process reads it (`cache`); a reader that misses one makes it again.
 - A process hashes a shard when it first reads it. What is damaged is made again where there is an intact source,
   and is an error that names the file where there is none. What is in the corpus itself is never removed.
 
@@ -19,7 +20,8 @@ import logging
 import math
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -29,6 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
+from megatron_depthattn.data.cache import ShardCache
 from megatron_depthattn.data.shard_files import (
     MISSING,
     copy,
@@ -130,7 +133,8 @@ class TokenDataset(Dataset[torch.Tensor]):
         sequence_length: what the model will be trained with; None takes what the corpus has.
         cache: folder for downloaded and expanded shards. Needed for a URL; with a local path it holds the expanded
             shards, for a corpus in a read-only folder. Each corpus has a folder of its own in it, named by its content,
-            so that runs on different corpora can share a cache. Nothing is ever evicted.
+            so that runs on different corpora can share a cache.
+        cache_limit: bytes of all shards in the cache, beyond which those leave that are not needed soon; None: none do.
 
     Raises:
         ValueError: no such split, a damaged index, a shard missing, another sequence length, or a URL without a cache.
@@ -143,6 +147,7 @@ class TokenDataset(Dataset[torch.Tensor]):
         *,
         sequence_length: int | None = None,
         cache: str | Path | None = None,
+        cache_limit: int | None = None,
     ) -> None:
         self.path = str(path)
         if is_remote(self.path) and cache is None:
@@ -160,6 +165,7 @@ class TokenDataset(Dataset[torch.Tensor]):
         self._is_in_place = cache is None
         name = f"{Path(self.path).name}-{split}-{self.digest[:12]}"
         self._folder = Path(cache, name) if cache is not None else Path(self._origin)
+        self.cache = ShardCache(self._folder, cache_limit) if cache is not None else None
         # A local split that lacks files is an error now, rather than in the middle of the run.
         try:
             present = None if is_remote(self.path) else set(os.listdir(self._origin))
@@ -237,15 +243,43 @@ class TokenDataset(Dataset[torch.Tensor]):
         shard = self._index.shards[number]
         file = self._folder / shard.raw.name
         for _ in range(ATTEMPTS_TO_READ):
-            if number not in self._checked:
-                self._prepare(number, shard)
-                self._checked.add(number)
-            try:
-                sample = index - int(self._ends[number]) + shard.samples
-                return file, sample, self._read_from(file, sample, skip)
-            except FileNotFoundError:  # someone has emptied the cache under the run
-                self._checked.discard(number)
+            with self._in_use(shard):
+                if number not in self._checked:
+                    self._prepare(number, shard)
+                    self._checked.add(number)
+                try:
+                    sample = index - int(self._ends[number]) + shard.samples
+                    return file, sample, self._read_from(file, sample, skip)
+                except FileNotFoundError:  # it has been evicted, or someone has emptied the cache under the run
+                    self._checked.discard(number)
         raise ValueError(f"{file} disappears while it is read: set data.cache to a folder that nothing else empties")
+
+    def shards_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The number of each sample's shard."""
+        return np.searchsorted(self._ends, ids, side="right")
+
+    def place(self, shard: int) -> Path:
+        """Where a shard is read from."""
+        return self._folder / self._index.shards[shard].raw.name
+
+    def bytes_of(self, shard: int) -> tuple[int, int]:
+        """The size of a shard, and what it takes while it is made."""
+        entry = self._index.shards[shard]
+        fetched = (entry.packed or entry.raw).bytes if is_remote(self._origin) else 0
+        return entry.raw.bytes, entry.raw.bytes + fetched
+
+    def fetch(self, shard: int) -> bool:
+        """Make a shard that is not needed yet; False: another process makes it, or has this one's turn.
+
+        Raises:
+            NoRoomError: it has no room yet.
+            ValueError: as when it is read.
+        """
+        with self.cache.turn() if self.cache else nullcontext(True) as is_free:
+            return is_free and self._prepare(shard, self._index.shards[shard], is_ahead=True)
+
+    def _in_use(self, shard: ShardEntry) -> AbstractContextManager[None]:
+        return self.cache.in_use(shard.raw.name) if self.cache else nullcontext()
 
     def _read_from(self, file: Path, sample: int, skip: int) -> bytes:
         """From a shard: a count of samples, the offsets of each and of the end, a header, the samples."""
@@ -258,26 +292,30 @@ class TokenDataset(Dataset[torch.Tensor]):
             raise ValueError(f"{file} cannot be read: its sample {sample} is not {size} bytes inside the file")
         return data
 
-    def _prepare(self, number: int, shard: ShardEntry) -> None:
-        """See to it that an intact raw file is there."""
+    def _prepare(self, number: int, shard: ShardEntry, *, is_ahead: bool = False) -> bool:
+        """See to it that an intact raw file is there; only ahead of need it may not be: another process makes it."""
         file = self._folder / shard.raw.name
         if not self._is_in_place and self._folder.is_symlink():
             raise ValueError(f"{self._folder} is a link: remove it, or set data.cache to a folder of your own")
         reason = damage(file, shard.raw)
         if reason is None:
-            return
+            return True
         if shard.packed is None and self._is_in_place:
             raise ValueError(f"{file} {reason}: {AGAIN}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._folder / f".lock.{number % NUM_LOCKS}", timeout=LOCK_TIMEOUT_SECONDS)
+            lock = FileLock(
+                self._folder / f".lock.{number % NUM_LOCKS}", timeout=0 if is_ahead else LOCK_TIMEOUT_SECONDS
+            )
             with announced(str(file), lambda: f"the process that holds {lock.lock_file}", LOCK_TIMEOUT_SECONDS):
                 held = lock.acquire()
             with held:
                 reason = damage(file, shard.raw)
                 if reason is not None:  # no other process has made it meanwhile
-                    self._make(file, shard, reason)
+                    self._make(number, file, reason, is_ahead)
         except Timeout as error:
+            if is_ahead:
+                return False
             raise ValueError(
                 f"{file} could not be made: another process has held the lock {error.lock_file} for "
                 f"{LOCK_TIMEOUT_SECONDS:.0f} s; end that process, or set data.cache to another folder"
@@ -288,15 +326,19 @@ class TokenDataset(Dataset[torch.Tensor]):
                 f"{file} cannot be written ({reason}): set data.cache to a folder that is writable and has room for "
                 "the expanded shards"
             ) from error
+        return True
 
-    def _make(self, file: Path, shard: ShardEntry, reason: str) -> None:
+    def _make(self, number: int, file: Path, reason: str, is_ahead: bool) -> None:
+        shard = self._index.shards[number]
         staging, fetched = (file.with_name(f".{file.name}.{ending}") for ending in ("part", "fetched"))
         try:
             for leftover in (staging, fetched):  # of a killed process, or placed there by another user of the cache
                 remove(leftover)
-            with open(staging, "xb") as target:  # x: a new file, never through a link
-                self._write_raw(target, shard, fetched)
-            staging.replace(file)
+            with self._room(number, is_ahead) as record:
+                with open(staging, "xb") as target:  # x: a new file, never through a link
+                    self._write_raw(target, shard, fetched)
+                record(staging)
+                staging.replace(file)
         except ValueError as error:
             raise error if reason == MISSING else ValueError(f"{file} {reason}, and {error}") from error
         finally:
@@ -304,6 +346,13 @@ class TokenDataset(Dataset[torch.Tensor]):
                 remove(leftover)
         if reason != MISSING:
             logger.warning("note: %s %s; it was made again from %s", file, reason, self._origin)
+
+    def _room(self, number: int, is_ahead: bool) -> AbstractContextManager[Callable[[Path], None]]:
+        if self.cache is None:
+            return nullcontext(lambda file: None)
+        shard = self._index.shards[number]
+        origin, needed = f"{self._origin}/{(shard.packed or shard.raw).name}", self.bytes_of(number)[1]
+        return self.cache.making(shard.raw.name, needed, origin, is_ahead=is_ahead)
 
     def _write_raw(self, target: IO[bytes], shard: ShardEntry, fetched: Path) -> None:
         """Write the raw file's content, checked, from the corpus."""

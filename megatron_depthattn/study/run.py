@@ -35,7 +35,10 @@ _DECIDES_ELSEWHERE = (
     *("run.seed", "train.steps", "train.global_batch_size", "train.batch_ramp", "train.eval_batches"),
     "checkpoint.start_optimizer",
 )
-_IGNORED = ("data.path", "data.held_out", "data.cache", "data.num_workers", *(f"model.{key}" for key in MODEL_SWITCHES))
+_IGNORED = (
+    *("data.path", "data.held_out", "data.cache", "data.cache_limit", "data.predownload", "data.num_workers"),
+    *(f"model.{key}" for key in MODEL_SWITCHES),
+)
 
 
 class Progress(NamedTuple):

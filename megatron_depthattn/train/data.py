@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.config.batch_sizes import BatchSizes
+from megatron_depthattn.config.sizes import shown
+from megatron_depthattn.data.cache import FETCHES, Counts, counts
 from megatron_depthattn.data.corpus import Corpus, check_same_tokenizer
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader
+from megatron_depthattn.data.order import SampleIds
+from megatron_depthattn.data.predownload import check_limit, samples_ahead
 from megatron_depthattn.data.stream import MANIFEST_NAME, has_split
 from megatron_depthattn.parallel.groups import check_same_on_all_ranks
 from megatron_depthattn.train.errors import OtherRankError
 from megatron_depthattn.train.step import ON_HOST, Microbatch, RankStatus, exchange
 from megatron_depthattn.train.stop_signals import StopSignals
 
+logger = logging.getLogger(__name__)
+
 LOOK_SECONDS = 0.5
 """How long a rank waits for its data before it asks the others whether to stop."""
+NOTE_SECONDS = 600.0
+"""Between two lines about a cache that is too small."""
 MUCH_SMALLER = 0.75
 """A tokenizer with at most this share of model.vocab_size is worth a line."""
 
@@ -65,7 +78,12 @@ class GlobalBatches:
         self._is_training = trained_on is None
         self._seed = seed if self._is_training else 0
         self._first = data.skip_samples if self._is_training else 0
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self._reads = data.document_mask or parallel_state.get_pipeline_model_parallel_rank() in (0, stages - 1)
         self.corpus = _open_on_all_ranks(data, vocab_size, split, trained_on)
+        self._check_cache(self._first + consumed_samples, split)
+        self._counts_before = self._counts_noted = self._counts()
+        self._noted = time.monotonic()
         self._loader: TokenLoader | None = None
         self._reader: _Reader | None = None
         self.data_seconds = 0.0
@@ -76,6 +94,13 @@ class GlobalBatches:
         """One line a stream for people: its share, its samples, its epochs after so many samples and at the end."""
         begin, end = self._first + consumed_samples, self._first + last_sample
         lines = self.corpus.describe(begin, end, seed=self._seed)
+        if self._data.cache_bytes is not None and self._data.shuffle and self._is_training:
+            at_once = self.corpus.shuffled_bytes
+            if self._data.cache_bytes < at_once:
+                lines.append(
+                    f"data.cache_limit is {self._data.cache_limit}, and the shuffle reads from shards of about "
+                    f"{shown(at_once)} at the same time: many will be fetched again and again"
+                )
         if self._first:
             lines.append(f"data: the first {self._first:,} samples of the order are passed over (data.skip_samples)")
         if self._data.document_mask:
@@ -91,17 +116,50 @@ class GlobalBatches:
             )
         return lines
 
+    def cache_lines(self) -> list[str]:
+        """What has happened in this node's cache since the start, where it has a limit."""
+        now = self._counts().since(self._counts_before)
+        if self._data.cache_limit is None or not any(now):
+            return []
+        return [
+            f"data.cache of this node, by all runs since the start: {now.made} shards fetched, {now.again} of them "
+            f"again; {now.evicted} evicted, {now.too_soon} of them although they were needed soon"
+        ]
+
+    def _counts(self) -> Counts:
+        return counts(Path(self._data.cache)) if self._data.cache else Counts()
+
+    def _sequence(self) -> SampleIds:
+        return self.corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training)
+
+    def _check_cache(self, begin: int, split: str) -> None:
+        """Raise ValueError, on all ranks, if the cache is too small for them."""
+        if (limit := self._data.cache_bytes) is None:
+            return
+        hosts = [""] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname() if self._reads else "")
+        of_rank = max(self._data.num_workers, 1) + (self._train.eval_interval is not None)
+        busiest = max(hosts.count(host) for host in {*hosts} - {""})
+        fetchers = FETCHES if samples_ahead(self._data.predownload, self.corpus, self._train.global_batch_size) else 0
+        soon = np.arange(begin, begin + (self._data.predownload or 0) * self._is_training)
+        mistake = None
+        try:
+            ids = self._sequence().sample_ids(soon)
+            check_limit(self.corpus, limit, busiest * of_rank + fetchers, ids)
+        except ValueError as error:
+            mistake = error
+        _raise_on_all_ranks(mistake, split)
+
     def seek(self, consumed_samples: int) -> None:
         """Resume from this many samples since the run's first one."""
         self.close()
         full, ramp = self._train.global_batch_size, self._train.batch_ramp if self._is_training else None
         self._batch_sizes = BatchSizes.of(full, ramp).each(consumed_samples)
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        if not self._data.document_mask and parallel_state.get_pipeline_model_parallel_rank() not in (0, stages - 1):
+        if not self._reads:
             return
         self._loader = TokenLoader(
             self.corpus,
-            self.corpus.sequence(seed=self._seed, shuffle=self._data.shuffle and self._is_training),
+            self._sequence(),
             consumed_samples=self._first + consumed_samples,
             vocab_size=self._vocab_size,
             global_batch_size=full,
@@ -112,6 +170,7 @@ class GlobalBatches:
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
             num_workers=self._data.num_workers if self._is_training else 0,
             pin_memory=self._device.type == "cuda",
+            predownload=samples_ahead(self._data.predownload, self.corpus, full) if self._is_training else 0,
         )
         self._reader = _Reader(self._loader)
 
@@ -143,6 +202,7 @@ class GlobalBatches:
         started = time.perf_counter()
         step = self._reader.take()
         self.data_seconds += time.perf_counter() - started
+        self._note_thrash()
         return [
             {
                 name: tensor if name in ON_HOST else tensor.to(self._device, non_blocking=True)
@@ -150,6 +210,15 @@ class GlobalBatches:
             }
             for batch in step
         ]
+
+    def _note_thrash(self) -> None:
+        """Say now and then that most of what is fetched had been here before."""
+        if self._data.cache_limit is None or time.monotonic() < self._noted + NOTE_SECONDS:
+            return
+        self._noted, before, self._counts_noted = time.monotonic(), self._counts_noted, self._counts()
+        lately = self._counts_noted.since(before)
+        if 2 * lately.again > lately.made:
+            logger.warning("note: %s; a larger data.cache_limit saves them", "".join(self.cache_lines()))
 
     def close(self) -> None:
         """End the loader's processes."""
@@ -244,6 +313,16 @@ def held_out_splits(data: DataConfig) -> dict[str, tuple[DataConfig, str]]:
     return ({"": (data, "val")} if has_own else {}) | found
 
 
+def _raise_on_all_ranks(mistake: Exception | None, split: str) -> None:
+    """Raise the mistake of the first rank that made one there, and an error that names this rank elsewhere."""
+    mistakes: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(mistakes, mistake is not None)
+    if mistake is not None and mistakes.index(True) == dist.get_rank():
+        raise mistake
+    if True in mistakes:
+        raise OtherRankError(f"rank {mistakes.index(True)} could not open the {split} data; its error says why")
+
+
 def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str, trained_on: Corpus | None) -> Corpus:
     """Open the data on every rank and compare: all ranks continue with the same data, or all of them stop.
 
@@ -253,7 +332,8 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str, trained_on
     corpus, mistake = None, None  # type: Corpus | None, Exception | None
     paths, shares = [source.path for source in data.sources], [source.proportion for source in data.sources]
     try:
-        corpus = Corpus(paths, shares, split, sequence_length=data.sequence_length, cache=data.cache)
+        cache: dict[str, Any] = {"cache": data.cache, "cache_limit": data.cache_bytes}
+        corpus = Corpus(paths, shares, split, sequence_length=data.sequence_length, **cache)
         for stream in corpus.streams:
             check_same_tokenizer(stream, (trained_on or corpus).streams[0])
             stored = (stream.manifest or {}).get("vocab_size")
@@ -270,12 +350,7 @@ def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str, trained_on
                 )
     except (ValueError, OSError) as error:
         mistake = error
-    mistakes: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(mistakes, mistake is not None)
-    if mistake is not None and mistakes.index(True) == dist.get_rank():
-        raise mistake
-    if True in mistakes:
-        raise OtherRankError(f"rank {mistakes.index(True)} could not open the {split} data; its error says why")
+    _raise_on_all_ranks(mistake, split)
     assert corpus is not None
     check_same_on_all_ranks(f"{split} data in {', '.join(paths)} (copy the same corpus to every node)", corpus.digest)
     return corpus

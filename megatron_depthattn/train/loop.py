@@ -180,6 +180,7 @@ class Training:
 
     def close(self) -> None:
         """Leave the world."""
+        self.report.lines(self.batches.cache_lines())
         for batches in (self.batches, *self.held_out.values()):
             batches.close()
         self.sample_log.close()

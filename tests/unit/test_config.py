@@ -42,7 +42,10 @@ KEYS = {
     ),
     "precision": "dtype fp8 fp8_params fp8_attention bf16_first_layers bf16_last_layers",
     "recompute": "granularity method num_layers",
-    "data": "path cache sequence_length document_mask shuffle num_workers log_samples skip_samples streams held_out",
+    "data": (
+        "path cache cache_limit predownload sequence_length document_mask shuffle num_workers log_samples skip_samples "
+        "streams held_out"
+    ),
     "train": (
         "steps global_batch_size batch_ramp micro_batch_size stop_after eval_interval eval_batches "
         "log_interval depth_interval on_non_finite max_skipped_in_a_row hang_timeout "
@@ -329,6 +332,12 @@ UNSUPPORTED = [
     (1, "model.hidden_size=4294967296", "model.hidden_size is 4294967296; set 1 to 2147483647"),
     (1, "data.num_workers=100000", "data.num_workers is 100000; set 0 to 1024"),
     (1, "data.skip_samples=-1", "data.skip_samples is -1; set 0 to 10^15"),
+    (1, "data.predownload=-1", "data.predownload is -1; set 0 to 10000000"),
+    (1, "data.cache_limit=200", "data.cache_limit=200 with data.cache=null: there is no cache that it could limit"),
+    *(
+        (1, f"data.cache_limit={size}", f"data.cache_limit is {size}; set a number of bytes, or one with kb")
+        for size in ("0", "-5", "200gbs", "gb", "1e3", "0.1", "9" * 18 + "0gb")
+    ),
     (1, "checkpoint.load=a/step_00000001 checkpoint.start_from=b", "set checkpoint.load=latest or null, or"),
     (1, "checkpoint.load=latest checkpoint.start_optimizer=true", "set checkpoint.start_from to a step folder, or ch"),
     (1, "checkpoint.keep_steps=[7,201]", "checkpoint.keep_steps holds 201; set steps from 1 to train.steps=200"),

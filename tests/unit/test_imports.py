@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 # each may import besides the standard library; names inside the package are full module names.
 PURE = {
     # one direction: schema, check <- precision, switches, resolve <- checks, hardware_checks; load <- describe
-    "config/schema.py": {f"{PACKAGE}.methods", f"{PACKAGE}.config.batch_sizes"},
+    "config/schema.py": {f"{PACKAGE}.methods", f"{PACKAGE}.config.batch_sizes", f"{PACKAGE}.config.sizes"},
     "config/check.py": set(),
     "config/precision.py": {f"{PACKAGE}.config.schema"},
     "switches.py": {f"{PACKAGE}.config.schema"},
@@ -27,10 +27,11 @@ PURE = {
         f"{PACKAGE}.{name}" for name in ("config.check", "config.precision", "config.schema", "switches")
     },
     "config/batch_sizes.py": set(),
+    "config/sizes.py": set(),
     "config/schedule.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/pipeline.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/checks.py": {
-        *(f"{PACKAGE}.config.{name}" for name in ("check", "layout_checks", "pipeline", "schedule", "schema")),
+        *(f"{PACKAGE}.config.{name}" for name in ("check", "layout_checks", "pipeline", "schedule", "schema", "sizes")),
         *(f"{PACKAGE}.{name}" for name in ("switches", "methods")),
     },
     "config/layout_checks.py": {

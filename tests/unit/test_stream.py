@@ -9,8 +9,11 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
+import time
 import tracemalloc
+import typing
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -22,8 +25,14 @@ import xxhash
 import zstandard
 from filelock import FileLock
 from streaming import MDSWriter, StreamingDataset
+from streaming.base.util import bytes_to_int
 
+from megatron_depthattn.config.sizes import parse_bytes, shown
+from megatron_depthattn.data import cache as shard_cache
 from megatron_depthattn.data import shard_files, stream
+from megatron_depthattn.data.corpus import Corpus
+from megatron_depthattn.data.loader import TokenLoader
+from megatron_depthattn.data.predownload import check_limit, samples_ahead
 from megatron_depthattn.data.stream import TokenDataset
 
 LENGTH, NUM_SAMPLES = 8, 100
@@ -59,7 +68,8 @@ def read(dataset: TokenDataset, samples: range = range(NUM_SAMPLES)) -> list[lis
 
 
 def names(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir() if not file.name.startswith(".lock")}
+    """Files, without locks and records of what is cached."""
+    return {file.name for file in folder.iterdir() if not file.name.startswith(".lock") and file.suffix != ".cached"}
 
 
 def flip(file: Path, place: int = -9) -> None:
@@ -321,6 +331,7 @@ def test_a_lock_that_is_held_for_ever_is_named(corpus: Path, monkeypatch: pytest
 @pytest.fixture
 def bucket(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """`s3://bucket` is the folder yielded here, which holds the corpus: a web server on this machine serves it."""
+    _Quiet.gets.clear()
     (corpus / "manifest.json").write_text(json.dumps({"vocab_size": 7}))
     shutil.copytree(corpus, corpus.parent / "served" / "bucket" / "corpus")
     handler = functools.partial(_Quiet, directory=str(corpus.parent / "served"))
@@ -336,6 +347,12 @@ def bucket(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
+    gets: typing.ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.gets.append(self.path.rpartition("/")[2])
+        super().do_GET()
+
     def log_message(self, *_) -> None:
         pass
 
@@ -688,3 +705,249 @@ def test_columns_that_are_no_samples_with_documents_are_an_error(tmp_path: Path,
     write_documents(tmp_path / "train", **other)
     with pytest.raises(ValueError, match=r"not 'tokens' of a fixed length, alone or with 'padding' and 'starts'"):
         TokenDataset(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ a cache with a limit
+
+MANY, EACH = 34, 3
+"""Shards, and samples of each."""
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A corpus of many small shards."""
+    write_shards(tmp_path / "many" / "train", size_limit=280)
+    assert len(list((tmp_path / "many" / "train").glob("*.zstd"))) == MANY
+    return tmp_path / "many"
+
+
+def limited(corpus: Path | str, folder: Path, share: float = 0.1) -> TokenDataset:
+    whole = TokenDataset(corpus, cache=folder)
+    total = sum(whole.bytes_of(shard)[0] for shard in range(len(whole.samples_per_shard)))
+    return TokenDataset(corpus, cache=folder, cache_limit=int(total * share))
+
+
+def cached_bytes(folder: Path) -> int:
+    """All shards, complete or not, while none can leave and none can begin."""
+    sizes: dict[str, int] = {}
+    with FileLock(folder / ".lock.room"):
+        for file in folder.rglob("*shard.*"):
+            with contextlib.suppress(FileNotFoundError):
+                if file.suffix in (".mds", ".part"):  # one becomes the other
+                    name = f"{file.parent.name}/{file.name.removeprefix('.').removesuffix('.part')}"
+                    sizes[name] = max(sizes.get(name, 0), file.stat().st_size)
+    return sum(sizes.values())
+
+
+def _read_limited(corpus: Path, folder: Path, seed: int, results) -> None:
+    dataset, order = limited(corpus, folder), np.random.default_rng(seed).permutation(np.repeat(range(NUM_SAMPLES), 2))
+    results.put(all(dataset[int(i)].tolist() == TOKENS[i].tolist() for i in order))
+
+
+@pytest.mark.parametrize("units", ["kb", "mb", "gb", "tb", "b", ""])
+def test_a_size_is_what_streaming_reads(units: str) -> None:
+    for number in ("1", "200", "7.5") if units not in ("b", "") else ("1", "200"):
+        assert parse_bytes(number + units) == bytes_to_int(number + units)
+        assert parse_bytes(f" {number} {units.upper()} ") == parse_bytes(
+            number + units.replace("b", "ib" * (len(units) > 1))
+        )
+    assert parse_bytes(200) == 200
+    for size in (1, 1023, 1025, 10**9, 3 * 2**40 + 1):
+        assert size <= parse_bytes(shown(size)) < 1.11 * size
+
+
+def test_processes_of_two_runs_share_a_tenth_of_the_corpus(many: Path, tmp_path: Path) -> None:
+    """Six processes on two corpora, at random; the folder never has more than its limit, and all read the truth."""
+    folder, fork = tmp_path / "cache", multiprocessing.get_context("fork")
+    results = fork.Queue()
+    other = write_shards(tmp_path / "other" / "train", size_limit=290).parent
+    limit = max(limited(path, folder).cache.limit for path in (many, other))
+    processes = [
+        fork.Process(target=_read_limited, args=(other if seed > 3 else many, folder, seed, results))
+        for seed in range(6)
+    ]
+    for process in processes:
+        process.start()
+    most = 0
+    assert until(folder.exists)
+    while any(process.is_alive() for process in processes):
+        most = max(most, cached_bytes(folder))
+    assert [results.get(timeout=60) for _ in processes] == [True] * len(processes)
+    assert 0 < most <= limit
+    done = shard_cache.counts(folder)
+    assert done.evicted >= done.again > MANY and done.made >= done.evicted
+    assert done.too_soon == 0
+
+
+def test_nothing_but_what_was_cached_leaves(many: Path, tmp_path: Path) -> None:
+    """Foreign files, links, shards without a record, replaced ones, and those whose source is gone."""
+    folder, victim = tmp_path / "cache", tmp_path / "victim"
+    dataset = TokenDataset(many, cache=folder)
+    own = dataset.place(0).parent
+    read(dataset, range(6 * EACH))
+    shards = [dataset.place(number).name for number in range(6)]
+    replaced = (own / shards[1]).read_bytes()
+    (own / shards[1]).rename(tmp_path / "kept")
+    (own / shards[1]).write_bytes(replaced)  # by its owner: another file of that name
+    (own / f".{shards[2]}.cached").unlink()  # as of an earlier version, or copied there by hand
+    (many / "train" / f"{shards[3]}.zstd").rename(tmp_path / "gone")  # now the only copy
+    (own / "shard.00999.mds").write_bytes(b"foreign")
+    (own / "notes.txt").write_text("foreign")
+    (folder / "shard.00000.mds").write_bytes(b"foreign")
+    shutil.copytree(own, victim)
+    (folder / f"linked-{own.name}").symlink_to(victim)
+    (own / ".shard.00998.mds.cached").symlink_to(victim / "notes.txt")
+    stays = {own / name for name in (*shards[1:4], "shard.00999.mds", "notes.txt")} | {folder / "shard.00000.mds"}
+    before, outside = {file: file.read_bytes() for file in stays}, names(victim)
+    corpus_files = tree(many)
+    (tmp_path / "gone").rename(many / "train" / f"{shards[3]}.zstd")
+    small = TokenDataset(many, cache=folder, cache_limit=max(sum(f.stat().st_size for f in own.glob("shard*")), 1))
+    (many / "train" / f"{shards[3]}.zstd").rename(tmp_path / "gone")
+    for sample in range(6 * EACH, NUM_SAMPLES):
+        assert small[sample].tolist() == TOKENS[sample].tolist()
+    assert {file: file.read_bytes() for file in stays} == before
+    assert not (own / shards[0]).exists() and not (own / shards[4]).exists()
+    assert names(victim) == outside
+    assert tree(many) == corpus_files
+
+
+def test_control_a_record_is_what_makes_a_shard_leave(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the look at the inode, a file that its owner put there would go."""
+    dataset = TokenDataset(many, cache=tmp_path / "cache")
+    read(dataset, range(EACH))
+    place, content = dataset.place(0), dataset.place(0).read_bytes()
+    place.rename(tmp_path / "kept")
+    place.write_bytes(content)
+    with shard_cache._folder(place.parent) as descriptor:
+        assert not shard_cache._evict(descriptor, place.name)
+        record = place.parent / f".{place.name}.cached"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"inode": place.stat().st_ino}))
+        with dataset.cache.in_use(place.name):
+            assert not shard_cache._evict(descriptor, place.name)
+        assert shard_cache._evict(descriptor, place.name)
+    assert not place.exists()
+
+
+def _read_for_ever(corpus: str, folder: Path) -> None:
+    dataset = limited(corpus, folder)
+    while True:
+        for sample in np.random.default_rng().permutation(NUM_SAMPLES):
+            dataset[int(sample)]
+
+
+def test_processes_killed_at_any_moment_leave_nothing_in_the_way(many: Path, tmp_path: Path) -> None:
+    folder, fork = tmp_path / "cache", multiprocessing.get_context("fork")
+    for delay in np.random.default_rng(0).uniform(0.005, 0.08, 40):
+        processes = [fork.Process(target=_read_for_ever, args=(str(many), folder)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        time.sleep(delay)
+        for process in processes:
+            process.kill()
+            process.join()
+    (planted,) = folder.glob("many-train-*")
+    (planted / ".shard.00001.mds.part").write_bytes(bytes(10**6))  # as of a process killed while it wrote
+    (planted / ".shard.00001.mds.cached").write_text(json.dumps({"making": 10**12}))
+    (planted / "shard.00001.mds").unlink(missing_ok=True)
+    (folder / ".needs.0").write_text("".join(f"{planted.name}/shard.{i:05d}.mds\n" for i in range(MANY)))
+    dataset = limited(many, folder)
+    assert read(dataset) == TOKENS.tolist()
+    assert cached_bytes(folder) <= dataset.cache.limit
+    assert not list(folder.rglob("*.part")) + list(folder.rglob("*.fetched")) + list(folder.glob(".needs*"))
+    made = {file.name for file in planted.glob("shard*")}
+    assert made == {file.name[1:-7] for file in planted.glob("*.cached") if file.stat().st_size > 1}
+
+
+def test_a_limit_that_cannot_do_is_one_error_with_the_least(many: Path, tmp_path: Path) -> None:
+    corpus = Corpus([str(many)], [1], "train", cache=tmp_path / "cache", cache_limit=10)
+    with pytest.raises(ValueError, match=r"data.cache_limit is 10b, and one shard of many-train-\w+ takes \d+b"):
+        corpus[0]
+    largest = max(corpus.streams[0].bytes_of(shard)[1] for shard in range(MANY))
+    nothing, three = np.arange(0), np.arange(2 * EACH)
+    check_limit(corpus, 5 * largest, 5, nothing)
+    with pytest.raises(ValueError, match=r"takes [\d.]+kb: up to \d+b for a shard of each of 5 processes"):
+        check_limit(corpus, 5 * largest - 1, 5, nothing)
+    with pytest.raises(ValueError, match=r"next 6 samples \(data.predownload\); set data.cache_limit=.*smaller data.p"):
+        check_limit(corpus, 5 * largest, 5, three)
+
+
+# ------------------------------------------------------------------------------------------ ahead of need
+
+
+def _read_rank(rank: int, folder: Path, ahead: int, take, results) -> None:
+    """One of two ranks; `take` says how many steps it may take."""
+    corpus = Corpus(["s3://bucket/many"], [1], "train", cache=folder)
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "data_parallel_rank": rank, "data_parallel_size": 2}
+    order = corpus.sequence(seed=1, shuffle=True)
+    loader = TokenLoader(corpus, order, consumed_samples=8, num_workers=1, predownload=ahead, **sizes)
+    while (steps := take.get()) is not None:
+        batches = [batch for _ in range(steps) for batch in next(loader)]
+        results.put(all((b["tokens"].numpy() == TOKENS[b["sample_ids"]][:, :-1].astype(int)).all() for b in batches))
+    loader.close()
+    results.put(not multiprocessing.active_children())
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.parametrize("ahead", [40, 0])
+def test_ranks_fetch_ahead_and_each_shard_once(bucket: Path, many: Path, tmp_path: Path, ahead: int) -> None:
+    """The bucket counts; control: nothing is fetched ahead without it."""
+    shutil.copytree(many, bucket / "many")
+    corpus = Corpus(["s3://bucket/many"], [1], "train", cache=tmp_path / "of its own")
+    assert samples_ahead(None, corpus, 4) == 32 and samples_ahead(7, corpus, 4) == 7
+    first = corpus.shards_of(corpus.sequence(seed=1, shuffle=True).sample_ids(np.arange(8, 8 + 16 + ahead)))
+    expected = [f"{corpus.streams[0].place(number).name}.zstd" for _, number in first]
+    _Quiet.gets.clear()
+    fork = multiprocessing.get_context("fork")
+    take, results = [fork.Queue() for _ in range(2)], fork.Queue()
+    ranks = [
+        fork.Process(target=_read_rank, args=(rank, tmp_path / "cache", ahead, take[rank], results))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+
+    def fetched() -> list[str]:
+        return [name for name in _Quiet.gets if name.endswith(".zstd")]
+
+    # Loader processes were asked for two steps of 4 samples each; the order is known so many samples beyond.
+    soon = corpus.shards_of(corpus.sequence(seed=1, shuffle=True).sample_ids(np.arange(8, 8 + 8 + ahead)))
+    assert until(lambda: len(fetched()) >= len(soon))
+    time.sleep(0.5)
+    assert sorted(fetched()) == sorted(expected[: len(soon)])
+    for queue in take:
+        queue.put(60)  # beyond the first epoch
+        queue.put(None)
+    assert [results.get(timeout=60) for _ in range(4)] == [True] * 4
+    for rank in ranks:
+        rank.join(timeout=60)
+    assert sorted(fetched()) == sorted({*fetched()})
+
+
+def test_who_fetches_ahead_keeps_the_order_hides_no_error_and_ends_with_its_parent(
+    bucket: Path, many: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(many, bucket / "many")
+    (bucket / "many" / "train" / "shard.00001.mds.zstd").unlink()
+    corpus = Corpus(["s3://bucket/many"], [1], "train", cache=tmp_path / "cache")
+    sizes = {"global_batch_size": 2, "micro_batch_size": 2, "data_parallel_rank": 0, "data_parallel_size": 1}
+    stored, _ = corpus.sequence(seed=1, shuffle=False), _Quiet.gets.clear()
+    with contextlib.closing(TokenLoader(corpus, stored, consumed_samples=0, predownload=100, **sizes)) as loader:
+        (process,) = (child for child in multiprocessing.active_children() if child == loader._predownloader._process)
+        assert until(lambda: len(list((tmp_path / "cache").rglob("shard*.mds"))) > MANY // 2)
+        order = [int(name[6:11]) for name in _Quiet.gets if name.startswith("shard.")]
+        assert len(order) == len({*order}) and 1 not in order
+        assert all(abs(shard - place) <= 2 * shard_cache.FETCHES for place, shard in enumerate(order))
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(process.pid, number)
+        with pytest.raises(ValueError, match=r"s3://bucket/many/train/shard\.00001\.mds\.zstd could not be downlo"):
+            [next(loader) for _ in range(4)]
+        assert process.is_alive()
+    assert not process.is_alive()
