@@ -17,12 +17,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_depthattn.cli.convert import main as convert
 from megatron_depthattn.cli.evaluate import main
+from megatron_depthattn.config import load_config
 from megatron_depthattn.data.documents import is_validation
 from megatron_depthattn.data.prepare import PrepareSettings, prepare_corpus
 from megatron_depthattn.hf.modeling_depthattn import DepthAttnForCausalLM
-from tests.e2e.commands import REPOSITORY
+from tests.e2e.commands import REPOSITORY, must_succeed
 from tests.e2e.exported import edit_json, error_of, export
+from tests.e2e.small_run import train
 
 LENGTH = 32
 WORDS = ["alpha", "épsilon", "火山", "👩🏽‍🚀", "naïve", "x = 1", "\n", "<|endoftext|>", "  return"]
@@ -157,6 +160,29 @@ def test_document_mask_scores_every_document_by_itself(folder, own_folder, data,
     assert masked["loss"] == pytest.approx(loss, rel=1e-6) and abs(plain["loss"] / loss - 1) > 1e-3
     assert masked["bytes"] == len(tokenizer.decode(predicted, skip_special_tokens=True).encode())
     assert (masked["document_mask"], plain["document_mask"]) == (True, False)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_loss_is_the_held_out_one_of_training(masks, config_file, corpus, tmp_path):
+    """Of an export, which says how it was trained, and which comes back as a step folder all the same."""
+    run, hf = tmp_path / "run", tmp_path / "hf"
+    mask = f"data.document_mask={str(masks).lower()}"
+    more = (
+        "train.eval_batches=50",
+        "train.eval_interval=2",
+        "model.init_std=0.3",
+    )  # borders, and weights that show them
+    must_succeed(train(config_file, f"run.dir={run}", mask, "train.stop_after=2", *more))
+    assert convert(["to-hf", "--checkpoint", str(run / "checkpoints"), "--output", str(hf)]) == 0
+    assert convert(["from-hf", "--model", str(hf), "--output", str(tmp_path / "back" / "step_00000000")]) == 0
+    assert json.loads((hf / "config.json").read_text()).get("trained_with_document_mask", False) == masks
+    assert ("document_mask: true" in (hf / "README.md").read_text().split("## Use")[0]) == masks
+    config = load_config(run / "config.yaml")
+    samples = ("--max-samples", config.train.eval_batches * config.train.global_batch_size)
+    trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
+    losses = {flag: evaluated(hf, corpus, tmp_path, *samples, *flag)["loss"] for flag in ((), ("--document-mask",))}
+    own, other = (losses[flag] for flag in ((("--document-mask",), ()) if masks else ((), ("--document-mask",))))
+    assert own == pytest.approx(trained, rel=1e-6) and abs(other / trained - 1) > 1e-5
 
 
 @pytest.mark.parametrize("mask", [(), ("--document-mask",)], ids=str)
