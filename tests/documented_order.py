@@ -3,11 +3,11 @@
 Whole epochs and whole blocks in plain loops, from position 0 on, where the package computes pieces.
 """
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-
-BLOCK = 1000
 
 
 def words(*key: int, count: int) -> list[int]:
@@ -38,13 +38,20 @@ def stream_order(sizes: list[int], seed: int, stream: int = 0, window: int = 1 <
         epoch += 1
 
 
-def mixed_order(streams: list[list[int]], slots: list[int], seed: int) -> Iterator[int]:
-    """The sample ids of several streams, block after block, without end."""
+def mixed_order(
+    streams: list[list[int]], slots: Sequence[int], seed: int, later: Sequence[tuple[int, Sequence[int]]] = ()
+) -> Iterator[int]:
+    """The sample ids of several streams, block after block, without end; ``later``: other slots from a position on."""
     sequences = [stream_order(sizes, seed, number) for number, sizes in enumerate(streams)]
     offsets = [sum(map(sum, streams[:i])) for i in range(len(streams))]
-    owner = [stream for stream, count in enumerate(slots) for _ in range(count)]
-    block = 0
-    while True:
-        for slot in ranked(words(seed, 0x6D69_7874, block, count=BLOCK)):
-            yield offsets[owner[slot]] + next(sequences[owner[slot]])
-        block += 1
+    position = 0
+    for (first, slots_here), (end, _) in itertools.pairwise([(0, slots), *later, (math.inf, ())]):
+        owner = [stream for stream, count in enumerate(slots_here) for _ in range(count)]
+        key = [first] if first else []
+        for block in itertools.count():
+            if position == end:
+                break
+            for slot in ranked(words(seed, 0x6D69_7874, block, *key, count=len(owner))):
+                if position < end:
+                    yield offsets[owner[slot]] + next(sequences[owner[slot]])
+                    position += 1

@@ -18,6 +18,7 @@ from megatron_depthattn.config.pipeline import PIPELINE, chunk_layers
 from megatron_depthattn.config.schedule import SCHEDULES
 from megatron_depthattn.config.schema import RunConfig
 from megatron_depthattn.config.sizes import parse_bytes
+from megatron_depthattn.config.stages import STAGES
 from megatron_depthattn.methods.definitions import DEFINITIONS, method_of
 from megatron_depthattn.switches import OVERLAPS
 
@@ -229,8 +230,11 @@ def _corpus(is_wrong: Callable[[str, RunConfig], bool]) -> Condition:
 
 
 def _unweighted_stream(config: RunConfig, _: int) -> dict[str, Any]:
-    for number, stream in enumerate(config.data.streams or []):
-        if not 0 < stream.proportion < math.inf:
+    streams, stages = config.data.streams or [], config.data.stages or []
+    for number, stream in enumerate(streams):
+        begins = any(any(stage.proportions[number : number + 1]) for stage in stages)
+        rests = begins and stream.proportion == 0 and any(other.proportion for other in streams)
+        if not rests and not 0 < stream.proportion < math.inf:
             return {"stream": f"data.streams[{number}]", "proportion": stream.proportion}
     return {}
 
@@ -262,7 +266,11 @@ DATA = checks(
         lambda c, _: c.data.cache_limit is not None and c.data.cache is None,
     ),
     ("{corpus} is empty; set the folder or URL of a prepared corpus", _corpus(lambda path, _: not path)),
-    ("{stream}.proportion is {proportion}; set a number above 0", _unweighted_stream),
+    (
+        "{stream}.proportion is {proportion}; set a number above 0 (or 0 where data.stages gives it more later, and "
+        "another stream has more until then)",
+        _unweighted_stream,
+    ),
     (
         "{corpus} is the remote {path} and data.cache is null: shards have nowhere to go; set data.cache to a local "
         "folder of each node",
@@ -321,6 +329,6 @@ LOG = checks(
 # ---- all of them
 
 CHECKS = (
-    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *MUON, *SWITCHES, *DATA, *CHECKPOINT, *LOG, *MODEL, *PIPELINE, *LAYOUT),
-    *(*RECOMPUTE, *PRECISION),
+    *(*RANGES, *SCHEDULES, *LOOPS, *ENGINE, *MUON, *SWITCHES, *DATA, *STAGES, *CHECKPOINT, *LOG, *MODEL, *PIPELINE),
+    *(*LAYOUT, *RECOMPUTE, *PRECISION),
 )

@@ -193,11 +193,22 @@ class StreamConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class StageConfig:
+    from_step: int
+    """The first step of the run, counted from 1, that reads in these proportions."""
+    proportions: list[float]
+    """One for each of data.streams, in their order; 0: the stream rests."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class DataConfig:
     path: str = ""
     """Folder with train/ and val/ MDS shards, local or a remote URL. This or streams is required to train."""
     streams: list[StreamConfig] | None = None
     """Several such folders, mixed: a list of {path, proportion}; null: data.path alone."""
+    stages: list[StageConfig] | None = None
+    """Other proportions of the streams from some steps of the run on: a list of {from_step, proportions}, one number a
+    stream; until the first of them the streams' own hold, null: always (docs/streaming.md)."""
     held_out: dict[str, str] | None = None
     """Further held-out text by name, {name: folder or URL}: its val/ split (train/ where it has no other) is evaluated
     whenever the val split of data.path is."""

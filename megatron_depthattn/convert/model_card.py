@@ -129,7 +129,9 @@ def _training(checkpoint: MegatronCheckpoint, run: Mapping[str, Any]) -> dict[st
         facts["average"] = f"of these steps; {record['averaged']}; {record['formula']}"
     if isinstance(parent := checkpoint.common.get("parent"), dict):  # its own tokens are not among those above
         facts["begun with"] = {key: parent.get(key) for key in ("run_id", "step", "tokens")}
-    facts |= {key: data[key] for key in ("path", "streams", "sequence_length", "document_mask") if data.get(key)}
+    facts |= {
+        key: data[key] for key in ("path", "streams", "stages", "sequence_length", "document_mask") if data.get(key)
+    }
     for record in read_records(checkpoint.folder.parent.parent / "metrics.jsonl", step=int):
         for kind in ("loss", "eval_loss"):
             if record["step"] <= step and record.get(kind) is not None:

@@ -1,4 +1,4 @@
-"""What a run reads: one prepared corpus, or several in fixed proportions, as one numbered set of samples."""
+"""What a run reads: one prepared corpus, or several in proportions, as one numbered set of samples."""
 
 import hashlib
 from bisect import bisect_right
@@ -14,9 +14,9 @@ from megatron_depthattn.data.order import (
     SLOTS_PER_BLOCK,
     Ids,
     MixedSequence,
-    Mixture,
     SampleIds,
     SampleSequence,
+    StagedMixture,
     slots_of,
     window_of,
 )
@@ -30,6 +30,7 @@ class Corpus(Dataset[torch.Tensor]):
         paths: prepared corpora; local folders or remote URLs.
         proportions: the share of each in what is read, of any sum.
         split: "train" or "val".
+        later: other proportions, each from a position of the order on.
         sequence_length: what the model will be trained with; None takes what the corpora have.
         cache, cache_limit: see `TokenDataset`.
 
@@ -43,11 +44,12 @@ class Corpus(Dataset[torch.Tensor]):
         proportions: Sequence[float],
         split: str,
         *,
+        later: Sequence[tuple[int, Sequence[float]]] = (),
         sequence_length: int | None = None,
         cache: str | Path | None = None,
         cache_limit: int | None = None,
     ) -> None:
-        self.slots = slots_of(proportions)
+        self.stages = [(first, slots_of(shares)) for first, shares in ((0, proportions), *later)]
         self.streams: list[TokenDataset] = []
         for path in paths:
             stream = TokenDataset(path, split, sequence_length=sequence_length, cache=cache, cache_limit=cache_limit)
@@ -105,7 +107,11 @@ class Corpus(Dataset[torch.Tensor]):
             SampleSequence(stream.samples_per_shard, seed=seed, shuffle=shuffle, stream=number)
             for number, stream in enumerate(self.streams)
         ]
-        return own[0] if len(own) == 1 else MixedSequence(Mixture(self.slots, seed), own, self.offsets)
+        return own[0] if len(own) == 1 else MixedSequence(StagedMixture(self.stages, seed), own, self.offsets)
+
+    def consumed(self, samples: int, *, seed: int) -> Ids:
+        """How many of the first samples of the order are of each stream: int64 [number of streams]."""
+        return StagedMixture(self.stages, seed).consumed(samples)
 
     @property
     def shuffled_bytes(self) -> int:
@@ -119,18 +125,20 @@ class Corpus(Dataset[torch.Tensor]):
 
     def epochs(self, consumed_samples: int, *, seed: int) -> list[float]:
         """How many times each stream has been read after so many samples."""
-        consumed = Mixture(self.slots, seed).consumed(consumed_samples)
+        consumed = self.consumed(consumed_samples, seed=seed)
         return [int(count) / stream.num_samples for count, stream in zip(consumed, self.streams, strict=True)]
 
     def describe(self, consumed_samples: int, last_sample: int, *, seed: int) -> list[str]:
-        """One line a stream, for people: its share, its samples, and the epochs read so far and at the end."""
+        """One line a stream, for people: its samples, its share, and the epochs read so far and at the end."""
         now, end = self.epochs(consumed_samples, seed=seed), self.epochs(last_sample, seed=seed)
-        return [
-            f"stream {number}: {stream.path}: {stream.num_samples:,} samples (ids from {offset}), "
-            f"{100 * slots / SLOTS_PER_BLOCK:g} % of what is read; epochs read {now[number]:.2f}, at the end "
-            f"{end[number]:.2f}"
-            for number, (stream, slots, offset) in enumerate(zip(self.streams, self.slots, self.offsets, strict=False))
-        ]
+        lines = []
+        for number, (stream, offset) in enumerate(zip(self.streams, self.offsets, strict=False)):
+            shares = ", then ".join(f"{100 * slots[number] / SLOTS_PER_BLOCK:g} %" for _, slots in self.stages)
+            lines.append(
+                f"stream {number}: {stream.path}: {stream.num_samples:,} samples (ids from {offset}), {shares} of what "
+                f"is read; epochs read {now[number]:.2f}, at the end {end[number]:.2f}"
+            )
+        return lines
 
 
 def check_same_tokenizer(stream: TokenDataset, other: TokenDataset) -> None:

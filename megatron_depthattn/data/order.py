@@ -16,12 +16,13 @@ taken in the order of where they landed (the idea of streaming's py1e: shards en
 one, so a cold cache does not fetch every shard at once). Because no sample moves further than that, a piece of the
 order needs only the samples around it: a start in the middle of 10^8 samples costs one window, not the whole epoch.
 
-Several streams become one in fixed proportions. Positions are cut into blocks of 1000. In each block every stream has
-as many slots as its proportion says, and the order of the slots is a random permutation that depends on seed and block
-alone. The k-th slot of a stream, counted from the start of training, takes position k of that stream's own endless
-sequence: a small stream is in its third epoch while a large one is in its first. Where a stream stands after any number
-of samples is one multiplication and one look into a block, so a resumed run needs no more than the count of consumed
-samples.
+Several streams become one in proportions that hold from one position to another: a stage. Its positions are cut into
+blocks of 1000, from its first one on; the next stage cuts the last of them short. In each block every stream has as
+many slots as its proportion says, and the order of the slots is a random permutation that depends on seed, stage and
+block alone. The k-th slot of a stream, counted from the start of training, takes position k of that stream's own
+endless sequence, whatever stages it lies in: a small stream is in its third epoch while a large one is in its first.
+Where a stream stands after any number of samples is one multiplication and one look into a block for each stage, so a
+resumed run needs no more than the count of consumed samples.
 
 Draws are raw words of PCG64: NumPy promises that stream for ever, and does not promise `Generator`'s methods.
 """
@@ -152,10 +153,10 @@ def slots_of(proportions: Sequence[float]) -> tuple[int, ...]:
     """Slots of each stream in a block, by largest remainder; they add up to `SLOTS_PER_BLOCK`.
 
     Args:
-        proportions: positive, of any sum.
+        proportions: of any sum above 0; none where a stream rests.
 
     Raises:
-        ValueError: a stream would get no slot.
+        ValueError: a stream that does not rest would get no slot.
     """
     shares = np.array(proportions, np.float64) / sum(proportions) * SLOTS_PER_BLOCK
     shares = shares.round(9)  # 0.7 / (0.7 + 0.3) is a hair off 0.7
@@ -163,7 +164,7 @@ def slots_of(proportions: Sequence[float]) -> tuple[int, ...]:
     remainders = np.argsort(slots - shares, kind="stable")  # largest first, the earlier stream of two equal ones
     slots[remainders[: SLOTS_PER_BLOCK - slots.sum()]] += 1
     for i, (proportion, count) in enumerate(zip(proportions, slots.tolist(), strict=True)):
-        if count == 0:
+        if proportion and count == 0:
             raise ValueError(
                 f"data.streams[{i}].proportion is {proportion}, which rounds to none of {SLOTS_PER_BLOCK} samples: "
                 f"set at least 1/{SLOTS_PER_BLOCK} of the sum of all proportions, or leave the stream out"
@@ -177,17 +178,18 @@ class Mixture:
     Args:
         slots: slots of each stream in a block.
         seed: of the order of the slots.
+        stage: further numbers that it depends on.
     """
 
-    def __init__(self, slots: Sequence[int], seed: int) -> None:
-        self._slots, self._seed = np.array(slots, np.int64), seed
+    def __init__(self, slots: Sequence[int], seed: int, *stage: int) -> None:
+        self._slots, self._seed, self._stage = np.array(slots, np.int64), seed, stage
         self._block_size = int(self._slots.sum())
         self._by_owner = np.repeat(np.arange(len(slots)), self._slots)
 
     def _owners(self, block: int) -> Ids:
         """The stream of each slot of a block: int64 [block size]."""
         # The constant keeps these words apart from those of the streams' own shuffles.
-        words = random_words(self._block_size, self._seed, 0x6D69_7874, block)
+        words = random_words(self._block_size, self._seed, 0x6D69_7874, block, *self._stage)
         return self._by_owner[np.argsort(words, kind="stable")]
 
     def locate(self, positions: Ids) -> tuple[Ids, Ids]:
@@ -210,6 +212,41 @@ class Mixture:
         return block * self._slots + begun
 
 
+class StagedMixture:
+    """Mixtures one after the other; each takes up every stream where the one before has left it.
+
+    Args:
+        stages: the first position of each, rising from 0, and slots of each stream in a block.
+        seed: of the order of the slots.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[int]]], seed: int) -> None:
+        self._firsts = np.array([first for first, _ in stages], np.int64)
+        self._mixtures = [Mixture(slots, seed, *([first] if first else [])) for first, slots in stages]
+        lengths = zip(self._mixtures, np.diff(self._firsts).tolist(), strict=False)  # the last has no end
+        counts = [np.zeros(len(stages[0][1]), np.int64), *(mixture.consumed(length) for mixture, length in lengths)]
+        self._begun = np.cumsum(counts, axis=0)  # taken from each stream before each stage
+
+    def _stage_of(self, positions: Ids) -> Ids:
+        stages: Ids = np.searchsorted(self._firsts, positions, side="right") - 1
+        return stages
+
+    def locate(self, positions: Ids) -> tuple[Ids, Ids]:
+        """The stream that each position belongs to, and the position within that stream: int64, as `positions`."""
+        streams, inner, stages = np.empty_like(positions), np.empty_like(positions), self._stage_of(positions)
+        for stage in np.unique(stages).tolist():
+            here = stages == stage
+            streams[here], within = self._mixtures[stage].locate(positions[here] - self._firsts[stage])
+            inner[here] = self._begun[stage][streams[here]] + within
+        return streams, inner
+
+    def consumed(self, positions: int) -> Ids:
+        """How many of the first `positions` positions belong to each stream: int64 [number of streams]."""
+        stage = int(self._stage_of(np.array(positions)))
+        taken: Ids = self._begun[stage] + self._mixtures[stage].consumed(positions - int(self._firsts[stage]))
+        return taken
+
+
 class MixedSequence:
     """Sample ids of a mixture: those of stream i are numbered after all samples of the streams before it.
 
@@ -218,7 +255,7 @@ class MixedSequence:
         offsets: the id of each stream's sample 0.
     """
 
-    def __init__(self, mixture: Mixture, sequences: Sequence[SampleIds], offsets: Sequence[int]) -> None:
+    def __init__(self, mixture: StagedMixture, sequences: Sequence[SampleIds], offsets: Sequence[int]) -> None:
         self._mixture, self._sequences, self._offsets = mixture, sequences, offsets
 
     def sample_ids(self, positions: Ids) -> Ids:

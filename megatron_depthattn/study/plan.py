@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from megatron_depthattn.config import RunConfig, save_config, validate
 from megatron_depthattn.config.load import Layer, build, read_yaml
 from megatron_depthattn.config.schedule import Schedule, schedule_of
+from megatron_depthattn.config.stages import after_steps
 from megatron_depthattn.estimate.counts import decoder_shape, forward_flops
 from megatron_depthattn.model.flops import DecoderShape
 from megatron_depthattn.study.study import METHODS, Arm, Study
@@ -222,6 +223,7 @@ def _points(study: Study, rung: str, size: int, layers: list[Layer], method: str
             begin = str(step_folder(saves, course.trunk_steps))
             checkpoint = dataclasses.replace(checkpoint, start_from=begin, start_optimizer=True)
             data = dataclasses.replace(data, skip_samples=data.skip_samples + course.trunk_steps * batch)
+        data = dataclasses.replace(data, stages=after_steps(data.stages, course.trunk_steps, course.steps))
         run = dataclasses.replace(
             config,
             run=dataclasses.replace(config.run, dir=str(output / "runs" / point), seed=seed),

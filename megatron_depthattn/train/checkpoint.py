@@ -25,7 +25,7 @@ from megatron_depthattn.methods.definitions import DEFINITIONS
 from megatron_depthattn.model.source_plan import default_stride
 from megatron_depthattn.switches import MODEL_SWITCHES
 from megatron_depthattn.train.megatron_state import set_weights, sharded_models
-from megatron_depthattn.train.parent import Parent, parent_of, takeover_lines
+from megatron_depthattn.train.parent import Parent, parent_of, stages_passed_over, takeover_lines
 from megatron_depthattn.train.step_folders import GENERATION, Progress
 from megatron_depthattn.train.step_reader import StepReader, read_common
 
@@ -79,6 +79,8 @@ class Loaded(NamedTuple):
     """What a new run takes over, what it begins anew, and how it mixes otherwise than the model that it starts from."""
     parent: Parent | None = None
     """What the run has begun with, if not with initial weights."""
+    stages: Sequence[Sequence[Any]] | None = None
+    """In which proportions its streams were read: each a `config.stages.Stage`. None: in their own alone."""
     common: dict[str, Any] | None = None
     """All that the parent says, where a new run begins."""
 
@@ -155,14 +157,18 @@ def load_checkpoint(
             return Loaded(Progress(), None, generation)
         parent = parent_of(folder, common, config, takes_optimizer=takes_optimizer)
         lines = takeover_lines(parent, common, config) + changed_function(common["config"], config)
-        return Loaded(Progress(), None, generation, lines, parent, common)
+        return Loaded(Progress(), None, generation, lines, parent, stages_passed_over(common, config), common)
     if RNG in loaded:  # saved under these tensor and pipeline sizes
         restore_generators(loaded[RNG])
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
     known = common.get("parent")
     return Loaded(
-        Progress(**common["progress"]), common.get("corpus"), generation, parent=Parent(**known) if known else None
+        Progress(**common["progress"]),
+        common.get("corpus"),
+        generation,
+        parent=Parent(**known) if known else None,
+        stages=common.get("stages"),
     )
 
 

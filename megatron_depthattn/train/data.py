@@ -21,10 +21,11 @@ from megatron.core import parallel_state
 from megatron_depthattn.config import DataConfig, TrainConfig
 from megatron_depthattn.config.batch_sizes import BatchSizes
 from megatron_depthattn.config.sizes import shown
+from megatron_depthattn.config.stages import Stage, own_proportions, stages_of
 from megatron_depthattn.data.cache import FETCHES, Counts, counts
 from megatron_depthattn.data.corpus import Corpus, check_same_tokenizer
 from megatron_depthattn.data.loader import MicroBatch, TokenLoader
-from megatron_depthattn.data.order import SampleIds
+from megatron_depthattn.data.order import SLOTS_PER_BLOCK, SampleIds
 from megatron_depthattn.data.predownload import check_limit, samples_ahead
 from megatron_depthattn.data.stream import MANIFEST_NAME, has_split
 from megatron_depthattn.parallel.groups import check_same_on_all_ranks
@@ -57,6 +58,8 @@ class GlobalBatches:
         trained_on: None: this is what the run trains on. Else that, for what it is evaluated on: in the order it is
             stored, the same for every seed, and of the same tokenizer.
         consumed_samples: samples of the split that the run has used before; those of ``data.skip_samples`` not counted.
+        stages: in which proportions the streams are read; None: as the config says from the run's first step on. What
+            the run is evaluated on is always read in the streams' own.
 
     Raises:
         ValueError: the data cannot be opened, or does not fit the config or what other ranks opened.
@@ -73,14 +76,16 @@ class GlobalBatches:
         split: str = "train",
         trained_on: Corpus | None = None,
         consumed_samples: int = 0,
+        stages: Sequence[Stage] | None = None,
     ) -> None:
         self._data, self._train, self._device, self._vocab_size = data, train, device, vocab_size
         self._is_training = trained_on is None
         self._seed = seed if self._is_training else 0
         self._first = data.skip_samples if self._is_training else 0
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self._reads = data.document_mask or parallel_state.get_pipeline_model_parallel_rank() in (0, stages - 1)
-        self.corpus = _open_on_all_ranks(data, vocab_size, split, trained_on)
+        last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+        self._reads = data.document_mask or parallel_state.get_pipeline_model_parallel_rank() in (0, last)
+        self.stages = (stages or stages_of(data, train)) if self._is_training else [Stage(0, 0, own_proportions(data))]
+        self.corpus = _open_on_all_ranks(data, vocab_size, split, trained_on, self.stages)
         self._check_cache(self._first + consumed_samples, split)
         self._counts_before = self._counts_noted = self._counts()
         self._noted = time.monotonic()
@@ -101,6 +106,8 @@ class GlobalBatches:
                     f"data.cache_limit is {self._data.cache_limit}, and the shuffle reads from shards of about "
                     f"{shown(at_once)} at the same time: many will be fetched again and again"
                 )
+        if len(self.stages) > 1:
+            lines += [self._stage_line(number, end) for number in range(len(self.stages))]
         if self._first:
             lines.append(f"data: the first {self._first:,} samples of the order are passed over (data.skip_samples)")
         if self._data.document_mask:
@@ -149,6 +156,36 @@ class GlobalBatches:
         except ValueError as error:
             mistake = error
         _raise_on_all_ranks(mistake, split)
+
+    def stage_begins(self, step: int, last_sample: int) -> list[str]:
+        """A line for people if a stage begins with this step; ``last_sample`` as for `describe`."""
+        end = self._first + last_sample
+        return [self._stage_line(number, end) for number, each in enumerate(self.stages) if each.from_step == step]
+
+    def _stage_line(self, number: int, end: int) -> str:
+        stage = self.stages[number]
+        until = self.stages[number + 1].first_sample if number + 1 < len(self.stages) else max(end, stage.first_sample)
+        before, after = (self.corpus.consumed(at, seed=self._seed) for at in (stage.first_sample, until))
+        streams = ", ".join(
+            f"stream {i} {100 * slots / SLOTS_PER_BLOCK:g} % ({count:,} samples, epochs at its end {epochs:.2f})"
+            for i, (slots, count, epochs) in enumerate(
+                zip(
+                    self.corpus.stages[number][1],
+                    (after - before).tolist(),
+                    self.corpus.epochs(until, seed=self._seed),
+                    strict=True,
+                )
+            )
+        )
+        begins = f"from step {stage.from_step} on" if stage.from_step else "at the beginning"
+        return f"stage {number}, {begins}: samples {stage.first_sample:,} to {until:,} of the order: {streams}"
+
+    def stream_samples(self, consumed_samples: int) -> dict[str, int] | None:
+        """How many of so many samples since the run's first one are of each stream, by its number; None: of one."""
+        if len(self.corpus.streams) == 1:
+            return None
+        before, after = (self.corpus.consumed(self._first + n, seed=self._seed) for n in (0, consumed_samples))
+        return {str(stream): count for stream, count in enumerate((after - before).tolist())}
 
     def seek(self, consumed_samples: int) -> None:
         """Resume from this many samples since the run's first one."""
@@ -323,17 +360,20 @@ def _raise_on_all_ranks(mistake: Exception | None, split: str) -> None:
         raise OtherRankError(f"rank {mistakes.index(True)} could not open the {split} data; its error says why")
 
 
-def _open_on_all_ranks(data: DataConfig, vocab_size: int, split: str, trained_on: Corpus | None) -> Corpus:
+def _open_on_all_ranks(
+    data: DataConfig, vocab_size: int, split: str, trained_on: Corpus | None, stages: Sequence[Stage]
+) -> Corpus:
     """Open the data on every rank and compare: all ranks continue with the same data, or all of them stop.
 
     Raises:
         ValueError: on all ranks; the first rank that met an error raises it, the others name that rank.
     """
     corpus, mistake = None, None  # type: Corpus | None, Exception | None
-    paths, shares = [source.path for source in data.sources], [source.proportion for source in data.sources]
+    paths = [source.path for source in data.sources]
+    shares, *later = ((stage.first_sample, stage.proportions) for stage in stages)
     try:
         cache: dict[str, Any] = {"cache": data.cache, "cache_limit": data.cache_bytes}
-        corpus = Corpus(paths, shares, split, sequence_length=data.sequence_length, **cache)
+        corpus = Corpus(paths, shares[1], split, later=later, sequence_length=data.sequence_length, **cache)
         for stream in corpus.streams:
             check_same_tokenizer(stream, (trained_on or corpus).streams[0])
             stored = (stream.manifest or {}).get("vocab_size")

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_depthattn.config import RunConfig, config_digest, save_config, to_dict, validate
+from megatron_depthattn.config.stages import stages_of
 from megatron_depthattn.ops.triton_mix import triton_unsupported
 from megatron_depthattn.parallel.groups import COLLECTIVE_TIMEOUT, check_same_on_all_ranks, shut_down
 from megatron_depthattn.parallel.launch_env import LaunchEnvironment
@@ -110,7 +111,9 @@ class Training:
             self.last_step = min(config.train.steps, self.progress.step + config.train.stop_after)
         vocab_size, seed = config.model.vocab_size, config.run.seed
         open_data = partial(GlobalBatches, train=config.train, device=device, vocab_size=vocab_size, seed=seed)
-        self.batches = open_data(config.data, consumed_samples=self.progress.consumed_samples)
+        done, consumed = self.progress.step, self.progress.consumed_samples
+        stages = stages_of(config.data, config.train, step=done, consumed_samples=consumed, known=loaded.stages)
+        self.batches = open_data(config.data, consumed_samples=consumed, stages=stages)
         splits = broadcast_from_rank0(lambda: held_out_splits(config.data)) if config.train.eval_interval else {}
         self.held_out = {
             name: open_data(data, split=split, trained_on=self.batches.corpus) for name, (data, split) in splits.items()
@@ -139,11 +142,11 @@ class Training:
         self.skipped = SkippedSteps(config.train.on_non_finite, config.train.max_skipped_in_a_row)
         self.watchdog: Watchdog | None = None
         begins = f"{start.folder}, at step {self.progress.step}" if start.folder else "from initial weights"
-        last_sample = remaining(max(0, config.train.steps - self.progress.step))
+        self.last_sample = remaining(max(0, config.train.steps - self.progress.step))
         self.report.lines(preflight)
         self.report.lines(opening_lines(config, megatron, self.world_size, begins))
         self.report.lines(self.engine.describe())
-        self.report.lines(self.batches.describe(self.progress.consumed_samples, last_sample))
+        self.report.lines(self.batches.describe(self.progress.consumed_samples, self.last_sample))
         self.report.lines(f"held-out {name}: {data.path}/{split}" for name, (data, split) in splits.items() if name)
         self.report.lines(loaded.notes)
         if loaded.parent and loaded.common:
@@ -220,6 +223,8 @@ class Training:
             return False
         self.signals.nothing_to_save = False
         batch_size = self.config.train.batch_sizes.at(self.progress.consumed_samples)
+        streams = self.batches.stream_samples(self.progress.consumed_samples + batch_size)
+        self.report.lines(self.batches.stage_begins(step, self.last_sample))
         self.engine.advance_schedule(batch_size)
         microbatches = self.batches.next()
         waited = self.batches.data_seconds - waited
@@ -229,7 +234,7 @@ class Training:
             )
         seconds = time.monotonic() - started
         self.agreement.note(result.statuses, self.batches)
-        self.sample_log.write(step, microbatches)
+        self.sample_log.write(step, microbatches, streams)
         if result.skipped:
             self.report.warn(f"step {step} not finite: {line}" for line in result.diagnosis)
         self.skipped.record(step, result)
@@ -244,7 +249,7 @@ class Training:
             seconds=seconds,
             blocked_seconds=blocked,
         )
-        record["depth"] = self.depth.collect()
+        record |= {"depth": self.depth.collect(), "stream_samples": streams}
         if step == self.last_step or self._is_evaluation_due():
             record |= self._evaluate()
         self.report.step(record)
@@ -296,6 +301,7 @@ class Training:
         corpus = self.batches.corpus
         run: dict[str, Any] = {"run_id": self.run_id, "corpus": corpus.digest, "tokenizer": corpus.streams[0].tokenizer}
         run |= {GENERATION: self.generation, "parent": self.parent and self.parent._asdict()}
+        run["stages"] = [list(stage) for stage in self.batches.stages if stage.from_step <= self.progress.step]
         return self.engine.checkpoint_state(**run)
 
     def _lock(self) -> str:

@@ -70,7 +70,7 @@ class Meter:
         seconds: float,
         blocked_seconds: float = 0.0,
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; the loop fills in ``eval_loss``, ``held_out`` and ``depth``.
+        """One line of metrics.jsonl; the loop fills in ``stream_samples``, ``eval_loss``, ``held_out`` and ``depth``.
 
         Memory is that of the rank that holds most of it. Loss and gradient norm are null where they are not finite.
 
@@ -94,6 +94,7 @@ class Meter:
             "tokens": progress.consumed_tokens,
             "predicted_tokens": result.tokens,
             "samples": progress.consumed_samples,
+            "stream_samples": None,
             "step_seconds": seconds,
             "data_seconds": max(waits),
             "data_seconds_min": min(waits),

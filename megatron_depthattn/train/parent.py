@@ -100,10 +100,27 @@ def data_notes(
     return []
 
 
+def stages_passed_over(common: dict[str, Any], config: dict[str, Any]) -> list[list[Any]] | None:
+    """In which proportions a branch passes over the first ``data.skip_samples`` of the order, as `Loaded.stages`.
+
+    In those in which the parent has read them: so every stream begins where the parent has left it, whatever its
+    proportions are in the branch.
+    """
+    skipped = config["data"]["skip_samples"]
+    if not skipped or common.get("corpus") is None or _order(common["config"]) != _order(config):
+        return None
+    own, known = _proportions(config), common.get("stages") or [[0, 0, _proportions(common["config"])]]
+    passed = [[0, first, shares] for _, first, shares in known if first < skipped]
+    return passed if passed[-1][2] == own else [*passed, [0, skipped, own]]
+
+
 def _order(config: dict[str, Any]) -> list[Any]:
-    """What decides the order of the samples of a corpus."""
-    data = config["data"]
-    return [config["run"]["seed"], data["shuffle"], [each["proportion"] for each in data.get("streams") or []]]
+    """What decides the order of the samples of each stream of a corpus."""
+    return [config["run"]["seed"], config["data"]["shuffle"], len(_proportions(config))]
+
+
+def _proportions(config: dict[str, Any]) -> list[float]:
+    return [each["proportion"] for each in config["data"].get("streams") or []] or [1.0]
 
 
 def _digest(folder: Path) -> str | None:

@@ -138,8 +138,8 @@ class SampleLog:
     """Which samples this rank read in every step: ``<run.dir>/samples/rank_<NNNNN>.jsonl``, one object a step.
 
     An object holds the step, the data-parallel rank, and the sample ids of every microbatch; the ids count through the
-    streams. The ranks of one replica write equal lines. Without ``data.log_samples`` nothing is written. Construct it
-    on all ranks.
+    streams. Of several streams it also holds how many samples of each the run has read. The ranks of one replica write
+    equal lines. Without ``data.log_samples`` nothing is written. Construct it on all ranks.
 
     Args:
         run_dir: the run's folder.
@@ -160,7 +160,7 @@ class SampleLog:
         if is_on:
             broadcast_from_rank0(prepare)  # for all ranks: the run may have had more of them before
 
-    def write(self, step: int, batches: list[Microbatch]) -> None:
+    def write(self, step: int, batches: list[Microbatch], stream_samples: dict[str, int] | None = None) -> None:
         """Add a step; a rank that read nothing writes nothing."""
         if self._path is None or SAMPLE_IDS not in batches[0]:
             return
@@ -169,6 +169,7 @@ class SampleLog:
             "step": step,
             "data_parallel_rank": parallel_state.get_data_parallel_rank(),
             SAMPLE_IDS: [batch[SAMPLE_IDS].tolist() for batch in batches],
+            **({"stream_samples": stream_samples} if stream_samples else {}),
         }
         self._file.write(json.dumps(line) + "\n")
 

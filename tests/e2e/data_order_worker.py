@@ -48,6 +48,8 @@ def main() -> None:
             for batch in filter(None, microbatches):
                 # The corpora of this test hold in every token of a sample the sample's own id.
                 assert (batch["tokens"] == batch["sample_ids"][:, None]).all()
+                assert (batch["loss_mask"].sum(1) < config.data.sequence_length - batch["sample_ids"] % 4 + 1).all()
+                assert ("cu_seqlens" in batch) == config.data.document_mask
             log.write(step + 1, microbatches)
         log.close()
         batches.close()

@@ -15,7 +15,7 @@ from tests.e2e.small_run import train
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "samples", "step_seconds", "data_seconds", "tokens_per_second"),
     *("tflops_per_device", "mfu", "memory_gb", "eval_loss", "data_seconds_min", "data_slowest_rank"),
-    *("checkpoint_seconds", "skipped_steps", "predicted_tokens", "depth", "held_out"),
+    *("checkpoint_seconds", "skipped_steps", "predicted_tokens", "stream_samples", "depth", "held_out"),
 }
 OWN_LINE = re.compile(
     r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|schedule|batch ramp|start|stream \d+|"

@@ -43,8 +43,8 @@ KEYS = {
     "precision": "dtype fp8 fp8_params fp8_attention bf16_first_layers bf16_last_layers",
     "recompute": "granularity method num_layers",
     "data": (
-        "path cache cache_limit predownload sequence_length document_mask shuffle num_workers log_samples skip_samples "
-        "streams held_out"
+        "path stages cache cache_limit predownload sequence_length document_mask shuffle num_workers log_samples "
+        "skip_samples streams held_out"
     ),
     "train": (
         "steps global_batch_size batch_ramp micro_batch_size stop_after eval_interval eval_batches "

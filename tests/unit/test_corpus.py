@@ -158,7 +158,8 @@ def test_streams_are_read_saved_and_read_again(base: Path, tmp_path: Path) -> No
         ("a", "data.streams is string 'a' (from the command line); expected a list, each entry {path, proportion} or "
          "null"),
         ("[]", "data.streams is an empty list; give at least one entry of path and proportion, or set data.path"),
-        ("[{path: a, proportion: 0}]", "data.streams[0].proportion is 0.0; set a number above 0"),
+        ("[{path: a, proportion: 0}]", "data.streams[0].proportion is 0.0; set a number above 0 (or 0 where "
+         "data.stages gives it more later, and another stream has more until then)"),
         ("[{path: '', proportion: 1}]", "data.streams[0].path is empty; set the folder or URL of a prepared corpus"),
         ("[{path: 's3://a', proportion: 1}]", "data.streams[0].path is the remote s3://a and data.cache is null: "
          "shards have nowhere to go; set data.cache to a local folder of each node"),

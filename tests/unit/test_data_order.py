@@ -4,18 +4,23 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from megatron_depthattn.config.batch_sizes import BatchSizes
+from megatron_depthattn.data import order
 from megatron_depthattn.data.order import (
     EpochOrder,
     MixedSequence,
-    Mixture,
     SampleSequence,
+    StagedMixture,
     batch_positions,
     num_micro_batches,
+    random_words,
     slots_of,
     steps,
 )
-from tests.documented_order import epoch_order, stream_order
+from tests.documented_order import epoch_order, mixed_order, stream_order
 
 SHARDS = np.array([7, 3, 9, 10])
 NUM_SAMPLES, GLOBAL_BATCH = 29, 16  # coprime: batches cross the ends of epochs at every offset
@@ -176,6 +181,7 @@ def test_sizes_that_do_not_divide_are_errors(gbs: int, mbs: int, dp: int) -> Non
         ((1, 1, 1), (334, 333, 333)),
         ((0.9994, 0.0006), (999, 1)),
         ((1e9, 1e9), (500, 500)),
+        ((0, 0.7, 0, 1.4), (0, 333, 0, 667)),
     ],
 )
 def test_slots_by_largest_remainder(proportions: tuple[float, ...], slots: tuple[int, ...]) -> None:
@@ -188,47 +194,96 @@ def test_a_proportion_that_rounds_to_nothing_is_an_error() -> None:
 
 
 SIZES = (np.array([4, 7]), np.array([50, 30]), np.array([5]))  # 11, 80 and 5 samples
-SLOTS = (2, 7, 1)
+ONE = [(0, (2, 7, 1))]
+THREE = [*ONE, (237, (5, 0, 5)), (503, (0, 9, 1))]  # neither begins at the end of a block, and streams rest
+KINDS = pytest.mark.parametrize("stages", [ONE, THREE], ids=["one", "three"])
 
 
-def mixed(seed: int = 4) -> MixedSequence:
-    own = [SampleSequence(sizes, seed=seed, shuffle=True, stream=i) for i, sizes in enumerate(SIZES)]
-    return MixedSequence(Mixture(SLOTS, seed), own, (0, 11, 91))
+def mixed(stages=THREE) -> MixedSequence:
+    own = [SampleSequence(sizes, seed=4, shuffle=True, stream=i) for i, sizes in enumerate(SIZES)]
+    return MixedSequence(StagedMixture(stages, 4), own, (0, 11, 91))
 
 
-def test_each_stream_of_a_mixture_is_its_own_endless_sequence() -> None:
+def mixture_written_out(stages, length: int) -> list[int]:
+    (_, slots), *later = stages
+    return list(itertools.islice(mixed_order([sizes.tolist() for sizes in SIZES], slots, 4, later), length))
+
+
+@KINDS
+def test_any_position_of_a_mixture_can_be_asked_for(stages) -> None:
+    whole = mixture_written_out(stages, 2000)
+    assert mixed(stages).sample_ids(np.arange(2000)).tolist() == whole
+    positions = np.random.default_rng(0).integers(0, 2000, (20, 5))
+    assert (mixed(stages).sample_ids(positions) == np.array(whole)[positions]).all()
+
+
+@KINDS
+def test_each_stream_of_a_mixture_is_its_own_endless_sequence(stages) -> None:
     """Taken apart again, stream by stream and in order, a mixture is every stream's epochs one after the other."""
-    ids = mixed().sample_ids(np.arange(2000))
+    ids = mixed(stages).sample_ids(np.arange(2000))
     for i, (sizes, offset) in enumerate(zip(SIZES, (0, 11, 91), strict=True)):
         own = ids[(ids >= offset) & (ids < offset + sizes.sum())] - offset
-        assert len(own) == 200 * SLOTS[i]
         alone = SampleSequence(sizes, seed=4, shuffle=True, stream=i)
         assert own.tolist() == alone.sample_ids(np.arange(len(own))).tolist()
 
 
+@pytest.mark.parametrize(("dp", "mbs"), [(dp, mbs) for dp, mbs in LAYOUTS if dp * mbs <= 8])
+def test_stages_and_a_ramp_are_the_same_under_every_layout_from_every_step(dp: int, mbs: int) -> None:
+    """A run that has skipped 100 samples, and resumes before each of its steps with nothing but their count."""
+    skipped, sizes = 100, BatchSizes.of(24, [8, 8, 400])
+    whole = mixture_written_out(THREE, 1000)[skipped:]
+    consumed = 0
+    while consumed < 700:
+        size = sizes.at(consumed)
+        ranks = [steps(mixed(), skipped + consumed, sizes.each(consumed), **layout(dp, mbs, i)) for i in range(dp)]
+        rows = np.stack([next(rank) for rank in ranks], axis=1).reshape(-1)
+        assert rows.tolist() == whole[consumed : consumed + size]
+        consumed += size
+    assert size == 24
+
+
 def test_a_mixture_holds_its_proportions_in_every_block_and_reorders_the_slots() -> None:
-    streams, inner = Mixture(SLOTS, 4).locate(np.arange(1000))
-    blocks = [tuple(block) for block in streams.reshape(100, 10).tolist()]
-    assert {tuple(np.bincount(block)) for block in blocks} == {SLOTS}
-    assert len(set(blocks)) > 80  # of 360 possible orders
+    streams, inner = StagedMixture(THREE, 4).locate(np.arange(1503))
+    for (first, slots), end in zip(THREE, (237, 503, 1503), strict=True):
+        whole = first + (end - first) // 10 * 10  # the next stage cuts the last block short
+        blocks = [tuple(block) for block in streams[first:whole].reshape(-1, 10).tolist()]
+        assert {tuple(np.bincount(block, minlength=3)) for block in blocks} == {slots}
+        assert (np.bincount(streams[whole:end], minlength=3) <= slots).all()
+        assert len(set(blocks)) > len(blocks) // 5 > 3 or slots[1] == 9  # which has ten orders
+    assert streams[:230].tolist() != streams[237:467].tolist()
     for stream in range(3):
-        assert inner[streams == stream].tolist() == list(range(100 * SLOTS[stream]))
-    assert Mixture(SLOTS, 5).locate(np.arange(1000))[0].tolist() != streams.tolist()
+        assert inner[streams == stream].tolist() == list(range((streams == stream).sum()))
+    assert StagedMixture(THREE, 5).locate(np.arange(1503))[0].tolist() != streams.tolist()
 
 
-@pytest.mark.parametrize("position", [0, 1, 9, 10, 11, 999, 12_345])
-def test_a_mixture_counts_what_it_took_from_each_stream(position: int) -> None:
-    streams, _ = Mixture(SLOTS, 4).locate(np.arange(position))
-    assert Mixture(SLOTS, 4).consumed(position).tolist() == np.bincount(streams, minlength=3).tolist()
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=4),
+    slots=st.lists(st.permutations([0, 2, 8]) | st.permutations([1, 4, 5]) | st.just([10, 0, 0]), min_size=5),
+    position=st.integers(0, 300),
+)
+@example(lengths=[237, 266], slots=[slots for _, slots in THREE], position=12_345)
+def test_a_mixture_counts_what_it_took_from_each_stream(lengths, slots, position: int) -> None:
+    mixture = StagedMixture(list(zip(itertools.accumulate(lengths, initial=0), slots, strict=False)), 4)
+    streams, _ = mixture.locate(np.arange(position))
+    assert mixture.consumed(position).tolist() == np.bincount(streams, minlength=3).tolist()
 
 
-def test_any_position_of_a_mixture_can_be_asked_for() -> None:
-    whole = mixed().sample_ids(np.arange(3000))
-    positions = np.random.default_rng(0).integers(0, 3000, (20, 5))
-    assert (mixed().sample_ids(positions) == whole[positions]).all()
-    for dp, mbs in LAYOUTS:
-        ranks = [next(steps(mixed(), 1234, **layout(dp, mbs, rank))) for rank in range(dp)]
-        assert sorted(np.concatenate(ranks).ravel().tolist()) == sorted(whole[1234 : 1234 + GLOBAL_BATCH].tolist())
+def test_counts_after_many_samples_need_one_block_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(order, "random_words", lambda n, *key: drawn.append(n) or random_words(n, *key))
+    stages = [(0, (700, 300)), (10**8 + 7, (0, 1000)), (2 * 10**8, (1000, 0))]
+    counts = StagedMixture(stages, 1).consumed(3 * 10**8 + 1)
+    assert abs(counts[0] - (0.7 * (10**8 + 7) + 10**8 + 1)) <= 7 and counts.sum() == 3 * 10**8 + 1
+    assert drawn == [1000] * 3
+
+
+def test_control_streams_that_restart_at_a_stage_are_noticed() -> None:
+    restarting = mixed()
+    restarting._mixture._begun[:] = 0
+    ids, whole = restarting.sample_ids(np.arange(600)).tolist(), mixture_written_out(THREE, 600)
+    assert ids[:237] == whole[:237] and ids != whole
+    once = [id for id in range(11, 91) if whole[:503].count(id) == ids[:503].count(id)]
+    assert len(once) == 80 and [id for id in range(11, 91) if whole.count(id) != ids.count(id)]
 
 
 @pytest.mark.parametrize("num_shards", [1, 7])
