@@ -3,6 +3,8 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cache as memoized
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -50,6 +52,7 @@ class Corpus(Dataset[torch.Tensor]):
         cache_limit: int | None = None,
     ) -> None:
         self.stages = [(first, slots_of(shares)) for first, shares in ((0, proportions), *later)]
+        self._mixture = memoized(partial(StagedMixture, self.stages))
         self.streams: list[TokenDataset] = []
         for path in paths:
             stream = TokenDataset(path, split, sequence_length=sequence_length, cache=cache, cache_limit=cache_limit)
@@ -107,11 +110,11 @@ class Corpus(Dataset[torch.Tensor]):
             SampleSequence(stream.samples_per_shard, seed=seed, shuffle=shuffle, stream=number)
             for number, stream in enumerate(self.streams)
         ]
-        return own[0] if len(own) == 1 else MixedSequence(StagedMixture(self.stages, seed), own, self.offsets)
+        return own[0] if len(own) == 1 else MixedSequence(self._mixture(seed), own, self.offsets)
 
     def consumed(self, samples: int, *, seed: int) -> Ids:
         """How many of the first samples of the order are of each stream: int64 [number of streams]."""
-        return StagedMixture(self.stages, seed).consumed(samples)
+        return self._mixture(seed).consumed(samples)
 
     @property
     def shuffled_bytes(self) -> int:

@@ -19,8 +19,8 @@ METRICS = {
 }
 OWN_LINE = re.compile(
     r"$|  |(preflight|model|model\.[a-z_.]+|depth attention|layout|hop [\d >-]+|schedule|batch ramp|start|stream \d+|"
-    r"engine|step|saved|trained|held-out|held-out [\w ]+|goodput|record|what to try next|vocabulary|switches|data|"
-    r"parallel)[ :=]"
+    r"stage \d+|engine|step|saved|trained|held-out|held-out [\w ]+|goodput|record|what to try next|vocabulary|"
+    r"switches|data|documents|parallel)[ :=,]"
 )
 """The forms of line that a run prints."""
 OP = "model.depth_attention.op=reference"
