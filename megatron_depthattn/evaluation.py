@@ -200,7 +200,9 @@ def evaluate(
         raise ValueError(f"nothing is predicted in {samples} samples: documents of one token each, or padding alone")
     loss, counted, source = total / tokens, num_bytes, "exact: the bytes of each predicted token"
     if byte_counts is None and manifest is not None:
-        average = manifest["splits"][split.name].get("bytes", 0) / manifest["splits"][split.name]["tokens"]
+        counts = manifest["splits"][split.name]
+        left_out = counts.get("truncated_tokens", 0) + counts.get("tokens_below_min_tokens", 0)
+        average = counts.get("bytes", 0) / (counts["tokens"] + left_out)
         counted = tokens * average
         source = f"estimate: the split's average of {average:.4f} bytes a token (tokenizer is not byte-level)"
     elif byte_counts is None:

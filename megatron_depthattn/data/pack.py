@@ -25,7 +25,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from megatron_depthattn.data.shard_writer import Samples, ShardWriter, Tokens, no_samples
 
 WINDOW_TOKENS = 1 << 22
-WINDOW_SAMPLES = 512
+WINDOW_SAMPLES = 16
 """A window of best-fit is full with that many tokens, or tokens for that many samples if those are more."""
 FULL = 0.99
 """A sample of best-fit that is less full is undone, unless the samples undone before it hold half a window."""
@@ -124,14 +124,16 @@ class SplitWriter:
         self._seen, self._held = (0, held[:0]) if ends else (int(totals[-1]), tokens if is_held else held[:0])
         ended = totals if ends else totals[:0]
         short, long = ended[ended < self._least], ended[(ended >= self._least) & (ended > self._most)]
-        counts = Counter(tokens=int(is_kept.sum()), documents=-len(short), documents_below_min_tokens=len(short))
+        counts = Counter(tokens=int(is_kept.sum()), documents=-len(short))
+        counts.update(documents_below_min_tokens=len(short), tokens_below_min_tokens=int(short.sum()))
         counts.update(truncated_documents=len(long), truncated_tokens=int((long - self._most).sum()))
         chosen = kept > 0
         if not chosen.any():
             if is_new[0] or not ends:
                 return counts
             chosen[0] = True  # the end of a document, all of whose tokens came before
-        samples, more = self._packer.append(tokens[is_kept], kept[chosen], begins=bool(is_new[chosen][0]), ends=ends)
+        flags = {"begins": bool(is_new[chosen][0]), "ends": ends or self.is_full}
+        samples, more = self._packer.append(tokens[is_kept], kept[chosen], **flags)
         counts.update(self._store(samples))
         counts.update(more)
         return counts

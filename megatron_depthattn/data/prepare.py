@@ -51,12 +51,13 @@ SAVE_SECONDS = 60.0  # between savings of the progress: what an interruption can
 RECORDED = (*Packing._fields, "validation_fraction", "text_field", "max_bytes", "max_tokens")
 SOURCES_NAME = "sources.jsonl"
 SPLIT_COUNTS = (
-    *("documents", "documents_with_replaced_utf8", "bytes", "documents_below_min_tokens", "truncated_documents"),
-    *("truncated_tokens", "tokens", "samples", "cut_documents", "padding_tokens", "predicted_tokens"),
-    *("predicted_within_documents", "dropped_tail_tokens"),
+    *("documents", "documents_with_replaced_utf8", "bytes", "documents_below_min_tokens", "tokens_below_min_tokens"),
+    *("truncated_documents", "truncated_tokens", "tokens", "samples", "cut_documents", "padding_tokens"),
+    *("predicted_tokens", "predicted_within_documents", "dropped_tail_tokens"),
 )
-"""In the manifest, of each split. `tokens` are those that --truncate and --min-tokens left of the documents; the
-dropped ones, after the last whole sample, are among them. Predicted are those that come after others in a sample."""
+"""In the manifest, of each split. `bytes` are those of all documents, also of those that --min-tokens leaves out.
+`tokens` are what is left of them; the dropped ones, after the last whole sample, are among them. Predicted are those
+that follow others in a sample."""
 SKIPPED = {kind: f"{kind}_files_skipped" for kind in ("binary", "archive", "undecodable", "special")} | {
     "dataset metadata": "dataset_metadata_files_skipped",
     "link out of the folder": "links_out_of_the_folder_skipped",
