@@ -79,7 +79,7 @@ class _Layers:
     def core_attention(self) -> int:
         """Inputs and output of core attention without the value, which vanilla layers keep as a view."""
         context = self.config.parallel.context
-        if self.is_te or context == 1:
+        if context == 1 or (self.is_te and not self.config.data.document_mask):
             return 2 * self.query + self.key
         block = min(self.tokens // self.config.train.micro_batch_size // 2, BLOCK_ROWS)
         mask = self.element * block * (self.config.data.sequence_length + block)
@@ -199,6 +199,11 @@ def _layer_sources(sizes: _Layers, plan: CrossLayerPlan | None, method: CrossLay
         # A uniform mix does not keep what it mixed: the mixed key takes the key's place, and the mixed value that of
         # TransformerEngine's copy of the value.
         is_scored = "key" in plan.kinds
-        return sizes.key * sum(is_scored or (k == "value" and not sizes.is_te) for k in plan.kinds if k != "key")
+        # In the format thd RoPE comes after the mix, which keeps q and k as they were before it.
+        is_thd = sizes.is_te and sizes.config.data.document_mask and sizes.config.parallel.context == 1
+        unturned = sizes.query + sizes.key if is_thd and is_scored else 0
+        return unturned + sizes.key * sum(
+            is_scored or (k == "value" and not sizes.is_te) for k in plan.kinds if k != "key"
+        )
     is_read = any(layer in plan.sources(later) for later in range(layer + 1, plan.num_layers))
     return sizes.key * (is_read and not sizes.is_te)

@@ -201,6 +201,12 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
             position_ids = cache_position.unsqueeze(0)
         elif attention_mask is None and isinstance(past_key_values, Cache | None):
             documents = _within_documents(position_ids.expand(len(hidden_states), -1), cache_position)
+            is_one_row = len(hidden_states) == 1 and cache_position[0] == 0
+            if documents and "flash" in config._attn_implementation and not is_one_row:
+                raise ValueError(
+                    "position_ids of several documents: flash attention takes them in one row, without what is in a "
+                    "cache already; give a row at a time, or load the model with attn_implementation='sdpa'"
+                )
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]  # `generate` has made it already
         else:
@@ -222,13 +228,13 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
 def _within_documents(position_ids: Tensor, slots: Tensor) -> Callable[..., Tensor] | None:
     """A mask function that hides from tokens [b, t] what is not of their document; None: nothing is to be hidden.
 
-    A document begins where positions do not continue, as transformers has it, which looks only where there is no cache
-    and, in version 4, makes a square mask of any positions.
+    A document begins where positions do not rise. For transformers one begins at a gap as well, but it looks only where
+    there is no cache and, in version 4, makes a square mask of any positions.
 
     Args:
         slots: [t], where in a cache the tokens are written.
     """
-    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) <= 0
     firsts = torch.where(begins, slots, slots[0] - position_ids[:, :1]).cummax(dim=-1).values
     if not torch.compiler.is_compiling() and (firsts <= 0).all():
         return None

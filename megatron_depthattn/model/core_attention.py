@@ -262,9 +262,10 @@ class SDPAttention(DotProductAttention):
 
 
 def _flash_takes(query: Tensor) -> bool:
-    """Whether torch's flash kernel takes such queries: it takes no fp32, and nothing on GPUs before Ampere."""
+    """Whether torch's flash kernel takes such queries: no fp32, no large heads, and nothing on GPUs before Ampere."""
     is_new = torch.cuda.get_device_capability(query.device) >= (8, 0) or torch.version.hip is not None
-    return query.dtype in (torch.float16, torch.bfloat16) and query.size(-1) % 8 == 0 and is_new
+    has_size = query.size(-1) % 8 == 0 and query.size(-1) <= 256
+    return query.dtype in (torch.float16, torch.bfloat16) and has_size and is_new
 
 
 def _in_sequence_order(mine: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

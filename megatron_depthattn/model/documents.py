@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_depthattn.model.cross_entropy import ChunkedLossGPTModel
@@ -130,6 +131,12 @@ class DocumentGPTModel(ChunkedLossGPTModel):
                     "one of the two."
                 )
             packed_seq_params = as_documents(packed_seq_params)
+            if packed_seq_params.qkv_format != "thd" and takes_thd(self):
+                raise ValueError(
+                    f"packed_seq_params of qkv_format={packed_seq_params.qkv_format!r} with TransformerEngine's core "
+                    "attention, which would not look at their borders: give documents_of(..., thd=True); under context "
+                    "parallel build the model with document_mask=True."
+                )
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
     def _preprocess(self, *args: Any, packed_seq_params: Documents | None = None, **kwargs: Any) -> Any:
@@ -142,6 +149,14 @@ class DocumentGPTModel(ChunkedLossGPTModel):
         angles = self.rotary_pos_emb(max(self.max_sequence_length, longest), packed_seq=True)
         positions = packed_seq_params.cut(group.rank(), group.size(), angles.device).positions
         return hidden_states, angles[positions], *others
+
+
+def takes_thd(model: torch.nn.Module) -> bool:
+    """Whether documents go to TransformerEngine's core attention, which knows borders in the format ``thd`` alone."""
+    from megatron_depthattn.model.core_attention import SDPAttention  # which imports this module
+
+    layers = (module for module in model.modules() if isinstance(module, SelfAttention))
+    return any(not isinstance(layer.core_attention, SDPAttention) for layer in islice(layers, 1))
 
 
 def _checked(cu_seqlens: Tensor) -> list[int]:

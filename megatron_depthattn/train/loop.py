@@ -44,7 +44,7 @@ from megatron_depthattn.train.start import (
     is_own_checkpoint,
     lock_run,
 )
-from megatron_depthattn.train.step import NonFiniteError, RankStatus, SkippedSteps
+from megatron_depthattn.train.step import NOTHING_PREDICTED, NonFiniteError, RankStatus, SkippedSteps
 from megatron_depthattn.train.step_folders import GENERATION, Progress, quarantine_after
 from megatron_depthattn.train.stop_signals import EXIT_REQUEUE, StopSignals
 from megatron_depthattn.train.watchdog import Watchdog
@@ -269,13 +269,13 @@ class Training:
         losses = {}
         with self.engine.evaluating() if self.held_out else nullcontext():
             for name, batches in self.held_out.items():
-                if (loss := self._held_out_loss(batches)) is None:
+                if (loss := self._held_out_loss(name, batches)) is None:
                     return {}
                 losses[name] = loss
         self.meter.add_held_out(self.progress.step, losses)
         return {"eval_loss": losses.pop("", None), "held_out": losses or None}
 
-    def _held_out_loss(self, batches: GlobalBatches) -> float | None:
+    def _held_out_loss(self, name: str, batches: GlobalBatches) -> float | None:
         train = self.config.train
         num_batches = max(1, min(train.eval_batches, len(batches.corpus) // train.global_batch_size))
         batches.seek(0)
@@ -285,8 +285,10 @@ class Training:
             if not self.agreement.may_continue(batches):
                 return None
             losses.append(self.engine.loss(batches.next()))
-        # By their tokens, as shares of the first batch's: equal ones weigh 1 to the bit.
-        weights = [one.tokens / losses[0].tokens for one in losses]
+        # By their tokens, as shares of the most: equal ones weigh 1 to the bit.
+        if not (most := max(one.tokens for one in losses)):
+            raise ValueError(f"held-out {name or 'val'}: {NOTHING_PREDICTED}, or set a larger train.eval_batches")
+        weights = [one.tokens / most for one in losses]
         loss = sum(one.mean * weight for one, weight in zip(losses, weights, strict=True)) / sum(weights)
         if not math.isfinite(loss):
             raise NonFiniteError(f"held-out loss {loss} is not finite; the last checkpoint is untouched")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,13 +13,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from megatron_depthattn.model.core_attention import SDPAttention
-from megatron_depthattn.model.documents import documents_of
+from megatron_depthattn.model.documents import documents_of, takes_thd
 from megatron_depthattn.parallel.schedule import Work, run_schedule
 from megatron_depthattn.train.build import Chunks, Fp8State
 from megatron_depthattn.train.errors import RunError
@@ -73,6 +70,12 @@ class RankStatus(NamedTuple):
 
 Status = Callable[[], Sequence[float]]
 """Asked by every engine once in a step, between the last backward and the optimizer; as long on all ranks."""
+
+
+NOTHING_PREDICTED = (
+    "no token of the global batch is predicted: every label is padding or the first token of a document; prepare the "
+    "corpus again with longer documents (--min-tokens)"
+)
 
 
 class LossSum(NamedTuple):
@@ -236,6 +239,8 @@ def finish_attempt(losses: Sequence[LossSum], squared_norm: Tensor, status: Stat
     """
     ranks = exchange(status(), torch.cat([_share(losses, squared_norm.device), squared_norm[None]]))
     loss, tokens = _mean(ranks)
+    if not tokens:
+        raise ValueError(f"{NOTHING_PREDICTED}, or set a larger train.global_batch_size")
     norm = math.sqrt(sum(rank[2] for rank in ranks))
     suspects = [] if math.isfinite(loss) else [i for i, one in enumerate(losses) if not one.total.isfinite()]
     return Attempt(loss, norm, tuple(suspects), tuple(tuple(rank[3:]) for rank in ranks), tokens)
@@ -289,20 +294,12 @@ def forward_step(work: Iterator[Work], model: torch.nn.Module) -> tuple[Tensor, 
     tokens, labels, mask = (batch.get(name) for name in ("tokens", "labels", "loss_mask"))
     if BORDERS in batch:
         tokens, labels, mask = (part.reshape(1, -1) for part in (tokens, labels, mask))
-        documents = documents_of(batch[BORDERS], thd=_takes_thd(model), device=tokens.device)
+        documents = documents_of(batch[BORDERS], thd=takes_thd(model), device=tokens.device)
         call_arguments = call_arguments | {"packed_seq_params": documents}
     tokens, labels, mask = map(_of_context_rank, (tokens, labels, mask))
     # RoPE numbers the positions itself (and the mask is causal): neither is passed.
     output = model(tokens, None, None, labels=labels, **call_arguments)
     return output, partial(sum_of_losses, mask=mask)
-
-
-def _takes_thd(model: torch.nn.Module) -> bool:
-    """Whether documents go to TransformerEngine's core attention."""
-    if parallel_state.get_context_parallel_world_size() > 1:
-        return False
-    layers = (module for module in model.modules() if isinstance(module, SelfAttention))
-    return any(not isinstance(layer.core_attention, SDPAttention) for layer in islice(layers, 1))
 
 
 def _of_context_rank(row: Tensor | None) -> Tensor | None:
@@ -327,8 +324,7 @@ def sum_of_losses(losses: Tensor, mask: Tensor | None = None) -> tuple[Tensor, T
 def loss_of_global_batch(losses: Sequence[LossSum], device: torch.device) -> BatchLoss:
     """The mean loss per token, on every rank, of what the last stages computed over data and context ranks.
 
-    Raises:
-        ValueError: on all ranks, no token of the global batch is predicted.
+    Without a token that is predicted it is 0.
     """
     return _mean(exchange([], _share(losses, device)))
 
@@ -343,12 +339,7 @@ def _share(losses: Sequence[LossSum], device: torch.device) -> Tensor:
 def _mean(ranks: Sequence[Sequence[float]]) -> BatchLoss:
     """Of all ranks' shares, their first two numbers."""
     total, tokens = (sum(rank[place] for rank in ranks) for place in range(2))
-    if not tokens:
-        raise ValueError(
-            "no token of this global batch is predicted: every label is padding or the first token of a document; "
-            "prepare the corpus again with longer documents (--min-tokens), or set a larger train.global_batch_size"
-        )
-    return BatchLoss(total / tokens, round(tokens))
+    return BatchLoss(total / max(tokens, 1), round(tokens))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Documents packed in one row, told apart by ``position_ids`` that begin anew, are each read as if it were alone."""
+"""Documents packed in one row, distinguished by ``position_ids`` that begin anew, are each read as if it were alone."""
 
 from functools import partial
 from typing import Any

@@ -1,7 +1,7 @@
 """One global batch of documents in rows under this world's layout: losses and gradients to a file of each rank.
 
 python -m tests.parallel.packed_worker FOLDER LENGTHS AXIS, with LENGTHS the documents of each microbatch as JSON and
-AXIS ``pipeline``, ``virtual`` (two chunks a stage) or ``context``: of as many ranks as there are.
+AXIS ``pipeline`` or ``context``: of as many ranks as there are.
 """
 
 import json
@@ -40,29 +40,24 @@ def forward_step(work, model):
 
 def step(batches: list[list[int]], rank: int = 0, size: int = 1, axis: str = "pipeline") -> dict[str, Any]:
     """Losses (on the last stage) and gradients, in a world that has its groups."""
-    stages, virtual = (1 if axis == "context" else size), (2 if axis == "virtual" else None)
+    is_context = axis == "context"
     config = qwen3_style_config(
         **SHAPE,
         ffn_hidden_size=48,
         depth_attention_stride=1,
-        pipeline_model_parallel_size=stages,
-        virtual_pipeline_model_parallel_size=virtual,
-        context_parallel_size=size if axis == "context" else 1,
+        pipeline_model_parallel_size=1 if is_context else size,
+        context_parallel_size=size if is_context else 1,
         pipeline_dtype=torch.float32,
-        overlap_p2p_comm=virtual is not None,
-        batch_p2p_comm=virtual is None,
+        batch_p2p_comm=True,
     )
-    length, chunks = sum(batches[0]), []
-    for chunk in range(virtual or 1):
-        first, last = stages * chunk + rank == 0, stages * chunk + rank == stages * (virtual or 1) - 1
-        ends = {"pre_process": first or axis == "context", "post_process": last or axis == "context"}
-        given = {"vocab_size": VOCAB, "max_sequence_length": length, "vp_stage": chunk if virtual else None}
-        chunks.append(build_gpt_model(config, **given, **ends).train())
-        initialize_weights(chunks[-1], seed=3, init_std=0.2)
+    length = sum(batches[0])
+    ends = {"pre_process": is_context or rank == 0, "post_process": is_context or rank == size - 1}
+    model = build_gpt_model(config, vocab_size=VOCAB, max_sequence_length=length, **ends).train()
+    initialize_weights(model, seed=3, init_std=0.2)
     given = {"micro_batch_size": 1, "sequence_length": length, "forward_only": False}
-    losses = run_schedule(forward_step, list(enumerate(batches)), chunks, **given)
-    gradients = {name: p.grad for chunk in chunks for name, p in globally_named_parameters(chunk)}
-    if axis == "context":
+    losses = run_schedule(forward_step, list(enumerate(batches)), [model], **given)
+    gradients = {name: p.grad for name, p in globally_named_parameters(model)}
+    if is_context:
         losses = [_gathered(loss, size) for loss in losses]
         for gradient in gradients.values():
             dist.all_reduce(gradient.div_(size))
@@ -80,10 +75,7 @@ def _gathered(own: torch.Tensor, size: int) -> torch.Tensor:
 def main(folder: Path, batches: list[list[int]], axis: str) -> None:
     initialize_distributed(launch_environment())
     rank, size = dist.get_rank(), dist.get_world_size()
-    if axis == "context":
-        initialize_model_parallel(context=size)
-    else:
-        initialize_model_parallel(pipeline=size, virtual_pipeline=2 if axis == "virtual" else 1)
+    initialize_model_parallel(**{axis: size})
     torch.save(step(batches, rank, size, axis), folder / f"{rank}of{size}.pt")
     shut_down()
 

@@ -88,9 +88,9 @@ def test_a_global_batch_without_a_token_to_predict_is_one_error_and_no_nan():
     before, batches = run.weights(), run.batches()
     masks = torch.zeros(NUM_MICROBATCHES, *SHAPE, dtype=torch.bool)
     masked = [batch | {"loss_mask": mask} for batch, mask in zip(batches, masks, strict=True)]
-    for call in (step.train_step, lambda chunks, _, *given: step.evaluate(chunks, *given)):
-        with pytest.raises(ValueError, match="no token of this global batch is predicted"):
-            call(run.chunks, run.optimizer, masked, SHAPE)
+    with pytest.raises(ValueError, match="no token of the global batch is predicted"):
+        step.train_step(run.chunks, run.optimizer, masked, SHAPE)
+    assert step.evaluate(run.chunks, masked, SHAPE) == (0.0, 0)
     assert equal(run.weights(), before)
     masks[1, 0, 3] = True
     with torch.no_grad():
@@ -101,11 +101,14 @@ def test_a_global_batch_without_a_token_to_predict_is_one_error_and_no_nan():
 
 
 def test_a_held_out_loss_is_one_over_all_its_tokens():
-    found = iter([step.BatchLoss(1.0, 10), step.BatchLoss(3.0, 30)])
-    batches = MagicMock(corpus=range(64))
-    run = MagicMock(config=RunConfig(train=TrainConfig(eval_batches=2, global_batch_size=32)))
+    found = iter([step.BatchLoss(0.0, 0), step.BatchLoss(1.0, 10), step.BatchLoss(3.0, 30), step.BatchLoss(0.0, 0)])
+    batches = MagicMock(corpus=range(96))
+    run = MagicMock(config=RunConfig(train=TrainConfig(eval_batches=3, global_batch_size=32)))
     run.engine.loss = lambda _: next(found)
-    assert loop.Training._held_out_loss(run, batches) == (1.0 * 10 + 3.0 * 30) / 40
+    assert loop.Training._held_out_loss(run, "", batches) == pytest.approx((1.0 * 10 + 3.0 * 30) / 40, rel=1e-12)
+    run.config = RunConfig(train=TrainConfig(eval_batches=1, global_batch_size=32))
+    with pytest.raises(ValueError, match=r"held-out code: no token .* set a larger train\.eval_batches"):
+        loop.Training._held_out_loss(run, "code", batches)
 
 
 def run_copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
