@@ -24,6 +24,12 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Force a folder and all that is below it to disk."""
+    for path in [folder, *folder.rglob("*")]:
+        fsync_path(path)
+
+
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
     with _staged(path, text) as staging:

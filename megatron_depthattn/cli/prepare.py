@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_depthattn.cli import corpora
 from megatron_depthattn.cli.common import new_parser, run
 from megatron_depthattn.paths import user_path
 from megatron_depthattn.terminal import printable
@@ -91,12 +92,16 @@ def _packed(count: Mapping[str, int], manifest: Mapping[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when the corpus is there, 1 with one line on stderr when it cannot be, 130 when interrupted."""
-    return run(_prepare, parse_arguments(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in corpora.ACTIONS:
+        return corpora.main(given)
+    return run(_prepare, parse_arguments(given))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The fields of `PrepareSettings`."""
-    parser = new_parser("prepare", __doc__)
+    actions = "\n".join(f"  {action:8} {help}" for action, (_, help) in corpora.ACTIONS.items())
+    parser = new_parser("prepare", f"{__doc__}\n\nOf prepared corpora, `depthattn prepare ACTION --help`:\n{actions}")
     add = parser.add_argument
     inputs = (
         "files or folders: text (a document each), .jsonl or .json (one per record), each also as .gz or .zst; "

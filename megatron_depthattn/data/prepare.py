@@ -36,10 +36,11 @@ from megatron_depthattn.data.encode_pool import EncodePool
 from megatron_depthattn.data.hub import HUB, HubChoice, hub_files, hub_name
 from megatron_depthattn.data.pack import Packing, SplitWriter
 from megatron_depthattn.data.readers import Outcome, Position, Unit, read_units
+from megatron_depthattn.data.shard_index import INDEX_NAME
 from megatron_depthattn.data.stream import MANIFEST_NAME, PACKS
 from megatron_depthattn.data.tokenizer import Encoder, bpe_vocab, file_sha256, load_tokenizer, train_bpe
 from megatron_depthattn.data.unfinished import Merged, Unfinished, changed_settings, open_unfinished, unfinished_folder
-from megatron_depthattn.durable import fsync_path, publish_folder, recover_folder
+from megatron_depthattn.durable import fsync_tree, publish_folder, recover_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -255,6 +256,11 @@ def existing_manifest(settings: PrepareSettings, record: dict[str, Any]) -> dict
         return None
     manifest: dict[str, Any] = json.loads(file.read_text())
     stored = manifest.get("settings", {})
+    if stored.get("made_by"):
+        raise ValueError(
+            f"--output {output} was made by depthattn prepare {stored['made_by']}: choose another folder or pass "
+            "--overwrite"
+        )
     if stored.get("format_version") == TOKENS_ALONE_VERSION:
         stored = stored | {
             "format_version": FORMAT_VERSION,
@@ -335,7 +341,7 @@ class _Preparation:
             tokenizer = load_tokenizer(str(folder))  # the same way whether it was trained now or before a break
         elif is_new:
             tokenizer.save_pretrained(folder)
-        _fsync_tree(self.unfinished.corpus)
+        fsync_tree(self.unfinished.corpus)
         return tokenizer
 
     def _training_documents(self) -> Iterator[bytes]:
@@ -445,12 +451,16 @@ class _Preparation:
             "tokenizer_sha256": file_sha256(folder / "tokenizer" / "tokenizer.json"),
             "skipped": {key: merged.skipped[key] for key in (*SKIPPED.values(), "damaged_records", "empty_documents")},
             "first_damaged_record": merged.first_damage or None,
-            "splits": {split: {name: merged.counts[split][name] for name in SPLIT_COUNTS} for split in self.writers},
+            "splits": {
+                split: {name: merged.counts[split][name] for name in SPLIT_COUNTS}
+                | {"index_sha256": file_sha256(folder / split / INDEX_NAME)}
+                for split in self.writers
+            },
             "sources": self._write_sources(folder / SOURCES_NAME),
             "settings": self.record,
         }
         (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-        _fsync_tree(folder)
+        fsync_tree(folder)
         return manifest
 
     def _emptiness(self) -> str:
@@ -490,8 +500,3 @@ class _Preparation:
             "list": SOURCES_NAME,
             "list_sha256": file_sha256(path),
         }
-
-
-def _fsync_tree(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        fsync_path(path)

@@ -55,6 +55,10 @@ from megatron_depthattn.parallel.patience import announced
 
 MANIFEST_NAME = "manifest.json"
 PACKS = ("concat", "best-fit")
+COUNTED = {"vocab_size", "eos_token_id", "bytes", "tokens", "samples", "documents", "padding_tokens"} | {
+    "dropped_tail_tokens"
+}
+"""Of a manifest, what must be a count where it is there."""
 LOCK_TIMEOUT_SECONDS = 900.0
 NUM_LOCKS = 16
 """Shards of a folder that processes can make at the same time."""
@@ -69,7 +73,7 @@ def pack_of(manifest: Mapping[str, Any]) -> str:
     return str(manifest.get("settings", {}).get("pack", "concat"))
 
 
-def _read_manifest(path: str) -> dict[str, Any] | None:
+def read_manifest(path: str) -> dict[str, Any] | None:
     """The corpus's manifest, or None where there is none (MDS shards from elsewhere)."""
     file = f"{path.rstrip('/')}/{MANIFEST_NAME}"
     try:
@@ -91,9 +95,11 @@ def _read_manifest(path: str) -> dict[str, Any] | None:
 
 def _check_manifest(manifest: Any) -> None:
     """Check the type of whatever is used of a manifest; all of it may be absent."""
-    for part in (manifest, *manifest.get("splits", {}).values()):
-        for key in part.keys() & {"vocab_size", "eos_token_id", "bytes", "tokens"}:
+    for part in (manifest, manifest.get("sources", {}), *manifest.get("splits", {}).values()):
+        for key in part.keys() & COUNTED:
             count(part, key)
+        if any(type(sample) is not int for sample in part.get("breaks", [])):
+            raise ValueError(f"its breaks are {reprlib.repr(part['breaks'])}, not numbers of samples")
     if manifest.get("eos_token_id", 0) >= manifest.get("vocab_size", math.inf):
         raise ValueError(f"its eos_token_id is {manifest['eos_token_id']}, and its vocab_size {manifest['vocab_size']}")
     if pack_of(manifest) not in PACKS:
@@ -118,7 +124,7 @@ def has_split(path: str, split: str) -> bool:
     """Whether a corpus has a split: by its folder, or by the manifest of a remote one; by default it has."""
     if not is_remote(path):
         return Path(path, split, INDEX_NAME).exists()
-    splits = (_read_manifest(path) or {}).get("splits", {split: {"samples": 1}})
+    splits = (read_manifest(path) or {}).get("splits", {split: {"samples": 1}})
     return bool(splits.get(split, {}).get("samples"))
 
 
@@ -179,7 +185,7 @@ class TokenDataset(Dataset[torch.Tensor]):
         self._ends = np.cumsum(self.samples_per_shard)
         self.num_samples = int(self._ends[-1])
         self._checked: set[int] = set()
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         self.tokenizer: str | None = (self.manifest or {}).get("tokenizer_sha256")
         """SHA-256 of the tokenizer that made the tokens, where the manifest names it."""
         self.stores_documents = self._index.stores_documents
