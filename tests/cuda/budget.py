@@ -21,8 +21,10 @@ BUDGET = {
     "save": Counter({("torch.cuda.synchronize", SAVE, "torch.cuda.synchronize()"): 1}),
 }
 """How often the host waits for what a step does: by kind, file and source line. Of a save the package's own lines."""
-COPIES = {("pinned to device", file) for file in (STEP, DATA, "megatron_depthattn/model/documents.py")}
+COPIES = {("pinned to device", file) for file in (STEP, DATA)}
 """A step's other copies, none of which is waited for."""
+BORDERS = {("pinned to device", "megatron_depthattn/model/documents.py")}
+"""Those of a step with a document mask, too."""
 
 Line = tuple[str, str, str]
 

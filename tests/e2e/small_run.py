@@ -44,7 +44,7 @@ def pad_corpus(corpus: Path, folder: Path) -> None:
         {"padding": "uint32", "starts": "ndarray:uint8:5", "tokens": "ndarray:uint16:33"},
     )
     for split in ("train", "val"):
-        with MDSWriter(columns=columns, out=str(folder / split), hashes=["xxh64"]) as out:
+        with MDSWriter(columns=columns, out=str(folder / split), hashes=["xxh64"], size_limit=4000) as out:
             for tokens in map(np.array, TokenDataset(corpus, split)):
                 padding, places = rng.choice([0, 3, 20, 30]), np.arange(33)
                 starts = (rng.random(33) < 0.2) * (places < 33 - padding) + (places == 33 - padding)

@@ -1,6 +1,6 @@
 """Small runs that get a stop signal at a chosen place, one after the other, by the training command.
 
-    python -m tests.e2e.stop_worlds WORK CONFIG.yaml
+    python -m tests.e2e.stop_worlds WORK CONFIG.yaml    # WORK/concat and WORK/packed: two corpora
 
 The ranks are forked from a process that has imported everything and done nothing; each is a process of its own. How a
 run ended: WORK/<case>/result.json. The signals come from the runs themselves, so no case depends on time.
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Case:
     exits: bool = False
     """Whether a rank ends as the command does, with exit handlers, which takes longer."""
     kept: tuple[str, ...] = ()
-    """Settings of all its starts; CORPUS stands for the run's data, PADDED for one with documents and padding."""
+    """Settings of all its starts; CORPUS stands for the run's data, PADDED for one of many short documents, CONCAT and
+    PACKED for small ones as prepared, CACHE for a folder of its own."""
     again: bool = False
     """Whether the run is started once more, undisturbed and in one process."""
 
@@ -82,6 +84,10 @@ def in_a_step(_: int, __: int, run_dir: Path) -> None:
 
     at(MegatronEngine, "train_step", 3, lambda: send(signal.SIGUSR1))
     save.time = type("Time", (), {"monotonic": time.monotonic, "sleep": pause})
+
+
+def in_the_third_step(*_: Any) -> None:
+    at(MegatronEngine, "train_step", 3, lambda: send(signal.SIGUSR1))
 
 
 def in_an_evaluation(batch: int) -> Callable[[int, int, Path], None]:
@@ -145,12 +151,19 @@ SETTINGS = ("checkpoint.load=latest", "preflight.enabled=false", "checkpoint.asy
 SETTINGS += ("train.micro_batch_size=4", "data.num_workers=1")
 SETTINGS += ("train.steps=4", "train.eval_interval=2", f"train.eval_batches={BATCHES}")
 WANDB = ("log.wandb.project=stops", "log.wandb.mode=offline")
-DOCUMENTS = ("data.path=PADDED", "data.document_mask=true")
+EVERYTHING = (
+    "data.path=",
+    "data.streams=[{path: CONCAT, proportion: 0.6}, {path: PADDED, proportion: 0.4}, {path: PACKED, proportion: 0}]",
+    "data.stages=[{from_step: 2, proportions: [0.3, 0, 0.7]}, {from_step: 4, proportions: [0.2, 0.7, 0.1]}]",
+    *("data.document_mask=true", "data.skip_samples=5", "data.log_samples=true", "train.batch_ramp=[4,4,12]"),
+    *("data.cache=CACHE", "data.cache_limit=150kb", "data.predownload=4", "train.micro_batch_size=2"),
+)
 CASES = {
     "undisturbed": Case(),
     "step": Case(in_a_step, again=True),
-    "undisturbed documents": Case(kept=DOCUMENTS),
-    "documents": Case(in_a_step, again=True, kept=DOCUMENTS),
+    "undisturbed everything": Case(kept=EVERYTHING),
+    "everything": Case(in_a_step, again=True, kept=EVERYTHING),
+    "everything elsewhere": Case(in_the_third_step, PIPELINE, ranks=2, again=True, kept=EVERYTHING),
     "first evaluation": Case(in_an_evaluation(BATCHES)),
     "evaluation": Case(in_an_evaluation(BATCHES + 2), PIPELINE, ranks=2, again=True, kept=WANDB),
     "last evaluation": Case(in_an_evaluation(5 * BATCHES + 1), kept=("data.held_out={same: CORPUS}",), again=True),
@@ -163,12 +176,14 @@ CASES = {
 
 def main(work: Path, config: str) -> None:
     gc.freeze()  # a rank's collections need not look at, and copy, what it was forked with
-    corpus, padded = load_config(config).data.path, str(work / "padded")
-    pad_corpus(Path(corpus), Path(padded))
+    folders = {name.upper(): str(work / name) for name in ("padded", "concat", "packed")}
+    folders["CORPUS"] = load_config(config).data.path
+    pad_corpus(Path(folders["CORPUS"]), work / "padded")
     for name, case in CASES.items():
         folder = work / name
         folder.mkdir()
-        kept = [text.replace("CORPUS", corpus).replace("PADDED", padded) for text in case.kept]
+        folders["CACHE"] = str(folder / "cache")
+        kept = [reduce(lambda text, each: text.replace(*each), folders.items(), text) for text in case.kept]
         arguments = [config, f"run.dir={folder / 'run'}", *SETTINGS, *kept]
         results = [start_and_wait(folder, [*arguments, *case.settings], case)]
         shutil.copy(folder / "run/metrics.jsonl", folder) if (folder / "run/metrics.jsonl").exists() else None

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_depthattn.data import shard_writer
+from megatron_depthattn.data.prepare import prepare_corpus
 from tests.e2e.commands import must_succeed, python
-from tests.e2e.small_run import train
+from tests.e2e.small_run import REPOSITORY, train
+from tests.prepared import make_settings
 from tests.wandb_files import history as wandb_history
 
-SAME = ("step", "loss", "grad_norm", "lr", "tokens", "predicted_tokens", "samples", "skipped_steps")
+SAME = ("step", "loss", "grad_norm", "lr", "tokens", "predicted_tokens", "samples", "stream_samples", "skipped_steps")
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -31,6 +34,10 @@ def trajectory(run_dir: Path) -> list[tuple]:
     return [tuple(record[name] for name in SAME) for record in records(run_dir)]
 
 
+def sample_ids(run_dir: Path) -> list[list]:
+    return [line["sample_ids"] for line in read_lines(run_dir / "samples/rank_00000.jsonl")]
+
+
 def history(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
 
@@ -43,9 +50,14 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def stopped(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(config_file: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each case of stop_worlds.py."""
     work = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "SHARD_BYTES", 4000)
+        for pack, name in (("concat", "concat"), ("best-fit", "packed")):
+            given = {"sequence_length": 32, "validation_fraction": 0.2, "pack": pack, "max_bytes": 300_000}
+            prepare_corpus(make_settings(REPOSITORY / "megatron_depthattn", corpus / "tokenizer", work / name, **given))
     must_succeed(python("-W", "ignore", "-m", "tests.e2e.stop_worlds", work, config_file, seconds=400))
     return work
 
@@ -90,17 +102,21 @@ def test_a_stop_is_obeyed_where_the_run_is(stopped: Path, name: str, signal: str
         assert said.count(f"/step_{saved:08d}: ") == 1
 
 
-@pytest.mark.parametrize("name", ["step", "documents", "evaluation", "last evaluation"])
+@pytest.mark.parametrize("name", ["step", "everything", "everything elsewhere", "evaluation", "last evaluation"])
 def test_the_same_command_continues_as_if_nothing_had_happened(stopped: Path, name: str):
     """Nothing that was read ahead is missing, no held-out loss that a stop has cut off."""
     _, again = starts(stopped / name)
     assert again["codes"] == [0]
-    expected = records(stopped / ("undisturbed documents/run" if name == "documents" else "undisturbed/run"))
+    expected = records(stopped / ("undisturbed everything/run" if name.startswith("everything") else "undisturbed/run"))
     assert len(expected) == 4
     for ours, theirs in zip(records(stopped / name / "run"), expected, strict=True):
-        is_exact = name != "evaluation"  # which ran in a pipeline until the stop
+        is_float = name in ("everything elsewhere", "evaluation")  # which ran in a pipeline until the stop
         for key in (*SAME, "eval_loss"):
-            value = theirs[key] if is_exact or theirs[key] is None else pytest.approx(theirs[key], rel=1e-4)
+            value = (
+                theirs[key]
+                if not (is_float and isinstance(theirs[key], float))
+                else pytest.approx(theirs[key], rel=1e-4)
+            )
             assert ours[key] == value, (ours["step"], key)
     if name == "evaluation":  # Weights & Biases was there, for one of the two ranks, and has the run as a whole
         assert [file.name for file in (stopped / name).glob("client_*")] == ["client_0"]
@@ -108,10 +124,14 @@ def test_the_same_command_continues_as_if_nothing_had_happened(stopped: Path, na
         rows = [(row["step"], row["loss"], row.get("eval_loss")) for row in wandb_history(file)]
         ours = records(stopped / name / "run")
         assert rows == [(record["step"], record["loss"], record["eval_loss"]) for record in ours]
-    if name == "documents":
+    if name.startswith("everything"):
         assert "documents: from the borders in the samples" in again["output"][0]
-        assert len({record["predicted_tokens"] for record in expected}) == 4
-        assert all(0 < record["predicted_tokens"] < 8 * 32 * 2 // 3 for record in expected)
+        assert "stage 2, from step 4 on: samples 17 to 25 of the order: stream 0 20 %" in again["output"][0]
+        assert [record["samples"] for record in expected] == [4, 8, 12, 20]  # of a batch that grows
+        assert all(0 < record["predicted_tokens"] < 32 * record["samples"] for record in expected)
+        streams = [tuple(record["stream_samples"].values()) for record in expected]
+        assert all(map(sum, streams)) and streams[0][2] == 0 < streams[2][2] and streams[0][1] == streams[2][1]
+        assert sample_ids(stopped / name / "run") == sample_ids(stopped / "undisturbed everything/run")
     if name == "last evaluation":  # which ended in the second split, of the same text
         *_, last = records(stopped / name / "run")
         assert last["held_out"] == {"same": last["eval_loss"]}
