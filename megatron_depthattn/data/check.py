@@ -86,7 +86,10 @@ def check_corpus(
         checked.documents += sum(shard["documents"] for shard in whole)
         checked.faults += _check_files(split)
         if len(whole) == len(split.index.shards):
-            checked.faults += _check_counts(split, sum(whole, Counter()))
+            held = Counter[str]()
+            for counts in whole:
+                held.update(counts)  # + would drop what is 0
+            checked.faults += _check_counts(split, held)
     return checked
 
 
@@ -135,7 +138,7 @@ def _check_shard(shard: tuple[StoredSplit, int]) -> Counter[str] | str:
     tokens, manifest = samples.tokens, split.corpus.manifest
     is_end = tokens == manifest.get("eos_token_id", -1)
     conditions = [(tokens >= manifest.get("vocab_size", math.inf), "has tokens outside the vocabulary")]
-    if not split.is_packed:
+    if split.corpus.has_manifest and not split.is_packed:
         differs = tokens[1:, 0] != tokens[:-1, -1]
         breaks = split.breaks - split.first_sample(number) - 1
         differs[breaks[(breaks >= 0) & (breaks < len(differs))]] = False
@@ -149,7 +152,9 @@ def _check_shard(shard: tuple[StoredSplit, int]) -> Counter[str] | str:
     for is_wrong, fault in conditions:
         if is_wrong.any():
             return f"{file}: its sample {int(np.argwhere(is_wrong)[0][0])} {fault}: {AGAIN}"
-    return measure(split, samples, found) + Counter(documents=0 if found else int(is_end[:, :-1].sum()))
+    counts = measure(split, samples, found)
+    counts.update(documents=0 if found else int(is_end[:, :-1].sum()))
+    return counts
 
 
 def _check_files(split: StoredSplit) -> Iterator[str]:

@@ -281,7 +281,8 @@ def _joined_counts(splits: Sequence[StoredSplit]) -> dict[str, Any]:
     breaks: list[int] = []
     offset = 0
     for split in splits:
-        numbers.update({key: value for key, value in split.counts.items() if type(value) is int})
+        own = {key: value for key, value in split.counts.items() if type(value) is int}
+        numbers = Counter({key: numbers[key] + own[key] for key in own if key in numbers or split is splits[0]})
         breaks += [offset] * (offset > 0) + [offset + int(each) for each in split.breaks]
         offset += split.num_samples
     return dict(numbers) | {"samples": offset} | ({} if splits[0].is_packed else {"breaks": breaks})

@@ -66,7 +66,8 @@ class StoredSplit:
     def is_packed(self) -> bool:
         """Whether samples are filled with whole documents; otherwise each shares its first token with the last one's
         end."""
-        return self.index.stores_documents and pack_of(self.corpus.manifest) == "best-fit"
+        manifest = self.corpus.manifest
+        return self.index.stores_documents and (not manifest or pack_of(manifest) == "best-fit")
 
     @property
     def breaks(self) -> npt.NDArray[np.int64]:
@@ -83,7 +84,7 @@ class StoredSplit:
         return entry.packed if entry.packed and is_there else entry.raw
 
     def read(self, shard: int) -> Samples:
-        """The samples of a shard, views of its expanded content in memory; of format 3 without starts and padding.
+        """The samples of a shard; of format 3 without starts and padding.
 
         Raises:
             ValueError: the shard is damaged or missing; names the file.
@@ -112,10 +113,11 @@ class StoredSplit:
                 f"{place} is not {entry.samples} samples of {kind.itemsize} bytes one after the other: {AGAIN}"
             )
         rows = np.frombuffer(raw, kind, entry.samples, int(offsets[0]))
+        # At odd addresses numpy 2 crashes where it compares them with a number beyond their type, such as 65536.
+        aligned = rows["tokens"].copy()
         if self.index.stores_documents:
-            return Samples(rows["padding"], rows["starts"], rows["tokens"])
-        nothing = np.zeros(entry.samples, np.uint32), np.zeros((entry.samples, 0), np.uint8)
-        return Samples(*nothing, rows["tokens"])
+            return Samples(rows["padding"], rows["starts"], aligned)
+        return Samples(np.zeros(entry.samples, np.uint32), np.zeros((entry.samples, 0), np.uint8), aligned)
 
     def documents(self, shard: int, samples: Samples) -> Documents:
         """Where documents begin in the samples of a shard, as `read` returned them.

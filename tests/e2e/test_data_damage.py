@@ -8,13 +8,14 @@ import pytest
 import yaml
 from streaming import MDSWriter
 
+from megatron_depthattn.cli import prepare
 from tests.e2e.small_run import MODEL, train
 
 LENGTH, DAMAGED_SAMPLE = 32, 22
 
 
 @pytest.fixture
-def config_file(tmp_path: Path) -> Path:
+def config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A run of 8 samples a step, two on each of two ranks at a time, over shards of two samples; one is damaged."""
     columns = {"tokens": f"ndarray:uint16:{LENGTH + 1}"}
     train = tmp_path / "corpus" / "train"
@@ -33,6 +34,11 @@ def config_file(tmp_path: Path) -> Path:
         "data": {"path": str(tmp_path / "corpus"), "sequence_length": LENGTH, "shuffle": False},
         "train": {"steps": 8, "global_batch_size": 8, "micro_batch_size": 2, "log_interval": 1},
     }
+    # a corpus from elsewhere: no manifest, and neighbours share no token
+    assert prepare.main(["check", str(tmp_path / "corpus")]) == 1
+    printed = capsys.readouterr()
+    found = f"fault: {file} differs from its xxh64 hash in index.json: copy or prepare the corpus again"
+    assert printed.err.splitlines()[-1] == found and "1 faults; 32 files" in printed.out
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

@@ -157,9 +157,19 @@ def test_check_finds_a_changed_byte_in_every_file_and_what_is_missing_or_too_muc
         file.write_text(json.dumps(manifest | changes))
         assert any(words in fault for fault in faults(corpus)), words
     file.write_text(json.dumps(manifest))
+    # the samples of uint16 lie at odd addresses, and 65536 is beyond their type
+    file.write_text(json.dumps(manifest | {"vocab_size": 1 << 16}))
+    assert not faults(corpus)
+    file.write_text(json.dumps(manifest))
     (corpus / "train" / "stray").write_text("")
     (fault,) = faults(corpus)
     assert "train/stray is no part of the corpus" in fault and fault.endswith("remove it")
+    plain = shutil.copytree(made / "concat-0", tmp_path / "plain")
+    edited = json.loads((plain / "manifest.json").read_text())
+    edited["splits"]["val"]["padding_tokens"] = 3  # and there is none
+    (plain / "manifest.json").write_text(json.dumps(edited))
+    (fault,) = faults(plain)
+    assert "counts 3 padding_tokens in val, and its shards hold 0" in fault
 
 
 @pytest.mark.parametrize("pack", PACKS)
@@ -200,6 +210,9 @@ def test_merged_is_one_after_the_other_and_split_gives_them_back(made: Path, pac
             assert [each["samples"] for each in counts] == [5, num - 5]
     again = tmp_path / "again"
     merge_corpora([str(tmp_path / "split-3-1-parts" / f"part-{i}") for i in range(3)], again)
+    # a part does not know of how many documents it was cut: nor does what is made of it
+    merge_corpora([str(tmp_path / "split-3-1-parts" / "part-0"), str(parts[1])], tmp_path / "mixed")
+    assert "cut_documents" not in json.loads((tmp_path / "mixed/manifest.json").read_text())["splits"]["train"]
     assert not faults(again) and rows(again / "train") == rows(merged / "train")
 
 
