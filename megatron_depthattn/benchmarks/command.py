@@ -7,6 +7,8 @@ benchmark generate    time and peak memory of generation with the exported model
 benchmark memory      what is kept for backward above vanilla, beside what the source plan predicts
 benchmark hop         what a pipeline sends in a step, against the least possible
 benchmark data        the loader's tokens a second over those that training consumes
+benchmark store       how long steps wait for a slow object store, with and without shards fetched ahead of need
+benchmark prepare     the speed of depthattn prepare over that of the tokenizer alone
 benchmark layouts     the planner's best layouts of a config, each run for a few steps
 benchmark precision   training in bf16 and every FP8 recipe against the same weights and batches in a base
 benchmark checkpoint  what saving costs in time and host memory, against Megatron's gather on one rank
@@ -24,7 +26,7 @@ from megatron_depthattn.benchmarks.result import Result, machine_facts, machine_
 from megatron_depthattn.cli.common import new_parser, run
 from megatron_depthattn.paths import user_path
 
-VERBS = ("op", "step", "generate", "memory", "hop", "data", "layouts", "precision", "checkpoint")
+VERBS = ("op", "step", "generate", "memory", "hop", "data", "store", "prepare", "layouts", "precision", "checkpoint")
 
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:

@@ -64,6 +64,8 @@ class SDPAttention(DotProductAttention):
         ValueError: a sliding window or a softmax other than the plain one.
     """
 
+    takes_rows_of_documents = True
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -153,10 +153,8 @@ class DocumentGPTModel(ChunkedLossGPTModel):
 
 def takes_thd(model: torch.nn.Module) -> bool:
     """Whether documents go to TransformerEngine's core attention, which knows borders in the format ``thd`` alone."""
-    from megatron_depthattn.model.core_attention import SDPAttention  # which imports this module
-
     layers = (module for module in model.modules() if isinstance(module, SelfAttention))
-    return any(not isinstance(layer.core_attention, SDPAttention) for layer in islice(layers, 1))
+    return any(not hasattr(layer.core_attention, "takes_rows_of_documents") for layer in islice(layers, 1))
 
 
 def _checked(cu_seqlens: Tensor) -> list[int]:

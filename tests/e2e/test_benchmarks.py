@@ -429,6 +429,24 @@ def test_data(tmp_path):
     assert row.endswith(f" {speeds[0] / 1000:.1f} |")
 
 
+def test_store(tmp_path, monkeypatch):
+    """Nothing is waited for where the store is fast; a cache of half the corpus evicts."""
+    monkeypatch.setattr("megatron_depthattn.benchmarks.store.SHARD_BYTES", 2000)
+    monkeypatch.setattr("megatron_depthattn.data.shard_writer.SHARD_BYTES", 2000)  # put back afterwards
+    sizes = ("--sequence-length", "64", "--batch", "4", "--steps", "24", "--step-seconds", "0.002", "--delay", "0")
+    figures, page = run(tmp_path, "store", *sizes, "--bandwidths", "100", "--share", "0.5")
+    assert len(figures) == 4 and {figure["least"] for figure in figures.values()} == {0.0}
+    (row,) = (line for line in page.splitlines() if "| 0.5 of the corpus |" in line)
+    assert int(row.split("|")[-2]) > 0
+
+
+def test_prepare(tmp_path):
+    sizes = ("--sequence-length", "128", "--vocab-size", "300", "--max-bytes", "200000", "--runs", "1")
+    figures, page = run(tmp_path, "prepare", *sizes)
+    assert all(speed > 0 for (speed,) in figures.values()) and [*figures] == ["tokenizer", "concat", "best-fit"]
+    assert "concat" in page and " 0.00% |" in page
+
+
 def test_layouts(tmp_path, monkeypatch):
     """Every layout of the planner's is run in every round, with its keys."""
     from megatron_depthattn.benchmarks import layouts

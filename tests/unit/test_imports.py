@@ -31,7 +31,10 @@ PURE = {
     "config/schedule.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/pipeline.py": {f"{PACKAGE}.config.check", f"{PACKAGE}.config.schema"},
     "config/checks.py": {
-        *(f"{PACKAGE}.config.{name}" for name in ("check", "layout_checks", "pipeline", "schedule", "schema", "sizes")),
+        *(
+            f"{PACKAGE}.config.{name}"
+            for name in ("check", "layout_checks", "pipeline", "schedule", "schema", "sizes", "stages")
+        ),
         *(f"{PACKAGE}.{name}" for name in ("switches", "methods")),
     },
     "config/layout_checks.py": {
