@@ -15,6 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_depthattn.benchmarks import memory
+from megatron_depthattn.estimate.activations import chunk_memory
 from megatron_depthattn.train import step
 from megatron_depthattn.train.build import Fp8State
 from megatron_depthattn.train.engine import MegatronEngine
@@ -172,7 +173,8 @@ def check_no_trace(place: Place, bound: float, *settings: str) -> dict[str, floa
 def skip(engine: MegatronEngine, place: Place) -> None:
     """A step whose loss is not finite on another rank."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "exchange", lambda mine, device: [[float("nan")] * (len(mine) + len(device))])
+        nan = float("nan")
+        patch.setattr(step, "exchange", lambda mine, device: [[nan, 1.0, nan, *mine]])  # loss, tokens, norm
         assert engine.train_step([microbatch(place, 9)]).skipped
 
 
@@ -234,9 +236,7 @@ def check_memory(place: Place, share: float, *settings: str, recompute: bool = F
     vanilla, depth = (place.config(*mixing, *mode, *settings) for mixing in (MIXING["vanilla"], MIXING["stride 3"]))
     device = torch.device(place.device)
     theirs, own = memory.kept(vanilla, device), memory.kept(depth, device)
-    tokens = depth.train.micro_batch_size * depth.data.sequence_length
-    numbers, _ = memory.predicted_elements(depth, place.device)
-    predicted = numbers * tokens * (2 if depth.precision.dtype == "bf16" else 4)
+    predicted = chunk_memory(depth, 0).sources
     found = {"predicted": float(predicted), "saved": float(own.saved - theirs.saved)}
     if own.allocated is not None and theirs.allocated is not None:
         found["allocated"] = float(own.allocated - theirs.allocated)
