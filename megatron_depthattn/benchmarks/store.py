@@ -91,7 +91,7 @@ def _write_corpus(folder: Path, given: argparse.Namespace) -> tuple[int, int]:
 def _waited(
     served: Path, cache: Path, bandwidth: float, predownload: int | None, limit: int | None, given: argparse.Namespace
 ) -> float:
-    """Seconds of a run that lasted for longer than its steps, from the first request for samples on."""
+    """Seconds that steps waited, but for the first one, which starts the processes."""
     from megatron_depthattn.data.corpus import Corpus
     from megatron_depthattn.data.loader import TokenLoader
     from megatron_depthattn.data.predownload import samples_ahead
@@ -110,15 +110,17 @@ def _waited(
         sizes = {"global_batch_size": given.batch, "micro_batch_size": given.batch}
         ahead = samples_ahead(predownload, corpus, given.batch)
         options: dict[str, Any] = {"consumed_samples": 0, "num_workers": 1, "predownload": ahead, **sizes}
-        started = time.perf_counter()
         loader = TokenLoader(
             corpus, corpus.sequence(seed=0, shuffle=False), data_parallel_rank=0, data_parallel_size=1, **options
         )
-        for _ in range(given.steps):
-            next(loader)
+        next(loader)
+        started = time.perf_counter()
+        for _ in range(given.steps - 1):
             time.sleep(given.step_seconds)
+            next(loader)
+        waited = time.perf_counter() - started - (given.steps - 1) * given.step_seconds
         loader.close()
-        return time.perf_counter() - started - given.steps * given.step_seconds
+        return waited
     finally:
         server.kill()
         server.join()
