@@ -92,6 +92,7 @@ def _waited(
     served: Path, cache: Path, bandwidth: float, predownload: int | None, limit: int | None, given: argparse.Namespace
 ) -> float:
     """Seconds that steps waited, but for the first one, which starts the processes."""
+    from megatron_depthattn.data import shard_files
     from megatron_depthattn.data.corpus import Corpus
     from megatron_depthattn.data.loader import TokenLoader
     from megatron_depthattn.data.predownload import samples_ahead
@@ -106,6 +107,7 @@ def _waited(
             **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "none"),
             AWS_DEFAULT_REGION="us-east-1",
         )
+        shard_files._clients = threading.local()  # of the server before
         corpus = Corpus([BUCKET], [1.0], "train", cache=cache, cache_limit=limit)
         sizes = {"global_batch_size": given.batch, "micro_batch_size": given.batch}
         ahead = samples_ahead(predownload, corpus, given.batch)

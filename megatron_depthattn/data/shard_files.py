@@ -10,6 +10,7 @@ import gzip
 import os
 import stat
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,8 @@ DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT_SECONDS = 120.0
 BLOCK_BYTES = 1 << 20
 MISSING = "is missing"
+_clients = threading.local()
+"""Of stores, by process and kind: to make one can take longer than a download."""
 Source = IO[bytes] | gzip.GzipFile
 
 
@@ -40,9 +43,14 @@ def download(url: str, file: Path) -> None:
     from streaming.base.storage import CloudDownloader
     from streaming.base.util import retry
 
+    clients = _clients.__dict__
+    kind = os.getpid(), url.partition("://")[0]
+
     def attempt() -> None:
         file.unlink(missing_ok=True)
-        CloudDownloader.direct_download(url, str(file), DOWNLOAD_TIMEOUT_SECONDS)
+        client = clients.pop(kind, None) or CloudDownloader.get(url)
+        client.download(url, str(file), DOWNLOAD_TIMEOUT_SECONDS)
+        clients[kind] = client  # one that failed is not used again
 
     try:
         CloudDownloader.get(url)  # a kind of store that there is not is no matter for a second attempt

@@ -342,6 +342,7 @@ def bucket(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             monkeypatch.setenv(name, "test")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setattr(shard_files, "DOWNLOAD_ATTEMPTS", 1)
+        monkeypatch.setattr(shard_files, "_clients", threading.local())
         yield corpus.parent / "served" / "bucket"
         server.shutdown()
 
