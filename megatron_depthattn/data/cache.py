@@ -115,8 +115,9 @@ class ShardCache:
                     os.unlink(self._folder / name)
             self._take_room(record, needed, before == EVICTED, is_ahead)
             try:
-                yield lambda file: _write(
-                    record, json.dumps({"inode": os.stat(file).st_ino, "origin": origin}).encode()
+                # What is taken counts until the file has its name. A record is read at any moment: never an empty one.
+                yield lambda file: _overwrite(
+                    record, {"inode": os.stat(file).st_ino, "origin": origin, "making": needed}
                 )
             except BaseException:
                 _write(record, before)
@@ -245,13 +246,16 @@ def _needs(root: Path) -> dict[str, float]:
 
 def _contents(descriptor: int, folder: str, urgencies: dict[str, float]) -> tuple[int, list[_Cached]]:
     """Bytes that are taken by shards in the making, and the shards of one folder of a cache."""
+    files: dict[str, os.stat_result] = {}
     with os.scandir(descriptor) as entries:
-        files = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+        for entry in entries:
+            with suppress(FileNotFoundError):  # a file that has got its name meanwhile
+                files[entry.name] = entry.stat(follow_symlinks=False)
     taken, shards = 0, []
-    for entry, record in files.items():
-        if not entry.endswith(RECORD) or record.st_size <= len(EVICTED):
+    for place, record in files.items():
+        if not place.endswith(RECORD) or record.st_size <= len(EVICTED):
             continue
-        name = entry[1 : -len(RECORD)]
+        name = place[1 : -len(RECORD)]
         shard = files.get(name)
         if shard is not None and stat.S_ISREG(shard.st_mode):
             urgency = urgencies.get(f"{folder}/{name}", 0.0)
@@ -267,6 +271,8 @@ def _being_made(descriptor: int, name: str) -> int:
     with _held(_open(f".{name}{RECORD}", os.O_RDWR, descriptor)) as record:
         if not _lock(record, fcntl.LOCK_EX):
             return int(json.loads(os.pread(record, 1 << 16, 0)).get("making", 0))
+        with suppress(FileNotFoundError):  # it was made since the folder was listed
+            return os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_size
         with suppress(OSError):
             os.unlink(f".{name}.part", dir_fd=descriptor)
         shutil.rmtree(f".{name}.fetched", ignore_errors=True, dir_fd=descriptor)
@@ -302,6 +308,11 @@ def _open(path: Path | str, flags: int, folder: int | None = None) -> int:
 def _write(descriptor: int, content: bytes) -> None:
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, content, 0)
+
+
+def _overwrite(descriptor: int, content: Any) -> None:
+    """As `_write_json`, but who reads meanwhile sees the one or the other; spaces fill what is left of the old one."""
+    os.pwrite(descriptor, json.dumps(content).encode().ljust(os.fstat(descriptor).st_size), 0)
 
 
 def _write_json(descriptor: int, content: Any) -> None:
