@@ -44,7 +44,7 @@ def download(url: str, file: Path) -> None:
     from streaming.base.util import retry
 
     clients = _clients.__dict__
-    kind = os.getpid(), url.partition("://")[0]
+    kind = f"{os.getpid()} {url.partition('://')[0]}"
 
     def attempt() -> None:
         file.unlink(missing_ok=True)
