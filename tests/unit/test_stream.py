@@ -945,7 +945,9 @@ def test_who_fetches_ahead_keeps_the_order_hides_no_error_and_ends_with_its_pare
         assert until(lambda: len(list((tmp_path / "cache").rglob("shard*.mds"))) > MANY // 2)
         order = [int(name[6:11]) for name in _Quiet.gets if name.startswith("shard.")]
         assert len(order) == len({*order}) and 1 not in order
-        assert all(abs(shard - place) <= 2 * shard_cache.FETCHES for place, shard in enumerate(order))
+        # The first of a fetcher waits for its client.
+        late = [shard for place, shard in enumerate(order) if abs(shard - place) > 2 * shard_cache.FETCHES]
+        assert len(late) <= shard_cache.FETCHES
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(process.pid, number)
         with pytest.raises(ValueError, match=r"s3://bucket/many/train/shard\.00001\.mds\.zstd could not be downlo"):
